@@ -1,0 +1,25 @@
+"""Write page.html, the page of `dvc plots show`, with the chart libraries inside: no network.
+
+python .dvc/plots/make_page.py
+"""
+
+from pathlib import Path
+
+import vl_convert
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Reward model</title>
+<style>
+body {{ font-family: sans-serif; margin: 2rem; display: flex; flex-wrap: wrap; gap: 2rem; }}
+</style>
+<script>{scripts}</script>
+</head>
+<body>{{plot_divs}}</body>
+</html>
+"""
+
+bundle = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+Path(__file__).with_name("page.html").write_text(PAGE.format(scripts=bundle), encoding="utf-8")

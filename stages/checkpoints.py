@@ -1,0 +1,142 @@
+"""Checkpoints that survive the run: where they are, whether they are whole, who may use them.
+
+They lie in $DVC_ROOT/models/checkpoints/<fingerprint>/step-<n>, ignored by git and DVC, so that
+neither a failed stage nor a temporary folder of an experiment takes them along. The fingerprint
+stands for everything that decides the bytes of the result.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from stages.outputs import digest, digests, read_json, write_json
+from stages.process import Fault
+
+KEPT_STEPS = 2
+KEPT_RUNS = 5
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def fingerprint(params: dict[str, Any], inputs: list[Path]) -> str:
+    """16 hex digits that stand for params, input files, the code in use and its libraries."""
+    code = {
+        name: digest(Path(module.__file__))
+        for name, module in sorted(sys.modules.items())
+        if name.startswith("stages.") and module.__file__
+    }
+    content = {
+        "params": params,
+        "inputs": [digests(path) if path.is_dir() else digest(path) for path in inputs],
+        "code": code | {"main": digest(Path(sys.modules["__main__"].__file__ or __file__))},
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Run:
+    """The checkpoints of one fingerprint, held by one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def latest(self) -> Path | None:
+        """The last checkpoint whose files all have the digests they were written with."""
+        for path in reversed(self._steps()):
+            manifest = path / "digests.json"
+            if manifest.exists():
+                found = digests(path)
+                del found["digests.json"]
+                if found == read_json(manifest):
+                    return path
+            print(f"checkpoint {path.name} is damaged, passed over")
+        return None
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[Path]:
+        """A folder to fill, which becomes checkpoint `step` whole or not at all."""
+        partial = self.folder / "partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        write_json(partial / "digests.json", digests(partial))
+        final = self.folder / f"step-{step}"
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in self._steps()[:-KEPT_STEPS]:
+            shutil.rmtree(old)
+
+    def finish(self, metrics: Path) -> None:
+        """Mark the run finished: its outs, `metrics` among them, are written.
+
+        The last checkpoint stays until dvc.lock records the outs, so that a kill during DVC's
+        commit costs no training.
+        """
+        md5 = hashlib.md5(metrics.read_bytes(), usedforsecurity=False).hexdigest()
+        write_json(self.folder / "finished.json", {"metrics_md5": md5})
+        for old in self._steps()[:-1]:
+            shutil.rmtree(old)
+
+    def forget_if_recorded(self, lock: Path, stage: str) -> None:
+        """Start afresh if the run had finished and `lock` records its outs: a forced rerun."""
+        marker = self.folder / "finished.json"
+        if not marker.exists():
+            return
+        stages = (YAML(typ="safe").load(lock) or {}).get("stages", {}) if lock.exists() else {}
+        recorded = {out.get("md5") for out in stages.get(stage, {}).get("outs", [])}
+        if read_json(marker)["metrics_md5"] in recorded:
+            for path in self._steps():
+                shutil.rmtree(path)
+        marker.unlink()
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name[5:]))
+
+
+@contextmanager
+def held(name: str) -> Iterator[Run]:
+    """The run of a fingerprint, locked against other trainers; old runs beyond a few are removed.
+
+    Waits a moment for a trainer whose parent was killed, then raises a Fault.
+    """
+    root = Path(os.environ.get("DVC_ROOT", ".")) / "models" / "checkpoints"
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        for patience in reversed(range(50)):
+            if _lock(lock.fileno()):
+                break
+            if not patience:
+                raise Fault(
+                    f"{folder} is in use: another trainer works on the same run; wait for it"
+                )
+            time.sleep(0.1)
+        _prune(root, folder)
+        yield Run(folder)
+
+
+def _lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _prune(root: Path, current: Path) -> None:
+    """Remove all but the latest few of the other runs, those that another trainer holds apart."""
+    others = [path for path in root.iterdir() if path.is_dir() and path != current]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT_RUNS]:
+        with (path / "lock").open("a") as lock:
+            if _lock(lock.fileno()):
+                shutil.rmtree(path)

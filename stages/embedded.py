@@ -1,0 +1,158 @@
+"""The embedded base model: a real, very small Qwen2, made from a seed and data/corpus.
+
+It is there so that the whole pipeline runs, and learns something, without a network. Its tokenizer
+is a byte-level BPE with Qwen2's own special tokens, pre-tokenization and chat template shape, its
+weights come from a short pretraining on the committed corpus. Good for trying things out only.
+"""
+
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from stages.outputs import write_json
+from stages.process import Fault
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import Qwen2ForCausalLM
+
+NAME = "embedded/tiny-qwen2"
+CORPUS = Path("data/corpus")
+VOCABULARY = 4096
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+PRETOKENS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STEPS, ROWS, LENGTH, PEAK_RATE = 120, 8, 192, 2e-3
+
+
+def build(folder: Path, seed: int) -> None:
+    """Write config, weights and tokenizer of the embedded model to an empty folder."""
+    corpus = paragraphs(CORPUS)
+    tokenizer = train_tokenizer(corpus)
+    save_tokenizer(tokenizer, folder)
+    pretrain(corpus, tokenizer, seed).save_pretrained(folder)
+
+
+def paragraphs(folder: Path) -> list[str]:
+    """The paragraphs of the corpus, in the order of its files."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
+    if not texts:
+        raise Fault(f"{folder} holds no .txt file, wanted the corpus of {NAME}")
+    return [part.strip() for text in texts for part in text.split("\n\n") if part.strip()]
+
+
+def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
+    """Write the tokenizer with a configuration like that of Qwen2's base: pad is eos."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_prefix_space": False,
+            "chat_template": CHAT,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": SPECIAL[0],
+            "model_max_length": 32768,
+            "pad_token": SPECIAL[0],
+        },
+    )
+
+
+def train_tokenizer(corpus: list[str]) -> "Tokenizer":
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return tokenizer
+
+
+def pretrain(corpus: list[str], tokenizer: "Tokenizer", seed: int) -> "Qwen2ForCausalLM":
+    """A model that has read the corpus a few times: next-token prediction on rows of LENGTH ids."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    end = tokenizer.encode(SPECIAL[0]).ids[0]
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32768,
+            tie_word_embeddings=True,
+            bos_token_id=end,
+            eos_token_id=end,
+            use_cache=False,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, STEPS, pct_start=0.1)
+    model.train()
+    for batch in tqdm(
+        islice(batches(corpus, tokenizer, end, torch.Generator().manual_seed(seed)), STEPS),
+        total=STEPS,
+        desc="pretraining",
+        unit=" steps",
+        delay=2,
+        disable=None,
+    ):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    print(f"{NAME}: {STEPS} steps of pretraining, last loss {loss.item():.2f}")
+    return model
+
+
+def batches(corpus: list[str], tokenizer: "Tokenizer", end: int, generator: Any) -> Any:
+    """Endless batches of shape [ROWS, LENGTH]: the paragraphs in a new random order each time."""
+    import torch
+
+    encoded = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(corpus)]
+    stream = (
+        token
+        for _ in cycle([None])
+        for index in torch.randperm(len(encoded), generator=generator).tolist()
+        for token in encoded[index]
+    )
+    while True:
+        yield torch.tensor(list(islice(stream, ROWS * LENGTH))).view(ROWS, LENGTH)

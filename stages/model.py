@@ -1,0 +1,188 @@
+"""The reward model: a quantized base, LoRA on it, a scalar head; its rewards of a pack."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    logging,
+)
+
+from stages.outputs import read_json, write_json
+from stages.packing import Pack, Row, pack, plan, tokens
+from stages.params import Switch
+from stages.process import Fault
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The group `quantization` of params.yaml, where each key is described."""
+
+    bits: Literal[4, "none"]
+    quant_type: Literal["nf4", "fp4"]
+    double_quant: Switch
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`auto` is bf16 on a GPU that has it, else fp32: a CPU is exact, and fast, in it."""
+        if self.compute_dtype != "auto":
+            return DTYPES[self.compute_dtype]
+        half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if half else torch.float32
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """Arguments of BitsAndBytesConfig, as JSON holds them; None for an unquantized base."""
+        if self.bits == "none":
+            return None
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
+    """The base as a sequence classifier of one label, on the device, frozen, its head not yet made.
+
+    Raises a Fault for a model that has no score head.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    recipe = quantization.recipe
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base,
+        num_labels=1,
+        dtype=quantization.dtype,
+        quantization_config=BitsAndBytesConfig(**recipe) if recipe else None,
+        device_map={"": device()},
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise Fault(f"{base}: {type(model).__name__} has no score head, wanted a decoder model")
+    model.config.use_cache = False
+    keep_weights_unpacked(model)
+    return model.requires_grad_(False)
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place at the first pass in eval mode.
+
+    It does so on processors with AVX512-BF16; passes without gradient then compute in bf16, and
+    training that follows reads the repacked bytes as if they were plain ones, without an error.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def new_head(model: PreTrainedModel, seed: int) -> None:
+    """Give the model a fresh scalar head: fp32, unquantized, from a seed of its own."""
+    features = head_of(model).in_features
+    head = nn.Linear(features, 1, bias=False, dtype=torch.float32)
+    weight = torch.randn(1, features, generator=torch.Generator().manual_seed(seed))
+    head.weight.data = weight / features**0.5
+    model.score = head.to(device())
+
+
+def head_of(model: nn.Module) -> nn.Linear:
+    """The scalar head of a classifier; PEFT's wrapper of it behaves as one."""
+    return cast(nn.Linear, model.score)
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """LoRA in fp32 on the named projections. Raises a Fault for names that the model lacks."""
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    wanted = set(config.target_modules or ())
+    if missing := sorted(wanted - linear):
+        raise Fault(
+            f"params.yaml: lora.target_modules names {', '.join(missing)}, which "
+            f"{type(model).__name__} lacks; it has {', '.join(sorted(linear))}"
+        )
+    config.task_type = TaskType.SEQ_CLS
+    return get_peft_model(model, config)
+
+
+def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
+    """A trained reward model, ready to score."""
+    model = load_base(base, quantization)
+    new_head(model, seed=0)
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def save(model: PeftModel, folder: Path, base: str) -> None:
+    """Write the adapter with its head; the same bytes for the same weights.
+
+    `base` is what base_model_name_or_path will say. PEFT writes its model card and the target
+    modules in the order of a set: the one is removed, the other sorted.
+    """
+    model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    config["base_model_name_or_path"] = base
+    write_json(path, config)
+
+
+def rewards(model: PeftModel, batch: Pack) -> tuple[Tensor, Tensor]:
+    """Rewards of the chosen and the rejected answers of a pack: two fp32 tensors, each [pairs]."""
+    batch = batch.to(device())
+    classifier = model.get_base_model()
+    hidden = cast(nn.Module, classifier.base_model)(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
+    ends = hidden[torch.arange(len(batch.last), device=hidden.device), batch.last]
+    chosen, rejected = head_of(classifier)(ends.float())[:, 0].chunk(2)
+    return chosen, rejected
+
+
+@torch.no_grad()
+def score(model: PeftModel, rows: Sequence[Row], tokens_per_pack: int) -> tuple[Tensor, Tensor]:
+    """Rewards of chosen and rejected of many pairs, in their order, on the CPU: each [pairs].
+
+    Pairs of like length share a pack; the model's mode is left as it was.
+    """
+    lengths = [tokens(row) for row in rows]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    result = torch.empty(2, len(lengths))
+    training = model.training
+    model.eval()
+    groups = plan([lengths[index] for index in order], tokens_per_pack)
+    with tqdm(total=len(order), desc="scoring", unit=" pairs", delay=2, disable=None) as bar:
+        for group in groups:
+            indices = [order[index] for index in group]
+            chosen, rejected = rewards(model, pack([rows[index] for index in indices]))
+            result[0, indices], result[1, indices] = chosen.cpu(), rejected.cpu()
+            bar.update(len(indices))
+    model.train(training)
+    return result[0], result[1]
+
+
+def base_name(base: Path) -> dict[str, Any]:
+    """What fetch recorded of the base model: name, kind, revision, files."""
+    return dict(read_json(base / "base.json"))

@@ -1,0 +1,36 @@
+"""How the process of a stage begins and ends: one sentence for a fault, never an orphan."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+
+class Fault(Exception):
+    """A fault of the user's: where, what was found, what is wanted; no traceback."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a stage's `main`; a Fault exits with status 1 and its sentence, Ctrl-C with 130."""
+    if "DVC_ROOT" in os.environ:
+        threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    try:
+        main()
+    except Fault as fault:
+        print(fault, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _follow_parent(parent: int) -> None:
+    """End this process within half a second of DVC's end, however DVC was killed.
+
+    DVC does not take its stages along when it gets SIGTERM or SIGKILL; the orphan would work on
+    beside the stage that the next `dvc repro` starts.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -1,0 +1,446 @@
+"""Train LoRA and the scalar head on the preference pairs.
+
+    python -m stages.train
+
+Reads data/tokenized/{train,validation} and models/base. Writes models/adapter (adapter with head,
+template.json, quantization.json, training.json), the curves in reports/train, and
+metrics/train.json. Progress is kept in models/checkpoints: a run that was killed goes on where it
+was, and ends with the same bytes.
+"""
+
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from datasets import Dataset, load_from_disk
+from peft import LoraConfig, PeftModel
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from stages import checkpoints, params
+from stages.model import (
+    Quantization,
+    add_lora,
+    base_name,
+    device,
+    head_of,
+    load_base,
+    new_head,
+    rewards,
+    save,
+    score,
+)
+from stages.outputs import digests, whole_folder, write_json
+from stages.packing import Row, pack, plan, tokens
+from stages.pairwise import hits, losses, margins
+from stages.params import AboveZero, Fraction, Positive, Rule, Seed, Switch, ZeroOrMore
+from stages.process import Fault, run
+
+BASE = Path("models/base")
+TOKENIZED = Path("data/tokenized")
+ADAPTER = Path("models/adapter")
+REPORTS = Path("reports/train")
+METRICS = Path("metrics/train.json")
+HEAD_PAIRS = 32
+MARGIN_RMS = 0.05
+
+OPTIMIZERS = [str(name.value) for name in OptimizerNames]
+SCHEDULES = [str(name.value) for name in SchedulerType]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The group `lora` of params.yaml, where each key is described."""
+
+    r: Positive
+    lora_alpha: AboveZero
+    lora_dropout: Fraction
+    target_modules: Annotated[list[str], Rule("a list of at least one module name", bool)]
+
+
+@dataclass(frozen=True)
+class Train:
+    """The group `train` of params.yaml, where each key is described."""
+
+    pairs_per_step: Positive
+    tokens_per_pack: Positive
+    num_train_epochs: AboveZero
+    max_steps: Annotated[int, Rule("a positive integer, or -1", lambda n: n > 0 or n == -1)]
+    learning_rate: AboveZero
+    lr_scheduler_type: Annotated[
+        str, Rule(f"one of {', '.join(SCHEDULES)}", lambda name: name in SCHEDULES)
+    ]
+    warmup_steps: ZeroOrMore
+    weight_decay: ZeroOrMore
+    max_grad_norm: AboveZero
+    optim: Annotated[str, Rule(f"one of {', '.join(OPTIMIZERS)}", lambda name: name in OPTIMIZERS)]
+    gradient_checkpointing: Switch
+    logging_steps: Positive
+    eval_steps: Positive
+    save_steps: Positive
+    seed: Seed
+    head_seed: Seed
+    report_to: Literal["none", "wandb", "tensorboard", "mlflow"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The pairs of one optimizer step, in one piece so that no library walks through their ids."""
+
+    rows: Sequence[Row]
+
+
+def main() -> None:
+    group = params.load("train", Train)
+    lora = params.load("lora", Lora)
+    quantization = params.load("quantization", Quantization)
+    if group.save_steps % group.logging_steps:
+        raise Fault(
+            f"params.yaml: train.save_steps is {group.save_steps}, must be a multiple of "
+            f"train.logging_steps, {group.logging_steps}, so that no curve has a gap after a kill"
+        )
+    require_same_source()
+    datasets = [TOKENIZED / "train", TOKENIZED / "validation"]
+    name = checkpoints.fingerprint(
+        {"train": asdict(group), "lora": asdict(lora), "quantization": asdict(quantization)},
+        [BASE / "base.json", *datasets, TOKENIZED / "template.json"],
+    )
+    with checkpoints.held(name) as held:
+        held.forget_if_recorded(Path("dvc.lock"), "train")
+        train, validation = (load_from_disk(path) for path in datasets)
+        model = build(group, lora, quantization)
+        trainer = RewardTrainer(model, group, held, train, validation)
+        fit(trainer, held)
+        write(trainer, group, lora, quantization)
+        held.finish(METRICS)
+
+
+def require_same_source() -> None:
+    """Faults if models/base came from a local folder whose files have changed since."""
+    base = base_name(BASE)
+    if base["kind"] != "local":
+        return
+    folder = Path(base["name"]).expanduser()
+    if not folder.is_dir():
+        raise Fault(f"params.yaml: base.name {base['name']} was copied to {BASE} and is gone now")
+    now = {path.name: path for path in folder.iterdir() if path.name in base["source"]}
+    changed = sorted(base["source"].keys() - now.keys())
+    changed += sorted(
+        name for name, path in now.items() if digests(path.parent)[name] != base["source"][name]
+    )
+    if changed:
+        raise Fault(
+            f"params.yaml: base.name {base['name']} has changed since it was copied to {BASE} "
+            f"({', '.join(changed)}); run dvc repro --force --single-item fetch, then go on"
+        )
+
+
+def build(group: Train, lora: Lora, quantization: Quantization) -> PeftModel:
+    """The model with fresh adapters and a fresh head. Seeds the global random state."""
+    set_seed(group.seed)
+    model = load_base(BASE, quantization)
+    new_head(model, group.head_seed)
+    return add_lora(
+        model,
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # scaling is alpha / r, a float
+            lora_dropout=lora.lora_dropout,
+            target_modules=sorted(lora.target_modules),
+        ),
+    )
+
+
+def scale_head(model: PeftModel, rows: Sequence[Row], tokens_per_pack: int) -> None:
+    """Scale the head so that the first pairs' margins have a root mean square of 0.05 at most.
+
+    Their deviation then is at most 0.05 and their mean loss within 0.03 of ln 2: training starts
+    undecided, however large the base's activations are. Raises a Fault for rewards that are not
+    finite.
+    """
+    chosen, rejected = score(model, rows, tokens_per_pack)
+    size = margins(chosen, rejected).square().mean().sqrt().item()
+    if not math.isfinite(size):
+        raise Fault(
+            f"{BASE}: the rewards of the first pairs are not finite, wanted a base model that "
+            "computes in quantization.compute_dtype; try float32"
+        )
+    head = head_of(model.get_base_model())
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(min(1.0, MARGIN_RMS / size) if size else 1.0)
+    chosen, rejected = score(model, rows, tokens_per_pack)
+    deviation = margins(chosen, rejected).std(correction=0).item()
+    loss = losses(chosen, rejected).mean().item()
+    if deviation > 0.1 or abs(loss - math.log(2)) > 0.05:
+        raise Fault(
+            f"{BASE}: before the first step the margins deviate by {deviation:.3f} and the loss is "
+            f"{loss:.3f}, wanted at most 0.1 and ln 2 = 0.693"
+        )
+
+
+class RewardTrainer(Trainer):
+    """The Trainer for pairs: a batch is one optimizer step's pairs, worked through in packs."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        group: Train,
+        held: checkpoints.Run,
+        train: Dataset,
+        validation: Dataset,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=arguments(group, held.folder),
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=lambda rows: {"step": Step(rows)},
+            callbacks=[LastStep(), Progress()],
+        )
+        self.remove_callback(PrinterCallback)
+        self.reward_model, self.train_pairs, self.validation_pairs = model, train, validation
+        self.tokens_per_pack = group.tokens_per_pack
+        self.held = held
+        self.seen = torch.zeros(3)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Accumulate the gradient of the mean loss over the step's pairs, pack by pack."""
+        model.train()
+        rows = inputs["step"].rows
+        total = torch.zeros((), device=device())
+        for indices in plan([tokens(row) for row in rows], self.tokens_per_pack):
+            chosen, rejected = rewards(self.reward_model, pack([rows[index] for index in indices]))
+            loss = losses(chosen, rejected).sum() / len(rows)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            self.seen += (
+                torch.stack(
+                    [
+                        hits(chosen, rejected).sum(),
+                        margins(chosen, rejected).sum(),
+                        torch.tensor(float(len(indices)), device=chosen.device),
+                    ]
+                )
+                .detach()
+                .cpu()
+            )
+        if not torch.isfinite(total):
+            raise Fault(
+                f"the loss is {total.item()} at step {self.state.global_step + 1}; "
+                "lower train.learning_rate or train.max_grad_norm, then run again"
+            )
+        return total
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss, accuracy and mean margin on the validation pairs."""
+        chosen, rejected = score(
+            self.reward_model, list(self.validation_pairs), self.tokens_per_pack
+        )
+        metrics = {
+            "eval_loss": losses(chosen, rejected).mean().item(),
+            "eval_accuracy": hits(chosen, rejected).mean().item(),
+            "eval_margin": margins(chosen, rejected).mean().item(),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            right, margin, pairs = self.seen.tolist()
+            logs |= {"accuracy": right / pairs, "margin": margin / pairs}
+            self.seen.zero_()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = self.args.output_dir
+        step = self.state.global_step
+        with self.held.writing(step) as partial:
+            self.args.output_dir = str(partial)
+            super()._save_checkpoint(model, trial)
+            self.args.output_dir = folder
+            written = partial / f"checkpoint-{step}"
+            for path in written.iterdir():
+                path.rename(partial / path.name)
+            written.rmdir()
+            (partial / "training_args.bin").unlink(missing_ok=True)
+
+
+def arguments(group: Train, folder: Path) -> TrainingArguments:
+    """The Trainer's own arguments; those of params.yaml keep their names."""
+    optim = group.optim
+    if not torch.cuda.is_available() and ("8bit" in optim or "paged" in optim):
+        optim = "adamw_torch_fused"
+        print(f"optimizer: {group.optim} is for CUDA; here {optim}, the same method in 32 bits")
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=group.pairs_per_step,
+        num_train_epochs=group.num_train_epochs,
+        max_steps=group.max_steps,
+        learning_rate=group.learning_rate,
+        lr_scheduler_type=group.lr_scheduler_type,
+        warmup_steps=group.warmup_steps,
+        weight_decay=group.weight_decay,
+        max_grad_norm=group.max_grad_norm,
+        optim=optim,
+        activation_checkpointing=group.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=group.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=group.eval_steps,
+        save_strategy="steps",
+        save_steps=group.save_steps,
+        seed=group.seed,
+        report_to=group.report_to,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+class LastStep(TrainerCallback):
+    """Log, evaluate and save at the last step, whatever the intervals are."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = True
+
+
+class Progress(TrainerCallback):
+    """A bar over the steps with the latest figures; a line at each evaluation."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.first, self.start = state.global_step, time.monotonic()
+        self.bar = tqdm(
+            total=state.max_steps, initial=self.first, desc="training", unit=" steps", disable=None
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.bar.update()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("loss", "accuracy")})
+        elif logs and "eval_loss" in logs:
+            self.bar.write(
+                f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}  "
+                f"accuracy {logs['eval_accuracy']:.4f}  margin {logs['eval_margin']:+.4f}",
+                file=sys.stdout,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.bar.close()
+        pairs = (state.global_step - self.first) * args.per_device_train_batch_size
+        if pairs:
+            rate = pairs / (time.monotonic() - self.start)
+            print(f"speed      {rate:.1f} pairs/s, peak memory {peak_memory():.2f} GB")
+
+
+def peak_memory() -> float:
+    """In GB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def fit(trainer: RewardTrainer, held: checkpoints.Run) -> None:
+    """Train to the end, from the last whole checkpoint if there is one."""
+    model = trainer.reward_model
+    trainable, total = model.get_nb_trainable_parameters()
+    print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    checkpoint = held.latest()
+    if checkpoint:
+        print(f"resuming   from {checkpoint.name}")
+    else:
+        rows = trainer.train_pairs.select(range(min(HEAD_PAIRS, len(trainer.train_pairs))))
+        scale_head(model, list(rows), trainer.tokens_per_pack)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def write(trainer: RewardTrainer, group: Train, lora: Lora, quantization: Quantization) -> None:
+    """Write the adapter with what it was trained from, the curves and the metrics."""
+    history = trainer.state.log_history
+    training = [
+        {
+            name: entry[name]
+            for name in ("step", "loss", "accuracy", "margin", "learning_rate", "grad_norm")
+        }
+        for entry in history
+        if "loss" in entry
+    ]
+    validation = [
+        {"step": entry["step"]}
+        | {name: entry[f"eval_{name}"] for name in ("loss", "accuracy", "margin")}
+        for entry in history
+        if "eval_loss" in entry
+    ]
+    with whole_folder(ADAPTER) as folder:
+        save(trainer.reward_model, folder, base=str(BASE))
+        shutil.copyfile(TOKENIZED / "template.json", folder / "template.json")
+        write_json(folder / "quantization.json", quantization.recipe)
+        write_json(
+            folder / "training.json",
+            {
+                "train": asdict(group),
+                "lora": asdict(lora),
+                "quantization": asdict(quantization),
+                "pairs": len(trainer.train_pairs),
+                "data": digests(TOKENIZED / "train"),
+            },
+        )
+    with whole_folder(REPORTS) as folder:
+        write_json(folder / "training.json", training)
+        write_json(folder / "validation.json", validation)
+    trainable, _ = trainer.reward_model.get_nb_trainable_parameters()
+    last = {name: value for name, value in validation[-1].items() if name != "step"}
+    write_json(
+        METRICS,
+        {"steps": trainer.state.global_step, "trainable_parameters": trainable, "validation": last},
+    )
+
+
+if __name__ == "__main__":
+    run(main)

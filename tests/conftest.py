@@ -1,0 +1,101 @@
+"""What tests share: a tiny base model, a folder to work in, the rule on skipped tests."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked cuda run where there is a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """In continuous integration a skipped test is a failed one, those for a GPU apart."""
+    report = yield
+    if report.skipped and os.environ.get("CI") and not item.get_closest_marker("cuda"):
+        report.outcome = "failed"
+    return report
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as fetch leaves it: a random Qwen2 of 2 layers with the embedded tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from stages import embedded
+    from stages.outputs import digests, write_json
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = embedded.train_tokenizer(embedded.paragraphs(ROOT / embedded.CORPUS))
+    embedded.save_tokenizer(tokenizer, folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    content = {"name": "tiny", "kind": "embedded", "revision": "seed 0", "files": digests(folder)}
+    write_json(folder / "base.json", content)
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with params.yaml and models/base; it is the current folder."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "models").mkdir()
+    shutil.copytree(tiny_base, tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def set_params(workspace: Path) -> Callable[..., None]:
+    """Change values of the params.yaml of the workspace: set_params("lora", r=8)."""
+    yaml, path = YAML(), workspace / "params.yaml"
+
+    def change(group: str, **values: Any) -> None:
+        content = yaml.load(path)
+        content[group].update(values)
+        yaml.dump(content, path)
+
+    return change
+
+
+def write_pairs(path: Path, count: int = 40) -> Path:
+    """Distinct small pairs over count / 2 prompts, with a `kind`, as a JSON array."""
+    pairs = [
+        {
+            "prompt": f"Name a word that rhymes with number {index // 2}.",
+            "chosen": f"A good and kind answer about {index}, since you ask.",
+            "rejected": f"No. {'Go away! ' * (index % 3)}Nobody cares about {index}",
+            "kind": "rude" if index % 2 else "short",
+        }
+        for index in range(count)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")
+    return path
