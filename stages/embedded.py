@@ -31,7 +31,7 @@ CHAT = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-STEPS, ROWS, LENGTH, PEAK_RATE = 120, 8, 192, 2e-3
+STEPS, ROWS, LENGTH, PEAK_RATE = 80, 8, 192, 2e-3
 
 
 def build(folder: Path, seed: int) -> None:
@@ -110,8 +110,8 @@ def pretrain(corpus: list[str], tokenizer: "Tokenizer", seed: int) -> "Qwen2ForC
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=704,
+            hidden_size=192,
+            intermediate_size=528,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
