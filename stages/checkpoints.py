@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from stages.process import Fault
 
 KEPT_STEPS = 2
 KEPT_RUNS = 5
+PATIENCE = 50
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -35,10 +36,11 @@ def fingerprint(params: dict[str, Any], inputs: list[Path]) -> str:
         for name, module in sorted(sys.modules.items())
         if name.startswith("stages.") and module.__file__
     }
+    main = sys.modules["__main__"].__file__
     content = {
         "params": params,
         "inputs": [digests(path) if path.is_dir() else digest(path) for path in inputs],
-        "code": code | {"main": digest(Path(sys.modules["__main__"].__file__ or __file__))},
+        "code": code | ({"main": digest(Path(main))} if main else {}),
         "libraries": {name: version(name) for name in LIBRARIES},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -53,11 +55,10 @@ class Run:
     def latest(self) -> Path | None:
         """The last checkpoint whose files all have the digests they were written with."""
         for path in reversed(self._steps()):
-            manifest = path / "digests.json"
-            if manifest.exists():
-                found = digests(path)
-                del found["digests.json"]
-                if found == read_json(manifest):
+            found = digests(path)
+            found.pop("digests.json", None)
+            with suppress(FileNotFoundError, ValueError):  # no list of digests, or half of one
+                if found == read_json(path / "digests.json"):
                     return path
             print(f"checkpoint {path.name} is damaged, passed over")
         return None
@@ -111,18 +112,28 @@ def held(name: str) -> Iterator[Run]:
     """
     root = Path(os.environ.get("DVC_ROOT", ".")) / "models" / "checkpoints"
     folder = root / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
-        for patience in reversed(range(50)):
+    for patience in reversed(range(PATIENCE)):
+        with _entering(root):
+            folder.mkdir(exist_ok=True)
+            lock = (folder / "lock").open("a")
             if _lock(lock.fileno()):
+                _prune(root, folder)
                 break
-            if not patience:
-                raise Fault(
-                    f"{folder} is in use: another trainer works on the same run; wait for it"
-                )
-            time.sleep(0.1)
-        _prune(root, folder)
+        lock.close()
+        if not patience:
+            raise Fault(f"{folder} is in use: another trainer works on the same run; wait for it")
+        time.sleep(0.1)
+    with lock:
         yield Run(folder)
+
+
+@contextmanager
+def _entering(root: Path) -> Iterator[None]:
+    """One process at a time, so that none removes a folder that another is about to lock."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("a") as door:
+        fcntl.flock(door.fileno(), fcntl.LOCK_EX)
+        yield
 
 
 def _lock(file: int) -> bool:

@@ -5,17 +5,19 @@ is a byte-level BPE with Qwen2's own special tokens, pre-tokenization and chat t
 weights come from a short pretraining on the committed corpus. Good for trying things out only.
 """
 
-from itertools import cycle, islice
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from stages.outputs import write_json
+from stages.outputs import read_json, write_json
 from stages.process import Fault
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from torch import Generator, Tensor
     from transformers import Qwen2ForCausalLM
 
 NAME = "embedded/tiny-qwen2"
@@ -39,15 +41,16 @@ def build(folder: Path, seed: int) -> None:
     corpus = paragraphs(CORPUS)
     tokenizer = train_tokenizer(corpus)
     save_tokenizer(tokenizer, folder)
-    pretrain(corpus, tokenizer, seed).save_pretrained(folder)
+    save_model(pretrain(corpus, tokenizer, seed), folder)
 
 
 def paragraphs(folder: Path) -> list[str]:
-    """The paragraphs of the corpus, in the order of its files."""
+    """The paragraphs of the corpus, in the order of its files. Raises a Fault for none."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
-    if not texts:
-        raise Fault(f"{folder} holds no .txt file, wanted the corpus of {NAME}")
-    return [part.strip() for text in texts for part in text.split("\n\n") if part.strip()]
+    parts = [part.strip() for text in texts for part in text.split("\n\n") if part.strip()]
+    if not parts:
+        raise Fault(f"{folder} holds no text in .txt files, wanted the corpus of {NAME}")
+    return parts
 
 
 def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
@@ -65,6 +68,20 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
             "pad_token": SPECIAL[0],
         },
     )
+
+
+def save_model(model: "Qwen2ForCausalLM", folder: Path) -> None:
+    """Write weights and configuration: no progress bar, no version of the library, plain modes."""
+    from transformers import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        content = read_json(path)
+        del content["transformers_version"]
+        write_json(path, content)
+    # safetensors leaves its file readable by its owner alone.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def train_tokenizer(corpus: list[str]) -> "Tokenizer":
@@ -143,16 +160,19 @@ def pretrain(corpus: list[str], tokenizer: "Tokenizer", seed: int) -> "Qwen2ForC
     return model
 
 
-def batches(corpus: list[str], tokenizer: "Tokenizer", end: int, generator: Any) -> Any:
+def batches(
+    corpus: list[str], tokenizer: "Tokenizer", end: int, generator: "Generator"
+) -> Iterator["Tensor"]:
     """Endless batches of shape [ROWS, LENGTH]: the paragraphs in a new random order each time."""
     import torch
 
     encoded = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(corpus)]
-    stream = (
-        token
-        for _ in cycle([None])
-        for index in torch.randperm(len(encoded), generator=generator).tolist()
-        for token in encoded[index]
-    )
+
+    def stream() -> Iterator[int]:
+        while True:
+            for index in torch.randperm(len(encoded), generator=generator).tolist():
+                yield from encoded[index]
+
+    ids = stream()
     while True:
-        yield torch.tensor(list(islice(stream, ROWS * LENGTH))).view(ROWS, LENGTH)
+        yield torch.tensor(list(islice(ids, ROWS * LENGTH))).view(ROWS, LENGTH)

@@ -23,7 +23,7 @@ from stages.model import Quantization, load, score
 from stages.outputs import whole_folder, write_json
 from stages.pairwise import hits, losses, margins
 from stages.params import Positive, Seed
-from stages.process import run
+from stages.process import Fault, run
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -81,9 +81,14 @@ def as_table(test: Dataset, chosen: torch.Tensor, rejected: torch.Tensor) -> pa.
 def judge(
     table: pa.Table, chosen: torch.Tensor, rejected: torch.Tensor, group: Evaluate
 ) -> dict[str, Any]:
-    """The content of metrics/evaluate.json."""
+    """The content of metrics/evaluate.json. Raises a Fault for rewards that are not finite."""
     right = hits(chosen, rejected).double().numpy()
     margin = margins(chosen, rejected).double().numpy()
+    if broken := int((~np.isfinite(margin)).sum()):
+        raise Fault(
+            f"{ADAPTER}: the rewards of {broken} of {len(margin)} test pairs are not finite; "
+            "quantization.compute_dtype float32 has the widest range"
+        )
     prompts = np.unique(table["prompt_id"].to_numpy(), return_inverse=True)[1]
     low, high = interval(right, prompts, group)
     return {

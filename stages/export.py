@@ -3,21 +3,21 @@
     python -m stages.export
 
 Reads models/base, models/adapter, data/tokenized/test and what evaluate wrote. Writes models/export
-and metrics/export.json, or nothing: the folder is loaded again in a fresh process, and its rewards
-must be those that were evaluated.
+and metrics/export.json, or nothing: this process, which has seen no model yet, loads the folder,
+and its rewards must be those that were evaluated.
 """
 
 import json
+import re
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
+from datasets import Dataset, load_from_disk
 
 from stages import params
 from stages.model import Quantization, base_name, load, score
@@ -47,9 +47,12 @@ class Export:
 def main() -> None:
     group = params.load("export", Export)
     quantization = params.load("quantization", Quantization)
+    test = load_from_disk(TEST)
     with whole_folder(EXPORT) as folder:
-        assemble(folder)
-        metrics = compare(rescored(folder, group, quantization), group)
+        assemble(folder, quantization)
+        model = load(BASE, folder, quantization)
+        chosen, rejected = score(model, list(test), group.tokens_per_pack)
+        metrics = compare(test, (chosen.numpy(), rejected.numpy()), group)
     write_json(METRICS, metrics)
     print(
         f"reloaded   {metrics['pairs']} pairs: rewards differ from the evaluated ones by at most "
@@ -58,7 +61,7 @@ def main() -> None:
     print(f"exported   {EXPORT}; {EXPORT}/README.md says how to load it")
 
 
-def assemble(folder: Path) -> None:
+def assemble(folder: Path, quantization: Quantization) -> None:
     """Adapter, tokenizer, template and model card."""
     base = base_name(BASE)
     for path in sorted(ADAPTER.iterdir()):
@@ -70,28 +73,14 @@ def assemble(folder: Path) -> None:
         config["base_model_name_or_path"] = base["name"]
         config["revision"] = base["revision"]
     write_json(folder / "adapter_config.json", config)
-    (folder / "README.md").write_text(card(base, folder), encoding="utf-8")
+    (folder / "README.md").write_text(card(base, folder, quantization), encoding="utf-8")
 
 
-def rescored(folder: Path, group: Export, quantization: Quantization) -> tuple[Rewards, Rewards]:
-    """Rewards of the test pairs by the exported folder, in a process that knows nothing else."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        return fresh.submit(_score, folder, group.tokens_per_pack, quantization).result()
-
-
-def _score(
-    folder: Path, tokens_per_pack: int, quantization: Quantization
-) -> tuple[Rewards, Rewards]:
-    from datasets import load_from_disk
-
-    model = load(BASE, folder, quantization)
-    chosen, rejected = score(model, list(load_from_disk(TEST)), tokens_per_pack)
-    return chosen.numpy(), rejected.numpy()
-
-
-def compare(found: tuple[Rewards, Rewards], group: Export) -> dict[str, Any]:
+def compare(test: Dataset, found: tuple[Rewards, Rewards], group: Export) -> dict[str, Any]:
     """The content of metrics/export.json. Raises a Fault where rewards differ too much."""
     table = pyarrow.parquet.read_table(REWARDS)
+    if table["id"].to_pylist() != list(test["id"]):
+        raise Fault(f"{REWARDS} holds other pairs than {TEST}, wanted the same; run dvc repro")
     wanted = [table[f"reward_{side}"].to_numpy() for side in ("chosen", "rejected")]
     difference = np.abs(np.stack(found) - np.stack(wanted))
     flips = np.sign(found[0] - found[1]) != np.sign(wanted[0] - wanted[1])
@@ -135,7 +124,7 @@ adapter with a scalar head, trained with -log sigmoid(r_chosen - r_rejected).
 
 ## Data
 
-{pairs} training pairs, as text: `{template}`{eos}, at most {max_length} tokens. The tokenized
+{pairs} training pairs, as text: {template}{eos}, at most {max_length} tokens. The tokenized
 training set:
 
 | file | SHA-256 |
@@ -216,7 +205,7 @@ messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content"
     ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]"""
 
 
-def card(base: dict[str, Any], folder: Path) -> str:
+def card(base: dict[str, Any], folder: Path, quantization: Quantization) -> str:
     """The model card of the folder; nothing in it is of this machine."""
     template, training = (read_json(folder / name) for name in ("template.json", "training.json"))
     metrics, hub = read_json(EVALUATED), base["kind"] == "hub"
@@ -235,23 +224,21 @@ def card(base: dict[str, Any], folder: Path) -> str:
         for column, values in metrics["by"].items()
         for value, figures in values.items()
     ]
-    dtype = (
-        recipe["bnb_4bit_compute_dtype"] if recipe else training["quantization"]["compute_dtype"]
-    )
+    name = Path(base["name"]).name if base["kind"] == "local" else base["name"]
     code = CODE.format(
         base=json.dumps(base["name"] if hub else BASE.as_posix()),
         revision=f'revision="{base["revision"]}", ' if hub else "",
-        dtype=f"torch.{dtype}" if dtype != "auto" else '"auto"',
+        dtype=quantization.dtype,
         render=RENDER_CHAT if template["template"] == "chat" else RENDER_TEXT,
     )
     return CARD.format(
         front=f"base_model: {json.dumps(base['name'])}\n" if hub else "",
-        name=base["name"],
+        name=cell(name),
         revision=f"commit {base['revision']}" if hub else base["revision"],
         quantization=f"{recipe['bnb_4bit_quant_type'].upper()}" if recipe else "not quantized",
         files=table(base["files"]),
         pairs=training["pairs"],
-        template=json.dumps(template["template"], ensure_ascii=False).replace("`", "'"),
+        template=span(json.dumps(template["template"], ensure_ascii=False)),
         eos=" and the end-of-sequence token" if template["append_eos"] else "",
         max_length=template["max_length"],
         data=table(training["data"]),
@@ -267,6 +254,12 @@ def card(base: dict[str, Any], folder: Path) -> str:
 
 def table(rows: dict[str, Any]) -> str:
     return "\n".join(f"| {cell(name)} | {cell(str(value))} |" for name, value in rows.items())
+
+
+def span(text: str) -> str:
+    """Text as inline code, between more backticks than it has in a row itself."""
+    marks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{marks} {text} {marks}"
 
 
 def cell(text: str) -> str:

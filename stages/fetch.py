@@ -4,32 +4,49 @@
 
 Writes the weights (safetensors as they are), the configuration, the tokenizer as transformers
 builds it (one tokenizer.json and one tokenizer_config.json, whatever the source has), and base.json
-with the name, the resolved revision and the SHA-256 of every file.
+with the name, the resolved revision and the SHA-256 of every file. Weights come last, after all
+else has been found good.
 """
 
 import json
 import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages import embedded, params
-from stages.outputs import digests, read_json, whole_folder, write_json
+from stages.outputs import digest, digests, read_json, whole_folder, write_json
 from stages.params import Seed, Switch, Text
 from stages.process import Fault, run
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 BASE = Path("models/base")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-OTHERS = (
-    "*.json",
-    "*.jinja",
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIGS = ("config.json", "generation_config.json")
+TOKENIZER = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
     "*.model",
     "*.tiktoken",
-    "merges.txt",
-    "vocab.txt",
 )
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-PROBE = "问:What's 12 + 30?\n\n答: It's 42, 四十二。 <|endoftext|>"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+PROBES = [
+    "问:What's 12 + 30?\n\n答: It's 42, 四十二。 <|endoftext|>",
+    "  Two spaces,\ttabs\r\n\n\n and 1234567 CAPITALS </s> <|im_end|>",
+    "e\u0301 é 👩‍👩‍👧 𝔘nicode \u00a0 ﬁn",
+]
+SECONDS = 7
 
 
 @dataclass(frozen=True)
@@ -41,90 +58,172 @@ class Base:
     trust_remote_code: Switch
     seed: Seed
 
+    def fault(self, found: str) -> Fault:
+        return Fault(f"params.yaml: base.name {self.name} {found}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base comes from: the names of its files, and where one of them lies on this disk."""
+
+    kind: str
+    revision: str
+    names: Sequence[str]
+    path: Callable[[str], Path]
+
+    def matching(self, patterns: Sequence[str]) -> list[str]:
+        """Names of the top folder's files that match any of the patterns, sorted."""
+        return sorted(
+            name
+            for name in self.names
+            if "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
+        )
+
 
 def main() -> None:
     base = params.load("base", Base)
     with whole_folder(BASE) as folder:
         if base.name == embedded.NAME:
             embedded.build(folder, base.seed)
-            source = {"kind": "embedded", "revision": f"seed {base.seed}"}
-        elif Path(base.name).expanduser().is_dir():
-            source = copy_local(base, folder)
+            normalize_tokenizer(base, folder)
+            origin: dict[str, Any] = {"kind": "embedded", "revision": f"seed {base.seed}"}
         else:
-            source = download(base, folder)
-        require_decoder(base, folder)
-        normalize_tokenizer(base, folder)
+            origin = copy(base, folder_here(base) or hub_repository(base), folder)
         files = digests(folder)
-        write_json(folder / "base.json", {"name": base.name, "files": files, **source})
-    size = sum(file.stat().st_size for file in BASE.rglob("*")) / 1e6
-    print(f"base model {base.name} ({source['revision']}), {size:.0f} MB, is in {BASE}")
+        write_json(folder / "base.json", {"name": base.name, "files": files, **origin})
+    size = sum(file.stat().st_size for file in BASE.iterdir()) / 1e6
+    print(f"base model {base.name} ({origin['revision']}), {size:.0f} MB, is in {BASE}")
 
 
-def copy_local(base: Base, folder: Path) -> dict[str, Any]:
-    """Copy what a model needs from a local folder; remembers the digests of what was copied."""
-    source = Path(base.name).expanduser()
-    require_safetensors(base.name, [path.name for path in source.iterdir()])
-    patterns = WEIGHTS + OTHERS + (("*.py",) if base.trust_remote_code else ())
-    for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
-        shutil.copyfile(path, folder / path.name)
-    return {"kind": "local", "revision": "local folder", "source": digests(folder)}
-
-
-def download(base: Base, folder: Path) -> dict[str, Any]:
-    """Download from the Hub (or the mirror that HF_ENDPOINT names) at a resolved commit."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name = f"params.yaml: base.name {base.name}"
-    api = HfApi()
+def folder_here(base: Base) -> Source | None:
+    """The local folder that base.name is the path of, if there is one."""
     try:
-        info = api.model_info(base.name, revision=base.revision)
-        require_safetensors(base.name, [file.rfilename for file in info.siblings or []])
-        patterns = WEIGHTS + OTHERS + (("*.py",) if base.trust_remote_code else ())
-        snapshot = snapshot_download(
-            base.name,
-            revision=info.sha,
-            allow_patterns=list(patterns),
-            ignore_patterns=["*/*"],
-        )
-    except HFValidationError:
-        raise Fault(f"{name} is no folder here and no id of a Hub model") from None
-    except GatedRepoError:
-        raise Fault(
-            f"{name} is gated: accept its terms on its page at {api.endpoint} and set HF_TOKEN"
-        ) from None
-    except RevisionNotFoundError:
-        raise Fault(f"{name} has no revision {base.revision} (base.revision)") from None
-    except RepositoryNotFoundError:
-        raise Fault(
-            f"{name} is no folder here and no model at {api.endpoint} that you may read; "
-            f"wanted a Hub id, a local folder, or {embedded.NAME}"
-        ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise Fault(
-            f"{name} is no folder here, and {api.endpoint} could not be reached "
-            f"({type(error).__name__}: {detail}); HF_ENDPOINT may name a mirror"
-        ) from None
-    for path in sorted(Path(snapshot).iterdir()):
-        shutil.copyfile(path, folder / path.name)
-    return {"kind": "hub", "revision": info.sha}
+        folder = Path(base.name).expanduser()
+    except RuntimeError:  # the home of a user who does not exist
+        return None
+    if not folder.is_dir():
+        return None
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    return Source("local", "local folder", names, lambda name: folder / name)
 
 
-def require_safetensors(name: str, files: list[str]) -> None:
-    if any(file.endswith(".safetensors") for file in files):
-        return
-    pickles = [file for file in files if file.endswith(PICKLES)]
-    found = f"only {', '.join(pickles[:3])}" if pickles else "no weights"
-    raise Fault(f"params.yaml: base.name {name} has {found}, wanted weights in safetensors")
+def hub_repository(base: Base) -> Source:
+    """The model of that id on the Hub, or on the mirror that HF_ENDPOINT names, at its commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with hub_faults(base, api.endpoint):
+        info = api.model_info(base.name, revision=base.revision, timeout=SECONDS)
+    commit = info.sha
+    if commit is None:
+        raise base.fault(f"has no commit at {api.endpoint}, wanted a Hub that names one")
+
+    def download(name: str) -> Path:
+        with hub_faults(base, api.endpoint):
+            return Path(api.hf_hub_download(base.name, name, revision=commit))
+
+    return Source("hub", commit, [file.rfilename for file in info.siblings or []], download)
+
+
+@contextmanager
+def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises for a model that cannot be had into a Fault."""
+    from huggingface_hub import errors
+
+    # The root of all errors of the HTTP library, which is httpx or httpx2 by the Hub's version.
+    unreachable = errors.HTTPError  # type: ignore[attr-defined]
+    try:
+        yield
+    except errors.HFValidationError:
+        raise base.fault(
+            f"is no folder here and no id of a Hub model, wanted one of them, or {embedded.NAME}"
+        ) from None
+    except errors.GatedRepoError:
+        raise base.fault(
+            f"is gated, wanted access: accept its terms on its page at {endpoint} and set HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise base.fault(
+            f"has no revision {base.revision} at {endpoint}, wanted in base.revision one of its "
+            "branches, tags or commits"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise base.fault(
+            f"is no folder here and no model at {endpoint} that you may read, wanted a Hub id, "
+            f"a local folder, or {embedded.NAME}; a private model needs HF_TOKEN"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        status = f"{error.response.status_code} {error.server_message or ''}".strip()
+        raise base.fault(
+            f"is no folder here, and {endpoint} answered {status}, wanted the model's files"
+        ) from None
+    except json.JSONDecodeError:
+        raise base.fault(
+            f"is no folder here, and {endpoint} does not answer as a Hub does, "
+            "wanted the Hub or a mirror of it in HF_ENDPOINT"
+        ) from None
+    except (
+        unreachable,
+        errors.LocalEntryNotFoundError,
+        errors.FileMetadataError,
+        ConnectionError,
+    ) as error:
+        raise base.fault(
+            f"is no folder here, and {endpoint} could not be reached ({type(error).__name__}), "
+            "wanted a connection, or a mirror in HF_ENDPOINT"
+        ) from None
+
+
+def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
+    """Copy what a model needs and no more; what base.json is to say of where it came from."""
+    require_weights(base, source)
+    code = ("*.py",) if base.trust_remote_code else ()
+    for name in source.matching(CONFIGS + TOKENIZER + code):
+        shutil.copyfile(source.path(name), folder / name)
+    original = digests(folder)
+    require_decoder(base, folder)
+    normalize_tokenizer(base, folder)
+    weights = copy_weights(base, source, folder)
+    origin: dict[str, Any] = {"kind": source.kind, "revision": source.revision}
+    if source.kind == "local":
+        origin["source"] = original | {name: digest(folder / name) for name in weights}
+    return origin
+
+
+def require_weights(base: Base, source: Source) -> None:
+    """Faults unless there are weights in safetensors, by the names that transformers loads."""
+    if not source.matching([WEIGHTS, INDEX]):
+        others = source.matching([f"*{suffix}" for suffix in WEIGHT_SUFFIXES])
+        found = f"only {', '.join(others[:3])}" if others else "no weights"
+        raise base.fault(f"has {found}, wanted {WEIGHTS}, or {INDEX} and its shards")
+
+
+def copy_weights(base: Base, source: Source, folder: Path) -> list[str]:
+    """Copy the weights, bytes untouched; their names. The whole file goes before its shards."""
+    from safetensors import SafetensorError, safe_open
+
+    names = source.matching([WEIGHTS]) or shards(base, source)
+    for name in names:
+        shutil.copyfile(source.path(name), folder / name)
+        if name == INDEX:
+            continue
+        try:
+            with safe_open(folder / name, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise base.fault(f"has a broken {name} ({error}), wanted safetensors") from None
+    return names
+
+
+def shards(base: Base, source: Source) -> list[str]:
+    """The names of the index and of the shards that it lists."""
+    try:
+        names = sorted(set(read_json(source.path(INDEX))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise base.fault(f"has a broken {INDEX} ({error!r}), wanted its weight_map") from None
+    if missing := sorted(set(names) - set(source.matching(["*"]))):
+        raise base.fault(f"lacks {', '.join(missing[:3])}, wanted all shards of its {INDEX}")
+    return [INDEX, *names]
 
 
 def require_decoder(base: Base, folder: Path) -> None:
@@ -134,24 +233,27 @@ def require_decoder(base: Base, folder: Path) -> None:
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     )
 
-    name = f"params.yaml: base.name {base.name}"
     try:
         config = read_json(folder / "config.json")
     except FileNotFoundError:
-        raise Fault(f"{name} has no config.json, wanted a transformers model") from None
-    except json.JSONDecodeError as error:
-        raise Fault(f"{name} has a broken config.json: {error}") from None
-    names = config.get("architectures") or []
+        raise base.fault("has no config.json, wanted a transformers model") from None
+    except ValueError as error:
+        raise base.fault(f"has a broken config.json ({error}), wanted JSON") from None
+    if not isinstance(config, dict):
+        raise base.fault(f"has a broken config.json, a {type(config).__name__}, wanted an object")
     if base.trust_remote_code and "auto_map" in config:
         return
+    kind = str(config.get("model_type"))
+    classes = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind)]
     if (
-        not set(names) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        not set(classes) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         or config.get("is_encoder_decoder")
-        or config.get("model_type") not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        or kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     ):
-        raise Fault(
-            f"{name} is a {', '.join(names) or config.get('model_type')}, "
-            "wanted a decoder language model such as Qwen2ForCausalLM"
+        trust = ", or base.trust_remote_code for its own code" if "auto_map" in config else ""
+        raise base.fault(
+            f"is a {', '.join(map(str, classes))}, wanted a decoder language model that "
+            f"transformers can also build as a classifier, such as Qwen2ForCausalLM{trust}"
         )
 
 
@@ -161,34 +263,76 @@ def normalize_tokenizer(base: Base, folder: Path) -> None:
     What transformers makes of a tokenizer folder is not always what its tokenizer.json says;
     later stages read the file alone, so the file must be what transformers runs.
     """
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
-        backend = tokenizer.backend_tokenizer
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise Fault(
-            f"params.yaml: base.name {base.name} has no fast tokenizer that loads: {detail}"
-        ) from None
+    tokenizer = load_tokenizer(base, folder)
+    wanted = tokenizer(PROBES)["input_ids"]
+    path = folder / "tokenizer_config.json"
+    config = self_contained(read_json(path) if path.exists() else {}, tokenizer)
+    for file in sorted(folder.iterdir()):
+        if any(fnmatchcase(file.name, pattern) for pattern in TOKENIZER):
+            file.unlink()
+    backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    backend.save(str(folder / "tokenizer.json"))
-    config_path = folder / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.exists() else {}
-    for key in ("bos_token", "eos_token", "pad_token"):
-        config[key] = getattr(tokenizer, key)
-    if isinstance(tokenizer.chat_template, str):
-        config["chat_template"] = tokenizer.chat_template
-    write_json(config_path, config)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    again = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if again.encode(PROBE).ids != tokenizer(PROBE)["input_ids"]:
-        raise Fault(
-            f"params.yaml: base.name {base.name} has a tokenizer that gives other ids when saved; "
-            "wanted one whose tokenizer.json is complete"
+    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    write_json(path, config)
+    if wanted != ids_of_file(folder) or wanted != load_tokenizer(base, folder)(PROBES)["input_ids"]:
+        raise base.fault(
+            "has a tokenizer that gives other ids when saved, wanted one whose tokenizer.json "
+            "is complete"
         )
+
+
+def load_tokenizer(base: Base, folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer as transformers builds it. Raises a Fault where it is none, or has no backend.
+
+    transformers builds an empty tokenizer, without an error, of a folder that has no vocabulary.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
+
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        detail = " ".join(str(error).split())[:200]
+        raise base.fault(
+            f"has no fast tokenizer that loads ({type(error).__name__}: {detail}), "
+            "wanted a tokenizer.json"
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise base.fault(f"has a slow tokenizer, {type(tokenizer).__name__}, wanted a fast one")
+    if set(tokenizer(PROBES[0])["input_ids"]) <= set(tokenizer.all_special_ids):
+        raise base.fault("has no vocabulary for its tokenizer, wanted a tokenizer.json")
+    return tokenizer
+
+
+def ids_of_file(folder: Path) -> list[list[int]]:
+    """The ids of the probes by tokenizer.json alone, as later stages read it."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [encoding.ids for encoding in tokenizer.encode_batch(PROBES)]
+
+
+def self_contained(config: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """The configuration with what other files of the source had: special tokens, chat template.
+
+    A class of the model's own code is dropped: with a whole tokenizer.json none is needed.
+    """
+    config = {key: value for key, value in config.items() if key != "fast_tokenizer_files"}
+    if config.pop("auto_map", None) or "tokenizer_class" not in config:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        token = getattr(tokenizer, key)
+        if key in config or token is not None:
+            config[key] = token
+    extra = [str(token) for token in tokenizer.extra_special_tokens]
+    if extra and "extra_special_tokens" not in config:
+        config["additional_special_tokens"] = extra
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    config.pop("chat_template", None)
+    return config | ({"chat_template": template} if template else {})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The reward model: a quantized base, LoRA on it, a scalar head; its rewards of a pack."""
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -62,7 +64,8 @@ def device() -> torch.device:
 def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
     """The base as a sequence classifier of one label, on the device, frozen, its head not yet made.
 
-    Raises a Fault for a model that has no score head.
+    Code that comes with the base runs if it is there: fetch copies it only where
+    base.trust_remote_code says so. Raises a Fault for a model that has no score head.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -73,7 +76,7 @@ def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
         dtype=quantization.dtype,
         quantization_config=BitsAndBytesConfig(**recipe) if recipe else None,
         device_map={"": device()},
-        trust_remote_code=False,
+        trust_remote_code=any(base.glob("*.py")),
         use_safetensors=True,
     )
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -124,14 +127,24 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             f"{type(model).__name__} lacks; it has {', '.join(sorted(linear))}"
         )
     config.task_type = TaskType.SEQ_CLS
-    return get_peft_model(model, config)
+    with silent_peft():
+        return get_peft_model(model, config)
 
 
 def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
     """A trained reward model, ready to score."""
     model = load_base(base, quantization)
     new_head(model, seed=0)
-    return PeftModel.from_pretrained(model, adapter).eval()
+    with silent_peft():
+        return PeftModel.from_pretrained(model, adapter).eval()
+
+
+@contextmanager
+def silent_peft() -> Iterator[None]:
+    """PEFT asks for a property that transformers has renamed, and each wrapping warns of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def save(model: PeftModel, folder: Path, base: str) -> None:

@@ -5,11 +5,14 @@ text, a list of messages, or nothing, when the two conversations stand whole in 
 `rejected`. Further columns with a single value are kept.
 """
 
+import codecs
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,12 +23,20 @@ from stages.process import Fault
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
+FIELDS = ("prompt", "chosen", "rejected")
+# Columns of the tokenized data and of rewards.parquet.
 RESERVED = (
-    *("id", "prompt_id", "prefix_length"),
+    *("id", "prompt_id", "prefix_length", "margin"),
+    *("reward_chosen", "reward_rejected", "tokens_chosen", "tokens_rejected"),
     *(f"{name}_{side}" for name in ("input_ids", "attention_mask") for side in "jk"),
 )
+LAST_TURN = "\n\nAssistant:"
+CHUNK = 1 << 20
+# Characters of the longest piece of JSON, a string apart, that the end of a chunk can cut in two.
+LONGEST_TOKEN = 16
 
 Message = tuple[str, str]
+Messages = tuple[Message, ...]
 Hashes = npt.NDArray[np.uint64]
 
 
@@ -41,34 +52,48 @@ class BadRecord(Exception):
 class Pair:
     """A checked record. A text is one message of the user or the assistant."""
 
-    prompt: tuple[Message, ...]
-    chosen: tuple[Message, ...]
-    rejected: tuple[Message, ...]
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
     id: str
     columns: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def prompt_hash(self) -> int:
         """64 bits that are equal for equal prompts, whatever form they came in."""
         return _hash([self.prompt])
 
-    @property
-    def answers_hash(self) -> int:
-        """64 bits that are equal for the same prompt and answers, whichever is the chosen one."""
-        return _hash([self.prompt, *sorted([self.chosen, self.rejected])])
-
-    @property
+    @cached_property
     def pair_hash(self) -> int:
         """64 bits that are equal for equal records."""
-        return _hash([self.prompt, self.chosen, self.rejected])
+        return _bits(self.prompt_hash.to_bytes(8) + b"".join(self._answers))
+
+    @cached_property
+    def answers_hash(self) -> int:
+        """64 bits that are equal for the same prompt and answers, whichever is the chosen one."""
+        return _bits(self.prompt_hash.to_bytes(8) + b"".join(sorted(self._answers)))
+
+    @cached_property
+    def _answers(self) -> list[bytes]:
+        return [_sha256(answer) for answer in (self.chosen, self.rejected)]
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def _sha256(content: object) -> bytes:
+    """SHA-256 of the compact JSON of `content` in UTF-8."""
+    return hashlib.sha256(_ENCODER.encode(content).encode()).digest()
+
+
+def _bits(digested: bytes) -> int:
+    """The first 64 bits of the SHA-256 of some bytes."""
+    return int.from_bytes(hashlib.sha256(digested).digest()[:8])
 
 
 def _hash(content: object) -> int:
-    return int.from_bytes(hashlib.sha256(_compact(content)).digest()[:8], "big")
-
-
-def _compact(content: object) -> bytes:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    """The first 64 bits of the SHA-256 of the compact JSON of `content`."""
+    return int.from_bytes(_sha256(content)[:8])
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -88,102 +113,150 @@ def files(path: Path) -> list[Path]:
     return found
 
 
-def read(path: Path) -> Iterator[Any]:
-    """The records of one file in their order, a few at a time, unchecked.
+def read(path: Path) -> Iterator[tuple[int, Any]]:
+    """Position and content of the records of one file in their order, a few at a time, unchecked.
 
-    Raises a Fault where the file ends early or is not what its name says.
+    The position is what `unit` calls it, from 1. Raises a Fault where the file ends early or is
+    not what its name says.
     """
-    count = 0
+    position = 0
     try:
-        for record in _parquet(path) if path.suffix == ".parquet" else _json(path):
-            count += 1
-            yield record
-    except UnicodeDecodeError as error:
-        raise Fault(f"{path}: not UTF-8 after record {count}: {error.reason}") from None
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
-        raise Fault(f"{path}: cannot be read after record {count}: {error}") from None
-    if not count:
+        reader = {"row": _parquet, "record": _array, "line": _lines}[unit(path)]
+        for position, record in reader(path):
+            yield position, record
+    except UnicodeDecodeError:
+        raise Fault(f"{path}: {_undecodable(path)}, wanted UTF-8") from None
+    except (EOFError, OSError, zlib.error) as error:
+        raise Fault(f"{path}: cannot be read to its end: {error}; wanted a whole file") from None
+    if not position:
         raise Fault(f"{path} holds no record, wanted preference pairs")
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def unit(path: Path) -> str:
+    """What the records of a file are counted by: its rows, the records of an array, its lines."""
+    if path.suffix == ".parquet":
+        return "row"
+    with _open(path) as file:
+        return "record" if _first(file) == "[" else "line"
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    position = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1000):
-                yield from batch.to_pylist()
+                for record in batch.to_pylist():
+                    position += 1
+                    yield position, record
     except pyarrow.ArrowException as error:
         raise Fault(f"{path}: broken Parquet: {error}") from None
 
 
-def _json(path: Path) -> Iterator[Any]:
-    """Records of a JSON array or of JSON Lines, told apart by the first character."""
+def _open(path: Path) -> IO[str]:
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-        first = file.read(1)
-        while first.isspace():
-            first = file.read(1)
-        yield from _array(path, file) if first == "[" else _lines(path, first, file)
+    return opened(path, "rt", encoding="utf-8-sig", newline="\n")
 
 
-def _lines(path: Path, first: str, file: IO[str]) -> Iterator[Any]:
-    for number, line in enumerate(file, start=1):
-        text = (first + line if number == 1 else line).strip()
-        if not text:
-            continue
-        try:
-            yield _DECODER.decode(text)
-        except ValueError as error:
-            raise Fault(
-                f"{path}: line {number}: broken JSON: {error}; wanted one record a line, "
-                "or an array of records"
-            ) from None
+def _first(file: IO[str]) -> str:
+    """The next character that is no white space; nothing at the end of the file."""
+    while (character := file.read(1)).isspace():
+        pass
+    return character
 
 
-def _array(path: Path, file: IO[str]) -> Iterator[Any]:
-    """Records of an array whose `[` has been read; holds little more than one record in memory."""
-    buffer, start, count, size = "", 0, 0, 1 << 20
-    while True:
-        start = _skip_space(buffer, start)
-        try:
-            if buffer[start : start + 1] == "]" and not count:
-                return
-            record, end = _DECODER.raw_decode(buffer, start)
-            after = _skip_space(buffer, end)
-            separator = buffer[after : after + 1]
-            complete = bool(separator)
-        except _DuplicateKey as error:
-            raise Fault(f"{path}: record {count + 1}: broken JSON: {error}") from None
-        except json.JSONDecodeError as error:
-            complete = False
-            fault = f"{error.msg}, found {buffer[error.pos : error.pos + 20]!r}"
-            cut = error.msg.startswith("Unterminated") or error.pos >= len(buffer) - 16
-            if not cut:
-                raise Fault(f"{path}: record {count + 1}: broken JSON: {fault}") from None
-        else:
-            fault = "wanted ',' or ']' after it, found the end"
-        if not complete:
-            more = file.read(size)
-            if not more:
-                raise Fault(f"{path}: record {count + 1}: broken JSON: {fault}") from None
-            buffer, start, size = buffer[start:] + more, 0, size * 2
-            continue
-        yield record
-        count, size, start = count + 1, 1 << 20, after + 1
-        if separator == "]":
-            break
-        if separator != ",":
-            found = buffer[after : after + 20]
-            raise Fault(f"{path}: record {count}: wanted ',' or ']' after it, found {found!r}")
-    rest = buffer[start:].strip() or file.read(1 << 20).strip()
-    if rest:
-        raise Fault(f"{path}: wanted the end after the array, found {rest[:20]!r}")
+def _undecodable(path: Path) -> str:
+    """The place of the first byte of a file that is not UTF-8."""
+    decoder, lines, done = codecs.getincrementaldecoder("utf-8")(), 0, 0
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        chunk = b"begin"
+        while chunk:
+            chunk, held = file.read(CHUNK), decoder.getstate()[0]
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                lines += (held + chunk).count(b"\n", 0, error.start) + 1
+                byte = error.object[error.start]
+                offset = done - len(held) + error.start + 1
+                return f"line {lines}: byte {offset} of the file is {byte:#04x}, {error.reason}"
+            lines += chunk.count(b"\n")
+            done += len(chunk)
+    return "some byte is not UTF-8"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Records of JSON Lines, with the numbers of their lines."""
+    wanted, seen = "wanted one record a line, or an array of records", False
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not (text := line.strip()):
+                continue
+            try:
+                record = _DECODER.decode(text)
+            except (ValueError, RecursionError) as error:
+                raise Fault(
+                    f"{path}: line {number}: broken JSON: {error}, found {text[:20]!r}; {wanted}"
+                ) from None
+            if not seen and _is_wrapper(record):
+                raise Fault(f"{path}: line {number}: an object with {_names(record)}; {wanted}")
+            seen = True
+            yield number, record
+
+
+def _is_wrapper(record: Any) -> bool:
+    """Whether this is an object around a list of records, and no record itself."""
+    return (
+        isinstance(record, dict)
+        and not record.keys() & set(FIELDS)
+        and any(isinstance(value, list) for value in record.values())
+    )
+
+
+def _array(path: Path) -> Iterator[tuple[int, Any]]:
+    """Records of a JSON array; holds little more than one record, or one chunk, in memory."""
+    with _open(path) as file:
+        _first(file)
+        buffer, start, position, size = _first(file), 0, 1, CHUNK
+        if buffer == "]":
+            return
+        while True:
+            try:
+                record, separator, end = _element(buffer, start)
+            except json.JSONDecodeError as error:
+                # At the end of the chunk an error says nothing: the rest may be in the next one.
+                at_end = error.pos > len(buffer) - LONGEST_TOKEN
+                more = file.read(size) if at_end or "Unterminated" in error.msg else ""
+                if not more:
+                    found = repr(buffer[error.pos : error.pos + 20] or "the end of the file")
+                    raise Fault(
+                        f"{path}: record {position}: broken JSON: {error.msg}, found {found}; "
+                        "wanted an array of records"
+                    ) from None
+                buffer, start, size = buffer[start:] + more, 0, size * 2
+                continue
+            except (ValueError, RecursionError) as error:
+                raise Fault(f"{path}: record {position}: broken JSON: {error}") from None
+            yield position, record
+            position, start, size = position + 1, end, CHUNK
+            if separator == "]":
+                break
+        if rest := (buffer[start:] + file.read(CHUNK)).strip():
+            raise Fault(f"{path}: found {rest[:20]!r} behind the array, wanted the end of the file")
+
+
+def _element(text: str, start: int) -> tuple[Any, str, int]:
+    """The array element that starts at `start`, the separator after it, the index after that."""
+    record, end = _DECODER.raw_decode(text, _skip_space(text, start))
+    end = _skip_space(text, end)
+    if text[end : end + 1] not in (",", "]"):
+        raise json.JSONDecodeError("Expecting ',' or ']' after the record", text, end)
+    return record, text[end], end + 1
 
 
 def _skip_space(text: str, start: int) -> int:
-    while start < len(text) and text[start] in " \t\r\n":
+    while text[start : start + 1] in (" ", "\t", "\r", "\n"):
         start += 1
     return start
 
@@ -209,58 +282,78 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 def check(record: Any) -> Pair:
     """A raw record as a Pair. Raises BadRecord with one of the reasons `missing_key`,
-    `wrong_type`, `empty`, `unknown_role`, `no_prompt`, `not_text` and `identical_answers`."""
+    `wrong_type`, `unknown_role`, `not_text`, `empty`, `prompt_differs`, `identical_answers`."""
     if not isinstance(record, dict):
         raise BadRecord("wrong_type", f"is {_kind(record)}, wanted an object")
     for key in ("chosen", "rejected"):
         if key not in record:
             raise BadRecord("missing_key", f"{key!r} is missing, found {_names(record)}")
-    raw = [record.get("prompt"), record["chosen"], record["rejected"]]
+    raw = [record.get(key) for key in FIELDS]
+    prompt, chosen, rejected = _conversations(*raw)
+    columns = _columns(record)
     try:
-        identity = hashlib.sha256(_compact(raw)).hexdigest()[:16]
+        identity = _sha256(raw).hex()[:16]
+        "".join([*columns, *columns.values()]).encode()
     except (UnicodeEncodeError, TypeError) as error:
         raise BadRecord("not_text", f"holds what is no text: {error}") from None
-    prompt, chosen, rejected = _conversations(*raw)
-    for key, messages in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+    for key, messages in zip(FIELDS, (prompt, chosen, rejected), strict=True):
         if not all(content.strip() for _, content in messages):
             raise BadRecord("empty", f"{key!r} is empty")
     if chosen == rejected:
         raise BadRecord("identical_answers", "'chosen' and 'rejected' are the same")
-    return Pair(prompt, chosen, rejected, identity, _columns(record))
+    return Pair(prompt, chosen, rejected, identity, columns)
 
 
-def _conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[tuple[Message, ...], ...]:
+def _conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
     """Prompt, chosen and rejected as messages, nothing of the prompt left in the answers."""
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             prompt, chosen, rejected = _split_texts(chosen, rejected)
-        return (
-            _messages("prompt", prompt, "user"),
-            (("assistant", chosen),),
-            (("assistant", rejected),),
-        )
-    answers = [_messages(key, value) for key, value in (("chosen", chosen), ("rejected", rejected))]
-    if prompt is None:
-        head = _shared(*answers)
-        if not head:
-            raise BadRecord("no_prompt", "there is no 'prompt', and the first messages differ")
-    else:
         head = _messages("prompt", prompt, "user")
+        return head, (("assistant", chosen),), (("assistant", rejected),)
+    for key, value, other in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
+        if isinstance(value, str) and isinstance(other, list):
+            raise BadRecord("wrong_type", f"{key!r} is a text, wanted both lists, or both texts")
+    answers = _messages("chosen", chosen), _messages("rejected", rejected)
+    head = _shared_prompt(*answers)
+    if prompt is not None:
+        asked = _messages("prompt", prompt, "user")
+        # The answers may repeat the prompt, and may begin with a system message that it lacks.
+        if tuple(message for message in head if message[0] != "system") != asked:
+            head = asked
+    elif not any(role == "user" for role, _ in head):
+        raise BadRecord("missing_key", "'prompt' is missing, and the first messages differ")
     left, right = (
         answer[len(head) :] if answer[: len(head)] == head else answer for answer in answers
     )
     for key, answer in (("chosen", left), ("rejected", right)):
         if not answer or answer[-1][0] != "assistant":
             raise BadRecord("empty", f"{key!r} has no answer of the assistant's after the prompt")
+        if answer[0][0] != "assistant":
+            raise BadRecord(
+                "prompt_differs",
+                f"{key!r} begins with another message than the prompt: {answer[0][1][:40]!r}",
+            )
     return head, left, right
 
 
-def _messages(key: str, value: Any, role: str | None = None) -> tuple[Message, ...]:
-    """A list of messages, or a text as one message of `role`, where a role is given."""
-    if isinstance(value, str) and role:
+def _shared_prompt(chosen: Messages, rejected: Messages) -> Messages:
+    """The messages with which both begin, up to the last one that is not the assistant's."""
+    count = 0
+    for index, (left, right) in enumerate(zip(chosen, rejected, strict=False), start=1):
+        if left != right:
+            break
+        if left[0] != "assistant":
+            count = index
+    return chosen[:count]
+
+
+def _messages(key: str, value: Any, role: str = "assistant") -> Messages:
+    """A list of messages, or a text as one message of `role`."""
+    if isinstance(value, str):
         return ((role, value),)
     if not isinstance(value, list):
-        wanted = "both answers to be texts, or both lists of messages"
+        wanted = "a text or a list of messages"
         raise BadRecord("wrong_type", f"{key!r} is {_kind(value)}, wanted {wanted}")
     if not value:
         raise BadRecord("empty", f"{key!r} is an empty list")
@@ -280,25 +373,19 @@ def _message(key: str, item: Any) -> Message:
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The common beginning of two texts, up to the last turn marker or space, as the prompt."""
-    length = len(_shared(chosen, rejected))
-    marker = "\n\nAssistant:"
-    cut = chosen.rfind(marker, 0, length)
-    cut = (
-        cut + len(marker)
-        if cut >= 0
-        else 1 + max(chosen.rfind(space, 0, length) for space in (" ", "\n"))
+    """Two conversations in the form of HH, cut behind the last turn marker that they share.
+
+    Without a marker nothing tells the prompt from answers that happen to begin alike.
+    """
+    cut = len(chosen)
+    while (cut := chosen.rfind(LAST_TURN, 0, cut)) >= 0:
+        head = chosen[: cut + len(LAST_TURN)]
+        if rejected.startswith(head):
+            return head, chosen[len(head) :], rejected[len(head) :]
+    raise BadRecord(
+        "missing_key",
+        f"'prompt' is missing, and the answers are no conversations that share {LAST_TURN!r}",
     )
-    if not chosen[:cut].strip():
-        raise BadRecord("no_prompt", "there is no 'prompt', and the texts begin differently")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
-def _shared(left: Any, right: Any) -> Any:
-    """The longest common beginning of two sequences."""
-    length = min(len(left), len(right))
-    same = next((i for i in range(length) if left[i] != right[i]), length)
-    return left[:same]
 
 
 def _columns(record: dict[str, Any]) -> dict[str, str]:
@@ -306,21 +393,15 @@ def _columns(record: dict[str, Any]) -> dict[str, str]:
     return {
         f"raw_{key}" if key in RESERVED else key: str(value)
         for key, value in record.items()
-        if key not in ("prompt", "chosen", "rejected") and isinstance(value, str | int | float)
+        if key not in FIELDS and isinstance(value, str | int | float)
     }
 
 
 def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names: dict[type, str] = {
-        str: "a text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    names |= {list: "a list", dict: "an object"}
-    return names.get(type(value), repr(value))
+    """What a value is, in the words of JSON."""
+    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+    names |= {bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _names(record: dict[str, Any]) -> str:

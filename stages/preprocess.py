@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +35,9 @@ from stages.pairs import (
     files,
     read,
     split,
+    unit,
 )
-from stages.params import Positive, Rule, Seed, Text
+from stages.params import Positive, Rule, Seed, Switch, Text
 from stages.process import Fault, run
 from stages.tokens import Encoder, Template, prefix_length
 
@@ -45,11 +45,29 @@ BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
 METRICS = Path("metrics/preprocess.json")
 SPLITS = ("train", "validation", "test")
-BATCH = 1024
+BATCH_CHARACTERS = 1 << 20
 SHOWN = 10
 
 Share = Annotated[float, Rule("a number from 0 up to, not including, 0.5", lambda s: 0 <= s < 0.5)]
 Ids = list[int]
+
+
+class Rendered(NamedTuple):
+    """A pair that passed the checks, its place, and chosen and rejected as text."""
+
+    file: int
+    position: int
+    pair: Pair
+    texts: tuple[str, str]
+
+
+class BadPlace(NamedTuple):
+    """Where a bad record stands and why it is bad; in the order of files and positions."""
+
+    file: int
+    position: int
+    reason: str
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -62,62 +80,94 @@ class Preprocess:
     test_fraction: Share
     seed: Seed
     template: Text
-    append_eos: Annotated[bool, Rule("true or false")]
+    append_eos: Switch
     max_length: Positive
     over_length: Literal["stop", "drop", "truncate_prompt"]
     on_bad_record: Literal["stop", "drop"]
+
+
+def numbers() -> array[int]:
+    return array("Q")
 
 
 @dataclass
 class Ledger:
     """What was seen: a few numbers of every usable record, and what is wrong with the others."""
 
-    files: list[Path] = field(default_factory=list)
-    file: array[int] = field(default_factory=lambda: array("H"))
-    position: array[int] = field(default_factory=lambda: array("L"))
-    prompt: array[int] = field(default_factory=lambda: array("Q"))
-    answers: array[int] = field(default_factory=lambda: array("Q"))
-    pair: array[int] = field(default_factory=lambda: array("Q"))
-    chosen: array[int] = field(default_factory=lambda: array("L"))
-    rejected: array[int] = field(default_factory=lambda: array("L"))
-    prefix: array[int] = field(default_factory=lambda: array("L"))
+    files: list[Path]
+    first_test_file: int
+    file: array[int] = field(default_factory=numbers)
+    position: array[int] = field(default_factory=numbers)
+    prompt: array[int] = field(default_factory=numbers)
+    answers: array[int] = field(default_factory=numbers)
+    pair: array[int] = field(default_factory=numbers)
+    chosen: array[int] = field(default_factory=numbers)
+    rejected: array[int] = field(default_factory=numbers)
+    prefix: array[int] = field(default_factory=numbers)
     columns: set[str] = field(default_factory=set)
-    faults: list[tuple[int, int, str]] = field(default_factory=list)
+    faults: list[BadPlace] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
 
-    def bad(self, file: int, position: int, fault: BadRecord) -> None:
-        """Count a bad record, keep its sentence if it is among the first."""
-        self.dropped[fault.reason] += 1
-        if sum(self.dropped.values()) <= SHOWN:
-            self.faults.append((file, position, f"{fault.reason}: {fault}"))
+    def add(self, file: int, position: int, pair: Pair, lengths: tuple[int, int, int]) -> None:
+        """Note a usable pair with its ids of chosen, rejected and their common prefix."""
+        self.file.append(file)
+        self.position.append(position)
+        self.prompt.append(pair.prompt_hash)
+        self.answers.append(pair.answers_hash)
+        self.pair.append(pair.pair_hash)
+        self.chosen.append(lengths[0])
+        self.rejected.append(lengths[1])
+        self.prefix.append(lengths[2])
+        self.columns.update(pair.columns)
+
+    def bad(self, file: int, position: int, reason: str, sentence: str) -> None:
+        """Count a bad record, and keep its place if it is among the first of its reason.
+
+        Those of one reason come in order, those of different reasons need not: a record is
+        checked long before its ids are.
+        """
+        self.dropped[reason] += 1
+        if self.dropped[reason] <= SHOWN:
+            self.faults.append(BadPlace(file, position, reason, sentence))
+
+    def column(self, name: str) -> npt.NDArray[np.uint64]:
+        return np.array(getattr(self, name), dtype=np.uint64)
 
     def place(self, file: int, position: int) -> str:
-        unit = {".jsonl": "line", ".parquet": "row"}
-        name = self.files[file]
-        return (
-            f"{name}: {unit.get(name.with_suffix('').suffix or name.suffix, 'record')} {position}"
-        )
+        path = self.files[file]
+        return f"{path}: {unit(path)} {position}"
 
 
 def main() -> None:
     group = params.load("preprocess", Preprocess)
     template = Template.of(group.template, group.append_eos, group.max_length, BASE)
     encoder = Encoder(BASE, template)
-    TOKENIZED.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=TOKENIZED.parent, prefix="scratch-") as scratch:
-        table = Path(scratch) / "pairs.arrow"
-        ledger = Ledger()
-        first_test_file = tokenize(group, encoder, table, ledger)
+    ledger = open_ledger(group)
+    with whole_folder(TOKENIZED) as folder:
+        table = folder / "scratch.arrow"
+        tokenize(group, encoder, table, ledger)
+        refuse_overlap(group, ledger)
         usable = without_repeats(group, ledger)
-        parts = assign(group, ledger, usable, first_test_file)
-        metrics = measure(ledger, parts)
-        with whole_folder(TOKENIZED) as folder:
-            template.save(folder / "template.json")
-            for index, name in enumerate(SPLITS):
-                write_dataset(folder / name, table, parts == index, sorted(ledger.columns))
+        parts = assign(group, ledger, usable)
+        for index, name in enumerate(SPLITS):
+            write_dataset(folder / name, table, parts == index, sorted(ledger.columns))
+        table.unlink()
+        template.save(folder / "template.json")
+    metrics = measure(ledger, parts)
     write_json(METRICS, metrics)
     report(metrics)
+
+
+def own_test_set(group: Preprocess) -> bool:
+    return Path(group.test_data) != Path(group.data)
+
+
+def open_ledger(group: Preprocess) -> Ledger:
+    """An empty ledger of the files to read, those of a test set of its own behind the others."""
+    found = files(Path(group.data))
+    tests = files(Path(group.test_data)) if own_test_set(group) else []
+    return Ledger(found + tests, len(found))
 
 
 # --- first pass: files to the scratch table --------------------------------------------------
@@ -135,74 +185,104 @@ SCRATCH = pa.schema(
 )
 
 
-def tokenize(group: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -> int:
-    """Write every usable record's ids to `table`. Returns the index of the first test file."""
-    ledger.files = files(Path(group.data))
-    first_test_file = len(ledger.files)
-    if group.test_data != group.data:
-        ledger.files += files(Path(group.test_data))
+def tokenize(group: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -> None:
+    """Write every usable record's ids to `table`, and what is known of it to the ledger."""
     with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, SCRATCH) as writer:
-        records = checked(ledger)
-        while batch := list(islice(records, BATCH)):
-            rows = encode(group, encoder, batch, ledger)
-            writer.write_table(pa.Table.from_pylist(rows, schema=SCRATCH))
-    return first_test_file
+        for batch, future in encoded(encoder, batches(rendered(encoder, ledger))):
+            ids = future.result()
+            rows = [
+                row
+                for item, sides in zip(batch, zip(ids[::2], ids[1::2], strict=True), strict=True)
+                if (row := as_row(group, encoder, item, sides, ledger))
+            ]
+            if rows:
+                writer.write_batch(as_arrow(rows))
 
 
-def checked(ledger: Ledger) -> Iterator[tuple[int, int, Pair]]:
-    """File index, position (from 1) and pair of every record that passes the checks."""
+def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
+    """The records that pass the checks, as text; the others are noted in the ledger."""
     for index, path in enumerate(ledger.files):
         bar = tqdm(read(path), desc=str(path), unit=" pairs", delay=2, disable=None)
-        for position, record in enumerate(bar, start=1):
+        for position, record in bar:
             try:
-                yield index, position, check(record)
+                pair = check(record)
+                chosen, rejected = (
+                    encoder.render(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)
+                )
             except BadRecord as fault:
-                ledger.bad(index, position, fault)
+                ledger.bad(index, position, fault.reason, str(fault))
+            else:
+                yield Rendered(index, position, pair, (chosen, rejected))
 
 
-def encode(
-    group: Preprocess,
-    encoder: Encoder,
-    batch: Sequence[tuple[int, int, Pair]],
-    ledger: Ledger,
-) -> list[dict[str, Any]]:
-    """The rows of the scratch table for a batch of records; notes each in the ledger."""
-    rendered = []
-    for file, position, pair in batch:
-        try:
-            texts = [encoder.render(pair.prompt, side) for side in (pair.chosen, pair.rejected)]
-            rendered.append((file, position, pair, texts))
-        except BadRecord as fault:
-            ledger.bad(file, position, fault)
-    ids = encoder.encode([text for *_, texts in rendered for text in texts])
-    rows = []
-    for (file, position, pair, texts), sides in zip(
-        rendered, zip(ids[::2], ids[1::2], strict=True), strict=True
-    ):
-        try:
-            chosen, rejected = within_length(group, encoder, texts, sides, ledger)
-            if chosen == rejected:
-                raise BadRecord("identical_tokens", "both answers give the same ids")
-        except BadRecord as fault:
-            ledger.bad(file, position, fault)
-            continue
-        prefix = prefix_length(chosen, rejected)
-        note(ledger, file, position, pair, (len(chosen), len(rejected), prefix))
-        rows.append(
-            {
-                "id": pair.id,
-                "prompt_id": f"{pair.prompt_hash:016x}",
-                "input_ids_j": chosen,
-                "input_ids_k": rejected,
-                "prefix_length": prefix,
-                "columns": json.dumps(pair.columns),
-            }
-        )
-    return rows
+def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
+    """Lists of pairs of about BATCH_CHARACTERS each, which bounds memory."""
+    batch: list[Rendered] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += sum(map(len, item.texts))
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(
+    encoder: Encoder, batched: Iterable[list[Rendered]]
+) -> Iterator[tuple[list[Rendered], Future[list[Ids]]]]:
+    """Each batch with its ids, chosen and rejected in turn; the next is encoded meanwhile."""
+    waiting: deque[tuple[list[Rendered], Future[list[Ids]]]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for batch in batched:
+            texts = [text for item in batch for text in item.texts]
+            waiting.append((batch, pool.submit(encoder.encode, texts)))
+            if len(waiting) > 1:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def as_row(
+    group: Preprocess, encoder: Encoder, item: Rendered, sides: tuple[Ids, Ids], ledger: Ledger
+) -> dict[str, Any] | None:
+    """The row of the scratch table for a pair, noted in the ledger, or None for a bad one."""
+    file, position, pair, _ = item
+    try:
+        chosen, rejected = within_length(group, encoder, pair, sides)
+        if chosen == rejected:
+            raise BadRecord("identical_tokens", "both answers give the same ids")
+    except BadRecord as fault:
+        ledger.bad(file, position, fault.reason, str(fault))
+        return None
+    ledger.truncated += (chosen, rejected) != sides
+    left, right = (np.array(ids, dtype=np.int32) for ids in (chosen, rejected))
+    prefix = prefix_length(left, right)
+    ledger.add(file, position, pair, (len(chosen), len(rejected), prefix))
+    return {
+        "id": pair.id,
+        "prompt_id": f"{pair.prompt_hash:016x}",
+        "input_ids_j": left,
+        "input_ids_k": right,
+        "prefix_length": prefix,
+        "columns": json.dumps(pair.columns),
+    }
+
+
+def as_arrow(rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    columns = {name: [row[name] for row in rows] for name in SCRATCH.names}
+    for name in ("input_ids_j", "input_ids_k"):
+        columns[name] = as_lists(np.concatenate(columns[name]), list(map(len, columns[name])))
+    return pa.RecordBatch.from_pydict(columns, schema=SCRATCH)
+
+
+def as_lists(values: npt.NDArray[Any], lengths: list[int]) -> pa.ListArray:
+    """A flat array cut into lists of the given lengths."""
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), values)
 
 
 def within_length(
-    group: Preprocess, encoder: Encoder, texts: Any, sides: tuple[Ids, Ids], ledger: Ledger
+    group: Preprocess, encoder: Encoder, pair: Pair, sides: tuple[Ids, Ids]
 ) -> tuple[Ids, Ids]:
     """Both sides within the maximum length, or a BadRecord."""
     longest = max(map(len, sides))
@@ -211,101 +291,79 @@ def within_length(
     sentence = f"has {longest} tokens, at most {group.max_length} fit (preprocess.max_length)"
     if group.over_length != "truncate_prompt":
         raise BadRecord("over_length", sentence)
-    cut = encoder.encode_cut(texts)
+    cut = encoder.encode_cut(pair.prompt, (pair.chosen, pair.rejected))
     if cut is None:
         raise BadRecord("answer_too_long", f"{sentence}, and its prompt is too short to cut")
-    ledger.truncated += 1
     return cut[0], cut[1]
-
-
-def note(
-    ledger: Ledger, file: int, position: int, pair: Pair, lengths: tuple[int, int, int]
-) -> None:
-    ledger.file.append(file)
-    ledger.position.append(position)
-    ledger.prompt.append(pair.prompt_hash)
-    ledger.answers.append(pair.answers_hash)
-    ledger.pair.append(pair.pair_hash)
-    for column, length in zip(
-        (ledger.chosen, ledger.rejected, ledger.prefix), lengths, strict=True
-    ):
-        column.append(length)
-    ledger.columns.update(pair.columns)
 
 
 # --- all records together --------------------------------------------------------------------
 
 
+def refuse_overlap(group: Preprocess, ledger: Ledger) -> None:
+    """Raise a Fault if a prompt of the separate test set stands in the other data too."""
+    prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
+    leaked = np.flatnonzero(tested & np.isin(prompts, prompts[~tested])).tolist()
+    if leaked:
+        places = [ledger.place(ledger.file[row], ledger.position[row]) for row in leaked[:SHOWN]]
+        raise Fault(
+            f"{len(leaked)} test records have a prompt that stands in {group.data} too, "
+            f"wanted none: {'; '.join(places)}"
+        )
+
+
 def without_repeats(group: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
     """Which records of the ledger are used. Raises the Fault that lists the first bad ones."""
-    pairs = np.frombuffer(ledger.pair, dtype=np.uint64)
-    answers = np.frombuffer(ledger.answers, dtype=np.uint64)
-    contradicted, repeated = contradictions(pairs, answers), duplicates(pairs)
-    repeated &= ~contradicted
+    contradicted = contradictions(ledger.column("pair"), ledger.column("answers"))
+    repeated = duplicates(ledger.column("pair")) & ~contradicted
     for reason, found, sentence in (
         ("contradiction", contradicted, "another record prefers its answers the other way round"),
         ("duplicate", repeated, "an earlier record is the same"),
     ):
-        ledger.dropped[reason] += int(found.sum())
-        ledger.faults += [
-            (ledger.file[row], ledger.position[row], f"{reason}: {sentence}")
-            for row in np.flatnonzero(found)[:SHOWN].tolist()
-        ]
-    stopping = +ledger.dropped
-    if group.on_bad_record == "drop":
-        stopping = Counter({"over_length": stopping["over_length"]})
+        for row in np.flatnonzero(found).tolist():
+            ledger.bad(ledger.file[row], ledger.position[row], reason, sentence)
+    stopping = set(ledger.dropped) if group.on_bad_record == "stop" else {"over_length"}
     if group.over_length == "drop":
-        stopping["over_length"] = 0
-    if stopping.total():
-        raise Fault(fault_list(ledger, +stopping))
+        stopping.discard("over_length")
+    stopping &= set(ledger.dropped)
+    if stopping:
+        raise Fault(fault_list(ledger, stopping))
     usable = ~(contradicted | repeated)
     if not usable.any():
-        raise Fault(fault_list(ledger, +ledger.dropped) + "\nno record is left")
+        raise Fault(f"{fault_list(ledger, set(ledger.dropped))}; wanted a record that can be used")
     return usable
 
 
-def fault_list(ledger: Ledger, stopping: Counter[str]) -> str:
-    """The first bad records with their places, and how to go on without them."""
-    listed = sorted(fault for fault in ledger.faults if fault[2].split(":")[0] in stopping)[:SHOWN]
-    lines = [f"{ledger.place(file, position)}: {text}" for file, position, text in listed]
-    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(stopping.items()))
+def fault_list(ledger: Ledger, reasons: set[str]) -> str:
+    """The first records that are bad for one of the reasons, their number, and what can be done."""
+    listed = sorted(fault for fault in ledger.faults if fault.reason in reasons)[:SHOWN]
+    lines = [
+        f"{ledger.place(file, position)}: {reason}: {sentence}"
+        for file, position, reason, sentence in listed
+    ]
+    counts = ", ".join(f"{ledger.dropped[reason]} {reason}" for reason in sorted(reasons))
     ways = []
-    if stopping.keys() - {"over_length"}:
+    if reasons - {"over_length"}:
         ways.append("preprocess.on_bad_record drop leaves bad records out")
-    if "over_length" in stopping:
+    if "over_length" in reasons:
         ways.append("preprocess.over_length drop or truncate_prompt deals with long ones")
     return "\n".join([*lines, f"bad records: {counts}; {', '.join(ways)}"])
 
 
 def assign(
-    group: Preprocess, ledger: Ledger, usable: npt.NDArray[np.bool_], first_test_file: int
+    group: Preprocess, ledger: Ledger, usable: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int8]:
     """The index into SPLITS of every record of the ledger, -1 for those not used."""
-    prompts = np.frombuffer(ledger.prompt, dtype=np.uint64)
-    tested = np.frombuffer(ledger.file, dtype=np.uint16) >= first_test_file
-    parts = np.full(len(prompts), -1, dtype=np.int8)
-    if group.test_data == group.data:
-        parts[usable] = split(
-            prompts[usable], group.validation_fraction, group.test_fraction, group.seed
-        )
-    else:
-        rest = usable & ~tested
-        parts[rest] = split(prompts[rest], group.validation_fraction, 0, group.seed)
-        parts[usable & tested] = 2
-        leaked = np.flatnonzero(tested & usable & np.isin(prompts, prompts[rest]))
-        if len(leaked):
-            places = [
-                ledger.place(ledger.file[row], ledger.position[row]) for row in leaked[:SHOWN]
-            ]
-            raise Fault(
-                f"{len(leaked)} test records have a prompt that stands in {group.data} too, "
-                f"wanted none: {'; '.join(places)}"
-            )
+    prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
+    test_fraction = 0 if own_test_set(group) else group.test_fraction
+    parts = np.where(usable, 2, -1).astype(np.int8)
+    rest = usable & ~tested
+    parts[rest] = split(prompts[rest], group.validation_fraction, test_fraction, group.seed)
     for index, name in enumerate(SPLITS):
         if not (parts == index).any():
             raise Fault(
-                f"{group.data}: no pair is left for {name} out of {len(prompts)}; wanted more "
-                f"prompts, or other values of preprocess.validation_fraction and test_fraction"
+                f"{group.data}: no pair is left for {name} out of {usable.sum()}; wanted more "
+                "prompts, or other values of preprocess.validation_fraction and test_fraction"
             )
     return parts
 
@@ -313,10 +371,9 @@ def assign(
 def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
     """The content of metrics/preprocess.json; lengths in tokens, of chosen and rejected alike."""
     used = parts >= 0
-    prompts = np.frombuffer(ledger.prompt, dtype=np.uint64)
+    prompts = ledger.column("prompt")
     chosen, rejected, prefix = (
-        np.frombuffer(column, dtype=np.uint64)[used].astype(np.int64)
-        for column in (ledger.chosen, ledger.rejected, ledger.prefix)
+        ledger.column(name)[used].astype(np.int64) for name in ("chosen", "rejected", "prefix")
     )
     lengths = np.concatenate([chosen, rejected])
     tokens = int(lengths.sum())
@@ -337,7 +394,7 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
 
 
 def write_dataset(
-    folder: Path, table: Path, chosen_rows: npt.NDArray[np.bool_], columns: list[str]
+    folder: Path, table: Path, wanted: npt.NDArray[np.bool_], columns: list[str]
 ) -> None:
     """The rows of the scratch table as a folder that `datasets.load_from_disk` reads."""
     from datasets import DatasetInfo, Features, List, Value
@@ -359,14 +416,15 @@ def write_dataset(
     folder.mkdir()
     start = 0
     with (
-        pa.memory_map(str(table)) as source,
+        pa.OSFile(str(table)) as source,
         pa.OSFile(str(folder / name), "wb") as sink,
         pa.ipc.new_stream(sink, schema) as writer,
     ):
         for batch in pa.ipc.open_stream(source):
-            mask_here = chosen_rows[start : start + len(batch)]
+            rows = batch.filter(pa.array(wanted[start : start + len(batch)]))
             start += len(batch)
-            writer.write_table(widened(batch.filter(pa.array(mask_here)), schema, columns))
+            if len(rows):
+                writer.write_table(widened(rows, schema, columns))
     DatasetInfo(features=features).write_to_directory(str(folder))
     write_json(
         folder / "state.json",
@@ -388,12 +446,8 @@ def widened(batch: pa.RecordBatch, schema: pa.Schema, columns: list[str]) -> pa.
     kept = {name: [row.get(name) for row in rows] for name in columns}
     data: dict[str, Any] = {name: batch[name] for name in SCRATCH.names[:-1]}
     for side in "jk":
-        ids = batch[f"input_ids_{side}"]
-        ones = np.ones(len(ids.flatten()), dtype=np.int8)
-        offsets = np.concatenate([[0], np.cumsum(ids.value_lengths().fill_null(0))])
-        data[f"attention_mask_{side}"] = pa.ListArray.from_arrays(
-            pa.array(offsets, pa.int32()), pa.array(ones)
-        )
+        lengths = batch[f"input_ids_{side}"].value_lengths().to_pylist()
+        data[f"attention_mask_{side}"] = as_lists(np.ones(sum(lengths), dtype=np.int8), lengths)
     return pa.table(data | kept).select(schema.names).cast(schema)
 
 

@@ -1,15 +1,16 @@
 """Template and tokenizer: text to ids, the same for training, evaluation and serving."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from stages.outputs import digest, read_json, write_json
-from stages.pairs import BadRecord, Message
+from stages.pairs import BadRecord, Messages
 from stages.process import Fault
 
 TEMPLATES = {
@@ -17,7 +18,8 @@ TEMPLATES = {
     "en": "Question: {prompt}\n\nAnswer: {answer}",
     "none": "{prompt}{answer}",
 }
-FIELDS = re.compile(r"([^{}]*)\{prompt\}([^{}]*)\{answer\}([^{}]*)")
+# Stands for a message where its place in a rendered text is looked for.
+MARK = "\ue000\ue001\ue000"
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,16 @@ class Template:
     def of(cls, name: str, append_eos: bool, max_length: int, base: Path) -> "Template":
         """The template called `name`, or the text `name` itself; Faults at any other."""
         text = name if name == "chat" else TEMPLATES.get(name, name)
-        if text != "chat" and not FIELDS.fullmatch(text):
+        fields = [text.count("{prompt}"), text.partition("{prompt}")[2].count("{answer}")]
+        if text != "chat" and (fields != [1, 1] or text.count("{answer}") > 1):
             raise Fault(
                 f"params.yaml: preprocess.template is {name!r}, must be one of "
                 f"{', '.join([*TEMPLATES, 'chat'])}, or a text with {{prompt}} and then {{answer}}"
             )
-        return cls(text, append_eos, max_length, digest(base / "tokenizer.json"))
+        path = base / "tokenizer.json"
+        if not path.is_file():
+            raise Fault(f"{path} is not here, wanted the tokenizer of a fetched base model")
+        return cls(text, append_eos, max_length, digest(path))
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -50,15 +56,6 @@ class Template:
     @classmethod
     def load(cls, path: Path) -> "Template":
         return cls(**read_json(path))
-
-
-@dataclass(frozen=True)
-class Text:
-    """A rendered text; the prompt, the part that may be cut, is text[start:end]."""
-
-    text: str
-    start: int
-    end: int
 
 
 class Encoder:
@@ -77,7 +74,7 @@ class Encoder:
         self._tokenizer.no_padding()
         self._config: dict[str, Any] = read_json(base / "tokenizer_config.json")
         self._chat = template.template == "chat"
-        if self._chat and not self._config.get("chat_template"):
+        if self._chat and not isinstance(self._config.get("chat_template"), str):
             raise Fault(
                 f"params.yaml: preprocess.template is chat, but {base} has no chat template"
             )
@@ -88,46 +85,59 @@ class Encoder:
             if self._eos is None:
                 raise Fault(f"params.yaml: preprocess.append_eos is true, but {base} has no eos")
 
-    def render(self, prompt: Sequence[Message], answer: Sequence[Message]) -> Text:
-        """One side of a pair as text. Raises BadRecord where only `chat` can render it."""
+    def render(self, prompt: Messages, answer: Messages) -> str:
+        """One side of a pair as text. Raises BadRecord where the template cannot render it."""
         if self._chat:
             return self._render_chat(prompt, answer)
         if [role for role, _ in (*prompt, *answer)] != ["user", "assistant"]:
             raise BadRecord(
                 "needs_chat", "has several turns, which only preprocess.template chat can render"
             )
-        fields = FIELDS.fullmatch(self.template.template)
-        assert fields
-        head, middle, tail = fields.group(1, 2, 3)
-        start, question = len(head), prompt[0][1]
-        text = head + question + middle + answer[0][1] + tail
-        return Text(text, start, start + len(question))
+        head, _, rest = self.template.template.partition("{prompt}")
+        middle, _, tail = rest.partition("{answer}")
+        return head + prompt[0][1] + middle + answer[0][1] + tail
 
-    def encode(self, texts: Sequence[Text]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, never cut: those of a plain call of the tokenizer, and eos."""
-        encodings = self._tokenizer.encode_batch_fast(
-            [text.text for text in texts], add_special_tokens=not self._chat
-        )
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=not self._chat)
         return [self._finish(encoding.ids) for encoding in encodings]
 
-    def encode_cut(self, texts: Sequence[Text]) -> list[list[int]] | None:
-        """The ids of the texts of one record, cut to the maximum length, or None if they cannot be.
+    def encode_cut(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
+        """The ids of one prompt with each answer, at most the maximum length, or None.
 
         The same number of ids is cut from the left of the prompt of each; what stands before the
-        prompt is kept.
+        prompt is kept. None if the prompt has too few ids to cut.
         """
-        encodings = self._tokenizer.encode_batch(
-            [text.text for text in texts], add_special_tokens=not self._chat
-        )
-        sides = [self._finish(encoding.ids) for encoding in encodings]
-        cut = max(len(ids) for ids in sides) - self.template.max_length
-        spans = [_span(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
+        sides, spans = [], []
+        for answer in answers:
+            text = self.render(prompt, answer)
+            encoding = self._tokenizer.encode(text, add_special_tokens=not self._chat)
+            first, last = self._prompt_place(prompt, answer, len(text))
+            inside = [
+                index
+                for index, (start, end) in enumerate(encoding.offsets)
+                if first <= start < end <= last
+            ]
+            sides.append(self._finish(encoding.ids))
+            spans.append((inside[0], inside[-1] + 1) if inside else (0, 0))
+        cut = max(0, max(map(len, sides)) - self.template.max_length)
         if cut > min(end - start for start, end in spans):
             return None
         return [
-            ids[:start] + ids[start + max(cut, 0) :]
-            for ids, (start, _) in zip(sides, spans, strict=True)
+            ids[:start] + ids[start + cut :] for ids, (start, _) in zip(sides, spans, strict=True)
         ]
+
+    def _prompt_place(self, prompt: Messages, answer: Messages, length: int) -> tuple[int, int]:
+        """Where the prompt begins and ends in the rendered text of `length` characters.
+
+        It begins with the first message that is not the system's, and ends with the last one.
+        """
+        first = next((i for i, (role, _) in enumerate(prompt) if role != "system"), 0)
+        before, after = (
+            self.render((*prompt[:i], (prompt[i][0], MARK), *prompt[i + 1 :]), answer)
+            for i in (first, len(prompt) - 1)
+        )
+        return before.find(MARK), length - len(after.partition(MARK)[2])
 
     def _finish(self, ids: list[int]) -> list[int]:
         return ids if self._eos is None or ids[-1:] == [self._eos] else [*ids, self._eos]
@@ -140,33 +150,25 @@ class Encoder:
     def _special_tokens(self) -> dict[str, Any]:
         return {name: self._token(name) or "" for name in ("bos_token", "eos_token", "pad_token")}
 
-    def _render_chat(self, prompt: Sequence[Message], answer: Sequence[Message]) -> Text:
+    def _render_chat(self, prompt: Messages, answer: Messages) -> str:
+        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        text = render_jinja_template(
-            conversations=[[{"role": role, "content": text} for role, text in (*prompt, *answer)]],
-            chat_template=self._config["chat_template"],
-            **self._special_tokens(),
-        )[0][0]
-        first, last = prompt[0][1].strip(), prompt[-1][1].strip()
-        if prompt[0][0] == "system" and len(prompt) > 1:
-            first = prompt[1][1].strip()
-        start = max(text.find(first), 0)
-        end = text.rfind(last, start, text.rfind(answer[-1][1].strip())) + len(last)
-        return Text(text, start, end)
+        messages = [{"role": role, "content": content} for role, content in (*prompt, *answer)]
+        try:
+            rendered = render_jinja_template(
+                conversations=[messages],
+                chat_template=self._config["chat_template"],
+                **self._special_tokens(),
+            )[0]
+        except TemplateError as error:
+            raise BadRecord("chat_template", f"the chat template refuses it: {error}") from None
+        return str(rendered[0])
 
 
-def prefix_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+def prefix_length(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> int:
     """How many first ids two sequences share, at most one less than the shorter has."""
-    limit = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(limit) if chosen[i] != rejected[i]), max(limit, 0))
-
-
-def _span(encoding: Encoding, text: Text) -> tuple[int, int]:
-    """First and past-the-last index of the ids that lie within the prompt."""
-    inside = [
-        index
-        for index, (start, end) in enumerate(encoding.offsets)
-        if text.start <= start < end <= text.end
-    ]
-    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+    left, right = np.asarray(chosen), np.asarray(rejected)
+    limit = max(min(len(left), len(right)) - 1, 0)
+    differs = left[:limit] != right[:limit]
+    return int(differs.argmax()) if differs.any() else limit

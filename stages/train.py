@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,8 +32,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from stages import checkpoints, params
 from stages.model import (
@@ -47,7 +46,7 @@ from stages.model import (
     save,
     score,
 )
-from stages.outputs import digests, whole_folder, write_json
+from stages.outputs import digest, digests, whole_folder, write_json
 from stages.packing import Row, pack, plan, tokens
 from stages.pairwise import hits, losses, margins
 from stages.params import AboveZero, Fraction, Positive, Rule, Seed, Switch, ZeroOrMore
@@ -61,8 +60,15 @@ METRICS = Path("metrics/train.json")
 HEAD_PAIRS = 32
 MARGIN_RMS = 0.05
 
-OPTIMIZERS = [str(name.value) for name in OptimizerNames]
-SCHEDULES = [str(name.value) for name in SchedulerType]
+# Those of transformers that need no package and no argument beyond the keys of params.yaml.
+OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("adafactor", "sgd"),
+)
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+    *("constant", "constant_with_warmup"),
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,11 @@ def main() -> None:
             f"params.yaml: train.save_steps is {group.save_steps}, must be a multiple of "
             f"train.logging_steps, {group.logging_steps}, so that no curve has a gap after a kill"
         )
+    if group.report_to != "none" and not find_spec(group.report_to):
+        raise Fault(
+            f"params.yaml: train.report_to is {group.report_to}, which is not installed here; "
+            f"pip install {group.report_to}, or none"
+        )
     require_same_source()
     datasets = [TOKENIZED / "train", TOKENIZED / "validation"]
     name = checkpoints.fingerprint(
@@ -133,18 +144,22 @@ def main() -> None:
 
 
 def require_same_source() -> None:
-    """Faults if models/base came from a local folder whose files have changed since."""
+    """Faults if models/base came from a local folder whose files have changed since.
+
+    A folder that is not there has nothing to compare: another machine may have models/base alone.
+    """
     base = base_name(BASE)
     if base["kind"] != "local":
         return
     folder = Path(base["name"]).expanduser()
     if not folder.is_dir():
-        raise Fault(f"params.yaml: base.name {base['name']} was copied to {BASE} and is gone now")
-    now = {path.name: path for path in folder.iterdir() if path.name in base["source"]}
-    changed = sorted(base["source"].keys() - now.keys())
-    changed += sorted(
-        name for name, path in now.items() if digests(path.parent)[name] != base["source"][name]
-    )
+        print(f"base       {base['name']} is not here any more; {BASE} is used as it was copied")
+        return
+    changed = [
+        name
+        for name, wanted in base["source"].items()
+        if not (folder / name).is_file() or digest(folder / name) != wanted
+    ]
     if changed:
         raise Fault(
             f"params.yaml: base.name {base['name']} has changed since it was copied to {BASE} "
@@ -219,7 +234,7 @@ class RewardTrainer(Trainer):
         self.reward_model, self.train_pairs, self.validation_pairs = model, train, validation
         self.tokens_per_pack = group.tokens_per_pack
         self.held = held
-        self.seen = torch.zeros(3)
+        self.hits = self.margin = self.pairs = 0.0
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -233,22 +248,10 @@ class RewardTrainer(Trainer):
             loss = losses(chosen, rejected).sum() / len(rows)
             self.accelerator.backward(loss)
             total += loss.detach()
-            self.seen += (
-                torch.stack(
-                    [
-                        hits(chosen, rejected).sum(),
-                        margins(chosen, rejected).sum(),
-                        torch.tensor(float(len(indices)), device=chosen.device),
-                    ]
-                )
-                .detach()
-                .cpu()
-            )
-        if not torch.isfinite(total):
-            raise Fault(
-                f"the loss is {total.item()} at step {self.state.global_step + 1}; "
-                "lower train.learning_rate or train.max_grad_norm, then run again"
-            )
+            self.hits += hits(chosen, rejected).sum().item()
+            self.margin += margins(chosen, rejected).sum().item()
+            self.pairs += len(indices)
+        require_finite("loss", total.item(), self.state.global_step + 1)
         return total
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -261,6 +264,7 @@ class RewardTrainer(Trainer):
             "eval_accuracy": hits(chosen, rejected).mean().item(),
             "eval_margin": margins(chosen, rejected).mean().item(),
         }
+        require_finite("validation loss", metrics["eval_loss"], self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -269,9 +273,8 @@ class RewardTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            right, margin, pairs = self.seen.tolist()
-            logs |= {"accuracy": right / pairs, "margin": margin / pairs}
-            self.seen.zero_()
+            logs |= {"accuracy": self.hits / self.pairs, "margin": self.margin / self.pairs}
+            self.hits = self.margin = self.pairs = 0.0
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -289,6 +292,14 @@ class RewardTrainer(Trainer):
                 path.rename(partial / path.name)
             written.rmdir()
             (partial / "training_args.bin").unlink(missing_ok=True)
+
+
+def require_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise Fault(
+            f"the {name} is {value} at step {step}; "
+            "lower train.learning_rate or train.max_grad_norm, then run again"
+        )
 
 
 def arguments(group: Train, folder: Path) -> TrainingArguments:
@@ -392,12 +403,18 @@ def fit(trainer: RewardTrainer, held: checkpoints.Run) -> None:
     trainable, total = model.get_nb_trainable_parameters()
     print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     checkpoint = held.latest()
-    if checkpoint:
-        print(f"resuming   from {checkpoint.name}")
-    else:
+    if not checkpoint:
         rows = trainer.train_pairs.select(range(min(HEAD_PAIRS, len(trainer.train_pairs))))
         scale_head(model, list(rows), trainer.tokens_per_pack)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train()
+        return
+    print(f"resuming   from {checkpoint.name}")
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:  # the Trainer would take one more step where the last epoch is not a whole one
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
 
 
 def write(trainer: RewardTrainer, group: Train, lora: Lora, quantization: Quantization) -> None:

@@ -1,5 +1,7 @@
 """Write page.html, the page of `dvc plots show`, with the chart libraries inside: no network.
 
+DVC writes its charts for Vega-Lite 5.
+
 python .dvc/plots/make_page.py
 """
 
@@ -21,5 +23,5 @@ body {{ font-family: sans-serif; margin: 2rem; display: flex; flex-wrap: wrap; g
 </html>
 """
 
-bundle = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+bundle = vl_convert.javascript_bundle(vl_version="5.21").replace("</script", "<\\/script")
 Path(__file__).with_name("page.html").write_text(PAGE.format(scripts=bundle), encoding="utf-8")

@@ -1,0 +1,47 @@
+"""Make a base model of a real size with random weights, to measure what that size costs.
+
+python -m benchmarks.random_base models/qwen2-0.5b-shape
+
+By default the exact configuration of Qwen2-0.5B. The tokenizer is the embedded one.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from stages import embedded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    for name, default in (
+        ("hidden-size", 896),
+        ("num-hidden-layers", 24),
+        ("num-attention-heads", 14),
+        ("num-key-value-heads", 2),
+        ("intermediate-size", 4864),
+        ("vocab-size", 151936),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    shape = vars(parser.parse_args())
+    folder = shape.pop("folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = embedded.train_tokenizer(embedded.paragraphs(embedded.CORPUS))
+    embedded.save_tokenizer(tokenizer, folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **shape,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"},
+        tie_word_embeddings=True,
+    )
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    print(f"{model.num_parameters():,} random parameters are in {folder}")
+
+
+if __name__ == "__main__":
+    main()

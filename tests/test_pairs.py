@@ -1,0 +1,489 @@
+"""The preference record: what is read from files, what is refused, how it is split."""
+
+import gzip
+import hashlib
+import json
+import re
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages import pairs
+from stages.pairs import BadRecord, check, contradictions, duplicates, files, read, split, unit
+from stages.process import Fault
+
+RECORDS: list[dict[str, Any]] = [
+    {
+        "prompt": "怎么煮鸡蛋？😀",
+        "chosen": "冷水下锅。\n八分钟。",
+        "rejected": "不知道]}",
+        "kind": "a",
+    },
+    {"prompt": 'a "quote", a \\ and\ttab', "chosen": "yes [1, 2", "rejected": "no {", "kind": "b"},
+    {"prompt": "three", "chosen": "\u2028 \x85 line?", "rejected": "é", "kind": "c"},
+]
+
+
+def as_array(records: list[Any]) -> bytes:
+    return json.dumps(records, ensure_ascii=False, indent=1).encode()
+
+
+def as_lines(records: list[Any]) -> bytes:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def contents(path: Path) -> list[Any]:
+    return [record for _, record in read(path)]
+
+
+def positions(path: Path) -> list[int]:
+    return [position for position, _ in read(path)]
+
+
+def fault(path: Path) -> str:
+    with pytest.raises(Fault) as caught:
+        contents(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [as_array, as_lines])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
+def test_arrays_and_lines_are_read_under_every_name(
+    tmp_path: Path, form: Callable[[list[Any]], bytes], suffix: str
+) -> None:
+    path = write(tmp_path / f"p{suffix}", form(RECORDS))
+    assert list(read(path)) == list(enumerate(RECORDS, start=1))
+    assert unit(path) == ("record" if form is as_array else "line")
+
+
+def test_parquet_gives_the_same_records(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "p.parquet")
+    assert list(read(tmp_path / "p.parquet")) == list(enumerate(RECORDS, start=1))
+    assert unit(tmp_path / "p.parquet") == "row"
+
+
+def test_parquet_messages_give_the_same_id_as_json(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}]
+    record = {
+        "prompt": "hi",
+        "chosen": [*turns, {"role": "assistant", "content": "good"}],
+        "rejected": [*turns, {"role": "assistant", "content": "bad"}],
+    }
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "p.parquet")
+    assert check(contents(tmp_path / "p.parquet")[0]) == check(record)
+
+
+@pytest.mark.parametrize("form", [as_array, as_lines])
+def test_bom_and_crlf_change_nothing(tmp_path: Path, form: Callable[[list[Any]], bytes]) -> None:
+    content = b"\xef\xbb\xbf" + form(RECORDS).replace(b"\n", b"\r\n")
+    assert contents(write(tmp_path / "p.json", content)) == RECORDS
+
+
+def test_positions_of_json_lines_are_line_numbers(tmp_path: Path) -> None:
+    content = b"\n \r\n" + as_lines(RECORDS[:1]) + b"\n\n" + as_lines(RECORDS[1:]).rstrip()
+    assert positions(write(tmp_path / "p.jsonl", content)) == [3, 6, 7]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 16, 50])
+def test_array_is_read_the_same_wherever_a_chunk_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(pairs, "CHUNK", chunk)
+    odd: list[Any] = [
+        *RECORDS,
+        -1.5e-7,
+        1234567,
+        True,
+        None,
+        "",
+        [],
+        {},
+        {"a": [{"b": "😀"}, -0.0]},
+    ]
+    for content in (json.dumps(odd), json.dumps(odd, indent=3), json.dumps(odd) + "\n \n"):
+        assert contents(write(tmp_path / "p.json", content.encode())) == odd
+
+
+def test_records_longer_than_a_chunk_are_read(tmp_path: Path) -> None:
+    long = [{"prompt": "x" * 3_000_000, "chosen": "a", "rejected": "b"}] * 2
+    assert contents(write(tmp_path / "p.json", as_array(long))) == long
+
+
+def test_array_of_30_mb_is_read_within_8_mb(tmp_path: Path) -> None:
+    one = json.dumps({"prompt": "word " * 80, "chosen": "yes " * 80, "rejected": "no " * 80})
+    path = write(tmp_path / "p.json", f"[{','.join([one] * 30_000)}]".encode())
+    assert path.stat().st_size > 28_000_000
+    tracemalloc.start()
+    assert sum(1 for _ in read(path)) == 30_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000
+
+
+def test_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path) -> None:
+    for name in ("b.json", "a.jsonl.gz", "c.parquet"):
+        (tmp_path / name).touch()
+    (tmp_path / "README.md").touch()
+    (tmp_path / "d.json").mkdir()
+    assert [path.name for path in files(tmp_path)] == ["a.jsonl.gz", "b.json", "c.parquet"]
+
+
+@pytest.mark.parametrize("name", ["nothing.json", "notes.txt", "empty"])
+def test_path_without_preference_files_is_a_fault(tmp_path: Path, name: str) -> None:
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Fault, match=rf"{name}.*wanted"):
+        files(tmp_path / name)
+
+
+# --- files that are broken -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xef\xbb\xbf", b"[]", b"[ \n]\n"])
+def test_file_without_a_record_is_a_fault(tmp_path: Path, content: bytes) -> None:
+    assert "holds no record, wanted" in fault(write(tmp_path / "p.json", content))
+
+
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [
+        (lambda text: b"{" + text[1:], "line 1: broken JSON.*wanted one record a line"),
+        (lambda text: text[1:], "line 2: broken JSON"),
+        (lambda text: text[:-1], "record 3.*found 'the end of the file'"),
+        (lambda text: text[:27], "record 1.*Unterminated"),
+        (lambda text: text.replace(b'"three"', b"three"), "record 3.*found 'three,"),
+        (lambda text: text.replace(b'"kind": "b"', b'"kind" "b"'), "record 2.*':' delimiter"),
+        (lambda text: text.replace(b"},", b"}", 1), "record 1.*Expecting ',' or"),
+        (lambda text: text[:-1] + b",]", "record 4.*found ']'"),
+        (lambda text: text + b" x", "found 'x' behind the array"),
+        (lambda text: text + text, r"found '\[.* behind the array"),
+        (lambda text: text.replace(b'"kind": "b"', b'"chosen": "b"'), "record 2.*'chosen' stands"),
+        (lambda text: b"[" * 100_000, "record 1: broken JSON.*recursion"),
+        (lambda text: b"[" + b"9" * 5000 + b"]", "record 1: broken JSON.*4300"),
+    ],
+)
+def test_broken_array_is_a_fault_that_says_where(
+    tmp_path: Path, broken: Callable[[bytes], bytes], found: str
+) -> None:
+    assert re.search(found, fault(write(tmp_path / "p.json", broken(as_array(RECORDS)))))
+
+
+@pytest.mark.parametrize("form", [as_array, as_lines])
+def test_file_cut_anywhere_is_a_fault_or_reads_as_whole_records(
+    tmp_path: Path, form: Callable[[list[Any]], bytes]
+) -> None:
+    whole = form(RECORDS)
+    for end in range(len(whole) - 1):
+        path = write(tmp_path / "p.json", whole[:end])
+        try:
+            found = contents(path)
+        except Fault:
+            continue
+        assert form is as_lines, "an array that is cut must never be read"
+        assert found == RECORDS[: len(found)]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b'{"data": [{"prompt": "a"}]}', "line 1: an object with the keys data; wanted one record"),
+        (b'{\n"data": []}', "line 1: broken JSON.*wanted one record a line"),
+        (as_lines(RECORDS) + b"\n\n{,}", "line 6: broken JSON"),
+        (as_lines(RECORDS[:1]).rstrip() * 2, "line 1: broken JSON: Extra data"),
+        (b'{"prompt": "a", "prompt": "b"}', "line 1.*'prompt' stands twice"),
+        (b"chosen,rejected\n", "line 1.*found 'chosen,rejected'"),
+    ],
+)
+def test_broken_lines_are_a_fault_that_says_where(
+    tmp_path: Path, content: bytes, found: str
+) -> None:
+    assert re.search(found, fault(write(tmp_path / "p.jsonl", content)))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz"])
+def test_byte_that_is_not_utf8_is_named_with_its_place(tmp_path: Path, suffix: str) -> None:
+    content = as_lines(RECORDS).replace(b"three", b"thr\xffee")
+    path = write(tmp_path / f"p{suffix}", content)
+    place = content.index(b"\xff") + 1
+    assert f"line 3: byte {place} of the file is 0xff" in fault(path)
+
+
+def test_character_cut_at_the_end_is_named_with_its_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.json", as_lines(RECORDS[:1]) + "é".encode()[:1])
+    assert "line 2: byte" in fault(path)
+
+
+def test_utf16_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.json", json.dumps(RECORDS).encode("utf-16"))
+    assert "line 1: byte 1 of the file is 0xff" in fault(path)
+
+
+def test_gzip_that_is_cut_or_damaged_or_none_is_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "p.json.gz"
+    whole = gzip.compress(as_array(RECORDS * 100), mtime=0)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    for content in (whole[: len(whole) // 2], whole[:-1], whole[:-8], damaged, b"[{}]"):
+        path.write_bytes(content)
+        assert "wanted a whole file" in fault(path)
+
+
+@pytest.mark.parametrize("end", [0, 3, 100, -1])
+def test_broken_parquet_is_a_fault(tmp_path: Path, end: int) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.Table.from_pylist(RECORDS), path)
+    path.write_bytes(path.read_bytes()[:end])
+    fault(path)
+
+
+# --- forms of a record -----------------------------------------------------------------------
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [turn(role, content) for role, content in turns]
+
+
+USER, GOOD, BAD = ("user", "hi"), ("assistant", "good"), ("assistant", "bad")
+SYSTEM, MORE = ("system", "be kind"), ("user", "and then?")
+FORMS: dict[str, dict[str, Any]] = {
+    "texts": {"prompt": "hi", "chosen": "good", "rejected": "bad"},
+    "message prompt, texts": {"prompt": messages(USER), "chosen": "good", "rejected": "bad"},
+    "messages": {
+        "prompt": messages(USER),
+        "chosen": messages(GOOD),
+        "rejected": messages(BAD),
+    },
+    "no prompt": {"chosen": messages(USER, GOOD), "rejected": messages(USER, BAD)},
+    "null prompt": {
+        "prompt": None,
+        "chosen": messages(USER, GOOD),
+        "rejected": messages(USER, BAD),
+    },
+    "repeated text prompt": {
+        "prompt": "hi",
+        "chosen": messages(USER, GOOD),
+        "rejected": messages(USER, BAD),
+    },
+    "repeated message prompt": {
+        "prompt": messages(USER),
+        "chosen": messages(USER, GOOD),
+        "rejected": messages(USER, BAD),
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_record_gives_the_same_pair(form: str) -> None:
+    pair, plain = check(FORMS[form]), check(FORMS["texts"])
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), (GOOD,), (BAD,))
+    assert pair.prompt_hash == plain.prompt_hash
+    assert pair.pair_hash == plain.pair_hash
+
+
+def test_text_conversations_are_cut_behind_the_last_shared_turn_marker() -> None:
+    head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
+    pair = check({"chosen": f"{head} Like this.", "rejected": f"{head} Like that."})
+    assert pair.prompt == (("user", head),)
+    assert pair.chosen == (("assistant", " Like this."),)
+    assert pair.rejected == (("assistant", " Like that."),)
+
+
+def test_conversations_that_part_early_are_cut_where_they_part() -> None:
+    head = "\n\nHuman: hi\n\nAssistant:"
+    pair = check({"chosen": f"{head} a\n\nHuman: b\n\nAssistant: c", "rejected": f"{head} d"})
+    assert pair.prompt == (("user", head),)
+    assert pair.rejected == (("assistant", " d"),)
+
+
+def test_answers_that_begin_alike_are_no_conversation() -> None:
+    with pytest.raises(BadRecord, match="'prompt' is missing"):
+        check({"promt": "typo", "chosen": "The sky is blue.", "rejected": "The sky is red."})
+
+
+def test_message_conversations_keep_system_and_earlier_turns_in_the_prompt() -> None:
+    head = (SYSTEM, USER, GOOD, MORE)
+    record = {"chosen": messages(*head, GOOD), "rejected": messages(*head, BAD)}
+    pair = check(record)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (head, (GOOD,), (BAD,))
+    assert check(record | {"prompt": messages(*head)}).prompt == head
+
+
+def test_system_message_before_the_repeated_prompt_joins_it() -> None:
+    chosen, rejected = messages(SYSTEM, USER, GOOD), messages(SYSTEM, USER, BAD)
+    pair = check({"prompt": "hi", "chosen": chosen, "rejected": rejected})
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((SYSTEM, USER), (GOOD,), (BAD,))
+
+
+def test_shared_first_answer_is_no_part_of_the_prompt() -> None:
+    pair = check({"chosen": messages(USER, GOOD, MORE, GOOD), "rejected": messages(USER, GOOD)})
+    assert (pair.prompt, pair.rejected) == ((USER,), (GOOD,))
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+PLAIN = FORMS["texts"]
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in PLAIN.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("reason", "sentence", "record"),
+    [
+        ("wrong_type", "is a text, wanted an object", "hi"),
+        ("wrong_type", "is null", None),
+        ("wrong_type", "is a list", [1]),
+        ("missing_key", "'chosen' is missing, found the keys prompt, rejected", without("chosen")),
+        ("missing_key", "'rejected' is missing", without("rejected")),
+        ("missing_key", "'chosen' is missing, found no key", {}),
+        ("missing_key", "'prompt' is missing", without("prompt")),
+        ("missing_key", "first messages differ", {"chosen": messages(USER, GOOD),
+                                                  "rejected": messages(MORE, BAD)}),
+        ("missing_key", "first messages differ", {"chosen": messages(SYSTEM, GOOD),
+                                                  "rejected": messages(SYSTEM, BAD)}),
+        ("wrong_type", "'prompt' is a number, wanted a text or a list", PLAIN | {"prompt": 3}),
+        ("wrong_type", "'chosen' is null", PLAIN | {"chosen": None}),
+        ("wrong_type", "'rejected' is true or false", PLAIN | {"rejected": True}),
+        ("wrong_type", "'rejected' is bytes", PLAIN | {"rejected": b"bad"}),
+        ("wrong_type", "'rejected' is a text, wanted", PLAIN | {"chosen": messages(GOOD)}),
+        ("wrong_type", "a message of 'prompt' is a text", PLAIN | {"prompt": ["hi"]}),
+        ("wrong_type", "is the keys role", PLAIN | {"prompt": [{"role": "user"}]}),
+        ("wrong_type", "a content in 'prompt' is null",
+         PLAIN | {"prompt": [{"role": "user", "content": None}]}),
+        ("unknown_role", "the role 'human'", PLAIN | {"prompt": messages(("human", "hi"))}),
+        ("unknown_role", r"the role \['user'\]",
+         PLAIN | {"prompt": [{"role": ["user"], "content": "hi"}]}),
+        ("empty", "'prompt' is empty", PLAIN | {"prompt": " \n"}),
+        ("empty", "'prompt' is an empty list", PLAIN | {"prompt": []}),
+        ("empty", "'chosen' is empty", PLAIN | {"chosen": ""}),
+        ("empty", "'rejected' is empty", PLAIN | {"rejected": "\t"}),
+        ("empty", "'rejected' has no answer",
+         {"prompt": "hi", "chosen": messages(USER, GOOD), "rejected": messages(USER)}),
+        ("empty", "'chosen' has no answer",
+         {"prompt": "hi", "chosen": messages(GOOD, MORE), "rejected": messages(BAD)}),
+        ("prompt_differs", "'chosen' begins with another message than the prompt: 'hi'",
+         {"prompt": "ho", "chosen": messages(USER, GOOD), "rejected": messages(USER, BAD)}),
+        ("identical_answers", "are the same", PLAIN | {"chosen": "bad"}),
+        ("identical_answers", "are the same",
+         {"chosen": messages(USER, BAD), "rejected": messages(USER, BAD)}),
+        ("not_text", "no text", PLAIN | {"chosen": "\ud800"}),
+        ("not_text", "no text", PLAIN | {"kind": "\ud800"}),
+    ],
+)  # fmt: skip
+def test_unusable_record_is_refused_with_its_reason(
+    reason: str, sentence: str, record: Any
+) -> None:
+    with pytest.raises(BadRecord, match=sentence) as caught:
+        check(record)
+    assert caught.value.reason == reason
+
+
+# --- identity and kept columns ---------------------------------------------------------------
+
+
+def test_id_is_the_digest_of_the_compact_json_of_the_raw_record() -> None:
+    record = {"prompt": '你"好', "chosen": "é\n", "rejected": "b", "kind": "x"}
+    text = '["你\\"好","é\\n","b"]'
+    assert check(record).id == hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = '[null,[{"role":"user","content":"hi"},{"role":"assistant","content":"good"}],'
+    text += '[{"role":"user","content":"hi"},{"role":"assistant","content":"bad"}]]'
+    assert check(FORMS["no prompt"]).id == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_single_values_are_kept_as_text_and_ours_are_renamed() -> None:
+    more = {"kind": "a", "score": 1.5, "n": 2, "flag": True, "tags": ["x"], "none": None}
+    ours = {"id": "7", "margin": 3, "prompt_id": "p"}
+    assert check(PLAIN | more | ours).columns == {
+        **{"kind": "a", "score": "1.5", "n": "2", "flag": "True"},
+        **{"raw_id": "7", "raw_margin": "3", "raw_prompt_id": "p"},
+    }
+
+
+# --- all records together --------------------------------------------------------------------
+
+
+def hashes(records: list[tuple[str, str, str]], name: str) -> pairs.Hashes:
+    checked = [check(dict(zip(pairs.FIELDS, record, strict=True))) for record in records]
+    return np.array([getattr(pair, name) for pair in checked], dtype=np.uint64)
+
+
+def test_duplicates_and_contradictions_match_a_comparison_of_every_two_records() -> None:
+    generator = np.random.default_rng(0)
+    records = [
+        (f"p{generator.integers(3)}", f"a{answers[0]}", f"a{answers[1]}")
+        for answers in (generator.choice(4, 2, replace=False) for _ in range(40))
+    ]
+    found = hashes(records, "pair_hash")
+    assert duplicates(found).tolist() == [r in records[:i] for i, r in enumerate(records)]
+    assert contradictions(found, hashes(records, "answers_hash")).tolist() == [
+        (prompt, rejected, chosen) in records for prompt, chosen, rejected in records
+    ]
+
+
+def test_no_records_have_neither_duplicates_nor_contradictions() -> None:
+    none = np.array([], dtype=np.uint64)
+    assert not len(duplicates(none))
+    assert not len(contradictions(none, none))
+
+
+def prompts(count: int, start: int = 0) -> pairs.Hashes:
+    numbers = range(start, start + count)
+    return hashes([(f"prompt {i}", "a", "b") for i in numbers], "prompt_hash")
+
+
+def test_records_of_one_prompt_never_fall_in_two_splits() -> None:
+    unique = prompts(50)
+    repeated = np.concatenate([unique, unique[::-1], unique])
+    parts = split(repeated, 0.2, 0.2, 0)
+    for prompt in unique:
+        assert len(set(parts[repeated == prompt].tolist())) == 1
+
+
+def test_split_has_the_shares_asked_for() -> None:
+    assert np.bincount(split(prompts(100), 0.1, 0.2, 0)).tolist() == [70, 10, 20]
+    assert np.bincount(split(prompts(3), 0.01, 0.01, 0)).tolist() == [1, 1, 1]
+    assert np.bincount(split(prompts(100), 0.1, 0, 0)).tolist() == [90, 10]
+
+
+def test_order_of_records_does_not_matter_for_the_split() -> None:
+    found = prompts(60)
+    order = np.random.default_rng(0).permutation(60)
+    assert (split(found[order], 0.2, 0.2, 0) == split(found, 0.2, 0.2, 0)[order]).all()
+
+
+def test_seed_moves_the_split() -> None:
+    found = prompts(60)
+    assert (split(found, 0.2, 0.2, 0) != split(found, 0.2, 0.2, 1)).any()
+
+
+def test_added_records_leave_the_ranks_of_the_others() -> None:
+    """Growth can only push prompts over the borders between the splits, never past each other."""
+    before, added = prompts(60), prompts(60, start=60)
+    old = split(before, 0.2, 0.2, 0)
+    new = split(np.concatenate([before, added]), 0.2, 0.2, 0)[:60]
+    order = {2: 0, 1: 1, 0: 2}
+    for i in range(60):
+        for j in range(60):
+            if order[int(old[i])] < order[int(old[j])]:
+                assert order[int(new[i])] <= order[int(new[j])]

@@ -1,0 +1,175 @@
+"""The whole pipeline under DVC, as a user runs it, on a tiny base and a few pairs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.conftest import ROOT, write_pairs
+
+OUTPUTS = {
+    "data/tokenized": {
+        "template.json",
+        *(
+            f"{split}/{name}"
+            for split in ("train", "validation", "test")
+            for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")
+        ),
+    },
+    "metrics": {"preprocess.json", "train.json", "evaluate.json", "export.json"},
+    "models/base": {
+        "base.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    },
+    "models/adapter": {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "quantization.json",
+        "template.json",
+        "training.json",
+    },
+    "models/export": {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "quantization.json",
+        "template.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+    },
+    "reports/train": {"training.json", "validation.json"},
+    "reports/evaluate": {"margins.json", "rewards.parquet", "slices.json"},
+}
+STAGES = ["fetch", "preprocess", "train", "evaluate", "export"]
+
+
+class Project:
+    """A clone-like copy of this project, committed to git, with small params."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        bin_folder = Path(sys.executable).parent
+        self.environment = {
+            key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "GIT_"))
+        }
+        self.environment["PATH"] = f"{bin_folder}:{self.environment['PATH']}"
+
+    def call(self, *command: str, status: int = 0) -> str:
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        output = done.stdout + done.stderr
+        assert done.returncode == status, output
+        return output
+
+    def ran(self, *command: str) -> list[str]:
+        """The stages that a command ran."""
+        output = self.call(*command)
+        return [stage for stage in STAGES if f"python -m stages.{stage}\n" in output]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Project:
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "data" / "corpus").mkdir(parents=True)
+    (folder / "data" / "corpus" / "en.txt").write_text("A corpus.\n", encoding="utf-8")
+    write_pairs(folder / "data" / "raw" / "pairs.json")
+    yaml = YAML()
+    params = yaml.load(folder / "params.yaml")
+    params["base"]["name"] = str(tiny_base)
+    params["train"] |= {"max_steps": 4, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
+    yaml.dump(params, folder / "params.yaml")
+    project = Project(folder)
+    project.call("git", "init", "--quiet")
+    project.call("git", "config", "user.name", "tests")
+    project.call("git", "config", "user.email", "tests@example.org")
+    project.call("git", "add", "--all")
+    project.call("git", "commit", "--quiet", "--message", "start")
+    assert project.ran("dvc", "repro") == STAGES
+    project.call("git", "add", "--all")
+    project.call("git", "commit", "--quiet", "--message", "first run")
+    return project
+
+
+def tree(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_outputs_are_exactly_these(project: Project) -> None:
+    assert {name: tree(project.folder / name) for name in OUTPUTS} == OUTPUTS
+
+
+def test_nothing_is_left_beside_the_outputs(project: Project) -> None:
+    assert names(project.folder / "data") == {"corpus", "raw", "tokenized"}
+    models = {"adapter", "base", "checkpoints", "export"}
+    assert names(project.folder / "models") == models
+    assert project.call("git", "status", "--short") == ""
+
+
+def test_a_second_run_runs_nothing(project: Project) -> None:
+    assert project.ran("dvc", "repro") == []
+
+
+def test_a_forced_run_gives_the_same_bytes(project: Project) -> None:
+    lock = (project.folder / "dvc.lock").read_bytes()
+    assert project.ran("dvc", "repro", "--force") == STAGES
+    assert (project.folder / "dvc.lock").read_bytes() == lock
+    assert project.call("git", "status", "--short") == ""
+
+
+def test_another_rank_trains_evaluates_and_exports_only(project: Project) -> None:
+    command = ("dvc", "exp", "run", "--set-param", "lora.r=2")
+    assert project.ran(*command) == ["train", "evaluate", "export"]
+    shown = json.loads(project.call("dvc", "exp", "show", "--json"))
+    assert len(shown) == 2
+    project.call("git", "checkout", "--quiet", "--", ".")
+    project.call("dvc", "checkout", "--quiet")
+
+
+def test_plots_open_without_a_network(project: Project) -> None:
+    shutil.copytree(ROOT / ".dvc" / "plots", project.folder / ".dvc" / "plots")
+    project.call(sys.executable, ".dvc/plots/make_page.py")
+    project.call("dvc", "plots", "show", "--out", "plots_here")
+    page = (project.folder / "plots_here" / "index.html").read_text(encoding="utf-8")
+    assert 'src="http' not in page
+    for title in ("Bradley-Terry loss", "Pairwise accuracy", "Learning rate", "Accuracy by slice"):
+        assert title in page
+    shutil.rmtree(project.folder / "plots_here")
+
+
+def test_a_fault_is_one_sentence_under_dvc(project: Project) -> None:
+    params = project.folder / "params.yaml"
+    before = params.read_text(encoding="utf-8")
+    params.write_text(before.replace("  r: 4", "  r: -1"), encoding="utf-8")
+    output = project.call("dvc", "repro", status=255)
+    params.write_text(before, encoding="utf-8")
+    assert "params.yaml: lora.r is -1, must be a positive integer" in output
+    assert "Traceback" not in output
+    project.call("git", "checkout", "--quiet", "--", ".")
+    project.call("dvc", "checkout", "--quiet")

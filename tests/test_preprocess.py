@@ -1,0 +1,377 @@
+"""The stage preprocess: what it writes, what it counts, and when it stops."""
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+
+from stages import preprocess
+from stages.outputs import digests, read_json
+from stages.process import Fault
+from stages.tokens import Template
+from tests.conftest import ROOT, write_pairs
+
+SetParams = Callable[..., None]
+COLUMNS = ["id", "prompt_id", "input_ids_j", "attention_mask_j", "input_ids_k"]
+COLUMNS += ["attention_mask_k", "prefix_length"]
+
+
+@pytest.fixture
+def data(workspace: Path) -> Path:
+    """The file that params.yaml names, with 40 pairs over 20 prompts."""
+    return write_pairs(workspace / "data" / "raw" / "pairs.json")
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def rewrite(path: Path, content: list[Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def run() -> dict[str, Any]:
+    preprocess.main()
+    metrics: dict[str, Any] = read_json(preprocess.METRICS)
+    return metrics
+
+
+def fault() -> str:
+    with pytest.raises(Fault) as caught:
+        preprocess.main()
+    assert not preprocess.METRICS.exists()
+    assert not list(Path("data").glob("tokenized*"))
+    return str(caught.value)
+
+
+def written() -> dict[str, list[dict[str, Any]]]:
+    return {
+        name: load_from_disk(str(preprocess.TOKENIZED / name)).to_list()
+        for name in preprocess.SPLITS
+    }
+
+
+def pair(index: int, **changes: Any) -> dict[str, Any]:
+    return {"prompt": f"question {index}", "chosen": "good", "rejected": "bad"} | changes
+
+
+# --- what it writes --------------------------------------------------------------------------
+
+
+def test_every_pair_is_written_with_the_articles_ids(data: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(preprocess.BASE)
+    run()
+    rows = {row["id"]: row for part in written().values() for row in part}
+    assert len(rows) == 40
+    for record in records(data):
+        prompt, chosen, rejected = (record[key] for key in ("prompt", "chosen", "rejected"))
+        text = json.dumps([prompt, chosen, rejected], ensure_ascii=False, separators=(",", ":"))
+        row = rows[hashlib.sha256(text.encode()).hexdigest()[:16]]
+        for side, answer in (("j", chosen), ("k", rejected)):
+            article = tokenizer("问:" + prompt + "\n\n答:" + answer, truncation=True)
+            assert row[f"input_ids_{side}"] == article["input_ids"]
+            assert row[f"attention_mask_{side}"] == article["attention_mask"]
+        left, right, prefix = row["input_ids_j"], row["input_ids_k"], row["prefix_length"]
+        assert left[:prefix] == right[:prefix]
+        assert left[prefix] != right[prefix] or prefix == min(len(left), len(right)) - 1
+        assert row["kind"] == record["kind"]
+
+
+@pytest.mark.usefixtures("data")
+def test_outputs_are_three_datasets_a_template_and_metrics() -> None:
+    run()
+    files = sorted(str(path.relative_to("data")) for path in Path("data").rglob("*.*"))
+    assert files == [
+        "raw/pairs.json",
+        "tokenized/template.json",
+        *(
+            f"tokenized/{name}/{file}"
+            for name in sorted(preprocess.SPLITS)
+            for file in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")
+        ),
+    ]
+    for part in written().values():
+        assert list(part[0]) == [*COLUMNS, "kind"]
+    template = Template.load(preprocess.TOKENIZED / "template.json")
+    assert template == Template.of("zh", False, 2040, preprocess.BASE)
+
+
+@pytest.mark.usefixtures("data")
+def test_second_run_writes_the_same_bytes() -> None:
+    run()
+    first = digests(Path("data")), digests(Path("metrics"))
+    run()
+    assert (digests(Path("data")), digests(Path("metrics"))) == first
+
+
+@pytest.mark.usefixtures("data")
+def test_metrics_match_what_was_written() -> None:
+    metrics, parts = run(), written()
+    assert metrics["pairs"] == {name: len(rows) for name, rows in parts.items()}
+    assert metrics["prompts"] == {"train": 14, "validation": 2, "test": 4}
+    rows = [row for part in parts.values() for row in part]
+    lengths = sorted(len(row[f"input_ids_{side}"]) for row in rows for side in "jk")
+    assert metrics["tokens"] == sum(lengths)
+    assert metrics["length"]["max"] == lengths[-1]
+    assert metrics["length"]["q50"] in lengths[39:41]
+    shared = 2 * sum(row["prefix_length"] for row in rows) / sum(lengths)
+    assert metrics["shared_prefix_share"] == pytest.approx(shared, abs=1e-4)
+    assert metrics["dropped"] == {}
+    assert metrics["truncated"] == 0
+
+
+def test_kept_columns_of_some_records_are_null_in_the_others(data: Path) -> None:
+    rewrite(data, [pair(0, source="web", id="7"), *map(pair, range(1, 20))])
+    run()
+    rows = [row for part in written().values() for row in part]
+    assert sorted((row["source"] or "", row["raw_id"] or "") for row in rows)[-2:] == [
+        ("", ""),
+        ("web", "7"),
+    ]
+
+
+@pytest.mark.usefixtures("data")
+def test_batches_do_not_show_in_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    run()
+    whole = written()
+    monkeypatch.setattr(preprocess, "BATCH_CHARACTERS", 200)
+    run()
+    assert written() == whole
+
+
+def test_order_of_records_and_files_does_not_move_a_prompt(data: Path) -> None:
+    def split_of() -> dict[str, str]:
+        return {row["id"]: name for name, rows in written().items() for row in rows}
+
+    run()
+    first, found = split_of(), records(data)
+    rewrite(data, found[::-1])
+    run()
+    assert split_of() == first
+
+
+def test_folder_of_every_format_is_one_set(
+    data: Path, workspace: Path, set_params: SetParams
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found, folder = records(data), workspace / "mixed"
+    run()
+    whole = {name: sorted(row["id"] for row in rows) for name, rows in written().items()}
+    folder.mkdir()
+    rewrite(folder / "a.json", found[:10])
+    (folder / "b.jsonl").write_text("\n".join(map(json.dumps, found[10:20])))
+    (folder / "c.json.gz").write_bytes(gzip.compress(json.dumps(found[20:30]).encode()))
+    pq.write_table(pa.Table.from_pylist(found[30:]), folder / "d.parquet")
+    set_params("preprocess", data="mixed", test_data="mixed")
+    run()
+    assert {name: sorted(row["id"] for row in rows) for name, rows in written().items()} == whole
+
+
+# --- the splits ------------------------------------------------------------------------------
+
+
+def test_no_prompt_stands_in_two_splits_whatever_its_form(data: Path) -> None:
+    as_messages = [
+        pair(i, prompt=[{"role": "user", "content": f"question {i}"}], chosen="better")
+        for i in range(20)
+    ]
+    rewrite(data, [*map(pair, range(20)), *as_messages])
+    run()
+    prompts = [{row["prompt_id"] for row in rows} for rows in written().values()]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 20
+
+
+@pytest.mark.usefixtures("data")
+def test_separate_test_set_is_the_test_split(workspace: Path, set_params: SetParams) -> None:
+    rewrite(workspace / "test.jsonl", [pair(i) for i in range(3)])
+    set_params("preprocess", test_data="test.jsonl")
+    assert run()["pairs"] == {"train": 36, "validation": 4, "test": 3}
+
+
+@pytest.mark.parametrize("on_bad_record", ["stop", "drop"])
+@pytest.mark.parametrize("changes", [{}, {"chosen": "bad", "rejected": "good"}, {"chosen": "fine"}])
+def test_prompt_of_the_test_set_in_the_other_data_is_a_fault(
+    data: Path, workspace: Path, set_params: SetParams, on_bad_record: str, changes: dict[str, str]
+) -> None:
+    rewrite(data, [pair(i) for i in range(20)])
+    rewrite(workspace / "test.json", [pair(30), pair(7, **changes)])
+    set_params("preprocess", test_data="test.json", on_bad_record=on_bad_record)
+    assert "1 test records have a prompt that stands in data/raw/pairs.json too" in fault()
+    assert "test.json: record 2" in fault()
+
+
+def test_too_few_prompts_for_three_splits_is_a_fault(data: Path) -> None:
+    rewrite(data, [pair(0), pair(1)])
+    assert "no pair is left for train out of 2; wanted more prompts" in fault()
+
+
+# --- bad records -----------------------------------------------------------------------------
+
+
+def bad_records() -> list[Any]:
+    """Good and bad records, with every reason to drop once."""
+    return [
+        *map(pair, range(20)),
+        {"prompt": "question 21", "chosen": "good"},
+        "text",
+        pair(23, rejected=" "),
+        pair(24, rejected="good"),
+        pair(3),
+        pair(26),
+        pair(26, chosen="bad", rejected="good"),
+        pair(28, chosen="e\u0301", rejected="é"),
+        pair(29, prompt=[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]),
+    ]
+
+
+def test_bad_records_stop_the_stage_and_are_listed_in_order(data: Path) -> None:
+    rewrite(data, bad_records())
+    lines = fault().splitlines()
+    reasons = ["missing_key", "wrong_type", "empty", "identical_answers", "duplicate"]
+    reasons += ["contradiction", "contradiction", "identical_tokens", "needs_chat"]
+    assert [line.split(": ")[:3] for line in lines[:-1]] == [
+        ["data/raw/pairs.json", f"record {position}", reason]
+        for position, reason in enumerate(reasons, start=21)
+    ]
+    assert lines[-1].startswith("bad records: 2 contradiction, 1 duplicate, 1 empty, ")
+    assert lines[-1].endswith("preprocess.on_bad_record drop leaves bad records out")
+
+
+def test_bad_records_are_dropped_and_counted_by_reason(data: Path, set_params: SetParams) -> None:
+    rewrite(data, bad_records())
+    set_params("preprocess", on_bad_record="drop")
+    metrics = run()
+    assert sum(metrics["pairs"].values()) == 20
+    assert metrics["dropped"] == {
+        **{"contradiction": 2, "duplicate": 1, "empty": 1, "identical_answers": 1},
+        **{"identical_tokens": 1, "missing_key": 1, "needs_chat": 1, "wrong_type": 1},
+    }
+
+
+def test_the_ten_faults_listed_are_the_first_of_all(workspace: Path, set_params: SetParams) -> None:
+    """Late reasons and lines of a second file do not push out earlier places, nor the reverse."""
+    folder = workspace / "many"
+    folder.mkdir()
+    kinds: list[Callable[[int], Any]] = [
+        pair,
+        lambda i: pair(i, chosen="bad"),
+        lambda i: pair(i, chosen="e\u0301", rejected="é"),
+        lambda i: pair(0),
+    ]
+    first = [kinds[i % 4](i) for i in range(12)]
+    (folder / "a.jsonl").write_text("\n\n".join(map(json.dumps, first)), encoding="utf-8")
+    rewrite(folder / "b.json", [kinds[1](i) for i in range(100, 130)])
+    set_params("preprocess", data="many", test_data="many")
+    places = [line.split(": ")[:2] for line in fault().splitlines()[:-1]]
+    lines = [2 * i + 1 for i in range(12) if i % 4]
+    expected = [["many/a.jsonl", f"line {number}"] for number in lines]
+    assert places == [*expected, ["many/b.json", "record 1"]]
+
+
+def test_nothing_left_is_a_fault_that_lists_the_reasons(data: Path, set_params: SetParams) -> None:
+    rewrite(data, [pair(0, chosen="bad"), 3])
+    set_params("preprocess", on_bad_record="drop")
+    message = fault()
+    assert "record 1: identical_answers" in message
+    assert "record 2: wrong_type" in message
+
+
+def test_broken_file_leaves_no_output(data: Path) -> None:
+    data.write_bytes(data.read_bytes()[:-1])
+    assert "record 40: broken JSON" in fault()
+
+
+# --- texts that are too long -----------------------------------------------------------------
+
+
+def long_records() -> list[dict[str, Any]]:
+    too_long = [pair(20, prompt="1 why " * 50), pair(21, chosen="so " * 100)]
+    return [*map(pair, range(20)), *too_long]
+
+
+def test_long_texts_stop_the_stage_by_default(data: Path, set_params: SetParams) -> None:
+    rewrite(data, long_records())
+    set_params("preprocess", max_length=40, on_bad_record="drop")
+    lines = fault().splitlines()
+    assert "record 21: over_length: has" in lines[0]
+    assert "at most 40 fit" in lines[0]
+    assert lines[2].startswith("bad records: 2 over_length; preprocess.over_length drop or")
+
+
+def test_long_texts_are_dropped_and_counted(data: Path, set_params: SetParams) -> None:
+    rewrite(data, long_records())
+    set_params("preprocess", max_length=40, over_length="drop")
+    metrics = run()
+    assert metrics["dropped"] == {"over_length": 2}
+    assert sum(metrics["pairs"].values()) == 20
+    assert metrics["length"]["max"] <= 40
+
+
+def test_dropped_long_texts_take_no_place_among_the_faults(
+    data: Path, set_params: SetParams
+) -> None:
+    long = [pair(i, prompt=f"{i} why " * 50) for i in range(15)]
+    rewrite(data, [*long, pair(20, chosen="bad")])
+    set_params("preprocess", max_length=40, over_length="drop")
+    lines = fault().splitlines()
+    assert len(lines) == 2
+    assert "record 16: identical_answers" in lines[0]
+
+
+def test_long_prompts_are_cut_and_counted(data: Path, set_params: SetParams) -> None:
+    rewrite(data, long_records())
+    set_params("preprocess", max_length=40, over_length="truncate_prompt", on_bad_record="drop")
+    metrics = run()
+    assert metrics["dropped"] == {"answer_too_long": 1}
+    assert metrics["truncated"] == 1
+    assert metrics["length"]["max"] == 40
+    assert sum(metrics["pairs"].values()) == 21
+
+
+def test_answer_too_long_by_itself_stops_the_stage(data: Path, set_params: SetParams) -> None:
+    rewrite(data, long_records())
+    set_params("preprocess", max_length=40, over_length="truncate_prompt")
+    assert "record 22: answer_too_long" in fault().splitlines()[0]
+
+
+# --- the process -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("data")
+def test_preprocess_runs_without_torch() -> None:
+    code = (
+        "import sys; from stages import preprocess; preprocess.main();"
+        "sys.exit(str([name for name in sys.modules if name.split('.')[0] == 'torch'] or ''))"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(
+        command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert result.stderr.strip() == ""
+    assert "train" in result.stdout
+    assert np.sum(list(read_json(preprocess.METRICS)["pairs"].values())) == 40
+
+
+@pytest.mark.usefixtures("data")
+def test_fault_is_one_sentence_and_status_1(set_params: SetParams) -> None:
+    set_params("preprocess", data="gone.json")
+    result = subprocess.run(
+        [sys.executable, "-m", "stages.preprocess"],
+        env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    wanted = "gone.json is not here, wanted a file or a folder of preference pairs\n"
+    assert result.stderr == wanted

@@ -1,0 +1,266 @@
+"""Text to ids: the article's ids, templates, the end of a text, the cut of a prompt."""
+
+import dataclasses
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.pairs import BadRecord, Messages
+from stages.process import Fault
+from stages.tokens import Encoder, Template, prefix_length
+
+Encoders = Callable[..., Encoder]
+
+PROMPTS = [
+    "怎么煮鸡蛋？",
+    "Why is the sky blue?\n",
+    "  spaces  ",
+    "emoji 😀👩‍👩‍👧 é e\u0301",
+    "a<|im_end|>b",
+]
+ANSWERS = [
+    "冷水下锅，八分钟。",
+    "Because of scattering.",
+    "\n\n答:",
+    "😀",
+    "end<|endoftext|>",
+    "x  ",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+@pytest.fixture
+def encoder(tiny_base: Path) -> Encoders:
+    def build(name: str, append_eos: bool = False, max_length: int = 2040) -> Encoder:
+        return Encoder(tiny_base, Template.of(name, append_eos, max_length, tiny_base))
+
+    return build
+
+
+def user(text: str) -> Messages:
+    return (("user", text),)
+
+
+def assistant(text: str) -> Messages:
+    return (("assistant", text),)
+
+
+def ids(encoder: Encoder, prompt: str, answer: str) -> list[int]:
+    return encoder.encode([encoder.render(user(prompt), assistant(answer))])[0]
+
+
+# --- templates -------------------------------------------------------------------------------
+
+
+def test_ids_equal_those_of_the_articles_code(encoder: Encoders, tokenizer: Any) -> None:
+    ours = encoder("zh")
+    for prompt in PROMPTS:
+        for answer in ANSWERS:
+            article = tokenizer("问:" + prompt + "\n\n答:" + answer, truncation=True)["input_ids"]
+            assert ids(ours, prompt, answer) == article
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("zh", "问:Hi?\n\n答:Yes {prompt}"),
+        ("en", "Question: Hi?\n\nAnswer: Yes {prompt}"),
+        ("none", "Hi?Yes {prompt}"),
+        ("<{prompt}|{x}|{answer}>", "<Hi?|{x}|Yes {prompt}>"),
+    ],
+)
+def test_template_is_filled_with_prompt_and_answer(
+    encoder: Encoders, tokenizer: Any, name: str, text: str
+) -> None:
+    assert encoder(name).render(user("Hi?"), assistant("Yes {prompt}")) == text
+    assert ids(encoder(name), "Hi?", "Yes {prompt}") == tokenizer(text)["input_ids"]
+
+
+def test_chat_is_what_the_tokenizer_makes_of_the_conversation(
+    encoder: Encoders, tokenizer: Any
+) -> None:
+    prompt = (("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "你好？"))
+    ours = encoder("chat")
+    messages = [{"role": role, "content": text} for role, text in (*prompt, *assistant("😀"))]
+    text = ours.render(prompt, assistant("😀"))
+    assert text == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert ours.encode([text])[0] == tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["german", "{prompt}", "{answer}", "{answer}{prompt}", "{prompt}{prompt}{answer}",
+     "{prompt}{answer}{answer}"],
+)  # fmt: skip
+def test_template_without_the_two_fields_is_a_fault(tiny_base: Path, name: str) -> None:
+    with pytest.raises(Fault, match=r"preprocess.template is '.*must be one of zh, en, none, chat"):
+        Template.of(name, False, 10, tiny_base)
+
+
+def test_several_turns_need_the_chat_template(encoder: Encoders) -> None:
+    with pytest.raises(BadRecord, match=r"preprocess\.template chat") as caught:
+        encoder("zh").render((("system", "Be kind."), *user("Hi")), assistant("Hello"))
+    assert caught.value.reason == "needs_chat"
+
+
+def changed_base(base: Path, folder: Path, **config: Any) -> Path:
+    """A copy of the tokenizer of `base` with other values in its configuration."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def test_conversation_that_the_chat_template_refuses_is_a_bad_record(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template="{{ raise_exception('no system') }}")
+    encoder = Encoder(base, Template.of("chat", False, 10, base))
+    with pytest.raises(BadRecord, match="no system") as caught:
+        encoder.render(user("Hi"), assistant("Hello"))
+    assert caught.value.reason == "chat_template"
+
+
+def test_base_without_what_the_template_needs_is_a_fault(tiny_base: Path, tmp_path: Path) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template=None, eos_token=None)
+    with pytest.raises(Fault, match="no chat template"):
+        Encoder(base, Template.of("chat", False, 10, base))
+    with pytest.raises(Fault, match="no eos"):
+        Encoder(base, Template.of("zh", True, 10, base))
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(Fault, match=r"tokenizer.json is not here, wanted"):
+        Template.of("zh", False, 10, base)
+
+
+def test_template_of_another_tokenizer_is_refused(tiny_base: Path) -> None:
+    template = Template.of("zh", False, 10, tiny_base)
+    with pytest.raises(Fault, match="not the one that the template was made for"):
+        Encoder(tiny_base, dataclasses.replace(template, tokenizer="0" * 64))
+
+
+def test_template_is_read_as_it_was_written(tiny_base: Path, tmp_path: Path) -> None:
+    template = Template.of("问{prompt}\n{answer}", True, 10, tiny_base)
+    template.save(tmp_path / "template.json")
+    assert Template.load(tmp_path / "template.json") == template
+
+
+# --- the end of a text -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["zh", "chat"])
+def test_eos_is_appended_once(encoder: Encoders, tokenizer: Any, name: str) -> None:
+    for answer in ("Yes", "Yes<|endoftext|>"):
+        plain = ids(encoder(name), "Hi?", answer)
+        ended = plain[-1] == tokenizer.eos_token_id
+        assert ids(encoder(name, append_eos=True), "Hi?", answer) == (
+            plain if ended else [*plain, tokenizer.eos_token_id]
+        )
+
+
+# --- the cut ---------------------------------------------------------------------------------
+
+
+def random_words(count: int, seed: int) -> str:
+    words = ["sky", "blue", "怎么", "😀", "\n", "Why?", "煮鸡蛋", "x1"]
+    # The digit is an id of its own, which no template's head merges with.
+    return "1 " + " ".join(random.Random(seed).choices(words, k=count))
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_prompt_is_cut_from_the_left_by_the_same_amount_on_both_sides(
+    encoder: Encoders, tokenizer: Any, append_eos: bool
+) -> None:
+    ours = encoder("en", append_eos, max_length=40)
+    head = tokenizer("Question: ")["input_ids"]
+    prompt, answers = user(random_words(60, 0)), [assistant("a good answer"), assistant("bad")]
+    whole = ours.encode([ours.render(prompt, answer) for answer in answers])
+    cut = ours.encode_cut(prompt, answers)
+    assert cut is not None
+    assert max(map(len, cut)) == 40
+    for long, short in zip(whole, cut, strict=True):
+        gone = max(map(len, whole)) - 40
+        assert short == long[: len(head)] + long[len(head) + gone :]
+
+
+@pytest.mark.parametrize("name", ["zh", "en", "none", "chat", "{prompt} => {answer}!"])
+def test_cut_prompt_leaves_head_and_answer_whole(
+    encoder: Encoders, tokenizer: Any, name: str
+) -> None:
+    for seed in range(20):
+        prompt = random_words(80, seed)
+        ours = encoder(name, max_length=50)
+        cut = ours.encode_cut(user(prompt), [assistant("yes !"), assistant("no, never")])
+        assert cut is not None
+        text = ours.render(user(prompt), assistant("no, never"))
+        start = text.index(prompt)
+        rest, left = tokenizer.decode(cut[1]), text[start + len(prompt) :]
+        assert rest.startswith(text[:start])
+        assert rest.endswith(left)
+        assert prompt.endswith(rest[start : len(rest) - len(left)].lstrip("�"))
+
+
+def test_id_that_holds_the_end_of_the_head_is_kept(encoder: Encoders, tokenizer: Any) -> None:
+    cut = encoder("en", max_length=20).encode_cut(user("the " * 40), [assistant("a")] * 2)
+    head = tokenizer("Question: the")["input_ids"]
+    assert tokenizer.decode(head[-1]) == " the"
+    assert cut is not None
+    assert cut[0][: len(head)] == head
+
+
+def test_cut_of_a_chat_keeps_the_head_even_if_it_holds_the_prompts_words(
+    encoder: Encoders, tokenizer: Any
+) -> None:
+    prompt = (("system", "e"), ("user", "e"), ("assistant", "so " * 40), ("user", "e " * 40))
+    cut = encoder("chat", max_length=40).encode_cut(prompt, [assistant("good"), assistant("bad")])
+    assert cut is not None
+    for side, answer in zip(cut, ("good", "bad"), strict=True):
+        text = tokenizer.decode(side)
+        assert text.startswith("<|im_start|>system\ne<|im_end|>\n<|im_start|>user\n")
+        assert text.endswith(f"e <|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n")
+
+
+def test_answer_too_long_by_itself_cannot_be_cut(encoder: Encoders) -> None:
+    for max_length in range(1, 60):
+        ours = encoder("zh", max_length=max_length)
+        prompt, answer = "why " * 20, "long " * 20
+        cut = ours.encode_cut(user(prompt), [assistant(answer), assistant("short")])
+        # All that may go is the prompt.
+        least = len(ids(ours, prompt, answer)) - len(ids(ours, prompt, "")) + len(ids(ours, "", ""))
+        assert (cut is None) == (max_length < least)
+
+
+def test_text_within_the_maximum_is_not_cut(encoder: Encoders) -> None:
+    ours = encoder("zh")
+    assert ours.encode_cut(user("Hi?"), [assistant("Yes")]) == [ids(ours, "Hi?", "Yes")]
+
+
+# --- the shared prefix -----------------------------------------------------------------------
+
+
+def slow_prefix(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    length = 0
+    while length < min(len(chosen), len(rejected)) - 1 and chosen[length] == rejected[length]:
+        length += 1
+    return length
+
+
+def test_prefix_length_is_the_longest_common_prefix_short_of_the_last_id() -> None:
+    generator = random.Random(0)
+    for _ in range(500):
+        left, right = (generator.choices((1, 2), k=generator.randrange(1, 7)) for _ in "jk")
+        assert prefix_length(left, right) == slow_prefix(left, right)
+    assert prefix_length([1, 2, 3], [1, 2, 3]) == 2
+    assert prefix_length([1, 2], [1, 2, 3]) == 1
+    assert prefix_length([1], [1, 2]) == 0

@@ -1,0 +1,543 @@
+"""Training: the same as a plain loop, the same whatever happens to it, and all of it on record."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.torch import load_file
+
+from stages import checkpoints, params, preprocess, train
+from stages.model import Quantization, head_of, score
+from stages.outputs import digest, digests
+from stages.process import Fault
+
+from .conftest import write_pairs
+
+ROOT = Path(__file__).parent.parent
+SetParams = Callable[..., None]
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def prepared(workspace: Path, set_params: SetParams) -> Path:
+    """A workspace with 14 pairs to train on: 4 steps an epoch, 8 in all, the last of 2 pairs."""
+    write_pairs(workspace / "data" / "raw" / "pairs.json", 20)
+    preprocess.main()
+    set_params("train", pairs_per_step=4, logging_steps=2, eval_steps=3, save_steps=2)
+    assert len(load_from_disk("data/tokenized/train")) == 14
+    return workspace
+
+
+def outs() -> dict[str, str]:
+    """Digests of everything that the stage leaves to DVC."""
+    return {
+        **{f"adapter/{name}": value for name, value in digests(train.ADAPTER).items()},
+        **{f"reports/{name}": value for name, value in digests(train.REPORTS).items()},
+        "metrics": digest(train.METRICS),
+    }
+
+
+def remove_outs() -> None:
+    shutil.rmtree(train.ADAPTER)
+    shutil.rmtree(train.REPORTS)
+    train.METRICS.unlink()
+
+
+def weights() -> Tensors:
+    return load_file(train.ADAPTER / "adapter_model.safetensors")
+
+
+def distance(one: Tensors, other: Tensors) -> float:
+    """The largest difference of two adapters, relative to the size of the tensor it is in."""
+    assert one.keys() == other.keys()
+    return max(((one[n] - other[n]).norm() / (other[n].norm() + 1e-12)).item() for n in one)
+
+
+def curve(name: str) -> list[dict[str, float]]:
+    content: list[dict[str, float]] = json.loads((train.REPORTS / f"{name}.json").read_text())
+    return content
+
+
+class Killed(BaseException):
+    """The end of the process, as far as a test in the same process can have it."""
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What every training step was given and what it returned."""
+    seen: list[dict[str, Any]] = []
+    original = train.RewardTrainer.training_step
+
+    def recorded(self: train.RewardTrainer, model: Any, inputs: Any, items: Any = None) -> Any:
+        loss = original(self, model, inputs, items)
+        seen.append({"rows": list(inputs["step"].rows), "loss": loss.item()})
+        return loss
+
+    monkeypatch.setattr(train.RewardTrainer, "training_step", recorded)
+    return seen
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the stage until `step` steps are done."""
+    original = train.RewardTrainer.training_step
+
+    def deadly(self: train.RewardTrainer, *arguments: Any) -> Any:
+        if self.state.global_step == step:
+            raise Killed
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.RewardTrainer, "training_step", deadly)
+        with pytest.raises(Killed):
+            train.main()
+
+
+# --- what is learned -------------------------------------------------------------------------
+
+
+def test_trainer_takes_the_steps_of_a_plain_loop(
+    set_params: SetParams, steps: list[dict[str, Any]]
+) -> None:
+    """AdamW by hand, one text a forward pass, the learning rate and the clipping spelt out."""
+    rate, decay, norm = 3e-3, 0.1, 0.3
+    set_params("lora", lora_dropout=0.0)
+    set_params("train", learning_rate=rate, weight_decay=decay, max_grad_norm=norm)
+    set_params("train", warmup_steps=3, logging_steps=1, optim="adamw_torch", tokens_per_pack=200)
+    train.main()
+
+    groups = (
+        params.load("train", train.Train),
+        params.load("lora", train.Lora),
+        params.load("quantization", Quantization),
+    )
+    model = train.build(*groups)
+    train.scale_head(model, list(load_from_disk("data/tokenized/train")), 4096)
+    model.config.pad_token_id = None
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in trained.items()}
+    assert len(steps) == 8
+    for step, entry in enumerate(steps):
+        losses = []
+        for row in entry["rows"]:
+            chosen, rejected = (
+                model(input_ids=torch.tensor([row[key]])).logits[0, 0]
+                for key in ("input_ids_j", "input_ids_k")
+            )
+            losses.append(-torch.log(torch.sigmoid(chosen - rejected)))
+        loss = sum(losses, torch.zeros(())) / len(losses)
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+        total = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+        now = rate * step / 3 if step < 3 else rate * (8 - step) / (8 - 3)
+        logged = curve("training")[step]
+        assert entry["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert logged["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert logged["grad_norm"] == pytest.approx(total, rel=1e-3)
+        assert logged["learning_rate"] == pytest.approx(now)
+        with torch.no_grad():
+            for (name, weight), gradient in zip(trained.items(), gradients, strict=True):
+                clipped = gradient * min(1.0, norm / (total + 1e-6))
+                first, second = state[name]
+                first.mul_(0.9).add_(clipped, alpha=0.1)
+                second.mul_(0.999).add_(clipped.square(), alpha=0.001)
+                weight.mul_(1 - now * decay)
+                mean, spread = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+                weight.sub_(now * mean / (spread.sqrt() + 1e-8))
+    wanted = {
+        name.replace(".default", "").replace(".modules_to_save", ""): p.detach()
+        for name, p in trained.items()
+    }
+    assert distance(weights(), wanted) < 1e-3
+
+
+def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
+    steps: list[dict[str, Any]],
+) -> None:
+    train.main()
+    ids = list(load_from_disk("data/tokenized/train")["id"])
+    order = [[row["id"] for row in entry["rows"]] for entry in steps]
+    first, second = [*chain(*order[:4])], [*chain(*order[4:])]
+    assert [len(step) for step in order] == [4, 4, 4, 2] * 2
+    assert sorted(first) == sorted(second) == sorted(ids)
+    assert len({tuple(ids), tuple(first), tuple(second)}) == 3
+
+
+def test_result_does_not_depend_on_the_size_of_packs(set_params: SetParams) -> None:
+    set_params("lora", lora_dropout=0.0)
+    set_params("train", max_steps=4)
+    found = []
+    for tokens_per_pack in (1, 200, 10**6):
+        set_params("train", tokens_per_pack=tokens_per_pack)
+        train.main()
+        found.append(weights())
+    assert distance(found[0], found[2]) < 1e-3
+    assert distance(found[1], found[2]) < 1e-3
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(set_params: SetParams) -> None:
+    set_params("train", max_steps=4)
+    train.main()
+    wanted = weights()
+    set_params("train", gradient_checkpointing=True)
+    train.main()
+    assert distance(weights(), wanted) < 1e-4
+
+
+# --- the start and the stops -----------------------------------------------------------------
+
+
+def built() -> Any:
+    return train.build(
+        params.load("train", train.Train),
+        params.load("lora", train.Lora),
+        params.load("quantization", Quantization),
+    )
+
+
+def test_training_starts_undecided_however_large_the_head_is() -> None:
+    model, rows = built(), list(load_from_disk("data/tokenized/train"))
+    with torch.no_grad():
+        for parameter in head_of(model.get_base_model()).parameters():
+            parameter.mul_(1000)
+    chosen, rejected = score(model, rows, 4096)
+    assert (chosen - rejected).std() > 10
+    train.scale_head(model, rows, 4096)
+    sides = (side.tolist() for side in score(model, rows, 4096))
+    margins = [chosen - rejected for chosen, rejected in zip(*sides, strict=True)]
+    mean = sum(margins) / len(margins)
+    deviation = math.sqrt(sum((margin - mean) ** 2 for margin in margins) / len(margins))
+    loss = sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
+    assert 0 < deviation <= 0.1
+    assert abs(loss - math.log(2)) <= 0.05
+
+
+def test_a_decided_start_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "MARGIN_RMS", 100.0)
+    model, rows = built(), list(load_from_disk("data/tokenized/train"))
+    with torch.no_grad():
+        for parameter in head_of(model.get_base_model()).parameters():
+            parameter.mul_(1000)
+    with pytest.raises(Fault, match="before the first step the margins deviate by"):
+        train.scale_head(model, rows, 4096)
+
+
+def test_rewards_that_are_not_finite_stop_the_stage() -> None:
+    model, rows = built(), list(load_from_disk("data/tokenized/train"))
+    with torch.no_grad():
+        for parameter in head_of(model.get_base_model()).parameters():
+            parameter.fill_(math.inf)
+    with pytest.raises(Fault, match="not finite"):
+        train.scale_head(model, rows, 4096)
+
+
+@pytest.mark.parametrize("eval_steps", [1, 20])
+def test_a_loss_that_is_not_finite_stops_the_stage_with_its_step(
+    set_params: SetParams, eval_steps: int
+) -> None:
+    set_params("train", learning_rate=1e30, warmup_steps=0, eval_steps=eval_steps)
+    name, step = ("validation loss", 1) if eval_steps == 1 else ("loss", 2)
+    with pytest.raises(Fault, match=rf"^the {name} is (nan|inf) at step {step}; lower train\.lear"):
+        train.main()
+    assert not train.ADAPTER.exists()
+    assert not train.METRICS.exists()
+
+
+def test_save_steps_must_be_a_multiple_of_logging_steps(set_params: SetParams) -> None:
+    set_params("train", save_steps=3)
+    with pytest.raises(Fault, match=r"train\.save_steps is 3, must be a multiple of"):
+        train.main()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("optim", "lion_8bit"), ("lr_scheduler_type", "warmup_stable_decay")]
+)
+def test_what_needs_more_than_its_name_is_refused(
+    set_params: SetParams, key: str, value: str
+) -> None:
+    set_params("train", **{key: value})
+    with pytest.raises(Fault, match=rf"train\.{key} is '{value}', must be one of"):
+        train.main()
+
+
+def test_every_optimizer_and_schedule_that_is_offered_can_be_made(
+    set_params: SetParams, tmp_path: Path
+) -> None:
+    model, rows = built(), load_from_disk("data/tokenized/train")
+    for index in range(max(len(train.OPTIMIZERS), len(train.SCHEDULES))):
+        optim = train.OPTIMIZERS[index % len(train.OPTIMIZERS)]
+        schedule = train.SCHEDULES[index % len(train.SCHEDULES)]
+        set_params("train", optim=optim, lr_scheduler_type=schedule)
+        group = params.load("train", train.Train)
+        trainer = train.RewardTrainer(model, group, checkpoints.Run(tmp_path), rows, rows)
+        trainer.create_optimizer_and_scheduler(8)
+        assert trainer.lr_scheduler is not None
+        assert 0 <= trainer.lr_scheduler.get_last_lr()[0] <= group.learning_rate
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    set_params("train", report_to="mlflow")
+    with pytest.raises(Fault, match=r"train\.report_to is mlflow, which is not installed"):
+        train.main()
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit"])
+def test_optimizers_for_cuda_fall_back_with_one_line(
+    tmp_path: Path,
+    set_params: SetParams,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    optim: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    set_params("train", optim=optim)
+    found = train.arguments(params.load("train", train.Train), tmp_path)
+    assert found.optim == "adamw_torch_fused"
+    assert capsys.readouterr().out.startswith(f"optimizer: {optim} is for CUDA; here adamw_torch_f")
+
+
+# --- what is written -------------------------------------------------------------------------
+
+
+def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
+    steps: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    train.main()
+    assert set(outs()) == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/quantization.json",
+        "adapter/template.json",
+        "adapter/training.json",
+        "reports/training.json",
+        "reports/validation.json",
+        "metrics",
+    }
+    training, validation = curve("training"), curve("validation")
+    assert [entry["step"] for entry in training] == [2, 4, 6, 8]
+    assert [entry["step"] for entry in validation] == [3, 6, 8]
+    for index, entry in enumerate(training):
+        one, other = (steps[2 * index + i]["loss"] for i in (0, 1))
+        assert entry["loss"] == pytest.approx((one + other) / 2)
+        assert 0 <= entry["accuracy"] <= 1
+        assert entry["margin"] != 0
+        assert entry["grad_norm"] > 0
+        assert entry.keys() == {
+            *("step", "loss", "accuracy", "margin", "learning_rate", "grad_norm")
+        }
+    rates = [5e-4 * x for x in (1 / 3, 5 / 5, 3 / 5, 1 / 5)]
+    assert [entry["learning_rate"] for entry in training] == pytest.approx(rates)
+    metrics = json.loads(train.METRICS.read_text())
+    assert metrics["steps"] == 8
+    assert metrics["validation"] == {k: v for k, v in validation[-1].items() if k != "step"}
+    assert metrics.keys() == {"steps", "trainable_parameters", "validation"}
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    assert [line.split()[0] for line in printed.out.splitlines()] == [
+        *("optimizer:", "trainable", "step", "step", "step", "speed")
+    ]
+
+
+def test_first_figures_are_those_of_an_undecided_model(set_params: SetParams) -> None:
+    set_params("train", max_steps=2, logging_steps=1)
+    train.main()
+    assert curve("training")[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+
+
+# --- interruptions ---------------------------------------------------------------------------
+
+
+UNDISTURBED: dict[int, dict[str, str]] = {}
+
+
+@pytest.fixture
+def undisturbed(set_params: SetParams) -> Callable[[int], dict[str, str]]:
+    """Outs of a run of so many steps that nothing happened to, made once for all tests."""
+
+    def run(max_steps: int) -> dict[str, str]:
+        set_params("train", max_steps=max_steps)
+        if max_steps not in UNDISTURBED:
+            train.main()
+            UNDISTURBED[max_steps] = outs()
+            remove_outs()
+            shutil.rmtree("models/checkpoints")
+        return UNDISTURBED[max_steps]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("killed", "max_steps", "left"),
+    [
+        (1, -1, 8),  # before the first checkpoint
+        (3, -1, 6),  # in the middle of an epoch
+        (5, -1, 4),  # a checkpoint at the end of an epoch
+        (5, 7, 3),
+    ],
+)
+def test_killed_run_ends_with_the_bytes_of_one_that_was_not(
+    undisturbed: Callable[[int], dict[str, str]],
+    steps: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    killed: int,
+    max_steps: int,
+    left: int,
+) -> None:
+    wanted = undisturbed(max_steps)
+    kill_at(killed, monkeypatch)
+    assert not train.ADAPTER.exists()
+    steps.clear()
+    train.main()
+    assert len(steps) == left
+    assert outs() == wanted
+
+
+@pytest.mark.parametrize("max_steps", [-1, 7])
+def test_run_killed_after_its_last_step_writes_its_outs_without_another(
+    undisturbed: Callable[[int], dict[str, str]],
+    steps: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    max_steps: int,
+) -> None:
+    wanted = undisturbed(max_steps)
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write", killed)
+        with pytest.raises(Killed):
+            train.main()
+    steps.clear()
+    train.main()
+    assert not steps
+    assert outs() == wanted
+
+
+def test_finished_run_starts_afresh_once_dvc_lock_records_it_and_not_before(
+    undisturbed: Callable[[int], dict[str, str]], steps: list[dict[str, Any]]
+) -> None:
+    wanted = undisturbed(-1)
+    train.main()
+    steps.clear()
+    remove_outs()
+    train.main()
+    assert not steps
+    assert outs() == wanted
+
+    md5 = hashlib.md5(train.METRICS.read_bytes(), usedforsecurity=False).hexdigest()
+    content = {"stages": {"train": {"outs": [{"path": str(train.METRICS), "md5": md5}]}}}
+    Path("dvc.lock").write_text(json.dumps(content))
+    remove_outs()
+    train.main()
+    assert len(steps) == 8
+    assert outs() == wanted
+
+
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(
+    undisturbed: Callable[[int], dict[str, str]],
+    steps: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = undisturbed(-1)
+    kill_at(5, monkeypatch)
+    [latest] = Path("models/checkpoints").glob("*/step-4")
+    (latest / "optimizer.pt").unlink()
+    steps.clear()
+    train.main()
+    assert len(steps) == 6
+    assert outs() == wanted
+
+
+def test_checkpoints_hold_nothing_that_could_run_code(
+    undisturbed: Callable[[int], dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer's states are pickles: all of them are read as weights alone."""
+    undisturbed(-1)
+    kill_at(3, monkeypatch)
+    read: dict[str, Any] = {}
+    original = torch.load
+
+    def spy(file: Any, *arguments: Any, **options: Any) -> Any:
+        read[Path(file).name] = options.get("weights_only")
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr(torch, "load", spy)
+    train.main()
+    assert read == {"optimizer.pt": True, "scheduler.pt": True, "rng_state.pth": True}
+    [last] = Path("models/checkpoints").glob("*/step-8")
+    assert {path.name for path in last.iterdir()} == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "digests.json"),
+        *("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"),
+    }
+
+
+def test_other_parameters_have_other_checkpoints_and_a_run_has_one_trainer(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "PATIENCE", 1)
+    root = Path("models/checkpoints")
+    kill_at(0, monkeypatch)
+    [first] = [path for path in root.iterdir() if path.is_dir()]
+    with checkpoints.held(first.name), pytest.raises(Fault, match="in use: another trainer"):
+        train.main()
+    for group, change in (
+        ("lora", {"r": 2}),
+        ("train", {"seed": 1}),
+        ("quantization", {"double_quant": True}),
+    ):
+        before = {path.name for path in root.iterdir()}
+        set_params(group, **change)
+        kill_at(0, monkeypatch)
+        assert len({path.name for path in root.iterdir()} - before) == 1
+
+
+DRIVER = """\
+import os, signal, sys
+from stages import train
+
+step, original = int(os.environ["KILL_AT"]), train.RewardTrainer.training_step
+
+def deadly(self, *arguments):
+    if self.state.global_step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments)
+
+train.RewardTrainer.training_step = deadly
+train.main()
+"""
+
+
+def test_run_ended_by_sigkill_resumes_in_a_new_process(
+    undisturbed: Callable[[int], dict[str, str]],
+) -> None:
+    wanted = undisturbed(-1)
+    Path("driver.py").write_text(DRIVER)
+
+    def run(kill_at: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "error", "driver.py"],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "KILL_AT": str(kill_at)},
+            capture_output=True,
+            text=True,
+        )
+
+    assert run(5).returncode == -signal.SIGKILL
+    assert not train.ADAPTER.exists()
+    resumed = run(-1)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming   from step-4" in resumed.stdout
+    assert outs() == wanted
