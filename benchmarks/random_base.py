@@ -38,7 +38,7 @@ def main() -> None:
         rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"},
         tie_word_embeddings=True,
     )
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
     print(f"{model.num_parameters():,} random parameters are in {folder}")
 

@@ -80,8 +80,6 @@ def save_model(model: "Qwen2ForCausalLM", folder: Path) -> None:
         content = read_json(path)
         del content["transformers_version"]
         write_json(path, content)
-    # safetensors leaves its file readable by its owner alone.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def train_tokenizer(corpus: list[str]) -> "Tokenizer":

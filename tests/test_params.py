@@ -23,7 +23,7 @@ from stages.process import Fault
 from stages.train import Lora, Train
 
 ROOT = Path(__file__).parent.parent
-GROUPS = {
+GROUPS: dict[str, type[Any]] = {
     "base": Base,
     "preprocess": Preprocess,
     "quantization": Quantization,
