@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported: the threads of small passes cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from ruamel.yaml import YAML
 

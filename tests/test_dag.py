@@ -37,7 +37,7 @@ def imported(name: str) -> set[str]:
 
 def transitive(name: str) -> set[str]:
     done: set[str] = set()
-    waiting = [name]
+    waiting = [name, "__init__"]
     while waiting:
         module = waiting.pop()
         if module not in done:

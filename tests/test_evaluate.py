@@ -25,9 +25,12 @@ GROUP = Evaluate(tokens_per_pack=4096, bootstrap_samples=2000, seed=0)
 
 
 @pytest.fixture
-def judged(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Scorer], dict[str, Any]]:
+def judged(
+    workspace: Path, set_params: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Scorer], dict[str, Any]]:
     """Run the stage with a function of a row in the model's place; returns its metrics."""
     write_pairs(workspace / "data" / "raw" / "pairs.json", 100)
+    set_params("preprocess", validation_fraction=0.1, test_fraction=0.2)
     preprocess.main()
 
     def run(scorer: Scorer) -> dict[str, Any]:

@@ -22,9 +22,14 @@ from stages.process import Fault
 from .conftest import ROOT, write_pairs
 
 Change = dict[str, dict[str, Any]]
-DEFAULT: Change = {"train": {"max_steps": 2, "learning_rate": 1e-2}}
+DEFAULT: Change = {
+    "preprocess": {"template": "zh", "append_eos": False, "test_fraction": 0.2},
+    "quantization": {"bits": 4},
+    "train": {"max_steps": 2, "learning_rate": 1e-2},
+    "export": {"tolerance": 1e-4},
+}
 CHAT: Change = {
-    "preprocess": {"template": "chat", "append_eos": True},
+    "preprocess": {"template": "chat", "append_eos": True, "test_fraction": 0.2},
     "quantization": {"bits": "none"},
     "train": {"max_steps": 1},
 }
