@@ -156,7 +156,7 @@ def main() -> None:
         template.save(folder / "template.json")
     metrics = measure(ledger, parts)
     write_json(METRICS, metrics)
-    report(metrics)
+    report(group, metrics)
 
 
 def own_test_set(group: Preprocess) -> bool:
@@ -451,8 +451,10 @@ def widened(batch: pa.RecordBatch, schema: pa.Schema, columns: list[str]) -> pa.
     return pa.table(data | kept).select(schema.names).cast(schema)
 
 
-def report(metrics: dict[str, Any]) -> None:
+def report(group: Preprocess, metrics: dict[str, Any]) -> None:
     pairs, prompts, length = (metrics[key] for key in ("pairs", "prompts", "length"))
+    tests = f"; test pairs from {group.test_data}" if own_test_set(group) else ""
+    print(f"read       {group.data}{tests}")
     for name in SPLITS:
         print(f"{name:<11}{pairs[name]:>8} pairs of {prompts[name]:>7} prompts")
     dropped = ", ".join(f"{n} {reason}" for reason, n in metrics["dropped"].items()) or "none"

@@ -337,13 +337,18 @@ def arguments(group: Train, folder: Path) -> TrainingArguments:
 
 
 class LastStep(TrainerCallback):
-    """Log, evaluate and save at the last step, whatever the intervals are."""
+    """Evaluate and save at the last step, whatever the intervals are.
+
+    A point of the training curve is as many steps as any other: what is left over makes none,
+    unless it is all there is.
+    """
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.global_step >= state.max_steps:
-            control.should_log = control.should_evaluate = control.should_save = True
+            control.should_evaluate = control.should_save = True
+            control.should_log |= state.global_step < args.logging_steps
 
 
 class Progress(TrainerCallback):
