@@ -144,10 +144,18 @@ def _lock(file: int) -> bool:
     return True
 
 
+def _worth(run: Path) -> tuple[bool, float]:
+    """What decides which runs are kept: unfinished work before finished, late before early."""
+    return not (run / "finished.json").exists(), run.stat().st_mtime
+
+
 def _prune(root: Path, current: Path) -> None:
-    """Remove all but the latest few of the other runs, those that another trainer holds apart."""
+    """Remove all but a few of the other runs: first those that finished, then the oldest.
+
+    A run that another trainer holds is left alone.
+    """
     others = [path for path in root.iterdir() if path.is_dir() and path != current]
-    for path in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT_RUNS]:
+    for path in sorted(others, key=_worth)[:-KEPT_RUNS]:
         with (path / "lock").open("a") as lock:
             if _lock(lock.fileno()):
                 shutil.rmtree(path)

@@ -21,6 +21,7 @@ from scipy import stats
 from stages import params
 from stages.model import Quantization, load, score
 from stages.outputs import whole_folder, write_json
+from stages.packing import COLUMNS
 from stages.pairwise import hits, losses, margins
 from stages.params import Positive, Seed
 from stages.process import Fault, run
@@ -51,7 +52,7 @@ def main() -> None:
     quantization = params.load("quantization", Quantization)
     test = load_from_disk(TEST)
     model = load(BASE, ADAPTER, quantization)
-    chosen, rejected = score(model, list(test), group.tokens_per_pack)
+    chosen, rejected = score(model, list(test.select_columns(COLUMNS)), group.tokens_per_pack)
     table = as_table(test, chosen, rejected)
     metrics = judge(table, chosen, rejected, group)
     with whole_folder(REPORTS) as folder:
@@ -131,13 +132,18 @@ def by_slice(
 def interval(right: Floats, prompts: npt.NDArray[np.int64], group: Evaluate) -> tuple[float, float]:
     """95% interval of the accuracy: percentile bootstrap over prompts, not over pairs.
 
-    Pairs of one prompt are no independent draws (Efron and Tibshirani 1993, chapter 8). With a
-    single prompt nothing is known, and the interval is 0 to 1.
+    Pairs of one prompt are no independent draws (Efron and Tibshirani 1993, chapter 8). Where all
+    pairs are right, or all wrong, resampling says nothing, and the exact binomial bound takes its
+    place, with prompts as the draws (Clopper and Pearson 1934). With a single prompt nothing is
+    known, and the interval is 0 to 1.
     """
     _, group_of = np.unique(prompts, return_inverse=True)
     pairs = np.bincount(group_of)
     if len(pairs) < 2:
         return 0.0, 1.0
+    if right.min() == right.max() != 0.5:
+        bound = 0.025 ** (1 / len(pairs))
+        return (bound, 1.0) if right.min() else (0.0, 1 - bound)
     result = stats.bootstrap(
         (np.bincount(group_of, weights=right), pairs),
         lambda hits, sizes, axis: hits.sum(axis=axis) / sizes.sum(axis=axis),

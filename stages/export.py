@@ -22,6 +22,7 @@ from datasets import Dataset, load_from_disk
 from stages import params
 from stages.model import Quantization, base_name, load, score
 from stages.outputs import read_json, whole_folder, write_json
+from stages.packing import COLUMNS
 from stages.params import Positive, ZeroOrMore
 from stages.process import Fault, run
 
@@ -51,7 +52,7 @@ def main() -> None:
     with whole_folder(EXPORT) as folder:
         assemble(folder, quantization)
         model = load(BASE, folder, quantization)
-        chosen, rejected = score(model, list(test), group.tokens_per_pack)
+        chosen, rejected = score(model, list(test.select_columns(COLUMNS)), group.tokens_per_pack)
         metrics = compare(test, (chosen.numpy(), rejected.numpy()), group)
     write_json(METRICS, metrics)
     print(

@@ -132,7 +132,17 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
-    """A trained reward model, ready to score."""
+    """A trained reward model, ready to score.
+
+    Raises a Fault where the base would not be quantized and computed as in training: an adapter is
+    right on the base that it was trained on alone.
+    """
+    trained, here = read_json(adapter / "quantization.json"), quantization.recipe
+    if trained != here:
+        raise Fault(
+            f"{adapter} was trained on a base quantized by {trained}, here it would be {here}; "
+            "set quantization.compute_dtype to what it was, or train again on this machine"
+        )
     model = load_base(base, quantization)
     new_head(model, seed=0)
     with silent_peft():
@@ -147,8 +157,8 @@ def silent_peft() -> Iterator[None]:
         yield
 
 
-def save(model: PeftModel, folder: Path, base: str) -> None:
-    """Write the adapter with its head; the same bytes for the same weights.
+def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) -> None:
+    """Write the adapter with its head and the recipe of its base; the same bytes for the same weights.
 
     `base` is what base_model_name_or_path will say. PEFT writes its model card and the target
     modules in the order of a set: the one is removed, the other sorted.
@@ -160,6 +170,7 @@ def save(model: PeftModel, folder: Path, base: str) -> None:
     config["target_modules"] = sorted(config["target_modules"])
     config["base_model_name_or_path"] = base
     write_json(path, config)
+    write_json(folder / "quantization.json", quantization.recipe)
 
 
 def rewards(model: PeftModel, batch: Pack) -> tuple[Tensor, Tensor]:

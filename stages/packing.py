@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Row = Mapping[str, Any]
+COLUMNS = ["input_ids_j", "input_ids_k"]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ class Rule:
 
 Text = Annotated[str, Rule("a text that is not empty", lambda text: bool(text.strip()))]
 Positive = Annotated[int, Rule("a positive integer", lambda number: number > 0)]
-Natural = Annotated[int, Rule("an integer of 0 or more", lambda number: number >= 0)]
 Seed = Annotated[int, Rule("an integer from 0 to 4294967295", lambda seed: 0 <= seed < 2**32)]
 Switch = Annotated[bool, Rule("true or false")]
 AboveZero = Annotated[float, Rule("a number above 0", lambda number: number > 0)]

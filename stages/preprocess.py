@@ -48,7 +48,7 @@ SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 1 << 20
 SHOWN = 10
 
-Share = Annotated[float, Rule("a number from 0 up to, not including, 0.5", lambda s: 0 <= s < 0.5)]
+Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
 Ids = list[int]
 
 

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel
@@ -47,7 +48,7 @@ from stages.model import (
     score,
 )
 from stages.outputs import digest, digests, whole_folder, write_json
-from stages.packing import Row, pack, plan, tokens
+from stages.packing import COLUMNS, Row, pack, plan, tokens
 from stages.pairwise import hits, losses, margins
 from stages.params import AboveZero, Fraction, Positive, Rule, Seed, Switch, ZeroOrMore
 from stages.process import Fault, run
@@ -130,13 +131,20 @@ def main() -> None:
     require_same_source()
     datasets = [TOKENIZED / "train", TOKENIZED / "validation"]
     name = checkpoints.fingerprint(
-        {"train": asdict(group), "lora": asdict(lora), "quantization": asdict(quantization)},
+        {
+            "train": asdict(group) | {"optim": optimizer(group)},
+            "lora": asdict(lora),
+            "quantization": asdict(quantization) | {"compute_dtype": str(quantization.dtype)},
+            "device": device().type,
+        },
         [BASE / "base.json", *datasets, TOKENIZED / "template.json"],
     )
     with checkpoints.held(name) as held:
         held.forget_if_recorded(Path("dvc.lock"), "train")
         train, validation = (load_from_disk(path) for path in datasets)
         model = build(group, lora, quantization)
+        for dataset in (train, validation):
+            require_fit(model, dataset)
         trainer = RewardTrainer(model, group, held, train, validation)
         fit(trainer, held)
         write(trainer, group, lora, quantization)
@@ -181,6 +189,25 @@ def build(group: Train, lora: Lora, quantization: Quantization) -> PeftModel:
             target_modules=sorted(lora.target_modules),
         ),
     )
+
+
+def require_fit(model: PeftModel, dataset: Dataset) -> None:
+    """Raises a Fault for a text longer than the base can read, or an id that it does not know."""
+    config: Any = model.get_base_model().config
+    columns = [dataset.data[name] for name in COLUMNS]
+    longest = max(pc.max(pc.list_value_length(column)).as_py() for column in columns)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise Fault(
+            f"{TOKENIZED} has texts of {longest} tokens, {BASE} reads at most {positions}; "
+            "lower preprocess.max_length"
+        )
+    largest = max(pc.max(pc.list_flatten(column)).as_py() for column in columns)
+    if largest >= config.vocab_size:
+        raise Fault(
+            f"{TOKENIZED} has the id {largest}, {BASE} knows {config.vocab_size} ids; "
+            "wanted a tokenizer that belongs to the model"
+        )
 
 
 def scale_head(model: PeftModel, rows: Sequence[Row], tokens_per_pack: int) -> None:
@@ -257,7 +284,9 @@ class RewardTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss, accuracy and mean margin on the validation pairs."""
         chosen, rejected = score(
-            self.reward_model, list(self.validation_pairs), self.tokens_per_pack
+            self.reward_model,
+            list(self.validation_pairs.select_columns(COLUMNS)),
+            self.tokens_per_pack,
         )
         metrics = {
             "eval_loss": losses(chosen, rejected).mean().item(),
@@ -302,11 +331,16 @@ def require_finite(name: str, value: float, step: int) -> None:
         )
 
 
+def optimizer(group: Train) -> str:
+    """The optimizer in use: without CUDA there are no paged and no 8-bit ones."""
+    special = "8bit" in group.optim or "paged" in group.optim
+    return "adamw_torch_fused" if special and not torch.cuda.is_available() else group.optim
+
+
 def arguments(group: Train, folder: Path) -> TrainingArguments:
     """The Trainer's own arguments; those of params.yaml keep their names."""
-    optim = group.optim
-    if not torch.cuda.is_available() and ("8bit" in optim or "paged" in optim):
-        optim = "adamw_torch_fused"
+    optim = optimizer(group)
+    if optim != group.optim:
         print(f"optimizer: {group.optim} is for CUDA; here {optim}, the same method in 32 bits")
     return TrainingArguments(
         output_dir=str(folder),
@@ -440,9 +474,8 @@ def write(trainer: RewardTrainer, group: Train, lora: Lora, quantization: Quanti
         if "eval_loss" in entry
     ]
     with whole_folder(ADAPTER) as folder:
-        save(trainer.reward_model, folder, base=str(BASE))
+        save(trainer.reward_model, folder, str(BASE), quantization)
         shutil.copyfile(TOKENIZED / "template.json", folder / "template.json")
-        write_json(folder / "quantization.json", quantization.recipe)
         write_json(
             folder / "training.json",
             {

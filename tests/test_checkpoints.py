@@ -215,5 +215,16 @@ def test_oldest_runs_are_removed_but_those_in_use(root: Path) -> None:
         os.utime(root / "busy", (0, 0))
         with held("now"):
             names = {path.name for path in root.iterdir() if path.is_dir()}
-    kept = {f"run-{age}" for age in range(3, KEPT_RUNS + 3)}
+    kept = {f"run-{age}" for age in range(4, KEPT_RUNS + 3)}
     assert names == {"now", "busy"} | kept
+
+
+def test_unfinished_work_is_kept_longer_than_what_is_finished(root: Path) -> None:
+    for age in range(KEPT_RUNS + 3):
+        with held(f"run-{age}") as run:
+            if age > 0:
+                write_json(run.folder / "finished.json", {})
+        os.utime(root / f"run-{age}", (age, age))
+    with held("now"):
+        assert (root / "run-0").is_dir()
+        assert not (root / "run-1").exists()

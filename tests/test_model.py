@@ -280,10 +280,11 @@ def test_a_saved_model_has_the_same_rewards_and_the_same_bytes(
     tiny_base: Path, tmp_path: Path
 ) -> None:
     model, rows = build(tiny_base), some_rows(5)
-    save(model, tmp_path / "one", base="models/base")
-    save(build(tiny_base), tmp_path / "two", base="models/base")
+    save(model, tmp_path / "one", "models/base", NF4)
+    save(build(tiny_base), tmp_path / "two", "models/base", NF4)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
-    assert digests(tmp_path / "one").keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "quantization.json"}
+    assert digests(tmp_path / "one").keys() == files
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "models/base"
     assert config["target_modules"] == ["q_proj", "v_proj"]
@@ -349,3 +350,12 @@ def test_training_after_an_evaluation_is_training_without_one(tiny_base: Path) -
 
     for one, other in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(one, other)
+
+
+def test_an_adapter_is_refused_over_a_base_quantized_otherwise(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    save(build(tiny_base), tmp_path, "models/base", NF4)
+    load(tiny_base, tmp_path, NF4)
+    with pytest.raises(Fault, match=r"trained on a base quantized by .*nf4.*here it would be"):
+        load(tiny_base, tmp_path, Quantization(4, "nf4", False, "bfloat16"))

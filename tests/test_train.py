@@ -548,3 +548,31 @@ def test_run_ended_by_sigkill_resumes_in_a_new_process(
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming   from step-4" in resumed.stdout
     assert outs() == wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [("max_position_embeddings", 20, "reads at most 20"), ("vocab_size", 300, "knows 300 ids")],
+)
+def test_pairs_that_the_base_cannot_read_are_refused(key: str, value: int, sentence: str) -> None:
+    groups = (
+        params.load("train", train.Train),
+        params.load("lora", train.Lora),
+        params.load("quantization", Quantization),
+    )
+    model = train.build(*groups)
+    dataset = load_from_disk("data/tokenized/train")
+    train.require_fit(model, dataset)
+    setattr(model.get_base_model().config, key, value)
+    with pytest.raises(Fault, match=sentence):
+        train.require_fit(model, dataset)
+
+
+def test_the_fingerprint_stands_for_what_auto_became(set_params: SetParams) -> None:
+    """A run that was killed on a GPU is not gone on with in another type on a CPU."""
+    set_params("train", max_steps=1)
+    for dtype in ("auto", "float32", "bfloat16"):
+        set_params("quantization", compute_dtype=dtype)
+        train.main()
+    runs = [path for path in Path("models/checkpoints").iterdir() if path.is_dir()]
+    assert len(runs) == 2
