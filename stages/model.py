@@ -158,7 +158,7 @@ def silent_peft() -> Iterator[None]:
 
 
 def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) -> None:
-    """Write the adapter with its head and the recipe of its base; the same bytes for the same weights.
+    """Write adapter, head and the recipe of the base; the same bytes for the same weights.
 
     `base` is what base_model_name_or_path will say. PEFT writes its model card and the target
     modules in the order of a set: the one is removed, the other sorted.
