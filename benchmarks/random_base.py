@@ -7,6 +7,7 @@ By default the exact configuration of Qwen2-0.5B. The tokenizer is the embedded 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -28,6 +29,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     shape = vars(parser.parse_args())
     folder = shape.pop("folder")
+    print(f"{make(folder, shape):,} random parameters are in {folder}")
+
+
+def make(folder: Path, shape: dict[str, Any]) -> int:
+    """Write a Qwen2 of the given shape, with a tokenizer; the number of its parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = embedded.train_tokenizer(embedded.paragraphs(embedded.CORPUS))
     embedded.save_tokenizer(tokenizer, folder)
@@ -40,7 +46,7 @@ def main() -> None:
     )
     model = Qwen2ForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
-    print(f"{model.num_parameters():,} random parameters are in {folder}")
+    return int(model.num_parameters())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from datasets import Dataset, load_from_disk
 from stages import params
 from stages.model import Quantization, base_name, load, score
 from stages.outputs import read_json, whole_folder, write_json
-from stages.packing import COLUMNS
+from stages.packing import COLUMNS, pair
+from stages.pairwise import sides
 from stages.params import Positive, ZeroOrMore
 from stages.process import Fault, run
 
@@ -52,7 +53,8 @@ def main() -> None:
     with whole_folder(EXPORT) as folder:
         assemble(folder, quantization)
         model = load(BASE, folder, quantization)
-        chosen, rejected = score(model, list(test.select_columns(COLUMNS)), group.tokens_per_pack)
+        pairs = [pair(row) for row in test.select_columns(COLUMNS).with_format("numpy")]
+        chosen, rejected = sides(score(model, pairs, group.tokens_per_pack))
         metrics = compare(test, (chosen.numpy(), rejected.numpy()), group)
     write_json(METRICS, metrics)
     print(

@@ -2,12 +2,13 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
@@ -19,10 +20,14 @@ from transformers import (
     logging,
 )
 
+from stages import attention
 from stages.outputs import read_json, write_json
-from stages.packing import Pack, Row, pack, plan, tokens
+from stages.packing import Pack, Texts, pack, plan, tokens
 from stages.params import Switch
 from stages.process import Fault
+
+# How far a pack may be from its texts alone, as a share of the hidden states' norm.
+EXACT, EXACT_IN_HALF = 1e-3, 0.05
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -64,24 +69,43 @@ def device() -> torch.device:
 def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
     """The base as a sequence classifier of one label, on the device, frozen, its head not yet made.
 
-    Code that comes with the base runs if it is there: fetch copies it only where
-    base.trust_remote_code says so. Raises a Fault for a model that has no score head.
+    Its attention is that over packs, its own dropout is off. Code that comes with the base runs if
+    it is there: fetch copies it only where base.trust_remote_code says so. Raises a Fault for a
+    model that has no score head, or that takes no attention but its own.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     recipe = quantization.recipe
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base,
-        num_labels=1,
-        dtype=quantization.dtype,
-        quantization_config=BitsAndBytesConfig(**recipe) if recipe else None,
-        device_map={"": device()},
-        trust_remote_code=any(base.glob("*.py")),
-        use_safetensors=True,
-    )
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base,
+            num_labels=1,
+            dtype=quantization.dtype,
+            quantization_config=BitsAndBytesConfig(**recipe) if recipe else None,
+            device_map={"": device()},
+            trust_remote_code=any(base.glob("*.py")),
+            use_safetensors=True,
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        kind = read_json(base / "config.json")["model_type"]
+        raise Fault(
+            f"{base}: transformers has no classifier over {kind}, wanted a decoder model that has"
+        ) from None
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise Fault(f"{base}: {type(model).__name__} has no score head, wanted a decoder model")
+    model.set_attn_implementation(attention.NAME)
+    if model.config._attn_implementation != attention.NAME:
+        raise Fault(
+            f"{base}: {type(model).__name__} takes no attention but its own, wanted a decoder "
+            "that supports transformers' attention interface"
+        )
     model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    attention.prune(model.base_model)
     keep_weights_unpacked(model)
     return model.requires_grad_(False)
 
@@ -173,38 +197,122 @@ def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) 
     write_json(folder / "quantization.json", quantization.recipe)
 
 
-def rewards(model: PeftModel, batch: Pack) -> tuple[Tensor, Tensor]:
-    """Rewards of the chosen and the rejected answers of a pack: two fp32 tensors, each [pairs]."""
-    batch = batch.to(device())
-    classifier = model.get_base_model()
-    hidden = cast(nn.Module, classifier.base_model)(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    ends = hidden[torch.arange(len(batch.last), device=hidden.device), batch.last]
-    chosen, rejected = head_of(classifier)(ends.float())[:, 0].chunk(2)
-    return chosen, rejected
+def rewards(model: PeftModel, batch: Pack) -> Tensor:
+    """The reward of every text, prompt by prompt: fp32, [texts]."""
+    return head_of(model.get_base_model())(last_hidden(model, batch).float())[:, 0]
+
+
+def last_hidden(model: PeftModel, batch: Pack) -> Tensor:
+    """The base's output at the last token of every text, prompt by prompt: [texts, hidden size]."""
+    hidden = (
+        cast(PreTrainedModel, model.get_base_model())
+        .base_model(
+            input_ids=batch.input_ids.to(device()),
+            position_ids=batch.position_ids.to(device()),
+            plan=attention.Plan(batch.layout, device()),
+            use_cache=False,
+        )
+        .last_hidden_state[0]
+    )
+    if len(hidden) != len(batch.order):
+        hidden = hidden[batch.layout.ends]
+    return cast(Tensor, hidden[batch.order.to(device())])
 
 
 @torch.no_grad()
-def score(model: PeftModel, rows: Sequence[Row], tokens_per_pack: int) -> tuple[Tensor, Tensor]:
-    """Rewards of chosen and rejected of many pairs, in their order, on the CPU: each [pairs].
+def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> Tensor:
+    """The reward of every text, prompt by prompt, on the CPU: fp32, [texts].
 
-    Pairs of like length share a pack; the model's mode is left as it was.
+    Prompts of like length share a pack, and packs are halved where memory does not suffice. Raises
+    a Fault where it does not suffice for the texts of one prompt.
     """
-    lengths = [tokens(row) for row in rows]
+    lengths = [tokens(texts) for texts in prompts]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    result = torch.empty(2, len(lengths))
+    results = [torch.empty(0)] * len(prompts)
+    done = 0
+    with (
+        evaluating(model),
+        tqdm(total=len(order), desc="scoring", unit=" prompts", delay=2, disable=None) as bar,
+    ):
+        while done < len(order):
+            rest = order[done:]
+            for group in plan([lengths[index] for index in rest], tokens_per_pack):
+                indices = [rest[place] for place in group]
+                found = fits(rewards, model, pack([prompts[index] for index in indices]))
+                if found is None:
+                    tokens_per_pack = halved([lengths[index] for index in indices])
+                    break
+                parts = found.cpu().split([len(prompts[index].ids) for index in indices])
+                for index, part in zip(indices, parts, strict=True):
+                    results[index] = part
+                done += len(indices)
+                bar.update(len(indices))
+    return torch.cat(results)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while."""
     training = model.training
     model.eval()
-    groups = plan([lengths[index] for index in order], tokens_per_pack)
-    with tqdm(total=len(order), desc="scoring", unit=" pairs", delay=2, disable=None) as bar:
-        for group in groups:
-            indices = [order[index] for index in group]
-            chosen, rejected = rewards(model, pack([rows[index] for index in indices]))
-            result[0, indices], result[1, indices] = chosen.cpu(), rejected.cpu()
-            bar.update(len(indices))
-    model.train(training)
-    return result[0], result[1]
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def fits(work: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
+    """What `work` returns, or None if the GPU's memory did not suffice; what it held is let go."""
+    try:
+        return work(*arguments)
+    except torch.OutOfMemoryError:
+        pass
+    torch.cuda.empty_cache()
+    return None
+
+
+def halved(lengths: Sequence[int]) -> int:
+    """The tokens of a pack half of the one that did not fit, which held prompts of these lengths.
+
+    Raises a Fault for a single prompt.
+    """
+    if len(lengths) == 1:
+        raise Fault(
+            f"the texts of one prompt, {lengths[0]} tokens, need more memory than is free on the "
+            "GPU; lower preprocess.max_length, or set train.gradient_checkpointing if in training"
+        )
+    return sum(lengths) // 2
+
+
+@torch.no_grad()
+def require_exact(model: PeftModel, texts: Texts) -> None:
+    """Raises a Fault unless texts in a pack have the hidden states that transformers gives them.
+
+    Whatever is not plain causal attention, with or without a window, shows in a text that is long
+    enough for it; so this is for the longest there is.
+    """
+    classifier = cast(PreTrainedModel, model.get_base_model())
+    stock = "sdpa" if classifier._supports_sdpa else "eager"
+    with evaluating(model):
+        found = last_hidden(model, pack([texts])).float()
+        classifier.set_attn_implementation(stock)
+        wanted = torch.cat(
+            [
+                classifier.base_model(
+                    input_ids=torch.tensor(np.asarray(ids)[None], device=device()), use_cache=False
+                ).last_hidden_state[:, -1]
+                for ids in texts.ids
+            ]
+        ).float()
+        classifier.set_attn_implementation(attention.NAME)
+    difference = ((found - wanted).norm() / wanted.norm()).item()
+    allowed = EXACT if classifier.dtype == torch.float32 else EXACT_IN_HALF
+    if difference > allowed:
+        raise Fault(
+            f"{type(classifier).__name__}: a pair of {tokens(texts)} tokens in one row differs by "
+            f"{difference:.2g} from its two texts alone, at most {allowed} is allowed; wanted a "
+            "decoder with plain causal attention"
+        )
 
 
 def base_name(base: Path) -> dict[str, Any]:

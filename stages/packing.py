@@ -1,63 +1,125 @@
-"""Pairs to packs: what one forward pass works on.
+"""Pairs to packs: no padding, and what texts share held once.
 
-A pack is a padded batch of the two sides of a few pairs, and where in it the rewards stand.
+The two texts of a pair begin alike: they share their prompt. A pack is a single row of tokens,
+
+    [ prefix and rest of chosen ] of every pair, then [ rest of rejected ] of every pair,
+
+in which a rest takes up the positions where its prefix ends. Attention is causal, so a text that
+sees its prefix and itself alone has the reward, and gives the gradient, that it has by itself.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 Row = Mapping[str, Any]
-COLUMNS = ["input_ids_j", "input_ids_k"]
+COLUMNS = ["input_ids_j", "input_ids_k", "prefix_length"]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of one prompt as ids; all begin with the same `prefix` ids and have one more."""
+
+    ids: Sequence[Sequence[int]]
+    prefix: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which keys the queries of a row see: one entry for each text, in the order of the row.
+
+    A text has `own` tokens in the row and sees, before them, the first `prefix` tokens of the text
+    `owner` (itself, if it comes first of its prompt). Its `queries` are its last ones: the last
+    sees all these keys, the one before it all but the last, and so on.
+    """
+
+    queries: list[int]
+    own: list[int]
+    prefix: list[int]
+    owner: list[int]
+
+    @property
+    def firsts(self) -> int:
+        """How many texts come first of their prompt; in the row they are before all others."""
+        return sum(index == owner for index, owner in enumerate(self.owner))
+
+    @property
+    def ends(self) -> list[int]:
+        """Where in the row each text has its last token."""
+        return [end - 1 for end in accumulate(self.own)]
+
+    def at_ends(self) -> "Layout":
+        """The same with one query for each text: its last."""
+        return replace(self, queries=[1] * len(self.own))
 
 
 @dataclass(frozen=True)
 class Pack:
-    """n pairs: chosen in the first half of the rows, rejected in the second.
+    """The texts of some prompts in one row.
 
-    `input_ids` and `attention_mask` are [2n, length], padded on the right; `last` is [2n], the
-    index of each row's last token, where its reward is read. Padding never decides what is read,
-    so the id it has does not matter.
+    `input_ids` and `position_ids` are [1, tokens]. `order` is [texts]: where in the layout the
+    texts of the first prompt are, then those of the second, and so on.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    last: Tensor
-
-    def to(self, device: torch.device) -> "Pack":
-        return Pack(self.input_ids.to(device), self.attention_mask.to(device), self.last.to(device))
+    position_ids: Tensor
+    layout: Layout
+    order: Tensor
 
 
-def tokens(row: Row) -> int:
-    """The length of the longer side of a tokenized pair."""
-    return max(len(row["input_ids_j"]), len(row["input_ids_k"]))
+def pair(row: Row) -> Texts:
+    """A tokenized pair: chosen, then rejected."""
+    return Texts((row["input_ids_j"], row["input_ids_k"]), int(row["prefix_length"]))
+
+
+def tokens(texts: Texts) -> int:
+    """The tokens that the texts of a prompt take up in a pack."""
+    return sum(map(len, texts.ids)) - (len(texts.ids) - 1) * texts.prefix
 
 
 def plan(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
-    """Indices of pairs, in the order given, cut into packs of at most `tokens_per_pack` tokens.
+    """Indices of prompts, in the order given, cut into packs of at most `tokens_per_pack` tokens.
 
-    Padding counts. A pair that is longer by itself is a pack of its own.
+    A prompt whose texts are longer by themselves is a pack of its own.
     """
     packs: list[list[int]] = []
-    longest = 0
+    held = 0
     for index, length in enumerate(lengths):
-        longest = max(longest, length)
-        if not packs or 2 * (len(packs[-1]) + 1) * longest > tokens_per_pack:
+        held += length
+        if not packs or held > tokens_per_pack:
             packs.append([])
-            longest = length
+            held = length
         packs[-1].append(index)
     return packs
 
 
-def pack(rows: Sequence[Row]) -> Pack:
-    """One pack of the given tokenized pairs."""
-    sides = [row["input_ids_j"] for row in rows] + [row["input_ids_k"] for row in rows]
-    lengths = torch.tensor([len(side) for side in sides])
-    input_ids = torch.zeros(len(sides), int(lengths.max()), dtype=torch.long)
-    for row, side in zip(input_ids, sides, strict=True):
-        row[: len(side)] = torch.tensor(side)
-    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-    return Pack(input_ids, attention_mask, lengths - 1)
+def pack(prompts: Sequence[Texts]) -> Pack:
+    """One pack of the given prompts' texts; each has at least one."""
+    # Prompt, text of it, tokens before the text's own: the first texts of all, then the others.
+    parts = [(prompt, 0, 0) for prompt in range(len(prompts))]
+    parts += [
+        (prompt, text, texts.prefix)
+        for prompt, texts in enumerate(prompts)
+        for text in range(1, len(texts.ids))
+    ]
+    ids = [prompts[prompt].ids[text] for prompt, text, _ in parts]
+    prefix = [before for _, _, before in parts]
+    own = [len(text) - before for text, before in zip(ids, prefix, strict=True)]
+    layout = Layout(own, own, prefix, [prompt for prompt, _, _ in parts])
+    return Pack(
+        row(np.asarray(text[before:]) for text, before in zip(ids, prefix, strict=True)),
+        row(np.arange(before, len(text)) for text, before in zip(ids, prefix, strict=True)),
+        layout,
+        torch.tensor(sorted(range(len(parts)), key=parts.__getitem__)),
+    )
+
+
+def row(pieces: Iterable[npt.NDArray[Any]]) -> Tensor:
+    """The pieces one after the other: [1, tokens], int64."""
+    return torch.from_numpy(np.concatenate(list(pieces), dtype=np.int64))[None]

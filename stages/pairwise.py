@@ -9,6 +9,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
+def sides(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewards of chosen and of rejected, out of those of both sides pair by pair, [2 * pairs]."""
+    chosen, rejected = rewards.view(-1, 2).unbind(1)
+    return chosen, rejected
+
+
 def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
     """-log sigmoid(r_chosen - r_rejected) of every pair, in fp32."""
     return -logsigmoid(margins(chosen, rejected))

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_from_disk
@@ -40,16 +41,19 @@ from stages.model import (
     add_lora,
     base_name,
     device,
+    fits,
+    halved,
     head_of,
     load_base,
     new_head,
+    require_exact,
     rewards,
     save,
     score,
 )
-from stages.outputs import digest, digests, whole_folder, write_json
-from stages.packing import COLUMNS, Row, pack, plan, tokens
-from stages.pairwise import hits, losses, margins
+from stages.outputs import digest, digests, read_json, whole_folder, write_json
+from stages.packing import COLUMNS, Texts, pack, pair, plan, tokens
+from stages.pairwise import hits, losses, margins, sides
 from stages.params import AboveZero, Fraction, Positive, Rule, Seed, Switch, ZeroOrMore
 from stages.process import Fault, run
 
@@ -60,6 +64,8 @@ REPORTS = Path("reports/train")
 METRICS = Path("metrics/train.json")
 HEAD_PAIRS = 32
 MARGIN_RMS = 0.05
+PACKS = "packs.json"
+TOKENS_ON_A_CPU = 4096
 
 # Those of transformers that need no package and no argument beyond the keys of params.yaml.
 OPTIMIZERS = (
@@ -87,7 +93,10 @@ class Train:
     """The group `train` of params.yaml, where each key is described."""
 
     pairs_per_step: Positive
-    tokens_per_pack: Positive
+    tokens_per_pack: Annotated[
+        int | Literal["auto"],
+        Rule("a positive integer, or auto", lambda tokens: tokens == "auto" or tokens > 0),
+    ]
     num_train_epochs: AboveZero
     max_steps: Annotated[int, Rule("a positive integer, or -1", lambda n: n > 0 or n == -1)]
     learning_rate: AboveZero
@@ -111,7 +120,7 @@ class Train:
 class Step:
     """The pairs of one optimizer step, in one piece so that no library walks through their ids."""
 
-    rows: Sequence[Row]
+    pairs: list[Texts]
 
 
 def main() -> None:
@@ -145,6 +154,7 @@ def main() -> None:
         model = build(group, lora, quantization)
         for dataset in (train, validation):
             require_fit(model, dataset)
+            require_exact(model, longest(dataset, 1)[0])
         trainer = RewardTrainer(model, group, held, train, validation)
         fit(trainer, held)
         write(trainer, group, lora, quantization)
@@ -194,12 +204,12 @@ def build(group: Train, lora: Lora, quantization: Quantization) -> PeftModel:
 def require_fit(model: PeftModel, dataset: Dataset) -> None:
     """Raises a Fault for a text longer than the base can read, or an id that it does not know."""
     config: Any = model.get_base_model().config
-    columns = [dataset.data[name] for name in COLUMNS]
-    longest = max(pc.max(pc.list_value_length(column)).as_py() for column in columns)
+    columns = [dataset.data[name] for name in COLUMNS[:2]]
+    most = max(pc.max(pc.list_value_length(column)).as_py() for column in columns)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions and longest > positions:
+    if positions and most > positions:
         raise Fault(
-            f"{TOKENIZED} has texts of {longest} tokens, {BASE} reads at most {positions}; "
+            f"{TOKENIZED} has texts of {most} tokens, {BASE} reads at most {positions}; "
             "lower preprocess.max_length"
         )
     largest = max(pc.max(pc.list_flatten(column)).as_py() for column in columns)
@@ -210,14 +220,25 @@ def require_fit(model: PeftModel, dataset: Dataset) -> None:
         )
 
 
-def scale_head(model: PeftModel, rows: Sequence[Row], tokens_per_pack: int) -> None:
+def pairs_of(dataset: Dataset) -> list[Texts]:
+    return [pair(row) for row in dataset.select_columns(COLUMNS).with_format("numpy")]
+
+
+def longest(dataset: Dataset, count: int) -> list[Texts]:
+    """The pairs with the most tokens in a pack, the longest first."""
+    chosen, rejected = (pc.list_value_length(dataset.data[name]) for name in COLUMNS[:2])
+    size = pc.subtract(pc.add(chosen, rejected), dataset.data[COLUMNS[2]]).to_numpy()
+    return pairs_of(dataset.select(np.argsort(-size, kind="stable")[:count]))
+
+
+def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -> None:
     """Scale the head so that the first pairs' margins have a root mean square of 0.05 at most.
 
     Their deviation then is at most 0.05 and their mean loss within 0.03 of ln 2: training starts
     undecided, however large the base's activations are. Raises a Fault for rewards that are not
     finite.
     """
-    chosen, rejected = score(model, rows, tokens_per_pack)
+    chosen, rejected = sides(score(model, pairs, tokens_per_pack))
     size = margins(chosen, rejected).square().mean().sqrt().item()
     if not math.isfinite(size):
         raise Fault(
@@ -228,7 +249,7 @@ def scale_head(model: PeftModel, rows: Sequence[Row], tokens_per_pack: int) -> N
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(min(1.0, MARGIN_RMS / size) if size else 1.0)
-    chosen, rejected = score(model, rows, tokens_per_pack)
+    chosen, rejected = sides(score(model, pairs, tokens_per_pack))
     deviation = margins(chosen, rejected).std(correction=0).item()
     loss = losses(chosen, rejected).mean().item()
     if deviation > 0.1 or abs(loss - math.log(2)) > 0.05:
@@ -252,42 +273,70 @@ class RewardTrainer(Trainer):
         super().__init__(
             model=model,
             args=arguments(group, held.folder),
-            train_dataset=train,
+            train_dataset=train.select_columns(COLUMNS).with_format("numpy"),
             eval_dataset=validation,
-            data_collator=lambda rows: {"step": Step(rows)},
+            data_collator=lambda rows: {"step": Step([pair(row) for row in rows])},
             callbacks=[LastStep(), Progress()],
         )
         self.remove_callback(PrinterCallback)
-        self.reward_model, self.train_pairs, self.validation_pairs = model, train, validation
-        self.tokens_per_pack = group.tokens_per_pack
+        self.reward_model, self.train_pairs = model, train
+        self.validation_pairs = pairs_of(validation)
+        self.size_on_trial = group.tokens_per_pack == "auto" and device().type == "cuda"
+        self.tokens_per_pack = (
+            TOKENS_ON_A_CPU if group.tokens_per_pack == "auto" else group.tokens_per_pack
+        )
         self.held = held
-        self.hits = self.margin = self.pairs = 0.0
+        self.sums, self.pairs = torch.zeros(3), 0
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Accumulate the gradient of the mean loss over the step's pairs, pack by pack."""
+        """Accumulate the gradient of the mean loss over the step's pairs, pack by pack.
+
+        Where memory does not suffice, the step begins again in packs of half the size, with the
+        random numbers that it had.
+        """
         model.train()
-        rows = inputs["step"].rows
-        total = torch.zeros((), device=device())
-        for indices in plan([tokens(row) for row in rows], self.tokens_per_pack):
-            chosen, rejected = rewards(self.reward_model, pack([rows[index] for index in indices]))
-            loss = losses(chosen, rejected).sum() / len(rows)
-            self.accelerator.backward(loss)
-            total += loss.detach()
-            self.hits += hits(chosen, rejected).sum().item()
-            self.margin += margins(chosen, rejected).sum().item()
-            self.pairs += len(indices)
-        require_finite("loss", total.item(), self.state.global_step + 1)
-        return total
+        pairs = inputs["step"].pairs
+        while (sums := self.attempt(pairs)) is None:
+            lengths = [tokens(texts) for texts in pairs]
+            groups = plan(lengths, self.tokens_per_pack)
+            self.tokens_per_pack = halved(max(([lengths[i] for i in g] for g in groups), key=sum))
+            print(f"memory     does not suffice, packs have {self.tokens_per_pack} tokens from now")
+        self.sums, self.pairs = self.sums + sums.cpu(), self.pairs + len(pairs)
+        loss = sums[0] / len(pairs)
+        require_finite("loss", loss.item(), self.state.global_step + 1)
+        return loss
+
+    def attempt(self, pairs: list[Texts]) -> torch.Tensor | None:
+        """Sums of loss, hits and margin over the pairs, [3], their gradient accumulated.
+
+        None, and all as it was before, if the GPU's memory did not suffice.
+        """
+        states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        sums = fits(self.accumulate, pairs)
+        if sums is None:
+            self.reward_model.zero_grad()
+            torch.set_rng_state(states[0])
+            torch.cuda.set_rng_state_all(states[1])
+        return sums
+
+    def accumulate(self, pairs: list[Texts]) -> torch.Tensor:
+        sums = torch.zeros(3, device=device())
+        for group in plan([tokens(texts) for texts in pairs], self.tokens_per_pack):
+            batch = pack([pairs[index] for index in group])
+            chosen, rejected = sides(rewards(self.reward_model, batch))
+            loss = losses(chosen, rejected).sum()
+            self.accelerator.backward(loss / len(pairs))
+            with torch.no_grad():
+                right, margin = hits(chosen, rejected).sum(), margins(chosen, rejected).sum()
+                sums += torch.stack([loss, right, margin])
+        return sums
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss, accuracy and mean margin on the validation pairs."""
-        chosen, rejected = score(
-            self.reward_model,
-            list(self.validation_pairs.select_columns(COLUMNS)),
-            self.tokens_per_pack,
-        )
+        found = score(self.reward_model, self.validation_pairs, self.tokens_per_pack)
+        chosen, rejected = sides(found)
         metrics = {
             "eval_loss": losses(chosen, rejected).mean().item(),
             "eval_accuracy": hits(chosen, rejected).mean().item(),
@@ -302,8 +351,9 @@ class RewardTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {"accuracy": self.hits / self.pairs, "margin": self.margin / self.pairs}
-            self.hits = self.margin = self.pairs = 0.0
+            _, accuracy, margin = (self.sums / self.pairs).tolist()
+            logs |= {"accuracy": accuracy, "margin": margin}
+            self.sums, self.pairs = torch.zeros(3), 0
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -321,6 +371,7 @@ class RewardTrainer(Trainer):
                 path.rename(partial / path.name)
             written.rmdir()
             (partial / "training_args.bin").unlink(missing_ok=True)
+            write_json(partial / PACKS, {"tokens_per_pack": self.tokens_per_pack})
 
 
 def require_finite(name: str, value: float, step: int) -> None:
@@ -443,17 +494,47 @@ def fit(trainer: RewardTrainer, held: checkpoints.Run) -> None:
     print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     checkpoint = held.latest()
     if not checkpoint:
-        rows = trainer.train_pairs.select(range(min(HEAD_PAIRS, len(trainer.train_pairs))))
-        scale_head(model, list(rows), trainer.tokens_per_pack)
+        if trainer.size_on_trial:
+            trainer.tokens_per_pack = largest_pack(trainer)
+        first = trainer.train_pairs.select(range(min(HEAD_PAIRS, len(trainer.train_pairs))))
+        scale_head(model, pairs_of(first), trainer.tokens_per_pack)
         trainer.train()
         return
     print(f"resuming   from {checkpoint.name}")
+    trainer.tokens_per_pack = read_json(checkpoint / PACKS)["tokens_per_pack"]
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if state.global_step < state.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:  # the Trainer would take one more step where the last epoch is not a whole one
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = state
+
+
+def largest_pack(trainer: RewardTrainer) -> int:
+    """The most tokens of a pack that the GPU holds, by trial steps on the longest pairs.
+
+    Found to an eighth, and an eighth is left free. A step's pairs are the most that is of use.
+    """
+    pairs = longest(trainer.train_pairs, trainer.args.per_device_train_batch_size)
+    trainer.reward_model.train()
+
+    def held(size: int) -> bool:
+        trainer.tokens_per_pack = size
+        with torch.random.fork_rng():
+            found = trainer.attempt(pairs)
+        trainer.reward_model.zero_grad()
+        return found is not None
+
+    fitting, most = tokens(pairs[0]), sum(map(tokens, pairs))
+    if held(most):
+        return most
+    if not held(fitting):
+        halved([fitting])
+    while most - fitting > fitting // 8:
+        middle = (fitting + most) // 2
+        fitting, most = (middle, most) if held(middle) else (fitting, middle)
+    print(f"memory     holds packs of {fitting} tokens, of which {fitting - fitting // 8} are used")
+    return fitting - fitting // 8
 
 
 def write(trainer: RewardTrainer, group: Train, lora: Lora, quantization: Quantization) -> None:

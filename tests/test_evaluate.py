@@ -16,6 +16,7 @@ from datasets import load_from_disk
 from stages import evaluate, preprocess
 from stages.evaluate import Evaluate, interval
 from stages.outputs import digests
+from stages.packing import Texts
 from stages.process import Fault
 
 from .conftest import write_pairs
@@ -34,11 +35,13 @@ def judged(
     preprocess.main()
 
     def run(scorer: Scorer) -> dict[str, Any]:
-        def score(_: None, rows: list[dict[str, Any]], __: int) -> Any:
-            chosen, rejected = zip(*(scorer(row) for row in rows), strict=True)
-            return torch.tensor(chosen), torch.tensor(rejected)
+        def score(_: None, pairs: list[Texts], __: int) -> torch.Tensor:
+            rows = load_from_disk(evaluate.TEST)
+            assert [len(texts.ids[0]) for texts in pairs] == [len(x) for x in rows["input_ids_j"]]
+            return torch.tensor([reward for row in rows for reward in scorer(row)])
 
         monkeypatch.setattr(evaluate, "load", lambda *_: None)
+        monkeypatch.setattr(evaluate, "require_exact", lambda *_: None)
         monkeypatch.setattr(evaluate, "score", score)
         evaluate.main()
         content: dict[str, Any] = json.loads(evaluate.METRICS.read_text())

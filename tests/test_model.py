@@ -4,8 +4,9 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes
 import pytest
@@ -14,7 +15,9 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
+from stages import attention
 from stages import model as reward_model
 from stages.model import (
     Quantization,
@@ -28,8 +31,8 @@ from stages.model import (
     score,
 )
 from stages.outputs import digests
-from stages.packing import Row, pack
-from stages.pairwise import losses
+from stages.packing import Pack, Texts, pack, tokens
+from stages.pairwise import losses, sides
 from stages.process import Fault
 
 from .conftest import ROOT
@@ -49,10 +52,10 @@ def build(base: Path, quantization: Quantization = NF4, head_seed: int = 0) -> P
     return add_lora(model, config)
 
 
-def some_rows(count: int, seed: int = 0) -> list[Row]:
+def some_pairs(count: int, seed: int = 0) -> list[Texts]:
     """Random pairs that share a prefix, of lengths from 2 to 60; every third text ends in eos."""
     draw = random.Random(seed)
-    rows: list[Row] = []
+    pairs: list[Texts] = []
     for index in range(count):
         prefix = [draw.randrange(1, 1000) for _ in range(draw.randint(1, 20))]
         sides = [
@@ -60,8 +63,8 @@ def some_rows(count: int, seed: int = 0) -> list[Row]:
         ]
         if index % 3 == 0:
             sides = [[*side, EOS] for side in sides]
-        rows.append({"input_ids_j": sides[0], "input_ids_k": sides[1]})
-    return rows
+        pairs.append(Texts(sides, len(prefix)))
+    return pairs
 
 
 def quant_state(layer: Linear4bit) -> Any:
@@ -121,7 +124,7 @@ def test_bits_none_leaves_the_weights_as_they_are(tiny_base: Path) -> None:
 
 
 def test_nf4_rewards_are_those_of_the_dequantized_weights(tiny_base: Path) -> None:
-    rows = some_rows(4)
+    pairs = some_pairs(4)
     quantized = build(tiny_base)
     dense = build(tiny_base, PLAIN)
     sources = dict(quantized.named_modules())
@@ -132,8 +135,8 @@ def test_nf4_rewards_are_those_of_the_dequantized_weights(tiny_base: Path) -> No
             assert isinstance(module, nn.Linear)
             assert not torch.equal(module.weight, weight)
             module.weight.data = weight
-    for found, wanted in zip(score(quantized, rows, 4096), score(dense, rows, 4096), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    found, wanted = score(quantized, pairs, 4096), score(dense, pairs, 4096)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantization", [NF4, PLAIN])
@@ -156,7 +159,7 @@ def test_head_is_fp32_over_a_base_in_half_precision(tiny_base: Path) -> None:
     half = Quantization(bits=4, quant_type="nf4", double_quant=False, compute_dtype="bfloat16")
     model = build(tiny_base, half)
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    chosen, _ = rewards(model, pack(some_rows(2)))
+    chosen, _ = sides(rewards(model, pack(some_pairs(2))))
     assert trained == {torch.float32}
     assert chosen.dtype == torch.float32
 
@@ -216,10 +219,14 @@ def test_a_model_without_a_score_head_is_refused(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def alone(model: PeftModel, ids: list[int]) -> float:
+def alone(model: PeftModel, ids: Sequence[int]) -> float:
     """The reward of one unpadded text by the stock classifier of transformers."""
-    model.config.pad_token_id = None
-    return model(input_ids=torch.tensor([ids])).logits.item()
+    classifier = cast(PreTrainedModel, model.get_base_model())
+    classifier.set_attn_implementation("sdpa")
+    classifier.config.pad_token_id = None
+    found = classifier(input_ids=torch.tensor([ids])).logits.item()
+    classifier.set_attn_implementation(attention.NAME)
+    return float(found)
 
 
 @pytest.mark.parametrize("quantization", [NF4, PLAIN])
@@ -227,35 +234,65 @@ def alone(model: PeftModel, ids: list[int]) -> float:
 def test_reward_is_that_of_the_text_alone_whatever_its_pack(
     tiny_base: Path, quantization: Quantization, tokens_per_pack: int
 ) -> None:
-    model, rows = build(tiny_base, quantization).eval(), some_rows(6)
-    found = score(model, rows, tokens_per_pack)
-    for side, key in zip(found, ("input_ids_j", "input_ids_k"), strict=True):
-        wanted = [alone(model, row[key]) for row in rows]
-        assert len({round(reward, 4) for reward in wanted}) == len(rows)
-        assert side.tolist() == pytest.approx(wanted, abs=1e-5)
+    model, pairs = build(tiny_base, quantization).eval(), some_pairs(6)
+    wanted = [alone(model, ids) for texts in pairs for ids in texts.ids]
+    assert len({round(reward, 4) for reward in wanted}) == 12
+    assert score(model, pairs, tokens_per_pack).tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_end_of_sequence_token_is_read_not_skipped(tiny_base: Path) -> None:
     model = build(tiny_base)
-    row = {"input_ids_j": [7, 8, 9], "input_ids_k": [7, 8, 9, EOS]}
-    longer = {"input_ids_j": [*range(1, 30)], "input_ids_k": [5, 6]}
-    chosen, rejected = score(model, [row, longer], 10**6)
+    short = Texts([[7, 8, 9], [7, 8, 9, EOS]], 2)
+    longer = Texts([[*range(1, 30)], [5, 6]], 0)
+    chosen, rejected = sides(score(model, [short, longer], 10**6))
     model.eval()
     assert chosen[0].item() == pytest.approx(alone(model, [7, 8, 9]), abs=1e-5)
     assert rejected[0].item() == pytest.approx(alone(model, [7, 8, 9, EOS]), abs=1e-5)
     assert abs(chosen[0] - rejected[0]) > 1e-3
 
 
-def test_gradient_does_not_depend_on_the_packs(tiny_base: Path) -> None:
-    rows = some_rows(6)
+@pytest.mark.parametrize("room", [70, 150, 400])
+def test_score_halves_its_packs_until_they_fit_in_memory(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    model, pairs = build(tiny_base), some_pairs(12)
+    wanted = score(model, pairs, 10**6)
+    asked: list[int] = []
 
-    def gradients(groups: list[list[Row]]) -> list[torch.Tensor]:
+    def limited(model: PeftModel, batch: Pack) -> torch.Tensor:
+        asked.append(batch.input_ids.shape[1])
+        if asked[-1] > room:
+            raise torch.OutOfMemoryError
+        return rewards(model, batch)
+
+    monkeypatch.setattr(reward_model, "rewards", limited)
+    found = score(model, pairs, 10**6)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert sum(tokens for tokens in asked if tokens <= room) == sum(map(tokens, pairs))
+
+
+def test_a_prompt_too_long_for_memory_is_named(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(reward_model, "rewards", never)
+    model, pair = build(tiny_base).train(), Texts([[1, 2, 3], [1, 4]], 1)
+    with pytest.raises(Fault, match="the texts of one prompt, 4 tokens, need more memory than"):
+        score(model, [pair, pair], 100)
+
+
+def test_gradient_does_not_depend_on_the_packs(tiny_base: Path) -> None:
+    pairs = some_pairs(6)
+
+    def gradients(groups: list[list[Texts]]) -> list[torch.Tensor]:
         model = build(tiny_base)
         for group in groups:
-            (losses(*rewards(model, pack(group))).sum() / len(rows)).backward()
+            (losses(*sides(rewards(model, pack(group)))).sum() / len(pairs)).backward()
         return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
 
-    together, apart = gradients([rows]), gradients([[row] for row in rows])
+    together, apart = gradients([pairs]), gradients([[pair] for pair in pairs])
     assert len(together) == 2 * 2 * 2 + 1
     for one, other in zip(together, apart, strict=True):
         assert one.norm() > 0
@@ -266,9 +303,9 @@ def test_gradient_does_not_depend_on_the_packs(tiny_base: Path) -> None:
 def test_score_keeps_the_order_of_pairs_and_the_mode_of_the_model(
     tiny_base: Path, training: bool
 ) -> None:
-    model, rows = build(tiny_base).train(training), some_rows(12)
-    chosen, rejected = score(model, rows, 200)
-    backward = score(model, rows[::-1], 200)
+    model, pairs = build(tiny_base).train(training), some_pairs(12)
+    chosen, rejected = sides(score(model, pairs, 200))
+    backward = sides(score(model, pairs[::-1], 200))
     assert model.training is training
     assert not chosen.requires_grad
     assert chosen.shape == rejected.shape == (12,)
@@ -279,7 +316,7 @@ def test_score_keeps_the_order_of_pairs_and_the_mode_of_the_model(
 def test_a_saved_model_has_the_same_rewards_and_the_same_bytes(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    model, rows = build(tiny_base), some_rows(5)
+    model, pairs = build(tiny_base), some_pairs(5)
     save(model, tmp_path / "one", "models/base", NF4)
     save(build(tiny_base), tmp_path / "two", "models/base", NF4)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
@@ -290,8 +327,7 @@ def test_a_saved_model_has_the_same_rewards_and_the_same_bytes(
     assert config["target_modules"] == ["q_proj", "v_proj"]
     loaded = load(tiny_base, tmp_path / "one", NF4)
     assert not loaded.training
-    for found, wanted in zip(score(loaded, rows, 200), score(model, rows, 200), strict=True):
-        assert torch.equal(found, wanted)
+    assert torch.equal(score(loaded, pairs, 200), score(model, pairs, 200))
 
 
 def test_loading_the_libraries_prints_nothing() -> None:
@@ -322,30 +358,29 @@ def test_without_the_guard_a_pass_in_eval_mode_rewrites_the_weights(
     monkeypatch.setattr(bitsandbytes, "matmul_4bit", product)
     model = build(tiny_base)
     before = weights_of(model)
-    score(model, some_rows(2), 4096)
+    score(model, some_pairs(2), 4096)
     assert not same(before, weights_of(model))
 
 
 @pytest.mark.usefixtures("bf16_processor")
 def test_with_the_guard_a_pass_in_eval_mode_leaves_the_weights_alone(tiny_base: Path) -> None:
-    model, rows = build(tiny_base), some_rows(3)
+    model, pairs = build(tiny_base), some_pairs(3)
     before = weights_of(model)
-    with_gradient = rewards(model, pack(rows))
-    without = score(model, rows, 10**6)
+    with_gradient = rewards(model, pack(pairs)).detach()
+    without = score(model, pairs, 10**6)
     assert same(before, weights_of(model))
-    for found, wanted in zip(without, with_gradient, strict=True):
-        torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(without, with_gradient, rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("bf16_processor")
 def test_training_after_an_evaluation_is_training_without_one(tiny_base: Path) -> None:
-    rows = some_rows(4)
+    pairs = some_pairs(4)
 
     def gradients(evaluated: bool) -> list[torch.Tensor]:
         model = build(tiny_base).train()
         if evaluated:
-            score(model, rows, 4096)
-        losses(*rewards(model, pack(rows))).mean().backward()
+            score(model, pairs, 4096)
+        losses(*sides(rewards(model, pack(pairs)))).mean().backward()
         return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
 
     for one, other in zip(gradients(True), gradients(False), strict=True):

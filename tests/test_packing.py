@@ -1,4 +1,4 @@
-"""Packs: every pair once, in order, within the limit, and read where its text ends."""
+"""Packs: every prompt once, in order, within the limit, nothing padded, every text to be found."""
 
 import random
 from itertools import pairwise
@@ -6,11 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from stages.packing import pack, plan, tokens
-
-
-def row(chosen: list[int], rejected: list[int]) -> dict[str, list[int]]:
-    return {"input_ids_j": chosen, "input_ids_k": rejected}
+from stages.packing import Texts, pack, pair, plan, tokens
 
 
 def random_lengths(seed: int) -> list[int]:
@@ -18,9 +14,23 @@ def random_lengths(seed: int) -> list[int]:
     return [draw.randint(1, 50) for _ in range(draw.randint(1, 30))]
 
 
+def random_prompts(seed: int, most_texts: int = 4) -> list[Texts]:
+    draw = random.Random(seed)
+
+    def ids(least: int) -> list[int]:
+        return [draw.randrange(1000) for _ in range(draw.randint(least, 9))]
+
+    prompts = []
+    for _ in range(draw.randint(1, 6)):
+        prefix = ids(0)
+        texts = [prefix + ids(1) for _ in range(draw.randint(1, most_texts))]
+        prompts.append(Texts(texts, len(prefix)))
+    return prompts
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("limit", [1, 64, 200, 10**6])
-def test_plan_holds_every_pair_once_and_in_order(seed: int, limit: int) -> None:
+def test_plan_holds_every_prompt_once_and_in_order(seed: int, limit: int) -> None:
     lengths = random_lengths(seed)
     flat = [index for group in plan(lengths, limit) for index in group]
     assert flat == list(range(len(lengths)))
@@ -28,48 +38,54 @@ def test_plan_holds_every_pair_once_and_in_order(seed: int, limit: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("limit", [1, 64, 200, 10**6])
-def test_a_pack_is_within_the_limit_and_takes_the_next_pair_if_it_fits(
+def test_a_pack_is_within_the_limit_and_takes_the_next_prompt_if_it_fits(
     seed: int, limit: int
 ) -> None:
     lengths = random_lengths(seed)
     groups = plan(lengths, limit)
     for group in groups:
-        size = 2 * len(group) * max(lengths[index] for index in group)
-        assert size <= limit or len(group) == 1
+        assert sum(lengths[index] for index in group) <= limit or len(group) == 1
     for group, following in pairwise(groups):
-        larger = [*group, following[0]]
-        assert 2 * len(larger) * max(lengths[index] for index in larger) > limit
+        assert sum(lengths[index] for index in [*group, following[0]]) > limit
 
 
-def test_no_pairs_need_no_pack() -> None:
-    assert plan([], 100) == []
+def test_plan_of_nothing_is_no_pack() -> None:
+    assert plan([], 64) == []
 
 
-def test_size_of_a_pair_is_that_of_its_longer_side() -> None:
-    assert tokens(row([1, 2, 3], [4])) == 3
-    assert tokens(row([1], [4, 5])) == 2
+def test_a_tokenized_pair_is_two_texts_of_one_prompt_chosen_first() -> None:
+    row = {"input_ids_j": [1, 2, 3], "input_ids_k": [1, 2, 4, 5], "prefix_length": 2}
+    texts = pair(row)
+    assert (*map(list, texts.ids), texts.prefix) == ([1, 2, 3], [1, 2, 4, 5], 2)
+    assert tokens(texts) == 5
 
 
-def test_pack_holds_chosen_first_then_rejected_padded_on_the_right() -> None:
-    found = pack([row([11, 12, 13], [21]), row([31, 32], [41, 42, 43, 44])])
-    assert found.input_ids.tolist() == [
-        [11, 12, 13, 0],
-        [31, 32, 0, 0],
-        [21, 0, 0, 0],
-        [41, 42, 43, 44],
-    ]
-    assert found.attention_mask.tolist() == [
-        [1, 1, 1, 0],
-        [1, 1, 0, 0],
-        [1, 0, 0, 0],
-        [1, 1, 1, 1],
-    ]
-    assert found.last.tolist() == [2, 1, 0, 3]
+def test_a_pack_is_first_texts_then_the_rests_of_the_others() -> None:
+    found = pack([Texts([[1, 2, 3], [1, 2, 4, 5]], 2), Texts([[6, 7], [8]], 0)])
+    assert found.input_ids.tolist() == [[1, 2, 3, 6, 7, 4, 5, 8]]
+    assert found.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
+    assert found.order.tolist() == [0, 2, 1, 3]
+    assert found.layout.ends == [2, 4, 6, 7]
+    assert found.layout.firsts == 2
 
 
-def test_reward_is_read_at_the_last_token_even_if_it_is_the_padding_id() -> None:
-    found = pack([row([5, 0], [0, 0, 0]), row([5], [6, 7, 0])])
-    ends = found.input_ids[torch.arange(4), found.last]
-    assert found.last.tolist() == [1, 0, 2, 2]
-    assert ends.tolist() == [0, 5, 0, 0]
-    assert found.attention_mask.sum(1).tolist() == [2, 1, 3, 3]
+@pytest.mark.parametrize("seed", range(30))
+def test_every_text_can_be_read_from_the_pack_and_nothing_else_is_in_it(seed: int) -> None:
+    prompts = random_prompts(seed)
+    found = pack(prompts)
+    layout, row = found.layout, found.input_ids[0]
+    assert len(row) == sum(map(tokens, prompts))
+    read = []
+    for index in found.order.tolist():
+        end, owner = layout.ends[index] + 1, layout.owner[index]
+        start = layout.ends[owner] + 1 - layout.own[owner]
+        places = [
+            *range(start, start + layout.prefix[index]),
+            *range(end - layout.own[index], end),
+        ]
+        assert found.position_ids[0, places].tolist() == list(range(len(places)))
+        read.append(row[places].tolist())
+    assert read == [list(text) for texts in prompts for text in texts.ids]
+    assert layout.queries == layout.own
+    assert layout.at_ends().queries == [1] * len(read)
+    assert found.input_ids.dtype == found.position_ids.dtype == torch.int64

@@ -11,16 +11,20 @@ import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from datasets import load_from_disk
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from stages import checkpoints, params, preprocess, train
-from stages.model import Quantization, head_of, score
+from stages.model import Quantization, head_of, rewards, score
 from stages.outputs import digest, digests
+from stages.packing import Texts, tokens
+from stages.pairwise import sides
 from stages.process import Fault
 
 from .conftest import write_pairs
@@ -59,6 +63,12 @@ def remove_outs() -> None:
     train.METRICS.unlink()
 
 
+def forget() -> None:
+    """Have the next run start afresh."""
+    remove_outs()
+    shutil.rmtree("models/checkpoints")
+
+
 def weights() -> Tensors:
     return load_file(train.ADAPTER / "adapter_model.safetensors")
 
@@ -67,6 +77,17 @@ def distance(one: Tensors, other: Tensors) -> float:
     """The largest difference of two adapters, relative to the size of the tensor it is in."""
     assert one.keys() == other.keys()
     return max(((one[n] - other[n]).norm() / (other[n].norm() + 1e-12)).item() for n in one)
+
+
+def training_pairs() -> list[Texts]:
+    return train.pairs_of(load_from_disk("data/tokenized/train"))
+
+
+def stock(model: PeftModel) -> None:
+    """The model with transformers' own attention: no packs."""
+    classifier = cast(PreTrainedModel, model.get_base_model())
+    classifier.set_attn_implementation("sdpa")
+    classifier.config.pad_token_id = None
 
 
 def curve(name: str) -> list[dict[str, float]]:
@@ -86,7 +107,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def recorded(self: train.RewardTrainer, model: Any, inputs: Any, items: Any = None) -> Any:
         loss = original(self, model, inputs, items)
-        seen.append({"rows": list(inputs["step"].rows), "loss": loss.item()})
+        pairs = [[list(map(int, ids)) for ids in texts.ids] for texts in inputs["step"].pairs]
+        seen.append({"pairs": pairs, "loss": loss.item()})
         return loss
 
     monkeypatch.setattr(train.RewardTrainer, "training_step", recorded)
@@ -111,14 +133,19 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what is learned -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pairs_per_step", [1, 4])
 def test_trainer_takes_the_steps_of_a_plain_loop(
-    set_params: SetParams, steps: list[dict[str, Any]]
+    set_params: SetParams, steps: list[dict[str, Any]], pairs_per_step: int
 ) -> None:
-    """AdamW by hand, one text a forward pass, the learning rate and the clipping spelt out."""
+    """AdamW by hand, one text a forward pass, the learning rate and the clipping spelt out.
+
+    With one pair a step it is the article's loop: batch 1, nothing padded, nothing packed.
+    """
     rate, decay, norm = 3e-3, 0.1, 0.3
     set_params("lora", lora_dropout=0.0)
     set_params("train", learning_rate=rate, weight_decay=decay, max_grad_norm=norm)
     set_params("train", warmup_steps=3, logging_steps=1, optim="adamw_torch", tokens_per_pack=200)
+    set_params("train", pairs_per_step=pairs_per_step, num_train_epochs=3, max_steps=10)
     train.main()
 
     groups = (
@@ -127,23 +154,20 @@ def test_trainer_takes_the_steps_of_a_plain_loop(
         params.load("quantization", Quantization),
     )
     model = train.build(*groups)
-    train.scale_head(model, list(load_from_disk("data/tokenized/train")), 4096)
-    model.config.pad_token_id = None
+    train.scale_head(model, training_pairs(), 4096)
+    stock(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in trained.items()}
-    assert len(steps) == 8
+    assert len(steps) == 10
     for step, entry in enumerate(steps):
         losses = []
-        for row in entry["rows"]:
-            chosen, rejected = (
-                model(input_ids=torch.tensor([row[key]])).logits[0, 0]
-                for key in ("input_ids_j", "input_ids_k")
-            )
+        for pair in entry["pairs"]:
+            chosen, rejected = (model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in pair)
             losses.append(-torch.log(torch.sigmoid(chosen - rejected)))
         loss = sum(losses, torch.zeros(())) / len(losses)
         gradients = torch.autograd.grad(loss, list(trained.values()))
         total = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
-        now = rate * step / 3 if step < 3 else rate * (8 - step) / (8 - 3)
+        now = rate * step / 3 if step < 3 else rate * (10 - step) / (10 - 3)
         logged = curve("training")[step]
         assert entry["loss"] == pytest.approx(loss.item(), abs=1e-5)
         assert logged["loss"] == pytest.approx(loss.item(), abs=1e-5)
@@ -169,8 +193,8 @@ def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
     steps: list[dict[str, Any]],
 ) -> None:
     train.main()
-    ids = list(load_from_disk("data/tokenized/train")["id"])
-    order = [[row["id"] for row in entry["rows"]] for entry in steps]
+    ids = [str([list(map(int, text)) for text in texts.ids]) for texts in training_pairs()]
+    order = [[str(pair) for pair in entry["pairs"]] for entry in steps]
     first, second = [*chain(*order[:4])], [*chain(*order[4:])]
     assert [len(step) for step in order] == [4, 4, 4, 2] * 2
     assert sorted(first) == sorted(second) == sorted(ids)
@@ -179,7 +203,7 @@ def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
 
 def test_result_does_not_depend_on_the_size_of_packs(set_params: SetParams) -> None:
     set_params("lora", lora_dropout=0.0)
-    set_params("train", max_steps=4, logging_steps=1)
+    set_params("train", num_train_epochs=3, max_steps=10, logging_steps=1, optim="adamw_torch")
     found = []
     for tokens_per_pack in (1, 200, 10**6):
         set_params("train", tokens_per_pack=tokens_per_pack)
@@ -201,10 +225,120 @@ def test_gradient_checkpointing_changes_nothing_but_memory(set_params: SetParams
     assert distance(weights(), wanted) < 1e-4
 
 
+@pytest.mark.parametrize("room", [80, 130])
+def test_a_step_without_memory_begins_again_in_smaller_packs(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """Out of memory in the backward pass: half of a gradient is there, random numbers are drawn."""
+    set_params("lora", lora_dropout=0.0)
+    set_params("train", max_steps=4, logging_steps=1)
+    train.main()
+    wanted, wanted_curve = weights(), curve("training")
+    forget()
+    original, failed = rewards, []
+
+    def limited(model: Any, batch: Any) -> torch.Tensor:
+        found = original(model, batch)
+        if found.requires_grad and batch.input_ids.shape[1] > room:
+            failed.append(batch.input_ids.shape[1])
+            found.sum().backward()
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(train, "rewards", limited)
+    train.main()
+    assert failed
+    assert distance(weights(), wanted) < 1e-3
+    for entry, figures in zip(curve("training"), wanted_curve, strict=True):
+        assert entry == pytest.approx(figures, rel=1e-3)
+
+
+def test_a_repeated_step_has_the_random_numbers_of_the_first_attempt(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs of one pair each whatever the limit: dropout then draws the same masks in both runs."""
+    set_params("train", max_steps=3, pairs_per_step=1, logging_steps=2)
+    train.main()
+    wanted = weights()
+    forget()
+    original, calls = rewards, []
+
+    def once(model: Any, batch: Any) -> torch.Tensor:
+        calls.append(batch)
+        if len(calls) == 2:
+            original(model, batch).sum().backward()
+            raise torch.OutOfMemoryError
+        return original(model, batch)
+
+    monkeypatch.setattr(train, "rewards", once)
+    monkeypatch.setattr(train, "halved", lambda lengths: 10**6)
+    train.main()
+    assert len(calls) == 4
+    assert distance(weights(), wanted) == 0
+
+
+def test_a_pair_too_long_for_memory_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train, "rewards", never)
+    with pytest.raises(Fault, match=r"^the texts of one prompt, \d+ tokens, need more memory than"):
+        train.main()
+    assert not train.ADAPTER.exists()
+
+
+@pytest.mark.parametrize("room", [90, 150, 220, 10**6])
+def test_auto_finds_the_largest_pack_that_memory_holds(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    set_params("train", tokens_per_pack="auto")
+    trainer = a_trainer()
+    assert trainer.tokens_per_pack == 4096
+    original = rewards
+
+    def limited(model: Any, batch: Any) -> torch.Tensor:
+        if batch.input_ids.shape[1] > room:
+            raise torch.OutOfMemoryError
+        return original(model, batch)
+
+    monkeypatch.setattr(train, "rewards", limited)
+    before = torch.get_rng_state()
+    found = train.largest_pack(trainer)
+    lengths = sorted((tokens(texts) for texts in training_pairs()), reverse=True)
+    if room == 10**6:
+        assert found == sum(lengths[:4])
+    else:
+        assert lengths[0] * 7 // 8 <= found <= room
+        assert found >= room * 0.6 or found * 8 // 7 <= lengths[0] + 1
+    assert all(parameter.grad is None for parameter in trainer.reward_model.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_size_of_packs_is_in_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, steps: list[dict[str, Any]]
+) -> None:
+    sizes = []
+    original = train.RewardTrainer.accumulate
+
+    def recorded(self: train.RewardTrainer, pairs: Any) -> torch.Tensor:
+        sizes.append(self.tokens_per_pack)
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError
+        return original(self, pairs)
+
+    monkeypatch.setattr(train.RewardTrainer, "accumulate", recorded)
+    kill_at(5, monkeypatch)
+    train.main()
+    assert sizes[:2] == [4096, 4096]
+    assert len(set(sizes[2:])) == 1
+    assert sizes[2] < 4096
+    assert len(steps) == 5 + 4
+
+
 # --- the start and the stops -----------------------------------------------------------------
 
 
-def built() -> Any:
+def built() -> PeftModel:
     return train.build(
         params.load("train", train.Train),
         params.load("lora", train.Lora),
@@ -212,16 +346,22 @@ def built() -> Any:
     )
 
 
+def a_trainer() -> train.RewardTrainer:
+    datasets = [load_from_disk(f"data/tokenized/{name}") for name in ("train", "validation")]
+    run = checkpoints.Run(Path("models/checkpoints/run"))
+    return train.RewardTrainer(built(), params.load("train", train.Train), run, *datasets)
+
+
 def test_training_starts_undecided_however_large_the_head_is() -> None:
-    model, rows = built(), list(load_from_disk("data/tokenized/train"))
+    model, pairs = built(), training_pairs()
     with torch.no_grad():
         for parameter in head_of(model.get_base_model()).parameters():
             parameter.mul_(1000)
-    chosen, rejected = score(model, rows, 4096)
+    chosen, rejected = sides(score(model, pairs, 4096))
     assert (chosen - rejected).std() > 10
-    train.scale_head(model, rows, 4096)
-    sides = (side.tolist() for side in score(model, rows, 4096))
-    margins = [chosen - rejected for chosen, rejected in zip(*sides, strict=True)]
+    train.scale_head(model, pairs, 4096)
+    chosen, rejected = sides(score(model, pairs, 4096))
+    margins = (chosen - rejected).tolist()
     mean = sum(margins) / len(margins)
     deviation = math.sqrt(sum((margin - mean) ** 2 for margin in margins) / len(margins))
     loss = sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
@@ -231,21 +371,21 @@ def test_training_starts_undecided_however_large_the_head_is() -> None:
 
 def test_a_decided_start_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "MARGIN_RMS", 100.0)
-    model, rows = built(), list(load_from_disk("data/tokenized/train"))
+    model, pairs = built(), training_pairs()
     with torch.no_grad():
         for parameter in head_of(model.get_base_model()).parameters():
             parameter.mul_(1000)
     with pytest.raises(Fault, match="before the first step the margins deviate by"):
-        train.scale_head(model, rows, 4096)
+        train.scale_head(model, pairs, 4096)
 
 
 def test_rewards_that_are_not_finite_stop_the_stage() -> None:
-    model, rows = built(), list(load_from_disk("data/tokenized/train"))
+    model, pairs = built(), training_pairs()
     with torch.no_grad():
         for parameter in head_of(model.get_base_model()).parameters():
             parameter.fill_(math.inf)
     with pytest.raises(Fault, match="not finite"):
-        train.scale_head(model, rows, 4096)
+        train.scale_head(model, pairs, 4096)
 
 
 @pytest.mark.parametrize("eval_steps", [1, 20])
@@ -488,7 +628,7 @@ def test_checkpoints_hold_nothing_that_could_run_code(
     [last] = Path("models/checkpoints").glob("*/step-8")
     assert {path.name for path in last.iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "digests.json"),
-        *("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"),
+        *("optimizer.pt", "packs.json", "rng_state.pth", "scheduler.pt", "trainer_state.json"),
     }
 
 

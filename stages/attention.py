@@ -1,0 +1,266 @@
+"""Attention over a pack, for every decoder that takes its attention from transformers.
+
+Each text of the row attends to its own keys, causally, and nothing else is computed: on a GPU in
+half precision by variable-length flash attention, one call for the first texts of all prompts and
+one for the others; elsewhere by one call of PyTorch's own attention for each text.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from stages.packing import Layout
+from stages.process import Fault
+
+NAME = "packs"
+FLASH_HEAD_SIZE = 256
+# Queries of one call elsewhere: no call computes scores of more than these with keys they see not.
+BLOCK = 64
+# torch 2.11 groups heads unasked, later ones want to be asked.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+flash: Callable[..., Any] = partial(varlen_attn, **GROUPED)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of variable-length attention: its keys in the row, queries and keys cut at `cu_*`.
+
+    `cu_queries` and `cu_keys` are int32, [texts + 1], on the device.
+    """
+
+    queries: int
+    keys: slice | Tensor
+    cu_queries: Tensor
+    cu_keys: Tensor
+    most_queries: int
+    most_keys: int
+
+
+class Plan:
+    """What all layers share in computing attention over a layout; made for one pass."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        self.masks: dict[int | None, Tensor] = {}
+
+    def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """0 where a query sees a key and -inf elsewhere, [queries, keys], at most BLOCK queries.
+
+        Aligned at the end, it is a corner of the largest one, which is made once for a window.
+        """
+        if window not in self.masks:
+            most = max(map(add, self.layout.prefix, self.layout.own))
+            last = torch.arange(most - BLOCK, most, device=self.device)[:, None]
+            distance = last - torch.arange(most, device=self.device)
+            unseen = (distance < 0) | (distance >= (window or most))
+            mask = torch.zeros(BLOCK, most, dtype=dtype, device=self.device)
+            self.masks[window] = mask.masked_fill_(unseen, float("-inf"))
+        return self.masks[window][-queries:, -keys:]
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """First texts, whose keys are a slice of the row; the others, whose keys are gathered."""
+        layout, firsts = self.layout, self.layout.firsts
+        starts = [end + 1 - own for end, own in zip(layout.ends, layout.own, strict=True)]
+        pieces = [
+            torch.cat([torch.arange(prefix) + starts[owner], torch.arange(own) + start])
+            for prefix, own, owner, start in zip(
+                layout.prefix, layout.own, layout.owner, starts, strict=True
+            )
+        ]
+        seen = [len(piece) for piece in pieces]
+        calls = [self._call(slice(sum(seen[:firsts])), layout.queries[:firsts], seen[:firsts])]
+        if firsts < len(pieces):
+            keys = torch.cat(pieces[firsts:]).to(self.device)
+            calls.append(self._call(keys, layout.queries[firsts:], seen[firsts:]))
+        return calls
+
+    def _call(self, keys: slice | Tensor, queries: list[int], seen: list[int]) -> Call:
+        cu_queries, cu_keys = (
+            torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(self.device)
+            for lengths in (queries, seen)
+        )
+        return Call(sum(queries), keys, cu_queries, cu_keys, max(queries), max(seen))
+
+
+class Caught(Exception):
+    """A layer's keys and values, raised to end its pass where they are all that was wanted."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__("keys and values of a layer")
+        self.pair = key, value
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    plan: Plan | None = None,
+    catch: bool = False,
+    caught: tuple[Tensor, Tensor] | None = None,
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a layer over a pack, as AttentionInterface wants it: [1, queries, heads, size].
+
+    `query`, `key` and `value` are [1, heads, tokens, size], with fewer heads in the last two where
+    they are grouped. `caught` takes the place of `key` and `value`. Dropout of attention weights is
+    not applied: adapters have their own. Raises a Fault for what stock attention would do besides.
+    """
+    besides = {"softcap", "s_aux", "position_bias"} & {
+        name for name, value in unknown.items() if value is not None
+    }
+    if besides or attention_mask is not None:
+        raise Fault(
+            f"{type(module).__name__} has {', '.join(sorted(besides)) or 'a mask of its own'} in "
+            "its attention, wanted plain causal attention, with a sliding window or without"
+        )
+    if plan is None:
+        raise Fault(
+            f"{type(module).__name__} is not told how its row is laid out, wanted a model that "
+            "hands keyword arguments on to its attention"
+        )
+    if catch:
+        raise Caught(key, value)
+    if caught:
+        key, value = caught
+    if flashes(query, value):
+        return by_flash(query, key, value, plan, scaling, sliding_window), None
+    return text_by_text(query, key, value, plan, scaling, sliding_window), None
+
+
+def flashes(query: Tensor, value: Tensor) -> bool:
+    """Whether variable-length flash attention takes these tensors."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= FLASH_HEAD_SIZE
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def by_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Two variable-length calls. Heads are filled up with zeros to a multiple of 8."""
+    size = query.shape[-1]
+    query, key, value = (pad(x[0].transpose(0, 1), (0, -size % 8)) for x in (query, key, value))
+    parts = query.split([call.queries for call in plan.calls])
+    outputs = [
+        flash(
+            part,
+            taken(key, call.keys),
+            taken(value, call.keys),
+            call.cu_queries,
+            call.cu_keys,
+            call.most_queries,
+            call.most_keys,
+            scale=size**-0.5 if scaling is None else scaling,
+            window_size=(window - 1 if window and window < call.most_keys else -1, 0),
+        )
+        for part, call in zip(parts, plan.calls, strict=True)
+    ]
+    return torch.cat(outputs)[None, ..., :size]
+
+
+def taken(rows: Tensor, which: slice | Tensor) -> Tensor:
+    return rows[which] if isinstance(which, slice) else rows.index_select(0, which)
+
+
+def text_by_text(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """A call for each BLOCK of a text's queries, with the keys up to its end and no others.
+
+    The row is split, not sliced: the gradient of each slice would be a whole row.
+    """
+    layout = plan.layout
+    keys, values = key.split(layout.own, 2), value.split(layout.own, 2)
+    outputs = []
+    for text, part in enumerate(query.split(layout.queries, 2)):
+        own_key, own_value = keys[text], values[text]
+        if prefix := layout.prefix[text]:
+            owner = layout.owner[text]
+            own_key = torch.cat([keys[owner][:, :, :prefix], own_key], 2)
+            own_value = torch.cat([values[owner][:, :, :prefix], own_value], 2)
+        end = own_key.shape[2] - part.shape[2]
+        for block in part.split(BLOCK, 2):
+            queries, end = block.shape[2], end + block.shape[2]
+            start = max(0, end - queries - window + 1) if window else 0
+            seen, windowed = end - start, window is not None and end - start > window
+            square = queries == seen and not windowed
+            masked = not square and (queries > 1 or windowed)
+            outputs.append(
+                scaled_dot_product_attention(
+                    block,
+                    own_key[:, :, start:end],
+                    own_value[:, :, start:end],
+                    plan.mask(queries, seen, window, query.dtype) if masked else None,
+                    is_causal=square,
+                    scale=scaling,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
+            )
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def prune(decoder: nn.Module) -> None:
+    """Have a decoder's last layer work on the texts' last tokens alone: no other output is read.
+
+    As in generation, its keys and values are those of all tokens, while queries and all that
+    follows are not. A layer that is not called in transformers' usual way is left as it is.
+    """
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return
+    last: nn.Module = layers[-1]
+    # Without gradient checkpointing, which would drop what is caught: little is kept here anyway.
+    whole: Callable[..., Tensor] = partial(inspect.unwrap(type(last).forward), last)
+    if "position_embeddings" not in inspect.signature(whole).parameters:
+        return
+
+    def forward(hidden_states: Tensor, *, plan: Plan | None = None, **rest: Any) -> Tensor:
+        if plan is None:
+            return whole(hidden_states, **rest)
+        try:
+            whole(hidden_states, plan=plan, catch=True, **rest)
+        except Caught as found:
+            caught = found.pair
+        ends = torch.tensor(plan.layout.ends, device=plan.device)
+        rotations = rest.pop("position_embeddings")
+        return whole(
+            hidden_states[:, ends],
+            position_ids=rest.pop("position_ids")[:, ends],
+            position_embeddings=tuple(rotation[:, ends] for rotation in rotations),
+            plan=Plan(plan.layout.at_ends(), plan.device),
+            caught=caught,
+            **rest,
+        )
+
+    last.forward = forward
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,161 @@
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import vl_convert
+
+from benchmarks import speed
+from benchmarks.speed import Contender, Measurement, Row, Workload
+from stages.packing import Texts
+from stages.process import Fault
+from stages.tokens import prefix_length
+
+
+def row(label: str, *seconds: float, losses: tuple[float, ...] = (0.7, 0.6)) -> Row:
+    """16 pairs of 200 tokens in each of the given times."""
+    found = [Measurement(16, each, 3200, 0.5, 0.75, list(losses)) for each in seconds]
+    return Row(label, "floor", found, "")
+
+
+ROWS = {
+    "ours": row("ours", 2.0, 1.0, 4.0),
+    "trl-8": row("TRL, batch 8", 8.0, 8.0, 16.0),
+    "article": Row("the article's loop", "floor", [], "OutOfMemoryError: 1|2"),
+    "floor": row("floor", 0.5, 1.0, 1.0, losses=()),
+}
+
+
+def test_lengths_go_through_the_percentiles_and_never_fall() -> None:
+    shares = np.linspace(0, 1, 1001)
+    for quantiles in (speed.PREFIX, speed.ANSWER):
+        assert speed.lengths(quantiles, list(quantiles)) == list(quantiles.values())
+        found = speed.lengths(quantiles, shares)
+        assert found == sorted(found)
+
+
+def test_generated_pairs_have_the_percentiles_of_a_preference_set() -> None:
+    pairs = speed.generated(256, 0, range(100), longest=2040)
+    answers = [len(ids) - texts.prefix for texts in pairs for ids in texts.ids]
+    prefix, answer = (
+        np.quantile(sizes, [0.5, 0.9, 0.99])
+        for sizes in ([texts.prefix for texts in pairs], answers)
+    )
+    assert prefix == pytest.approx([98, 273, 542], rel=0.05)
+    assert answer == pytest.approx([30, 95, 220], rel=0.05)
+
+
+def test_generated_pairs_share_their_prefix_and_no_more() -> None:
+    for texts in speed.generated(300, 1, [5, 7, 11], longest=64):
+        assert prefix_length(*texts.ids) == texts.prefix > 0
+        assert max(map(len, texts.ids)) <= 64
+        assert {id_ for ids in texts.ids for id_ in ids} <= {5, 7, 11}
+
+
+def test_generated_pairs_are_those_of_their_seed() -> None:
+    first, same, other = (speed.generated(8, seed, range(50), 99) for seed in (3, 3, 4))
+    assert first == same != other
+
+
+def test_special_ids_are_not_drawn(tiny_base: Path) -> None:
+    assert 4092 in (ids := speed.usable_ids(tiny_base))
+    assert 4093 not in ids  # <|endoftext|>, which is the padding as well
+
+
+def test_table_has_medians_ratios_and_shares() -> None:
+    lines = speed.table(ROWS).splitlines()
+    assert lines[2].startswith("| ours | 8.00 | 4.00 to 16.00 | 1.00 | 200.0 | 0.75 | 0.50 | 50% |")
+    assert lines[3] == (
+        "| TRL, batch 8 | 2.00 | 1.00 to 2.00 | 4.00 | 200.0 | 0.75 | 0.50 | 12% | 0.6000000 |"
+    )
+    assert lines[4].startswith("| the article's loop | OutOfMemoryError: 1/2 | – |")
+    assert {line.count("|") for line in lines} == {10}
+
+
+def test_table_does_without_what_was_not_measured() -> None:
+    line = speed.table({"trl-8": ROWS["trl-8"]}).splitlines()[2]
+    assert (
+        line == "| TRL, batch 8 | 2.00 | 1.00 to 2.00 | – | 200.0 | 0.75 | 0.50 | – | 0.6000000 |"
+    )
+    assert speed.fastest({"trl-8": ROWS["trl-8"]}) == []
+
+
+def test_best_of_trl_is_named() -> None:
+    (sentence,) = speed.fastest(ROWS | {"trl-1": row("TRL, batch 1 x 8", 4.0)})
+    assert '"TRL, batch 1 x 8" with 4.00 pairs/s: ours is 2.00 times as fast' in sentence
+
+
+def test_chart_can_be_drawn() -> None:
+    drawn = vl_convert.vegalite_to_svg(speed.chart(ROWS), vl_version=speed.VEGA_LITE)
+    assert "TRL, batch 8" in drawn
+    assert "article" not in drawn
+
+
+def test_contender_that_fails_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def fail(_: Workload) -> Measurement:
+        calls.append("broken")
+        raise MemoryError("no more\nat all")
+
+    def succeed(_: Workload) -> Measurement:
+        calls.append("whole")
+        return ROWS["ours"].measurements[0]
+
+    monkeypatch.setattr(speed, "alone", lambda work: work())
+    chosen = {"broken": Contender("broken", fail), "whole": Contender("whole", succeed)}
+    rows = speed.measure(workload(Path(), []), chosen, repeats=2)
+    assert calls == ["broken", "whole", "whole"]
+    assert rows["broken"] == Row("broken", "floor", [], "MemoryError: no more")
+    assert len(rows["whole"].measurements) == 2
+    assert "1/4 repeat 1 broken: MemoryError: no more\n" in capsys.readouterr().err
+
+
+def workload(base: Path, pairs: list[Texts]) -> Workload:
+    return Workload(base, base, base, pairs, [(8, 4), (4, 8)], tokens_per_pack=64)
+
+
+def test_floor_multiplies_the_tokens_of_all_packs_but_those_of_the_first_step() -> None:
+    pairs = [Texts(([1, 2, 3], [1, 2, 4, 5]), 2)] * 24
+    for floor in (speed.floor, speed.floor_of_scoring):
+        found = floor(workload(Path(), pairs))
+        assert (found.pairs, found.tokens) == (16, 16 * 5)
+        assert found.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--pairs", "20"], "--pairs is 20, wanted a multiple of 8"),
+        (["--repeats", "0"], "--repeats is 0, wanted at least 1"),
+        (["--tokens-per-pack", "-1"], "--tokens-per-pack is -1, wanted at least 1"),
+        (["--only", "ours", "theirs"], "--only names theirs, wanted some of ours, "),
+        (["--only", "ours", "--base", "/nowhere"], "/nowhere/config.json is not here"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["speed", *arguments])
+    with pytest.raises(Fault) as fault:
+        speed.parse()
+    assert str(fault.value).startswith(sentence)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of libraries, as the benchmark has them
+def test_ours_and_the_loop_of_the_article_compute_the_same(tiny_base: Path, tmp_path: Path) -> None:
+    options = Namespace(base=tiny_base, data=None, pairs=24, seed=0, tokens_per_pack=512)
+    same = speed.prepare(options, tmp_path)
+    ours, checkpointed, article = (
+        measure(same)
+        for measure in (speed.ours, partial(speed.ours, checkpointing=True), speed.article)
+    )
+    assert len(ours.losses) == 3
+    assert checkpointed.losses == pytest.approx(ours.losses, abs=1e-5)
+    assert article.losses == pytest.approx(ours.losses, abs=1e-5)
+    assert ours.pairs == article.pairs == 16
+    assert ours.tokens == sum(sum(map(len, texts.ids)) - texts.prefix for texts in same.pairs[8:])
+    assert article.tokens == sum(len(ids) for texts in same.pairs[8:] for ids in texts.ids)
