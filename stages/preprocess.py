@@ -10,7 +10,6 @@ holds a few numbers a pair, however long the texts.
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from stages import params
@@ -29,6 +29,7 @@ from stages.outputs import digest, whole_folder, write_json
 from stages.pairs import (
     BadRecord,
     Pair,
+    among,
     check,
     contradictions,
     duplicates,
@@ -45,7 +46,7 @@ BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
 METRICS = Path("metrics/preprocess.json")
 SPLITS = ("train", "validation", "test")
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 19
 SHOWN = 10
 
 Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
@@ -87,6 +88,10 @@ class Preprocess:
 
 
 def numbers() -> array[int]:
+    return array("I")
+
+
+def hashes() -> array[int]:
     return array("Q")
 
 
@@ -98,9 +103,9 @@ class Ledger:
     first_test_file: int
     file: array[int] = field(default_factory=numbers)
     position: array[int] = field(default_factory=numbers)
-    prompt: array[int] = field(default_factory=numbers)
-    answers: array[int] = field(default_factory=numbers)
-    pair: array[int] = field(default_factory=numbers)
+    prompt: array[int] = field(default_factory=hashes)
+    answers: array[int] = field(default_factory=hashes)
+    pair: array[int] = field(default_factory=hashes)
     chosen: array[int] = field(default_factory=numbers)
     rejected: array[int] = field(default_factory=numbers)
     prefix: array[int] = field(default_factory=numbers)
@@ -131,8 +136,8 @@ class Ledger:
         if self.dropped[reason] <= SHOWN:
             self.faults.append(BadPlace(file, position, reason, sentence))
 
-    def column(self, name: str) -> npt.NDArray[np.uint64]:
-        return np.array(getattr(self, name), dtype=np.uint64)
+    def column(self, name: str) -> npt.NDArray[Any]:
+        return np.asarray(getattr(self, name))
 
     def place(self, file: int, position: int) -> str:
         path = self.files[file]
@@ -180,7 +185,7 @@ SCRATCH = pa.schema(
         "input_ids_j": pa.list_(pa.int32()),
         "input_ids_k": pa.list_(pa.int32()),
         "prefix_length": pa.int32(),
-        "columns": pa.string(),
+        "columns": pa.map_(pa.string(), pa.string()),
     }
 )
 
@@ -196,7 +201,7 @@ def tokenize(group: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -
                 if (row := as_row(group, encoder, item, sides, ledger))
             ]
             if rows:
-                writer.write_batch(as_arrow(rows))
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, SCRATCH))
 
 
 def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
@@ -265,20 +270,8 @@ def as_row(
         "input_ids_j": left,
         "input_ids_k": right,
         "prefix_length": prefix,
-        "columns": json.dumps(pair.columns),
+        "columns": list(pair.columns.items()),
     }
-
-
-def as_arrow(rows: list[dict[str, Any]]) -> pa.RecordBatch:
-    columns = {name: [row[name] for row in rows] for name in SCRATCH.names}
-    for name in ("input_ids_j", "input_ids_k"):
-        columns[name] = as_lists(np.concatenate(columns[name]), list(map(len, columns[name])))
-    return pa.RecordBatch.from_pydict(columns, schema=SCRATCH)
-
-
-def as_lists(values: npt.NDArray[Any], lengths: list[int]) -> pa.ListArray:
-    """A flat array cut into lists of the given lengths."""
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), values)
 
 
 def within_length(
@@ -303,7 +296,7 @@ def within_length(
 def refuse_overlap(group: Preprocess, ledger: Ledger) -> None:
     """Raise a Fault if a prompt of the separate test set stands in the other data too."""
     prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
-    leaked = np.flatnonzero(tested & np.isin(prompts, prompts[~tested])).tolist()
+    leaked = np.flatnonzero(tested)[among(prompts[tested], prompts[~tested])].tolist()
     if leaked:
         places = [ledger.place(ledger.file[row], ledger.position[row]) for row in leaked[:SHOWN]]
         raise Fault(
@@ -373,14 +366,16 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
     used = parts >= 0
     prompts = ledger.column("prompt")
     chosen, rejected, prefix = (
-        ledger.column(name)[used].astype(np.int64) for name in ("chosen", "rejected", "prefix")
+        ledger.column(name)[used] for name in ("chosen", "rejected", "prefix")
     )
     lengths = np.concatenate([chosen, rejected])
     tokens = int(lengths.sum())
     quantiles = np.quantile(lengths, [0.5, 0.9, 0.99], method="nearest").tolist()
     return {
         "pairs": {name: int((parts == i).sum()) for i, name in enumerate(SPLITS)},
-        "prompts": {name: len(np.unique(prompts[parts == i])) for i, name in enumerate(SPLITS)},
+        "prompts": {
+            name: len(np.unique_counts(prompts[parts == i]).counts) for i, name in enumerate(SPLITS)
+        },
         "dropped": dict(+ledger.dropped),
         "truncated": ledger.truncated,
         "tokens": tokens,
@@ -442,13 +437,14 @@ def write_dataset(
 
 def widened(batch: pa.RecordBatch, schema: pa.Schema, columns: list[str]) -> pa.Table:
     """A batch of the scratch table with the attention masks and the kept columns spelt out."""
-    rows = [json.loads(text) for text in batch["columns"].to_pylist()]
-    kept = {name: [row.get(name) for row in rows] for name in columns}
-    data: dict[str, Any] = {name: batch[name] for name in SCRATCH.names[:-1]}
+    data = {name: batch[name] for name in SCRATCH.names[:-1]}
     for side in "jk":
-        lengths = batch[f"input_ids_{side}"].value_lengths().to_pylist()
-        data[f"attention_mask_{side}"] = as_lists(np.ones(sum(lengths), dtype=np.int8), lengths)
-    return pa.table(data | kept).select(schema.names).cast(schema)
+        ids = batch[f"input_ids_{side}"]
+        ones = np.ones(len(ids.values), dtype=np.int8)
+        data[f"attention_mask_{side}"] = pa.ListArray.from_arrays(ids.offsets, ones)
+    for name in columns:
+        data[name] = pc.map_lookup(batch["columns"], name, "first")
+    return pa.table(data).select(schema.names).cast(schema)
 
 
 def report(group: Preprocess, metrics: dict[str, Any]) -> None:

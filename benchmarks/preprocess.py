@@ -1,0 +1,302 @@
+"""How fast preprocess is beside the bare tokenizer, and how its time and memory grow.
+
+python -m benchmarks.preprocess
+
+The stage and a plain `encode_batch` over the texts that it renders take turns, each time in a
+process of its own, and the medians count. Then the stage works on more and more pairs of short
+texts. Prints the figures and writes them to benchmarks/results/preprocess.md.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from tokenizers import Tokenizer
+
+from stages.outputs import read_json
+from stages.pairs import check, read
+from stages.process import Fault, run
+from stages.tokens import Encoder, Template
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "preprocess.md"
+BASE = Path("models/base")
+PAIRS = Path("pairs.jsonl")
+STAGE = ("-m", "stages.preprocess")
+START_UP = ("-c", "import stages.preprocess")
+NONE = "–"
+# Texts that one call of encode_batch gets; the fastest is compared.
+BATCHES = (1_000, 10_000, 100_000)
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """The most sentences of a generated prompt and of an answer; the least is one."""
+
+    prompt: int
+    answer: int
+
+
+LONG, SHORT = Sentences(4, 10), Sentences(1, 1)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process takes: seconds by the clock and of all processors, and its peak of bytes."""
+
+    seconds: float
+    processor: float
+    memory: float
+
+    def __sub__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.seconds - other.seconds,
+            self.processor - other.processor,
+            self.memory - other.memory,
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Medians of the stage without its start-up, of the start-up, and of the bare tokenizer.
+
+    `batch` is the number of texts that a call of encode_batch gets.
+    """
+
+    stage: Usage
+    start_up: Usage
+    bare: Usage
+    batch: int
+    tokens: int
+
+
+def main() -> None:
+    options = parse()
+    compared = compare(options)
+    grown = {count: grow(options, count) for count in sorted(options.pairs)}
+    report = as_markdown(options, compared, grown)
+    print(report)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(report, encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    """The command line. Raises a Fault where the tokenizer is not there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokenizer", type=Path, default=BASE, help="folder of the tokenizer")
+    parser.add_argument("--compared", type=int, default=50_000, help="pairs of the comparison")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of the comparison")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[10_000, 100_000, 1_000_000],
+                        help="numbers of pairs between which the growth is taken")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of generating the pairs")
+    options = parser.parse_args()
+    if not (options.tokenizer / "tokenizer.json").is_file():
+        raise Fault(f"{options.tokenizer}/tokenizer.json is not here, wanted a tokenizer's folder")
+    return options
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+def compare(options: argparse.Namespace) -> Comparison:
+    """The stage, its start-up and the bare tokenizer in turn, over the same pairs."""
+    stage, start_up, bare = [], [], []
+    with workspace(options, options.compared, LONG) as folder:
+        tried = {batch: encoded(folder, batch) for batch in BATCHES}
+        batch = min(tried, key=lambda batch: tried[batch].processor)
+        for _ in range(options.repeats):
+            bare.append(encoded(folder, batch))
+            stage.append(spent(folder, *STAGE)[0])
+            start_up.append(spent(folder, *START_UP)[0])
+        tokens = read_json(folder / "metrics" / "preprocess.json")["tokens"]
+    whole, before = middle(stage), middle(start_up)
+    return Comparison(
+        replace(whole - before, memory=whole.memory), before, middle(bare), batch, tokens
+    )
+
+
+def grow(options: argparse.Namespace, count: int) -> Usage:
+    """The stage once, over `count` pairs of short texts."""
+    with workspace(options, count, SHORT) as folder:
+        return spent(folder, *STAGE)[0]
+
+
+def spent(folder: Path, *arguments: str) -> tuple[Usage, str]:
+    """What a Python process takes in `folder`, and what it prints.
+
+    A process counts the peak of the one that starts it as its own (getrusage(2), execve(2)), so
+    that this one has to stay small.
+    """
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise Fault(f"python {' '.join(arguments)} ended with status {process.returncode}")
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Usage(seconds, usage.ru_utime + usage.ru_stime, peak), printed
+
+
+def encoded(folder: Path, batch: int) -> Usage:
+    """What encode_batch takes in a process of its own, loading not counted but for memory."""
+    call = f"from benchmarks.preprocess import encode; encode({batch})"
+    usage, printed = spent(folder, "-c", call)
+    seconds, processor = json.loads(printed)
+    return Usage(seconds, processor, usage.memory)
+
+
+def encode(batch: int) -> None:
+    """Print the seconds of encode_batch over the texts of the current folder's pairs."""
+    encoder = Encoder(BASE, Template.of("zh", False, 2040, BASE))
+    pairs = (check(record) for _, record in read(PAIRS))
+    texts = [encoder.render(p.prompt, side) for p in pairs for side in (p.chosen, p.rejected)]
+    tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
+    begin, processor = time.perf_counter(), time.process_time()
+    for start in range(0, len(texts), batch):
+        tokenizer.encode_batch(texts[start : start + batch])
+    print(json.dumps([time.perf_counter() - begin, time.process_time() - processor]))
+
+
+def middle(usages: list[Usage]) -> Usage:
+    """The median of each figure."""
+    return Usage(
+        median(usage.seconds for usage in usages),
+        median(usage.processor for usage in usages),
+        median(usage.memory for usage in usages),
+    )
+
+
+# --- pairs -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def workspace(options: argparse.Namespace, count: int, most: Sentences) -> Iterator[Path]:
+    """A folder in which preprocess finds its parameters, its tokenizer and generated pairs."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        params = (ROOT / "params.yaml").read_text(encoding="utf-8")
+        params = re.sub(r"(?m)^(  (?:test_)?data: ).*", rf"\g<1>{PAIRS}", params)
+        (folder / "params.yaml").write_text(params, encoding="utf-8")
+        (folder / BASE).mkdir(parents=True)
+        for part in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(options.tokenizer / part, folder / BASE)
+        with (folder / PAIRS).open("w", encoding="utf-8") as file:
+            for record in records(count, most, random.Random(options.seed)):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        yield folder
+
+
+def records(count: int, most: Sentences, draw: random.Random) -> Iterator[dict[str, str]]:
+    """Distinct pairs of the sentences of data/corpus, two of a prompt, English and Chinese in turn.
+
+    A prompt is distinct by its number, the four answers to it by their first sentences.
+    """
+    languages = [(" ", sentences("en")), ("", sentences("zh"))]
+    for number in range((count + 1) // 2):
+        space, known = languages[number % 2]
+        prompt = space.join(draw.choices(known, k=draw.randint(1, most.prompt)))
+        answers = [
+            space.join([first, *draw.choices(known, k=draw.randint(1, most.answer) - 1)])
+            for first in draw.sample(known, 4)
+        ]
+        for chosen, rejected in (answers[:2], answers[2:])[: count - 2 * number]:
+            yield {"prompt": f"{number}: {prompt}", "chosen": chosen, "rejected": rejected}
+
+
+def sentences(language: str) -> list[str]:
+    text = (ROOT / "data" / "corpus" / f"{language}.txt").read_text(encoding="utf-8")
+    return [sentence for sentence in re.split(r"(?<=[.!?。！？])\s*", text) if sentence]
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def as_markdown(options: argparse.Namespace, compared: Comparison, grown: dict[int, Usage]) -> str:
+    """Both tables with what they hold for."""
+    stage, bare, start_up = compared.stage, compared.bare, compared.start_up
+    share, of_processor = bare.seconds / stage.seconds, bare.processor / stage.processor
+    speeds = [
+        [name, *figures(usage), rate]
+        for name, usage, rate in (
+            (f"encode_batch of {compared.batch:,} texts", bare, per_second(options, bare)),
+            ("preprocess", stage, per_second(options, stage)),
+            ("start-up of preprocess, not counted above", start_up, NONE),
+        )
+    ]
+    growth = [
+        [f"{count:,}", *figures(usage), f"{1e6 * usage.seconds / count:.0f}", *step]
+        for (count, usage), step in zip(grown.items(), steps(grown), strict=True)
+    ]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "pyarrow", "numpy"))
+    paragraphs = [
+        "# Speed and memory of preprocess",
+        "Written by `python -m benchmarks.preprocess`, which says what is measured and how.",
+        f"{os.cpu_count()} processors, {versions}",
+        f"## Beside the tokenizer: {share:.0%} by the clock, {of_processor:.0%} of processor time",
+        table(["", "seconds", "processor seconds", "peak memory, MB", "pairs/s"], speeds),
+        f"Medians of {options.repeats} turns over {options.compared:,} pairs of "
+        f"{compared.tokens / options.compared / 2:.0f} tokens a text. encode_batch has all texts "
+        "in memory; of several batch sizes it has the one that takes it the least processor time.",
+        "## Growth, with short texts",
+        table(
+            [
+                *("pairs", "seconds", "processor seconds", "peak memory, MB", "µs a pair"),
+                *("µs a further pair", "bytes a further pair"),
+            ],
+            growth,
+        ),
+        "Start-up included. A further pair is one of those that a line has beyond the line before. "
+        "Whatever the number of pairs, the first ten batches of half a million characters or so "
+        "bring the allocator's pools to their size, which shows in a line that begins below that.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def figures(usage: Usage) -> list[str]:
+    return [f"{usage.seconds:.2f}", f"{usage.processor:.2f}", f"{usage.memory / 1e6:.0f}"]
+
+
+def per_second(options: argparse.Namespace, usage: Usage) -> str:
+    return f"{options.compared / usage.seconds:.0f}"
+
+
+def steps(grown: dict[int, Usage]) -> Iterator[list[str]]:
+    """Microseconds and bytes of each pair by which a size exceeds the one before."""
+    yield [NONE, NONE]
+    for (fewer, before), (more, after) in pairwise(grown.items()):
+        spent, pairs = after - before, more - fewer
+        yield [f"{1e6 * spent.seconds / pairs:.0f}", f"{spent.memory / pairs:.0f}"]
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    run(main)
