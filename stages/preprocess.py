@@ -365,10 +365,7 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
     """The content of metrics/preprocess.json; lengths in tokens, of chosen and rejected alike."""
     used = parts >= 0
     prompts = ledger.column("prompt")
-    chosen, rejected, prefix = (
-        ledger.column(name)[used] for name in ("chosen", "rejected", "prefix")
-    )
-    lengths = np.concatenate([chosen, rejected])
+    lengths = np.concatenate([ledger.column(side)[used] for side in ("chosen", "rejected")])
     tokens = int(lengths.sum())
     quantiles = np.quantile(lengths, [0.5, 0.9, 0.99], method="nearest").tolist()
     return {
@@ -381,7 +378,7 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
         "tokens": tokens,
         "length": dict(zip(("q50", "q90", "q99"), quantiles, strict=True))
         | {"max": int(lengths.max())},
-        "shared_prefix_share": round(2 * int(prefix.sum()) / tokens, 4),
+        "shared_prefix_share": round(2 * int(ledger.column("prefix")[used].sum()) / tokens, 4),
     }
 
 

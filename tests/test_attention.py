@@ -51,6 +51,7 @@ FAMILIES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "llama": (SEPARATE, {}),
     "mistral": (SEPARATE, {"sliding_window": None}),
     "gemma": (SEPARATE, {"head_dim": 16, "num_key_value_heads": 1}),
+    "phi": (SEPARATE, {}),
     "phi3": (["qkv_proj"], {"sliding_window": None}),
     "gpt_neox": (["query_key_value"], {}),
 }

@@ -15,7 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import pairs
-from stages.pairs import BadRecord, check, contradictions, duplicates, files, read, split, unit
+from stages.pairs import (
+    BadRecord,
+    among,
+    check,
+    contradictions,
+    duplicates,
+    files,
+    read,
+    split,
+    unit,
+)
 from stages.process import Fault
 
 RECORDS: list[dict[str, Any]] = [
@@ -439,6 +449,13 @@ def test_duplicates_and_contradictions_match_a_comparison_of_every_two_records()
     assert contradictions(found, hashes(records, "answers_hash")).tolist() == [
         (prompt, rejected, chosen) in records for prompt, chosen, rejected in records
     ]
+
+
+@pytest.mark.parametrize("known", [[], [3], [2**64 - 1, 0, 5, 5]])
+def test_among_is_membership(known: list[int]) -> None:
+    values = [0, 5, 3, 5, 2**64 - 1, 7]
+    found = among(np.array(values, np.uint64), np.array(known, np.uint64))
+    assert found.tolist() == [value in known for value in values]
 
 
 def test_no_records_have_neither_duplicates_nor_contradictions() -> None:
