@@ -2,7 +2,7 @@
 
 Each text of the row attends to its own keys, causally, and nothing else is computed: on a GPU in
 half precision by variable-length flash attention, one call for the first texts of all prompts and
-one for the others; elsewhere by one call of PyTorch's own attention for each text.
+one for the others; elsewhere by PyTorch's own attention, block by block of each text's queries.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from stages.process import Fault
 
 NAME = "packs"
 FLASH_HEAD_SIZE = 256
-# Queries of one call elsewhere: no call computes scores of more than these with keys they see not.
+# Queries of one call elsewhere. Fewer compute fewer scores that are masked, in more calls.
 BLOCK = 64
 # torch 2.11 groups heads unasked, later ones want to be asked.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

@@ -21,7 +21,7 @@ from scipy import stats
 from stages import params
 from stages.model import Quantization, load, require_exact, score
 from stages.outputs import whole_folder, write_json
-from stages.packing import COLUMNS, pair, tokens
+from stages.packing import pairs_of, tokens
 from stages.pairwise import hits, losses, margins, sides
 from stages.params import Positive, Seed
 from stages.process import Fault, run
@@ -52,7 +52,7 @@ def main() -> None:
     quantization = params.load("quantization", Quantization)
     test = load_from_disk(TEST)
     model = load(BASE, ADAPTER, quantization)
-    pairs = [pair(row) for row in test.select_columns(COLUMNS).with_format("numpy")]
+    pairs = pairs_of(test)
     require_exact(model, max(pairs, key=tokens))
     chosen, rejected = sides(score(model, pairs, group.tokens_per_pack))
     table = as_table(test, chosen, rejected)

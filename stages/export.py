@@ -22,7 +22,7 @@ from datasets import Dataset, load_from_disk
 from stages import params
 from stages.model import Quantization, base_name, load, score
 from stages.outputs import read_json, whole_folder, write_json
-from stages.packing import COLUMNS, pair
+from stages.packing import pairs_of
 from stages.pairwise import sides
 from stages.params import Positive, ZeroOrMore
 from stages.process import Fault, run
@@ -53,7 +53,7 @@ def main() -> None:
     with whole_folder(EXPORT) as folder:
         assemble(folder, quantization)
         model = load(BASE, folder, quantization)
-        pairs = [pair(row) for row in test.select_columns(COLUMNS).with_format("numpy")]
+        pairs = pairs_of(test)
         chosen, rejected = sides(score(model, pairs, group.tokens_per_pack))
         metrics = compare(test, (chosen.numpy(), rejected.numpy()), group)
     write_json(METRICS, metrics)

@@ -78,6 +78,11 @@ def pair(row: Row) -> Texts:
     return Texts((row["input_ids_j"], row["input_ids_k"]), int(row["prefix_length"]))
 
 
+def pairs_of(dataset: Any) -> list[Texts]:
+    """All pairs of a tokenized dataset."""
+    return [pair(row) for row in dataset.select_columns(COLUMNS).with_format("numpy")]
+
+
 def tokens(texts: Texts) -> int:
     """The tokens that the texts of a prompt take up in a pack."""
     return sum(map(len, texts.ids)) - (len(texts.ids) - 1) * texts.prefix

@@ -52,7 +52,7 @@ from stages.model import (
     score,
 )
 from stages.outputs import digest, digests, read_json, whole_folder, write_json
-from stages.packing import COLUMNS, Texts, pack, pair, plan, tokens
+from stages.packing import COLUMNS, Texts, pack, pair, pairs_of, plan, tokens
 from stages.pairwise import hits, losses, margins, sides
 from stages.params import AboveZero, Fraction, Positive, Rule, Seed, Switch, ZeroOrMore
 from stages.process import Fault, run
@@ -218,10 +218,6 @@ def require_fit(model: PeftModel, dataset: Dataset) -> None:
             f"{TOKENIZED} has the id {largest}, {BASE} knows {config.vocab_size} ids; "
             "wanted a tokenizer that belongs to the model"
         )
-
-
-def pairs_of(dataset: Dataset) -> list[Texts]:
-    return [pair(row) for row in dataset.select_columns(COLUMNS).with_format("numpy")]
 
 
 def longest(dataset: Dataset, count: int) -> list[Texts]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from stages import checkpoints, params, preprocess, train
 from stages.model import Quantization, head_of, rewards, score
 from stages.outputs import digest, digests
-from stages.packing import Texts, tokens
+from stages.packing import Texts, pairs_of, tokens
 from stages.pairwise import sides
 from stages.process import Fault
 
@@ -80,7 +80,7 @@ def distance(one: Tensors, other: Tensors) -> float:
 
 
 def training_pairs() -> list[Texts]:
-    return train.pairs_of(load_from_disk("data/tokenized/train"))
+    return pairs_of(load_from_disk("data/tokenized/train"))
 
 
 def stock(model: PeftModel) -> None:
