@@ -20,7 +20,7 @@ from transformers import (
     logging,
 )
 
-from stages import attention
+from stages import attention, layers
 from stages.outputs import read_json, write_json
 from stages.packing import Pack, Texts, pack, plan, tokens
 from stages.params import Switch
@@ -66,18 +66,17 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
-    """The base as a sequence classifier of one label, on the device, frozen, its head not yet made.
+def stock(base: Path, quantization: Quantization) -> PreTrainedModel:
+    """The base on the device, as transformers has it: a sequence classifier of one label.
 
-    Its attention is that over packs, its own dropout is off. Code that comes with the base runs if
-    it is there: fetch copies it only where base.trust_remote_code says so. Raises a Fault for a
-    model that has no score head, or that takes no attention but its own.
+    Code that comes with the base runs if it is there: fetch copies it only where
+    base.trust_remote_code says so. Raises a Fault for a model that has no score head.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     recipe = quantization.recipe
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             base,
             num_labels=1,
             dtype=quantization.dtype,
@@ -95,6 +94,17 @@ def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
         ) from None
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise Fault(f"{base}: {type(model).__name__} has no score head, wanted a decoder model")
+    keep_weights_unpacked(model)
+    return model
+
+
+def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
+    """The base as a classifier that is frozen, its head not yet made.
+
+    Its attention is that over packs, its own dropout is off. Raises a Fault for a model that has no
+    score head, or that takes no attention but its own.
+    """
+    model = stock(base, quantization)
     model.set_attn_implementation(attention.NAME)
     if model.config._attn_implementation != attention.NAME:
         raise Fault(
@@ -106,7 +116,6 @@ def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     attention.prune(model.base_model)
-    keep_weights_unpacked(model)
     return model.requires_grad_(False)
 
 
@@ -138,7 +147,10 @@ def head_of(model: nn.Module) -> nn.Linear:
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """LoRA in fp32 on the named projections. Raises a Fault for names that the model lacks."""
+    """LoRA in fp32 on the named projections of a base that load_base has loaded.
+
+    Raises a Fault for names that the model lacks.
+    """
     linear = {
         name.rsplit(".", 1)[-1]
         for name, module in model.base_model.named_modules()
@@ -152,7 +164,9 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         )
     config.task_type = TaskType.SEQ_CLS
     with silent_peft():
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    layers.fuse(adapted)
+    return adapted
 
 
 def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
@@ -170,7 +184,9 @@ def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
     model = load_base(base, quantization)
     new_head(model, seed=0)
     with silent_peft():
-        return PeftModel.from_pretrained(model, adapter).eval()
+        adapted = PeftModel.from_pretrained(model, adapter).eval()
+    layers.fuse(adapted)
+    return adapted
 
 
 @contextmanager
@@ -284,6 +300,24 @@ def halved(lengths: Sequence[int]) -> int:
     return sum(lengths) // 2
 
 
+@contextmanager
+def as_in_transformers(model: PeftModel) -> Iterator[PreTrainedModel]:
+    """The classifier for a while with attention and layers as transformers and PEFT have them."""
+    classifier = cast(PreTrainedModel, model.get_base_model())
+    ours = {
+        module: module.__dict__.pop("forward")
+        for module in classifier.modules()
+        if "forward" in module.__dict__
+    }
+    classifier.set_attn_implementation("sdpa" if classifier._supports_sdpa else "eager")
+    try:
+        yield classifier
+    finally:
+        classifier.set_attn_implementation(attention.NAME)
+        for module, forward in ours.items():
+            module.forward = forward
+
+
 @torch.no_grad()
 def require_exact(model: PeftModel, texts: Texts) -> None:
     """Raises a Fault unless texts in a pack have the hidden states that transformers gives them.
@@ -291,20 +325,18 @@ def require_exact(model: PeftModel, texts: Texts) -> None:
     Whatever is not plain causal attention, with or without a window, shows in a text that is long
     enough for it; so this is for the longest there is.
     """
-    classifier = cast(PreTrainedModel, model.get_base_model())
-    stock = "sdpa" if classifier._supports_sdpa else "eager"
     with evaluating(model):
         found = last_hidden(model, pack([texts])).float()
-        classifier.set_attn_implementation(stock)
-        wanted = torch.cat(
-            [
-                classifier.base_model(
-                    input_ids=torch.tensor(np.asarray(ids)[None], device=device()), use_cache=False
-                ).last_hidden_state[:, -1]
-                for ids in texts.ids
-            ]
-        ).float()
-        classifier.set_attn_implementation(attention.NAME)
+        with as_in_transformers(model) as classifier:
+            wanted = torch.cat(
+                [
+                    classifier.base_model(
+                        input_ids=torch.tensor(np.asarray(ids)[None], device=device()),
+                        use_cache=False,
+                    ).last_hidden_state[:, -1]
+                    for ids in texts.ids
+                ]
+            ).float()
     difference = ((found - wanted).norm() / wanted.norm()).item()
     allowed = EXACT if classifier.dtype == torch.float32 else EXACT_IN_HALF
     if difference > allowed:

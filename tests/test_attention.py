@@ -17,6 +17,7 @@ from stages.attention import Plan, attend, by_flash, text_by_text
 from stages.model import (
     Quantization,
     add_lora,
+    as_in_transformers,
     evaluating,
     head_of,
     load_base,
@@ -93,16 +94,15 @@ def reward_model(
 
 def stock_rewards(model: PeftModel, prompts: list[Texts]) -> Tensor:
     """Every text by itself through transformers' own forward pass: no pack, no padding."""
-    classifier = cast(PreTrainedModel, model.get_base_model())
-    classifier.set_attn_implementation("sdpa")
-    classifier.config.pad_token_id = None
-    found = [
-        classifier(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 0]
-        for texts in prompts
-        for ids in texts.ids
-    ]
-    classifier.set_attn_implementation(attention.NAME)
-    return torch.stack(found)
+    with as_in_transformers(model) as classifier:
+        classifier.config.pad_token_id = None
+        return torch.stack(
+            [
+                classifier(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 0]
+                for texts in prompts
+                for ids in texts.ids
+            ]
+        )
 
 
 def gradients(model: PeftModel, found: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -15,13 +15,12 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
-from stages import attention
 from stages import model as reward_model
 from stages.model import (
     Quantization,
     add_lora,
+    as_in_transformers,
     head_of,
     load,
     load_base,
@@ -221,12 +220,9 @@ def test_a_model_without_a_score_head_is_refused(tmp_path: Path) -> None:
 @torch.no_grad()
 def alone(model: PeftModel, ids: Sequence[int]) -> float:
     """The reward of one unpadded text by the stock classifier of transformers."""
-    classifier = cast(PreTrainedModel, model.get_base_model())
-    classifier.set_attn_implementation("sdpa")
-    classifier.config.pad_token_id = None
-    found = classifier(input_ids=torch.tensor([ids])).logits.item()
-    classifier.set_attn_implementation(attention.NAME)
-    return float(found)
+    with as_in_transformers(model) as classifier:
+        classifier.config.pad_token_id = None
+        return float(classifier(input_ids=torch.tensor([ids])).logits.item())
 
 
 @pytest.mark.parametrize("quantization", [NF4, PLAIN])
@@ -358,7 +354,8 @@ def test_without_the_guard_a_pass_in_eval_mode_rewrites_the_weights(
     monkeypatch.setattr(bitsandbytes, "matmul_4bit", product)
     model = build(tiny_base)
     before = weights_of(model)
-    score(model, some_pairs(2), 4096)
+    with torch.no_grad(), as_in_transformers(model.eval()) as classifier:
+        classifier(input_ids=torch.tensor([[5, 6, 7]]))
     assert not same(before, weights_of(model))
 
 

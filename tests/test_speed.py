@@ -78,12 +78,14 @@ def test_table_does_without_what_was_not_measured() -> None:
     assert (
         line == "| TRL, batch 8 | 2.00 | 1.00 to 2.00 | – | 200.0 | 0.75 | 0.50 | – | 0.6000000 |"
     )
-    assert speed.fastest({"trl-8": ROWS["trl-8"]}) == []
+    assert speed.compared({"trl-8": ROWS["trl-8"]}) == []
 
 
-def test_best_of_trl_is_named() -> None:
-    (sentence,) = speed.fastest(ROWS | {"trl-1": row("TRL, batch 1 x 8", 4.0)})
-    assert '"TRL, batch 1 x 8" with 4.00 pairs/s: ours is 2.00 times as fast' in sentence
+def test_best_of_trl_is_named_and_the_floor_by_onednn() -> None:
+    more = {"trl-1": row("TRL, batch 1 x 8", 4.0), "floor-onednn": row("by oneDNN", 0.8)}
+    best, share = speed.compared(ROWS | more)
+    assert '"TRL, batch 1 x 8" with 4.00 pairs/s: ours is 2.00 times as fast' in best
+    assert share.endswith("ours has 40%.")
 
 
 def test_chart_can_be_drawn() -> None:

@@ -11,17 +11,16 @@ import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from datasets import load_from_disk
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 
 from stages import checkpoints, params, preprocess, train
-from stages.model import Quantization, head_of, rewards, score
+from stages.model import Quantization, as_in_transformers, head_of, rewards, score
 from stages.outputs import digest, digests
 from stages.packing import Texts, pairs_of, tokens
 from stages.pairwise import sides
@@ -83,11 +82,12 @@ def training_pairs() -> list[Texts]:
     return pairs_of(load_from_disk("data/tokenized/train"))
 
 
-def stock(model: PeftModel) -> None:
-    """The model with transformers' own attention: no packs."""
-    classifier = cast(PreTrainedModel, model.get_base_model())
-    classifier.set_attn_implementation("sdpa")
-    classifier.config.pad_token_id = None
+def stock_reward(model: PeftModel, ids: list[int]) -> torch.Tensor:
+    """The reward of a text by transformers' own forward pass: no pack, and layers as they were."""
+    with as_in_transformers(model) as classifier:
+        classifier.config.pad_token_id = None
+        found: torch.Tensor = classifier(input_ids=torch.tensor([ids])).logits[0, 0]
+        return found
 
 
 def curve(name: str) -> list[dict[str, float]]:
@@ -155,14 +155,13 @@ def test_trainer_takes_the_steps_of_a_plain_loop(
     )
     model = train.build(*groups)
     train.scale_head(model, training_pairs(), 4096)
-    stock(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in trained.items()}
     assert len(steps) == 10
     for step, entry in enumerate(steps):
         losses = []
         for pair in entry["pairs"]:
-            chosen, rejected = (model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in pair)
+            chosen, rejected = (stock_reward(model, ids) for ids in pair)
             losses.append(-torch.log(torch.sigmoid(chosen - rejected)))
         loss = sum(losses, torch.zeros(())) / len(losses)
         gradients = torch.autograd.grad(loss, list(trained.values()))

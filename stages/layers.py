@@ -1,0 +1,168 @@
+"""The layers of a frozen base in fp32, computed in less time and memory, equal to rounding.
+
+Their products are oneDNN's where PyTorch has it: MKL, which PyTorch takes by itself, leaves half of
+the speed of processors that are not Intel's unused. What an adapter adds goes into the result of
+its layer in place, and nothing is kept that a frozen layer needs no gradient of.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+Forward = Callable[[Tensor], Tensor]
+LINEAR = (nn.Linear, Linear4bit)
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def fuse(model: PeftModel) -> None:
+    """Have linear layers, adapters and RMS norms of a decoder in fp32 computed as they are here.
+
+    What is not known here is computed as before.
+    """
+    classifier = cast(PreTrainedModel, model.get_base_model())
+    if classifier.dtype != torch.float32:
+        return
+    for module in classifier.base_model.modules():
+        if isinstance(module, LoraLayer):
+            if type(module.base_layer) in LINEAR:
+                module.forward = adapter(module)
+        elif any(parameter.requires_grad for parameter in module.parameters()):
+            continue
+        elif type(module) in LINEAR:
+            module.forward = frozen(module)
+        elif is_rms_norm(module):
+            module.forward = norm(module)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight' + bias in fp32: [..., outputs] of [..., inputs] and [outputs, inputs]."""
+    if ONEDNN and x.device.type == "cpu":
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return found
+    return linear(x, weight, bias)
+
+
+def dense(layer: nn.Module) -> Tensor:
+    """The weights of a linear layer, [outputs, inputs]."""
+    weight: Any = layer.weight
+    if isinstance(layer, Linear4bit):
+        return dequantize_4bit(weight.data, weight.quant_state)
+    return weight
+
+
+# --- linear layers and adapters --------------------------------------------------------------
+
+
+class Frozen(Function):
+    """x W' + bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return product(x, dense(layer), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        [gradient] = gradients
+        return product(gradient, dense(ctx.layer).T), None
+
+
+def frozen(layer: nn.Module) -> Forward:
+    return lambda x: Frozen.apply(x, layer)
+
+
+class Adapted(Function):
+    """x W' + bias + s (y A') B', where y is what dropout leaves of x: None, where that is all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scaling: float, layer: Any
+    ) -> Tensor:
+        kept = x if y is None else y
+        inner = kept.flatten(0, -2) @ a.T
+        ctx.save_for_backward(kept, inner, a, b)
+        ctx.scaling, ctx.layer, ctx.dropped = scaling, layer, y is not None
+        found = product(x, dense(layer), layer.bias)
+        found.view(-1, len(b)).addmm_(inner, b.T, alpha=scaling)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        kept, inner, a, b = ctx.saved_tensors
+        [gradient] = gradients
+        rows = gradient.flatten(0, -2)
+        scaled = (rows @ b).mul_(ctx.scaling)
+        of_x = of_y = None
+        if ctx.needs_input_grad[0]:
+            of_x = product(gradient, dense(ctx.layer).T)
+            if not ctx.dropped:
+                of_x.view(-1, a.shape[1]).addmm_(scaled, a)
+        if ctx.needs_input_grad[1]:
+            of_y = (scaled @ a).view_as(kept)
+        of_a = scaled.T @ kept.flatten(0, -2)
+        of_b = (rows.T @ inner).mul_(ctx.scaling)
+        return of_x, of_y, of_a, of_b, None, None
+
+
+def adapter(module: Any) -> Forward:
+    """LoRA's layer, over a base layer that is one of those here."""
+    stock, layer = module.forward, module.base_layer
+    [name] = module.active_adapters
+    parts = (module.lora_A, module.lora_B, module.scaling, module.lora_dropout)
+    a, b, scaling, dropout = (part[name] for part in parts)
+
+    def forward(x: Tensor) -> Tensor:
+        if module.disable_adapters:
+            return cast(Tensor, stock(x))
+        y = dropout(x)
+        return cast(
+            Tensor, Adapted.apply(x, None if y is x else y, a.weight, b.weight, scaling, layer)
+        )
+
+    return forward
+
+
+# --- norms -----------------------------------------------------------------------------------
+
+
+class RootMeanSquare(Function):
+    """w x / sqrt(mean(x^2) + eps): Zhang and Sennrich 2019, equation 4. Keeps x, and no more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(epsilon))
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        scaled = gradients[0] * weight
+        along = (scaled * x).sum(-1, keepdim=True)
+        along.mul_(scale.pow(3)).div_(-x.shape[-1])
+        return scaled.mul_(scale).addcmul_(x, along), None, None
+
+
+def norm(module: Any) -> Forward:
+    return lambda x: RootMeanSquare.apply(x, module.weight, module.variance_epsilon)
+
+
+@torch.no_grad()
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module has the parts of an RMS norm and gives what one gives."""
+    weight = getattr(module, "weight", None)
+    if not hasattr(module, "variance_epsilon") or not isinstance(weight, Tensor):
+        return False
+    x = torch.linspace(-1, 3, 2 * len(weight), device=weight.device).view(2, -1)
+    found, wanted = norm(module)(x), module(x)
+    return found.shape == wanted.shape and bool((found - wanted).norm() <= 1e-5 * wanted.norm())

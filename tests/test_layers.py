@@ -1,0 +1,187 @@
+"""The layers of a frozen base: what they compute is what PyTorch, bitsandbytes and PEFT compute."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stages import layers
+from stages.model import Quantization, add_lora, as_in_transformers, load_base, new_head
+
+SHAPE = {
+    "vocab_size": 60,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ADAPTED = ["q_proj", "v_proj", "down_proj"]
+
+
+def reward_model(
+    folder: Path, family: str = "qwen2", quantization: str = "4", dropout: float = 0.0, **more: Any
+) -> PeftModel:
+    """A tiny random model with adapters and norms that have an effect."""
+    torch.manual_seed(0)
+    causal = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE))
+    for name, parameter in causal.named_parameters():
+        if "norm" in name or "bias" in name:
+            nn.init.normal_(parameter, 1.0, 0.3)
+    causal.save_pretrained(folder)
+    bits: Any = 4 if quantization == "4" else "none"
+    base = load_base(folder, Quantization(bits, "nf4", True, more.get("dtype", "float32")))
+    new_head(base, 0)
+    config = LoraConfig(r=4, lora_alpha=32, lora_dropout=dropout, target_modules=ADAPTED)
+    config.init_lora_weights = False
+    return add_lora(base, config)
+
+
+def modules(model: PeftModel, kind: type | tuple[type, ...]) -> dict[str, Any]:
+    return {name: each for name, each in model.named_modules() if isinstance(each, kind)}
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def outcome(module: Any, x: Tensor, seed: int = 0) -> list[Tensor]:
+    """Output of a module, then the gradients of its input and of whatever it trains."""
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    found = module(x)
+    weights = torch.linspace(-1, 2, found.numel()).view_as(found)
+    return [found.detach(), *torch.autograd.grad((found * weights).sum(), [x, *trained])]
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 57), (70, 128, 96)])
+def test_product_is_within_fp32_rounding_of_the_one_in_fp64(
+    shape: tuple[int, int, int], onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "ONEDNN", onednn and layers.ONEDNN)
+    rows, outputs, inputs = shape
+    torch.manual_seed(1)
+    x, weight, bias = (
+        torch.randn(1, rows, inputs),
+        torch.randn(outputs, inputs),
+        torch.randn(outputs),
+    )
+    for given in (weight, weight.T.contiguous().T):
+        wanted = linear(x.double(), given.double(), bias.double())
+        assert relative(layers.product(x, given, bias), wanted) < 1e-6
+    assert relative(layers.product(x, weight), linear(x.double(), weight.double())) < 1e-6
+
+
+@pytest.mark.parametrize("quantization", ["4", "none"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt_neox", "phi"])
+@pytest.mark.parametrize("training", [True, False])
+def test_every_layer_computes_what_it_computed_before(
+    tmp_path: Path, family: str, quantization: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family == "gpt_neox":
+        monkeypatch.setattr(f"{__name__}.ADAPTED", ["query_key_value"])
+    if family == "phi":
+        monkeypatch.setattr(f"{__name__}.ADAPTED", ["q_proj", "fc1"])
+    model = reward_model(tmp_path, family, quantization).train(training)
+    fused = {name: module for name, module in model.named_modules() if "forward" in module.__dict__}
+    compared = 0
+    for name, module in fused.items():
+        if name.endswith("layers.1"):
+            continue
+        features = (
+            module.weight.shape[-1] if not hasattr(module, "in_features") else module.in_features
+        )
+        x = torch.randn(1, 9, features, generator=torch.Generator().manual_seed(2))
+        found = outcome(module, x)
+        with as_in_transformers(model):
+            wanted = outcome(module, x)
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert relative(one, other) < 2e-6, name
+        compared += 1
+    linears = modules(model, (nn.Linear, LoraLayer))
+    assert compared >= len([name for name in linears if ".layers." in name and "lora_" not in name])
+
+
+def test_norms_of_a_decoder_are_among_them(tmp_path: Path) -> None:
+    norms = {n: m for n, m in reward_model(tmp_path).named_modules() if n.endswith("norm")}
+    assert len(norms) == 5
+    assert all("forward" in module.__dict__ for module in norms.values())
+
+
+def test_a_norm_of_another_kind_is_left_alone() -> None:
+    """Gemma's norm has weights around 0; one that takes the mean off has the parts of RMS's."""
+
+    class Centered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.layer_norm(x, (8,), self.weight)
+
+    assert not layers.is_rms_norm(Centered())
+    for family in ("gemma", "gpt_neox"):
+        causal = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE))
+        assert not any(layers.is_rms_norm(module) for module in causal.modules())
+
+
+def test_dropout_takes_the_random_numbers_that_pefts_takes(tmp_path: Path) -> None:
+    """So output and gradients are the same; in eval mode there is none."""
+    model = reward_model(tmp_path, dropout=0.5)
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3))
+    layer = next(module for module in modules(model, LoraLayer).values())
+    for training in (True, False):
+        model.train(training)
+        found = outcome(layer, x)
+        with as_in_transformers(model):
+            wanted = outcome(layer, x)
+        for one, other in zip(found, wanted, strict=True):
+            assert relative(one, other) < 2e-6
+    model.train()
+    assert relative(outcome(layer, x, seed=0)[0], outcome(layer, x, seed=1)[0]) > 0.01
+
+
+def test_an_adapter_that_is_switched_off_adds_nothing(tmp_path: Path) -> None:
+    model = reward_model(tmp_path).eval()
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(4))
+    layer = next(module for module in modules(model, LoraLayer).values())
+    with model.disable_adapter():
+        assert torch.equal(layer(x), layer.base_layer(x))
+    assert not torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_in_half_precision_nothing_is_changed(tmp_path: Path) -> None:
+    model = reward_model(tmp_path, dtype="bfloat16")
+    changed = [name for name, module in model.named_modules() if "forward" in module.__dict__]
+    assert [name.rsplit(".", 2)[-2:] for name in changed] == [["layers", "1"]]
+
+
+def test_a_frozen_layer_keeps_nothing_for_its_gradient(tmp_path: Path) -> None:
+    """No activation, and no copy of the dequantized weights."""
+    model = reward_model(tmp_path)
+    layer = next(
+        module for name, module in modules(model, Linear4bit).items() if name.endswith("gate_proj")
+    )
+    x = torch.randn(1, 9, 64, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        layer(x)
+    assert kept == []
