@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/ready
 
-.PHONY: help repro test check
+.PHONY: help repro test check torture
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,6 +19,9 @@ check: $(READY) ## Lint, formatting and types
 	ruff check .
 	ruff format --check .
 	mypy
+
+torture: $(READY) ## Kill and resume the training at 45 random moments; half an hour
+	python -m tests.torture
 
 $(READY): pyproject.toml constraints.txt .dvc/plots/make_page.py
 	$(PYTHON) -m venv .venv

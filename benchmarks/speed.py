@@ -548,6 +548,7 @@ def ours(workload: Workload, checkpointing: bool = False) -> Measurement:
         tokens_per_pack=workload.tokens_per_pack,
         max_steps=-1,
         gradient_checkpointing=checkpointing,
+        deterministic=False,
         eval_steps=len(workload.pairs),
         save_steps=len(workload.pairs),
         head_seed=0,

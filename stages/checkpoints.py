@@ -20,9 +20,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.outputs import digest, digests, read_json, write_json
+from stages.outputs import digest, digests, read_json, write_json, writing
 from stages.process import Fault
 
+DIGESTS = "digests.json"
 KEPT_STEPS = 2
 KEPT_RUNS = 5
 PATIENCE = 50
@@ -53,27 +54,28 @@ class Run:
         self.folder = folder
 
     def latest(self) -> Path | None:
-        """The last checkpoint whose files all have the digests they were written with."""
+        """The last checkpoint of this run whose files have the digests they were written with."""
         for path in reversed(self._steps()):
             found = digests(path)
-            found.pop("digests.json", None)
+            found.pop(DIGESTS, None)
             with suppress(FileNotFoundError, ValueError):  # no list of digests, or half of one
-                if found == read_json(path / "digests.json"):
+                if read_json(path / DIGESTS) == {"run": self.folder.name, "files": found}:
                     return path
-            print(f"checkpoint {path.name} is damaged, passed over")
+            print(f"checkpoint {path.name} is damaged, or of another run; passed over")
         return None
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
         """A folder to fill, which becomes checkpoint `step` whole or not at all."""
-        partial = self.folder / "partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        write_json(partial / "digests.json", digests(partial))
-        final = self.folder / f"step-{step}"
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        partial, final = self.folder / "partial", self.folder / f"step-{step}"
+        with writing(final):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            content = {"run": self.folder.name, "files": digests(partial)}
+            write_json(partial / DIGESTS, content)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
         for old in self._steps()[:-KEPT_STEPS]:
             shutil.rmtree(old)
 
@@ -113,7 +115,7 @@ def held(name: str) -> Iterator[Run]:
     root = Path(os.environ.get("DVC_ROOT", ".")) / "models" / "checkpoints"
     folder = root / name
     for patience in reversed(range(PATIENCE)):
-        with _entering(root):
+        with writing(folder), _entering(root):
             folder.mkdir(exist_ok=True)
             lock = (folder / "lock").open("a")
             if _lock(lock.fileno()):

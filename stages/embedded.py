@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from stages import process
 from stages.outputs import read_json, write_json
 from stages.process import Fault
 
@@ -120,6 +121,7 @@ def pretrain(corpus: list[str], tokenizer: "Tokenizer", seed: int) -> "Qwen2ForC
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    process.pin_threads()
     torch.manual_seed(seed)
     end = tokenizer.encode(SPECIAL[0]).ids[0]
     model = Qwen2ForCausalLM(

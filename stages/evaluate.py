@@ -15,13 +15,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from scipy import stats
 
 from stages import params
 from stages.model import Quantization, load, require_exact, score
 from stages.outputs import whole_folder, write_json
-from stages.packing import pairs_of, tokens
+from stages.packing import load_split, pairs_of, tokens
 from stages.pairwise import hits, losses, margins, sides
 from stages.params import Positive, Seed
 from stages.process import Fault, run
@@ -50,7 +50,7 @@ class Evaluate:
 def main() -> None:
     group = params.load("evaluate", Evaluate)
     quantization = params.load("quantization", Quantization)
-    test = load_from_disk(TEST)
+    test = load_split(TEST, BASE)
     model = load(BASE, ADAPTER, quantization)
     pairs = pairs_of(test)
     require_exact(model, max(pairs, key=tokens))

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 
 from stages import params
-from stages.model import Quantization, base_name, load, score
-from stages.outputs import read_json, whole_folder, write_json
-from stages.packing import pairs_of
+from stages.model import DIGESTS, Quantization, base_record, load, require_sealed, score, seal
+from stages.outputs import read_json, recorded, whole_folder, write_json
+from stages.packing import load_split, pairs_of
 from stages.pairwise import sides
 from stages.params import Positive, ZeroOrMore
 from stages.process import Fault, run
@@ -49,7 +49,7 @@ class Export:
 def main() -> None:
     group = params.load("export", Export)
     quantization = params.load("quantization", Quantization)
-    test = load_from_disk(TEST)
+    test = load_split(TEST, BASE)
     with whole_folder(EXPORT) as folder:
         assemble(folder, quantization)
         model = load(BASE, folder, quantization)
@@ -65,10 +65,12 @@ def main() -> None:
 
 
 def assemble(folder: Path, quantization: Quantization) -> None:
-    """Adapter, tokenizer, template and model card."""
-    base = base_name(BASE)
+    """Adapter, tokenizer, template and model card. Raises a Fault for a damaged adapter."""
+    require_sealed(ADAPTER, BASE)
+    base = base_record(BASE)
     for path in sorted(ADAPTER.iterdir()):
-        shutil.copyfile(path, folder / path.name)
+        if path.name != DIGESTS:
+            shutil.copyfile(path, folder / path.name)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(BASE / name, folder / name)
     config = read_json(folder / "adapter_config.json")
@@ -77,11 +79,15 @@ def assemble(folder: Path, quantization: Quantization) -> None:
         config["revision"] = base["revision"]
     write_json(folder / "adapter_config.json", config)
     (folder / "README.md").write_text(card(base, folder, quantization), encoding="utf-8")
+    seal(folder, BASE)
 
 
 def compare(test: Dataset, found: tuple[Rewards, Rewards], group: Export) -> dict[str, Any]:
     """The content of metrics/export.json. Raises a Fault where rewards differ too much."""
-    table = pyarrow.parquet.read_table(REWARDS)
+    try:
+        table = pyarrow.parquet.read_table(REWARDS)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise Fault(f"{REWARDS} cannot be read ({error}), wanted what evaluate writes") from None
     if table["id"].to_pylist() != list(test["id"]):
         raise Fault(f"{REWARDS} holds other pairs than {TEST}, wanted the same; run dvc repro")
     wanted = [table[f"reward_{side}"].to_numpy() for side in ("chosen", "rejected")]
@@ -211,7 +217,7 @@ messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content"
 def card(base: dict[str, Any], folder: Path, quantization: Quantization) -> str:
     """The model card of the folder; nothing in it is of this machine."""
     template, training = (read_json(folder / name) for name in ("template.json", "training.json"))
-    metrics, hub = read_json(EVALUATED), base["kind"] == "hub"
+    metrics, hub = recorded(EVALUATED), base["kind"] == "hub"
     recipe = read_json(folder / "quantization.json")
     low, high = metrics["accuracy_low"], metrics["accuracy_high"]
     rows = {

@@ -21,10 +21,12 @@ from transformers import (
 )
 
 from stages import attention, layers
-from stages.outputs import read_json, write_json
+from stages.outputs import digests, read_json, recorded, require_files, write_json
 from stages.packing import Pack, Texts, pack, plan, tokens
 from stages.params import Switch
 from stages.process import Fault
+
+DIGESTS = "digests.json"
 
 # How far a pack may be from its texts alone, as a share of the hidden states' norm.
 EXACT, EXACT_IN_HALF = 1e-3, 0.05
@@ -172,9 +174,10 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
     """A trained reward model, ready to score.
 
-    Raises a Fault where the base would not be quantized and computed as in training: an adapter is
-    right on the base that it was trained on alone.
+    Raises a Fault for files that are damaged, and where the base is another one, or would not be
+    quantized and computed as in training: an adapter is right on the base that it was trained on.
     """
+    require_sealed(adapter, base)
     trained, here = read_json(adapter / "quantization.json"), quantization.recipe
     if trained != here:
         raise Fault(
@@ -256,7 +259,7 @@ def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> T
                 indices = [rest[place] for place in group]
                 found = fits(rewards, model, pack([prompts[index] for index in indices]))
                 if found is None:
-                    tokens_per_pack = halved([lengths[index] for index in indices])
+                    tokens_per_pack = halved([lengths[index] for index in indices], "scoring")
                     break
                 parts = found.cpu().split([len(prompts[index].ids) for index in indices])
                 for index, part in zip(indices, parts, strict=True):
@@ -278,24 +281,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def fits(work: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
-    """What `work` returns, or None if the GPU's memory did not suffice; what it held is let go."""
+    """What `work` returns, or None if memory did not suffice; what it held is let go."""
     try:
         return work(*arguments)
-    except torch.OutOfMemoryError:
-        pass
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has an error of its own for the memory of a GPU alone.
+        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
     torch.cuda.empty_cache()
     return None
 
 
-def halved(lengths: Sequence[int]) -> int:
+def halved(lengths: Sequence[int], place: str) -> int:
     """The tokens of a pack half of the one that did not fit, which held prompts of these lengths.
 
-    Raises a Fault for a single prompt.
+    Raises a Fault for a single prompt, which names the place in the work.
     """
     if len(lengths) == 1:
         raise Fault(
-            f"the texts of one prompt, {lengths[0]} tokens, need more memory than is free on the "
-            "GPU; lower preprocess.max_length, or set train.gradient_checkpointing if in training"
+            f"{place}: the texts of one prompt, {lengths[0]} tokens, need more memory than is "
+            "free; lower preprocess.max_length, or set train.gradient_checkpointing if in training"
         )
     return sum(lengths) // 2
 
@@ -347,6 +353,26 @@ def require_exact(model: PeftModel, texts: Texts) -> None:
         )
 
 
-def base_name(base: Path) -> dict[str, Any]:
-    """What fetch recorded of the base model: name, kind, revision, files."""
-    return dict(read_json(base / "base.json"))
+def base_record(base: Path) -> dict[str, Any]:
+    """What fetch recorded of the base model: name, kind, revision, files with their SHA-256."""
+    return recorded(base / "base.json")
+
+
+def seal(adapter: Path, base: Path) -> None:
+    """Record the SHA-256 of all files of an adapter's folder, and of the base that it is for."""
+    files = digests(adapter)
+    files.pop(DIGESTS, None)
+    write_json(adapter / DIGESTS, {"base": base_record(base)["files"], "files": files})
+
+
+def require_sealed(adapter: Path, base: Path) -> None:
+    """Raises a Fault unless adapter and base are the files that were sealed together."""
+    found, files = recorded(adapter / DIGESTS), base_record(base)["files"]
+    if found["base"] != files:
+        differing = sorted({name for name, _ in found["base"].items() ^ files.items()})
+        raise Fault(
+            f"{adapter} was trained on another base than {base}: {', '.join(differing)} differ, "
+            "wanted the same; run dvc repro"
+        )
+    require_files(adapter, found["files"])
+    require_files(base, files)

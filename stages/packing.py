@@ -11,12 +11,17 @@ sees its prefix and itself alone has the reward, and gives the gradient, that it
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from datasets import Dataset
 from torch import Tensor
+
+from stages.outputs import digest, read_json
+from stages.process import Fault
 
 Row = Mapping[str, Any]
 COLUMNS = ["input_ids_j", "input_ids_k", "prefix_length"]
@@ -73,12 +78,33 @@ class Pack:
     order: Tensor
 
 
+def load_split(path: Path, base: Path) -> Dataset:
+    """A tokenized split. Raises a Fault if it is damaged, or has ids of another tokenizer."""
+    try:
+        found = Dataset.load_from_disk(str(path))
+        state = read_json(path / "state.json")
+        [data] = state["_data_files"]
+        whole = digest(path / data["filename"])[:16] == state["_fingerprint"]
+        tokenizer = digest(base / "tokenizer.json")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise Fault(f"{path} cannot be read ({reason}), wanted a split of preprocess") from None
+    if not whole:
+        raise Fault(f"{path} is damaged, wanted a split as preprocess wrote it; run dvc repro")
+    if found.info.description != tokenizer:
+        raise Fault(
+            f"{path} has ids of another tokenizer than that of {base}, wanted the same; "
+            "run dvc repro"
+        )
+    return found
+
+
 def pair(row: Row) -> Texts:
     """A tokenized pair: chosen, then rejected."""
     return Texts((row["input_ids_j"], row["input_ids_k"]), int(row["prefix_length"]))
 
 
-def pairs_of(dataset: Any) -> list[Texts]:
+def pairs_of(dataset: Dataset) -> list[Texts]:
     """All pairs of a tokenized dataset."""
     return [pair(row) for row in dataset.select_columns(COLUMNS).with_format("numpy")]
 

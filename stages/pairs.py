@@ -11,6 +11,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -101,12 +102,13 @@ def _hash(content: object) -> int:
 
 def files(path: Path) -> list[Path]:
     """The preference files that a path names: itself, or those directly in the folder, sorted."""
-    if not path.exists():
-        raise Fault(f"{path} is not here, wanted a file or a folder of preference pairs")
-    if path.is_file():
-        found = [path]
-    else:
-        found = sorted(child for child in path.iterdir() if child.is_file())
+    try:
+        if not path.exists():
+            raise Fault(f"{path} is not here, wanted a file or a folder of preference pairs")
+        found = [path] if path.is_file() else sorted(filter(Path.is_file, path.iterdir()))
+    except OSError as error:
+        raise Fault(f"{path} cannot be read: {error.strerror}; wanted preference pairs") from None
+    if not path.is_file():
         found = [child for child in found if child.name.endswith(SUFFIXES)]
     if not found or (not path.name.endswith(SUFFIXES) and path.is_file()):
         raise Fault(f"{path}: no preference file, wanted one that ends in {', '.join(SUFFIXES)}")
@@ -125,9 +127,13 @@ def read(path: Path) -> Iterator[tuple[int, Any]]:
         for position, record in reader(path):
             yield position, record
     except UnicodeDecodeError:
-        raise Fault(f"{path}: {_undecodable(path)}, wanted UTF-8") from None
+        place = "some byte is not UTF-8"
+        with suppress(EOFError, OSError, zlib.error):  # compressed, and damaged behind that byte
+            place = _undecodable(path)
+        raise Fault(f"{path}: {place}, wanted UTF-8") from None
     except (EOFError, OSError, zlib.error) as error:
-        raise Fault(f"{path}: cannot be read to its end: {error}; wanted a whole file") from None
+        reason = " ".join(str(error).split())
+        raise Fault(f"{path}: cannot be read to its end: {reason}; wanted a whole file") from None
     if not position:
         raise Fault(f"{path} holds no record, wanted preference pairs")
 
@@ -152,7 +158,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
                     position += 1
                     yield position, record
     except pyarrow.ArrowException as error:
-        raise Fault(f"{path}: broken Parquet: {error}") from None
+        reason = " ".join(str(error).split())
+        raise Fault(f"{path}: broken Parquet: {reason}; wanted a whole file") from None
 
 
 def _open(path: Path) -> IO[str]:
@@ -197,7 +204,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                 record = _DECODER.decode(text)
             except (ValueError, RecursionError) as error:
                 raise Fault(
-                    f"{path}: line {number}: broken JSON: {error}, found {text[:20]!r}; {wanted}"
+                    f"{path}: line {number}: broken JSON: {_why(error)}, found {text[:20]!r}; "
+                    f"{wanted}"
                 ) from None
             if not seen and _is_wrapper(record):
                 raise Fault(f"{path}: line {number}: an object with {_names(record)}; {wanted}")
@@ -237,7 +245,10 @@ def _array(path: Path) -> Iterator[tuple[int, Any]]:
                 buffer, start, size = buffer[start:] + more, 0, size * 2
                 continue
             except (ValueError, RecursionError) as error:
-                raise Fault(f"{path}: record {position}: broken JSON: {error}") from None
+                raise Fault(
+                    f"{path}: record {position}: broken JSON: {_why(error)}; "
+                    "wanted an array of records"
+                ) from None
             yield position, record
             position, start, size = position + 1, end, CHUNK
             if separator == "]":
@@ -259,6 +270,13 @@ def _skip_space(text: str, start: int) -> int:
     while text[start : start + 1] in (" ", "\t", "\r", "\n"):
         start += 1
     return start
+
+
+def _why(error: Exception) -> str:
+    """Why JSON cannot be read, without the words that are for programmers."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a number with too many digits" if "int_max_str_digits" in str(error) else str(error)
 
 
 class _DuplicateKey(ValueError):
@@ -362,8 +380,8 @@ def _messages(key: str, value: Any, role: str = "assistant") -> Messages:
 
 def _message(key: str, item: Any) -> Message:
     if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
-        found = _names(item) if isinstance(item, dict) else _kind(item)
-        raise BadRecord("wrong_type", f"a message of {key!r} is {found}, wanted role and content")
+        found = f"has {_names(item)}" if isinstance(item, dict) else f"is {_kind(item)}"
+        raise BadRecord("wrong_type", f"a message of {key!r} {found}, wanted role and content")
     role, content = item["role"], item["content"]
     if role not in ROLES:
         raise BadRecord("unknown_role", f"{key!r} has the role {role!r}, known: {', '.join(ROLES)}")
@@ -401,11 +419,13 @@ def _kind(value: Any) -> str:
     """What a value is, in the words of JSON."""
     names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
     names |= {bool: "true or false", int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
+    names[bytes] = "bytes"
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _names(record: dict[str, Any]) -> str:
-    return "the keys " + ", ".join(sorted(map(str, record))) if record else "no key"
+    shown = (key if key.isprintable() else repr(key) for key in sorted(record))
+    return "the keys " + ", ".join(shown) if record else "no key"
 
 
 # --- all records together --------------------------------------------------------------------

@@ -66,6 +66,8 @@ def _read(name: str, path: Path) -> dict[str, Any]:
         document = YAML(typ="safe").load(path)
     except FileNotFoundError:
         raise Fault(f"{path} is not here, wanted in the folder {Path.cwd()}") from None
+    except OSError as error:
+        raise Fault(f"{path} cannot be read: {error.strerror}; wanted the parameters") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise Fault(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
     group = document.get(name) if isinstance(document, dict) else None

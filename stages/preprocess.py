@@ -156,7 +156,8 @@ def main() -> None:
         usable = without_repeats(group, ledger)
         parts = assign(group, ledger, usable)
         for index, name in enumerate(SPLITS):
-            write_dataset(folder / name, table, parts == index, sorted(ledger.columns))
+            rows = parts == index
+            write_dataset(folder / name, table, rows, sorted(ledger.columns), template)
         table.unlink()
         template.save(folder / "template.json")
     metrics = measure(ledger, parts)
@@ -386,9 +387,16 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
 
 
 def write_dataset(
-    folder: Path, table: Path, wanted: npt.NDArray[np.bool_], columns: list[str]
+    folder: Path,
+    table: Path,
+    wanted: npt.NDArray[np.bool_],
+    columns: list[str],
+    template: Template,
 ) -> None:
-    """The rows of the scratch table as a folder that `datasets.load_from_disk` reads."""
+    """The rows of the scratch table as a folder that `datasets.load_from_disk` reads.
+
+    Its description is the digest of the tokenizer, its fingerprint begins that of the data.
+    """
     from datasets import DatasetInfo, Features, List, Value
 
     ids, mask = List(Value("int32")), List(Value("int8"))
@@ -417,7 +425,8 @@ def write_dataset(
             start += len(batch)
             if len(rows):
                 writer.write_table(widened(rows, schema, columns))
-    DatasetInfo(features=features).write_to_directory(str(folder))
+    info = DatasetInfo(description=template.tokenizer, features=features)
+    info.write_to_directory(str(folder))
     write_json(
         folder / "state.json",
         {

@@ -15,6 +15,7 @@ def run(main: Callable[[], None]) -> None:
     """Call a stage's `main`; a Fault exits with status 1 and its sentence, Ctrl-C with 130."""
     if "DVC_ROOT" in os.environ:
         threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    pin_threads()
     try:
         main()
     except Fault as fault:
@@ -23,6 +24,17 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def pin_threads() -> None:
+    """Have PyTorch, if it is imported, compute with a thread for every processor of the machine.
+
+    Results depend on their number, and OMP_NUM_THREADS must not change them: work is cut into a
+    piece for each thread, and the ends of a piece go through scalar code, whose exponential rounds
+    otherwise than the vector one; attention of a single query is cut by its keys.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(os.cpu_count() or 1)
 
 
 def _follow_parent(parent: int) -> None:

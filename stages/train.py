@@ -9,6 +9,7 @@ was, and ends with the same bytes.
 """
 
 import math
+import os
 import resource
 import shutil
 import sys
@@ -22,7 +23,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tqdm import tqdm
 from transformers import (
@@ -39,7 +40,7 @@ from stages import checkpoints, params
 from stages.model import (
     Quantization,
     add_lora,
-    base_name,
+    base_record,
     device,
     fits,
     halved,
@@ -50,9 +51,18 @@ from stages.model import (
     rewards,
     save,
     score,
+    seal,
 )
-from stages.outputs import digest, digests, read_json, whole_folder, write_json
-from stages.packing import COLUMNS, Texts, pack, pair, pairs_of, plan, tokens
+from stages.outputs import (
+    digest,
+    digests,
+    read_json,
+    recorded,
+    require_files,
+    whole_folder,
+    write_json,
+)
+from stages.packing import COLUMNS, Texts, load_split, pack, pair, pairs_of, plan, tokens
 from stages.pairwise import hits, losses, margins, sides
 from stages.params import AboveZero, Fraction, Positive, Rule, Seed, Switch, ZeroOrMore
 from stages.process import Fault, run
@@ -108,6 +118,7 @@ class Train:
     max_grad_norm: AboveZero
     optim: Annotated[str, Rule(f"one of {', '.join(OPTIMIZERS)}", lambda name: name in OPTIMIZERS)]
     gradient_checkpointing: Switch
+    deterministic: Switch
     logging_steps: Positive
     eval_steps: Positive
     save_steps: Positive
@@ -138,7 +149,9 @@ def main() -> None:
             f"pip install {group.report_to}, or none"
         )
     require_same_source()
+    recorded(TOKENIZED / "template.json")
     datasets = [TOKENIZED / "train", TOKENIZED / "validation"]
+    train, validation = (load_split(path, BASE) for path in datasets)
     name = checkpoints.fingerprint(
         {
             "train": asdict(group) | {"optim": optimizer(group)},
@@ -150,7 +163,7 @@ def main() -> None:
     )
     with checkpoints.held(name) as held:
         held.forget_if_recorded(Path("dvc.lock"), "train")
-        train, validation = (load_from_disk(path) for path in datasets)
+        require_files(BASE, base_record(BASE)["files"])
         model = build(group, lora, quantization)
         for dataset in (train, validation):
             require_fit(model, dataset)
@@ -166,7 +179,7 @@ def require_same_source() -> None:
 
     A folder that is not there has nothing to compare: another machine may have models/base alone.
     """
-    base = base_name(BASE)
+    base = base_record(BASE)
     if base["kind"] != "local":
         return
     folder = Path(base["name"]).expanduser()
@@ -187,6 +200,9 @@ def require_same_source() -> None:
 
 def build(group: Train, lora: Lora, quantization: Quantization) -> PeftModel:
     """The model with fresh adapters and a fresh head. Seeds the global random state."""
+    # cuBLAS reads it when it is first used.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(group.deterministic, warn_only=True)
     set_seed(group.seed)
     model = load_base(BASE, quantization)
     new_head(model, group.head_seed)
@@ -297,7 +313,8 @@ class RewardTrainer(Trainer):
         while (sums := self.attempt(pairs)) is None:
             lengths = [tokens(texts) for texts in pairs]
             groups = plan(lengths, self.tokens_per_pack)
-            self.tokens_per_pack = halved(max(([lengths[i] for i in g] for g in groups), key=sum))
+            largest = max(([lengths[index] for index in group] for group in groups), key=sum)
+            self.tokens_per_pack = halved(largest, f"step {self.state.global_step + 1}")
             print(f"memory     does not suffice, packs have {self.tokens_per_pack} tokens from now")
         self.sums, self.pairs = self.sums + sums.cpu(), self.pairs + len(pairs)
         loss = sums[0] / len(pairs)
@@ -307,7 +324,7 @@ class RewardTrainer(Trainer):
     def attempt(self, pairs: list[Texts]) -> torch.Tensor | None:
         """Sums of loss, hits and margin over the pairs, [3], their gradient accumulated.
 
-        None, and all as it was before, if the GPU's memory did not suffice.
+        None, and all as it was before, if memory did not suffice.
         """
         states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         sums = fits(self.accumulate, pairs)
@@ -525,7 +542,7 @@ def largest_pack(trainer: RewardTrainer) -> int:
     if held(most):
         return most
     if not held(fitting):
-        halved([fitting])
+        halved([fitting], "before the first step")
     while most - fitting > fitting // 8:
         middle = (fitting + most) // 2
         fitting, most = (middle, most) if held(middle) else (fitting, middle)
@@ -563,6 +580,7 @@ def write(trainer: RewardTrainer, group: Train, lora: Lora, quantization: Quanti
                 "data": digests(TOKENIZED / "train"),
             },
         )
+        seal(folder, BASE)
     with whole_folder(REPORTS) as folder:
         write_json(folder / "training.json", training)
         write_json(folder / "validation.json", validation)

@@ -26,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no GPU here"))
 
 
+@pytest.fixture(autouse=True)
+def threads_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that are run in this process leave the number of its threads alone."""
+    monkeypatch.setattr("stages.process.pin_threads", lambda: None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     """In continuous integration a skipped test is a failed one, those for a GPU apart."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -83,7 +84,17 @@ def test_a_damaged_checkpoint_is_passed_over(
     else:
         path.write_text(content)
     assert run.latest() == tmp_path / "step-2"
-    assert capsys.readouterr().out == "checkpoint step-4 is damaged, passed over\n"
+    said = "checkpoint step-4 is damaged, or of another run; passed over\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    one, other = written(Run(tmp_path / "one"), 2), written(Run(tmp_path / "other"), 4)
+    shutil.copytree(tmp_path / "other" / "step-4", tmp_path / "one" / "step-4")
+    assert one.latest() == tmp_path / "one" / "step-2"
+    assert other.latest() == tmp_path / "other" / "step-4"
 
 
 # --- finished runs ---------------------------------------------------------------------------

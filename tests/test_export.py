@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from stages import evaluate, export, pairs, params, preprocess, train
-from stages.model import Quantization
+from stages.model import Quantization, seal
 from stages.outputs import digests, read_json, write_json
 from stages.process import Fault
 
@@ -106,6 +106,7 @@ def test_export_holds_all_that_is_needed_and_nothing_else(
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "digests.json",
         "quantization.json",
         "template.json",
         "tokenizer.json",
@@ -155,13 +156,14 @@ def test_nothing_in_the_export_is_of_this_machine() -> None:
 
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize("part", ["score", "lora_B"])
-def test_a_damaged_adapter_is_not_exported(part: str) -> None:
+def test_an_adapter_of_other_rewards_is_not_exported(part: str) -> None:
     path = export.ADAPTER / "adapter_model.safetensors"
     tensors = load_file(path)
     for name in tensors:
         if part in name:
             tensors[name] = tensors[name] * 1.1 + 0.01
     save_file(tensors, path)
+    seal(export.ADAPTER, export.BASE)
     with pytest.raises(Fault, match=r"differ from reports/evaluate/rewards\.parquet by up to"):
         export.main()
     assert left_over() == []
@@ -243,6 +245,7 @@ def test_card_shows_what_it_quotes_as_it_is() -> None:
     template = read_json(export.ADAPTER / "template.json")
     text = "```\nQ: {prompt}\n`A`: {answer}"
     write_json(export.ADAPTER / "template.json", template | {"template": text})
+    seal(export.ADAPTER, export.BASE)
     card = assemble_here()
     slices = [line for line in card.splitlines() if "0.2500 to 0.7500" in line]
     assert [re.split(r"(?<!\\)\|", line)[1].strip() for line in slices] == [

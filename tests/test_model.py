@@ -28,6 +28,7 @@ from stages.model import (
     rewards,
     save,
     score,
+    seal,
 )
 from stages.outputs import digests
 from stages.packing import Pack, Texts, pack, tokens
@@ -275,7 +276,9 @@ def test_a_prompt_too_long_for_memory_is_named(
 
     monkeypatch.setattr(reward_model, "rewards", never)
     model, pair = build(tiny_base).train(), Texts([[1, 2, 3], [1, 4]], 1)
-    with pytest.raises(Fault, match="the texts of one prompt, 4 tokens, need more memory than"):
+    with pytest.raises(
+        Fault, match=r"^scoring: the texts of one prompt, 4 tokens, need more memory than"
+    ):
         score(model, [pair, pair], 100)
 
 
@@ -315,8 +318,11 @@ def test_a_saved_model_has_the_same_rewards_and_the_same_bytes(
     model, pairs = build(tiny_base), some_pairs(5)
     save(model, tmp_path / "one", "models/base", NF4)
     save(build(tiny_base), tmp_path / "two", "models/base", NF4)
+    for name in ("one", "two"):
+        seal(tmp_path / name, tiny_base)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
-    files = {"adapter_config.json", "adapter_model.safetensors", "quantization.json"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "digests.json"}
+    files |= {"quantization.json"}
     assert digests(tmp_path / "one").keys() == files
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "models/base"
@@ -388,6 +394,7 @@ def test_an_adapter_is_refused_over_a_base_quantized_otherwise(
     tiny_base: Path, tmp_path: Path
 ) -> None:
     save(build(tiny_base), tmp_path, "models/base", NF4)
+    seal(tmp_path, tiny_base)
     load(tiny_base, tmp_path, NF4)
     with pytest.raises(Fault, match=r"trained on a base quantized by .*nf4.*here it would be"):
         load(tiny_base, tmp_path, Quantization(4, "nf4", False, "bfloat16"))

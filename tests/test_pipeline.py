@@ -33,6 +33,7 @@ OUTPUTS = {
     "models/adapter": {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "digests.json",
         "quantization.json",
         "template.json",
         "training.json",
@@ -41,6 +42,7 @@ OUTPUTS = {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "digests.json",
         "quantization.json",
         "template.json",
         "tokenizer.json",
@@ -56,12 +58,12 @@ STAGES = ["fetch", "preprocess", "train", "evaluate", "export"]
 class Project:
     """A clone-like copy of this project, committed to git, with small params."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
         bin_folder = Path(sys.executable).parent
         self.environment = {
             key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "GIT_"))
-        }
+        } | environment
         self.environment["PATH"] = f"{bin_folder}:{self.environment['PATH']}"
 
     def call(self, *command: str, status: int = 0) -> str:
@@ -85,7 +87,17 @@ class Project:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Project:
-    folder = tmp_path_factory.mktemp("project")
+    project = Project(tmp_path_factory.mktemp("project"))
+    fill(project, tiny_base)
+    assert project.ran("dvc", "repro") == STAGES
+    project.call("git", "add", "--all")
+    project.call("git", "commit", "--quiet", "--message", "first run")
+    return project
+
+
+def fill(project: Project, base: Path) -> None:
+    """Make the folder what a clone of a small project would be."""
+    folder = project.folder
     for name in ("stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"):
         (folder / name).parent.mkdir(exist_ok=True)
         if (ROOT / name).is_dir():
@@ -98,19 +110,14 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Projec
     write_pairs(folder / "data" / "raw" / "pairs.json")
     yaml = YAML()
     params = yaml.load(folder / "params.yaml")
-    params["base"]["name"] = str(tiny_base)
+    params["base"]["name"] = str(base)
     params["train"] |= {"max_steps": 4, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
     yaml.dump(params, folder / "params.yaml")
-    project = Project(folder)
     project.call("git", "init", "--quiet")
     project.call("git", "config", "user.name", "tests")
     project.call("git", "config", "user.email", "tests@example.org")
     project.call("git", "add", "--all")
     project.call("git", "commit", "--quiet", "--message", "start")
-    assert project.ran("dvc", "repro") == STAGES
-    project.call("git", "add", "--all")
-    project.call("git", "commit", "--quiet", "--message", "first run")
-    return project
 
 
 def tree(folder: Path) -> set[str]:
@@ -141,6 +148,34 @@ def test_a_forced_run_gives_the_same_bytes(project: Project) -> None:
     assert project.ran("dvc", "repro", "--force") == STAGES
     assert (project.folder / "dvc.lock").read_bytes() == lock
     assert project.call("git", "status", "--short") == ""
+
+
+def test_elsewhere_the_bytes_are_the_same_and_nothing_tells_of_the_place(
+    project: Project, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Another folder, home, token, hash seed and number of threads."""
+    secrets = {"HF_TOKEN": "hf_canaryTokenOfNobody", "HOME": str(tmp_path / "canary-home")}
+    (tmp_path / "canary-home").mkdir()
+    elsewhere = Project(
+        tmp_path / "another" / "folder",
+        **secrets,
+        WANDB_API_KEY="canary-of-a-tracker",
+        PYTHONHASHSEED="12345",
+        OMP_NUM_THREADS="2",
+        MKL_NUM_THREADS="2",
+    )
+    elsewhere.folder.mkdir(parents=True)
+    fill(elsewhere, tiny_base)
+    output = elsewhere.call("dvc", "repro")
+    lock = (elsewhere.folder / "dvc.lock").read_bytes()
+    assert lock == (project.folder / "dvc.lock").read_bytes()
+    written = [lock, output.encode()]
+    for name in (*OUTPUTS, "models/checkpoints"):
+        written += [path.read_bytes() for path in (elsewhere.folder / name).rglob("*.*")]
+    assert len(written) > 40
+    for content in written:
+        assert b"canary" not in content.lower()
+        assert str(elsewhere.folder).encode() not in content
 
 
 def test_another_rank_trains_evaluates_and_exports_only(project: Project) -> None:

@@ -1,0 +1,243 @@
+"""Bad input: each gets its sentence and status 1, and nothing is written; odd input is read.
+
+tests/bad/data has one bad file each, tests/bad/data.yaml what is said of it; tests/bad/params.yaml
+has bad values of every key of params.yaml. An ellipsis stands for words of Python or a library.
+"""
+
+import gzip
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages import evaluate, export, fetch, preprocess, train
+from stages.pairs import check, read
+from stages.process import run
+
+from .conftest import ROOT
+
+BAD = Path(__file__).parent / "bad"
+SetParams = Callable[..., None]
+FILES: dict[str, str] = YAML(typ="safe").load(BAD / "data.yaml")
+VALUES: dict[str, list[tuple[Any, str]]] = YAML(typ="safe").load(BAD / "params.yaml")
+PARAMS: dict[str, dict[str, Any]] = YAML(typ="safe").load(ROOT / "params.yaml")
+KEYS = [f"{group}.{key}" for group, keys in PARAMS.items() for key in keys]
+READERS = {
+    "base": fetch.main,
+    "preprocess": preprocess.main,
+    "quantization": train.main,
+    "lora": train.main,
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "export": export.main,
+}
+
+
+@pytest.fixture
+def said(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Callable[[], None]], str]:
+    """What a stage says before it ends with status 1, having changed nothing."""
+
+    def run_it(main: Callable[[], None]) -> str:
+        before = sorted(workspace.rglob("*"))
+        with pytest.raises(SystemExit) as ended:
+            run(main)
+        assert ended.value.code == 1
+        assert sorted(workspace.rglob("*")) == before
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        return printed.err.rstrip("\n")
+
+    return run_it
+
+
+def pattern(sentence: str) -> str:
+    return ".+?".join(map(re.escape, sentence.rstrip("\n").split("…")))
+
+
+# --- preference files ------------------------------------------------------------------------
+
+
+def test_every_bad_file_has_a_sentence() -> None:
+    assert {path.name for path in (BAD / "data").iterdir()} == FILES.keys()
+    assert len(FILES) >= 80
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_file_gets_its_sentence(
+    name: str, set_params: SetParams, said: Callable[..., str]
+) -> None:
+    path = Path("data/raw") / name
+    path.parent.mkdir(parents=True)
+    shutil.copy(BAD / "data" / name, path)
+    set_params("preprocess", data=str(path), test_data=str(path))
+    assert re.fullmatch(pattern(FILES[name]), said(preprocess.main), re.DOTALL)
+
+
+def test_a_record_of_another_type_behind_25_mb_is_found(
+    workspace: Path, set_params: SetParams, said: Callable[..., str]
+) -> None:
+    """Readers that guess types from the head of a file fail there without a place."""
+    path = workspace / "data" / "pairs.jsonl"
+    path.parent.mkdir()
+    good = json.dumps({"prompt": "a " * 200_000, "chosen": "b", "rejected": "c"}) + "\n"
+    bad = json.dumps({"prompt": "a", "chosen": ["b"], "rejected": {"c": 1}}) + "\n"
+    path.write_text(good * 65 + bad)
+    assert path.stat().st_size > 25_000_000
+    set_params("preprocess", data=str(path), test_data=str(path), over_length="drop")
+    assert f"{path}: line 66: wrong_type: " in said(preprocess.main)
+
+
+def test_a_prompt_of_the_test_set_in_the_training_data_is_named(
+    workspace: Path, set_params: SetParams, said: Callable[..., str]
+) -> None:
+    (workspace / "data").mkdir()
+    for name, answer in (("train", "b"), ("test", "c")):
+        record = {"prompt": "a", "chosen": answer, "rejected": "d"}
+        (workspace / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    set_params("preprocess", data="train.jsonl", test_data="test.jsonl")
+    wanted = "1 test records have a prompt that stands in train.jsonl too, wanted none: test.jsonl"
+    assert said(preprocess.main) == f"{wanted}: line 1"
+
+
+# --- parameters ------------------------------------------------------------------------------
+
+
+def test_every_key_has_bad_values() -> None:
+    assert list(VALUES) == KEYS
+    assert all(len(values) >= 2 for values in VALUES.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [(key, value, sentence) for key, values in VALUES.items() for value, sentence in values],
+)
+def test_a_bad_value_gets_its_sentence(
+    key: str, value: Any, sentence: str, set_params: SetParams, said: Callable[..., str]
+) -> None:
+    group, _, name = key.partition(".")
+    set_params(group, **{name: value})
+    assert re.fullmatch(pattern(sentence), said(READERS[group]), re.DOTALL)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_and_a_misspelt_key_are_named(
+    key: str, workspace: Path, said: Callable[..., str]
+) -> None:
+    yaml, path = YAML(), workspace / "params.yaml"
+    content = yaml.load(path)
+    group, _, name = key.partition(".")
+    content[group][f"{name}x"] = content[group].pop(name)
+    yaml.dump(content, path)
+    missing, unknown = sorted(said(READERS[group]).splitlines())
+    assert missing.startswith(f"params.yaml: {key} is missing, must be ")
+    assert unknown.startswith(f"params.yaml: {key}x is unknown, known are ")
+
+
+@pytest.mark.parametrize("group", PARAMS)
+def test_a_group_that_is_none_is_named(
+    group: str, workspace: Path, said: Callable[..., str]
+) -> None:
+    yaml, path = YAML(), workspace / "params.yaml"
+    content = yaml.load(path)
+    for value in (None, 3, "r: 4", ["r", 4]):
+        content[group] = value
+        yaml.dump(content, path)
+        found = said(READERS[group])
+        assert found.startswith(f"params.yaml: the group {group} is ")
+        assert found.endswith(", must be a list of keys and values")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"train: [1, 2", "params.yaml: broken YAML: …"),
+        (b"train:\n\tr: 4\n", "params.yaml: broken YAML: …"),
+        (b"base: {}\nbase: {}\n", "params.yaml: broken YAML: …duplicate key…"),
+        (b"base: &a [*a]\nbase2: *b\n", "params.yaml: broken YAML: …undefined alias…"),
+        (b"\xff\xfe\xfd", "params.yaml: broken YAML: …"),
+        (b"base: \x00\n", "params.yaml: broken YAML: …"),
+        (b"", "params.yaml: the group base is None, must be a list of keys and values"),
+        (b"- base\n", "params.yaml: the group base is None, must be a list of keys and values"),
+        (b"base: !!python/object/apply:os.system [ls]\n", "params.yaml: broken YAML: …"),
+        (None, "params.yaml is not here, wanted in the folder …"),
+    ],
+)
+def test_a_broken_params_file_gets_its_sentence(
+    content: bytes | None, sentence: str, workspace: Path, said: Callable[..., str]
+) -> None:
+    path = workspace / "params.yaml"
+    path.unlink() if content is None else path.write_bytes(content)
+    found = said(fetch.main)
+    assert re.fullmatch(pattern(sentence), found)
+    assert "\n" not in found
+
+
+# --- odd, and right --------------------------------------------------------------------------
+
+ODD: dict[str, str] = {
+    "emoji": "👩‍👩‍👧 says 🇪🇺 and 👍🏽",
+    "right to left": "שלום, \u202eabc\u202c مرحبا",
+    "combining": "e\u0301 and \u0300 alone",
+    "control": "a\u0000b\u0007\u001b[31m",
+    "separators": "one\u2028two\u2029three\u0085four\x0bfive",
+    "a mark within": "\ufeffa\ufeff",
+    "JSON in a text": '{"prompt": "x"}, ["y"]\\n',
+    "HTML": "<script>alert(1)</script> &amp;",
+    "templates": "{prompt} {answer} {{ messages }} {% raw %}",
+    "special tokens": "<|endoftext|><|im_start|>system</s>",
+    "a million characters": "ab 中 " * 200_000,
+    "last plane": "\U0010ffff\U00020000",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("escaped", [True, False])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".jsonl.gz"])
+def test_odd_text_is_read_as_it_is(tmp_path: Path, name: str, escaped: bool, suffix: str) -> None:
+    record = {
+        "prompt": ODD[name],
+        "chosen": f"yes {ODD[name]}",
+        "rejected": "no",
+        "kind": ODD[name],
+    }
+    content = json.dumps([record] if suffix == ".json" else record, ensure_ascii=escaped).encode()
+    path = tmp_path / f"odd{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    [(position, found)] = read(path)
+    assert (position, found) == (1, record)
+    pair = check(found)
+    assert (pair.prompt[0][1], pair.chosen[0][1]) == (record["prompt"], record["chosen"])
+    assert pair.columns == {"kind": ODD[name]}
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n\r\n \t\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("last", [True, False])
+def test_ends_of_lines_blank_lines_and_a_mark_change_nothing(
+    tmp_path: Path, end: bytes, mark: bytes, last: bool
+) -> None:
+    records = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(3)]
+    lines = [json.dumps(record).encode() for record in records]
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(mark + end.join(lines) + (end if last else b""))
+    assert [record for _, record in read(path)] == records
+
+
+def test_odd_texts_go_through_the_stage(set_params: SetParams) -> None:
+    records = [
+        {"prompt": f"{index} {text}", "chosen": f"good {index}", "rejected": f"bad {index}"}
+        for index, text in enumerate(ODD.values())
+    ]
+    Path("odd.json").write_text(json.dumps(records))
+    set_params("preprocess", data="odd.json", test_data="odd.json", over_length="truncate_prompt")
+    preprocess.main()
+    metrics = json.loads(preprocess.METRICS.read_text())
+    assert sum(metrics["pairs"].values()) == len(ODD)
+    assert (metrics["dropped"], metrics["truncated"]) == ({}, 1)

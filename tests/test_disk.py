@@ -1,0 +1,383 @@
+"""A disk that is full, closed or damaged: one sentence, nothing that looks whole, a rerun mends."""
+
+import ctypes
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM
+
+from stages import evaluate, export, fetch, preprocess, train
+from stages.outputs import digest, digests, read_json, write_json
+from stages.process import run
+
+from .conftest import ROOT, write_pairs
+
+Main = Callable[[], None]
+STAGES: dict[str, tuple[Main, list[str]]] = {
+    "fetch": (fetch.main, ["models/base"]),
+    "preprocess": (preprocess.main, ["data/tokenized", "metrics/preprocess.json"]),
+    "train": (train.main, ["models/adapter", "reports/train", "metrics/train.json"]),
+    "evaluate": (evaluate.main, ["reports/evaluate", "metrics/evaluate.json"]),
+    "export": (export.main, ["models/export", "metrics/export.json"]),
+}
+CAPABILITIES = 0x20080522  # _LINUX_CAPABILITY_VERSION_3 of capget(2)
+OVERRIDE = 0b1110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
+
+
+@pytest.fixture(scope="module")
+def complete(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all stages were run."""
+    folder = tmp_path_factory.mktemp("complete")
+    yaml = YAML()
+    content = yaml.load(ROOT / "params.yaml")
+    content["base"]["name"] = str(tiny_base)
+    content["train"] |= {"max_steps": 2, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}
+    yaml.dump(content, folder / "params.yaml")
+    write_pairs(folder / "data" / "raw" / "pairs.json", 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("DVC_ROOT", raising=False)
+        for main, _ in STAGES.values():
+            main()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def project(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the current folder."""
+    folder = tmp_path / "project"
+    shutil.copytree(complete, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return folder
+
+
+@pytest.fixture
+def fault(capsys: pytest.CaptureFixture[str]) -> Callable[[Main], str]:
+    """The sentence with which a stage ends."""
+
+    def run_it(main: Main) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run(main)
+        assert ended.value.code == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said.rstrip("\n")
+
+    return run_it
+
+
+def state(paths: list[str]) -> dict[str, object]:
+    """Digests of those of the paths that are there."""
+    found = {name: Path(name) for name in paths if Path(name).exists()}
+    return {name: digests(path) if path.is_dir() else digest(path) for name, path in found.items()}
+
+
+def remove(paths: list[str]) -> None:
+    for path in map(Path, paths):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def left_over() -> list[Path]:
+    return [*Path().rglob("*.partial"), *Path().rglob("tmp*")]
+
+
+# --- full ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A limit on the size of files that are written, which a full disk is for each of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_is_a_sentence_at_every_file(stage: str, fault: Callable[[Main], str]) -> None:
+    main, outs = STAGES[stage]
+    wanted = state(outs)
+    files = [path for out in [*outs, "models/checkpoints"] for path in Path(out).rglob("*")]
+    files = [path for path in [*files, *map(Path, outs)] if path.is_file()]
+    if stage != "train":
+        files = [path for path in files if "checkpoints" not in path.parts]
+    sizes = sorted({path.stat().st_size for path in files} - {0})
+    assert len(sizes) >= 2
+    for size in sizes:
+        remove([*outs, "models/checkpoints"])
+        with files_of_at_most(size - 1):
+            said = fault(main)
+        assert said.endswith(
+            "File too large; wanted more room, then run the same command again"
+        ) or ("No space left" in said)
+        found = state(outs)
+        assert found == {name: wanted[name] for name in found}
+        assert found != wanted
+        assert left_over() == []
+    run(main)
+    assert state(outs) == wanted
+
+
+def test_a_checkpoint_that_does_not_fit_costs_no_earlier_one(
+    fault: Callable[[Main], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, outs = STAGES["train"]
+    wanted = state(outs)
+    remove([*outs, "models/checkpoints"])
+    original = train.RewardTrainer._save_checkpoint
+
+    def filling(self: train.RewardTrainer, *arguments: object) -> None:
+        with files_of_at_most(2000 if self.state.global_step == 2 else 10**9):
+            original(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.RewardTrainer, "_save_checkpoint", filling)
+        assert "step-2" in fault(main)
+    [run_folder] = [path for path in Path("models/checkpoints").iterdir() if path.is_dir()]
+    assert {path.name for path in run_folder.glob("step-*")} == {"step-1"}
+    run(main)
+    assert state(outs) == wanted
+
+
+# --- closed ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def closed(*folders: str) -> Iterator[None]:
+    """Folders in which nothing can be made, for a superuser neither."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    head, before = (ctypes.c_uint32 * 2)(CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
+    super_user = sys.platform == "linux" and os.geteuid() == 0
+    if super_user:
+        assert libc.capget(head, before) == 0
+        without = (ctypes.c_uint32 * 6)(*before)
+        without[0] &= ~OVERRIDE
+        assert libc.capset(head, without) == 0
+    for folder in folders:
+        Path(folder).chmod(0o555)
+    try:
+        yield
+    finally:
+        if super_user:
+            assert libc.capset(head, before) == 0
+        for folder in folders:
+            Path(folder).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder"),
+    [
+        ("fetch", "models"),
+        ("preprocess", "data"),
+        ("preprocess", "metrics"),
+        ("train", "models"),
+        ("train", "models/checkpoints"),
+        ("train", "reports"),
+        ("train", "metrics"),
+        ("evaluate", "reports"),
+        ("evaluate", "metrics"),
+        ("export", "models"),
+        ("export", "metrics"),
+    ],
+)
+def test_a_closed_folder_is_a_sentence(
+    stage: str, folder: str, fault: Callable[[Main], str]
+) -> None:
+    main, outs = STAGES[stage]
+    wanted = state(outs)
+    remove([*outs, *(str(path) for path in Path("models/checkpoints").glob("*"))])
+    with closed(folder):
+        said = fault(main)
+    assert said.startswith(folder)
+    assert said.endswith(
+        "cannot be written: Permission denied; wanted the right to write there, then run the same "
+        "command again"
+    )
+    assert state(outs) != wanted
+    run(main)
+    assert state(outs) == wanted
+
+
+def test_an_input_that_may_not_be_read_is_a_sentence(fault: Callable[[Main], str]) -> None:
+    Path("data/raw/pairs.json").chmod(0)
+    with closed():
+        assert fault(preprocess.main).startswith("data/raw/pairs.json")
+    Path("params.yaml").chmod(0)
+    with closed():
+        assert fault(preprocess.main) == (
+            "params.yaml cannot be read: Permission denied; wanted the parameters"
+        )
+
+
+# --- damaged ---------------------------------------------------------------------------------
+
+
+def cut(path: str) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: len(content) // 2])
+
+
+def flipped(path: str) -> None:
+    """One bit of the last byte."""
+    content = bytearray(Path(path).read_bytes())
+    content[-1] ^= 1
+    Path(path).write_bytes(bytes(content))
+
+
+def another_base() -> None:
+    """models/base as fetch leaves it, of other weights."""
+    folder = Path("models/base")
+    record = read_json(folder / "base.json")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.embed_tokens.weight.data.mul_(1.5)
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    record["files"]["model.safetensors"] = digest(folder / "model.safetensors")
+    write_json(folder / "base.json", record)
+
+
+def another_tokenizer() -> None:
+    path = Path("models/base/tokenizer.json")
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    record = read_json(path.with_name("base.json"))
+    write_json(
+        path.with_name("base.json"),
+        record | {"files": record["files"] | {"tokenizer.json": digest(path)}},
+    )
+
+
+def exchanged(one: str, other: str) -> None:
+    Path(one).write_bytes(Path(other).read_bytes())
+
+
+ARROW = "data-00000-of-00001.arrow"
+DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
+    "base cut": (
+        lambda: cut("models/base/model.safetensors"),
+        ["train", "evaluate", "export"],
+        "models/base: model.safetensors damaged, exchanged or missing, wanted the files",
+    ),
+    "base flipped": (
+        lambda: flipped("models/base/model.safetensors"),
+        ["train", "evaluate", "export"],
+        "models/base: model.safetensors damaged",
+    ),
+    "base without its weights": (
+        lambda: Path("models/base/model.safetensors").unlink(),
+        ["train", "evaluate", "export"],
+        "models/base: model.safetensors damaged, exchanged or missing",
+    ),
+    "record of the base missing": (
+        lambda: Path("models/base/base.json").unlink(),
+        ["train", "evaluate", "export"],
+        "models/base/base.json cannot be read",
+    ),
+    "record of the base cut": (
+        lambda: cut("models/base/base.json"),
+        ["train", "evaluate", "export"],
+        "models/base/base.json cannot be read",
+    ),
+    "adapter of another base": (
+        another_base,
+        ["evaluate", "export"],
+        "models/adapter was trained on another base than models/base: model.safetensors differ",
+    ),
+    "adapter cut": (
+        lambda: cut("models/adapter/adapter_model.safetensors"),
+        ["evaluate", "export"],
+        "models/adapter: adapter_model.safetensors damaged",
+    ),
+    "adapter flipped": (
+        lambda: flipped("models/adapter/adapter_model.safetensors"),
+        ["evaluate", "export"],
+        "models/adapter: adapter_model.safetensors damaged",
+    ),
+    "scale of the adapter changed": (
+        lambda: flipped("models/adapter/adapter_config.json"),
+        ["evaluate", "export"],
+        "models/adapter: adapter_config.json damaged",
+    ),
+    "digests of the adapter missing": (
+        lambda: Path("models/adapter/digests.json").unlink(),
+        ["evaluate", "export"],
+        "models/adapter/digests.json cannot be read",
+    ),
+    "data of another tokenizer": (
+        another_tokenizer,
+        ["train"],
+        "data/tokenized/train has ids of another tokenizer than that of models/base, wanted the",
+    ),
+    "test data of another tokenizer": (
+        another_tokenizer,
+        ["evaluate", "export"],
+        "data/tokenized/test has ids of another tokenizer than that of models/base",
+    ),
+    "data cut": (
+        lambda: cut(f"data/tokenized/train/{ARROW}"),
+        ["train"],
+        "data/tokenized/train",
+    ),
+    "data flipped": (
+        lambda: flipped(f"data/tokenized/validation/{ARROW}"),
+        ["train"],
+        "data/tokenized/validation",
+    ),
+    "data exchanged": (
+        lambda: exchanged(f"data/tokenized/test/{ARROW}", f"data/tokenized/train/{ARROW}"),
+        ["evaluate", "export"],
+        "data/tokenized/test is damaged, wanted a split as preprocess wrote it; run dvc repro",
+    ),
+    "data without its state": (
+        lambda: Path("data/tokenized/test/state.json").unlink(),
+        ["evaluate", "export"],
+        "data/tokenized/test",
+    ),
+    "no data": (
+        lambda: shutil.rmtree("data/tokenized/test"),
+        ["evaluate", "export"],
+        "data/tokenized/test",
+    ),
+    "rewards cut": (
+        lambda: cut("reports/evaluate/rewards.parquet"),
+        ["export"],
+        "reports/evaluate/rewards.parquet cannot be read",
+    ),
+    "metrics missing": (
+        lambda: Path("metrics/evaluate.json").unlink(),
+        ["export"],
+        "metrics/evaluate.json cannot be read",
+    ),
+    "template missing": (
+        lambda: Path("data/tokenized/template.json").unlink(),
+        ["train"],
+        "data/tokenized/template.json",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [(name, stage) for name, (_, them, _) in DAMAGES.items() for stage in them]
+)
+def test_what_is_damaged_is_named_and_not_used(
+    name: str, stage: str, fault: Callable[[Main], str]
+) -> None:
+    damage, _, wanted = DAMAGES[name]
+    main, outs = STAGES[stage]
+    damage()
+    remove([*outs, "models/checkpoints"])
+    said = fault(main)
+    assert said.startswith(wanted)
+    assert "wanted" in said
+    assert state(outs) == {}
+    assert left_over() == []

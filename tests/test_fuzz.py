@@ -1,0 +1,136 @@
+"""Any bytes end in pairs or in a sentence: nothing else comes out of readers and checks."""
+
+import gzip
+import io
+import json
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.pairs import FIELDS, ROLES, SUFFIXES, BadRecord, Pair, check, read
+from stages.process import Fault
+
+RECORDS: list[dict[str, Any]] = [
+    {"prompt": "one", "chosen": "yes", "rejected": "no", "kind": "a"},
+    {"prompt": "二", "chosen": "是👍", "rejected": "", "n": -1.5e3},
+    {
+        "prompt": [{"role": "user", "content": "three"}],
+        "chosen": [{"role": "assistant", "content": "x"}],
+        "rejected": [{"role": "assistant", "content": "y"}],
+    },
+]
+# The same examples each time: a failure in continuous integration is one that can be repeated.
+FEW = settings(max_examples=600, deadline=None, derandomize=True)
+MANY = settings(max_examples=2000, deadline=None, derandomize=True)
+
+
+def as_parquet(records: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records), sink)
+    return sink.getvalue()
+
+
+ARRAY = json.dumps(RECORDS, ensure_ascii=False, indent=1).encode()
+LINES = b"\n".join(json.dumps(record).encode() for record in RECORDS)
+WHOLE = {
+    "array.json": ARRAY,
+    "lines.jsonl": LINES,
+    "array.json.gz": gzip.compress(ARRAY, mtime=0),
+    "lines.jsonl.gz": gzip.compress(LINES, mtime=0),
+    "texts.parquet": as_parquet(RECORDS[:1]),
+    "messages.parquet": as_parquet(RECORDS[2:]),
+}
+INTERESTING = [
+    b"",
+    b"\0",
+    b'"',
+    b"\\",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b"\n",
+    b"\xff",
+    b"\xed\xa0",
+]
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A whole file with a few edits, by its name, or any bytes under the name of a format."""
+    if draw(st.integers(0, 4)) == 0:
+        return f"any{draw(st.sampled_from(SUFFIXES))}", draw(st.binary(max_size=300))
+    name = draw(st.sampled_from(sorted(WHOLE)))
+    content = WHOLE[name]
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(content)))
+        length = draw(st.sampled_from([0, 1, 1, 2, 8, 10_000]))
+        new = draw(st.sampled_from(INTERESTING) | st.binary(max_size=4))
+        content = content[:start] + new + content[start + length :]
+    return name, content
+
+
+@FEW
+@given(damaged())
+def test_any_file_ends_in_pairs_or_in_a_sentence(file: tuple[str, bytes]) -> None:
+    name, content = file
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        said, last = "", 0
+        try:
+            for position, record in read(path):
+                assert position > last
+                last = position
+                judge(record)
+        except Fault as fault:
+            said = str(fault)
+        assert re.fullmatch(rf"({re.escape(str(path))}.*wanted .*)?", said)
+
+
+TEXT = st.text(max_size=8) | st.sampled_from(["", " ", "a", "\ud800", "\n\nAssistant:", "x" * 500])
+LEAF = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+MESSAGE = st.fixed_dictionaries(
+    {}, optional={"role": st.sampled_from(ROLES) | LEAF, "content": LEAF, "name": LEAF}
+)
+ANYTHING = st.recursive(
+    LEAF | st.lists(MESSAGE, max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+RECORD = st.fixed_dictionaries({}, optional=dict.fromkeys([*FIELDS, "id", "kind"], ANYTHING))
+
+
+@MANY
+@given(RECORD | ANYTHING)
+def test_any_value_is_a_pair_or_has_a_reason(record: Any) -> None:
+    judge(record)
+
+
+def judge(record: Any) -> None:
+    """A checked record has all that later stages rely on; any other has a reason in a sentence."""
+    pair: Pair | None = None
+    said = ""
+    try:
+        pair = check(record)
+    except BadRecord as fault:
+        said = f"{fault.reason}: {fault}"
+    if pair is None:
+        assert re.fullmatch(r"[a-z_]+: .+", said)
+        return
+    assert pair.chosen != pair.rejected
+    for messages in (pair.prompt, pair.chosen, pair.rejected):
+        assert messages
+        assert all(role in ROLES and content.strip() for role, content in messages)
+    assert pair.chosen[0][0] == pair.rejected[0][0] == "assistant"
+    texts = [text for messages in (pair.prompt, pair.chosen, pair.rejected) for _, text in messages]
+    for text in (*texts, *pair.columns, *pair.columns.values()):
+        text.encode()

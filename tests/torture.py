@@ -1,0 +1,481 @@
+"""Kill the pipeline at random moments, start it again, and see whether anything was lost.
+
+make torture
+
+In copies of a fresh clone, the training of the embedded default is killed, once in each copy: the
+trainer, DVC, or all of their process group, by SIGINT, SIGTERM or SIGKILL, under `dvc repro` and
+all kinds of `dvc exp run`, in every phase of the work. The same command is then given again, and
+must end with the bytes of a run that nobody disturbed. Prints a table and writes it to
+benchmarks/results/torture.md. Linux only; takes about half an hour on 2 cores.
+"""
+
+import argparse
+import ctypes
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import psutil
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "torture.md"
+PHASES = ("loading", "steps", "checkpoint", "outs", "commit")
+VICTIMS = ("trainer", "dvc", "group")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+EVERY = list(product(PHASES, VICTIMS, SIGNALS))
+MODES = {
+    "dvc repro": [["repro", "train"]],
+    "dvc exp run": [["exp", "run", "train"]],
+    "dvc exp run --temp": [["exp", "run", "--temp", "train"]],
+    "dvc exp run --queue": [["exp", "run", "--queue", "train"], ["queue", "start"]],
+}
+# Short enough for many runs, long enough to be hit everywhere.
+TRAIN = {"max_steps": 60, "logging_steps": 5, "eval_steps": 30, "save_steps": 10}
+STEPS = [*range(TRAIN["save_steps"], TRAIN["max_steps"] + 1, TRAIN["save_steps"])]
+PATIENCE = 120.0
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
+
+
+class Failure(Exception):
+    """What went wrong in one case, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kill: in which phase of which command, of whom, by what."""
+
+    number: int
+    phase: str
+    mode: str
+    victim: str
+    signal: signal.Signals
+
+    def __str__(self) -> str:
+        return f"{self.mode}, {self.phase}: {self.signal.name} to {self.victim}"
+
+
+@dataclass
+class Outcome:
+    """What came of a case. `at` is the last checkpoint's step at the kill, None without one."""
+
+    case: Case
+    at: int | None = None
+    repeated: int | None = None
+    mended: bool = False
+    failures: list[str] = field(default_factory=list)
+
+
+def main() -> None:
+    options = parse()
+    if ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0):
+        sys.exit("prctl failed, wanted Linux")
+    draw = random.Random(options.seed)
+    with TemporaryDirectory(prefix="torture-") as scratch:
+        prepared = prepare(Path(scratch) / "prepared")
+        wanted, loading, commit = undisturbed(prepared, Path(scratch) / "undisturbed")
+        print(f"undisturbed: loading {loading:.1f} s, commit {commit:.1f} s", flush=True)
+        outcomes = []
+        for case in cases(options.kills, draw):
+            delays = {"loading": loading, "commit": commit}
+            outcome = suffer(case, prepared, Path(scratch), wanted, delays, draw)
+            outcomes.append(outcome)
+            verdict = "; ".join(outcome.failures) or "same bytes"
+            print(f"{case.number:>3} {case}, checkpoint {outcome.at}: {verdict}", flush=True)
+    report = as_markdown(options, outcomes)
+    print(report)
+    RESULT.write_text(report, encoding="utf-8")
+    if any(outcome.failures for outcome in outcomes):
+        sys.exit(1)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=len(EVERY), help="cases, of all kinds alike")
+    parser.add_argument("--seed", type=int, default=0, help="of moments, victims and commands")
+    options = parser.parse_args()
+    if options.kills < 1:
+        parser.error(f"--kills is {options.kills}, wanted at least 1")
+    return options
+
+
+def cases(count: int, draw: random.Random) -> Iterator[Case]:
+    """Phases, victims, signals and commands in random order, all about equally often."""
+    kinds = [EVERY[index % len(EVERY)] for index in range(count)]
+    modes = [[*MODES][index % len(MODES)] for index in range(count)]
+    draw.shuffle(kinds)
+    draw.shuffle(modes)
+    for number, ((phase, victim, number_of_signal), mode) in enumerate(
+        zip(kinds, modes, strict=True), start=1
+    ):
+        # By the time of DVC's commit the trainer has ended.
+        who = draw.choice(VICTIMS[1:]) if phase == "commit" and victim == "trainer" else victim
+        yield Case(number, phase, mode, who, number_of_signal)
+
+
+# --- a project to run ------------------------------------------------------------------------
+
+
+def prepare(folder: Path) -> Path:
+    """A clone in which everything before the training is done, committed to git."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    yaml, path = YAML(), folder / "params.yaml"
+    content = yaml.load(path)
+    content["train"].update(TRAIN)
+    yaml.dump(content, path)
+    (folder / ".dvc" / "config.local").write_text(
+        f"[core]\n    site_cache_dir = {folder.parent / 'site'}\n", encoding="utf-8"
+    )
+    for arguments in (
+        ["switch", "--quiet", "-C", "main"],
+        ["config", "user.name", "torture"],
+        ["config", "user.email", "torture@example.org"],
+        ["rm", "--quiet", "--cached", "metrics/train.json", "metrics/evaluate.json"],
+        ["rm", "--quiet", "--cached", "metrics/export.json"],
+    ):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
+    (folder / "dvc.lock").unlink()
+    for name in ("train", "evaluate", "export"):
+        (folder / "metrics" / f"{name}.json").unlink()
+    subprocess.run(
+        ["dvc", "repro", "--quiet", "preprocess"], cwd=folder, env=environment(), check=True
+    )
+    subprocess.run(["git", "add", "--all"], cwd=folder, check=True)
+    subprocess.run(["git", "commit", "--quiet", "--message", "prepared"], cwd=folder, check=True)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """That of a user who has activated the virtual environment."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "GIT_"))}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
+
+
+class Project:
+    """A copy of the prepared clone, and what runs in it."""
+
+    def __init__(self, prepared: Path, folder: Path, mode: str) -> None:
+        self.folder, self.mode = folder, mode
+        shutil.copytree(prepared, folder, symlinks=True)
+        self.log = folder.with_suffix(".log")
+        self.command: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Give the command of the mode; its last part runs on, its output goes to the log."""
+        *first, last = MODES[self.mode]
+        for arguments in first:
+            self.call("dvc", *arguments)
+        here, there = pty.openpty()  # to a terminal, progress is shown
+        self.command = subprocess.Popen(
+            ["dvc", *last],
+            cwd=self.folder,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=there,
+            stderr=there,
+            start_new_session=True,
+            preexec_fn=interruptible,
+        )
+        os.close(there)
+        threading.Thread(target=copy, args=(here, self.log), daemon=True).start()
+
+    def call(self, *command: str) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment(), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise Failure(f"{' '.join(command)} failed: {(done.stdout + done.stderr)[-300:]}")
+        return done.stdout
+
+    def output(self) -> str:
+        """What was printed so far, by tasks of the queue too."""
+        logs = [self.log, *self.folder.glob(".dvc/tmp/exps/run/*/*.out")]
+        return "\n".join(path.read_text(errors="replace") for path in logs if path.exists())
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run in the folder, or below it."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                inside = Path(process.cwd()).is_relative_to(self.folder)
+                if inside and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def trainers(self) -> list[psutil.Process]:
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                if "stages.train" in process.cmdline() and "python" in process.name():
+                    found.append(process)
+        return found
+
+    def working(self) -> bool:
+        """Whether the command, or the queue's worker, still runs."""
+        reap(self.command)
+        return bool(self.processes())
+
+    def checkpoints(self) -> list[int]:
+        """The steps of whole checkpoints."""
+        found = self.folder.glob("models/checkpoints/*/step-*")
+        return sorted(int(path.name.removeprefix("step-")) for path in found)
+
+    def writing(self) -> bool:
+        return any(self.folder.glob("models/checkpoints/*/partial"))
+
+    def finished(self) -> bool:
+        return any(self.folder.glob("models/checkpoints/*/finished.json"))
+
+    def recorded(self) -> str:
+        """The outs of train in the last dvc.lock of this project, or of its experiments."""
+        revisions = self.call("git", "for-each-ref", "--format=%(objectname)", "refs/exps").split()
+        locks = [(self.folder / "dvc.lock").read_text(encoding="utf-8")]
+        locks += [self.call("git", "show", f"{revision}:dvc.lock") for revision in revisions]
+        for lock in reversed(locks):
+            if train := YAML(typ="safe").load(lock)["stages"].get("train"):
+                return str(sorted((out["path"], out["md5"]) for out in train["outs"]))
+        return ""
+
+    def remove(self) -> None:
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.kill()
+        reap(self.command)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def copy(terminal: int, log: Path) -> None:
+    """Append what a terminal shows to a file, until nobody writes there any more."""
+    with log.open("ab", buffering=0) as file, suppress(OSError):
+        while content := os.read(terminal, 1 << 16):
+            file.write(content)
+    os.close(terminal)
+
+
+def interruptible() -> None:
+    """A shell's background job would ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def reap(command: "subprocess.Popen[bytes] | None") -> None:
+    """Wait for ended processes as process 1 would, which orphans go to otherwise."""
+    if command:
+        command.poll()
+    for child in psutil.Process().children():
+        with suppress(psutil.Error, ChildProcessError):
+            if child.status() == psutil.STATUS_ZOMBIE and (not command or child.pid != command.pid):
+                os.waitpid(child.pid, os.WNOHANG)
+
+
+def wait(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    """Until the condition holds. Raises a Failure after too long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise Failure(f"waited {seconds:.0f} s in vain for {what}")
+        time.sleep(0.002)
+
+
+def undisturbed(prepared: Path, folder: Path) -> tuple[str, float, float]:
+    """Outs of a run that nobody disturbs, and how long it takes to load and to commit."""
+    project = Project(prepared, folder, "dvc repro")
+    project.start()
+    wait(project.trainers, "the trainer")
+    begun = time.monotonic()
+    wait(lambda: "trainable" in project.output(), "the first step")
+    loading = time.monotonic() - begun
+    wait(lambda: project.finished() and not project.trainers(), "the trainer's end")
+    begun = time.monotonic()
+    wait(lambda: not project.working(), "DVC's end")
+    commit = time.monotonic() - begun
+    wanted = project.recorded()
+    project.remove()
+    return wanted, loading, commit
+
+
+# --- one case --------------------------------------------------------------------------------
+
+
+def suffer(
+    case: Case,
+    prepared: Path,
+    scratch: Path,
+    wanted: str,
+    delays: dict[str, float],
+    draw: random.Random,
+) -> Outcome:
+    """Kill, start again, and look. A moment that was missed is tried again, in a new copy."""
+    for attempt in range(8):
+        outcome = Outcome(case)
+        project = Project(prepared, scratch / f"case-{case.number}-{attempt}", case.mode)
+        try:
+            project.start()
+            if kill(
+                project, outcome, {name: each * 0.8**attempt for name, each in delays.items()}, draw
+            ):
+                start_again(project, outcome, wanted)
+                return outcome
+        except Failure as failure:
+            outcome.failures.append(f"{failure} ({project.output()[-600:]})")
+            return outcome
+        finally:
+            project.remove()
+    outcome.failures.append("its moment was missed 8 times")
+    return outcome
+
+
+def kill(project: Project, outcome: Outcome, delays: dict[str, float], draw: random.Random) -> bool:
+    """Send the signal in the phase of the case; whether the phase was met."""
+    case = outcome.case
+    wait(project.trainers, "the trainer")
+    trainer = project.trainers()[0]
+    dvc = trainer.parent()
+    if dvc is None:
+        return False
+    await_phase(project, case.phase, delays, draw)
+    victim = trainer if case.victim == "trainer" else dvc
+    if not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE:
+        return False
+    met = in_phase(project, case.phase, trainer)
+    outcome.at = max(project.checkpoints(), default=None)
+    output = project.output()
+    if case.victim == "group":
+        os.killpg(os.getpgid(dvc.pid), case.signal)
+    else:
+        os.kill(victim.pid, case.signal)
+    reached = re.findall(r"training:.*?(\d+)/\d+ \[", output)
+    outcome.repeated = int(reached[-1]) - (outcome.at or 0) if reached else None
+    if not met:
+        return False
+    wait(lambda: not project.trainers(), "the trainer to end: an orphan runs on", 5)
+    wait(lambda: not project.working(), "DVC to end", 30)
+    return True
+
+
+def await_phase(
+    project: Project, phase: str, delays: dict[str, float], draw: random.Random
+) -> None:
+    """Wait for a random moment of the phase."""
+    if phase == "loading":
+        time.sleep(draw.uniform(0, delays["loading"]))
+    elif phase == "steps":
+        after = draw.choice(STEPS[:-1])
+        wait(lambda: after in project.checkpoints() or project.finished(), "a checkpoint")
+        time.sleep(draw.uniform(0.05, 0.6))
+    elif phase == "checkpoint":
+        after = draw.choice([0, *STEPS[:-2]])
+        wait(lambda: max([0, *project.checkpoints()]) >= after, "a checkpoint")
+        wait(lambda: project.writing() or project.finished(), "a checkpoint to be written")
+        time.sleep(draw.uniform(0, 0.02))
+    elif phase == "outs":
+        wait(lambda: STEPS[-1] in project.checkpoints(), "the last checkpoint")
+        time.sleep(draw.uniform(0, 0.05))
+    else:
+        wait(lambda: project.finished() and not project.trainers(), "the trainer's end")
+        time.sleep(draw.uniform(0, delays["commit"]))
+
+
+def in_phase(project: Project, phase: str, trainer: psutil.Process) -> bool:
+    """Whether the work is in the phase, as far as its files and output tell."""
+    alive = trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE
+    last = max([0, *project.checkpoints()])
+    if phase == "commit":
+        return not alive and project.finished()
+    return (
+        alive
+        and {
+            "loading": "trainable" not in project.output(),
+            "steps": 0 < last < STEPS[-1] and not project.writing(),
+            "checkpoint": project.writing(),
+            "outs": last == STEPS[-1] and not project.writing() and not project.finished(),
+        }[phase]
+    )
+
+
+def start_again(project: Project, outcome: Outcome, wanted: str) -> None:
+    """Give the same command again, see it through, and compare what it leaves."""
+    if subprocess.run(
+        ["git", "symbolic-ref", "--quiet", "HEAD"],
+        cwd=project.folder,
+        stdout=subprocess.DEVNULL,
+        check=False,
+    ).returncode:
+        project.call("git", "switch", "--quiet", "main")
+        outcome.mended = True
+    before = len(project.output())
+    project.start()
+    end = time.monotonic() + PATIENCE
+    while project.working():
+        if len(project.trainers()) > 1:
+            outcome.failures.append("two trainers at once")
+            break
+        if time.monotonic() > end:
+            raise Failure("the second run does not end")
+        time.sleep(0.1)
+    output = project.output()[before:]
+    resumed = [int(step) for step in re.findall(r"resuming   from step-(\d+)", output)]
+    if project.recorded() != wanted:
+        outcome.failures.append(f"other bytes, or none: {output[-600:]}")
+    if outcome.at and (resumed or [outcome.at])[0] < outcome.at:
+        outcome.failures.append(f"resumed from step {resumed[0]}, behind {outcome.at}")
+    if outcome.at and not resumed and "python -m stages.train" in output:
+        outcome.failures.append("began at step 0")
+    if outcome.case.phase == "commit":
+        outcome.repeated = 0
+
+
+# --- the table -------------------------------------------------------------------------------
+
+
+def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
+    """Kills by phase, and by command, with what came of them."""
+    lines = [
+        "# Killed and started again",
+        "",
+        f"Written by `make torture` (seed {options.seed}), which says what is done and how.",
+        "",
+    ]
+    for title, key, names in (
+        ("phase", lambda outcome: outcome.case.phase, PHASES),
+        ("command", lambda outcome: outcome.case.mode, tuple(MODES)),
+        ("victim", lambda outcome: outcome.case.victim, VICTIMS),
+        ("signal", lambda outcome: outcome.case.signal.name, tuple(s.name for s in SIGNALS)),
+    ):
+        lines += [
+            f"| {title} | kills | went on by itself | HEAD was detached | steps repeated, median "
+            "and most | same bytes |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for name in names:
+            group = [outcome for outcome in outcomes if key(outcome) == name]
+            lines.append(row(name, group))
+        lines += [row("all", outcomes), ""]
+    return "\n".join(lines)
+
+
+def row(name: str, outcomes: list[Outcome]) -> str:
+    good = sum(not outcome.failures for outcome in outcomes)
+    mended = sum(outcome.mended for outcome in outcomes)
+    repeated = [outcome.repeated for outcome in outcomes if outcome.repeated is not None]
+    steps = f"{median(repeated):.0f}, {max(repeated)}" if repeated else "–"
+    return f"| {name} | {len(outcomes)} | {good} | {mended} | {steps} | {good} |"
+
+
+if __name__ == "__main__":
+    main()
