@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from stages import PARENT
+
 
 class Fault(Exception):
     """A fault of the user's: where, what was found, what is wanted; no traceback."""
@@ -14,7 +16,7 @@ class Fault(Exception):
 def run(main: Callable[[], None]) -> None:
     """Call a stage's `main`; a Fault exits with status 1 and its sentence, Ctrl-C with 130."""
     if "DVC_ROOT" in os.environ:
-        threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_follow_parent, daemon=True).start()
     pin_threads()
     try:
         main()
@@ -37,12 +39,12 @@ def pin_threads() -> None:
         torch.set_num_threads(os.cpu_count() or 1)
 
 
-def _follow_parent(parent: int) -> None:
+def _follow_parent() -> None:
     """End this process within half a second of DVC's end, however DVC was killed.
 
     DVC does not take its stages along when it gets SIGTERM or SIGKILL; the orphan would work on
     beside the stage that the next `dvc repro` starts.
     """
-    while os.getppid() == parent:
+    while os.getppid() == PARENT:
         time.sleep(0.5)
     os._exit(1)

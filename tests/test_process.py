@@ -57,9 +57,13 @@ def test_an_interrupted_stage_never_exits_0(tmp_path: Path, number: signal.Signa
     assert "Traceback" not in errors
 
 
-def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
-    """A parent that is killed takes the stage along, as DVC does not."""
-    (tmp_path / "stage.py").write_text(STAGE.format(body="time.sleep(60)"), encoding="utf-8")
+@pytest.mark.parametrize(
+    "head", ["", 'import stages, time\nprint("begun", flush=True)\ntime.sleep(2)\n']
+)
+def test_a_stage_dies_with_its_parent(tmp_path: Path, head: str) -> None:
+    """A parent that is killed takes the stage along, as DVC does not; one still importing too."""
+    stage_code = head + STAGE.format(body="time.sleep(60)")
+    (tmp_path / "stage.py").write_text(stage_code, encoding="utf-8")
     parent = subprocess.Popen(
         [
             sys.executable,
