@@ -53,6 +53,7 @@ MODES = {
 TRAIN = {"max_steps": 60, "logging_steps": 5, "eval_steps": 30, "save_steps": 10}
 STEPS = [*range(TRAIN["save_steps"], TRAIN["max_steps"] + 1, TRAIN["save_steps"])]
 PATIENCE = 120.0
+ATTEMPTS = 12
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 
 
@@ -291,7 +292,7 @@ def wait(condition: Callable[[], object], what: str, seconds: float = PATIENCE) 
     while not condition():
         if time.monotonic() > end:
             raise Failure(f"waited {seconds:.0f} s in vain for {what}")
-        time.sleep(0.002)
+        time.sleep(0.001)
 
 
 def undisturbed(prepared: Path, folder: Path) -> tuple[str, float, float]:
@@ -323,7 +324,7 @@ def suffer(
     draw: random.Random,
 ) -> Outcome:
     """Kill, start again, and look. A moment that was missed is tried again, in a new copy."""
-    for attempt in range(8):
+    for attempt in range(ATTEMPTS):
         outcome = Outcome(case)
         project = Project(prepared, scratch / f"case-{case.number}-{attempt}", case.mode)
         try:
@@ -338,7 +339,7 @@ def suffer(
             return outcome
         finally:
             project.remove()
-    outcome.failures.append("its moment was missed 8 times")
+    outcome.failures.append(f"its moment was missed {ATTEMPTS} times")
     return outcome
 
 
@@ -350,21 +351,18 @@ def kill(project: Project, outcome: Outcome, delays: dict[str, float], draw: ran
     dvc = trainer.parent()
     if dvc is None:
         return False
+    group = os.getpgid(dvc.pid)
     await_phase(project, case.phase, delays, draw)
     victim = trainer if case.victim == "trainer" else dvc
-    if not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE:
+    if not in_phase(project, case.phase, trainer) or not victim.is_running():
         return False
-    met = in_phase(project, case.phase, trainer)
-    outcome.at = max(project.checkpoints(), default=None)
-    output = project.output()
     if case.victim == "group":
-        os.killpg(os.getpgid(dvc.pid), case.signal)
+        os.killpg(group, case.signal)
     else:
         os.kill(victim.pid, case.signal)
-    reached = re.findall(r"training:.*?(\d+)/\d+ \[", output)
-    outcome.repeated = int(reached[-1]) - (outcome.at or 0) if reached else None
-    if not met:
-        return False
+    outcome.at = max(project.checkpoints(), default=None)
+    if reached := re.findall(r"training:.*?(\d+)/\d+ \[", project.output()):
+        outcome.repeated = max(0, int(reached[-1]) - (outcome.at or 0))
     wait(lambda: not project.trainers(), "the trainer to end: an orphan runs on", 5)
     wait(lambda: not project.working(), "DVC to end", 30)
     return True
@@ -387,27 +385,27 @@ def await_phase(
         time.sleep(draw.uniform(0, 0.02))
     elif phase == "outs":
         wait(lambda: STEPS[-1] in project.checkpoints(), "the last checkpoint")
-        time.sleep(draw.uniform(0, 0.05))
+        time.sleep(draw.uniform(0, 0.03))
     else:
         wait(lambda: project.finished() and not project.trainers(), "the trainer's end")
         time.sleep(draw.uniform(0, delays["commit"]))
 
 
 def in_phase(project: Project, phase: str, trainer: psutil.Process) -> bool:
-    """Whether the work is in the phase, as far as its files and output tell."""
+    """Whether the work is in the phase, as far as its files and output tell: quickly."""
     alive = trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE
-    last = max([0, *project.checkpoints()])
     if phase == "commit":
         return not alive and project.finished()
-    return (
-        alive
-        and {
-            "loading": "trainable" not in project.output(),
-            "steps": 0 < last < STEPS[-1] and not project.writing(),
-            "checkpoint": project.writing(),
-            "outs": last == STEPS[-1] and not project.writing() and not project.finished(),
-        }[phase]
-    )
+    if not alive:
+        return False
+    if phase == "loading":
+        return "trainable" not in project.output()
+    if phase == "checkpoint":
+        return project.writing()
+    last = max([0, *project.checkpoints()])
+    if phase == "steps":
+        return 0 < last < STEPS[-1] and not project.writing()
+    return last == STEPS[-1] and not project.finished()
 
 
 def start_again(project: Project, outcome: Outcome, wanted: str) -> None:
