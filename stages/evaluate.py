@@ -3,7 +3,8 @@
     python -m stages.evaluate
 
 Reads data/tokenized/test, models/base and models/adapter. Writes the rewards of every pair to
-reports/evaluate/rewards.parquet, what the plots show beside it, and metrics/evaluate.json.
+reports/evaluate/rewards.parquet, beside it what the plots show and a page to read the judgements
+on, index.html, and metrics/evaluate.json.
 """
 
 from dataclasses import dataclass
@@ -11,31 +12,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 import torch
 from datasets import Dataset
-from scipy import stats
 
-from stages import params
+from stages import page, params
+from stages.judgement import (
+    Figures,
+    Judged,
+    Resampling,
+    by_length_difference,
+    calibration,
+    histogram,
+    length_audit,
+    losses,
+    receiver,
+    reliability,
+    spread,
+)
 from stages.model import Quantization, load, require_exact, score
 from stages.outputs import whole_folder, write_json
 from stages.packing import load_split, pairs_of, tokens
-from stages.pairwise import hits, losses, margins, sides
+from stages.pairwise import margins, sides
 from stages.params import Positive, Seed
 from stages.process import Fault, run
+from stages.tokens import Template
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
 TEST = Path("data/tokenized/test")
 REPORTS = Path("reports/evaluate")
+REWARDS = REPORTS / "rewards.parquet"
+PAGE = REPORTS / "index.html"
 METRICS = Path("metrics/evaluate.json")
 IDS = ("input_ids_j", "attention_mask_j", "input_ids_k", "attention_mask_k", "prefix_length")
 SLICE_VALUES = 20
-BINS = 30
 
-Floats = npt.NDArray[np.float64]
+Slices = dict[str, dict[str, Figures]]
 
 
 @dataclass(frozen=True)
@@ -55,14 +69,35 @@ def main() -> None:
     pairs = pairs_of(test)
     require_exact(model, max(pairs, key=tokens))
     chosen, rejected = sides(score(model, pairs, group.tokens_per_pack))
+    require_finite(chosen, rejected)
     table = as_table(test, chosen, rejected)
-    metrics = judge(table, chosen, rejected, group)
+    judged, resampling = as_judged(test, table), Resampling(group.bootstrap_samples, group.seed)
+    metrics = measure(table, judged, resampling)
     with whole_folder(REPORTS) as folder:
-        pyarrow.parquet.write_table(table, folder / "rewards.parquet")
-        write_json(folder / "margins.json", histogram(margins(chosen, rejected).double().numpy()))
-        write_json(folder / "slices.json", slices_as_rows(metrics["by"]))
+        pyarrow.parquet.write_table(table, folder / REWARDS.name)
+        for name, rows in (
+            ("margins", histogram(judged.margin)),
+            ("slices", slices_as_rows(metrics["by"])),
+            ("roc", receiver(judged)),
+            ("reliability", reliability(judged.margin)),
+            ("length", by_length_difference(judged, resampling)),
+        ):
+            write_json(folder / f"{name}.json", rows)
+        ids = [(texts.ids[0], texts.ids[1]) for texts in pairs]
+        template = Template.load(ADAPTER / "template.json")
+        page.write(folder / PAGE.name, table, ids, BASE, template, metrics["by"])
     write_json(METRICS, metrics)
     report(metrics)
+
+
+def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+    """Raises a Fault for rewards that are not finite."""
+    margin = margins(chosen, rejected)
+    if broken := int((~margin.isfinite()).sum()):
+        raise Fault(
+            f"{ADAPTER}: the rewards of {broken} of {len(margin)} test pairs are not finite; "
+            "quantization.compute_dtype float32 has the widest range"
+        )
 
 
 def as_table(test: Dataset, chosen: torch.Tensor, rejected: torch.Tensor) -> pa.Table:
@@ -81,95 +116,55 @@ def as_table(test: Dataset, chosen: torch.Tensor, rejected: torch.Tensor) -> pa.
     )
 
 
-def judge(
-    table: pa.Table, chosen: torch.Tensor, rejected: torch.Tensor, group: Evaluate
-) -> dict[str, Any]:
-    """The content of metrics/evaluate.json. Raises a Fault for rewards that are not finite."""
-    right = hits(chosen, rejected).double().numpy()
-    margin = margins(chosen, rejected).double().numpy()
-    if broken := int((~np.isfinite(margin)).sum()):
-        raise Fault(
-            f"{ADAPTER}: the rewards of {broken} of {len(margin)} test pairs are not finite; "
-            "quantization.compute_dtype float32 has the widest range"
-        )
-    prompts = np.unique(table["prompt_id"].to_numpy(), return_inverse=True)[1]
-    low, high = interval(right, prompts, group)
+def as_judged(test: Dataset, table: pa.Table) -> Judged:
+    """The pairs as the figures need them; the length of an answer is that behind the prefix."""
+    prefix = np.asarray(test["prefix_length"])
+    return Judged(
+        chosen=table["reward_chosen"].to_numpy().astype(np.float64),
+        rejected=table["reward_rejected"].to_numpy().astype(np.float64),
+        tokens_chosen=table["tokens_chosen"].to_numpy() - prefix,
+        tokens_rejected=table["tokens_rejected"].to_numpy() - prefix,
+        prompts=np.unique(table["prompt_id"].to_numpy(), return_inverse=True)[1],
+    )
+
+
+def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str, Any]:
+    """The content of metrics/evaluate.json, which the README describes key by key."""
+    overall = resampling.accuracy(judged)
     return {
-        "accuracy": float(right.mean()),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "pairs": len(right),
-        "prompts": int(prompts.max()) + 1,
-        "ties": int((margin == 0).sum()),
-        "loss": losses(chosen, rejected).double().mean().item(),
-        "margin_mean": float(margin.mean()),
-        "margin_std": float(margin.std()),
-        "by": by_slice(table, right, prompts, group),
+        "accuracy": overall["accuracy"],
+        "accuracy_low": overall["low"],
+        "accuracy_high": overall["high"],
+        "pairs": len(judged),
+        "prompts": int(judged.prompts.max()) + 1,
+        "ties": int((judged.margin == 0).sum()),
+        "loss": float(losses(judged.margin).mean()),
+        **{f"margin_{name}": value for name, value in spread(judged.margin).items()},
+        "chosen_mean": float(judged.chosen.mean()),
+        "chosen_std": float(judged.chosen.std()),
+        "rejected_mean": float(judged.rejected.mean()),
+        "rejected_std": float(judged.rejected.std()),
+        "calibration": calibration(judged, resampling.seed),
+        "length": length_audit(judged, resampling),
+        "by": by_slice(table, judged, resampling),
     }
 
 
-def by_slice(
-    table: pa.Table, right: Floats, prompts: npt.NDArray[np.int64], group: Evaluate
-) -> dict[str, dict[str, dict[str, float]]]:
+def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
     """Accuracy by every value of every kept column that has few enough values to be a slice."""
-    result: dict[str, dict[str, dict[str, float]]] = {}
+    result: Slices = {}
     for name in table.column_names[table.column_names.index("tokens_rejected") + 1 :]:
         column = table[name].to_numpy()
         values = sorted({value for value in column if value is not None})
-        if name == "prompt_id" or not 0 < len(values) <= SLICE_VALUES:
-            continue
-        result[name] = {}
-        for value in values:
-            rows = np.flatnonzero(column == value)
-            low, high = interval(right[rows], prompts[rows], group)
-            result[name][value] = {
-                "accuracy": float(right[rows].mean()),
-                "low": low,
-                "high": high,
-                "pairs": len(rows),
+        if name != "prompt_id" and 0 < len(values) <= SLICE_VALUES:
+            result[name] = {
+                value: resampling.accuracy(judged.take(np.flatnonzero(column == value)))
+                for value in values
             }
     return result
 
 
-def interval(right: Floats, prompts: npt.NDArray[np.int64], group: Evaluate) -> tuple[float, float]:
-    """95% interval of the accuracy: percentile bootstrap over prompts, not over pairs.
-
-    Pairs of one prompt are no independent draws (Efron and Tibshirani 1993, chapter 8). Where all
-    pairs are right, or all wrong, resampling says nothing, and the exact binomial bound takes its
-    place, with prompts as the draws (Clopper and Pearson 1934). With a single prompt nothing is
-    known, and the interval is 0 to 1.
-    """
-    _, group_of = np.unique(prompts, return_inverse=True)
-    pairs = np.bincount(group_of)
-    if len(pairs) < 2:
-        return 0.0, 1.0
-    if right.min() == right.max() != 0.5:
-        bound = 0.025 ** (1 / len(pairs))
-        return (bound, 1.0) if right.min() else (0.0, 1 - bound)
-    result = stats.bootstrap(
-        (np.bincount(group_of, weights=right), pairs),
-        lambda hits, sizes, axis: hits.sum(axis=axis) / sizes.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=group.bootstrap_samples,
-        batch=max(1, 10_000_000 // len(pairs)),
-        method="percentile",
-        rng=np.random.default_rng(group.seed),
-    ).confidence_interval
-    return float(result.low), float(result.high)
-
-
-def histogram(margin: Floats) -> list[dict[str, float]]:
-    """Pairs by margin, in bins of equal width; a bin is given by its middle."""
-    counts, edges = np.histogram(margin, bins=BINS)
-    middles = (edges[:-1] + edges[1:]) / 2
-    return [
-        {"margin": round(float(middle), 4), "pairs": int(count)}
-        for middle, count in zip(middles, counts, strict=True)
-    ]
-
-
-def slices_as_rows(by: dict[str, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+def slices_as_rows(by: Slices) -> list[dict[str, Any]]:
     return [
         {"slice": f"{column}: {value}", **figures}
         for column, values in by.items()
@@ -186,11 +181,21 @@ def report(metrics: dict[str, Any]) -> None:
         f"loss       {metrics['loss']:.4f}, margin {metrics['margin_mean']:+.4f} "
         f"with deviation {metrics['margin_std']:.4f}"
     )
+    fit, audit = metrics["calibration"], metrics["length"]
+    print(
+        f"believed   off by {fit['expected_error']:.4f} on average, Brier score "
+        f"{fit['brier']:.4f}, best temperature {fit['temperature']:.3g}"
+    )
+    print(
+        f"length     the longer answer is right in {audit['longer_accuracy']:.4f}; reward and "
+        f"length correlate by {audit['correlation'] or 0:+.4f}"
+    )
     for row in slices_as_rows(metrics["by"]):
         print(
             f"  {row['slice']:<28} {row['accuracy']:.4f} ({row['low']:.4f} to {row['high']:.4f}) "
             f"of {row['pairs']} pairs"
         )
+    print(f"read       {PAGE} shows the judgements themselves, dvc plots show the curves")
 
 
 if __name__ == "__main__":

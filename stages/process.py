@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from stages import PARENT
+import stages
 
 
 class Fault(Exception):
@@ -45,6 +45,6 @@ def _follow_parent() -> None:
     DVC does not take its stages along when it gets SIGTERM or SIGKILL; the orphan would work on
     beside the stage that the next `dvc repro` starts.
     """
-    while os.getppid() == PARENT:
+    while os.getppid() == stages.PARENT:
         time.sleep(0.5)
     os._exit(1)

@@ -64,7 +64,10 @@ def fields_read(module: str, group: str) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_deps_are_the_transitive_imports(stage: str) -> None:
     code = {dep for dep in STAGES[stage]["deps"] if dep.startswith("stages/")}
-    assert code == {f"stages/{name}.py" for name in transitive(stage)}
+    files = [
+        ROOT / "stages" / f"{name}{end}" for name in transitive(stage) for end in (".py", ".html")
+    ]
+    assert code == {f"stages/{path.name}" for path in files if path.exists()}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,18 +3,17 @@
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
 from datasets import load_from_disk
 
 from stages import evaluate, preprocess
-from stages.evaluate import Evaluate, interval
 from stages.outputs import digests
 from stages.packing import Texts
 from stages.process import Fault
@@ -22,7 +21,6 @@ from stages.process import Fault
 from .conftest import write_pairs
 
 Scorer = Callable[[dict[str, Any]], tuple[float, float]]
-GROUP = Evaluate(tokens_per_pack=4096, bootstrap_samples=2000, seed=0)
 
 
 @pytest.fixture
@@ -33,6 +31,8 @@ def judged(
     write_pairs(workspace / "data" / "raw" / "pairs.json", 100)
     set_params("preprocess", validation_fraction=0.1, test_fraction=0.2)
     preprocess.main()
+    evaluate.ADAPTER.mkdir()
+    shutil.copy("data/tokenized/template.json", evaluate.ADAPTER)
 
     def run(scorer: Scorer) -> dict[str, Any]:
         def score(_: None, pairs: list[Texts], __: int) -> torch.Tensor:
@@ -65,13 +65,26 @@ def test_a_constant_scorer_is_right_half_of_the_time(
     assert metrics["ties"] == metrics["pairs"] == 20
     assert metrics["loss"] == pytest.approx(math.log(2))
     assert metrics["margin_mean"] == metrics["margin_std"] == 0
+    assert metrics["calibration"]["expected_error"] == 0
+    assert metrics["calibration"]["brier"] == 0.25
+    assert metrics["length"]["correlation"] is None
+
+
+def test_a_random_scorer_is_right_half_of_the_time_within_its_interval(
+    judged: Callable[[Scorer], dict[str, Any]],
+) -> None:
+    draw = random.Random(5)
+    metrics = judged(lambda row: (draw.random(), draw.random()))
+    assert metrics["accuracy_low"] < 0.5 < metrics["accuracy_high"]
 
 
 def test_an_oracle_is_always_right_and_its_opposite_never(
     judged: Callable[[Scorer], dict[str, Any]],
 ) -> None:
-    assert judged(lambda row: (1.0, 0.0))["accuracy"] == 1
-    assert judged(lambda row: (0.0, 1.0))["accuracy"] == 0
+    oracle, inverted = judged(lambda row: (1.0, 0.0)), judged(lambda row: (0.0, 1.0))
+    assert (oracle["accuracy"], inverted["accuracy"]) == (1, 0)
+    assert (oracle["chosen_mean"], oracle["rejected_mean"]) == (1, 0)
+    assert oracle["loss"] < math.log(2) < inverted["loss"]
 
 
 def test_figures_are_those_of_a_plain_loop(judged: Callable[[Scorer], dict[str, Any]]) -> None:
@@ -142,7 +155,8 @@ def test_same_rewards_give_the_same_bytes(judged: Callable[[Scorer], dict[str, A
     judged(by_id)
     first = digests(evaluate.REPORTS), evaluate.METRICS.read_bytes()
     judged(by_id)
-    assert first[0].keys() == {"margins.json", "rewards.parquet", "slices.json"}
+    plots = {"length.json", "margins.json", "reliability.json", "roc.json", "slices.json"}
+    assert first[0].keys() == {"index.html", "rewards.parquet"} | plots
     assert (digests(evaluate.REPORTS), evaluate.METRICS.read_bytes()) == first
 
 
@@ -154,61 +168,3 @@ def test_rewards_that_are_not_finite_stop_the_stage(
         judged(lambda row: (broken, 0.0))
     assert not evaluate.REPORTS.exists()
     assert not evaluate.METRICS.exists()
-
-
-# --- the interval ----------------------------------------------------------------------------
-
-
-def slow_interval(right: list[float], prompts: list[int], samples: int) -> tuple[float, float]:
-    """Draw prompts with their pairs, with replacement; the middle 95% of the accuracies."""
-    draw = random.Random(1)
-    names = sorted(set(prompts))
-    accuracies = []
-    for _ in range(samples):
-        hits: list[float] = []
-        for name in (draw.choice(names) for _ in names):
-            hits += [hit for hit, prompt in zip(right, prompts, strict=True) if prompt == name]
-        accuracies.append(sum(hits) / len(hits))
-    accuracies.sort()
-    return accuracies[int(0.025 * samples)], accuracies[int(0.975 * samples)]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_interval_is_that_of_resampled_prompts(seed: int) -> None:
-    draw = random.Random(seed)
-    prompts = [draw.randrange(25) for _ in range(80)]
-    right = [draw.choice([0.0, 0.5, 1.0, 1.0]) for _ in prompts]
-    found = interval(np.array(right), np.array(prompts), GROUP)
-    assert found == pytest.approx(slow_interval(right, prompts, 2000), abs=0.02)
-
-
-def test_pairs_of_one_prompt_count_as_one_draw() -> None:
-    """Ten copies of every pair are no more evidence than one."""
-    right = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.5])
-    prompts = np.arange(8)
-    once = interval(right, prompts, GROUP)
-    copied = interval(np.repeat(right, 10), np.repeat(prompts, 10), GROUP)
-    assert copied == pytest.approx(once)
-    assert once[1] - once[0] > 0.4
-
-
-def test_a_single_prompt_tells_nothing() -> None:
-    assert interval(np.array([1.0, 1.0]), np.array([7, 7]), GROUP) == (0.0, 1.0)
-
-
-def test_interval_follows_its_seed() -> None:
-    right, prompts = np.array([1.0, 0.0] * 20), np.arange(40)
-    other = Evaluate(tokens_per_pack=1, bootstrap_samples=50, seed=1)
-    again = Evaluate(tokens_per_pack=1, bootstrap_samples=50, seed=1)
-    third = Evaluate(tokens_per_pack=1, bootstrap_samples=50, seed=2)
-    assert interval(right, prompts, other) == interval(right, prompts, again)
-    assert interval(right, prompts, other) != interval(right, prompts, third)
-
-
-def test_all_right_or_all_wrong_is_not_certain() -> None:
-    """Ten prompts without a miss: a model that is right in 0.69 of prompts does it in 1 of 40."""
-    group, prompts = Evaluate(4096, 100, 0), np.arange(20) % 10
-    low, high = interval(np.ones(20), prompts, group)
-    assert low**10 == pytest.approx(0.025)
-    assert high == 1
-    assert interval(np.zeros(20), prompts, group) == (0, 1 - low)

@@ -50,7 +50,17 @@ OUTPUTS = {
         "training.json",
     },
     "reports/train": {"training.json", "validation.json"},
-    "reports/evaluate": {"margins.json", "rewards.parquet", "slices.json"},
+    "reports/evaluate": {
+        *(
+            "index.html",
+            "length.json",
+            "margins.json",
+            "reliability.json",
+            "rewards.parquet",
+            "roc.json",
+        ),
+        "slices.json",
+    },
 }
 STAGES = ["fetch", "preprocess", "train", "evaluate", "export"]
 

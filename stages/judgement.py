@@ -1,0 +1,252 @@
+"""What the rewards of pairs say about a reward model, as pure functions. All shapes [pairs].
+
+A pair is judged by its margin m = r_chosen - r_rejected, and P(chosen is preferred) = sigmoid(m)
+(Bradley and Terry 1952). A tie counts as half right.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, special, stats
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Figures = dict[str, float]
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CONFIDENCE_BINS = 10
+# Temperatures beyond these say that no finite one is best.
+COLDEST, HOTTEST = 1e-3, 1e3
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rewards and lengths of pairs; `prompts` numbers their prompts from 0, lengths in tokens."""
+
+    chosen: Floats
+    rejected: Floats
+    tokens_chosen: Ints
+    tokens_rejected: Ints
+    prompts: Ints
+
+    @cached_property
+    def margin(self) -> Floats:
+        return self.chosen - self.rejected
+
+    @cached_property
+    def right(self) -> Floats:
+        """1 where the chosen answer has the higher reward, 0 where the lower, 0.5 at a tie."""
+        return np.heaviside(self.margin, 0.5)
+
+    @cached_property
+    def longer(self) -> Ints:
+        """1 where the chosen answer is the longer one, -1 where the shorter, else 0."""
+        return np.sign(self.tokens_chosen - self.tokens_rejected)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def take(self, rows: npt.NDArray[Any]) -> "Judged":
+        return Judged(
+            self.chosen[rows],
+            self.rejected[rows],
+            self.tokens_chosen[rows],
+            self.tokens_rejected[rows],
+            self.prompts[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals come about: resamples of the prompts, from a seed."""
+
+    samples: int
+    seed: int
+
+    def interval(self, values: Floats, prompts: Ints) -> tuple[float, float]:
+        """95% interval of the mean: percentile bootstrap over prompts, not over pairs.
+
+        Pairs of one prompt are no independent draws (Efron and Tibshirani 1993, chapter 8). Where
+        all values are 1, or all 0, resampling says nothing, and the exact binomial bound takes its
+        place, with prompts as the draws (Clopper and Pearson 1934). With a single prompt nothing
+        is known, and the interval is 0 to 1.
+        """
+        _, group_of = np.unique(prompts, return_inverse=True)
+        pairs = np.bincount(group_of)
+        if len(pairs) < 2:
+            return 0.0, 1.0
+        if values.min() == values.max() and values.min() in (0, 1):
+            bound = 0.025 ** (1 / len(pairs))
+            return (bound, 1.0) if values.min() else (0.0, 1 - bound)
+        result = stats.bootstrap(
+            (np.bincount(group_of, weights=values), pairs),
+            lambda sums, sizes, axis: sums.sum(axis=axis) / sizes.sum(axis=axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=self.samples,
+            batch=max(1, 10_000_000 // len(pairs)),
+            method="percentile",
+            rng=np.random.default_rng(self.seed),
+        ).confidence_interval
+        return float(result.low), float(result.high)
+
+    def accuracy(self, judged: Judged) -> Figures:
+        """Accuracy with its interval, and the number of pairs; of no pairs their number alone."""
+        if not len(judged):
+            return {"pairs": 0}
+        low, high = self.interval(judged.right, judged.prompts)
+        return {
+            "accuracy": float(judged.right.mean()),
+            "low": low,
+            "high": high,
+            "pairs": len(judged),
+        }
+
+
+def losses(margin: Floats) -> Floats:
+    """-log sigmoid(margin) (Ouyang et al. 2022, equation 1)."""
+    return -special.log_expit(margin)
+
+
+def spread(values: Floats) -> Figures:
+    """Mean, population deviation and quantiles."""
+    found = np.quantile(values, QUANTILES).tolist()
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        **{f"q{100 * share:02.0f}": value for share, value in zip(QUANTILES, found, strict=True)},
+    }
+
+
+# --- calibration -----------------------------------------------------------------------------
+
+
+def calibration(judged: Judged, seed: int) -> Figures:
+    """How far probabilities can be believed.
+
+    The temperature is fitted on one half of the prompts; the losses are those of the other half,
+    without it and with it.
+    """
+    prompts = np.unique(judged.prompts)
+    fitted = np.random.default_rng(seed).permutation(prompts)[: len(prompts) // 2]
+    inside = np.isin(judged.prompts, fitted)
+    found = temperature(judged.margin[inside]) if inside.any() else 1.0
+    rest = judged.margin[~inside]
+    return {
+        "expected_error": expected_calibration_error(judged.margin),
+        "brier": brier(judged.margin),
+        "temperature": found,
+        "pairs": len(rest),
+        "loss": float(losses(rest).mean()),
+        "loss_at_temperature": float(losses(rest / found).mean()),
+    }
+
+
+def reliability(margin: Floats) -> list[Figures]:
+    """For each bin of confidence that has pairs: mean confidence, accuracy, pairs.
+
+    Confidence is the probability of the answer that the model prefers, from 0.5 to 1.
+    """
+    confidence = special.expit(np.abs(margin))
+    right = np.heaviside(margin, 0.5)
+    # A confidence of 1 is in the last bin.
+    bins = np.minimum(((confidence - 0.5) * 2 * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
+    return [
+        {
+            "confidence": float(confidence[bins == index].mean()),
+            "accuracy": float(right[bins == index].mean()),
+            "pairs": int((bins == index).sum()),
+        }
+        for index in np.unique(bins).tolist()
+    ]
+
+
+def expected_calibration_error(margin: Floats) -> float:
+    """Mean distance of accuracy and confidence over the bins, by their pairs (Guo et al. 2017)."""
+    return sum(
+        each["pairs"] / len(margin) * abs(each["accuracy"] - each["confidence"])
+        for each in reliability(margin)
+    )
+
+
+def brier(margin: Floats) -> float:
+    """Mean square of 1 - P(chosen is preferred) (Brier 1950)."""
+    return float(np.square(special.expit(-margin)).mean())
+
+
+def temperature(margin: Floats) -> float:
+    """The T that minimizes the mean loss of margins / T (Guo et al. 2017, section 4.2).
+
+    Within COLDEST and HOTTEST: where all pairs are right, colder is better without end.
+    """
+    result = optimize.minimize_scalar(
+        lambda logarithm: losses(margin / np.exp(logarithm)).mean(),
+        bounds=(np.log(COLDEST), np.log(HOTTEST)),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    return float(np.exp(result.x))
+
+
+# --- length ----------------------------------------------------------------------------------
+
+
+def length_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
+    """Whether the model likes an answer, or its length.
+
+    `longer_accuracy` is that of preferring the longer answer, `correlation` Spearman's of reward
+    and length over all answers, None where one of them is constant.
+    """
+    rewards = np.concatenate([judged.chosen, judged.rejected])
+    tokens = np.concatenate([judged.tokens_chosen, judged.tokens_rejected])
+    varied = len(np.unique(rewards)) > 1 and len(np.unique(tokens)) > 1
+    return {
+        "longer_accuracy": float(np.heaviside(judged.longer.astype(float), 0.5).mean()),
+        "correlation": float(stats.spearmanr(rewards, tokens).statistic) if varied else None,
+        "chosen_longer": resampling.accuracy(judged.take(judged.longer > 0)),
+        "chosen_shorter": resampling.accuracy(judged.take(judged.longer < 0)),
+        "equal": resampling.accuracy(judged.take(judged.longer == 0)),
+    }
+
+
+# --- curves ----------------------------------------------------------------------------------
+
+
+def receiver(judged: Judged, points: int = 200) -> list[Figures]:
+    """The ROC of rewards as scores of "this is a chosen answer": at most about `points` of it."""
+    scores = np.concatenate([judged.chosen, judged.rejected])
+    good = np.concatenate([np.ones(len(judged)), np.zeros(len(judged))])
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.diff(scores[order], append=np.nan))
+    true = np.concatenate([[0.0], np.cumsum(good[order])[last] / len(judged)])
+    false = np.concatenate([[0.0], np.cumsum(1 - good[order])[last] / len(judged)])
+    kept = np.unique(np.linspace(0, len(true) - 1, points).round().astype(int))
+    return [
+        {"false_positives": float(false[index]), "true_positives": float(true[index])}
+        for index in kept
+    ]
+
+
+def histogram(margin: Floats, bins: int = 30) -> list[Figures]:
+    """Pairs by margin, in bins of equal width; a bin is given by its middle."""
+    counts, edges = np.histogram(margin, bins=bins)
+    middles = (edges[:-1] + edges[1:]) / 2
+    return [
+        {"margin": round(float(middle), 4), "pairs": int(count)}
+        for middle, count in zip(middles, counts, strict=True)
+    ]
+
+
+def by_length_difference(judged: Judged, resampling: Resampling, groups: int = 8) -> list[Figures]:
+    """Accuracy in groups of like difference of length, chosen less rejected, in tokens."""
+    difference = judged.tokens_chosen - judged.tokens_rejected
+    edges = np.unique(np.quantile(difference, np.linspace(0, 1, groups + 1)))
+    group_of = np.searchsorted(edges[1:-1], difference, side="right")
+    return [
+        {"difference": float(np.median(difference[group_of == group]))}
+        | resampling.accuracy(judged.take(group_of == group))
+        for group in np.unique(group_of)
+    ]
