@@ -177,6 +177,7 @@ class Project:
         self.folder, self.mode = folder, mode
         shutil.copytree(prepared, folder, symlinks=True)
         self.log = folder.with_suffix(".log")
+        self.seen: dict[Path, int] = {}
         self.command: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -207,9 +208,19 @@ class Project:
         return done.stdout
 
     def output(self) -> str:
-        """What was printed so far, by tasks of the queue too."""
-        logs = [self.log, *self.folder.glob(".dvc/tmp/exps/run/*/*.out")]
-        return "\n".join(path.read_text(errors="replace") for path in logs if path.exists())
+        """What was printed since the last `forget`, by tasks of the queue too."""
+        return "\n".join(
+            path.read_text(encoding="utf-8", errors="replace")[self.seen.get(path, 0) :]
+            for path in self.logs()
+        )
+
+    def forget(self) -> None:
+        for path in self.logs():
+            self.seen[path] = len(path.read_text(encoding="utf-8", errors="replace"))
+
+    def logs(self) -> list[Path]:
+        found = [self.log, *self.folder.glob(".dvc/tmp/exps/run/*/*.out")]
+        return [path for path in found if path.exists()]
 
     def processes(self) -> list[psutil.Process]:
         """All that run in the folder, or below it."""
@@ -418,7 +429,7 @@ def start_again(project: Project, outcome: Outcome, wanted: str) -> None:
     ).returncode:
         project.call("git", "switch", "--quiet", "main")
         outcome.mended = True
-    before = len(project.output())
+    project.forget()
     project.start()
     end = time.monotonic() + PATIENCE
     while project.working():
@@ -428,7 +439,7 @@ def start_again(project: Project, outcome: Outcome, wanted: str) -> None:
         if time.monotonic() > end:
             raise Failure("the second run does not end")
         time.sleep(0.1)
-    output = project.output()[before:]
+    output = project.output()
     resumed = [int(step) for step in re.findall(r"resuming   from step-(\d+)", output)]
     if project.recorded() != wanted:
         outcome.failures.append(f"other bytes, or none: {output[-600:]}")
