@@ -69,18 +69,11 @@ class Resampling:
     def interval(self, values: Floats, prompts: Ints) -> tuple[float, float]:
         """95% interval of the mean: percentile bootstrap over prompts, not over pairs.
 
-        Pairs of one prompt are no independent draws (Efron and Tibshirani 1993, chapter 8). Where
-        all values are 1, or all 0, resampling says nothing, and the exact binomial bound takes its
-        place, with prompts as the draws (Clopper and Pearson 1934). With a single prompt nothing
-        is known, and the interval is 0 to 1.
+        Pairs of one prompt are no independent draws (Efron and Tibshirani 1993, chapter 8). There
+        must be two prompts at least.
         """
         _, group_of = np.unique(prompts, return_inverse=True)
         pairs = np.bincount(group_of)
-        if len(pairs) < 2:
-            return 0.0, 1.0
-        if values.min() == values.max() and values.min() in (0, 1):
-            bound = 0.025 ** (1 / len(pairs))
-            return (bound, 1.0) if values.min() else (0.0, 1 - bound)
         result = stats.bootstrap(
             (np.bincount(group_of, weights=values), pairs),
             lambda sums, sizes, axis: sums.sum(axis=axis) / sizes.sum(axis=axis),
@@ -93,11 +86,25 @@ class Resampling:
         ).confidence_interval
         return float(result.low), float(result.high)
 
+    def interval_of_share(self, right: Floats, prompts: Ints) -> tuple[float, float]:
+        """The same for values from 0 to 1, where resampling says nothing too.
+
+        With a single prompt nothing is known, and the interval is 0 to 1. Where all values are 1,
+        or all 0, it is the exact binomial one, with prompts as draws (Clopper and Pearson 1934).
+        """
+        count = len(np.unique(prompts))
+        if count < 2:
+            return 0.0, 1.0
+        if right.min() == right.max() != 0.5:
+            bound = 0.025 ** (1 / count)
+            return (bound, 1.0) if right.min() else (0.0, 1 - bound)
+        return self.interval(right, prompts)
+
     def accuracy(self, judged: Judged) -> Figures:
         """Accuracy with its interval, and the number of pairs; of no pairs their number alone."""
         if not len(judged):
             return {"pairs": 0}
-        low, high = self.interval(judged.right, judged.prompts)
+        low, high = self.interval_of_share(judged.right, judged.prompts)
         return {
             "accuracy": float(judged.right.mean()),
             "low": low,

@@ -14,16 +14,20 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
+NEEDS = ("cuda", "browser")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked cuda run where there is a GPU."""
+    """Tests marked cuda run where there is a GPU, those marked browser where there is one."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="no GPU here"))
+    from .browser import CHROMIUM
+
+    here = {"cuda": torch.cuda.is_available(), "browser": CHROMIUM is not None}
+    for item in items:
+        for name in NEEDS:
+            if item.get_closest_marker(name) and not here[name]:
+                item.add_marker(pytest.mark.skip(reason=f"no {name} here"))
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +38,9 @@ def threads_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """In continuous integration a skipped test is a failed one, those for a GPU apart."""
+    """In continuous integration a skipped test is a failed one, but for what it may lack."""
     report = yield
-    if report.skipped and os.environ.get("CI") and not item.get_closest_marker("cuda"):
+    if report.skipped and os.environ.get("CI") and not any(map(item.get_closest_marker, NEEDS)):
         report.outcome = "failed"
     return report
 

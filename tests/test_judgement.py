@@ -56,7 +56,7 @@ def test_interval_is_that_of_resampled_prompts(seed: int) -> None:
     draw = random.Random(seed)
     prompts = [draw.randrange(25) for _ in range(80)]
     right = [draw.choice([0.0, 0.5, 1.0, 1.0]) for _ in prompts]
-    found = RESAMPLING.interval(np.array(right), np.array(prompts))
+    found = RESAMPLING.interval_of_share(np.array(right), np.array(prompts))
     assert found == pytest.approx(slow_interval(right, prompts, 2000), abs=0.02)
 
 
@@ -64,30 +64,30 @@ def test_pairs_of_one_prompt_count_as_one_draw() -> None:
     """Ten copies of every pair are no more evidence than one."""
     right = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.5])
     prompts = np.arange(8)
-    once = RESAMPLING.interval(right, prompts)
-    copied = RESAMPLING.interval(np.repeat(right, 10), np.repeat(prompts, 10))
+    once = RESAMPLING.interval_of_share(right, prompts)
+    copied = RESAMPLING.interval_of_share(np.repeat(right, 10), np.repeat(prompts, 10))
     assert copied == pytest.approx(once)
     assert once[1] - once[0] > 0.4
 
 
 def test_a_single_prompt_tells_nothing() -> None:
-    assert RESAMPLING.interval(np.array([1.0, 1.0]), np.array([7, 7])) == (0.0, 1.0)
+    assert RESAMPLING.interval_of_share(np.array([1.0, 1.0]), np.array([7, 7])) == (0.0, 1.0)
 
 
 def test_interval_follows_its_seed() -> None:
     right, prompts = np.array([1.0, 0.0] * 20), np.arange(40)
-    other = Resampling(50, 1).interval(right, prompts)
-    assert other == Resampling(50, 1).interval(right, prompts)
-    assert other != Resampling(50, 2).interval(right, prompts)
+    other = Resampling(50, 1).interval_of_share(right, prompts)
+    assert other == Resampling(50, 1).interval_of_share(right, prompts)
+    assert other != Resampling(50, 2).interval_of_share(right, prompts)
 
 
 def test_all_right_or_all_wrong_is_not_certain() -> None:
     """Ten prompts without a miss: a model that is right in 0.69 of prompts does it in 1 of 40."""
     prompts = np.arange(20) % 10
-    low, high = RESAMPLING.interval(np.ones(20), prompts)
+    low, high = RESAMPLING.interval_of_share(np.ones(20), prompts)
     assert low**10 == pytest.approx(0.025)
     assert high == 1
-    assert RESAMPLING.interval(np.zeros(20), prompts) == (0, 1 - low)
+    assert RESAMPLING.interval_of_share(np.zeros(20), prompts) == (0, 1 - low)
 
 
 def test_accuracy_of_no_pairs_is_none() -> None:

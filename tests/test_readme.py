@@ -73,6 +73,15 @@ def test_the_figures_are_those_of_the_committed_run(name: str) -> None:
         assert f"| {kind} | {figures['accuracy']:.3f} |" in TEXTS[name]
 
 
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_every_key_of_the_evaluation_is_described_and_no_other(name: str) -> None:
+    keys = {key for key in EVALUATED if key not in ("calibration", "length")}
+    keys |= {f"{group}.{key}" for group in ("calibration", "length") for key in EVALUATED[group]}
+    [table] = re.findall(r"^\| (?:key|键) \|.*?\n\n", TEXTS[name], re.DOTALL | re.MULTILINE)
+    cells = [line.split("|")[1] for line in table.strip().splitlines()[2:]]
+    assert {key for cell in cells for key in re.findall("`(.+?)`", cell)} == keys
+
+
 def test_both_languages_show_the_same_commands_and_tables() -> None:
     english, chinese = (TEXTS[name] for name in LANGUAGES)
     for language in ("sh", "json", "mermaid"):

@@ -1,0 +1,150 @@
+"""Say whether one reward model judges better than another, or whether that cannot be told.
+
+    python -m stages.compare main my-experiment
+
+Takes two revisions of this repository: branches, tags, commits, names of experiments, or
+"workspace". Reads the rewards that evaluate wrote there, pair by pair.
+"""
+
+import argparse
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet
+from scipy import stats
+
+from stages.judgement import Floats, Ints, Resampling
+from stages.process import Fault, run
+
+REWARDS = Path("reports/evaluate/rewards.parquet")
+RESAMPLING = Resampling(samples=10_000, seed=0)
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two judgements of the same pairs; all shapes [pairs], `right` 1, 0 or 0.5 at a tie."""
+
+    ids: list[str]
+    prompts: Ints
+    margins: tuple[Floats, Floats]
+
+    @property
+    def right(self) -> tuple[Floats, Floats]:
+        first, second = (np.heaviside(margin, 0.5) for margin in self.margins)
+        return first, second
+
+    @property
+    def gain(self) -> Floats:
+        """What the second has more right than the first: from -1 to 1."""
+        first, second = self.right
+        return second - first
+
+
+def main() -> None:
+    options = parse()
+    names = (options.first, options.second)
+    found = align(rewards_of(names[0]), rewards_of(names[1]), names)
+    print(report(found, names, options.all))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("first", help="a revision, the name of an experiment, or workspace")
+    parser.add_argument("second", help="another one; is it better?")
+    parser.add_argument("--all", action="store_true", help="list all pairs that changed sides")
+    return parser.parse_args()
+
+
+def rewards_of(name: str) -> pa.Table:
+    """The table of rewards at a revision. Raises a Fault where there is none."""
+    if name == "workspace":
+        try:
+            return pyarrow.parquet.read_table(REWARDS)
+        except (OSError, pa.ArrowException) as error:
+            raise Fault(f"{REWARDS} cannot be read ({error}), wanted a dvc repro first") from None
+    from dvc import api
+    from dvc.exceptions import DvcException
+    from dvc.scm import SCMError
+
+    try:
+        content = api.read(REWARDS.as_posix(), rev=name, mode="rb")
+    except (DvcException, SCMError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise Fault(
+            f"{name}: no {REWARDS} can be had there ({reason}), wanted a revision or an experiment "
+            "that was evaluated, and its cache or a dvc pull"
+        ) from None
+    return pyarrow.parquet.read_table(io.BytesIO(content))
+
+
+def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparison:
+    """The pairs that both have judged, in the order of the first."""
+    places = {key: index for index, key in enumerate(second["id"].to_pylist())}
+    ids = first["id"].to_pylist()
+    rows = [index for index, key in enumerate(ids) if key in places]
+    if not rows:
+        raise Fault(f"{names[0]} and {names[1]} have judged no pair in common, wanted some")
+    if others := (len(ids) - len(rows)) + (len(places) - len(rows)):
+        print(
+            f"note       {others} pairs were judged by one of the two alone, and are left out",
+            file=sys.stderr,
+        )
+    taken = [places[ids[index]] for index in rows]
+    prompts: npt.NDArray[Any] = first["prompt_id"].to_numpy()[rows]
+    return Comparison(
+        [ids[index] for index in rows],
+        np.unique(prompts, return_inverse=True)[1],
+        (margins_of(first, rows), margins_of(second, taken)),
+    )
+
+
+def margins_of(table: pa.Table, rows: list[int]) -> Floats:
+    return np.asarray(table["margin"].to_numpy()[rows], dtype=np.float64)
+
+
+def mcnemar(gain: Floats) -> float:
+    """The exact p-value of as many changes to the better and to the worse (McNemar 1947).
+
+    A change from or to a tie counts as one by its direction.
+    """
+    better, changed = int((gain > 0).sum()), int((gain != 0).sum())
+    return float(stats.binomtest(better, changed).pvalue) if changed else 1.0
+
+
+def report(found: Comparison, names: tuple[str, str], everything: bool) -> str:
+    """What a person wants to know, first of all the answer."""
+    gain, prompts = found.gain, len(np.unique(found.prompts))
+    low, high = RESAMPLING.interval(gain, found.prompts) if prompts > 1 else (-1.0, 1.0)
+    better, worse = int((gain > 0).sum()), int((gain < 0).sum())
+    verdict = "is better" if low > 0 else "is worse" if high < 0 else "cannot be told from noise"
+    first, second = (float(right.mean()) for right in found.right)
+    lines = [
+        f"verdict    {names[1]} {verdict}",
+        f"accuracy   {first:.4f} for {names[0]}, {second:.4f} for {names[1]}, "
+        f"{len(gain)} pairs of {prompts} prompts",
+        f"difference {gain.mean():+.4f} (95% interval {low:+.4f} to {high:+.4f}, paired, "
+        "over prompts)",
+        f"changed    {better} pairs to the better, {worse} to the worse; "
+        f"McNemar's exact p = {mcnemar(gain):.3g}",
+    ]
+    changed = sorted(np.flatnonzero(gain), key=lambda row: -abs(np.subtract(*found.margins)[row]))
+    for row in changed if everything else changed[:SHOWN]:
+        before, after = (margin[row] for margin in found.margins)
+        direction = "better" if gain[row] > 0 else "worse "
+        lines.append(f"  {direction} {found.ids[row]}  margin {before:+.4f} -> {after:+.4f}")
+    if len(changed) > SHOWN and not everything:
+        lines.append(f"  and {len(changed) - SHOWN} more (--all)")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

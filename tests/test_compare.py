@@ -1,0 +1,140 @@
+"""Comparing two judgements: the answer, and where it comes from."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+
+from stages import compare
+from stages.compare import Comparison, align, mcnemar, report
+from stages.process import Fault, run
+
+NAMES = ("main", "other")
+
+
+def table(margins: list[float], ids: list[str] | None = None, each: int = 1) -> pa.Table:
+    """Rewards as evaluate writes them, `each` pairs of a prompt following one another."""
+    return pa.table(
+        {
+            "id": ids or [f"id{index}" for index in range(len(margins))],
+            "margin": pa.array(margins, pa.float32()),
+            "prompt_id": [f"prompt{index // each}" for index in range(len(margins))],
+        }
+    )
+
+
+def compared(first: list[float], second: list[float], each: int = 1) -> Comparison:
+    return align(table(first, each=each), table(second, each=each), NAMES)
+
+
+def test_a_clear_gain_is_called_better_and_a_clear_loss_worse() -> None:
+    bad, good = [-1.0] * 30 + [1.0] * 30, [1.0] * 55 + [-1.0] * 5
+    assert "verdict    other is better" in report(compared(bad, good), NAMES, False)
+    assert "verdict    other is worse" in report(compared(good, bad), NAMES, False)
+
+
+def test_the_same_rewards_are_no_gain() -> None:
+    draw = np.random.default_rng(0).normal(size=50).tolist()
+    said = report(compared(draw, draw), NAMES, False)
+    assert "other cannot be told from noise" in said
+    assert "0 pairs to the better, 0 to the worse; McNemar's exact p = 1" in said
+    assert "difference +0.0000" in said
+
+
+def test_noise_is_called_noise_about_as_often_as_it_should_be() -> None:
+    draw = np.random.default_rng(1)
+    verdicts = []
+    for _ in range(60):
+        first, second = (draw.normal(0.5, 1, 80).tolist() for _ in range(2))
+        verdicts.append("cannot be told" in report(compared(first, second), NAMES, False))
+    assert sum(verdicts) >= 51
+
+
+def test_many_pairs_of_few_prompts_are_little_evidence() -> None:
+    """A gain on one prompt out of four, whether it has two pairs or twenty."""
+    for each in (2, 20):
+        first = [1.0] * each * 3 + [-1.0] * each
+        said = report(compared(first, [1.0] * each * 4, each), NAMES, False)
+        assert "cannot be told from noise" in said
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 5), (12, 3), (0, 7), (1, 0)])
+def test_mcnemar_is_the_exact_binomial_test(better: int, worse: int) -> None:
+    gain = np.array([1.0] * better + [-1.0] * worse + [0.0] * 9)
+    total = better + worse
+    tails = sum(
+        stats.binom.pmf(k, total, 0.5)
+        for k in range(total + 1)
+        if stats.binom.pmf(k, total, 0.5) <= stats.binom.pmf(better, total, 0.5) * (1 + 1e-9)
+    )
+    assert mcnemar(gain) == pytest.approx(tails if total else 1.0)
+
+
+def test_ties_count_half() -> None:
+    found = compared([0.0, 1.0, -1.0], [1.0, 0.0, 0.0])
+    assert found.gain.tolist() == [0.5, -0.5, 0.5]
+
+
+def test_pairs_are_matched_by_id_and_others_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = table([1.0, -1.0, 2.0], ["a", "b", "c"]), table([5.0, 3.0], ["c", "b"])
+    found = align(first, second, NAMES)
+    assert found.ids == ["b", "c"]
+    assert [margins.tolist() for margins in found.margins] == [[-1.0, 2.0], [3.0, 5.0]]
+    assert "1 pairs were judged by one of the two alone" in capsys.readouterr().err
+    with pytest.raises(Fault, match="have judged no pair in common"):
+        align(first, table([1.0], ["z"]), NAMES)
+
+
+def test_pairs_that_changed_sides_are_listed_the_largest_change_first() -> None:
+    found = compared([-1.0] * 12 + [1.0], [float(n) for n in range(1, 13)] + [-9.0])
+    shown = report(found, NAMES, False).splitlines()
+    assert "better id11  margin -1.0000 -> +12.0000" in shown[4]
+    assert shown[-1] == "  and 3 more (--all)"
+    everything = report(found, NAMES, True).splitlines()
+    assert len(everything) == 4 + 13
+    assert any("worse  id12  margin +1.0000 -> -9.0000" in line for line in everything)
+
+
+def test_revisions_are_read_from_dvc_and_the_workspace_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    compare.REWARDS.parent.mkdir(parents=True)
+    pq.write_table(table([1.0] * 20), compare.REWARDS)
+    content = io.BytesIO()
+    pq.write_table(table([-1.0] * 20), content)
+    asked = []
+
+    def read(path: str, rev: str, mode: str) -> bytes:
+        asked.append((path, rev, mode))
+        return content.getvalue()
+
+    monkeypatch.setattr("dvc.api.read", read)
+    monkeypatch.setattr(sys, "argv", ["compare", "main", "workspace"])
+    compare.main()
+    assert asked == [("reports/evaluate/rewards.parquet", "main", "rb")]
+    said = capsys.readouterr().out
+    assert "workspace is better" in said
+    assert "accuracy   0.0000 for main, 1.0000 for workspace, 20 pairs of 20 prompts" in said
+
+
+@pytest.mark.parametrize("name", ["no-such-thing", "workspace"])
+def test_what_cannot_be_had_is_a_sentence(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare", name, name])
+    with pytest.raises(SystemExit) as ended:
+        run(compare.main)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "wanted" in said
