@@ -3,11 +3,10 @@
 python -m benchmarks.speed
 
 Ours against TRL's RewardTrainer, against the article's loop (one pair at a time, two passes), and
-against the bare matrix products, below which no trainer of this model can get. All have the same
-base, pairs, order of pairs, first adapter and head, optimizer and threads; they take turns, each
-time in a process of its own, and the median counts. Prints a table and writes it to
-benchmarks/results/<cpu or cuda>.md, with the raw figures (.json) and a picture (.svg) beside it.
-Needs the extra `bench`.
+against the bare matrix products of the base's linear layers. All have the same base, pairs, order
+of pairs, first adapter and head, optimizer and threads; they take turns, each time in a process of
+its own, and the median counts. Prints a table and writes it to benchmarks/results/<cpu or cuda>.md,
+with the raw figures (.json) and a picture (.svg) beside it. Needs the extra `bench`.
 """
 
 # First of all: it silences what bitsandbytes warns of at its import.
@@ -194,7 +193,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table; `floor` names the row that no other of its kind can be faster than."""
+    """A row of the table; `floor` names the row of bare products that its speed is a share of."""
 
     label: str
     measure: Callable[[Workload], Measurement]
