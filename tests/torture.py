@@ -6,7 +6,7 @@ In copies of a fresh clone, the training of the embedded default is killed, once
 trainer, DVC, or all of their process group, by SIGINT, SIGTERM or SIGKILL, under `dvc repro` and
 all kinds of `dvc exp run`, in every phase of the work. The same command is then given again, and
 must end with the bytes of a run that nobody disturbed. Prints a table and writes it to
-benchmarks/results/torture.md. Linux only; takes about 20 minutes on 2 cores.
+benchmarks/results/torture.md. Linux only; takes about 25 minutes on 2 cores.
 """
 
 import argparse
