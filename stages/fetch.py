@@ -92,7 +92,8 @@ def main() -> None:
         files = digests(folder)
         write_json(folder / "base.json", {"name": base.name, "files": files, **origin})
     size = sum(file.stat().st_size for file in BASE.iterdir()) / 1e6
-    print(f"base model {base.name} ({origin['revision']}), {size:.0f} MB, is in {BASE}")
+    print(f"base       {base.name} ({origin['revision']}), {size:.0f} MB")
+    print(f"fetched    {BASE}")
 
 
 def folder_here(base: Base) -> Source | None:

@@ -105,14 +105,18 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): digest(path) for path in files}
 
 
-def require_files(folder: Path, wanted: dict[str, str]) -> None:
-    """Raises a Fault for files that are not those which were recorded, by their SHA-256."""
-    changed = [
+def changed_files(folder: Path, wanted: dict[str, str]) -> list[str]:
+    """Names of files that are missing, or are not those which were recorded, by their SHA-256."""
+    return [
         name
         for name, value in wanted.items()
         if not (folder / name).is_file() or digest(folder / name) != value
     ]
-    if changed:
+
+
+def require_files(folder: Path, wanted: dict[str, str]) -> None:
+    """Raises a Fault for files that are not those which were recorded."""
+    if changed := changed_files(folder, wanted):
         raise Fault(
             f"{folder}: {', '.join(changed)} damaged, exchanged or missing, wanted the files that "
             "were written there; dvc repro brings them back"

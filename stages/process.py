@@ -14,8 +14,12 @@ class Fault(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a stage's `main`; a Fault exits with status 1 and its sentence, Ctrl-C with 130."""
-    if "DVC_ROOT" in os.environ:
+    """Call a stage's `main`; a Fault exits with status 1 and its sentence, Ctrl-C with 130.
+
+    Under DVC the stage ends with its parent, and says how long it took.
+    """
+    staged = "DVC_ROOT" in os.environ
+    if staged:
         threading.Thread(target=_follow_parent, daemon=True).start()
     pin_threads()
     try:
@@ -26,6 +30,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    if staged:
+        print(f"took       {time.monotonic() - stages.BEGUN:.1f} s")
 
 
 def pin_threads() -> None:

@@ -3,9 +3,9 @@
     python -m stages.train
 
 Reads data/tokenized/{train,validation} and models/base. Writes models/adapter (adapter with head,
-template.json, quantization.json, training.json), the curves in reports/train, and
-metrics/train.json. Progress is kept in models/checkpoints: a run that was killed goes on where it
-was, and ends with the same bytes.
+template.json, quantization.json, training.json), the curves in reports/train, which grow while it
+trains, and metrics/train.json. Progress is kept in models/checkpoints: a run that was killed goes
+on where it was, and ends with the same bytes.
 """
 
 import math
@@ -54,7 +54,7 @@ from stages.model import (
     seal,
 )
 from stages.outputs import (
-    digest,
+    changed_files,
     digests,
     read_json,
     recorded,
@@ -76,6 +76,7 @@ HEAD_PAIRS = 32
 MARGIN_RMS = 0.05
 PACKS = "packs.json"
 TOKENS_ON_A_CPU = 4096
+SECONDS_BETWEEN_CURVES = 2.0
 
 # Those of transformers that need no package and no argument beyond the keys of params.yaml.
 OPTIMIZERS = (
@@ -186,12 +187,7 @@ def require_same_source() -> None:
     if not folder.is_dir():
         print(f"base       {base['name']} is not here any more; {BASE} is used as it was copied")
         return
-    changed = [
-        name
-        for name, wanted in base["source"].items()
-        if not (folder / name).is_file() or digest(folder / name) != wanted
-    ]
-    if changed:
+    if changed := changed_files(folder, base["source"]):
         raise Fault(
             f"params.yaml: base.name {base['name']} has changed since it was copied to {BASE} "
             f"({', '.join(changed)}); run dvc repro --force --single-item fetch, then go on"
@@ -299,6 +295,7 @@ class RewardTrainer(Trainer):
         )
         self.held = held
         self.sums, self.pairs = torch.zeros(3), 0
+        self.drawn = -math.inf
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -368,6 +365,9 @@ class RewardTrainer(Trainer):
             logs |= {"accuracy": accuracy, "margin": margin}
             self.sums, self.pairs = torch.zeros(3), 0
         super().log(logs, start_time)
+        if time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES:
+            write_curves(REPORTS, self.state.log_history)
+            self.drawn = time.monotonic()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
@@ -550,23 +550,26 @@ def largest_pack(trainer: RewardTrainer) -> int:
     return fitting - fitting // 8
 
 
-def write(trainer: RewardTrainer, group: Train, lora: Lora, quantization: Quantization) -> None:
-    """Write the adapter with what it was trained from, the curves and the metrics."""
-    history = trainer.state.log_history
-    training = [
-        {
-            name: entry[name]
-            for name in ("step", "loss", "accuracy", "margin", "learning_rate", "grad_norm")
-        }
-        for entry in history
-        if "loss" in entry
-    ]
-    validation = [
+def write_curves(folder: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Write what the Trainer has logged so far as the curves that plots show."""
+    names = ("step", "loss", "accuracy", "margin", "learning_rate", "grad_norm")
+    training = [{name: entry[name] for name in names} for entry in history if "loss" in entry]
+    write_json(folder / "training.json", training)
+    write_json(folder / "validation.json", validation_curve(history))
+
+
+def validation_curve(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    return [
         {"step": entry["step"]}
         | {name: entry[f"eval_{name}"] for name in ("loss", "accuracy", "margin")}
         for entry in history
         if "eval_loss" in entry
     ]
+
+
+def write(trainer: RewardTrainer, group: Train, lora: Lora, quantization: Quantization) -> None:
+    """Write the adapter with what it was trained from, the curves and the metrics."""
+    history = trainer.state.log_history
     with whole_folder(ADAPTER) as folder:
         save(trainer.reward_model, folder, str(BASE), quantization)
         shutil.copyfile(TOKENIZED / "template.json", folder / "template.json")
@@ -582,14 +585,18 @@ def write(trainer: RewardTrainer, group: Train, lora: Lora, quantization: Quanti
         )
         seal(folder, BASE)
     with whole_folder(REPORTS) as folder:
-        write_json(folder / "training.json", training)
-        write_json(folder / "validation.json", validation)
+        write_curves(folder, history)
     trainable, _ = trainer.reward_model.get_nb_trainable_parameters()
-    last = {name: value for name, value in validation[-1].items() if name != "step"}
+    last = {name: value for name, value in validation_curve(history)[-1].items() if name != "step"}
     write_json(
         METRICS,
         {"steps": trainer.state.global_step, "trainable_parameters": trainable, "validation": last},
     )
+    print(
+        f"validation accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f}, "
+        f"margin {last['margin']:+.4f} of {len(trainer.validation_pairs)} pairs"
+    )
+    print(f"trained    {ADAPTER}; dvc plots show draws the curves, here and while it trains")
 
 
 if __name__ == "__main__":

@@ -504,8 +504,20 @@ def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
     printed = capfd.readouterr()
     assert printed.err == ""
     assert [line.split()[0] for line in printed.out.splitlines()] == [
-        *("optimizer:", "trainable", "step", "step", "step", "speed")
+        *("optimizer:", "trainable", "step", "step", "step", "speed", "validation", "trained")
     ]
+
+
+def test_curves_can_be_seen_while_training_runs(
+    monkeypatch: pytest.MonkeyPatch, set_params: SetParams
+) -> None:
+    set_params("train", max_steps=8, logging_steps=1, eval_steps=2, save_steps=8)
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_CURVES", -1.0)
+    kill_at(6, monkeypatch)
+    assert [entry["step"] for entry in curve("training")] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in curve("validation")] == [2, 4, 6]
+    assert not train.METRICS.exists()
+    assert not train.ADAPTER.exists()
 
 
 def test_first_figures_are_those_of_an_undecided_model(set_params: SetParams) -> None:
