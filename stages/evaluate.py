@@ -2,9 +2,10 @@
 
     python -m stages.evaluate
 
-Reads data/tokenized/test, models/base and models/adapter. Writes the rewards of every pair to
-reports/evaluate/rewards.parquet, beside it what the plots show and a page to read the judgements
-on, index.html, and metrics/evaluate.json.
+Reads data/tokenized/test, the further test sets of evaluate.sets, models/base and models/adapter.
+Writes the rewards of every test pair to reports/evaluate/rewards.parquet, beside it those of the
+further sets in sets/, what the plots show and a page to read the judgements on, index.html; and
+metrics/evaluate.json.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from datasets import Dataset
+from peft import PeftModel
 
 from stages import page, params
 from stages.judgement import (
@@ -35,12 +37,14 @@ from stages.model import Quantization, load, require_exact, score
 from stages.outputs import whole_folder, write_json
 from stages.packing import load_split, pairs_of, tokens
 from stages.pairwise import margins, sides
-from stages.params import Positive, Seed
+from stages.params import Positive, Seed, Text
 from stages.process import Fault, run
-from stages.tokens import Template
+from stages.sets import TestSet, load_sets
+from stages.tokens import Encoder, Template
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
+TRAINED_ON = (Path("data/tokenized/train"), Path("data/tokenized/validation"))
 TEST = Path("data/tokenized/test")
 REPORTS = Path("reports/evaluate")
 REWARDS = REPORTS / "rewards.parquet"
@@ -56,6 +60,7 @@ Slices = dict[str, dict[str, Figures]]
 class Evaluate:
     """The group `evaluate` of params.yaml, where each key is described."""
 
+    sets: Text
     tokens_per_pack: Positive
     bootstrap_samples: Positive
     seed: Seed
@@ -66,28 +71,37 @@ def main() -> None:
     quantization = params.load("quantization", Quantization)
     test = load_split(TEST, BASE)
     model = load(BASE, ADAPTER, quantization)
-    pairs = pairs_of(test)
-    require_exact(model, max(pairs, key=tokens))
-    chosen, rejected = sides(score(model, pairs, group.tokens_per_pack))
-    require_finite(chosen, rejected)
-    table = as_table(test, chosen, rejected)
+    template = Template.load(ADAPTER / "template.json")
+    sets = load_sets(Path(group.sets), Encoder(BASE, template))
+    datasets = [test, *(each.pairs for each in sets)]
+    require_exact(model, max((pair for each in datasets for pair in pairs_of(each)), key=tokens))
+    table, *further = [rewards_of(model, each, group.tokens_per_pack) for each in datasets]
     judged, resampling = as_judged(test, table), Resampling(group.bootstrap_samples, group.seed)
     metrics = measure(table, judged, resampling)
+    metrics["sets"] = measure_sets(sets, further, resampling)
     with whole_folder(REPORTS) as folder:
         pyarrow.parquet.write_table(table, folder / REWARDS.name)
+        (folder / "sets").mkdir()
+        for each, rewards in zip(sets, further, strict=True):
+            pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
         for name, rows in (
             ("margins", histogram(judged.margin)),
-            ("slices", slices_as_rows(metrics["by"])),
+            ("slices", slices_as_rows(metrics)),
             ("roc", receiver(judged)),
             ("reliability", reliability(judged.margin)),
             ("length", by_length_difference(judged, resampling)),
         ):
             write_json(folder / f"{name}.json", rows)
-        ids = [(texts.ids[0], texts.ids[1]) for texts in pairs]
-        template = Template.load(ADAPTER / "template.json")
-        page.write(folder / PAGE.name, table, ids, BASE, template, metrics["by"])
+        write_page(folder / PAGE.name, sets, datasets, [table, *further], template, metrics["by"])
     write_json(METRICS, metrics)
     report(metrics)
+
+
+def rewards_of(model: PeftModel, dataset: Dataset, tokens_per_pack: int) -> pa.Table:
+    """The rewards of a dataset's pairs as a table."""
+    chosen, rejected = sides(score(model, pairs_of(dataset), tokens_per_pack))
+    require_finite(chosen, rejected)
+    return as_table(dataset, chosen, rejected)
 
 
 def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:
@@ -150,6 +164,19 @@ def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str
     }
 
 
+def measure_sets(
+    sets: list[TestSet], tables: list[pa.Table], resampling: Resampling
+) -> dict[str, Figures]:
+    """Accuracy on every further set; which of its pairs were cut, left out, or have leaked."""
+    splits = [load_split(path, BASE) for path in TRAINED_ON] if sets else []
+    trained_on = {prompt_id for split in splits for prompt_id in split["prompt_id"]}
+    return {
+        each.name: resampling.accuracy(as_judged(each.pairs, table))
+        | {"cut": each.cut, "left_out": each.left_out, "leaked": each.leaked(trained_on)}
+        for each, table in zip(sets, tables, strict=True)
+    }
+
+
 def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
     """Accuracy by every value of every kept column that has few enough values to be a slice."""
     result: Slices = {}
@@ -164,12 +191,36 @@ def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
     return result
 
 
-def slices_as_rows(by: Slices) -> list[dict[str, Any]]:
+def slices_as_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each slice of the test pairs, and for each further set."""
     return [
-        {"slice": f"{column}: {value}", **figures}
-        for column, values in by.items()
+        {"slice": f"{column}: {value}"}
+        | {name: figures[name] for name in ("accuracy", "low", "high", "pairs")}
+        for column, values in (metrics["by"] | {"test set": metrics["sets"]}).items()
         for value, figures in values.items()
     ]
+
+
+def write_page(
+    path: Path,
+    sets: list[TestSet],
+    datasets: list[Dataset],
+    tables: list[pa.Table],
+    template: Template,
+    by: Slices,
+) -> None:
+    """The page of all judgements; where there are further sets, they are a slice of it."""
+    names = ["test", *(each.name for each in sets)]
+    marked = [
+        table.append_column("test set", pa.array([name] * len(table)))
+        for name, table in zip(names, tables, strict=True)
+    ]
+    ids = [(pair.ids[0], pair.ids[1]) for each in datasets for pair in pairs_of(each)]
+    slices = ({"test set": names} if sets else {}) | {
+        name: list(values) for name, values in by.items()
+    }
+    table = pa.concat_tables(marked, promote_options="permissive")
+    page.write(path, table, ids, BASE, template, slices)
 
 
 def report(metrics: dict[str, Any]) -> None:
@@ -182,19 +233,26 @@ def report(metrics: dict[str, Any]) -> None:
         f"with deviation {metrics['margin_std']:.4f}"
     )
     fit, audit = metrics["calibration"], metrics["length"]
+    correlation = audit["correlation"]
     print(
         f"believed   off by {fit['expected_error']:.4f} on average, Brier score "
         f"{fit['brier']:.4f}, best temperature {fit['temperature']:.3g}"
     )
     print(
         f"length     the longer answer is right in {audit['longer_accuracy']:.4f}; reward and "
-        f"length correlate by {audit['correlation'] or 0:+.4f}"
+        f"length correlate by {'nothing' if correlation is None else f'{correlation:+.4f}'}"
     )
-    for row in slices_as_rows(metrics["by"]):
+    for row in slices_as_rows(metrics):
         print(
             f"  {row['slice']:<28} {row['accuracy']:.4f} ({row['low']:.4f} to {row['high']:.4f}) "
             f"of {row['pairs']} pairs"
         )
+    for name, figures in metrics["sets"].items():
+        if figures["leaked"]:
+            print(
+                f"note       {figures['leaked']} of {figures['pairs']} pairs of {name} have a "
+                "prompt that the model was trained on"
+            )
     print(f"read       {PAGE} shows the judgements themselves, dvc plots show the curves")
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from tokenizers import Tokenizer
@@ -24,10 +23,11 @@ def write(
     ids: Sequence[tuple[Sequence[int], Sequence[int]]],
     base: Path,
     template: Template,
-    slices: Mapping[str, Mapping[str, Any]],
+    slices: Mapping[str, Sequence[str]],
 ) -> None:
     """The page of the pairs of `table`, whose ids of chosen and rejected are `ids`.
 
+    `slices` are the columns to filter by, and their values.
     Of more than MOST_PAIRS pairs it has those with the lowest margins.
     """
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
@@ -43,7 +43,7 @@ def write(
     shown = f"{len(pairs)} of " if len(pairs) < len(table) else ""
     content = {
         "summary": f"{shown}{len(table)} test pairs",
-        "slices": {name: list(values) for name, values in slices.items()},
+        "slices": dict(slices),
         "pairs": pairs,
     }
     # Nothing in a text may end the script element that holds it.

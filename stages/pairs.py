@@ -64,6 +64,11 @@ class Pair:
         """64 bits that are equal for equal prompts, whatever form they came in."""
         return _hash([self.prompt])
 
+    @property
+    def prompt_id(self) -> str:
+        """The prompt's hash in hex, the column of the tokenized data."""
+        return f"{self.prompt_hash:016x}"
+
     @cached_property
     def pair_hash(self) -> int:
         """64 bits that are equal for equal records."""

@@ -267,7 +267,7 @@ def as_row(
     ledger.add(file, position, pair, (len(chosen), len(rejected), prefix))
     return {
         "id": pair.id,
-        "prompt_id": f"{pair.prompt_hash:016x}",
+        "prompt_id": pair.prompt_id,
         "input_ids_j": left,
         "input_ids_k": right,
         "prefix_length": prefix,

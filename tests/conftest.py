@@ -78,6 +78,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workspace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with params.yaml and models/base; it is the current folder."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "data" / "sets").mkdir(parents=True)
     (tmp_path / "models").mkdir()
     shutil.copytree(tiny_base, tmp_path / "models" / "base")
     monkeypatch.chdir(tmp_path)

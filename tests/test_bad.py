@@ -85,7 +85,6 @@ def test_a_record_of_another_type_behind_25_mb_is_found(
 ) -> None:
     """Readers that guess types from the head of a file fail there without a place."""
     path = workspace / "data" / "pairs.jsonl"
-    path.parent.mkdir()
     good = json.dumps({"prompt": "a " * 200_000, "chosen": "b", "rejected": "c"}) + "\n"
     bad = json.dumps({"prompt": "a", "chosen": ["b"], "rejected": {"c": 1}}) + "\n"
     path.write_text(good * 65 + bad)
@@ -97,7 +96,6 @@ def test_a_record_of_another_type_behind_25_mb_is_found(
 def test_a_prompt_of_the_test_set_in_the_training_data_is_named(
     workspace: Path, set_params: SetParams, said: Callable[..., str]
 ) -> None:
-    (workspace / "data").mkdir()
     for name, answer in (("train", "b"), ("test", "c")):
         record = {"prompt": "a", "chosen": answer, "rejected": "d"}
         (workspace / f"{name}.jsonl").write_text(json.dumps(record) + "\n")

@@ -41,6 +41,7 @@ def complete(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     content["train"] |= {"max_steps": 2, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}
     yaml.dump(content, folder / "params.yaml")
     write_pairs(folder / "data" / "raw" / "pairs.json", 20)
+    shutil.copytree(ROOT / "data" / "sets", folder / "data" / "sets")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)

@@ -74,7 +74,7 @@ def write(folder: Path, base: Path, texts: list[tuple[str, str, str]]) -> Path:
         for prompt, *answers in texts
     ]
     path = folder / "index.html"
-    page.write(path, table, ids, base, ZH, {"kind": {"even & <b>": {}, "odd": {}}})  # type: ignore[arg-type]
+    page.write(path, table, ids, base, ZH, {"kind": ["even & <b>", "odd"]})  # type: ignore[arg-type]
     return path
 
 

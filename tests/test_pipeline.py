@@ -59,6 +59,7 @@ OUTPUTS = {
             "rewards.parquet",
             "roc.json",
         ),
+        "sets/by_hand.parquet",
         "slices.json",
     },
 }
@@ -118,6 +119,7 @@ def fill(project: Project, base: Path) -> None:
     (folder / "data" / "corpus").mkdir(parents=True)
     (folder / "data" / "corpus" / "en.txt").write_text("A corpus.\n", encoding="utf-8")
     write_pairs(folder / "data" / "raw" / "pairs.json")
+    shutil.copytree(ROOT / "data" / "sets", folder / "data" / "sets")
     yaml = YAML()
     params = yaml.load(folder / "params.yaml")
     params["base"]["name"] = str(base)

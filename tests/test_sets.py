@@ -1,0 +1,129 @@
+"""Further test sets: read like all data, judged beside the test split, their leaks reported."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from datasets import load_from_disk
+
+from stages import evaluate, preprocess
+from stages.packing import Texts
+from stages.pairs import check
+from stages.process import Fault
+from stages.sets import load_sets
+from stages.tokens import Encoder, Template
+
+from .conftest import write_pairs
+
+PAIR = {"prompt": "Is it raining?", "chosen": "Yes, take a coat.", "rejected": "No idea."}
+
+
+def write_set(path: Path, *records: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+@pytest.fixture
+def encoder(workspace: Path) -> Callable[[int], Encoder]:
+    base = workspace / "models" / "base"
+    return lambda max_length: Encoder(base, Template.of("en", True, max_length, base))
+
+
+def test_ids_are_those_that_preprocess_gives(
+    workspace: Path,
+) -> None:
+    data = write_pairs(workspace / "data" / "raw" / "pairs.json", 40)
+    preprocess.main()
+    template = Template.load(Path("data/tokenized/template.json"))
+    (workspace / "data" / "sets" / "same.json").write_text(data.read_text(), encoding="utf-8")
+    [found] = load_sets(Path("data/sets"), Encoder(Path("models/base"), template))
+    columns = ["id", "prompt_id", "input_ids_j", "input_ids_k", "prefix_length", "kind"]
+    wanted = {}
+    for split in ("train", "validation", "test"):
+        for row in load_from_disk(f"data/tokenized/{split}"):
+            wanted[row["id"]] = {name: row[name] for name in columns}
+    assert {row["id"]: {name: row[name] for name in columns} for row in found.pairs} == wanted
+    assert (found.name, found.cut, found.left_out) == ("same", 0, 0)
+
+
+def test_too_long_a_prompt_is_cut_and_too_long_an_answer_left_out(
+    encoder: Callable[[int], Encoder],
+) -> None:
+    long_prompt = PAIR | {"prompt": "Is it raining? " * 60}
+    long_answer = PAIR | {"chosen": "Yes, take a coat. " * 60}
+    write_set(Path("data/sets/long.jsonl"), PAIR, long_prompt, long_answer)
+    [found] = load_sets(Path("data/sets"), encoder(100))
+    assert (len(found.pairs), found.cut, found.left_out) == (2, 1, 1)
+    assert max(map(len, found.pairs["input_ids_j"])) == 100
+
+
+def test_no_set_is_none_and_a_readme_no_set(encoder: Callable[[int], Encoder]) -> None:
+    Path("data/sets/README.md").write_text("Sets.\n", encoding="utf-8")
+    assert load_sets(Path("data/sets"), encoder(100)) == []
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([PAIR, {"prompt": "a", "chosen": "b"}], "line 2: missing_key: 'rejected' is missing"),
+        ([PAIR | {"chosen": "far too long " * 200}], "no pair has answers short enough"),
+    ],
+)
+def test_what_cannot_be_judged_is_a_sentence(
+    records: list[dict[str, Any]], said: str, encoder: Callable[[int], Encoder]
+) -> None:
+    write_set(Path("data/sets/bad.jsonl"), *records)
+    with pytest.raises(Fault, match=said):
+        load_sets(Path("data/sets"), encoder(100))
+
+
+def test_a_folder_that_is_not_there_is_a_sentence(encoder: Callable[[int], Encoder]) -> None:
+    with pytest.raises(Fault, match=r"evaluate.sets nowhere cannot be read: .*; wanted a folder"):
+        load_sets(Path("nowhere"), encoder(100))
+
+
+def test_sets_are_judged_as_slices_and_their_leaks_counted(
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A model in whose place the first answer always wins, but for the set named wrong."""
+    write_pairs(workspace / "data" / "raw" / "pairs.json", 100)
+    preprocess.main()
+    evaluate.ADAPTER.mkdir()
+    template = Path("data/tokenized/template.json").read_text(encoding="utf-8")
+    (evaluate.ADAPTER / "template.json").write_text(template, encoding="utf-8")
+    known = next(iter(load_from_disk("data/tokenized/train")))["prompt_id"]
+    records = json.loads((workspace / "data" / "raw" / "pairs.json").read_text())
+    prompts = {check(record).prompt_id: record["prompt"] for record in records}
+    write_set(Path("data/sets/right.jsonl"), PAIR, PAIR | {"prompt": prompts[known]})
+    write_set(Path("data/sets/wrong.jsonl"), PAIR | {"prompt": "Snow?", "depth": "deep"})
+
+    def score(_: None, pairs: list[Texts], __: int) -> torch.Tensor:
+        worse = len(pairs) == 1
+        return torch.tensor([0.0, 1.0] if worse else [1.0, 0.0] * len(pairs))
+
+    monkeypatch.setattr(evaluate, "load", lambda *_: None)
+    monkeypatch.setattr(evaluate, "require_exact", lambda *_: None)
+    monkeypatch.setattr(evaluate, "score", score)
+    evaluate.main()
+    metrics = json.loads(evaluate.METRICS.read_text())
+    assert metrics["accuracy"] == 1
+    right, wrong = metrics["sets"]["right"], metrics["sets"]["wrong"]
+    assert (right["accuracy"], right["pairs"], right["leaked"]) == (1, 2, 1)
+    assert (wrong["accuracy"], wrong["pairs"], wrong["leaked"]) == (0, 1, 0)
+    assert "1 of 2 pairs of right have a prompt that the model was trained on" in (
+        capsys.readouterr().out
+    )
+    slices = json.loads((evaluate.REPORTS / "slices.json").read_text())
+    assert [row["slice"] for row in slices[-2:]] == ["test set: right", "test set: wrong"]
+    rewards = pyarrow.parquet.read_table(evaluate.REPORTS / "sets" / "wrong.parquet")
+    assert rewards.to_pylist()[0]["margin"] == -1
+    assert rewards.to_pylist()[0]["depth"] == "deep"
+    shown = (evaluate.REPORTS / "index.html").read_text(encoding="utf-8")
+    assert '"test set": ["test", "right", "wrong"]' in shown
+    assert '"summary": "23 test pairs"' in shown
