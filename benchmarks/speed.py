@@ -432,7 +432,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
         if isinstance(module, nn.Linear)
     ]
     model = with_adapter(packed)
-    scale_head(model, pairs[:HEAD_PAIRS], options.tokens_per_pack)
+    scale_head(model, pairs[:HEAD_PAIRS], options.tokens_per_pack, margin=0.05)
     save_file(
         {
             name: weight.detach()
@@ -551,6 +551,7 @@ def ours(workload: Workload, checkpointing: bool = False) -> Measurement:
         eval_steps=len(workload.pairs),
         save_steps=len(workload.pairs),
         head_seed=0,
+        head_margin=0.05,
     )
     prefixes = [texts.prefix for texts in workload.pairs]
     dataset = texts_of(workload, COLUMNS[:2]).add_column(COLUMNS[2], prefixes)

@@ -73,7 +73,6 @@ ADAPTER = Path("models/adapter")
 REPORTS = Path("reports/train")
 METRICS = Path("metrics/train.json")
 HEAD_PAIRS = 32
-MARGIN_RMS = 0.05
 PACKS = "packs.json"
 TOKENS_ON_A_CPU = 4096
 SECONDS_BETWEEN_CURVES = 2.0
@@ -125,6 +124,9 @@ class Train:
     save_steps: Positive
     seed: Seed
     head_seed: Seed
+    head_margin: Annotated[
+        float, Rule("a number from 0 to 0.05", lambda margin: 0 <= margin <= 0.05)
+    ]
     report_to: Literal["none", "wandb", "tensorboard", "mlflow"]
 
 
@@ -239,10 +241,12 @@ def longest(dataset: Dataset, count: int) -> list[Texts]:
     return pairs_of(dataset.select(np.argsort(-size, kind="stable")[:count]))
 
 
-def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -> None:
-    """Scale the head so that the first pairs' margins have a root mean square of 0.05 at most.
+def scale_head(
+    model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int, margin: float
+) -> None:
+    """Scale the head so that the first pairs' margins have that root mean square at most.
 
-    Their deviation then is at most 0.05 and their mean loss within 0.03 of ln 2: training starts
+    At 0.05 their deviation is at most 0.05 and their mean loss within 0.03 of ln 2: training starts
     undecided, however large the base's activations are. Raises a Fault for rewards that are not
     finite.
     """
@@ -256,7 +260,7 @@ def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -
     head = head_of(model.get_base_model())
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter.mul_(min(1.0, MARGIN_RMS / size) if size else 1.0)
+            parameter.mul_(min(1.0, margin / size) if size else 1.0)
     chosen, rejected = sides(score(model, pairs, tokens_per_pack))
     deviation = margins(chosen, rejected).std(correction=0).item()
     loss = losses(chosen, rejected).mean().item()
@@ -293,7 +297,7 @@ class RewardTrainer(Trainer):
         self.tokens_per_pack = (
             TOKENS_ON_A_CPU if group.tokens_per_pack == "auto" else group.tokens_per_pack
         )
-        self.held = held
+        self.head_margin, self.held = group.head_margin, held
         self.sums, self.pairs = torch.zeros(3), 0
         self.drawn = -math.inf
 
@@ -510,7 +514,7 @@ def fit(trainer: RewardTrainer, held: checkpoints.Run) -> None:
         if trainer.size_on_trial:
             trainer.tokens_per_pack = largest_pack(trainer)
         first = trainer.train_pairs.select(range(min(HEAD_PAIRS, len(trainer.train_pairs))))
-        scale_head(model, pairs_of(first), trainer.tokens_per_pack)
+        scale_head(model, pairs_of(first), trainer.tokens_per_pack, trainer.head_margin)
         trainer.train()
         return
     print(f"resuming   from {checkpoint.name}")

@@ -154,7 +154,7 @@ def test_trainer_takes_the_steps_of_a_plain_loop(
         params.load("quantization", Quantization),
     )
     model = train.build(*groups)
-    train.scale_head(model, training_pairs(), 4096)
+    train.scale_head(model, training_pairs(), 4096, 0.05)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in trained.items()}
     assert len(steps) == 10
@@ -368,7 +368,7 @@ def test_training_starts_undecided_however_large_the_head_is() -> None:
             parameter.mul_(1000)
     chosen, rejected = sides(score(model, pairs, 4096))
     assert (chosen - rejected).std() > 10
-    train.scale_head(model, pairs, 4096)
+    train.scale_head(model, pairs, 4096, 0.05)
     chosen, rejected = sides(score(model, pairs, 4096))
     margins = (chosen - rejected).tolist()
     mean = sum(margins) / len(margins)
@@ -378,14 +378,22 @@ def test_training_starts_undecided_however_large_the_head_is() -> None:
     assert abs(loss - math.log(2)) <= 0.05
 
 
-def test_a_decided_start_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "MARGIN_RMS", 100.0)
+def test_a_decided_start_stops_the_stage() -> None:
     model, pairs = built(), training_pairs()
     with torch.no_grad():
         for parameter in head_of(model.get_base_model()).parameters():
             parameter.mul_(1000)
     with pytest.raises(Fault, match="before the first step the margins deviate by"):
-        train.scale_head(model, pairs, 4096)
+        train.scale_head(model, pairs, 4096, 100.0)
+
+
+def test_a_head_that_starts_at_zero_learns(set_params: SetParams) -> None:
+    set_params("train", head_margin=0, max_steps=8, logging_steps=1, learning_rate=0.01)
+    train.main()
+    losses = [entry["loss"] for entry in curve("training")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < 0.6
+    assert all(weight.abs().max() > 0 for weight in weights().values())
 
 
 def test_rewards_that_are_not_finite_stop_the_stage() -> None:
@@ -394,7 +402,7 @@ def test_rewards_that_are_not_finite_stop_the_stage() -> None:
         for parameter in head_of(model.get_base_model()).parameters():
             parameter.fill_(math.inf)
     with pytest.raises(Fault, match="not finite"):
-        train.scale_head(model, pairs, 4096)
+        train.scale_head(model, pairs, 4096, 0.05)
 
 
 @pytest.mark.parametrize("eval_steps", [1, 20])

@@ -1,0 +1,250 @@
+"""Which parameters of training make held-out accuracy better: DVC experiments, with intervals.
+
+python -m benchmarks.defaults embedded
+python -m benchmarks.defaults real --data pairs.en.json pairs.zh.json -S base.name=models/smollm2
+
+Seven parameters, each at its default and at another value, in eight runs for each fold of the data:
+a fractional factorial design (Box, Hunter and Hunter 2005, chapter 6), in which every run says
+something of every parameter, and the first run is the default. A fold is held back and judged by
+the model that was trained on the others, so every pair is judged once a run. Without --data the
+pairs are those of the sample that the default run trains on or watches: its test pairs stay unseen.
+
+What is found is confounded with how pairs of parameters act together. Needs a clone of its own,
+everything committed: the experiments overwrite params.yaml. A run that is there already is read.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet
+from dvc import api
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from stages import params
+from stages.judgement import Floats, Resampling, losses
+from stages.pairs import Pair, check, read, split
+from stages.preprocess import Preprocess
+
+FOLDS = Path("data/folds")
+RESULTS = Path("benchmarks/results")
+REWARDS = "reports/evaluate/rewards.parquet"
+RESAMPLING = Resampling(samples=10_000, seed=0)
+SEEDS = 3
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A parameter with its default and another value; `sign` and `parents` place it in the design.
+
+    It has its other value where the product of its parents' signs, and its own, is +1.
+    """
+
+    key: str
+    usual: str
+    other: str
+    sign: int
+    parents: tuple[int, ...]
+
+
+FACTORS = (
+    Factor("preprocess.append_eos", "false", "true", 1, (0,)),
+    Factor("train.head_margin", "0.05", "0", 1, (1,)),
+    Factor("train.learning_rate", "2e-4", "1e-3", 1, (2,)),
+    Factor("train.warmup_steps", "0.3", "0.05", -1, (0, 1)),
+    Factor("lora.lora_dropout", "0.1", "0", -1, (0, 2)),
+    Factor("train.pairs_per_step", "8", "4", -1, (1, 2)),
+    Factor(
+        "lora.target_modules", f"[{','.join(LINEAR[:3])}]", f"[{','.join(LINEAR)}]", 1, (0, 1, 2)
+    ),
+)
+# [runs, factors], +1 where a factor has its other value. In the first run all have the default.
+DESIGN = np.array(
+    [
+        [
+            factor.sign * int(np.prod([signs[parent] for parent in factor.parents]))
+            for factor in FACTORS
+        ]
+        for signs in product((-1, 1), repeat=3)
+    ]
+)
+
+
+def main() -> None:
+    options = parse()
+    pairs = kept(options)
+    write_folds(options, pairs)
+    runs = list(product(range(len(DESIGN)), range(options.folds)))
+    for row, fold in tqdm(runs, desc="experiments"):
+        run(options.name, row, fold, options.set_param)
+    report = as_markdown(options, *judged(options))
+    print(report)
+    (RESULTS / f"defaults-{options.name}.md").write_text(report, encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help="of these experiments")
+    parser.add_argument("--data", nargs="*", type=Path, default=[], help="preference files")
+    parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--tokenizer", type=Path, help="folder of the one that --cut counts by")
+    parser.add_argument(
+        "--cut", nargs=2, type=int, help="keep the last tokens of prompts, the first of answers"
+    )
+    parser.add_argument("-S", "--set-param", action="append", default=[], help="for every run")
+    return parser.parse_args()
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+def kept(options: argparse.Namespace) -> list[dict[str, str]]:
+    """The records to divide into folds; cut, if that was asked for."""
+    if not options.data:
+        return sample()
+    records = [record for path in options.data for _, record in read(path)]
+    if not options.cut:
+        return records
+    tokenizer = Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
+    prompt, answer = options.cut
+
+    def cut(text: str, part: slice) -> str:
+        return tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids[part])
+
+    return [
+        {"prompt": cut(record["prompt"], slice(-prompt, None))}
+        | {side: cut(record[side], slice(answer)) for side in ("chosen", "rejected")}
+        for record in records
+    ]
+
+
+def sample() -> list[dict[str, str]]:
+    """The sample's records that are not among the test pairs of the default run."""
+    group = params.load("preprocess", Preprocess)
+    records = [record for _, record in read(Path(group.data))]
+    prompts = np.array([check(record).prompt_hash for record in records], dtype=np.uint64)
+    parts = split(prompts, group.validation_fraction, group.test_fraction, group.seed)
+    return [record for record, part in zip(records, parts, strict=True) if part != 2]
+
+
+def write_folds(options: argparse.Namespace, records: Sequence[dict[str, str]]) -> None:
+    """For each fold what is held back, and the rest; the pairs of a prompt stay together."""
+    pairs: list[Pair] = [check(record) for record in records]
+    prompts = sorted({pair.prompt_hash for pair in pairs})
+    fold_of = {prompt: index % options.folds for index, prompt in enumerate(prompts)}
+    for fold in range(options.folds):
+        folder = FOLDS / options.name / str(fold)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, wanted in (("held", True), ("rest", False)):
+            lines = [
+                json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
+                for record, pair in zip(records, pairs, strict=True)
+                if (fold_of[pair.prompt_hash] == fold) == wanted
+            ]
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+# --- experiments -----------------------------------------------------------------------------
+
+
+def run(name: str, row: int, fold: int, settings: Sequence[str]) -> None:
+    """The experiment of a row of the design and a fold, unless it is there."""
+    called = experiment(name, row, fold)
+    listed = subprocess.run(
+        ["dvc", "exp", "list", "--name-only"], check=True, capture_output=True, text=True
+    )
+    if called in listed.stdout.split():
+        return
+    folder = FOLDS / name / str(fold)
+    values = {
+        "preprocess.data": f"{folder}/rest.jsonl",
+        "preprocess.test_data": f"{folder}/held.jsonl",
+        "preprocess.validation_fraction": "0.01",
+        "preprocess.on_bad_record": "drop",
+        "train.seed": str((row + fold) % SEEDS),
+        "train.head_seed": str((row + fold) % SEEDS),
+    }
+    for factor, level in zip(FACTORS, DESIGN[row], strict=True):
+        values[factor.key] = factor.other if level > 0 else factor.usual
+    arguments = [f"{key}={value}" for key, value in values.items()] + list(settings)
+    flags = [part for argument in arguments for part in ("--set-param", argument)]
+    subprocess.run(
+        ["dvc", "exp", "run", "--quiet", "--name", called, *flags, "evaluate"], check=True
+    )
+
+
+def experiment(name: str, row: int, fold: int) -> str:
+    return f"{name}-{row}-{fold}"
+
+
+def judged(options: argparse.Namespace) -> tuple[Floats, npt.NDArray[np.str_]]:
+    """Margins, [runs, pairs], and the prompts of the pairs, in one order for all runs."""
+    rows = []
+    for row in range(len(DESIGN)):
+        tables = [
+            pyarrow.parquet.read_table(
+                io.BytesIO(api.read(REWARDS, rev=experiment(options.name, row, fold), mode="rb"))
+            ).select(["id", "prompt_id", "margin"])
+            for fold in range(options.folds)
+        ]
+        rows.append({record["id"]: record for table in tables for record in table.to_pylist()})
+    ids = sorted(set.intersection(*(set(row) for row in rows)))
+    margins = np.array([[row[key]["margin"] for key in ids] for row in rows], dtype=np.float64)
+    return margins, np.array([rows[0][key]["prompt_id"] for key in ids])
+
+
+# --- the tables ------------------------------------------------------------------------------
+
+
+def effects(values: Floats) -> Iterator[Floats]:
+    """What each factor's other value adds to values of [runs, pairs], for every pair: [pairs]."""
+    for levels in DESIGN.T:
+        yield values[levels > 0].mean(0) - values[levels < 0].mean(0)
+
+
+def as_markdown(options: argparse.Namespace, margins: Floats, prompts: npt.NDArray[np.str_]) -> str:
+    numbers = np.unique(prompts, return_inverse=True)[1]
+    right, loss = np.heaviside(margins, 0.5), losses(margins)
+    lines = [
+        f"# What the defaults could be: {options.name}",
+        "",
+        f"Written by `benchmarks.defaults`: {margins.shape[1]} pairs of {numbers.max() + 1} "
+        f"prompts, each judged once in each of {len(DESIGN)} runs, in {options.folds} folds, over "
+        f"{SEEDS} seeds. {' '.join(options.set_param)}",
+        "",
+        "| parameter | from | to | accuracy, 95% interval | loss, 95% interval |",
+        "|---|---|---|---:|---:|",
+    ]
+    for factor, of_accuracy, of_loss in zip(FACTORS, effects(right), effects(loss), strict=True):
+        cells = []
+        for effect in (of_accuracy, of_loss):
+            low, high = RESAMPLING.interval(effect, numbers)
+            cells.append(f"{effect.mean():+.4f} ({low:+.4f} to {high:+.4f})")
+        lines.append(f"| {factor.key} | {factor.usual} | {factor.other} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| run | other values than the default | accuracy | loss |",
+        "|---:|---|---:|---:|",
+    ]
+    for row, levels in enumerate(DESIGN):
+        changed = [factor.key for factor, level in zip(FACTORS, levels, strict=True) if level > 0]
+        lines.append(
+            f"| {row} | {', '.join(changed) or 'none'} | {right[row].mean():.4f} "
+            f"| {loss[row].mean():.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
