@@ -15,7 +15,8 @@ PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <title>Reward model</title>
 <style>
-body {{ font-family: sans-serif; margin: 2rem; display: flex; flex-wrap: wrap; gap: 2rem; }}
+body {{ font-family: sans-serif; margin: 2rem; display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); gap: 2rem; }}
 </style>
 <script>{scripts}</script>
 </head>
