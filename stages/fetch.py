@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import embedded, params
-from stages.outputs import digest, digests, read_json, whole_folder, write_json
+from stages.outputs import digest, digests, read_json, watched, whole_folder, write_json
 from stages.params import Seed, Switch, Text
 from stages.process import Fault, run
 
@@ -204,7 +204,7 @@ def copy_weights(base: Base, source: Source, folder: Path) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
     names = source.matching([WEIGHTS]) or shards(base, source)
-    for name in names:
+    for name in watched(names, "copying weights"):
         shutil.copyfile(source.path(name), folder / name)
         if name == INDEX:
             continue

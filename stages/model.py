@@ -1,6 +1,7 @@
 """The reward model: a quantized base, LoRA on it, a scalar head; its rewards of a pack."""
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,7 +76,8 @@ def stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     base.trust_remote_code says so. Raises a Fault for a model that has no score head.
     """
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     recipe = quantization.recipe
     try:
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(

@@ -6,13 +6,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from stages.process import Fault
 
+File = TypeVar("File")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
@@ -102,16 +105,24 @@ def digest(path: Path) -> str:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by its path relative to the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): digest(path) for path in files}
+    return {
+        path.relative_to(folder).as_posix(): digest(path)
+        for path in watched(files, f"digests of {folder}")
+    }
 
 
 def changed_files(folder: Path, wanted: dict[str, str]) -> list[str]:
     """Names of files that are missing, or are not those which were recorded, by their SHA-256."""
     return [
         name
-        for name, value in wanted.items()
+        for name, value in watched(wanted.items(), f"checking {folder}")
         if not (folder / name).is_file() or digest(folder / name) != value
     ]
+
+
+def watched(files: Iterable[File], doing: str) -> Iterable[File]:
+    """The files one by one; a bar shows it where that takes longer than two seconds."""
+    return tqdm(files, desc=doing, unit=" files", delay=2, leave=False, disable=None)
 
 
 def require_files(folder: Path, wanted: dict[str, str]) -> None:
