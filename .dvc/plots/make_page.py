@@ -16,7 +16,7 @@ PAGE = """<!DOCTYPE html>
 <title>Reward model</title>
 <style>
 body {{ font-family: sans-serif; margin: 2rem; display: grid;
-  grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); gap: 2rem; }}
+  grid-template-columns: repeat(auto-fill, minmax(470px, 1fr)); gap: 2rem; }}
 </style>
 <script>{scripts}</script>
 </head>
