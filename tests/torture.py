@@ -84,6 +84,8 @@ class Outcome:
     at: int | None = None
     repeated: int | None = None
     mended: bool = False
+    resumed: bool = False
+    same: bool = False
     failures: list[str] = field(default_factory=list)
 
 
@@ -445,14 +447,16 @@ def start_again(project: Project, outcome: Outcome, wanted: str) -> None:
         time.sleep(0.1)
     output = project.output()
     resumed = [int(step) for step in re.findall(r"resuming   from step-(\d+)", output)]
-    if project.recorded() != wanted:
-        outcome.failures.append(f"other bytes, or none: {output[-600:]}")
     if outcome.at and (resumed or [outcome.at])[0] < outcome.at:
         outcome.failures.append(f"resumed from step {resumed[0]}, behind {outcome.at}")
     if outcome.at and not resumed and "python -m stages.train" in output:
         outcome.failures.append("began at step 0")
     if outcome.case.phase == "commit":
         outcome.repeated = 0
+    outcome.resumed = not outcome.failures
+    outcome.same = project.recorded() == wanted
+    if not outcome.same:
+        outcome.failures.append(f"other bytes, or none: {output[-600:]}")
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -485,11 +489,13 @@ def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
 
 
 def row(name: str, outcomes: list[Outcome]) -> str:
-    good = sum(not outcome.failures for outcome in outcomes)
-    mended = sum(outcome.mended for outcome in outcomes)
+    resumed, mended, same = (
+        sum(getattr(outcome, name) for outcome in outcomes)
+        for name in ("resumed", "mended", "same")
+    )
     repeated = [outcome.repeated for outcome in outcomes if outcome.repeated is not None]
     steps = f"{median(repeated):.0f}, {max(repeated)}" if repeated else "–"
-    return f"| {name} | {len(outcomes)} | {good} | {mended} | {steps} | {good} |"
+    return f"| {name} | {len(outcomes)} | {resumed} | {mended} | {steps} | {same} |"
 
 
 if __name__ == "__main__":
