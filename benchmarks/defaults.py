@@ -83,8 +83,8 @@ def main() -> None:
     options = parse()
     pairs = kept(options)
     write_folds(options, pairs)
-    runs = list(product(range(len(DESIGN)), range(options.folds)))
-    for row, fold in tqdm(runs, desc="experiments"):
+    runs = list(product(range(options.held), range(len(DESIGN))))
+    for fold, row in tqdm(runs, desc="experiments"):
         run(options.name, row, fold, options.set_param)
     report = as_markdown(options, *judged(options))
     print(report)
@@ -97,13 +97,16 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("name", help="of these experiments")
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="preference files")
-    parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--folds", type=int, default=3, help="parts of the pairs")
+    parser.add_argument("--held", type=int, help="parts that are held back in turn, all by default")
     parser.add_argument("--tokenizer", type=Path, help="folder of the one that --cut counts by")
     parser.add_argument(
         "--cut", nargs=2, type=int, help="keep the last tokens of prompts, the first of answers"
     )
     parser.add_argument("-S", "--set-param", action="append", default=[], help="for every run")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.held = options.held or options.folds
+    return options
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def judged(options: argparse.Namespace) -> tuple[Floats, npt.NDArray[np.str_]]:
             pyarrow.parquet.read_table(
                 io.BytesIO(api.read(REWARDS, rev=experiment(options.name, row, fold), mode="rb"))
             ).select(["id", "prompt_id", "margin"])
-            for fold in range(options.folds)
+            for fold in range(options.held)
         ]
         rows.append({record["id"]: record for table in tables for record in table.to_pylist()})
     ids = sorted(set.intersection(*(set(row) for row in rows)))
@@ -220,8 +223,9 @@ def as_markdown(options: argparse.Namespace, margins: Floats, prompts: npt.NDArr
         f"# What the defaults could be: {options.name}",
         "",
         f"Written by `benchmarks.defaults`: {margins.shape[1]} pairs of {numbers.max() + 1} "
-        f"prompts, each judged once in each of {len(DESIGN)} runs, in {options.folds} folds, over "
-        f"{SEEDS} seeds. {' '.join(options.set_param)}",
+        f"prompts, each judged once in each of {len(DESIGN)} runs, {options.held} of "
+        f"{options.folds} folds held back in turn, over {SEEDS} seeds. "
+        f"{' '.join(options.set_param)}",
         "",
         "| parameter | from | to | accuracy, 95% interval | loss, 95% interval |",
         "|---|---|---|---:|---:|",
