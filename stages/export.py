@@ -1,31 +1,53 @@
-"""Export the reward model: the adapter with all that is needed to use it, checked after reloading.
+"""Export the reward model: an adapter and a merged model that every client scores alike.
 
     python -m stages.export
 
 Reads models/base, models/adapter, data/tokenized/test and what evaluate wrote. Writes models/export
-and metrics/export.json, or nothing: this process, which has seen no model yet, loads the folder,
-and its rewards must be those that were evaluated.
+and metrics/export.json, or nothing: a fresh process loads a copy of the folder through each client
+of stages.clients, and the rewards that it finds must be those that were evaluated.
 """
 
-import json
-import re
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
+import torch
 from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from stages import params
-from stages.model import DIGESTS, Quantization, base_record, load, require_sealed, score, seal
+from stages import card, clients, params, trainers
+from stages.exported import Forms, Found
+from stages.model import (
+    DIGESTS,
+    DTYPES,
+    EXPORTED_BASE,
+    MERGED,
+    REWARD,
+    Quantization,
+    base_record,
+    head_of,
+    new_head,
+    require_sealed,
+    seal,
+    silent_peft,
+    stock,
+)
 from stages.outputs import read_json, recorded, whole_folder, write_json
-from stages.packing import load_split, pairs_of
-from stages.pairwise import sides
+from stages.packing import load_split
 from stages.params import Positive, ZeroOrMore
+from stages.portable import Pad, dress_model, dress_tokenizer, embeddings, save_model
 from stages.process import Fault, run
+from stages.tokens import Template
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -35,246 +57,288 @@ REWARDS = Path("reports/evaluate/rewards.parquet")
 EVALUATED = Path("metrics/evaluate.json")
 METRICS = Path("metrics/export.json")
 
-Rewards = npt.NDArray[np.float32]
+# Rewards of pairs, [pairs, 2]: chosen, rejected.
+Rewards = npt.NDArray[np.float64]
+Figures = dict[str, float]
+ByClient = dict[str, dict[str, Figures]]
 
 
 @dataclass(frozen=True)
 class Export:
     """The group `export` of params.yaml, where each key is described."""
 
+    merge: Literal["float32", "bfloat16", "none"]
+    clients: Literal["light", "all"]
     tokens_per_pack: Positive
     tolerance: ZeroOrMore
+    tolerance_in_half: ZeroOrMore
 
 
 def main() -> None:
     group = params.load("export", Export)
     quantization = params.load("quantization", Quantization)
-    test = load_split(TEST, BASE)
+    if group.clients == "all":
+        trainers.require_libraries()
+    wanted = evaluated_rewards(load_split(TEST, BASE))
     with whole_folder(EXPORT) as folder:
-        assemble(folder, quantization)
-        model = load(BASE, folder, quantization)
-        pairs = pairs_of(test)
-        chosen, rejected = sides(score(model, pairs, group.tokens_per_pack))
-        metrics = compare(test, (chosen.numpy(), rejected.numpy()), group)
+        assemble(folder, quantization, group.merge)
+        found = score_elsewhere(folder, group)
+        metrics = measure(found, wanted)
+        require_alike(metrics["clients"], group, quantization)
     write_json(METRICS, metrics)
-    print(
-        f"reloaded   {metrics['pairs']} pairs: rewards differ from the evaluated ones by at most "
-        f"{metrics['difference_max']:.2g}, {metrics['flips']} orders changed"
-    )
-    print(f"exported   {EXPORT}; {EXPORT}/README.md says how to load it")
+    report(metrics)
 
 
-def assemble(folder: Path, quantization: Quantization) -> None:
-    """Adapter, tokenizer, template and model card. Raises a Fault for a damaged adapter."""
+# --- the folder ------------------------------------------------------------------------------
+
+
+def assemble(folder: Path, quantization: Quantization, merge: str) -> None:
+    """Adapter, base, merged model, tokenizer, template and model card, sealed.
+
+    Raises a Fault for a damaged adapter, and for a base that plain loaders have no code of.
+    """
     require_sealed(ADAPTER, BASE)
-    base = base_record(BASE)
+    if any(BASE.glob("*.py")):
+        raise Fault(f"{BASE} has code of its own, wanted a model that transformers has the code of")
     for path in sorted(ADAPTER.iterdir()):
         if path.name != DIGESTS:
             shutil.copyfile(path, folder / path.name)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(BASE / name, folder / name)
-    config = read_json(folder / "adapter_config.json")
-    if base["kind"] == "hub":
-        config["base_model_name_or_path"] = base["name"]
-        config["revision"] = base["revision"]
-    write_json(folder / "adapter_config.json", config)
-    (folder / "README.md").write_text(card(base, folder, quantization), encoding="utf-8")
+    model = stock(BASE, quantization)
+    rows = embeddings(model)
+    pad = dress_tokenizer(BASE, folder, Template.load(ADAPTER / "template.json"), rows)
+    reward = reward_record(folder, quantization, pad)
+    write_json(folder / REWARD, reward)
+    take_head(model, folder)
+    dress_model(model, pad, reward)
+    if name_base(folder, prepared=pad.rows > rows) == EXPORTED_BASE:
+        save_model(model, folder / EXPORTED_BASE, folder)
+    if merge != "none":
+        save_model(merged(model, folder).to(DTYPES[merge]), folder / MERGED, folder)
+    text = card.write(folder, base_record(BASE), recorded(EVALUATED))
+    (folder / "README.md").write_text(text, encoding="utf-8")
     seal(folder, BASE)
 
 
-def compare(test: Dataset, found: tuple[Rewards, Rewards], group: Export) -> dict[str, Any]:
-    """The content of metrics/export.json. Raises a Fault where rewards differ too much."""
+def reward_record(folder: Path, quantization: Quantization, pad: Pad) -> dict[str, Any]:
+    """What a client should know of the rewards: how texts are made, mean, deviation, temperature.
+
+    Mean and deviation are those of all answers of the test pairs, chosen and rejected.
+    """
+    metrics, template = recorded(EVALUATED), Template.load(folder / "template.json")
+    means, deviations = (
+        [metrics[f"{side}_{name}"] for side in ("chosen", "rejected")] for name in ("mean", "std")
+    )
+    return {
+        "accuracy": metrics["accuracy"],
+        "append_eos": template.append_eos,
+        "dtype": str(quantization.dtype).removeprefix("torch."),
+        "max_length": template.max_length,
+        "mean": float(np.mean(means)),
+        "pad_token_id": pad.id,
+        "std": float(np.sqrt(np.mean(np.square(deviations)) + np.var(means))),
+        "temperature": metrics["calibration"]["temperature"],
+        "template": template.template,
+    }
+
+
+def name_base(folder: Path, prepared: bool) -> str:
+    """Have the adapter name its base: the Hub's at its commit, or, else, the one in the folder.
+
+    It is in the folder too where it was prepared with another row.
+    """
+    base, config = base_record(BASE), read_json(folder / "adapter_config.json")
+    if base["kind"] == "hub" and not prepared:
+        config |= {"base_model_name_or_path": base["name"], "revision": base["revision"]}
+    else:
+        config["base_model_name_or_path"] = EXPORTED_BASE
+    write_json(folder / "adapter_config.json", config)
+    return str(config["base_model_name_or_path"])
+
+
+def take_head(model: PreTrainedModel, adapter: Path) -> None:
+    """Give the model the head that an adapter was trained with."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    [head] = [tensor for name, tensor in tensors.items() if name.endswith("score.weight")]
+    new_head(model, seed=0)
+    head_of(model).weight.data.copy_(head)
+
+
+def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model, whose weights are turned into the numbers that its 4 bits stand for, and LoRA's.
+
+    PEFT's merge into 4 bits would quantize again, and the original weights are not what was
+    trained: both change rewards. In fp32; `model` itself is used up.
+    """
+    if "quantization_config" in model.config:
+        model = model.dequantize(DTYPES["float32"])
+    with silent_peft():
+        return PeftModel.from_pretrained(model.float(), adapter).merge_and_unload()
+
+
+# --- the gate --------------------------------------------------------------------------------
+
+
+def evaluated_rewards(test: Dataset) -> Rewards:
+    """What evaluate found. Raises a Fault where it cannot be read, or is of other pairs."""
     try:
         table = pyarrow.parquet.read_table(REWARDS)
     except (OSError, pyarrow.ArrowException) as error:
         raise Fault(f"{REWARDS} cannot be read ({error}), wanted what evaluate writes") from None
     if table["id"].to_pylist() != list(test["id"]):
         raise Fault(f"{REWARDS} holds other pairs than {TEST}, wanted the same; run dvc repro")
-    wanted = [table[f"reward_{side}"].to_numpy() for side in ("chosen", "rejected")]
-    difference = np.abs(np.stack(found) - np.stack(wanted))
-    flips = np.sign(found[0] - found[1]) != np.sign(wanted[0] - wanted[1])
-    if not difference.max() <= group.tolerance:
-        raise Fault(
-            f"{EXPORT}: reloaded, its rewards differ from {REWARDS} by up to "
-            f"{difference.max():.3g}, at most {group.tolerance} is allowed (export.tolerance)"
-        )
+    sides = [table[f"reward_{side}"].to_numpy() for side in ("chosen", "rejected")]
+    return np.stack(sides, axis=1).astype(np.float64)
+
+
+def score_elsewhere(folder: Path, group: Export) -> dict[str, Forms]:
+    """What clients find in a fresh process, in an empty folder, on a copy of what was exported.
+
+    Raises a Fault where a client ends otherwise than with rewards.
+    """
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as name:
+        elsewhere = Path(name)
+        done = run_clients(shutil.copytree(folder, elsewhere / "reward-model"), elsewhere, group)
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            raise Fault(
+                f"{EXPORT}: the process that loads it through its clients ended with status "
+                f"{done.returncode}, wanted rewards; what it said is above"
+            )
+        found = read_json(elsewhere / "found.json")
     return {
-        "pairs": len(table),
-        "difference_max": float(difference.max()),
-        "difference_mean": float(difference.mean()),
-        "flips": int(flips.sum()),
+        client: {
+            form: {int(index): pair for index, pair in rewards.items()}
+            for form, rewards in forms.items()
+        }
+        for client, forms in found.items()
     }
 
 
-# --- the model card --------------------------------------------------------------------------
+def run_clients(folder: Path, elsewhere: Path, group: Export) -> subprocess.CompletedProcess[str]:
+    """Run stages.clients on a folder; it writes `elsewhere`/found.json.
 
-
-CARD = """\
----
-library_name: peft
-pipeline_tag: text-classification
-tags:
-- reward-model
-- lora
-{front}---
-
-# Reward model over {name}
-
-A scalar reward of an answer to a prompt: the higher, the better a person would like it. A LoRA
-adapter with a scalar head, trained with -log sigmoid(r_chosen - r_rejected).
-
-## Base
-
-{name}, {revision}, {quantization}. The adapter is right on this base, quantized in this way, alone.
-
-| file of the base | SHA-256 |
-|---|---|
-{files}
-
-## Data
-
-{pairs} training pairs, as text: {template}{eos}, at most {max_length} tokens. The tokenized
-training set:
-
-| file | SHA-256 |
-|---|---|
-{data}
-
-## Metrics
-
-On {test_pairs} test pairs whose prompts were not trained on:
-
-| metric | value |
-|---|---|
-{metrics}
-
-| slice | accuracy | 95% interval | pairs |
-|---|---|---|---|
-{slices}
-
-## Parameters
-
-```json
-{parameters}
-```
-
-## Use
-
-```python
-{code}```
-
-## Limits
-
-Rewards order answers to one prompt; across prompts, and outside of the languages, subjects and
-lengths of the data above, they mean little. Nobody checked the model for fairness or safety.
-"""
-
-CODE = """\
-import json
-
-import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
-
-folder, base = "models/export", {base}
-with open(f"{{folder}}/quantization.json") as file:
-    recipe = json.load(file)
-with open(f"{{folder}}/template.json") as file:
-    template = json.load(file)
-model = AutoModelForSequenceClassification.from_pretrained(
-    base, {revision}num_labels=1, dtype={dtype},
-    quantization_config=BitsAndBytesConfig(**recipe) if recipe else None,
-)
-model.config.pad_token_id = None  # one text at a time: its last token is the one that counts
-model = PeftModel.from_pretrained(model, folder).eval()
-for module in model.modules():  # some CPUs would compute in bf16
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
-tokenizer = AutoTokenizer.from_pretrained(folder)
-
-
-@torch.no_grad()
-def reward(prompt: str, answer: str) -> float:
-    {render}
-    if template["append_eos"] and ids[-1] != tokenizer.eos_token_id:
-        ids = ids + [tokenizer.eos_token_id]
-    return model(input_ids=torch.tensor([ids], device=model.device)).logits.item()
-
-
-print(reward("怎么煮鸡蛋？", "冷水下锅，水开后煮八分钟。"))
-"""
-
-RENDER_TEXT = """\
-head, rest = template["template"].split("{prompt}")
-    middle, tail = rest.split("{answer}")
-    ids = tokenizer(head + prompt + middle + answer + tail)["input_ids"]"""
-
-RENDER_CHAT = """\
-messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]"""
-
-
-def card(base: dict[str, Any], folder: Path, quantization: Quantization) -> str:
-    """The model card of the folder; nothing in it is of this machine."""
-    template, training = (read_json(folder / name) for name in ("template.json", "training.json"))
-    metrics, hub = recorded(EVALUATED), base["kind"] == "hub"
-    recipe = read_json(folder / "quantization.json")
-    low, high = metrics["accuracy_low"], metrics["accuracy_high"]
-    rows = {
-        "pairwise accuracy (95% interval)": f"{metrics['accuracy']:.4f} ({low:.4f} to {high:.4f})",
-        "ties": metrics["ties"],
-        "loss": f"{metrics['loss']:.4f}",
-        "mean margin": f"{metrics['margin_mean']:.4f}",
-        "deviation of the margin": f"{metrics['margin_std']:.4f}",
+    A base of the Hub is taken from models/base, as if the Hub had been asked for it.
+    """
+    hub_cache(elsewhere / "hub")
+    (elsewhere / "empty").mkdir()
+    paths = (folder, TEST.absolute(), BASE.absolute(), elsewhere / "found.json")
+    where = {
+        "PYTHONPATH": str(Path(clients.__file__).parents[1]),
+        "HF_HUB_CACHE": str(elsewhere / "hub"),
+        "HF_HUB_OFFLINE": "1",
     }
-    slices = [
-        f"| {cell(f'{column}: {value}')} | {figures['accuracy']:.4f} "
-        f"| {figures['low']:.4f} to {figures['high']:.4f} | {figures['pairs']} |"
-        for column, values in metrics["by"].items()
-        for value, figures in values.items()
-    ]
-    name = Path(base["name"]).name if base["kind"] == "local" else base["name"]
-    code = CODE.format(
-        base=json.dumps(base["name"] if hub else BASE.as_posix()),
-        revision=f'revision="{base["revision"]}", ' if hub else "",
-        dtype=quantization.dtype,
-        render=RENDER_CHAT if template["template"] == "chat" else RENDER_TEXT,
-    )
-    return CARD.format(
-        front=f"base_model: {json.dumps(base['name'])}\n" if hub else "",
-        name=cell(name),
-        revision=f"commit {base['revision']}" if hub else base["revision"],
-        quantization=f"{recipe['bnb_4bit_quant_type'].upper()}" if recipe else "not quantized",
-        files=table(base["files"]),
-        pairs=training["pairs"],
-        template=span(json.dumps(template["template"], ensure_ascii=False)),
-        eos=" and the end-of-sequence token" if template["append_eos"] else "",
-        max_length=template["max_length"],
-        data=table(training["data"]),
-        test_pairs=metrics["pairs"],
-        metrics=table(rows),
-        slices="\n".join(slices),
-        parameters=json.dumps(
-            {name: training[name] for name in ("quantization", "lora", "train")}, indent=2
-        ),
-        code=code,
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", clients.__name__, *map(str, paths)),
+            *(group.clients, str(group.tokens_per_pack)),
+        ],
+        cwd=elsewhere / "empty",
+        env=os.environ | where,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
-def table(rows: dict[str, Any]) -> str:
-    return "\n".join(f"| {cell(name)} | {cell(str(value))} |" for name, value in rows.items())
+def hub_cache(cache: Path) -> None:
+    """A cache of the Hub that holds models/base as the model and commit it came from."""
+    base = base_record(BASE)
+    if base["kind"] != "hub":
+        return
+    repository = cache / f"models--{base['name'].replace('/', '--')}"
+    snapshot, reference = (repository / part / base["revision"] for part in ("snapshots", "refs"))
+    snapshot.mkdir(parents=True)
+    reference.parent.mkdir()
+    reference.write_text(base["revision"])
+    for name in base["files"]:
+        (snapshot / name).symlink_to(BASE.absolute() / name)
 
 
-def span(text: str) -> str:
-    """Text as inline code, between more backticks than it has in a row itself."""
-    marks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{marks} {text} {marks}"
+def measure(found: dict[str, Forms], evaluated: Rewards) -> dict[str, Any]:
+    """The content of metrics/export.json: figures of each client by the form of what it was given.
+
+    Rewards of texts that end in eos are compared with those of packs of such texts.
+    """
+    plain = dict(enumerate(evaluated.tolist()))
+    ended = found["packs"].pop("eos")
+    original = found.pop(clients.ORIGINAL, {})
+    by_client = {
+        name: {
+            form: difference(rewards, ended if form == "eos" else plain)
+            for form, rewards in forms.items()
+        }
+        for name, forms in found.items()
+    }
+    metrics: dict[str, Any] = {"pairs": len(evaluated), "clients": by_client}
+    if original:
+        metrics[clients.ORIGINAL] = difference(original["packs"], plain)
+    return metrics
 
 
-def cell(text: str) -> str:
-    """Text that stays within its cell of a Markdown table and is shown as it is."""
-    escaped = "".join(f"\\{mark}" if mark in "\\`*_{}[]<>()#|!" else mark for mark in text)
-    return " ".join(escaped.split())
+def difference(found: Found, wanted: Found) -> Figures:
+    """How far the rewards of some pairs are from those that are wanted; of none their number."""
+    if not found:
+        return {"pairs": 0}
+    here, there = (np.array([rewards[index] for index in found]) for rewards in (found, wanted))
+    apart, margin = np.abs(here - there), here[:, 0] - here[:, 1]
+    return {
+        "pairs": len(here),
+        "difference_max": three_digits(apart.max()),
+        "difference_mean": three_digits(apart.mean()),
+        "flips": int((np.sign(margin) != np.sign(there[:, 0] - there[:, 1])).sum()),
+        "accuracy": float(np.heaviside(margin, 0.5).mean()),
+    }
+
+
+def three_digits(number: float) -> float:
+    return float(f"{number:.3g}")
+
+
+def require_alike(by_client: ByClient, group: Export, quantization: Quantization) -> None:
+    """Raises a Fault for the first client whose rewards are further off than is allowed.
+
+    Packs are computed as in evaluation; every other client in its own way, in which half precision
+    rounds otherwise.
+    """
+    trained_in_half = quantization.dtype != DTYPES["float32"]
+    for client, forms in by_client.items():
+        merged_in_half = client.endswith(MERGED) and group.merge == "bfloat16"
+        allowed, key = group.tolerance, "tolerance"
+        if client != "packs" and (trained_in_half or merged_in_half):
+            allowed, key = group.tolerance_in_half, "tolerance_in_half"
+        for form, figures in forms.items():
+            if figures["pairs"] and not figures["difference_max"] <= allowed:
+                raise Fault(
+                    f"{EXPORT}: loaded by {client} ({form}), its rewards differ from {REWARDS} by "
+                    f"up to {figures['difference_max']:.3g}, at most {allowed} is allowed "
+                    f"(export.{key})"
+                )
+
+
+def report(metrics: dict[str, Any]) -> None:
+    print(f"{'client':<22}{'form':<8}{'pairs':>6}  {'largest':>8}  {'mean':>8}  flips  accuracy")
+    for client, forms in metrics["clients"].items():
+        for form, figures in forms.items():
+            print(f"{client:<22}{form:<8}{in_columns(figures)}")
+    if original := metrics.get(clients.ORIGINAL):
+        print(f"{'on the original base':<30}{in_columns(original)}")
+        print(
+            f"warning    on the original, unquantized base the adapter's rewards are off by up to "
+            f"{original['difference_max']:.2g}: {original['flips']} pairs change their order"
+        )
+    print(f"exported   {EXPORT}; {EXPORT}/README.md says how to use it")
+
+
+def in_columns(figures: Figures) -> str:
+    """Figures as the end of a row of the table."""
+    row = f"{figures['pairs']:>6}"
+    if figures["pairs"]:
+        row += (
+            f"  {figures['difference_max']:8.2g}  {figures['difference_mean']:8.2g}"
+            f"  {figures['flips']:5}  {figures['accuracy']:8.4f}"
+        )
+    return row
 
 
 if __name__ == "__main__":

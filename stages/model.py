@@ -28,6 +28,8 @@ from stages.params import Switch
 from stages.process import Fault
 
 DIGESTS = "digests.json"
+# What an exported folder has besides the adapter: two folders, and what is known of its rewards.
+EXPORTED_BASE, MERGED, REWARD = "base", "merged", "reward.json"
 
 # How far a pack may be from its texts alone, as a share of the hidden states' norm.
 EXACT, EXACT_IN_HALF = 1e-3, 0.05
@@ -72,19 +74,22 @@ def device() -> torch.device:
 def stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     """The base on the device, as transformers has it: a sequence classifier of one label.
 
-    Code that comes with the base runs if it is there: fetch copies it only where
-    base.trust_remote_code says so. Raises a Fault for a model that has no score head.
+    One that is stored in 4 bits stays as it is. Code that comes with the base runs if it is there:
+    fetch copies it only where base.trust_remote_code says so. Raises a Fault for a model that has
+    no score head.
     """
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    recipe = quantization.recipe
+    stored_in_4_bits = "quantization_config" in read_json(base / "config.json")
+    recipe = None if stored_in_4_bits else quantization.recipe
     try:
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             base,
             num_labels=1,
             dtype=quantization.dtype,
-            quantization_config=BitsAndBytesConfig(**recipe) if recipe else None,
+            # Not even as None: that would hide what is stored.
+            **({"quantization_config": BitsAndBytesConfig(**recipe)} if recipe else {}),
             device_map={"": device()},
             trust_remote_code=any(base.glob("*.py")),
             use_safetensors=True,
@@ -186,7 +191,57 @@ def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
             f"{adapter} was trained on a base quantized by {trained}, here it would be {here}; "
             "set quantization.compute_dtype to what it was, or train again on this machine"
         )
-    model = load_base(base, quantization)
+    return adapt(load_base(base, quantization), adapter)
+
+
+def load_exported(folder: Path) -> PeftModel:
+    """The reward model of an exported folder, ready to score, on its own base or the Hub's.
+
+    Raises a Fault for files that are damaged, and for a base that cannot be had from the Hub.
+    """
+    record = recorded(folder / DIGESTS)
+    merged = f"{MERGED}/"
+    require_files(folder, {k: v for k, v in record["files"].items() if not k.startswith(merged)})
+    base = folder / EXPORTED_BASE
+    if not base.is_dir():
+        base = hub_base(folder, record["base"])
+    return adapt(load_base(base, exported_quantization(folder)), folder)
+
+
+def exported_quantization(folder: Path) -> Quantization:
+    """How the base of an exported folder was quantized and computed in training."""
+    recipe = read_json(folder / "quantization.json")
+    dtype = read_json(folder / REWARD)["dtype"]
+    if recipe is None:
+        return Quantization("none", "nf4", False, dtype)
+    double = recipe["bnb_4bit_use_double_quant"]
+    return Quantization(4, recipe["bnb_4bit_quant_type"], double, dtype)
+
+
+def hub_base(folder: Path, files: dict[str, str]) -> Path:
+    """Weights and configuration of the base that an exported folder names, from the Hub's cache.
+
+    `files` are the SHA-256 of the base's files. Raises a Fault where they cannot be had.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    config = read_json(folder / "adapter_config.json")
+    name, revision = config["base_model_name_or_path"], config["revision"]
+    wanted = {k: v for k, v in files.items() if k == "config.json" or k.startswith("model")}
+    try:
+        path = snapshot_download(name, revision=revision, allow_patterns=sorted(wanted))
+    # The root of all errors of the HTTP library, which is httpx or httpx2 by the Hub's version.
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        raise Fault(
+            f"{folder}: its base {name} at {revision} cannot be had ({type(error).__name__}), "
+            "wanted the Hub, a mirror in HF_ENDPOINT, or the model in its cache"
+        ) from None
+    require_files(Path(path), wanted)
+    return Path(path)
+
+
+def adapt(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """A base that load_base has loaded with adapter and head of a folder, ready to score."""
     new_head(model, seed=0)
     with silent_peft():
         adapted = PeftModel.from_pretrained(model, adapter).eval()
@@ -253,7 +308,9 @@ def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> T
     done = 0
     with (
         evaluating(model),
-        tqdm(total=len(order), desc="scoring", unit=" prompts", delay=2, disable=None) as bar,
+        tqdm(
+            total=len(order), desc="scoring", unit=" prompts", delay=2, leave=None, disable=None
+        ) as bar,
     ):
         while done < len(order):
             rest = order[done:]

@@ -86,6 +86,37 @@ def workspace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def complete(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all stages were run."""
+    from stages import evaluate, export, fetch, preprocess, train
+
+    folder = tmp_path_factory.mktemp("complete")
+    yaml = YAML()
+    content = yaml.load(ROOT / "params.yaml")
+    content["base"]["name"] = str(tiny_base)
+    content["train"] |= {"max_steps": 2, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}
+    yaml.dump(content, folder / "params.yaml")
+    write_pairs(folder / "data" / "raw" / "pairs.json", 20)
+    shutil.copytree(ROOT / "data" / "sets", folder / "data" / "sets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("DVC_ROOT", raising=False)
+        for stage in (fetch, preprocess, train, evaluate, export):
+            stage.main()
+    return folder
+
+
+@pytest.fixture
+def project(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the current folder."""
+    folder = tmp_path / "project"
+    shutil.copytree(complete, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return folder
+
+
 @pytest.fixture
 def set_params(workspace: Path) -> Callable[..., None]:
     """Change values of the params.yaml of the workspace: set_params("lora", r=8)."""

@@ -10,14 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
 from stages import evaluate, export, fetch, preprocess, train
 from stages.outputs import digest, digests, read_json, write_json
 from stages.process import run
-
-from .conftest import ROOT, write_pairs
 
 Main = Callable[[], None]
 STAGES: dict[str, tuple[Main, list[str]]] = {
@@ -27,37 +24,9 @@ STAGES: dict[str, tuple[Main, list[str]]] = {
     "evaluate": (evaluate.main, ["reports/evaluate", "metrics/evaluate.json"]),
     "export": (export.main, ["models/export", "metrics/export.json"]),
 }
+pytestmark = pytest.mark.usefixtures("project")
 CAPABILITIES = 0x20080522  # _LINUX_CAPABILITY_VERSION_3 of capget(2)
 OVERRIDE = 0b1110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
-
-
-@pytest.fixture(scope="module")
-def complete(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all stages were run."""
-    folder = tmp_path_factory.mktemp("complete")
-    yaml = YAML()
-    content = yaml.load(ROOT / "params.yaml")
-    content["base"]["name"] = str(tiny_base)
-    content["train"] |= {"max_steps": 2, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}
-    yaml.dump(content, folder / "params.yaml")
-    write_pairs(folder / "data" / "raw" / "pairs.json", 20)
-    shutil.copytree(ROOT / "data" / "sets", folder / "data" / "sets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("DVC_ROOT", raising=False)
-        for main, _ in STAGES.values():
-            main()
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def project(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as the current folder."""
-    folder = tmp_path / "project"
-    shutil.copytree(complete, folder)
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    return folder
 
 
 @pytest.fixture

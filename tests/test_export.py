@@ -1,5 +1,6 @@
-"""The export: complete, checked after reloading, and usable as its card says."""
+"""The export: complete, scored alike by every client, and usable as its card says."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -8,30 +9,89 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
-from stages import evaluate, export, pairs, params, preprocess, train
-from stages.model import Quantization, seal
+from stages import evaluate, export, params, portable, preprocess, train, trainers
+from stages.model import (
+    Quantization,
+    add_lora,
+    keep_weights_unpacked,
+    load_base,
+    load_exported,
+    new_head,
+    save,
+    score,
+    seal,
+    silent_peft,
+    stock,
+)
 from stages.outputs import digests, read_json, write_json
+from stages.packing import Texts, load_split, pairs_of
 from stages.process import Fault
+from stages.tokens import Encoder, Template
 
 from .conftest import ROOT, write_pairs
+from .test_attention import FAMILIES, SHAPE, prompts_of
 
+NAME, COMMIT = "Qwen/Qwen2-0.5B", "c0ffee" * 6 + "cafe"
 Change = dict[str, dict[str, Any]]
 DEFAULT: Change = {
     "preprocess": {"template": "zh", "append_eos": False, "test_fraction": 0.2},
     "quantization": {"bits": 4},
     "train": {"max_steps": 2, "learning_rate": 1e-2},
-    "export": {"tolerance": 1e-4},
+    "export": {"merge": "float32", "clients": "all", "tolerance": 1e-4},
 }
 CHAT: Change = {
     "preprocess": {"template": "chat", "append_eos": True, "test_fraction": 0.2},
     "quantization": {"bits": "none"},
     "train": {"max_steps": 1},
+    "export": {"merge": "bfloat16", "clients": "all", "tolerance_in_half": 0.02},
+}
+ADAPTER = {"peft", "transformers_adapter", "pipeline_adapter", "trl_grpo_adapter"}
+WHOLE = {
+    *("transformers_merged", "pipeline_merged", "cross_encoder_merged"),
+    *("trl_reward_merged", "trl_grpo_merged"),
+}
+FORMS = {"right", "left", "single", "eos"}
+FORMS_OF = {
+    "packs": {"packs"},
+    "cross_encoder_merged": {"right", "left", "single"},
+    "trl_reward_merged": {"right", "eos"},
+    "trl_grpo_adapter": {"right"},
+    "trl_grpo_merged": {"right"},
+}
+TREE = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "digests.json",
+    "quantization.json",
+    "reward.json",
+    "template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training.json",
+    *(
+        f"{folder}/{name}"
+        for folder in ("base", "merged")
+        for name in (
+            *("config.json", "model.safetensors"),
+            *("tokenizer.json", "tokenizer_config.json"),
+        )
+    ),
 }
 
 
@@ -63,22 +123,49 @@ def evaluated(
     return make
 
 
+@pytest.fixture(scope="module")
+def exported(evaluated: Callable[[Change], Path]) -> Callable[[Change], Path]:
+    """Such a folder in which export was run too."""
+
+    def make(change: Change) -> Path:
+        folder = evaluated(change)
+        if not (folder / export.EXPORT).exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                patch.delenv("DVC_ROOT", raising=False)
+                export.main()
+        return folder
+
+    return make
+
+
 @pytest.fixture
 def here(
     evaluated: Callable[[Change], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Change], None]:
-    """Go to a copy of such a folder."""
+    """Go to a copy of a folder that is ready for export."""
 
     def go(change: Change) -> None:
         shutil.copytree(evaluated(change), tmp_path, dirs_exist_ok=True)
-        monkeypatch.chdir(tmp_path)
+        shutil.rmtree(export.EXPORT, ignore_errors=True)
+        export.METRICS.unlink(missing_ok=True)
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
     return go
 
 
 @pytest.fixture
 def ready(here: Callable[[Change], None]) -> None:
+    """Ready for an export of the adapter alone, through the light clients."""
     here(DEFAULT)
+    set_export(clients="light", merge="none")
+
+
+def set_export(**values: Any) -> None:
+    content = YAML().load(Path("params.yaml"))
+    content["export"].update(values)
+    YAML().dump(content, Path("params.yaml"))
 
 
 def left_over() -> list[str]:
@@ -86,57 +173,148 @@ def left_over() -> list[str]:
     return sorted(path.name for path in Path("models").glob("export*"))
 
 
-def assemble_here() -> str:
-    """The card as the stage would write it, without the check of the rewards."""
+def assemble_here(merge: str = "none") -> str:
+    """The card as the stage would write it, without the gate."""
     export.EXPORT.mkdir()
-    export.assemble(export.EXPORT, params.load("quantization", Quantization))
+    export.assemble(export.EXPORT, params.load("quantization", Quantization), merge)
     return (export.EXPORT / "README.md").read_text(encoding="utf-8")
+
+
+def expected(folder: Path, prompt: str, answers: list[str]) -> list[float]:
+    """The rewards of answers by our own scoring."""
+    encoder = Encoder(folder, Template.load(folder / "template.json"))
+    texts = [encoder.render((("user", prompt),), (("assistant", each),)) for each in answers]
+    rewards: list[float] = score(
+        load_exported(folder), [Texts([ids], 0) for ids in encoder.encode(texts)], 512
+    ).tolist()
+    return rewards
 
 
 # --- what is written -------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("ready")
-def test_export_holds_all_that_is_needed_and_nothing_else(
-    capfd: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(("change", "quantized"), [(DEFAULT, True), (CHAT, False)])
+def test_every_client_gives_the_evaluated_rewards(
+    exported: Callable[[Change], Path], change: Change, quantized: bool
 ) -> None:
-    export.main()
-    first = digests(export.EXPORT)
-    assert set(first) == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "digests.json",
-        "quantization.json",
-        "template.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "training.json",
-    }
-    assert left_over() == ["export"]
-    assert read_json(export.METRICS) == {
-        "pairs": 4,
-        "difference_max": 0.0,
-        "difference_mean": 0.0,
-        "flips": 0,
-    }
+    folder = exported(change)
+    found = read_json(folder / export.METRICS)
+    assert found["pairs"] == 4
+    assert ("original_base" in found) == quantized
+    assert set(found["clients"]) == {"packs"} | ADAPTER | WHOLE
+    for client, forms in found["clients"].items():
+        assert set(forms) == FORMS_OF.get(client, FORMS)
+        in_half = change == CHAT and client in WHOLE
+        for figures in forms.values():
+            # Each of the prompts has two pairs, of which a step of GRPO takes one.
+            assert figures["pairs"] == (2 if "grpo" in client else 4)
+            assert figures["difference_max"] <= (0.02 if in_half else 2e-5)
+            assert figures["difference_mean"] <= figures["difference_max"]
+            assert figures["flips"] == 0 or in_half
+
+
+def test_export_holds_all_that_is_needed_and_nothing_else(
+    exported: Callable[[Change], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = exported(DEFAULT)
+    assert set(digests(folder / export.EXPORT)) == TREE
+    assert [path.name for path in (folder / "models").glob("export*")] == ["export"]
     assert capfd.readouterr().err == ""
-    export.main()
-    assert digests(export.EXPORT) == first
+
+
+def test_the_same_is_exported_each_time(
+    exported: Callable[[Change], Path], here: Callable[[Change], None]
+) -> None:
+    folder = exported(DEFAULT)
+    here(DEFAULT)
+    assemble_here("float32")
+    assert digests(export.EXPORT) == digests(folder / export.EXPORT)
+
+
+def test_configurations_say_what_plain_loaders_go_by(exported: Callable[[Change], Path]) -> None:
+    folder = exported(DEFAULT) / export.EXPORT
+    pad = read_json(folder / "reward.json")["pad_token_id"]
+    for name in ("base", "merged"):
+        config = read_json(folder / name / "config.json")
+        assert config["architectures"] == ["Qwen2ForSequenceClassification"]
+        assert config["id2label"] == {"0": "reward"}
+        assert config["problem_type"] == "regression"
+        assert config["pad_token_id"] == pad == config["vocab_size"] - 1
+        assert config["reward_model"] == read_json(folder / "reward.json")
+        assert ("quantization_config" in config) == (name == "base")
+    assert read_json(folder / "adapter_config.json")["base_model_name_or_path"] == "base"
+
+
+def test_the_record_of_rewards_is_that_of_all_test_answers(
+    exported: Callable[[Change], Path],
+) -> None:
+    folder = exported(DEFAULT)
+    table = pyarrow.parquet.read_table(folder / export.REWARDS)
+    rewards = np.concatenate(
+        [table[f"reward_{side}"].to_numpy() for side in ("chosen", "rejected")]
+    )
+    record = read_json(folder / export.EXPORT / "reward.json")
+    assert record["mean"] == pytest.approx(rewards.mean(), rel=1e-5)
+    assert record["std"] == pytest.approx(rewards.std(), rel=1e-5)
+    evaluated = read_json(folder / export.EVALUATED)
+    assert record["temperature"] == evaluated["calibration"]["temperature"]
+    assert (record["template"], record["append_eos"]) == ("问:{prompt}\n\n答:{answer}", False)
+
+
+def base_of_the_hub() -> None:
+    """Make models/base one that came from the Hub, with a spare row for the pad token."""
+    model = AutoModelForCausalLM.from_pretrained(export.BASE)
+    model.resize_token_embeddings(4100, mean_resizing=False)
+    model.save_pretrained(export.BASE)
+    (export.BASE / "base.json").unlink()
+    write_json(
+        export.BASE / "base.json",
+        {"name": NAME, "kind": "hub", "revision": COMMIT, "files": digests(export.BASE)},
+    )
+    seal(export.ADAPTER, export.BASE)
 
 
 @pytest.mark.usefixtures("ready")
-def test_hub_base_is_named_with_its_commit() -> None:
-    base = read_json(export.BASE / "base.json")
-    base |= {"name": "Qwen/Qwen2-0.5B", "kind": "hub", "revision": "c0ffee" * 6}
-    write_json(export.BASE / "base.json", base)
+def test_a_base_of_the_hub_is_named_with_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base_of_the_hub()
+    set_export(clients="all")
     export.main()
     config = read_json(export.EXPORT / "adapter_config.json")
+    assert (config["base_model_name_or_path"], config["revision"]) == (NAME, COMMIT)
+    assert set(digests(export.EXPORT)) == {name for name in TREE if "/" not in name}
+    clients = read_json(export.METRICS)["clients"]
+    assert set(clients) == {"packs"} | ADAPTER
     card = (export.EXPORT / "README.md").read_text(encoding="utf-8")
-    assert config["base_model_name_or_path"] == "Qwen/Qwen2-0.5B"
-    assert config["revision"] == "c0ffee" * 6
-    assert YAML().load(card.split("---")[1])["base_model"] == "Qwen/Qwen2-0.5B"
-    assert f'base, revision="{"c0ffee" * 6}", num_labels=1' in card
+    assert YAML().load(card.split("---")[1])["base_model"] == NAME
+
+    export.hub_cache(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    names = run_code(snippets_of(export.EXPORT)["PEFT"])
+    assert f'revision="{COMMIT}"' not in card
+    wanted = expected(export.EXPORT, names["prompt"], names["answers"])
+    assert names["rewards"] == pytest.approx(wanted, abs=2e-5)
+
+    weights = tmp_path / "hub" / "models--Qwen--Qwen2-0.5B" / "snapshots" / COMMIT
+    (weights / "model.safetensors").unlink()
+    (weights / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(Fault, match=r"model\.safetensors damaged, exchanged or missing"):
+        load_exported(export.EXPORT)
+    shutil.rmtree(tmp_path / "hub")
+    with pytest.raises(Fault, match=f"its base {NAME} at {COMMIT} cannot be had"):
+        load_exported(export.EXPORT)
+
+
+@pytest.mark.usefixtures("ready")
+def test_a_base_of_the_hub_without_room_for_the_pad_token_is_exported_too() -> None:
+    base = read_json(export.BASE / "base.json")
+    write_json(export.BASE / "base.json", base | {"name": NAME, "kind": "hub", "revision": COMMIT})
+    assemble_here()
+    config = read_json(export.EXPORT / "adapter_config.json")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("base", None)
+    assert (export.EXPORT / "base" / "model.safetensors").exists()
 
 
 @pytest.mark.usefixtures("ready")
@@ -145,10 +323,99 @@ def test_nothing_in_the_export_is_of_this_machine() -> None:
     write_json(
         export.BASE / "base.json", base | {"name": f"{Path.cwd()}/my-model", "kind": "local"}
     )
-    export.main()
-    for path in export.EXPORT.iterdir():
+    card = assemble_here("bfloat16")
+    for path in filter(Path.is_file, export.EXPORT.rglob("*")):
         assert str(Path.cwd()).encode() not in path.read_bytes()
-    assert "# Reward model over my-model" in (export.EXPORT / "README.md").read_text("utf-8")
+        assert b"transformers_version" not in path.read_bytes()
+    assert "# Reward model over my-model" in card
+
+
+# --- loading it ------------------------------------------------------------------------------
+
+
+def test_a_copy_in_another_folder_is_loaded_from_anywhere(
+    exported: Callable[[Change], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported(DEFAULT)
+    copy = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(folder / export.EXPORT, copy)
+    monkeypatch.chdir(tmp_path)
+    test = pairs_of(load_split(folder / export.TEST, folder / export.BASE))
+    table = pyarrow.parquet.read_table(folder / export.REWARDS)
+    found = score(load_exported(copy), test, 4096).view(-1, 2)
+    assert found[:, 0].tolist() == table["reward_chosen"].to_pylist()
+    assert found[:, 1].tolist() == table["reward_rejected"].to_pylist()
+    shutil.rmtree(copy / "merged")
+    load_exported(copy)
+
+
+@pytest.mark.parametrize("name", ["base/model.safetensors", "adapter_model.safetensors"])
+def test_a_damaged_folder_is_not_loaded(
+    name: str, exported: Callable[[Change], Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(exported(DEFAULT) / export.EXPORT, tmp_path / "copy")
+    with (copy / name).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(Fault, match=f"copy: {name} damaged, exchanged or missing"):
+        load_exported(copy)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        Quantization(4, "nf4", False, "float32"),
+        Quantization(4, "fp4", True, "float32"),
+        Quantization("none", "nf4", False, "float32"),
+    ],
+    ids=["nf4", "fp4 twice", "plain"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_loaded_with_its_rewards(
+    family: str, quantization: Quantization, tmp_path: Path
+) -> None:
+    """A copy of its adapter, prepared base and merged model; texts are padded on either side."""
+    targets, shape = FAMILIES[family]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SHAPE | shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    model = load_base(tmp_path / "source", quantization)
+    new_head(model, 0)
+    lora = LoraConfig(r=4, lora_alpha=32, target_modules=targets)
+    lora.init_lora_weights = False
+    trained = add_lora(model, lora)
+    prompts = prompts_of(0)
+    wanted = score(trained, prompts, 4096).tolist()
+    save(trained, tmp_path, "base", quantization)
+
+    model = stock(tmp_path / "source", quantization)
+    export.take_head(model, tmp_path)
+    rows = portable.embeddings(model)
+    portable.dress_model(model, portable.Pad("", rows, rows + 1), {})
+    model.save_pretrained(tmp_path / "base")
+    export.merged(model, tmp_path).save_pretrained(tmp_path / "merged")
+    with contextlib.chdir(tmp_path), silent_peft():
+        adapter = AutoPeftModelForSequenceClassification.from_pretrained(".").eval()
+    keep_weights_unpacked(adapter)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    for loaded in (adapter, merged):
+        for left in (False, True):
+            found = padded(loaded, [ids for texts in prompts for ids in texts.ids], rows, left)
+            assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+@torch.no_grad()
+def padded(model: Any, texts: list[Any], pad: int, left: bool) -> list[float]:
+    """The rewards of texts in one padded batch."""
+    longest = max(map(len, texts))
+    rows, masks = [], []
+    for ids in texts:
+        filler = longest - len(ids)
+        row, mask = [*ids, *[pad] * filler], [1] * len(ids) + [0] * filler
+        rows.append(row[len(ids) :] + row[: len(ids)] if left else row)
+        masks.append(mask[::-1] if left else mask)
+    logits = model(input_ids=torch.tensor(rows), attention_mask=torch.tensor(masks)).logits
+    rewards: list[float] = logits[:, 0].tolist()
+    return rewards
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -164,38 +431,74 @@ def test_an_adapter_of_other_rewards_is_not_exported(part: str) -> None:
             tensors[name] = tensors[name] * 1.1 + 0.01
     save_file(tensors, path)
     seal(export.ADAPTER, export.BASE)
-    with pytest.raises(Fault, match=r"differ from reports/evaluate/rewards\.parquet by up to"):
+    with pytest.raises(Fault, match=r"loaded by packs \(packs\), its rewards differ from reports"):
+        export.main()
+    assert left_over() == []
+    assert not export.METRICS.exists()
+
+
+def into_the_original(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """A merge into the weights as they were before they were quantized."""
+    unquantized = stock(export.BASE, Quantization("none", "nf4", False, "float32"))
+    unquantized.resize_token_embeddings(model.config.vocab_size, mean_resizing=False)
+    unquantized.config = model.config
+    del unquantized.config.quantization_config
+    return PeftModel.from_pretrained(unquantized, adapter).merge_and_unload()
+
+
+def pad_is_eos(tokenizer: Tokenizer, _config: Any, _template: Any, rows: int) -> portable.Pad:
+    return portable.Pad("<|endoftext|>", tokenizer.get_vocab()["<|endoftext|>"], rows)
+
+
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize(
+    ("place", "fault", "client"),
+    [
+        ("export.merged", into_the_original, r"transformers_merged \(right\)"),
+        ("portable.find_pad", pad_is_eos, r"peft \(eos\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_export_that_a_client_gets_wrong_leaves_nothing(
+    place: str, fault: Any, client: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_export(merge="float32")
+    monkeypatch.setattr(f"stages.{place}", fault)
+    with pytest.raises(Fault, match=f"loaded by {client}, its rewards differ"):
         export.main()
     assert left_over() == []
     assert not export.METRICS.exists()
 
 
 @pytest.mark.usefixtures("ready")
-@pytest.mark.parametrize(("shift", "passes"), [(5e-5, True), (2e-4, False), (float("nan"), False)])
-def test_rewards_may_differ_within_the_tolerance(shift: float, passes: bool) -> None:
-    table = pyarrow.parquet.read_table(export.REWARDS).to_pylist()
-    table[2]["reward_rejected"] += shift
-    pyarrow.parquet.write_table(pa.Table.from_pylist(table), export.REWARDS)
-    if passes:
+def test_what_a_client_says_that_fails_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export, "save_model", lambda model, folder, tokenizer: None)
+    with pytest.raises(Fault, match="the process that loads it through its clients ended with"):
         export.main()
-        assert read_json(export.METRICS)["difference_max"] == pytest.approx(shift, rel=1e-2)
-    else:
-        with pytest.raises(Fault, match=r"at most 0\.0001 is allowed \(export\.tolerance\)"):
-            export.main()
-    assert left_over() == (["export"] if passes else [])
+    assert "cannot be had" in capsys.readouterr().err
+    assert left_over() == []
 
 
 @pytest.mark.usefixtures("ready")
-def test_a_pair_whose_order_changes_is_counted() -> None:
-    table = pyarrow.parquet.read_table(export.REWARDS).to_pylist()
-    pair = table[1]
-    pair["reward_chosen"], pair["reward_rejected"] = pair["reward_rejected"], pair["reward_chosen"]
-    pyarrow.parquet.write_table(pa.Table.from_pylist(table), export.REWARDS)
-    content = YAML().load(Path("params.yaml"))
-    content["export"]["tolerance"] = 100.0
-    YAML().dump(content, Path("params.yaml"))
-    export.main()
-    assert read_json(export.METRICS)["flips"] == 1
+def test_a_library_that_is_missing_is_named_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_export(clients="all")
+    monkeypatch.setattr(trainers, "find_spec", lambda name: None)
+    wanted = "export.clients is all, but trl and sentence-transformers cannot be imported; wanted"
+    with pytest.raises(Fault, match=wanted):
+        export.main()
+    assert left_over() == []
+
+
+@pytest.mark.usefixtures("ready")
+def test_a_base_with_code_of_its_own_is_not_exported() -> None:
+    (export.BASE / "modeling_mine.py").touch()
+    with pytest.raises(Fault, match="models/base has code of its own, wanted a model that"):
+        export.main()
+    assert left_over() == []
 
 
 @pytest.mark.usefixtures("ready")
@@ -207,31 +510,163 @@ def test_rewards_of_other_pairs_are_refused() -> None:
     assert left_over() == []
 
 
+# --- figures ---------------------------------------------------------------------------------
+
+EVALUATED = np.array([[1.0, 0.0], [0.25, 0.5], [2.0, 2.0]])
+
+
+def measured(client: str, rewards: dict[int, list[float]], form: str = "right") -> dict[str, Any]:
+    """The figures of a client; two pairs that end in eos have the rewards 5 and 4."""
+    packs: dict[str, Any] = {
+        "packs": dict(enumerate(EVALUATED.tolist())),
+        "eos": {0: [5.0, 4.0], 2: [5.0, 4.0]},
+    }
+    return export.measure({"packs": packs} | {client: {form: rewards}}, EVALUATED)["clients"]
+
+
+def test_figures_are_of_the_pairs_that_a_client_was_given() -> None:
+    found = measured("peft", {2: [2.5, 2.0], 0: [-1.0, 0.0]})["peft"]["right"]
+    assert found == {
+        "pairs": 2,
+        "difference_max": 2.0,
+        "difference_mean": 0.625,
+        "flips": 2,
+        "accuracy": 0.5,
+    }
+    assert measured("peft", {})["peft"]["right"] == {"pairs": 0}
+
+
+def test_texts_that_end_in_eos_are_compared_with_packs_of_them() -> None:
+    found = measured("peft", {0: [5.0, 4.0], 2: [5.0, 4.5]}, "eos")
+    assert found["peft"]["eos"]["difference_max"] == 0.5
+    assert set(found["packs"]) == {"packs"}
+
+
+def test_figures_are_shown_as_a_table_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {
+        "pairs": 277,
+        "difference_max": 0.5333,
+        "difference_mean": 6.5e-7,
+        "flips": 4,
+        "accuracy": 0.75,
+    }
+    clients = {"packs": {"packs": {"pairs": 0}}, "cross_encoder_merged": {"single": figures}}
+    export.report({"pairs": 277, "clients": clients, "original_base": figures})
+    header, nothing, row, original, warning, exported = capsys.readouterr().out.splitlines()
+    assert len(header) == len(row) == len(original)
+    assert nothing.split() == ["packs", "packs", "0"]
+    wanted = "cross_encoder_merged single 277 0.53 6.5e-07 4 0.7500"
+    assert row.split() == wanted.split()
+    assert warning.endswith("are off by up to 0.53: 4 pairs change their order")
+    assert exported.startswith("exported   models/export; ")
+
+
+@pytest.mark.parametrize(
+    ("client", "merge", "dtype", "shift", "key"),
+    [
+        ("peft", "float32", "float32", 0.009, None),
+        ("peft", "float32", "float32", 0.011, "tolerance"),
+        ("peft", "float32", "float32", float("nan"), "tolerance"),
+        ("peft", "bfloat16", "float32", 0.011, "tolerance"),
+        ("peft", "float32", "bfloat16", 0.09, None),
+        ("peft", "float32", "bfloat16", 0.11, "tolerance_in_half"),
+        ("pipeline_merged", "float32", "float32", 0.011, "tolerance"),
+        ("pipeline_merged", "bfloat16", "float32", 0.09, None),
+        ("pipeline_merged", "bfloat16", "float32", 0.11, "tolerance_in_half"),
+        ("packs", "bfloat16", "bfloat16", 0.011, "tolerance"),
+    ],
+)
+def test_rewards_may_differ_within_the_tolerance(
+    client: str, merge: Any, dtype: Any, shift: float, key: str | None
+) -> None:
+    group = export.Export(merge, "light", 1, tolerance=0.01, tolerance_in_half=0.1)
+    quantization = Quantization(4, "nf4", False, dtype)
+    rewards = {0: [1.0, 0.0 + shift], 1: [0.25, 0.5]}
+    found = {client: {"right": export.difference(rewards, dict(enumerate(EVALUATED.tolist())))}}
+    if key is None:
+        export.require_alike(found, group, quantization)
+    else:
+        allowed = getattr(group, key)
+        with pytest.raises(Fault, match=rf"at most {allowed} is allowed \(export\.{key}\)"):
+            export.require_alike(found, group, quantization)
+
+
 # --- the card --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [DEFAULT, CHAT], ids=["text", "chat"])
-def test_code_of_the_card_gives_the_evaluated_rewards(
-    here: Callable[[Change], None], change: Change
-) -> None:
-    here(change)
-    export.main()
-    card = (export.EXPORT / "README.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+def run_code(code: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        exec(compile(code, "card", "exec"), names)
-    rewards = {row["id"]: row for row in pyarrow.parquet.read_table(export.REWARDS).to_pylist()}
-    compared = 0
-    for record in json.loads(Path("data/raw/pairs.json").read_text(encoding="utf-8")):
-        row = rewards.get(pairs.check(record).id)
-        if row:
-            compared += 1
-            for side in ("chosen", "rejected"):
-                found = names["reward"](record["prompt"], record[side])
-                assert found == pytest.approx(row[f"reward_{side}"], abs=1e-5)
-    assert compared == len(rewards) == 4
+        warnings.simplefilter("ignore")
+        exec(compile(code, "snippet", "exec"), names)
+    return names
+
+
+def snippets_of(folder: Path) -> dict[str, str]:
+    """The snippets of a card, by their headings."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^### (.+?)\n\n```python\n(.*?)```$", text, re.DOTALL | re.MULTILINE))
+
+
+@pytest.fixture
+def beside(
+    exported: Callable[[Change], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Change], None]:
+    """Go to a folder that has models/export and models/base, and no more."""
+
+    def go(change: Change) -> None:
+        for path in (export.EXPORT, export.BASE):
+            shutil.copytree(exported(change) / path, tmp_path / path)
+
+    monkeypatch.chdir(tmp_path)
+    return go
+
+
+@pytest.mark.parametrize("change", [DEFAULT, CHAT], ids=["text", "chat"])
+@pytest.mark.parametrize(
+    "client", ["PEFT", "transformers", "transformers pipeline", "sentence-transformers"]
+)
+def test_code_of_the_card_gives_the_rewards(
+    client: str, change: Change, beside: Callable[[Change], None]
+) -> None:
+    beside(change)
+    names = run_code(snippets_of(export.EXPORT)[client])
+    wanted = expected(export.EXPORT, names["prompt"], names["answers"])
+    in_half = change == CHAT and client != "PEFT"
+    assert names["rewards"] == pytest.approx(wanted, abs=0.02 if in_half else 2e-5)
+
+
+def test_code_of_the_card_trains_a_policy_on_the_rewards(beside: Callable[[Change], None]) -> None:
+    beside(DEFAULT)
+    names = run_code(snippets_of(export.EXPORT)["TRL, as the reward of GRPO"])
+    history = names["trainer"].state.log_history
+    assert names["trainer"].state.global_step == 1
+    assert any("rewards/merged/mean" in each for each in history)
+
+
+def test_code_of_the_card_judges_pairs(beside: Callable[[Change], None]) -> None:
+    beside(DEFAULT)
+    names = run_code(snippets_of(export.EXPORT)["TRL, to judge pairs"])
+    [row] = names["pairs"]
+    answers = [row[side][-1]["content"] for side in ("chosen", "rejected")]
+    chosen, rejected = expected(export.EXPORT, row["chosen"][0]["content"], answers)
+    assert names["figures"]["eval_margin"] == pytest.approx(chosen - rejected, abs=2e-5)
+
+
+def test_the_card_has_every_client_of_the_merged_model_only_with_one(
+    exported: Callable[[Change], Path], here: Callable[[Change], None]
+) -> None:
+    assert len(snippets_of(exported(DEFAULT) / export.EXPORT)) == 6
+    here(DEFAULT)
+    assemble_here("none")
+    assert set(snippets_of(export.EXPORT)) == {"PEFT"}
+
+
+def test_the_readme_has_the_code_of_the_card(exported: Callable[[Change], Path]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Use the reward model\n")[2].partition("\n## ")[0]
+    code = re.findall(r"^```python\n(.*?)```$", section, re.DOTALL | re.MULTILINE)
+    assert set(snippets_of(exported(DEFAULT) / export.EXPORT).values()) <= set(code)
 
 
 @pytest.mark.usefixtures("ready")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from stages.outputs import digests
 from tests.conftest import ROOT, write_pairs
 
 OUTPUTS = {
@@ -44,10 +45,19 @@ OUTPUTS = {
         "adapter_model.safetensors",
         "digests.json",
         "quantization.json",
+        "reward.json",
         "template.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "training.json",
+        *(
+            f"{folder}/{name}"
+            for folder in ("base", "merged")
+            for name in (
+                *("config.json", "model.safetensors"),
+                *("tokenizer.json", "tokenizer_config.json"),
+            )
+        ),
     },
     "reports/train": {"training.json", "validation.json"},
     "reports/evaluate": {
@@ -220,3 +230,13 @@ def test_a_fault_is_one_sentence_under_dvc(project: Project) -> None:
     assert "Traceback" not in output
     project.call("git", "checkout", "--quiet", "--", ".")
     project.call("dvc", "checkout", "--quiet")
+
+
+def test_a_registered_model_is_had_by_its_version(project: Project, tmp_path: Path) -> None:
+    project.call("gto", "register", "reward-model", "--version", "v1.0.0")
+    project.call("gto", "assign", "reward-model", "--version", "v1.0.0", "--stage", "prod")
+    got = [("v", "--rev", "v1.0.0"), ("p", "--stage", "prod")]
+    for name, *which in got:
+        command = ("dvc", "artifacts", "get", str(project.folder), "reward-model")
+        project.call(*command, *which, "--out", str(tmp_path / name))
+        assert digests(tmp_path / name) == digests(project.folder / "models" / "export")

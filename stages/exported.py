@@ -1,0 +1,158 @@
+"""An exported folder and the pairs that its clients score: as ids, as text, as conversations."""
+
+import itertools
+from collections.abc import Sequence
+from contextlib import chdir
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from stages.model import EXPORTED_BASE, device, exported_quantization, keep_weights_unpacked
+from stages.outputs import read_json
+from stages.packing import Texts, tokens
+
+BATCH = 16
+# Pairs of the forms that are slow: one text by one, and a step of training.
+SAMPLE = 32
+MARKS = "\ue000\ue001", "\ue001\ue000"
+
+# Rewards of some pairs, by the index of the pair: [chosen, rejected].
+Found = dict[int, list[float]]
+Forms = dict[str, Found]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A pair as text; what is rendered of it has the pair's ids."""
+
+    prompt: str
+    answers: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported folder and the pairs to score with it."""
+
+    folder: Path
+    pairs: list[Texts]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(self.folder))
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base is in the folder, and not the Hub's."""
+        return (self.folder / EXPORTED_BASE).is_dir()
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What a loader must be told: nothing but the device, unless the base is the Hub's."""
+        place: dict[str, Any] = {"device_map": {"": device()}}
+        if self.has_base:
+            return place
+        quantization = exported_quantization(self.folder)
+        recipe = quantization.recipe
+        return place | {
+            "num_labels": 1,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "dtype": quantization.dtype,
+            "quantization_config": BitsAndBytesConfig(**recipe) if recipe else None,
+        }
+
+    def load_adapter(self) -> PreTrainedModel:
+        """The adapter on its base, as transformers loads it.
+
+        It would take the newest commit of a base of the Hub, whatever the adapter names.
+        """
+        config = read_json(self.folder / "adapter_config.json")
+        commit = {} if self.has_base else {"revision": config["revision"]}
+        with chdir(self.folder):
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+                ".", **self.arguments, **commit
+            )
+        keep_weights_unpacked(model)
+        return model
+
+    @cached_property
+    def ids(self) -> dict[int, list[list[int]]]:
+        """Ids of chosen and rejected, in the order of their length, which saves padding."""
+        order = sorted(range(len(self.pairs)), key=lambda index: tokens(self.pairs[index]))
+        return {index: [list(map(int, ids)) for ids in self.pairs[index].ids] for index in order}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(len(ids) for pair in self.ids.values() for ids in pair)
+
+    @cached_property
+    def sample(self) -> list[int]:
+        """The indices of at most SAMPLE pairs, evenly spread."""
+        count = min(SAMPLE, len(self.pairs))
+        return np.linspace(0, len(self.pairs) - 1, count).round().astype(int).tolist()
+
+    @cached_property
+    def ended(self) -> dict[int, list[list[int]]]:
+        """The ids of the sample with the end-of-sequence token, if the tokenizer has one."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            return {}
+        return {index: [[*ids, eos] for ids in self.ids[index]] for index in self.sample}
+
+    @cached_property
+    def texts(self) -> dict[int, list[str]]:
+        """The pairs as text, of those whose text has their ids."""
+        found = {
+            index: self.tokenizer.batch_decode(pair, clean_up_tokenization_spaces=False)
+            for index, pair in self.ids.items()
+        }
+        return {
+            index: texts
+            for index, texts in found.items()
+            if self.tokenizer(texts, add_special_tokens=False)["input_ids"] == self.ids[index]
+        }
+
+    @cached_property
+    def conversations(self) -> dict[int, Conversation]:
+        """The pairs as a prompt and two answers, of those that are rendered to their ids."""
+        rendered = self.render(*MARKS)
+        head, _, rest = rendered.partition(MARKS[0])
+        middle, _, tail = rest.partition(MARKS[1])
+        found = {}
+        for index, texts in self.texts.items():
+            shared = common_start(*texts)
+            end = shared.find(middle, len(head)) if middle else len(shared)
+            answers = [text[end + len(middle) : len(text) - len(tail)] for text in texts]
+            prompt = shared[len(head) : end]
+            if end >= 0 and [self.render(prompt, answer) for answer in answers] == texts:
+                found[index] = Conversation(prompt, (answers[0], answers[1]))
+        return found
+
+    def render(self, prompt: str, answer: str) -> str:
+        messages = [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": answer},
+        ]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def common_start(one: str, other: str) -> str:
+    """The longest text that both begin with."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(letter for letter, _ in same)
+
+
+def paired(indices: Sequence[int], rewards: Sequence[float]) -> Found:
+    """Rewards of both sides, pair by pair, by the index of the pair."""
+    both = zip(rewards[::2], rewards[1::2], strict=True)
+    return {index: list(pair) for index, pair in zip(indices, both, strict=True)}

@@ -1,0 +1,194 @@
+"""What makes an exported model right in loaders that know nothing of it: tokenizer, configuration.
+
+Such a loader reads the reward at the last token that is not the pad token, renders conversations by
+the tokenizer's chat template, cuts on the side that the tokenizer names, and puts a sigmoid over
+what is not called a regression.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import AddedToken, Tokenizer
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.outputs import digest, read_json, write_json
+from stages.tokens import Template
+
+PAD = "<|reward_pad|>"
+NO_PAD = ("eos_token", "bos_token", "unk_token")
+# As sentence-transformers calls the two halves of a pair, and as chat templates call them.
+ROLES = """\
+{%- set ns = namespace(turns=[]) -%}
+{%- for message in messages -%}
+{%- set role = {'query': 'user', 'document': 'assistant'}.get(message['role']) -%}
+{%- set turn = {'role': role, 'content': message['content']} if role else message -%}
+{%- set ns.turns = ns.turns + [turn] -%}
+{%- endfor -%}
+{%- set messages = ns.turns -%}
+"""
+TURNS = """\
+{%- for message in messages -%}
+{%- if message['role'] in ['assistant', 'document'] -%}
+{{ message['content'] + __TAIL__ }}
+{%- else -%}
+{{ __HEAD__ + message['content'] + __MIDDLE__ }}
+{%- endif -%}
+{%- endfor -%}
+"""
+ENDED = """\
+{%- set text %}{{ '' }}__BODY__{{ '' }}{% endset -%}
+{{ text }}
+{%- if not add_generation_prompt and not text.endswith(__EOS__) -%}
+{{ __EOS__ }}
+{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class Pad:
+    """A pad token, and how many rows the embeddings must have for it."""
+
+    token: str
+    id: int
+    rows: int
+
+
+def dress_tokenizer(source: Path, folder: Path, template: Template, rows: int) -> Pad:
+    """Write the tokenizer of a base to a folder, with the template that goes with it.
+
+    It gives the same ids as before. It has a pad token of its own, its chat template is what the
+    reward model reads, and it cuts texts on the left at the maximum length. `rows` is the number of
+    embeddings of the base.
+    """
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    config = read_json(source / "tokenizer_config.json")
+    pad = find_pad(tokenizer, config, template, rows)
+    path = folder / "tokenizer.json"
+    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    chat = chat_template(tokenizer, config, template)
+    config |= {
+        "chat_template": chat,
+        "model_max_length": template.max_length,
+        "pad_token": pad.token,
+        "padding_side": "right",
+        "truncation_side": "left",
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    exported = Template(template.template, template.append_eos, template.max_length, digest(path))
+    exported.save(folder / "template.json")
+    return pad
+
+
+def find_pad(tokenizer: Tokenizer, config: dict[str, Any], template: Template, rows: int) -> Pad:
+    """A pad token that no text of the model has: it is not eos, and occurs in no template.
+
+    The first of: the tokenizer's own; a new one, if the embeddings have a spare row; a special
+    token that nothing uses; a new one for which the embeddings grow. A new one is added to
+    `tokenizer`.
+    """
+    numbers = tokenizer.get_vocab(with_added_tokens=True)
+    before, after = around(tokenizer)
+    used = {token_of(config, name) for name in NO_PAD} | {*before, *after}
+    texts = [template.template, config.get("chat_template") or ""]
+    special = [
+        added.content
+        for number, added in sorted(tokenizer.get_added_tokens_decoder().items())
+        if added.special and number < rows
+    ]
+    free = [
+        token for token in special if token not in used and not any(token in text for text in texts)
+    ]
+    own = token_of(config, "pad_token")
+    if own in free:
+        return Pad(own, numbers[own], rows)
+    if free and max(numbers.values()) + 1 >= rows:
+        return Pad(free[0], numbers[free[0]], rows)
+    tokenizer.add_special_tokens([AddedToken(PAD, special=True, normalized=False)])
+    number = tokenizer.get_vocab(with_added_tokens=True)[PAD]
+    return Pad(PAD, number, max(rows, number + 1))
+
+
+def token_of(config: dict[str, Any], name: str) -> str | None:
+    """A special token by its name in a tokenizer's configuration."""
+    token = config.get(name)
+    return token["content"] if isinstance(token, dict) else token
+
+
+# --- the chat template -----------------------------------------------------------------------
+
+
+def chat_template(tokenizer: Tokenizer, config: dict[str, Any], template: Template) -> str:
+    """A chat template that renders a prompt and an answer to the text that the model reads.
+
+    Tokenized without special tokens, as chats are, the text has the ids of training. An answer may
+    be called the assistant's or, as sentence-transformers does, a document; a prompt is the user's
+    or a query.
+    """
+    if template.template == "chat":
+        body = ROLES + "{{ '' }}" + config["chat_template"]
+    else:
+        head, _, rest = template.template.partition("{prompt}")
+        middle, _, tail = rest.partition("{answer}")
+        before, after = map("".join, around(tokenizer))
+        body = (
+            TURNS.replace("__HEAD__", literal(before + head))
+            .replace("__MIDDLE__", literal(middle))
+            .replace("__TAIL__", literal(tail + after))
+        )
+    if not template.append_eos:
+        return body
+    eos = literal(token_of(config, "eos_token") or "")
+    return ENDED.replace("__BODY__", body).replace("__EOS__", eos)
+
+
+def around(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """The special tokens that a tokenizer puts before a text, and those that it puts behind it."""
+    bare = tokenizer.encode("a", add_special_tokens=False).tokens
+    whole = tokenizer.encode("a").tokens
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
+
+
+def literal(text: str) -> str:
+    """Text as a literal of Jinja, whose strings know JSON's escapes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+# --- the configuration of models -------------------------------------------------------------
+
+
+def dress_model(model: PreTrainedModel, pad: Pad, reward: dict[str, Any]) -> None:
+    """Have a classifier's configuration say what plain loaders go by, and its rows fit the pad.
+
+    `reward` is recorded in it as `reward_model`.
+    """
+    rows = embeddings(model)
+    if rows < pad.rows:
+        grown = model.resize_token_embeddings(pad.rows, mean_resizing=False)
+        grown.weight.data[rows:] = 0
+    config = model.config
+    for part in (config, config.get_text_config()):
+        part.pad_token_id = pad.id
+    config.problem_type = "regression"
+    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+    config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    config.reward_model = reward
+
+
+def embeddings(model: PreTrainedModel) -> int:
+    """How many tokens a model has embeddings of."""
+    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+
+def save_model(model: PreTrainedModel, folder: Path, tokenizer: Path) -> None:
+    """Write a classifier with the tokenizer of another folder, nothing of the library's version."""
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    config = read_json(path)
+    del config["transformers_version"]
+    write_json(path, config)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer / name).read_bytes())

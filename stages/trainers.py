@@ -1,0 +1,212 @@
+"""The heavy clients of an exported reward model: TRL's trainers and sentence-transformers.
+
+They are given what the light ones are (`exported.py`), and are imported when they are asked for.
+"""
+
+from collections.abc import Callable
+from contextlib import chdir
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from stages.exported import BATCH, SAMPLE, Conversation, Exported, Forms, Found, paired
+from stages.model import MERGED, device, keep_weights_unpacked
+from stages.process import Fault
+
+LIBRARIES = {"trl": "trl", "sentence_transformers": "sentence-transformers"}
+
+
+def require_libraries() -> None:
+    """Raises a Fault where a library is not here that export.clients asks for."""
+    missing = [name for module, name in LIBRARIES.items() if find_spec(module) is None]
+    if missing:
+        raise Fault(
+            f"params.yaml: export.clients is all, but {' and '.join(missing)} cannot be imported; "
+            f"wanted pip install {' '.join(missing)}, or light"
+        )
+
+
+def cross_encoder_merged(exported: Exported) -> Forms:
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(str(exported.folder / MERGED), device=str(device()))
+    pairs = exported.conversations
+    some = {index: pairs[index] for index in exported.sample if index in pairs}
+
+    def rewards(given: dict[int, Conversation], side: str = "right", batch: int = BATCH) -> Found:
+        if not given:
+            return {}
+        model.tokenizer.padding_side = side
+        texts = [(each.prompt, answer) for each in given.values() for answer in each.answers]
+        found = model.predict(texts, batch_size=batch, show_progress_bar=False)
+        return paired(list(given), found.tolist())
+
+    return {
+        "right": rewards(pairs),
+        "left": rewards(some, "left"),
+        "single": rewards(some, batch=1),
+    }
+
+
+def trl_reward_merged(exported: Exported) -> Forms:
+    """The rewards behind the figures of RewardTrainer.evaluate."""
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    def dataset(pairs: dict[int, list[list[int]]]) -> Any:
+        chosen, rejected = zip(*pairs.values(), strict=True)
+        return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
+
+    def rewards(pairs: dict[int, list[list[int]]]) -> Found:
+        if not pairs:
+            return {}
+        batches.clear()
+        trainer.evaluate(dataset(pairs))
+        halves = [(batch[: len(batch) // 2], batch[len(batch) // 2 :]) for batch in batches]
+        both = [side for batch in halves for pair in zip(*batch, strict=True) for side in pair]
+        return paired(list(pairs), both)
+
+    config = RewardConfig(
+        "trl",
+        per_device_eval_batch_size=BATCH,
+        max_length=None,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model = str(exported.folder / MERGED)
+    trainer = RewardTrainer(model, config, train_dataset=dataset(exported.ids))
+    batches: list[list[float]] = []
+    watch(trainer.model, batches.append)
+    return {"right": rewards(exported.ids), "eos": rewards(exported.ended)}
+
+
+def trl_grpo_adapter(exported: Exported) -> Forms:
+    """By the path of the folder, if it has all that a loader must know."""
+    if not exported.has_base:
+        return by_grpo(exported, exported.load_adapter())
+    with chdir(exported.folder):
+        return by_grpo(exported, ".")
+
+
+def trl_grpo_merged(exported: Exported) -> Forms:
+    return by_grpo(exported, str(exported.folder / MERGED))
+
+
+def by_grpo(exported: Exported, reward_model: str | PreTrainedModel) -> Forms:
+    """The rewards of one step of GRPOTrainer, whose policy is made to give the answers of pairs."""
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
+    pairs = sample_of_conversations(exported)
+    if not pairs:
+        return {"right": {}}
+    rollouts = Rollouts(exported.tokenizer, pairs)
+    trainer = GRPOTrainer(
+        tiny_policy(exported.tokenizer),
+        reward_model,
+        args=one_step(len(pairs), exported.longest),
+        train_dataset=Dataset.from_list(rollouts.prompts),
+        processing_class=exported.tokenizer,
+        reward_processing_classes=None if isinstance(reward_model, str) else exported.tokenizer,
+        rollout_func=rollouts,
+    )
+    [judge] = trainer.reward_funcs
+    keep_weights_unpacked(judge)
+    watch(judge, rollouts.rewards.extend)
+    trainer.train()
+    return {"right": rollouts.found}
+
+
+class Rollouts:
+    """What stands in for sampling: for each prompt the pair's chosen answer, then its rejected one.
+
+    `found` is what was told of their rewards, in the order in which they were given.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, pairs: dict[int, Conversation]) -> None:
+        self.tokenizer = tokenizer
+        self.pairs = {each.prompt: (index, each) for index, each in pairs.items()}
+        self.given: list[int] = []
+        self.rewards: list[float] = []
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        answers: list[str] = []
+        for [message] in prompts[::2]:
+            index, pair = self.pairs[message["content"]]
+            self.given.append(index)
+            answers += pair.answers
+        completions = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        return {
+            "prompt_ids": self.tokenizer.apply_chat_template(
+                prompts, add_generation_prompt=True, return_dict=False
+            ),
+            "completion_ids": completions,
+            "logprobs": [[0.0] * len(ids) for ids in completions],
+        }
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        return [{"prompt": [{"role": "user", "content": prompt}]} for prompt in self.pairs]
+
+    @property
+    def found(self) -> Found:
+        return paired(self.given, self.rewards)
+
+
+def sample_of_conversations(exported: Exported) -> dict[int, Conversation]:
+    """At most SAMPLE pairs of different prompts, whose answers are tokens by themselves."""
+    tokenizer, prompts = exported.tokenizer, set()
+    found: dict[int, Conversation] = {}
+    for index, pair in exported.conversations.items():
+        ids = tokenizer(list(pair.answers), add_special_tokens=False)["input_ids"]
+        whole = tokenizer.batch_decode(ids, skip_special_tokens=True) == list(pair.answers)
+        if whole and all(ids) and pair.prompt not in prompts and len(found) < SAMPLE:
+            prompts.add(pair.prompt)
+            found[index] = pair
+    return found
+
+
+def tiny_policy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A random language model that is as small as one can be over a vocabulary."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def one_step(pairs: int, longest: int) -> Any:
+    """The arguments of a single GRPO step over some pairs."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        "trl",
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=pairs,
+        num_generations=2,
+        max_completion_length=longest,
+        bf16=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def watch(model: Any, tell: Callable[[list[float]], Any]) -> None:
+    """Tell of the rewards of every batch that goes through a classifier."""
+    model.register_forward_hook(lambda module, inputs, output: tell(output.logits[:, 0].tolist()))
+
+
+HEAVY: dict[str, Callable[[Exported], Forms]] = {
+    "cross_encoder_merged": cross_encoder_merged,
+    "trl_reward_merged": trl_reward_merged,
+    "trl_grpo_adapter": trl_grpo_adapter,
+    "trl_grpo_merged": trl_grpo_merged,
+}

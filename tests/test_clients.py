@@ -1,0 +1,150 @@
+"""What clients are given: the pairs as ids, as text and as conversations, and nothing else."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import exported
+from stages.exported import Conversation, Exported, common_start, paired
+from stages.packing import Texts, tokens
+from stages.portable import dress_tokenizer
+from stages.tokens import Encoder, Template
+from stages.trainers import Rollouts, sample_of_conversations
+
+PAIRS = [
+    ("怎么煮鸡蛋？", "冷水下锅，水开后煮八分钟。", "不知道。"),
+    ("How do I boil an egg?\n\n答: is no answer", "Eight minutes.", "Eight years, 答: or so"),
+    ("one", "a", "b"),
+]
+Given = Callable[..., Exported]
+
+
+@pytest.fixture
+def given(tiny_base: Path, tmp_path: Path) -> Given:
+    """A folder with an exported tokenizer, and pairs of a template."""
+
+    def make(name: str = "zh", pairs: list[Any] = PAIRS, append_eos: bool = False) -> Exported:
+        template = Template.of(name, append_eos, 2040, tiny_base)
+        encoder = Encoder(tiny_base, template)
+        dress_tokenizer(tiny_base, tmp_path, template, 4096)
+        texts = []
+        for prompt, *answers in pairs:
+            turns = [
+                encoder.render((("user", prompt),), (("assistant", each),)) for each in answers
+            ]
+            texts.append(Texts(encoder.encode(turns), 0))
+        return Exported(tmp_path, texts)
+
+    return make
+
+
+def test_ids_come_in_the_order_of_their_length_under_their_index(given: Given) -> None:
+    found = given()
+    lengths = [tokens(found.pairs[index]) for index in found.ids]
+    assert lengths == sorted(lengths)
+    assert all(ids == found.pairs[index].ids for index, ids in found.ids.items())
+    assert found.longest == max(len(ids) for texts in found.pairs for ids in texts.ids)
+
+
+@pytest.mark.parametrize("name", ["zh", "chat", "none", "Q: {prompt}\nA: {answer}\nEnd"])
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_conversations_render_to_the_ids(given: Given, name: str, append_eos: bool) -> None:
+    found = given(name, append_eos=append_eos)
+    assert sorted(found.conversations) == [0, 1, 2]
+    for index, pair in found.conversations.items():
+        for answer, ids in zip(pair.answers, found.ids[index], strict=True):
+            chat = [
+                {"role": "user", "content": pair.prompt},
+                {"role": "assistant", "content": answer},
+            ]
+            assert found.tokenizer.apply_chat_template(chat, return_dict=False) == ids
+
+
+def test_conversations_have_prompt_and_answers_of_the_pair(given: Given) -> None:
+    assert given().conversations[0] == Conversation(PAIRS[0][0], PAIRS[0][1:])
+
+
+def test_pairs_whose_text_has_other_ids_are_left_out(given: Given) -> None:
+    found = given()
+    letters = [found.tokenizer.get_vocab()[letter] for letter in "egg"]
+    found.pairs.append(Texts([letters, [*letters, 5]], 2))
+    assert sorted(found.ids) == [0, 1, 2, 3]
+    assert sorted(found.texts) == sorted(found.conversations) == [0, 1, 2]
+
+
+def test_several_turns_are_read_as_one_that_renders_to_the_same_ids(
+    given: Given, tiny_base: Path
+) -> None:
+    found = given("chat")
+    encoder = Encoder(tiny_base, Template.of("chat", False, 2040, tiny_base))
+    prompt = (("user", "a"), ("assistant", "b"), ("user", "c"))
+    turns = [encoder.render(prompt, (("assistant", each),)) for each in "de"]
+    found.pairs.append(Texts(encoder.encode(turns), 0))
+    pair = found.conversations[3]
+    assert [found.render(pair.prompt, answer) for answer in pair.answers] == turns
+
+
+def test_pairs_with_a_system_message_are_texts_but_no_conversations(
+    given: Given, tiny_base: Path
+) -> None:
+    found = given("chat")
+    encoder = Encoder(tiny_base, Template.of("chat", False, 2040, tiny_base))
+    prompt = (("system", "s"), ("user", "a"))
+    turns = [encoder.render(prompt, (("assistant", each),)) for each in "de"]
+    found.pairs.append(Texts(encoder.encode(turns), 0))
+    assert 3 in found.texts
+    assert 3 not in found.conversations
+
+
+def test_the_sample_is_spread_and_small(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exported, "SAMPLE", 2)
+    found = given()
+    assert found.sample == [0, 2]
+    eos = found.tokenizer.eos_token_id
+    assert found.ended == {index: [[*ids, eos] for ids in found.ids[index]] for index in (0, 2)}
+
+
+def test_a_tokenizer_without_eos_ends_nothing(given: Given) -> None:
+    found = given()
+    found.tokenizer.eos_token = None
+    assert found.ended == {}
+
+
+def test_rewards_are_paired_by_index() -> None:
+    assert paired([7, 2], [0.0, 1.0, 2.0, 3.0]) == {7: [0.0, 1.0], 2: [2.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "wanted"), [("abc", "abd", "ab"), ("ab", "abc", "ab"), ("", "a", "")]
+)
+def test_the_common_start_is_what_both_begin_with(one: str, other: str, wanted: str) -> None:
+    assert common_start(one, other) == wanted
+
+
+def test_rollouts_give_the_chosen_answer_and_then_the_rejected_one(given: Given) -> None:
+    found = given()
+    rollouts = Rollouts(found.tokenizer, sample_of_conversations(found))
+    prompts = [each["prompt"] for each in rollouts.prompts]
+    order = [prompts[1], prompts[1], prompts[0], prompts[0]]
+    output = rollouts(order, None)
+    pairs = list(sample_of_conversations(found).items())
+    wanted = [*pairs[1][1].answers, *pairs[0][1].answers]
+    assert found.tokenizer.batch_decode(output["completion_ids"]) == wanted
+    rollouts.rewards += [1.0, 2.0, 3.0, 4.0]
+    assert rollouts.found == {pairs[1][0]: [1.0, 2.0], pairs[0][0]: [3.0, 4.0]}
+
+
+def test_a_step_takes_each_prompt_once(given: Given) -> None:
+    found = given(pairs=[*PAIRS, (PAIRS[0][0], "Well.", "Ill."), ("q", "", "empty")])
+    taken = sample_of_conversations(found)
+    assert len(taken) == 3
+    assert {pair.prompt for pair in taken.values()} >= {PAIRS[0][0], "one"}
+
+
+def test_the_folder_alone_is_read(given: Given, tmp_path: Path) -> None:
+    found = given()
+    copy = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-copy"))
+    assert Exported(copy, found.pairs).conversations == found.conversations

@@ -1,0 +1,179 @@
+"""The exported tokenizer: a pad token of its own, a chat template that renders what is read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, processors
+from transformers import AutoTokenizer
+
+from stages import embedded, portable
+from stages.outputs import read_json, write_json
+from stages.portable import PAD, Pad, dress_tokenizer, find_pad
+from stages.tokens import TEMPLATES, Encoder, Template
+
+PLAIN = TEMPLATES["zh"]
+TEXTS = [
+    ("怎么煮鸡蛋？", "冷水下锅。"),
+    ("What's 12 + 30?\n", '  42, "of course".\t{x} {{ y }} {% z %} \\n 👩‍👩‍👧'),
+    ("", "answer alone"),
+    ("prompt alone", ""),
+]
+Made = Callable[..., Path]
+
+
+@pytest.fixture
+def tokenizer_of(tiny_base: Path, tmp_path: Path) -> Made:
+    """A folder with the embedded tokenizer, with further special tokens and other settings."""
+
+    def make(tokens: tuple[str, ...] = (), bos: bool = False, **config: Any) -> Path:
+        folder = tmp_path / "source"
+        folder.mkdir()
+        tokenizer = Tokenizer.from_file(str(tiny_base / "tokenizer.json"))
+        tokenizer.add_special_tokens([AddedToken(token, special=True) for token in tokens])
+        if bos:
+            number = tokenizer.token_to_id("<|im_start|>")
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single="<|im_start|> $A", special_tokens=[("<|im_start|>", number)]
+            )
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings = read_json(tiny_base / "tokenizer_config.json") | config
+        write_json(folder / "tokenizer_config.json", settings)
+        return folder
+
+    return make
+
+
+def rows_of(folder: Path) -> int:
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+
+
+def template_of(folder: Path, text: str = PLAIN, append_eos: bool = False) -> Template:
+    return Template.of(text, append_eos, 64, folder)
+
+
+def dressed(source: Path, template: Template, rows: int) -> tuple[Path, Pad]:
+    folder = source.with_name("exported")
+    folder.mkdir()
+    return folder, dress_tokenizer(source, folder, template, rows)
+
+
+# --- the pad token ---------------------------------------------------------------------------
+
+
+def test_a_pad_token_of_its_own_is_kept(tokenizer_of: Made) -> None:
+    source = tokenizer_of(("<pad>",), pad_token="<pad>")
+    _, pad = dressed(source, template_of(source), rows_of(source) + 5)
+    assert pad == Pad("<pad>", 4096, 4102)
+
+
+@pytest.mark.parametrize("own", ["<|endoftext|>", None, {"content": "<|endoftext|>"}, "<|im_end|>"])
+def test_a_spare_row_takes_a_new_pad_token(tokenizer_of: Made, own: Any) -> None:
+    """Where the tokenizer's own is eos, missing, or stands in the chat template."""
+    source = tokenizer_of(pad_token=own)
+    _, pad = dressed(source, template_of(source), 4100)
+    assert pad == Pad(PAD, 4096, 4100)
+
+
+def test_without_a_spare_row_a_special_token_that_nothing_uses_is_the_pad(
+    tokenizer_of: Made,
+) -> None:
+    source = tokenizer_of(("<bos>", "<unk>", "<in_template>", "<free>", "<free_too>"))
+    config = {"bos_token": "<bos>", "unk_token": "<unk>"}
+    write_json(
+        source / "tokenizer_config.json", read_json(source / "tokenizer_config.json") | config
+    )
+    template = template_of(source, "<in_template>{prompt}{answer}")
+    _, pad = dressed(source, template, rows_of(source))
+    assert pad == Pad("<free>", 4099, 4101)
+
+
+def test_without_that_the_embeddings_get_a_row(tokenizer_of: Made) -> None:
+    source = tokenizer_of()
+    _, pad = dressed(source, template_of(source), 4096)
+    assert pad == Pad(PAD, 4096, 4097)
+
+
+def test_a_token_that_the_tokenizer_adds_is_no_pad(tokenizer_of: Made) -> None:
+    source = tokenizer_of(bos=True, chat_template=None)
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    config = read_json(source / "tokenizer_config.json")
+    assert find_pad(tokenizer, config, template_of(source), 4096).token == "<|im_end|>"
+
+
+def test_a_row_that_the_embeddings_lack_is_no_pad(tokenizer_of: Made) -> None:
+    source = tokenizer_of(("<pad>",), pad_token="<pad>")
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    config = read_json(source / "tokenizer_config.json")
+    assert find_pad(tokenizer, config, template_of(source), 4096) == Pad(PAD, 4097, 4098)
+
+
+# --- what loaders read -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["zh", "none", "chat", 'a "{prompt}" \\ {{ b }}\n{answer} end\n'])
+@pytest.mark.parametrize("append_eos", [False, True])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("roles", [("user", "assistant"), ("query", "document")])
+def test_the_chat_template_gives_the_ids_of_training(
+    tokenizer_of: Made, name: str, append_eos: bool, bos: bool, roles: tuple[str, str]
+) -> None:
+    source = tokenizer_of(bos=bos)
+    template = template_of(source, name, append_eos)
+    encoder = Encoder(source, template)
+    folder, _ = dressed(source, template, 4096)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for texts in TEXTS:
+        rendered = encoder.render((("user", texts[0]),), (("assistant", texts[1]),))
+        chat = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        found = tokenizer.apply_chat_template(chat, return_dict=False)
+        assert [found] == encoder.encode([rendered])
+
+
+def test_a_text_that_ends_in_eos_gets_no_second_one(tokenizer_of: Made) -> None:
+    source = tokenizer_of()
+    folder, _ = dressed(source, template_of(source, append_eos=True), 4096)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b<|endoftext|>"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "问:a\n\n答:b<|endoftext|>"
+    generated = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert generated == "问:a\n\n答:"
+
+
+def test_the_exported_tokenizer_gives_the_same_ids_to_our_encoder(tokenizer_of: Made) -> None:
+    source = tokenizer_of()
+    template = template_of(source)
+    folder, _ = dressed(source, template, 4096)
+    texts = [" ".join(text) for text in TEXTS]
+    exported = Template.load(folder / "template.json")
+    assert Encoder(folder, exported).encode(texts) == Encoder(source, template).encode(texts)
+
+
+def test_loaders_pad_on_the_right_and_cut_on_the_left_at_the_maximum(tokenizer_of: Made) -> None:
+    source = tokenizer_of()
+    folder, pad = dressed(source, template_of(source), 4096)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    long = " ".join(map(str, range(100)))
+    whole = tokenizer(long)["input_ids"]
+    short, cut = tokenizer(["a", long], padding=True, truncation=True)["input_ids"]
+    assert cut == whole[-64:]
+    assert short == [*tokenizer("a")["input_ids"], *[pad.id] * 63]
+    assert tokenizer.pad_token_id == pad.id != tokenizer.eos_token_id
+
+
+def test_a_literal_of_jinja_is_the_text() -> None:
+    from jinja2 import Environment
+
+    for text in ("a\"b'c\\d\n\t\r\x07 {{ }} {% %}", "问 é \U0001f468 \u2028", ""):
+        template = "{{ " + portable.literal(text) + " }}"
+        assert Environment(autoescape=False).from_string(template).render() == text
+        assert json.loads(portable.literal(text)) == text
+
+
+def test_the_embedded_tokenizer_has_no_pad_of_its_own(tiny_base: Path) -> None:
+    """What the rule is for: pad is eos, and all other special tokens stand in the chat template."""
+    config = read_json(tiny_base / "tokenizer_config.json")
+    assert config["pad_token"] == config["eos_token"] == embedded.SPECIAL[0]
+    assert all(token in config["chat_template"] for token in embedded.SPECIAL[1:])
