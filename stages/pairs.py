@@ -2,7 +2,8 @@
 
 A record has `chosen` and `rejected`, texts or lists of {role, content} messages, and `prompt`: a
 text, a list of messages, or nothing, when the two conversations stand whole in `chosen` and
-`rejected`. Further columns with a single value are kept.
+`rejected`. Further columns with a single value are kept. A record that is only to be scored may
+have any number of `answers`, or one `answer`, instead.
 """
 
 import codecs
@@ -82,6 +83,14 @@ class Pair:
     @cached_property
     def _answers(self) -> list[bytes]:
         return [_sha256(answer) for answer in (self.chosen, self.rejected)]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A prompt and the answers to it that are to be scored; an answer may be empty."""
+
+    prompt: Messages
+    answers: list[Messages]
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -327,6 +336,45 @@ def check(record: Any) -> Pair:
     return Pair(prompt, chosen, rejected, identity, columns)
 
 
+def candidates(record: Any) -> Candidates:
+    """What a raw record has to score: the two answers of a pair, its `answers`, or its `answer`.
+
+    Raises BadRecord as `check` does.
+    """
+    given = [key for key in ("answer", "answers") if isinstance(record, dict) and key in record]
+    if not given:
+        pair = check(record)
+        return Candidates(pair.prompt, [pair.chosen, pair.rejected])
+    if len(given) > 1 or {"chosen", "rejected"} & record.keys():
+        wanted = "wanted 'answer', 'answers', or a pair"
+        raise BadRecord("several_kinds", f"has {_names(record)}, {wanted}")
+    if "prompt" not in record:
+        raise BadRecord("missing_key", f"'prompt' is missing, found {_names(record)}")
+    prompt = _messages("prompt", record["prompt"], "user")
+    if not all(content.strip() for _, content in prompt):
+        raise BadRecord("empty", "'prompt' is empty")
+    answers = [
+        _behind(prompt, key, _messages(key, value)) for key, value in _answers(record, given[0])
+    ]
+    try:
+        _sha256([prompt, answers])
+    except UnicodeEncodeError as error:
+        raise BadRecord("not_text", f"holds what is no text: {error}") from None
+    return Candidates(prompt, answers)
+
+
+def _answers(record: dict[str, Any], key: str) -> list[tuple[str, Any]]:
+    """Each answer with what messages call it."""
+    found = record[key]
+    if key == "answer":
+        return [(key, found)]
+    if not isinstance(found, list):
+        raise BadRecord("wrong_type", f"{key!r} is {_kind(found)}, wanted a list of answers")
+    if not found:
+        raise BadRecord("empty", f"{key!r} is an empty list")
+    return [(f"answers[{index}]", value) for index, value in enumerate(found)]
+
+
 def _conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
     """Prompt, chosen and rejected as messages, nothing of the prompt left in the answers."""
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -346,18 +394,21 @@ def _conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, M
             head = asked
     elif not any(role == "user" for role, _ in head):
         raise BadRecord("missing_key", "'prompt' is missing, and the first messages differ")
-    left, right = (
-        answer[len(head) :] if answer[: len(head)] == head else answer for answer in answers
-    )
-    for key, answer in (("chosen", left), ("rejected", right)):
-        if not answer or answer[-1][0] != "assistant":
-            raise BadRecord("empty", f"{key!r} has no answer of the assistant's after the prompt")
-        if answer[0][0] != "assistant":
-            raise BadRecord(
-                "prompt_differs",
-                f"{key!r} begins with another message than the prompt: {answer[0][1][:40]!r}",
-            )
-    return head, left, right
+    return head, _behind(head, "chosen", answers[0]), _behind(head, "rejected", answers[1])
+
+
+def _behind(prompt: Messages, key: str, messages: Messages) -> Messages:
+    """The answer in messages that may repeat their prompt."""
+    repeated = messages[: len(prompt)] == prompt
+    answer = messages[len(prompt) :] if repeated else messages
+    if not answer or answer[-1][0] != "assistant":
+        raise BadRecord("empty", f"{key!r} has no answer of the assistant's after the prompt")
+    if answer[0][0] != "assistant":
+        raise BadRecord(
+            "prompt_differs",
+            f"{key!r} begins with another message than the prompt: {answer[0][1][:40]!r}",
+        )
+    return answer
 
 
 def _shared_prompt(chosen: Messages, rejected: Messages) -> Messages:

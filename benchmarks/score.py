@@ -1,0 +1,163 @@
+"""How fast stages.score is beside the bare matrix products of the passes that it makes.
+
+python -m benchmarks.score
+
+A random base of the size that benchmarks.speed has goes through the pipeline with one step of
+training. Then its export scores generated pairs from a file to a file, reading, tokenizing and
+writing included, start-up not. The matrix products of the base's linear layers take turns with it,
+each time in a process of its own, and the medians count. Prints a table and writes it to
+benchmarks/results/score.md.
+"""
+
+# First of all: it silences what bitsandbytes warns of at its import.
+import stages  # noqa: F401  # isort: skip
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from ruamel.yaml import YAML
+from torch import nn
+
+from benchmarks import random_base
+from benchmarks.preprocess import LONG, ROOT, records, table
+from benchmarks.speed import (
+    HARDWARE,
+    QUANTIZATION,
+    SHAPE,
+    Contender,
+    Measurement,
+    Row,
+    Stopwatch,
+    Workload,
+    alone,
+    floor_of_scoring,
+    measure,
+)
+from stages import evaluate, export, fetch, preprocess, train
+from stages.model import load_base
+from stages.packing import Texts, tokens
+from stages.pairs import candidates, read
+from stages.process import run
+from stages.score import EXPORT, journal_beside, publish, score_files
+from stages.scorer import TOKENS_PER_PACK, Scorer, packable
+
+RESULT = ROOT / "benchmarks" / "results" / "score.md"
+TRAINED, SCORED, OUTPUT = Path("trained.jsonl"), Path("scored.jsonl"), Path("rewards.jsonl")
+TRAINING_PAIRS = 40
+FLOOR = "floor"
+
+
+def main() -> None:
+    options = parse()
+    # Before the first process is started; bitsandbytes and PyTorch have each their own OpenMP.
+    os.environ.update(OMP_NUM_THREADS=str(options.threads), MKL_NUM_THREADS=str(options.threads))
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        print("preparing an export", file=sys.stderr)
+        workload = alone(partial(prepare, folder, options.pairs))
+        contenders = {
+            "score": Contender("stages.score, file to file", partial(score, folder), FLOOR),
+            FLOOR: Contender("bare matrix products", floor_of_scoring, FLOOR),
+        }
+        rows = measure(workload, contenders, options.repeats)
+    report = as_markdown(options, sum(map(tokens, workload.pairs)), rows)
+    print(report)
+    RESULT.write_text(report, encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=1000, help="pairs that are scored")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+def prepare(folder: Path, count: int) -> Workload:
+    """Run the pipeline in a folder; what the products need of what will be scored."""
+    for name in ("corpus", "sets"):
+        shutil.copytree(ROOT / "data" / name, folder / "data" / name)
+    os.chdir(folder)
+    random_base.make(Path("random"), SHAPE)
+    draw = random.Random(0)
+    for path, number in ((TRAINED, TRAINING_PAIRS), (SCORED, count)):
+        lines = [json.dumps(record, ensure_ascii=False) for record in records(number, LONG, draw)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    write_params()
+    for stage in (fetch, preprocess, train, evaluate, export):
+        stage.main()
+    return workload_of()
+
+
+def write_params() -> None:
+    yaml = YAML()
+    content = yaml.load(ROOT / "params.yaml")
+    content["base"]["name"] = "random"
+    content["preprocess"] |= {"data": str(TRAINED), "test_data": str(TRAINED)}
+    content["train"] |= {"max_steps": 1, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}
+    yaml.dump(content, Path("params.yaml"))
+
+
+def workload_of() -> Workload:
+    scorer, texts = Scorer(EXPORT), list[Texts]()
+    for _, record in read(SCORED):
+        texts += packable(scorer.encode(scorer.render(candidates(record))))
+    linear = [
+        (module.out_features, module.in_features)
+        for module in load_base(fetch.BASE, QUANTIZATION).base_model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    nowhere = Path()
+    return Workload(nowhere, nowhere, nowhere, texts, linear, TOKENS_PER_PACK)
+
+
+def score(folder: Path, workload: Workload) -> Measurement:
+    """All that stages.score does once the model is loaded."""
+    os.chdir(folder)
+    scorer, stopwatch = Scorer(EXPORT), Stopwatch()
+    first = workload.pairs[0]
+    scorer.rewards([list(ids) for ids in first.ids], [0] * len(first.ids))
+    stopwatch.prepare()
+    stopwatch.start()
+    with journal_beside(OUTPUT, EXPORT) as journal:
+        totals = score_files(scorer, [SCORED], journal)
+        publish(journal, OUTPUT)
+    stopwatch.stop()
+    assert totals.scored == 2 * totals.prompts == 2 * len(workload.pairs)
+    return stopwatch.measurement(totals.prompts)
+
+
+def as_markdown(options: argparse.Namespace, count: int, rows: dict[str, Row]) -> str:
+    """The table with what it holds for; `count` is the number of tokens."""
+    shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
+    lines = []
+    for row in rows.values():
+        speeds = [each.speed for each in row.measurements]
+        share = row.speed / rows[FLOOR].speed
+        spread = f"{min(speeds):.2f} to {max(speeds):.2f}"
+        lines.append([row.label, f"{row.speed:.2f}", spread, f"{share:.0%}"])
+    paragraphs = [
+        "# Speed of scoring",
+        "Written by `python -m benchmarks.score`, which says what is measured and how.",
+        f"{HARDWARE.describe()}, threads: {options.threads}; a random Qwen2 ({shape}), NF4; "
+        f"{options.pairs} pairs of {count / options.pairs:.0f} tokens, at most {TOKENS_PER_PACK} "
+        f"in a pack; medians of {options.repeats} turns",
+        table(["", "pairs/s", "range", "share of the products"], lines),
+        "PyTorch multiplies by MKL, this project by oneDNN, which knows more processors; a share "
+        "can then exceed 100%.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,138 @@
+"""An exported reward model that scores: prompts with answers in, rewards out.
+
+    from stages.scorer import reward_function
+
+    trainer = GRPOTrainer(reward_funcs=reward_function("models/export"), ...)
+
+Template, ids, packs and passes are those of training and evaluation.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.model import load_exported, score
+from stages.packing import Texts, plan
+from stages.pairs import BadRecord, Candidates, Messages, candidates
+from stages.process import Fault
+from stages.tokens import Encoder, Template, prefix_length
+
+# The most tokens of one pack: memory depends on it, rewards to rounding only.
+TOKENS_PER_PACK = 4096
+
+Ids = list[int]
+
+
+class Misfit(BadRecord):
+    """A text that cannot be scored, by its index among those that came with it."""
+
+    def __init__(self, index: int, reason: str, sentence: str) -> None:
+        super().__init__(reason, sentence)
+        self.index = index
+
+
+class Scorer:
+    """An exported reward model with its template and tokenizer."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises a Fault for a folder that is no whole export."""
+        self._folder = folder
+        self._model = load_exported(folder)
+        self._template = Template.load(folder / "template.json")
+        self._encoder = Encoder(folder, self._template)
+
+    def render(self, asked: Candidates) -> list[str]:
+        """The text of a prompt with each answer. Raises BadRecord where the template cannot."""
+        return [self._encoder.render(asked.prompt, answer) for answer in asked.answers]
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text, as in training.
+
+        Raises Misfit for the first text that has none, or more than a text of training may have.
+        """
+        found, most = self._encoder.encode(texts), self._template.max_length
+        for index, ids in enumerate(found):
+            if not ids:
+                raise Misfit(index, "empty", "the text has no token")
+            if len(ids) > most:
+                sentence = f"the text has {len(ids)} tokens, at most {most} fit the model"
+                raise Misfit(index, "over_length", sentence)
+        return found
+
+    def encode_pairs(
+        self, prompts: Sequence[Any], answers: Sequence[Any]
+    ) -> tuple[list[Ids], list[Messages]]:
+        """The ids of each prompt with its answer, and the prompt as messages.
+
+        Prompts and answers are texts or lists of messages. Raises Misfit for the first bad one.
+        """
+        texts, asked = [], []
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            try:
+                found = candidates({"prompt": prompt, "answer": answer})
+                texts += self.render(found)
+            except BadRecord as error:
+                raise Misfit(index, error.reason, str(error)) from None
+            asked.append(found.prompt)
+        return self.encode(texts), asked
+
+    def rewards(self, texts: Sequence[Ids], prompts: Sequence[Hashable]) -> list[float]:
+        """The reward of each text; what texts of equal prompts begin with is computed once.
+
+        Shapes [texts]. Equal texts of a prompt have equal rewards, which rounding could tell apart.
+        Raises a Fault for rewards that are not finite.
+        """
+        groups: dict[Hashable, dict[tuple[int, ...], list[int]]] = {}
+        for place, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
+            groups.setdefault(prompt, {}).setdefault(tuple(ids), []).append(place)
+        parts = [part for group in groups.values() for part in packable(list(group))]
+        scored = score(self._model, parts, TOKENS_PER_PACK).tolist()
+        if broken := sum(not math.isfinite(reward) for reward in scored):
+            raise Fault(
+                f"{self._folder}: the rewards of {broken} of {len(scored)} texts are not finite; "
+                "quantization.compute_dtype float32 has the widest range"
+            )
+        found = [0.0] * len(texts)
+        distinct = (places for group in groups.values() for places in group.values())
+        for places, reward in zip(distinct, scored, strict=True):
+            for place in places:
+                found[place] = reward
+        return found
+
+
+def packable(ids: Sequence[Sequence[int]]) -> list[Texts]:
+    """The texts of a prompt in their order, a few at a time if all are too long for one pack."""
+    first, *others = ids
+    shared = min((prefix_length(first, other) for other in others), default=0)
+    own = [len(text) - shared for text in ids]
+    return [
+        Texts([ids[index] for index in group], shared)
+        for group in plan(own, TOKENS_PER_PACK - shared)
+    ]
+
+
+def ranks(rewards: Sequence[float]) -> list[int]:
+    """The rank of each reward, 1 for the highest; equal ones share the better rank.
+
+    [0.5, 2.0, 0.5] gives [2, 1, 2].
+    """
+    order = sorted(rewards, reverse=True)
+    return [order.index(reward) + 1 for reward in rewards]
+
+
+def reward_function(folder: str | Path) -> Callable[..., list[float]]:
+    """An exported reward model as a function for TRL's `reward_funcs`.
+
+    Prompts and completions are texts or lists of messages, which the model's own template renders.
+    The function raises a Fault for what that cannot render, and for texts that are too long.
+    """
+    scorer = Scorer(Path(folder))
+
+    def reward_model(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        try:
+            return scorer.rewards(*scorer.encode_pairs(prompts, completions))
+        except Misfit as error:
+            raise Fault(f"prompts[{error.index}] with its completion: {error}") from None
+
+    return reward_model

@@ -1,0 +1,450 @@
+"""Scoring of files: every record once, in order, whatever happens meanwhile."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from stages import score
+from stages.process import run
+from stages.scorer import Scorer
+
+from .conftest import ROOT
+from .test_disk import files_of_at_most
+
+pytestmark = pytest.mark.usefixtures("project")
+OUTPUT, INPUT = Path("out.jsonl"), Path("in.jsonl")
+JOURNAL = Path("out.jsonl.journal")
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some records a batch, and a progress bar that is not shown."""
+    monkeypatch.setattr(score, "BATCH_CHARACTERS", 400)
+
+
+@pytest.fixture(scope="module")
+def scorer(complete: Path) -> Scorer:
+    """Loaded once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(complete)
+        return Scorer(score.EXPORT)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, scorer: Scorer) -> Callable[..., None]:
+    """The command in this process."""
+    monkeypatch.setattr(score, "Scorer", lambda _: scorer)
+
+    def call(*arguments: Any) -> None:
+        monkeypatch.setattr("sys.argv", ["score", *map(str, arguments)])
+        score.main()
+
+    return call
+
+
+@pytest.fixture
+def fault(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The sentence with which the command ends."""
+
+    def call(*arguments: Any) -> str:
+        with pytest.raises(SystemExit) as ended:
+            run(lambda: command(*arguments))
+        assert ended.value.code == 1
+        said = capsys.readouterr().err.rstrip("\n")
+        assert "\n" not in said
+        return said
+
+    return call
+
+
+def write(records: list[Any], path: Path = INPUT) -> list[Any]:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return records
+
+
+def some_records(count: int = 30) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": f"问题 {index}",
+            "answers": [f"Answer {index} {'very ' * (index % 7)}{n}" for n in range(index % 4 + 1)],
+            "extra": {"index": index, "share": index / 7, "text": "\u2028 \"'é"},
+        }
+        for index in range(count)
+    ]
+
+
+def lines(path: Path = OUTPUT) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+# --- what is written -------------------------------------------------------------------------
+
+
+def test_every_record_comes_back_as_it_was_with_rewards_and_ranks(
+    command: Callable[..., None], scorer: Scorer
+) -> None:
+    records = write(some_records())
+    command(INPUT, "--output", OUTPUT)
+    found = lines()
+    assert [list(row) for row in found] == [[*records[0], "rewards", "ranks"]] * len(records)
+    for record, row in zip(records, found, strict=True):
+        answers = record["answers"]
+        [*wanted] = (
+            scorer.rewards(*scorer.encode_pairs([record["prompt"]], [answer]))[0]
+            for answer in answers
+        )
+        assert row.pop("rewards") == pytest.approx(wanted, abs=1e-5)
+        assert row.pop("ranks") == [1 + sum(b > a for b in wanted) for a in wanted]
+        assert row == record
+    assert not JOURNAL.exists()
+
+
+def test_equal_answers_share_a_rank(command: Callable[..., None]) -> None:
+    write([{"prompt": "hi", "answers": ["yes", "yes", "no"]}])
+    command(INPUT, "--output", OUTPUT)
+    [row] = lines()
+    assert row["rewards"][0] == row["rewards"][1]
+    assert sorted(row["ranks"]) in ([1, 1, 3], [1, 2, 2])
+
+
+def test_pairs_get_the_evaluated_rewards_in_the_order_chosen_rejected(
+    command: Callable[..., None],
+) -> None:
+    command("data/raw/pairs.json", "--output", OUTPUT)
+    evaluated = pyarrow.parquet.read_table("reports/evaluate/rewards.parquet").to_pylist()
+    wanted = {(row["reward_chosen"], row["reward_rejected"]) for row in evaluated}
+    rows = [row["rewards"] for row in lines()]
+    assert len(rows) == 20
+    for pair in wanted:
+        assert sum(pair == pytest.approx(tuple(row), abs=1e-5) for row in rows) == 1
+
+
+def test_parquet_has_typed_columns_with_the_same_content(command: Callable[..., None]) -> None:
+    records = write(some_records())
+    command(INPUT, "data/raw/pairs.json", "--output", OUTPUT)
+    command(INPUT, "data/raw/pairs.json", "--output", "out.parquet")
+    table = pyarrow.parquet.read_table("out.parquet")
+    assert table.schema == pa.schema(
+        [
+            ("position", pa.int64()),
+            ("file", pa.string()),
+            ("record", pa.string()),
+            ("rewards", pa.list_(pa.float32())),
+            ("ranks", pa.list_(pa.int32())),
+        ]
+    )
+    rows = table.to_pylist()
+    assert [
+        json.loads(row["record"]) | {"rewards": row["rewards"], "ranks": row["ranks"]}
+        for row in rows
+    ] == lines()
+    assert [(row["file"], row["position"]) for row in rows] == [
+        *((str(INPUT), place) for place in range(1, len(records) + 1)),
+        *(("data/raw/pairs.json", place) for place in range(1, 21)),
+    ]
+
+
+def test_a_folder_is_read_file_by_file(command: Callable[..., None]) -> None:
+    Path("many").mkdir()
+    write(some_records(3), Path("many/b.jsonl"))
+    write([{"prompt": "first", "answer": "yes"}], Path("many/a.jsonl"))
+    command("many", "--output", OUTPUT)
+    assert [row["prompt"] for row in lines()] == ["first", *(f"问题 {n}" for n in range(3))]
+
+
+def test_the_summary_counts(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(some_records(8))
+    command(INPUT, "--output", OUTPUT)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "read       8 prompts with 20 texts"
+    assert said[1].startswith("scored     20 texts of ")
+    assert said[1].endswith("texts/s; 0 were scored before")
+    assert said[2] == "written    out.jsonl"
+
+
+def test_an_endless_input_is_scored_as_it_comes(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So memory holds a batch, however long the input is."""
+    taken = 0
+
+    def endless(_: Path) -> Iterator[tuple[int, Any]]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield taken, {"prompt": "a" * 30, "answers": ["b" * 40, "c"]}
+
+    class Enough(Exception):
+        pass
+
+    class Listener(score.Journal):
+        written = 0
+
+        def holds(self, batch: list[score.Item]) -> bool:
+            assert taken - self.written == len(batch) < 10
+            return False
+
+        def append(self, rows: list[score.Row]) -> None:
+            self.written += len(rows)
+            if self.written > 30:
+                raise Enough
+
+    monkeypatch.setattr(score, "read", endless)
+    with INPUT.open("a+b") as file, pytest.raises(Enough):
+        score.score_files(scorer, [INPUT], Listener(JOURNAL, file, "model"))
+
+
+# --- going on --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def journal(command: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The rows of a run, whole; the output is there too."""
+    write(some_records())
+    kept = []
+    publish = score.publish
+
+    def keep(journal: score.Journal, output: Path) -> None:
+        kept.append(JOURNAL.read_bytes())
+        publish(journal, output)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "publish", keep)
+        command(INPUT, "--output", OUTPUT)
+    return kept[0]
+
+
+def test_wherever_it_is_cut_off_the_output_has_the_same_bytes(
+    command: Callable[..., None], journal: bytes
+) -> None:
+    wanted = OUTPUT.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(journal) if byte == ord("\n")]
+    cuts = {0, 1, len(journal)} | {end + step for end in ends[::5] for step in (-2, -1, 0, 1)}
+    for cut in sorted(cut for cut in cuts if cut <= len(journal)):
+        OUTPUT.unlink()
+        JOURNAL.write_bytes(journal[:cut])
+        command(INPUT, "--output", OUTPUT)
+        assert OUTPUT.read_bytes() == wanted, cut
+        assert not JOURNAL.exists()
+
+
+def test_what_was_scored_is_not_scored_again(
+    command: Callable[..., None], journal: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    JOURNAL.write_bytes(journal)
+    capsys.readouterr()
+    command(INPUT, "--output", OUTPUT)
+    assert capsys.readouterr().out.splitlines()[1].startswith("scored     0 texts of 0 tokens")
+
+
+def test_records_behind_the_scored_ones_may_change(
+    command: Callable[..., None], fault: Callable[..., str]
+) -> None:
+    records = some_records()
+    write([*records[:-1], {"prompt": "a"}])
+    assert fault(INPUT, "--output", OUTPUT).startswith("in.jsonl: line 30: missing_key: ")
+    assert JOURNAL.stat().st_size > 0
+    assert not OUTPUT.exists()
+    write([*records[:-1], {"prompt": "a", "answer": "b"}])
+    command(INPUT, "--output", OUTPUT)
+    assert len(lines()) == 30
+
+
+def test_another_record_in_the_place_of_a_scored_one_is_refused(
+    journal: bytes, fault: Callable[..., str]
+) -> None:
+    for changed in (
+        [{"prompt": "new", "answer": "b"}, *some_records()],
+        some_records()[1:],
+        [some_records()[0] | {"extra": 1}, *some_records()[1:]],
+    ):
+        JOURNAL.write_bytes(journal)
+        write(changed)
+        assert fault(INPUT, "--output", OUTPUT) == (
+            "in.jsonl: line 1 is another record than the one that was scored in its place; "
+            "wanted the same input, or out.jsonl.journal removed to begin again"
+        )
+
+
+def test_fewer_records_than_were_scored_are_refused(
+    journal: bytes, fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "BATCH_CHARACTERS", 1)
+    JOURNAL.write_bytes(journal)
+    write(some_records()[:-1])
+    assert fault(INPUT, "--output", OUTPUT) == (
+        "out.jsonl.journal has more rows than the input; "
+        "wanted the same input, or out.jsonl.journal removed to begin again"
+    )
+
+
+def test_another_model_is_refused(journal: bytes, fault: Callable[..., str]) -> None:
+    JOURNAL.write_bytes(journal)
+    JOURNAL.write_bytes(b'{"model": "other"}' + journal[journal.index(b"\n") :])
+    assert fault(INPUT, "--output", OUTPUT) == (
+        "out.jsonl.journal has rows that another model scored; "
+        "wanted the same model, or out.jsonl.journal removed to begin again"
+    )
+
+
+def test_two_processes_do_not_score_to_one_output(
+    journal: bytes, fault: Callable[..., str]
+) -> None:
+    JOURNAL.write_bytes(journal)
+    with JOURNAL.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        said = fault(INPUT, "--output", OUTPUT)
+    assert said == "out.jsonl.journal is in use: another process scores to out.jsonl"
+    assert JOURNAL.read_bytes() == journal
+
+
+def test_a_full_disk_gets_its_sentence_and_costs_no_row(
+    command: Callable[..., None], journal: bytes, fault: Callable[..., str]
+) -> None:
+    wanted = OUTPUT.read_bytes()
+    OUTPUT.unlink()
+    for path, size in (
+        (JOURNAL, 10),
+        (JOURNAL, len(journal) // 2),
+        (JOURNAL, len(journal) - 1),
+        (OUTPUT, len(wanted) - 1),
+    ):
+        if path == OUTPUT:
+            JOURNAL.write_bytes(journal)
+        with files_of_at_most(size):
+            said = fault(INPUT, "--output", OUTPUT)
+        assert said == (
+            f"{path} cannot be written: File too large; wanted more room, "
+            "then run the same command again"
+        )
+        assert not [*Path().glob("*.partial"), *Path().glob("out.jsonl")]
+    command(INPUT, "--output", OUTPUT)
+    assert OUTPUT.read_bytes() == wanted
+
+
+def start(output: str) -> "subprocess.Popen[str]":
+    code = "from stages import process, score; score.BATCH_CHARACTERS = 2000; "
+    return subprocess.Popen(
+        [sys.executable, "-c", code + "process.run(score.main)", str(INPUT), "--output", output],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_killed_process_loses_and_doubles_nothing() -> None:
+    write(some_records(600))
+    killed = start(str(OUTPUT))
+    while not (JOURNAL.exists() and JOURNAL.stat().st_size > 1000):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    done = JOURNAL.stat().st_size
+    assert not OUTPUT.exists()
+    resumed, undisturbed = start(str(OUTPUT)), start("undisturbed.jsonl")
+    for process in (resumed, undisturbed):
+        printed, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert "; 0 were scored before" in printed
+    assert OUTPUT.read_bytes() == Path("undisturbed.jsonl").read_bytes()
+    assert 0 < done < OUTPUT.stat().st_size
+    assert [row["extra"]["index"] for row in lines()] == list(range(600))
+
+
+# --- what cannot be scored -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ('{"prompt": "a"}', "missing_key: 'chosen' is missing, found the keys prompt"),
+        (
+            '{"prompt": "a", "answer": "b", "ranks": []}',
+            "taken_key: has the key 'ranks', which the output needs",
+        ),
+        (
+            '{"prompt": "a", "answer": "b", "x": NaN}',
+            "not_json: holds what JSON cannot: Out of range float values are not JSON compliant",
+        ),
+        (
+            '{"prompt": [{"role": "system", "content": "b"}], "answer": "c"}',
+            "needs_chat: has several turns, which only preprocess.template chat can render",
+        ),
+    ],
+)
+def test_a_bad_record_gets_its_sentence(
+    record: str, sentence: str, fault: Callable[..., str]
+) -> None:
+    INPUT.write_text(f'{{"prompt": "a", "answer": "b"}}\n{record}\n')
+    assert fault(INPUT, "--output", OUTPUT).startswith(f"in.jsonl: line 2: {sentence}")
+    assert not OUTPUT.exists()
+
+
+def test_a_text_that_is_too_long_gets_its_sentence(fault: Callable[..., str]) -> None:
+    write([{"prompt": "a", "answer": "b"}, {"prompt": "a", "answers": ["b", "1" * 3000]}])
+    assert fault(INPUT, "--output", OUTPUT) == (
+        "in.jsonl: line 2: over_length: the text has 3007 tokens, at most 2040 fit the model"
+    )
+
+
+def test_bytes_of_parquet_are_no_json(fault: Callable[..., str]) -> None:
+    record = {"prompt": "a", "answer": "b", "x": b"c"}
+    pyarrow.parquet.write_table(pa.Table.from_pylist([record]), "in.parquet")
+    assert fault("in.parquet", "--output", OUTPUT).startswith(
+        "in.parquet: row 1: not_json: holds what JSON cannot: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["in.jsonl", "--output", "in.jsonl"],
+            "--output is in.jsonl, among what is read; wanted another place",
+        ),
+        (
+            ["data/raw", "--output", "data/raw/out.jsonl"],
+            "--output is data/raw/out.jsonl, among what is read; wanted another place",
+        ),
+        (
+            ["in.jsonl", "--output", "out.csv"],
+            "--output is out.csv, wanted a file that ends in .jsonl or .parquet",
+        ),
+        (
+            ["none.jsonl", "--output", "out.jsonl"],
+            "none.jsonl is not here, wanted a file or a folder of preference pairs",
+        ),
+    ],
+)
+def test_a_bad_place_gets_its_sentence(
+    arguments: list[str], sentence: str, fault: Callable[..., str]
+) -> None:
+    write(some_records(2))
+    before = sorted(Path().rglob("*"))
+    assert fault(*arguments) == sentence
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_folder_that_is_no_export_gets_its_sentence(
+    fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "Scorer", Scorer)
+    write(some_records(1))
+    said = fault(INPUT, "--output", OUTPUT, "--model", "data")
+    assert said.startswith("data/digests.json cannot be read (")
+    assert not JOURNAL.exists()

@@ -1,0 +1,314 @@
+"""Scoring by an exported model: the rewards of a slow loop, whatever the company of a text."""
+
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stages import scorer as module
+from stages.model import as_in_transformers, head_of, load_exported
+from stages.packing import tokens
+from stages.pairs import BadRecord, candidates, check, read
+from stages.process import Fault
+from stages.scorer import Misfit, Scorer, packable, ranks, reward_function
+from stages.tokens import Template
+
+EXPORT = Path("models/export")
+pytestmark = pytest.mark.usefixtures("project")
+USER, ASSISTANT = "user", "assistant"
+
+
+@pytest.fixture
+def scorer() -> Scorer:
+    return Scorer(EXPORT)
+
+
+def export_with(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> Path:
+    """A copy of the export with another template; the model stays."""
+    shutil.copytree(EXPORT, "changed")
+    path = Path("changed/template.json")
+    replace(Template.load(path), **changed).save(path)
+    monkeypatch.setattr(module, "load_exported", lambda _: load_exported(EXPORT))
+    return path.parent
+
+
+@torch.no_grad()
+def one_by_one(texts: list[str]) -> list[float]:
+    """The reward of every text alone, by the tokenizer and the layers of transformers."""
+    model, tokenizer = load_exported(EXPORT), AutoTokenizer.from_pretrained(EXPORT)
+    with as_in_transformers(model) as classifier:
+        found = []
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            hidden = classifier.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            found.append(head_of(classifier)(hidden[0, -1]).item())
+    return found
+
+
+def some_prompts(count: int) -> list[tuple[str, list[str]]]:
+    """Prompts with one to six answers of all lengths, some equal, some empty."""
+    draw = random.Random(3)
+    words = ["the", "a", "good", "bad", "answer", "水", "开", "后", "kind,", "word.", "12", "no"]
+    return [
+        (
+            " ".join(draw.choices(words, k=draw.randint(1, 40))),
+            [
+                " ".join(draw.choices(words, k=draw.choice((0, 1, 7, 50))))
+                for _ in range(draw.randint(1, 6))
+            ],
+        )
+        for _ in range(count)
+    ]
+
+
+# --- rewards ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens_per_pack", [1, 60, 4096])
+def test_rewards_are_those_of_every_text_alone(
+    scorer: Scorer, tokens_per_pack: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOKENS_PER_PACK", tokens_per_pack)
+    prompts = some_prompts(12)
+    flat = [(prompt, answer) for prompt, answers in prompts for answer in answers]
+    random.Random(0).shuffle(flat)
+    found = scorer.rewards(*scorer.encode_pairs(*zip(*flat, strict=True)))
+    wanted = one_by_one([f"问:{prompt}\n\n答:{answer}" for prompt, answer in flat])
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert len(set(found)) > 20
+
+
+def test_rewards_are_the_evaluated_ones(scorer: Scorer) -> None:
+    evaluated = {
+        row["id"]: (row["reward_chosen"], row["reward_rejected"])
+        for row in pyarrow.parquet.read_table("reports/evaluate/rewards.parquet").to_pylist()
+    }
+    seen = 0
+    for _, record in read(Path("data/raw/pairs.json")):
+        wanted = evaluated.get(check(record).id)
+        if wanted:
+            texts = scorer.encode(scorer.render(candidates(record)))
+            assert scorer.rewards(texts, [0, 0]) == pytest.approx(wanted, abs=1e-5)
+            seen += 1
+    assert seen == len(evaluated) > 0
+
+
+def test_texts_that_share_nothing_may_have_the_same_prompt(scorer: Scorer) -> None:
+    texts = ["one two", "three", "一", "three"]
+    found = scorer.rewards(scorer.encode(texts), [0] * 4)
+    assert found == pytest.approx(one_by_one(texts), abs=1e-5)
+
+
+def test_equal_texts_of_a_prompt_have_equal_rewards(scorer: Scorer) -> None:
+    answers = ["yes", "no", "yes", "yes, of course", "yes"]
+    found = scorer.rewards(*scorer.encode_pairs(["hi"] * 5, answers))
+    assert found[0] == found[2] == found[4]
+    assert len(set(found)) == 3
+
+
+def test_what_texts_of_a_prompt_share_is_computed_once() -> None:
+    [texts] = packable([[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7]])
+    assert (texts.prefix, tokens(texts)) == (2, 2 + 2 + 3 + 1)
+
+
+def test_the_texts_of_a_prompt_are_parted_where_a_pack_is_too_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = [[0] * 10 + [place] * 4 for place in range(5)]
+    for most, sizes in ((20, [2, 2, 1]), (26, [4, 1]), (5, [1] * 5)):
+        monkeypatch.setattr(module, "TOKENS_PER_PACK", most)
+        parts = packable(texts)
+        assert [len(part.ids) for part in parts] == sizes
+        assert [ids for part in parts for ids in part.ids] == texts
+        assert most < 14 or all(tokens(part) <= most for part in parts)
+
+
+def test_a_reward_that_is_not_finite_is_a_fault(scorer: Scorer) -> None:
+    for name, weight in scorer._model.named_parameters():
+        if "score" in name:
+            weight.data.fill_(torch.inf)
+    with pytest.raises(Fault, match=r"^models/export: the rewards of 2 of 2 texts are not finite"):
+        scorer.rewards(scorer.encode(["a", "b"]), [0, 1])
+
+
+def test_equal_rewards_share_the_better_rank() -> None:
+    assert ranks([0.5, 2.0, 0.5, -1.0]) == [2, 1, 2, 4]
+    assert ranks([]) == []
+
+
+# --- texts -----------------------------------------------------------------------------------
+
+
+def test_eos_is_appended_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(export_with(monkeypatch, append_eos=True))
+    [plain] = Scorer(EXPORT).encode(["a b"])
+    tokenizer = AutoTokenizer.from_pretrained(EXPORT)
+    wanted = [*plain, tokenizer.eos_token_id]
+    assert scorer.encode(["a b", f"a b{tokenizer.eos_token}"]) == [wanted, wanted]
+
+
+def test_conversations_go_through_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(export_with(monkeypatch, template="chat"))
+    prompt = [{"role": "system", "content": "be kind"}, {"role": USER, "content": "hi"}]
+    answer = [{"role": ASSISTANT, "content": "hello"}]
+    [ids], _ = scorer.encode_pairs([prompt], [answer])
+    tokenizer: Any = AutoTokenizer.from_pretrained(EXPORT)
+    assert ids == tokenizer.apply_chat_template([*prompt, *answer])["input_ids"]
+
+
+def test_the_first_text_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(export_with(monkeypatch, max_length=5))
+    with pytest.raises(Misfit, match=r"^the text has 6 tokens, at most 5 fit the model$") as found:
+        scorer.encode(["1", "12345", "123456", "1234567"])
+    assert (found.value.index, found.value.reason) == (2, "over_length")
+
+
+def test_a_text_without_a_token_is_named(scorer: Scorer) -> None:
+    with pytest.raises(Misfit, match=r"^the text has no token$") as found:
+        scorer.encode(["1", ""])
+    assert found.value.index == 1
+
+
+# --- records ---------------------------------------------------------------------------------
+
+U = {"role": USER, "content": "hi"}
+A = {"role": ASSISTANT, "content": "yes"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "hi", "answer": "yes"},
+        {"prompt": "hi", "answers": ["yes"]},
+        {"prompt": [U], "answer": [A]},
+        {"prompt": [U], "answers": [[A]]},
+        {"prompt": "hi", "answers": [[U, A]]},
+    ],
+)
+def test_a_prompt_and_its_answers_come_in_several_forms(record: Any) -> None:
+    found = candidates(record)
+    assert (found.prompt, found.answers) == (((USER, "hi"),), [((ASSISTANT, "yes"),)])
+
+
+def test_a_pair_gives_chosen_and_then_rejected() -> None:
+    found = candidates({"prompt": "hi", "chosen": "yes", "rejected": "no"})
+    assert [answer[0][1] for answer in found.answers] == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "sentence"),
+    [
+        (3, "wrong_type", "is a number, wanted an object"),
+        ({"prompt": "a"}, "missing_key", "'chosen' is missing, found the keys prompt"),
+        ({"answer": "a"}, "missing_key", "'prompt' is missing, found the keys answer"),
+        (
+            {"prompt": "a", "answer": "b", "answers": ["c"]},
+            "several_kinds",
+            "has the keys answer, answers, prompt, wanted 'answer', 'answers', or a pair",
+        ),
+        (
+            {"prompt": "a", "answer": "b", "chosen": "c", "rejected": "d"},
+            "several_kinds",
+            "has the keys answer, chosen, prompt, rejected, wanted 'answer', 'answers', or a pair",
+        ),
+        ({"prompt": " ", "answer": "b"}, "empty", "'prompt' is empty"),
+        ({"prompt": "a", "answers": []}, "empty", "'answers' is an empty list"),
+        (
+            {"prompt": "a", "answers": "b"},
+            "wrong_type",
+            "'answers' is a text, wanted a list of answers",
+        ),
+        (
+            {"prompt": "a", "answers": ["b", 4]},
+            "wrong_type",
+            "'answers[1]' is a number, wanted a text or a list of messages",
+        ),
+        (
+            {"prompt": "a", "answer": [U]},
+            "empty",
+            "'answer' has no answer of the assistant's after the prompt",
+        ),
+    ],
+)
+def test_a_bad_record_gets_its_sentence(record: Any, reason: str, sentence: str) -> None:
+    with pytest.raises(BadRecord) as found:
+        candidates(record)
+    assert (found.value.reason, str(found.value)) == (reason, sentence)
+
+
+def test_half_a_character_is_no_text() -> None:
+    with pytest.raises(BadRecord, match="holds what is no text"):
+        candidates({"prompt": "a", "answer": "\ud800"})
+
+
+# --- TRL -------------------------------------------------------------------------------------
+
+
+def test_the_reward_function_takes_texts_and_messages() -> None:
+    reward = reward_function(EXPORT)
+    texts = reward(["hi", "hi", "you"], ["yes", "", "no"], completion_ids=[[1], [2], [3]])
+    messages = reward(
+        [[{"role": USER, "content": prompt}] for prompt in ("hi", "hi", "you")],
+        [[{"role": ASSISTANT, "content": answer}] for answer in ("yes", "", "no")],
+    )
+    wanted = one_by_one(["问:hi\n\n答:yes", "问:hi\n\n答:", "问:you\n\n答:no"])
+    assert texts == messages == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_reward_function_says_what_it_cannot_score() -> None:
+    with pytest.raises(Fault, match=r"^prompts\[1\] with its completion: 'prompt' is empty$"):
+        reward_function(EXPORT)(["a", ""], ["b", "c"])
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL warns of itself
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_step_of_grpo_has_the_rewards_of_the_export(conversational: bool) -> None:
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    seen: list[tuple[str, str, float]] = []
+    reward = reward_function(EXPORT)
+
+    def watched(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
+        found = reward(prompts, completions, **others)
+        contents = [
+            [side if isinstance(side, str) else side[-1]["content"] for side in sides]
+            for sides in (prompts, completions)
+        ]
+        seen.extend(zip(*contents, found, strict=True))
+        return found
+
+    functions: list[Any] = [watched, reward]
+    questions = ["hi", "Why?"]
+    prompts = [[{"role": USER, "content": text}] for text in questions]
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained("models/base"),
+        reward_funcs=functions,
+        args=GRPOConfig(
+            output_dir="grpo",
+            max_steps=1,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=8,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": prompts if conversational else questions}),
+        processing_class=AutoTokenizer.from_pretrained("models/base"),
+    )
+    trainer.train()
+    wanted = one_by_one([f"问:{prompt}\n\n答:{answer}" for prompt, answer, _ in seen])
+    assert len(seen) == 4
+    assert [found for *_, found in seen] == pytest.approx(wanted, abs=1e-5)
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/reward_model/mean"] == pytest.approx(sum(wanted) / 4, abs=1e-5)

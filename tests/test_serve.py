@@ -1,0 +1,418 @@
+"""The server: every accepted request gets its own rewards, whatever others ask meanwhile."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import aiohttp
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web import Application, Request
+
+from benchmarks import serve as load
+from stages import serve
+from stages.process import Fault
+from stages.scorer import Ids, Scorer
+
+from .conftest import ROOT
+
+T = TypeVar("T")
+Client = TestClient[Request, Application]
+REWARD = "/get_reward"
+
+
+@pytest.fixture(scope="module")
+def scorer(complete: Path) -> Scorer:
+    """An exported model, loaded once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(complete)
+        return Scorer(Path("models/export"))
+
+
+class Held:
+    """A scorer that scores when it may: a text is its own reward."""
+
+    def __init__(self) -> None:
+        self.encoded = 0
+        self.calls: list[list[Ids]] = []
+        self.may = threading.Event()
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        self.encoded += len(texts)
+        return [[int(text)] for text in texts]
+
+    def rewards(self, texts: list[Ids], prompts: Sequence[Hashable]) -> list[float]:
+        assert len(texts) == len(prompts)
+        self.calls.append(texts)
+        assert self.may.wait(20)
+        return [float(ids[0]) for ids in texts]
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    scorer = Held()
+    yield scorer
+    scorer.may.set()
+
+
+def served(scorer: Any, work: Callable[[Client], Awaitable[T]]) -> T:
+    """What `work` returns beside a server in this process."""
+
+    async def beside() -> T:
+        application = serve.Service(cast(Scorer, scorer)).application()
+        async with TestClient(TestServer(application)) as client:
+            return await asyncio.wait_for(work(client), 60)
+
+    return asyncio.run(beside())
+
+
+async def post(client: Client, content: Any) -> tuple[int, Any]:
+    response = await client.post(REWARD, json=content)
+    return response.status, await response.json()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        await asyncio.sleep(0.005)
+
+
+# --- rewards ---------------------------------------------------------------------------------
+
+
+def test_prompts_with_answers_get_the_rewards_of_the_model(scorer: Scorer) -> None:
+    prompts = ["hi", [{"role": "user", "content": "hi"}], "Why?"]
+    answers = ["yes", [{"role": "assistant", "content": "yes"}], ""]
+    status, found = served(scorer, lambda c: post(c, {"prompts": prompts, "answers": answers}))
+    wanted = scorer.rewards(*scorer.encode_pairs(prompts, answers))
+    assert status == 200
+    assert found["rewards"] == pytest.approx(wanted, abs=1e-5)
+    assert found["rewards"][0] == found["rewards"][1]
+
+
+def test_the_request_of_openrlhf_gets_what_it_reads(scorer: Scorer) -> None:
+    """Whole texts with their prompts and labels; rewards, scores and extra_logs."""
+    query = ["问:hi\n\n答:yes", "问:hi\n\n答:no", "一 text of its own"]
+    content = {"query": query, "prompts": ["问:hi", "问:hi", "一"], "labels": [None, "a", 3]}
+    status, found = served(scorer, lambda client: post(client, content))
+    wanted = scorer.rewards(scorer.encode(query), [0, 1, 2])
+    assert (status, found.keys()) == (200, {"rewards", "scores", "extra_logs"})
+    assert found["rewards"] == found["scores"] == pytest.approx(wanted, abs=1e-5)
+    assert found["extra_logs"] == {}
+    _, alone = served(scorer, lambda client: post(client, {"query": query}))
+    assert alone["rewards"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_requests_at_once_get_each_their_own(scorer: Scorer) -> None:
+    requests = [
+        {
+            "prompts": [f"Question {n % 5}"] * size,
+            "answers": [f"Answer {n} {k}" for k in range(size)],
+        }
+        for n, size in enumerate([1, 2, 3, 5] * 10)
+    ]
+
+    async def all_at_once(client: Client) -> list[tuple[int, Any]]:
+        return await asyncio.gather(*(post(client, request) for request in requests))
+
+    for request, (status, found) in zip(requests, served(scorer, all_at_once), strict=True):
+        wanted = scorer.rewards(*scorer.encode_pairs(request["prompts"], request["answers"]))
+        assert status == 200
+        assert found["rewards"] == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(("most", "calls"), [(100, [1, 9]), (4, [1, 4, 4, 1])])
+def test_what_comes_while_others_are_scored_is_scored_together(
+    held: Held, most: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "TOKENS_PER_PACK", most)
+
+    async def work(client: Client) -> list[tuple[int, Any]]:
+        first = asyncio.create_task(post(client, {"query": ["0"]}))
+        await until(lambda: len(held.calls) == 1)
+        others = [asyncio.create_task(post(client, {"query": [str(n)]})) for n in range(1, 10)]
+        await until(lambda: held.encoded == 10)
+        await asyncio.sleep(0.1)
+        held.may.set()
+        return await asyncio.gather(first, *others)
+
+    found = served(held, work)
+    assert [answer["rewards"] for _, answer in found] == [[float(n)] for n in range(10)]
+    assert [len(texts) for texts in held.calls] == calls
+
+
+# --- limits ----------------------------------------------------------------------------------
+
+
+def test_more_requests_than_may_wait_are_sent_away_and_nothing_is_lost(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "MOST", 3)
+
+    async def work(client: Client) -> None:
+        accepted = [asyncio.create_task(post(client, {"query": [str(n)]})) for n in range(3)]
+        await until(lambda: held.encoded == 3)
+        for _ in range(5):
+            async with client.post(REWARD, json={"query": ["9"]}) as response:
+                assert (response.status, response.headers["Retry-After"]) == (503, "1")
+                assert await response.json() == {
+                    "error": "3 requests are waiting, wanted fewer; try again"
+                }
+        assert (await client.get("/health")).status == 200
+        held.may.set()
+        found = await asyncio.gather(*accepted)
+        assert [answer["rewards"] for _, answer in found] == [[0.0], [1.0], [2.0]]
+        assert (await post(client, {"query": ["7"]}))[1]["rewards"] == [7.0]
+
+    served(held, work)
+
+
+def test_a_body_that_does_not_end_takes_no_place_for_ever(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "MOST", 1)
+    monkeypatch.setattr(serve, "PATIENCE", 0.2)
+    held.may.set()
+
+    async def work(client: Client) -> None:
+        reader, writer = await asyncio.open_connection(client.host, client.port)
+        writer.write(b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{")
+        assert (await reader.readline()).split()[1] == b"408"
+        writer.close()
+        assert (await post(client, {"query": ["7"]}))[0] == 200
+
+    served(held, work)
+
+
+def test_a_client_that_goes_away_takes_nothing_from_the_others(held: Held) -> None:
+    async def work(client: Client) -> None:
+        gone = asyncio.create_task(post(client, {"query": ["1"]}))
+        await until(lambda: len(held.calls) == 1)
+        other = asyncio.create_task(post(client, {"query": ["2"]}))
+        gone.cancel()
+        await until(lambda: held.encoded == 2)
+        held.may.set()
+        assert (await other)[1]["rewards"] == [2.0]
+
+    served(held, work)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (b"{", "the body is no JSON: "),
+        (b"[" * 100_000, "the body is no JSON: "),
+        (b'{"query": ["\xff"]}', "the body is no JSON: "),
+        (b"[1]", "the body has no query and no answers, or both; wanted an object with one"),
+        (b'{"prompts": ["a"]}', "the body has no query and no answers, or both; wanted an"),
+        (
+            b'{"query": ["a"], "prompts": ["a"], "answers": ["a"]}',
+            "the body has no query and no answers, or both; wanted an object with one",
+        ),
+        (b'{"query": "a"}', "query is no list, or an empty one; wanted one of texts"),
+        (b'{"query": []}', "query is no list, or an empty one; wanted one of texts"),
+        (b'{"query": ["a", null]}', "query[1]: is no text, wanted one"),
+        (b'{"query": ["a", "\\ud800"]}', "query[1]: is no text, wanted one"),
+        (b'{"query": ["a", ""]}', "query[1]: the text has no token"),
+        (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts is no list of 1 prompts, wanted"),
+        (b'{"answers": ["a"]}', "prompts is no list of 1 prompts, wanted one for each text"),
+        (b'{"prompts": [" "], "answers": ["a"]}', "answers[0]: 'prompt' is empty"),
+        (b'{"prompts": ["a"], "answers": [3]}', "answers[0]: 'answer' is a number, wanted a text"),
+        (
+            b'{"prompts": ["a", "b"], "answers": ["c", "' + b"1" * 3000 + b'"]}',
+            "answers[1]: the text has 3007 tokens, at most 2040 fit the model",
+        ),
+    ],
+)
+def test_a_bad_request_gets_its_sentence(scorer: Scorer, body: bytes, sentence: str) -> None:
+    async def work(client: Client) -> tuple[int, Any]:
+        response = await client.post(REWARD, data=body)
+        return response.status, await response.json()
+
+    status, found = served(scorer, work)
+    assert (status, found.keys()) == (400, {"error"})
+    assert found["error"].startswith(sentence)
+    assert "\n" not in found["error"]
+
+
+def test_a_request_that_is_too_large_is_refused_while_it_is_read(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "LARGEST", 1000)
+    found = served(held, lambda client: post(client, {"query": ["1" * 1000]}))
+    assert found == (413, {"error": "Maximum request body size 1000 exceeded."})
+
+
+def test_other_routes_and_methods_are_none(held: Held) -> None:
+    async def work(client: Client) -> list[int]:
+        places = [client.get("/"), client.get(REWARD), client.post("/health")]
+        return [(await place).status for place in places]
+
+    assert served(held, work) == [404, 405, 405]
+
+
+@pytest.mark.parametrize("error", [Fault("/secret/path: broken"), RuntimeError("/secret/path")])
+def test_what_cannot_be_scored_is_said_without_a_path_and_ends_nothing(
+    held: Held, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held.may.set()
+    original = held.rewards
+
+    def failing(texts: list[Ids], prompts: Sequence[Hashable]) -> list[float]:
+        if texts == [[13]]:
+            raise error
+        return original(texts, prompts)
+
+    monkeypatch.setattr(held, "rewards", failing)
+
+    async def work(client: Client) -> tuple[int, str, int]:
+        response = await client.post(REWARD, json={"query": ["13"]})
+        text = await response.text()
+        return response.status, text, (await post(client, {"query": ["1"]}))[0]
+
+    status, text, after = served(held, work)
+    assert (status, after) == (500, 200)
+    assert json.loads(text) == {"error": "the texts cannot be scored"}
+
+
+def test_the_load_test_sees_what_is_wrong_and_what_is_sent_away(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held.may.set()
+    questions = [
+        load.Question({"query": ["1"]}, [1.0]),
+        load.Question({"query": ["2"]}, [2.1]),
+        load.Question({"query": []}, []),
+    ]
+    options = Namespace(requests=7, seconds=20)
+
+    async def work(client: Client) -> tuple[load.Load, load.Load]:
+        url = str(client.make_url(REWARD))
+        seen = await load.put(url, options, questions, clients=1)
+        monkeypatch.setattr(serve, "MOST", 0)
+        return seen, await load.put(url, options, questions, clients=3)
+
+    seen, away = served(held, work)
+    assert (seen.statuses, seen.wrong, seen.unanswered) == ({200: 5, 400: 2}, 2, 0)
+    assert len(seen.latencies) == 5
+    assert (away.statuses, away.latencies) == ({503: 7}, [])
+
+
+# --- the process -----------------------------------------------------------------------------
+
+SLOW = """
+import asyncio, time
+from stages import process, serve
+
+class Slow:
+    def encode(self, texts):
+        return [[len(text)] for text in texts]
+
+    def rewards(self, texts, prompts):
+        print("scoring", flush=True)
+        time.sleep(SECONDS)
+        return [float(ids[0]) for ids in texts]
+
+process.run(lambda: asyncio.run(serve.serve(serve.Service(Slow()), "127.0.0.1", 0)))
+"""
+
+
+@pytest.fixture
+def slow() -> Iterator[Callable[[float], tuple["subprocess.Popen[str]", str]]]:
+    """Start a server that takes some seconds for each pack."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(seconds: float) -> tuple["subprocess.Popen[str]", str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW.replace("SECONDS", str(seconds))],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout
+        said = process.stdout.readline().split()
+        assert said[0] == "serving", said
+        return process, said[1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def asked(url: str, count: int, process: "subprocess.Popen[str]") -> "asyncio.Task[Any]":
+    """Requests that are all accepted, and of which one is being scored."""
+
+    async def one(session: aiohttp.ClientSession, size: int) -> Any:
+        async with session.post(url, json={"query": ["a" * size]}) as response:
+            return await response.json()
+
+    async def work() -> list[Any]:
+        async with aiohttp.ClientSession() as session:
+            tasks = [asyncio.create_task(one(session, size + 1)) for size in range(count)]
+            assert process.stdout
+            line = await asyncio.to_thread(process.stdout.readline)
+            assert line == "scoring\n"
+            await asyncio.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            return await asyncio.gather(*tasks)
+
+    return asyncio.ensure_future(work())
+
+
+def test_what_was_accepted_is_answered_before_the_end(
+    slow: Callable[[float], tuple["subprocess.Popen[str]", str]],
+) -> None:
+    process, url = slow(3)
+
+    async def work() -> list[Any]:
+        return list(await asked(url, 5, process))
+
+    found = asyncio.run(work())
+    assert [answer["rewards"] for answer in found] == [[float(size)] for size in range(1, 6)]
+    printed, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert printed.splitlines()[-1] == "stopped    5 requests with 5 texts were answered"
+    assert errors == ""
+
+
+def test_a_second_signal_ends_it_at_once(
+    slow: Callable[[float], tuple["subprocess.Popen[str]", str]],
+) -> None:
+    process, url = slow(60)
+
+    async def work() -> None:
+        task = asked(url, 1, process)
+        await asyncio.sleep(2.5)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(aiohttp.ClientError):
+            await task
+
+    begin = time.monotonic()
+    asyncio.run(work())
+    assert process.wait(20) == 128 + signal.SIGINT
+    assert time.monotonic() - begin < 20
+
+
+def test_an_address_that_cannot_be_had_gets_its_sentence(held: Held) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(Fault, match=rf"^127\.0\.0\.1:{port} cannot be had: .*in use"):
+            asyncio.run(serve.serve(serve.Service(cast(Scorer, held)), "127.0.0.1", port))
+
+
+def test_a_port_that_is_none_gets_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["serve", "--port", "70000"])
+    with pytest.raises(Fault, match="--port is 70000, wanted a number from 0 to 65535"):
+        serve.main()
