@@ -113,6 +113,7 @@ def evaluated(
             yaml.dump(content, folder / "params.yaml")
             shutil.copytree(tiny_base, folder / "models" / "base")
             write_pairs(folder / "data" / "raw" / "pairs.json", 20)
+            (folder / "data" / "sets").mkdir()
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
                 patch.delenv("DVC_ROOT", raising=False)
@@ -608,6 +609,12 @@ def snippets_of(folder: Path) -> dict[str, str]:
     return dict(re.findall(r"^### (.+?)\n\n```python\n(.*?)```$", text, re.DOTALL | re.MULTILINE))
 
 
+def snippets_of_the_readme() -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Use the reward model\n")[2].partition("\n## ")[0]
+    return re.findall(r"^```python\n(.*?)```$", section, re.DOTALL | re.MULTILINE)
+
+
 @pytest.fixture
 def beside(
     exported: Callable[[Change], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -662,11 +669,20 @@ def test_the_card_has_every_client_of_the_merged_model_only_with_one(
     assert set(snippets_of(export.EXPORT)) == {"PEFT"}
 
 
+def test_the_function_for_trl_trains_a_policy_as_the_readme_says(
+    beside: Callable[[Change], None],
+) -> None:
+    beside(DEFAULT)
+    [code] = [snippet for snippet in snippets_of_the_readme() if "stages.scorer" in snippet]
+    trainer = run_code(code)["trainer"]
+    assert trainer.state.global_step == 1
+    assert any("rewards/reward_model/mean" in each for each in trainer.state.log_history)
+
+
 def test_the_readme_has_the_code_of_the_card(exported: Callable[[Change], Path]) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("## Use the reward model\n")[2].partition("\n## ")[0]
-    code = re.findall(r"^```python\n(.*?)```$", section, re.DOTALL | re.MULTILINE)
+    code = snippets_of_the_readme()
     assert set(snippets_of(exported(DEFAULT) / export.EXPORT).values()) <= set(code)
+    assert len(code) == 7
 
 
 @pytest.mark.usefixtures("ready")
