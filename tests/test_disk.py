@@ -92,8 +92,9 @@ def test_a_full_disk_is_a_sentence_at_every_file(stage: str, fault: Callable[[Ma
             "File too large; wanted more room, then run the same command again"
         ) or ("No space left" in said)
         found = state(outs)
-        assert found == {name: wanted[name] for name in found}
         assert found != wanted
+        found.pop("reports/train", None)  # the curves grow while training runs
+        assert found == {name: wanted[name] for name in found}
         assert left_over() == []
     run(main)
     assert state(outs) == wanted

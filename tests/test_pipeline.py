@@ -155,7 +155,7 @@ def test_the_outputs_are_exactly_these(project: Project) -> None:
 
 
 def test_nothing_is_left_beside_the_outputs(project: Project) -> None:
-    assert names(project.folder / "data") == {"corpus", "raw", "tokenized"}
+    assert names(project.folder / "data") == {"corpus", "raw", "sets", "tokenized"}
     models = {"adapter", "base", "checkpoints", "export"}
     assert names(project.folder / "models") == models
     assert project.call("git", "status", "--short") == ""
