@@ -39,6 +39,9 @@ def load_sets(folder: Path, encoder: Encoder) -> list[TestSet]:
             f"params.yaml: evaluate.sets {folder} cannot be read: {error.strerror}; "
             "wanted a folder of test sets, which may be empty"
         ) from None
+    names = [name_of(path) for path in paths]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Fault(f"{folder} has two files for the set {twice[0]}, wanted one for each name")
     return [load_set(path, encoder) for path in paths]
 
 

@@ -81,6 +81,14 @@ def test_what_cannot_be_judged_is_a_sentence(
         load_sets(Path("data/sets"), encoder(100))
 
 
+@pytest.mark.usefixtures("workspace")
+def test_two_files_of_one_name_are_a_sentence(encoder: Callable[[int], Encoder]) -> None:
+    write_set(Path("data/sets/same.jsonl"), PAIR)
+    write_set(Path("data/sets/same.json"), PAIR)
+    with pytest.raises(Fault, match="data/sets has two files for the set same, wanted one"):
+        load_sets(Path("data/sets"), encoder(100))
+
+
 def test_a_folder_that_is_not_there_is_a_sentence(encoder: Callable[[int], Encoder]) -> None:
     with pytest.raises(Fault, match=r"evaluate.sets nowhere cannot be read: .*; wanted a folder"):
         load_sets(Path("nowhere"), encoder(100))
