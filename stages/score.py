@@ -35,7 +35,7 @@ from stages.scorer import Misfit, Scorer, ranks
 EXPORT = Path("models/export")
 ADDED = ("rewards", "ranks")
 # Of records and texts that are scored together; after a kill so much is done again.
-BATCH_CHARACTERS = 1 << 16
+BATCH_CHARACTERS = 1 << 18
 ROWS = 1000
 SCHEMA = pa.schema(
     {
