@@ -1,6 +1,5 @@
 """An exported folder and the pairs that its clients score: as ids, as text, as conversations."""
 
-import itertools
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import (
 from stages.model import EXPORTED_BASE, device, exported_quantization, keep_weights_unpacked
 from stages.outputs import read_json
 from stages.packing import Texts, tokens
+from stages.tokens import common_start
 
 BATCH = 16
 # Pairs of the forms that are slow: one text by one, and a step of training.
@@ -144,12 +144,6 @@ class Exported:
             {"role": "assistant", "content": answer},
         ]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-
-
-def common_start(one: str, other: str) -> str:
-    """The longest text that both begin with."""
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "".join(letter for letter, _ in same)
 
 
 def paired(indices: Sequence[int], rewards: Sequence[float]) -> Found:

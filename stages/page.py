@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +9,7 @@ from tokenizers import Tokenizer
 
 from stages.outputs import writing
 from stages.pairs import FIELDS, LAST_TURN
-from stages.tokens import Template
+from stages.tokens import Template, common_start
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_PAIRS = 10_000
@@ -61,8 +60,7 @@ def split(template: Template, chosen: str, rejected: str) -> tuple[str, str, str
     """
     head, _, rest = template.template.partition("{prompt}")
     middle, _, tail = rest.partition("{answer}")
-    both = zip(chosen, rejected, strict=False)
-    shared = "".join(left for left, _ in takewhile(lambda pair: pair[0] == pair[1], both))
+    shared = common_start(chosen, rejected)
     mark = next((mark for mark in (middle, LAST_TURN, "\n") if mark and mark in shared), "")
     if not mark:
         return "", chosen, rejected

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.outputs import digest, read_json, write_json
-from stages.tokens import Template
+from stages.tokens import Template, token_of
 
 PAD = "<|reward_pad|>"
 NO_PAD = ("eos_token", "bos_token", "unk_token")
@@ -109,12 +109,6 @@ def find_pad(tokenizer: Tokenizer, config: dict[str, Any], template: Template, r
     tokenizer.add_special_tokens([AddedToken(PAD, special=True, normalized=False)])
     number = tokenizer.get_vocab(with_added_tokens=True)[PAD]
     return Pad(PAD, number, max(rows, number + 1))
-
-
-def token_of(config: dict[str, Any], name: str) -> str | None:
-    """A special token by its name in a tokenizer's configuration."""
-    token = config.get(name)
-    return token["content"] if isinstance(token, dict) else token
 
 
 # --- the chat template -----------------------------------------------------------------------

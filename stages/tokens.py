@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Encoder:
             )
         self._eos: int | None = None
         if template.append_eos:
-            eos = self._token("eos_token")
+            eos = token_of(self._config, "eos_token")
             self._eos = self._tokenizer.token_to_id(eos) if eos else None
             if self._eos is None:
                 raise Fault(f"params.yaml: preprocess.append_eos is true, but {base} has no eos")
@@ -142,13 +143,9 @@ class Encoder:
     def _finish(self, ids: list[int]) -> list[int]:
         return ids if self._eos is None or ids[-1:] == [self._eos] else [*ids, self._eos]
 
-    def _token(self, name: str) -> str | None:
-        """A special token by its name in the tokenizer's configuration."""
-        token = self._config.get(name)
-        return token["content"] if isinstance(token, dict) else token
-
     def _special_tokens(self) -> dict[str, Any]:
-        return {name: self._token(name) or "" for name in ("bos_token", "eos_token", "pad_token")}
+        names = ("bos_token", "eos_token", "pad_token")
+        return {name: token_of(self._config, name) or "" for name in names}
 
     def _render_chat(self, prompt: Messages, answer: Messages) -> str:
         from jinja2 import TemplateError
@@ -164,6 +161,18 @@ class Encoder:
         except TemplateError as error:
             raise BadRecord("chat_template", f"the chat template refuses it: {error}") from None
         return str(rendered[0])
+
+
+def token_of(config: dict[str, Any], name: str) -> str | None:
+    """A special token by its name in a tokenizer's configuration."""
+    token = config.get(name)
+    return token["content"] if isinstance(token, dict) else token
+
+
+def common_start(one: str, other: str) -> str:
+    """The longest text that both begin with."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(letter for letter, _ in same)
 
 
 def prefix_length(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> int:

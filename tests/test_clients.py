@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from stages import exported
-from stages.exported import Conversation, Exported, common_start, paired
+from stages.exported import Conversation, Exported, paired
 from stages.packing import Texts, tokens
 from stages.portable import dress_tokenizer
-from stages.tokens import Encoder, Template
+from stages.tokens import Encoder, Template, common_start
 from stages.trainers import Rollouts, sample_of_conversations
 
 PAIRS = [
