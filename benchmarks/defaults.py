@@ -3,11 +3,11 @@
 python -m benchmarks.defaults embedded
 python -m benchmarks.defaults real --data pairs.en.json pairs.zh.json -S base.name=models/smollm2
 
-Seven parameters, each at its default and at another value, in eight runs for each fold of the data:
-a fractional factorial design (Box, Hunter and Hunter 2005, chapter 6), in which every run says
-something of every parameter, and the first run is the default. A fold is held back and judged by
-the model that was trained on the others, so every pair is judged once a run. Without --data the
-pairs are those of the sample that the default run trains on or watches: its test pairs stay unseen.
+Seven parameters, each at two levels, in eight runs for each fold of the data: a fractional
+factorial design (Box, Hunter and Hunter 2005, chapter 6), in which every run says something of
+every parameter. A fold is held back and judged by the model that was trained on the others, so
+every pair is judged once a run. Without --data the pairs are those of the sample that the default
+run trains on or watches: its test pairs stay unseen.
 
 What is found is confounded with how pairs of parameters act together. Needs a clone of its own,
 everything committed: the experiments overwrite params.yaml. A run that is there already is read.
@@ -44,14 +44,14 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @dataclass(frozen=True)
 class Factor:
-    """A parameter with its default and another value; `sign` and `parents` place it in the design.
+    """A parameter at two levels; `sign` and `parents` place it in the design.
 
-    It has its other value where the product of its parents' signs, and its own, is +1.
+    It is at its high level where the product of its parents' signs, and its own, is +1.
     """
 
     key: str
-    usual: str
-    other: str
+    low: str
+    high: str
     sign: int
     parents: tuple[int, ...]
 
@@ -67,7 +67,7 @@ FACTORS = (
         "lora.target_modules", f"[{','.join(LINEAR[:3])}]", f"[{','.join(LINEAR)}]", 1, (0, 1, 2)
     ),
 )
-# [runs, factors], +1 where a factor has its other value. In the first run all have the default.
+# [runs, factors], +1 where a factor is at its high level. In the first run all are at the low one.
 DESIGN = np.array(
     [
         [
@@ -179,7 +179,7 @@ def run(name: str, row: int, fold: int, settings: Sequence[str]) -> None:
         "train.head_seed": str((row + fold) % SEEDS),
     }
     for factor, level in zip(FACTORS, DESIGN[row], strict=True):
-        values[factor.key] = factor.other if level > 0 else factor.usual
+        values[factor.key] = factor.high if level > 0 else factor.low
     arguments = [f"{key}={value}" for key, value in values.items()] + list(settings)
     flags = [part for argument in arguments for part in ("--set-param", argument)]
     subprocess.run(
@@ -211,7 +211,7 @@ def judged(options: argparse.Namespace) -> tuple[Floats, npt.NDArray[np.str_]]:
 
 
 def effects(values: Floats) -> Iterator[Floats]:
-    """What each factor's other value adds to values of [runs, pairs], for every pair: [pairs]."""
+    """What each factor's high level adds to values of [runs, pairs], for every pair: [pairs]."""
     for levels in DESIGN.T:
         yield values[levels > 0].mean(0) - values[levels < 0].mean(0)
 
@@ -227,7 +227,7 @@ def as_markdown(options: argparse.Namespace, margins: Floats, prompts: npt.NDArr
         f"{options.folds} folds held back in turn, over {SEEDS} seeds. "
         f"{' '.join(options.set_param)}",
         "",
-        "| parameter | from | to | accuracy, 95% interval | loss, 95% interval |",
+        "| parameter | low | high | accuracy, 95% interval | loss, 95% interval |",
         "|---|---|---|---:|---:|",
     ]
     for factor, of_accuracy, of_loss in zip(FACTORS, effects(right), effects(loss), strict=True):
@@ -235,10 +235,10 @@ def as_markdown(options: argparse.Namespace, margins: Floats, prompts: npt.NDArr
         for effect in (of_accuracy, of_loss):
             low, high = RESAMPLING.interval(effect, numbers)
             cells.append(f"{effect.mean():+.4f} ({low:+.4f} to {high:+.4f})")
-        lines.append(f"| {factor.key} | {factor.usual} | {factor.other} | {' | '.join(cells)} |")
+        lines.append(f"| {factor.key} | {factor.low} | {factor.high} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| run | other values than the default | accuracy | loss |",
+        "| run | parameters at their high level | accuracy | loss |",
         "|---:|---|---:|---:|",
     ]
     for row, levels in enumerate(DESIGN):
