@@ -1,6 +1,7 @@
 """Which parameters of training make held-out accuracy better: DVC experiments, with intervals.
 
 python -m benchmarks.defaults embedded
+python -m benchmarks.defaults confirmed --together train.learning_rate train.pairs_per_step
 python -m benchmarks.defaults real --data pairs.en.json pairs.zh.json -S base.name=models/smollm2
 
 Seven parameters, each at two levels, in eight runs for each fold of the data: a fractional
@@ -9,8 +10,13 @@ every parameter. A fold is held back and judged by the model that was trained on
 every pair is judged once a run. Without --data the pairs are those of the sample that the default
 run trains on or watches: its test pairs stay unseen.
 
-What is found is confounded with how pairs of parameters act together. Needs a clone of its own,
-everything committed: the experiments overwrite params.yaml. A run that is there already is read.
+What is found is confounded with how pairs of parameters act together, and each run has one of the
+seeds: intervals say what other pairs would change, not what other trainings would. --together makes
+no factorial design, but has the parameters that seem to win at their high levels against all at
+their low ones, with each of the seeds.
+
+Needs a clone of its own, everything committed: the experiments overwrite params.yaml. A run that is
+there already is read.
 """
 
 import argparse
@@ -30,7 +36,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from stages import params
-from stages.judgement import Floats, Resampling, losses
+from stages.judgement import Floats, Resampling, hits, losses
 from stages.pairs import Pair, check, read, split
 from stages.preprocess import Preprocess
 
@@ -39,6 +45,7 @@ RESULTS = Path("benchmarks/results")
 REWARDS = "reports/evaluate/rewards.parquet"
 RESAMPLING = Resampling(samples=10_000, seed=0)
 SEEDS = 3
+Levels = npt.NDArray[np.int64]
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -67,7 +74,7 @@ FACTORS = (
         "lora.target_modules", f"[{','.join(LINEAR[:3])}]", f"[{','.join(LINEAR)}]", 1, (0, 1, 2)
     ),
 )
-# [runs, factors], +1 where a factor is at its high level. In the first run all are at the low one.
+# Of the screening; [runs, factors], +1 where a factor is at its high level.
 DESIGN = np.array(
     [
         [
@@ -83,10 +90,11 @@ def main() -> None:
     options = parse()
     pairs = kept(options)
     write_folds(options, pairs)
-    runs = list(product(range(options.held), range(len(DESIGN))))
+    design = together(options.together) if options.together else DESIGN
+    runs = list(product(range(options.held), range(len(design))))
     for fold, row in tqdm(runs, desc="experiments"):
-        run(options.name, row, fold, options.set_param)
-    report = as_markdown(options, *judged(options))
+        run(options.name, design[row], row, fold, options.set_param)
+    report = as_markdown(options, design, *judged(options, len(design)))
     print(report)
     (RESULTS / f"defaults-{options.name}.md").write_text(report, encoding="utf-8")
 
@@ -103,10 +111,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cut", nargs=2, type=int, help="keep the last tokens of prompts, the first of answers"
     )
+    parser.add_argument(
+        "--together", nargs="*", metavar="KEY", help="compare these high with all low"
+    )
     parser.add_argument("-S", "--set-param", action="append", default=[], help="for every run")
     options = parser.parse_args()
     options.held = options.held or options.folds
     return options
+
+
+def together(keys: Sequence[str]) -> Levels:
+    """All parameters at their low levels, then those of `keys` at their high ones; every seed."""
+    chosen = [1 if factor.key in keys else -1 for factor in FACTORS]
+    return np.repeat([[-1] * len(FACTORS), chosen], SEEDS, axis=0)
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -161,7 +178,7 @@ def write_folds(options: argparse.Namespace, records: Sequence[dict[str, str]]) 
 # --- experiments -----------------------------------------------------------------------------
 
 
-def run(name: str, row: int, fold: int, settings: Sequence[str]) -> None:
+def run(name: str, levels: Levels, row: int, fold: int, settings: Sequence[str]) -> None:
     """The experiment of a row of the design and a fold, unless it is there."""
     called = experiment(name, row, fold)
     listed = subprocess.run(
@@ -178,7 +195,7 @@ def run(name: str, row: int, fold: int, settings: Sequence[str]) -> None:
         "train.seed": str((row + fold) % SEEDS),
         "train.head_seed": str((row + fold) % SEEDS),
     }
-    for factor, level in zip(FACTORS, DESIGN[row], strict=True):
+    for factor, level in zip(FACTORS, levels, strict=True):
         values[factor.key] = factor.high if level > 0 else factor.low
     arguments = [f"{key}={value}" for key, value in values.items()] + list(settings)
     flags = [part for argument in arguments for part in ("--set-param", argument)]
@@ -191,10 +208,10 @@ def experiment(name: str, row: int, fold: int) -> str:
     return f"{name}-{row}-{fold}"
 
 
-def judged(options: argparse.Namespace) -> tuple[Floats, npt.NDArray[np.str_]]:
+def judged(options: argparse.Namespace, runs: int) -> tuple[Floats, npt.NDArray[np.str_]]:
     """Margins, [runs, pairs], and the prompts of the pairs, in one order for all runs."""
     rows = []
-    for row in range(len(DESIGN)):
+    for row in range(runs):
         tables = [
             pyarrow.parquet.read_table(
                 io.BytesIO(api.read(REWARDS, rev=experiment(options.name, row, fold), mode="rb"))
@@ -210,38 +227,49 @@ def judged(options: argparse.Namespace) -> tuple[Floats, npt.NDArray[np.str_]]:
 # --- the tables ------------------------------------------------------------------------------
 
 
-def effects(values: Floats) -> Iterator[Floats]:
-    """What each factor's high level adds to values of [runs, pairs], for every pair: [pairs]."""
-    for levels in DESIGN.T:
-        yield values[levels > 0].mean(0) - values[levels < 0].mean(0)
+def effects(design: Levels) -> Iterator[tuple[list[Factor], Levels]]:
+    """The factors that change, those that change together as one, and their levels: [runs]."""
+    columns = design.T.tolist()
+    for levels in map(list, dict.fromkeys(map(tuple, columns))):
+        if len(set(levels)) > 1:
+            yield (
+                [factor for factor, each in zip(FACTORS, columns, strict=True) if each == levels],
+                np.array(levels),
+            )
 
 
-def as_markdown(options: argparse.Namespace, margins: Floats, prompts: npt.NDArray[np.str_]) -> str:
+def as_markdown(
+    options: argparse.Namespace, design: Levels, margins: Floats, prompts: npt.NDArray[np.str_]
+) -> str:
     numbers = np.unique(prompts, return_inverse=True)[1]
-    right, loss = np.heaviside(margins, 0.5), losses(margins)
+    right, loss = hits(margins), losses(margins)
     lines = [
         f"# What the defaults could be: {options.name}",
         "",
         f"Written by `benchmarks.defaults`: {margins.shape[1]} pairs of {numbers.max() + 1} "
-        f"prompts, each judged once in each of {len(DESIGN)} runs, {options.held} of "
+        f"prompts, each judged once in each of {len(design)} runs, {options.held} of "
         f"{options.folds} folds held back in turn, over {SEEDS} seeds. "
         f"{' '.join(options.set_param)}",
         "",
         "| parameter | low | high | accuracy, 95% interval | loss, 95% interval |",
         "|---|---|---|---:|---:|",
     ]
-    for factor, of_accuracy, of_loss in zip(FACTORS, effects(right), effects(loss), strict=True):
-        cells = []
-        for effect in (of_accuracy, of_loss):
+    for factors, levels in effects(design):
+        cells = [
+            ", ".join(getattr(factor, name) for factor in factors)
+            for name in ("key", "low", "high")
+        ]
+        for values in (right, loss):
+            effect = values[levels > 0].mean(0) - values[levels < 0].mean(0)
             low, high = RESAMPLING.interval(effect, numbers)
             cells.append(f"{effect.mean():+.4f} ({low:+.4f} to {high:+.4f})")
-        lines.append(f"| {factor.key} | {factor.low} | {factor.high} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "| run | parameters at their high level | accuracy | loss |",
         "|---:|---|---:|---:|",
     ]
-    for row, levels in enumerate(DESIGN):
+    for row, levels in enumerate(design):
         changed = [factor.key for factor, level in zip(FACTORS, levels, strict=True) if level > 0]
         lines.append(
             f"| {row} | {', '.join(changed) or 'none'} | {right[row].mean():.4f} "

@@ -3,7 +3,8 @@
     python -m stages.compare main my-experiment
 
 Takes two revisions of this repository: branches, tags, commits, names of experiments, or
-"workspace". Reads the rewards that evaluate wrote there, pair by pair.
+"workspace". Reads the rewards that evaluate wrote there, pair by pair: those of the test pairs, or
+of a further test set.
 """
 
 import argparse
@@ -19,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet
 from scipy import stats
 
-from stages.judgement import Floats, Ints, Resampling
+from stages.judgement import Floats, Ints, Resampling, hits
 from stages.process import Fault, run
 
-REWARDS = Path("reports/evaluate/rewards.parquet")
+REPORTS = Path("reports/evaluate")
 RESAMPLING = Resampling(samples=10_000, seed=0)
 SHOWN = 10
 
@@ -37,7 +38,7 @@ class Comparison:
 
     @property
     def right(self) -> tuple[Floats, Floats]:
-        first, second = (np.heaviside(margin, 0.5) for margin in self.margins)
+        first, second = map(hits, self.margins)
         return first, second
 
     @property
@@ -50,7 +51,9 @@ class Comparison:
 def main() -> None:
     options = parse()
     names = (options.first, options.second)
-    found = align(rewards_of(names[0]), rewards_of(names[1]), names)
+    path = REPORTS / (f"sets/{options.set}.parquet" if options.set else "rewards.parquet")
+    first, second = (rewards_of(name, path) for name in names)
+    found = align(first, second, names)
     print(report(found, names, options.all))
 
 
@@ -60,27 +63,28 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("first", help="a revision, the name of an experiment, or workspace")
     parser.add_argument("second", help="another one; is it better?")
+    parser.add_argument("--set", metavar="NAME", help="compare on this further test set")
     parser.add_argument("--all", action="store_true", help="list all pairs that changed sides")
     return parser.parse_args()
 
 
-def rewards_of(name: str) -> pa.Table:
+def rewards_of(name: str, path: Path) -> pa.Table:
     """The table of rewards at a revision. Raises a Fault where there is none."""
     if name == "workspace":
         try:
-            return pyarrow.parquet.read_table(REWARDS)
+            return pyarrow.parquet.read_table(path)
         except (OSError, pa.ArrowException) as error:
-            raise Fault(f"{REWARDS} cannot be read ({error}), wanted a dvc repro first") from None
+            raise Fault(f"{path} cannot be read ({error}), wanted a dvc repro first") from None
     from dvc import api
     from dvc.exceptions import DvcException
     from dvc.scm import SCMError
 
     try:
-        content = api.read(REWARDS.as_posix(), rev=name, mode="rb")
+        content = api.read(path.as_posix(), rev=name, mode="rb")
     except (DvcException, SCMError, OSError) as error:
         reason = " ".join(str(error).split())
         raise Fault(
-            f"{name}: no {REWARDS} can be had there ({reason}), wanted a revision or an experiment "
+            f"{name}: no {path} can be had there ({reason}), wanted a revision or an experiment "
             "that was evaluated, and its cache or a dvc pull"
         ) from None
     return pyarrow.parquet.read_table(io.BytesIO(content))
@@ -114,7 +118,8 @@ def margins_of(table: pa.Table, rows: list[int]) -> Floats:
 def mcnemar(gain: Floats) -> float:
     """The exact p-value of as many changes to the better and to the worse (McNemar 1947).
 
-    A change from or to a tie counts as one by its direction.
+    A change from or to a tie counts as one by its direction. Pairs are taken as independent, which
+    those of one prompt are not: the verdict is that of the interval.
     """
     better, changed = int((gain > 0).sum()), int((gain != 0).sum())
     return float(stats.binomtest(better, changed).pvalue) if changed else 1.0
@@ -123,7 +128,9 @@ def mcnemar(gain: Floats) -> float:
 def report(found: Comparison, names: tuple[str, str], everything: bool) -> str:
     """What a person wants to know, first of all the answer."""
     gain, prompts = found.gain, len(np.unique(found.prompts))
-    low, high = RESAMPLING.interval(gain, found.prompts) if prompts > 1 else (-1.0, 1.0)
+    low, high = (
+        2 * bound - 1 for bound in RESAMPLING.interval_of_share((gain + 1) / 2, found.prompts)
+    )
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
     verdict = "is better" if low > 0 else "is worse" if high < 0 else "cannot be told from noise"
     first, second = (float(right.mean()) for right in found.right)
@@ -134,7 +141,7 @@ def report(found: Comparison, names: tuple[str, str], everything: bool) -> str:
         f"difference {gain.mean():+.4f} (95% interval {low:+.4f} to {high:+.4f}, paired, "
         "over prompts)",
         f"changed    {better} pairs to the better, {worse} to the worse; "
-        f"McNemar's exact p = {mcnemar(gain):.3g}",
+        f"McNemar's exact p = {mcnemar(gain):.3g}, with pairs as independent",
     ]
     changed = sorted(np.flatnonzero(gain), key=lambda row: -abs(np.subtract(*found.margins)[row]))
     for row in changed if everything else changed[:SHOWN]:

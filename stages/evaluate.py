@@ -71,12 +71,12 @@ def main() -> None:
     quantization = params.load("quantization", Quantization)
     test = load_split(TEST, BASE)
     model = load(BASE, ADAPTER, quantization)
-    template = Template.load(ADAPTER / "template.json")
-    sets = load_sets(Path(group.sets), Encoder(BASE, template))
+    encoder = Encoder(BASE, Template.load(ADAPTER / "template.json"))
+    sets = load_sets(Path(group.sets), encoder)
     datasets = [test, *(each.pairs for each in sets)]
     require_exact(model, max((pair for each in datasets for pair in pairs_of(each)), key=tokens))
     table, *further = [rewards_of(model, each, group.tokens_per_pack) for each in datasets]
-    judged, resampling = as_judged(test, table), Resampling(group.bootstrap_samples, group.seed)
+    judged, resampling = as_judged(table), Resampling(group.bootstrap_samples, group.seed)
     metrics = measure(table, judged, resampling)
     metrics["sets"] = measure_sets(sets, further, resampling)
     with whole_folder(REPORTS) as folder:
@@ -92,7 +92,7 @@ def main() -> None:
             ("length", by_length_difference(judged, resampling)),
         ):
             write_json(folder / f"{name}.json", rows)
-        write_page(folder / PAGE.name, sets, datasets, [table, *further], template, metrics["by"])
+        write_page(folder / PAGE.name, sets, datasets, [table, *further], encoder, metrics)
     write_json(METRICS, metrics)
     report(metrics)
 
@@ -130,14 +130,13 @@ def as_table(test: Dataset, chosen: torch.Tensor, rejected: torch.Tensor) -> pa.
     )
 
 
-def as_judged(test: Dataset, table: pa.Table) -> Judged:
-    """The pairs as the figures need them; the length of an answer is that behind the prefix."""
-    prefix = np.asarray(test["prefix_length"])
+def as_judged(table: pa.Table) -> Judged:
+    """The pairs as the figures need them."""
     return Judged(
         chosen=table["reward_chosen"].to_numpy().astype(np.float64),
         rejected=table["reward_rejected"].to_numpy().astype(np.float64),
-        tokens_chosen=table["tokens_chosen"].to_numpy() - prefix,
-        tokens_rejected=table["tokens_rejected"].to_numpy() - prefix,
+        tokens_chosen=table["tokens_chosen"].to_numpy(),
+        tokens_rejected=table["tokens_rejected"].to_numpy(),
         prompts=np.unique(table["prompt_id"].to_numpy(), return_inverse=True)[1],
     )
 
@@ -166,15 +165,21 @@ def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str
 
 def measure_sets(
     sets: list[TestSet], tables: list[pa.Table], resampling: Resampling
-) -> dict[str, Figures]:
+) -> dict[str, dict[str, Any]]:
     """Accuracy on every further set; which of its pairs were cut, left out, or have leaked."""
     splits = [load_split(path, BASE) for path in TRAINED_ON] if sets else []
     trained_on = {prompt_id for split in splits for prompt_id in split["prompt_id"]}
-    return {
-        each.name: resampling.accuracy(as_judged(each.pairs, table))
-        | {"cut": each.cut, "left_out": each.left_out, "leaked": each.leaked(trained_on)}
-        for each, table in zip(sets, tables, strict=True)
-    }
+    result = {}
+    for each, table in zip(sets, tables, strict=True):
+        judged = as_judged(table)
+        result[each.name] = {
+            **resampling.accuracy(judged),
+            "cut": each.cut,
+            "left_out": each.left_out,
+            "leaked": each.leaked(trained_on),
+            "by": by_slice(table, judged, resampling),
+        }
+    return result
 
 
 def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
@@ -206,46 +211,54 @@ def write_page(
     sets: list[TestSet],
     datasets: list[Dataset],
     tables: list[pa.Table],
-    template: Template,
-    by: Slices,
+    encoder: Encoder,
+    metrics: dict[str, Any],
 ) -> None:
     """The page of all judgements; where there are further sets, they are a slice of it."""
-    names = ["test", *(each.name for each in sets)]
+    names = ["test split", *(each.name for each in sets)]
     marked = [
         table.append_column("test set", pa.array([name] * len(table)))
         for name, table in zip(names, tables, strict=True)
     ]
     ids = [(pair.ids[0], pair.ids[1]) for each in datasets for pair in pairs_of(each)]
-    slices = ({"test set": names} if sets else {}) | {
-        name: list(values) for name, values in by.items()
-    }
+    slices: dict[str, list[str]] = {"test set": names} if sets else {}
+    for by in (metrics["by"], *(each["by"] for each in metrics["sets"].values())):
+        for name, values in by.items():
+            slices[name] = sorted({*slices.get(name, []), *values})
     table = pa.concat_tables(marked, promote_options="permissive")
-    page.write(path, table, ids, BASE, template, slices)
+    page.write(path, table, ids, encoder, slices)
 
 
 def report(metrics: dict[str, Any]) -> None:
+    further = f"; {', '.join(metrics['sets'])}" if metrics["sets"] else ""
+    print(f"read       {TEST}, {metrics['pairs']} pairs of {metrics['prompts']} prompts{further}")
     print(
         f"accuracy   {metrics['accuracy']:.4f} (95% interval {metrics['accuracy_low']:.4f} to "
-        f"{metrics['accuracy_high']:.4f}) of {metrics['pairs']} pairs, {metrics['ties']} ties"
+        f"{metrics['accuracy_high']:.4f}), {metrics['ties']} ties"
     )
     print(
         f"loss       {metrics['loss']:.4f}, margin {metrics['margin_mean']:+.4f} "
         f"with deviation {metrics['margin_std']:.4f}"
     )
     fit, audit = metrics["calibration"], metrics["length"]
+    mended = "no temperature is best"
+    if fit["loss_at_temperature"] is not None:
+        mended = f"loss {fit['loss_at_temperature']:.4f} at temperature {fit['temperature']:.3g}"
+    print(
+        f"confidence off by {fit['expected_error']:.4f} on average, Brier score "
+        f"{fit['brier']:.4f}, {mended}"
+    )
     correlation = audit["correlation"]
     print(
-        f"believed   off by {fit['expected_error']:.4f} on average, Brier score "
-        f"{fit['brier']:.4f}, best temperature {fit['temperature']:.3g}"
+        f"length     the longer answer is right in {audit['longer_accuracy']:.4f}, correlation of "
+        f"reward and length {'none' if correlation is None else f'{correlation:+.4f}'}"
     )
-    print(
-        f"length     the longer answer is right in {audit['longer_accuracy']:.4f}; reward and "
-        f"length correlate by {'nothing' if correlation is None else f'{correlation:+.4f}'}"
-    )
-    for row in slices_as_rows(metrics):
+    rows = slices_as_rows(metrics)
+    width = max([0, *(len(row["slice"]) for row in rows)])
+    for row in rows:
         print(
-            f"  {row['slice']:<28} {row['accuracy']:.4f} ({row['low']:.4f} to {row['high']:.4f}) "
-            f"of {row['pairs']} pairs"
+            f"  {row['slice']:<{width}}  {row['accuracy']:.4f} "
+            f"({row['low']:.4f} to {row['high']:.4f}) of {row['pairs']} pairs"
         )
     for name, figures in metrics["sets"].items():
         if figures["leaked"]:
@@ -253,7 +266,13 @@ def report(metrics: dict[str, Any]) -> None:
                 f"note       {figures['leaked']} of {figures['pairs']} pairs of {name} have a "
                 "prompt that the model was trained on"
             )
-    print(f"read       {PAGE} shows the judgements themselves, dvc plots show the curves")
+        if figures["cut"] or figures["left_out"]:
+            print(
+                f"note       of {name} {figures['cut']} prompts were cut, and "
+                f"{figures['left_out']} pairs left out: their texts are too long"
+            )
+    print(f"written    {REPORTS}, {METRICS}")
+    print(f"look at    {PAGE} for the judgements themselves, dvc plots show for the curves")
 
 
 if __name__ == "__main__":

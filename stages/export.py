@@ -122,7 +122,8 @@ def assemble(folder: Path, quantization: Quantization, merge: str) -> None:
 def reward_record(folder: Path, quantization: Quantization, pad: Pad) -> dict[str, Any]:
     """What a client should know of the rewards: how texts are made, mean, deviation, temperature.
 
-    Mean and deviation are those of all answers of the test pairs, chosen and rejected.
+    Mean and deviation are those of all answers of the test pairs, chosen and rejected. The
+    temperature is 1 where no finite one is best.
     """
     metrics, template = recorded(EVALUATED), Template.load(folder / "template.json")
     means, deviations = (
@@ -136,7 +137,7 @@ def reward_record(folder: Path, quantization: Quantization, pad: Pad) -> dict[st
         "mean": float(np.mean(means)),
         "pad_token_id": pad.id,
         "std": float(np.sqrt(np.mean(np.square(deviations)) + np.var(means))),
-        "temperature": metrics["calibration"]["temperature"],
+        "temperature": metrics["calibration"]["temperature"] or 1.0,
         "template": template.template,
     }
 

@@ -18,7 +18,7 @@ Figures = dict[str, float]
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CONFIDENCE_BINS = 10
-# Temperatures beyond these say that no finite one is best.
+# What a best temperature is looked for between.
 COLDEST, HOTTEST = 1e-3, 1e3
 
 
@@ -38,8 +38,7 @@ class Judged:
 
     @cached_property
     def right(self) -> Floats:
-        """1 where the chosen answer has the higher reward, 0 where the lower, 0.5 at a tie."""
-        return np.heaviside(self.margin, 0.5)
+        return hits(self.margin)
 
     @cached_property
     def longer(self) -> Ints:
@@ -87,21 +86,21 @@ class Resampling:
         return float(result.low), float(result.high)
 
     def interval_of_share(self, right: Floats, prompts: Ints) -> tuple[float, float]:
-        """The same for values from 0 to 1, where resampling says nothing too.
+        """The same for values from 0 to 1, and no narrower than the number of prompts allows.
 
-        With a single prompt nothing is known, and the interval is 0 to 1. Where all values are 1,
-        or all 0, it is the exact binomial one, with prompts as draws (Clopper and Pearson 1934).
+        Resamples of few values that are much alike say too little of those that were not seen: the
+        interval reaches at least to the exact binomial bound of prompts that are all right, and of
+        prompts that are all wrong (Clopper and Pearson 1934). A single prompt tells nothing.
         """
         count = len(np.unique(prompts))
         if count < 2:
             return 0.0, 1.0
-        if right.min() == right.max() != 0.5:
-            bound = 0.025 ** (1 / count)
-            return (bound, 1.0) if right.min() else (0.0, 1 - bound)
-        return self.interval(right, prompts)
+        low, high = self.interval(right, prompts)
+        bound = 0.025 ** (1 / count)
+        return min(low, bound), max(high, 1 - bound)
 
     def accuracy(self, judged: Judged) -> Figures:
-        """Accuracy with its interval, and the number of pairs; of no pairs their number alone."""
+        """Accuracy with its interval, and what was judged; of no pairs their number alone."""
         if not len(judged):
             return {"pairs": 0}
         low, high = self.interval_of_share(judged.right, judged.prompts)
@@ -110,7 +109,13 @@ class Resampling:
             "low": low,
             "high": high,
             "pairs": len(judged),
+            "prompts": len(np.unique(judged.prompts)),
         }
+
+
+def hits(margin: Floats) -> Floats:
+    """1 where the chosen answer has the higher reward, 0 where the lower, 0.5 at a tie."""
+    return np.heaviside(margin, 0.5)
 
 
 def losses(margin: Floats) -> Floats:
@@ -131,24 +136,26 @@ def spread(values: Floats) -> Figures:
 # --- calibration -----------------------------------------------------------------------------
 
 
-def calibration(judged: Judged, seed: int) -> Figures:
-    """How far probabilities can be believed.
+def calibration(judged: Judged, seed: int) -> dict[str, float | None]:
+    """How far probabilities can be believed, and the temperature that mends them.
 
-    The temperature is fitted on one half of the prompts; the losses are those of the other half,
-    without it and with it.
+    `temperature` is fitted on all pairs. `loss_at_temperature` is the loss of each half of the
+    prompts at the temperature of the other. None where no finite temperature is best.
     """
     prompts = np.unique(judged.prompts)
-    fitted = np.random.default_rng(seed).permutation(prompts)[: len(prompts) // 2]
-    inside = np.isin(judged.prompts, fitted)
-    found = temperature(judged.margin[inside]) if inside.any() else 1.0
-    rest = judged.margin[~inside]
+    drawn = np.random.default_rng(seed).permutation(prompts)[: len(prompts) // 2]
+    inside = np.isin(judged.prompts, drawn)
+    halves = judged.margin[inside], judged.margin[~inside]
+    first, second = map(temperature, halves)
+    crossed = None
+    if first is not None and second is not None:
+        scaled = np.concatenate([halves[0] / second, halves[1] / first])
+        crossed = float(losses(scaled).mean())
     return {
         "expected_error": expected_calibration_error(judged.margin),
         "brier": brier(judged.margin),
-        "temperature": found,
-        "pairs": len(rest),
-        "loss": float(losses(rest).mean()),
-        "loss_at_temperature": float(losses(rest / found).mean()),
+        "temperature": temperature(judged.margin),
+        "loss_at_temperature": crossed,
     }
 
 
@@ -158,7 +165,7 @@ def reliability(margin: Floats) -> list[Figures]:
     Confidence is the probability of the answer that the model prefers, from 0.5 to 1.
     """
     confidence = special.expit(np.abs(margin))
-    right = np.heaviside(margin, 0.5)
+    right = hits(margin)
     # A confidence of 1 is in the last bin.
     bins = np.minimum(((confidence - 0.5) * 2 * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
     return [
@@ -184,11 +191,14 @@ def brier(margin: Floats) -> float:
     return float(np.square(special.expit(-margin)).mean())
 
 
-def temperature(margin: Floats) -> float:
+def temperature(margin: Floats) -> float | None:
     """The T that minimizes the mean loss of margins / T (Guo et al. 2017, section 4.2).
 
-    Within COLDEST and HOTTEST: where all pairs are right, colder is better without end.
+    The loss is convex in 1 / T. Where no pair is wrong, colder is better without end; where the
+    mean margin is not positive, hotter is. None in both cases.
     """
+    if not len(margin) or not margin.mean() > 0 > margin.min():
+        return None
     result = optimize.minimize_scalar(
         lambda logarithm: losses(margin / np.exp(logarithm)).mean(),
         bounds=(np.log(COLDEST), np.log(HOTTEST)),
@@ -204,11 +214,13 @@ def temperature(margin: Floats) -> float:
 def length_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
     """Whether the model likes an answer, or its length.
 
-    `longer_accuracy` is that of preferring the longer answer, `correlation` Spearman's of reward
-    and length over all answers, None where one of them is constant.
+    `longer_accuracy` is that of preferring the longer answer. `correlation` is Spearman's rank
+    correlation (1904) of reward and length within pairs: of their differences between an answer
+    and the other one, in which the prompt has no part. None where one of them is constant.
     """
-    rewards = np.concatenate([judged.chosen, judged.rejected])
-    tokens = np.concatenate([judged.tokens_chosen, judged.tokens_rejected])
+    difference = judged.tokens_chosen - judged.tokens_rejected
+    rewards = np.concatenate([judged.margin, -judged.margin])
+    tokens = np.concatenate([difference, -difference])
     varied = len(np.unique(rewards)) > 1 and len(np.unique(tokens)) > 1
     return {
         "longer_accuracy": float(np.heaviside(judged.longer.astype(float), 0.5).mean()),
@@ -223,7 +235,10 @@ def length_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
 
 
 def receiver(judged: Judged, points: int = 200) -> list[Figures]:
-    """The ROC of rewards as scores of "this is a chosen answer": at most about `points` of it."""
+    """The ROC of rewards as scores of "this is a chosen answer" (Fawcett 2006, algorithm 1).
+
+    At most about `points` of it.
+    """
     scores = np.concatenate([judged.chosen, judged.rejected])
     good = np.concatenate([np.ones(len(judged)), np.zeros(len(judged))])
     order = np.argsort(-scores, kind="stable")
@@ -238,12 +253,21 @@ def receiver(judged: Judged, points: int = 200) -> list[Figures]:
 
 
 def histogram(margin: Floats, bins: int = 30) -> list[Figures]:
-    """Pairs by margin, in bins of equal width; a bin is given by its middle."""
+    """Pairs by margin, in bins of equal width; a bin is given by its middle.
+
+    `density` is the share of the pairs per unit of margin, which runs of other spreads share as a
+    scale. The first and the last bin are empty.
+    """
     counts, edges = np.histogram(margin, bins=bins)
-    middles = (edges[:-1] + edges[1:]) / 2
+    width = edges[1] - edges[0]
+    middles = edges[0] + width * (np.arange(-1, bins + 1) + 0.5)
     return [
-        {"margin": round(float(middle), 4), "pairs": int(count)}
-        for middle, count in zip(middles, counts, strict=True)
+        {
+            "margin": round(float(middle), 4),
+            "density": count / (len(margin) * width),
+            "pairs": count,
+        }
+        for middle, count in zip(middles, [0, *counts.tolist(), 0], strict=True)
     ]
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from stages.process import Fault
 
-File = TypeVar("File")
+Item = TypeVar("Item")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
@@ -120,9 +120,9 @@ def changed_files(folder: Path, wanted: dict[str, str]) -> list[str]:
     ]
 
 
-def watched(files: Iterable[File], doing: str) -> Iterable[File]:
-    """The files one by one; a bar shows it where that takes longer than two seconds."""
-    return tqdm(files, desc=doing, unit=" files", delay=2, leave=False, disable=None)
+def watched(items: Iterable[Item], doing: str, unit: str = "files") -> Iterable[Item]:
+    """The items one by one; a bar shows it where that takes longer than two seconds."""
+    return tqdm(items, desc=doing, unit=f" {unit}", delay=2, leave=False, disable=None)
 
 
 def require_files(folder: Path, wanted: dict[str, str]) -> None:

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from tokenizers import Tokenizer
 
-from stages.outputs import writing
+from stages.outputs import watched, writing
 from stages.pairs import FIELDS, LAST_TURN
-from stages.tokens import Template, common_start
+from stages.tokens import Encoder, common_start
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_PAIRS = 10_000
+MOST_CHARACTERS = 50_000_000
 FIGURES = ("reward_chosen", "reward_rejected", "margin", "tokens_chosen", "tokens_rejected")
 
 
@@ -20,26 +20,27 @@ def write(
     path: Path,
     table: pa.Table,
     ids: Sequence[tuple[Sequence[int], Sequence[int]]],
-    base: Path,
-    template: Template,
+    encoder: Encoder,
     slices: Mapping[str, Sequence[str]],
 ) -> None:
     """The page of the pairs of `table`, whose ids of chosen and rejected are `ids`.
 
-    `slices` are the columns to filter by, and their values.
-    Of more than MOST_PAIRS pairs it has those with the lowest margins.
+    `slices` are the columns to filter by, and their values. Of more than MOST_PAIRS pairs, or
+    MOST_CHARACTERS of their texts, it has those with the lowest margins.
     """
-    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     margins = table["margin"].to_pylist()
     kept = sorted(range(len(margins)), key=margins.__getitem__)[:MOST_PAIRS]
-    pairs = []
-    for row, record in zip(kept, table.take(kept).to_pylist(), strict=True):
-        chosen, rejected = (tokenizer.decode(side, skip_special_tokens=False) for side in ids[row])
-        texts = dict(zip(FIELDS, split(template, chosen, rejected), strict=True))
-        figures = {name: round(record[name], 6) for name in FIGURES}
+    frame, pairs, characters = encoder.frame(), [], 0
+    records = zip(kept, table.take(kept).to_pylist(), strict=True)
+    for row, record in watched(records, "page of judgements", "pairs"):
+        texts = dict(zip(FIELDS, split(frame, *map(encoder.decode, ids[row])), strict=True))
+        characters += sum(map(len, texts.values()))
+        if characters > MOST_CHARACTERS:
+            break
+        figures = {name: record[name] for name in FIGURES}
         slice_of = {name: record[name] for name in slices}
         pairs.append({"id": record["id"]} | texts | figures | {"slices": slice_of})
-    shown = f"{len(pairs)} of " if len(pairs) < len(table) else ""
+    shown = f"the {len(pairs)} with the lowest margins of " if len(pairs) < len(table) else ""
     content = {
         "summary": f"{shown}{len(table)} test pairs",
         "slices": dict(slices),
@@ -52,14 +53,14 @@ def write(
         path.write_text(page, encoding="utf-8")
 
 
-def split(template: Template, chosen: str, rejected: str) -> tuple[str, str, str]:
+def split(frame: tuple[str, str, str], chosen: str, rejected: str) -> tuple[str, str, str]:
     """Prompt and answers of two texts, as well as the texts alone can tell.
 
-    The prompt is what both begin with, up to the last place where the template, or else a turn, or
-    else a line, lets an answer begin.
+    `frame` is what the template has before the prompt, behind it, and behind the answer. The prompt
+    is what both texts begin with, up to the last place where the template, or else a turn, or else
+    a line, lets an answer begin.
     """
-    head, _, rest = template.template.partition("{prompt}")
-    middle, _, tail = rest.partition("{answer}")
+    head, middle, tail = frame
     shared = common_start(chosen, rejected)
     mark = next((mark for mark in (middle, LAST_TURN, "\n") if mark and mark in shared), "")
     if not mark:

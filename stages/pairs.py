@@ -26,8 +26,9 @@ from stages.process import Fault
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = ("prompt", "chosen", "rejected")
-# Columns of the tokenized data and of rewards.parquet.
+# Columns of the tokenized data, of rewards.parquet and of the page of judgements.
 RESERVED = (
+    "test set",
     *("id", "prompt_id", "prefix_length", "margin"),
     *("reward_chosen", "reward_rejected", "tokens_chosen", "tokens_rejected"),
     *(f"{name}_{side}" for name in ("input_ids", "attention_mask") for side in "jk"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from stages.outputs import watched
 from stages.pairs import SUFFIXES, BadRecord, Messages, Pair, check, read, unit
 from stages.process import Fault
 from stages.tokens import Encoder, prefix_length
@@ -47,7 +48,7 @@ def load_sets(folder: Path, encoder: Encoder) -> list[TestSet]:
 
 def load_set(path: Path, encoder: Encoder) -> TestSet:
     rows, faults, cut, left_out = [], [], 0, 0
-    for position, record in read(path):
+    for position, record in watched(read(path), f"test set {path.name}", "pairs"):
         try:
             pair = check(record)
             sides = encoder.encode([encoder.render(pair.prompt, side) for side in answers(pair)])

@@ -103,6 +103,21 @@ class Encoder:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=not self._chat)
         return [self._finish(encoding.ids) for encoding in encodings]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens and all."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def frame(self) -> tuple[str, str, str]:
+        """What the template has before a prompt of one message, behind it, and behind the answer.
+
+        Empty where a chat template makes something else of such a conversation.
+        """
+        try:
+            parts = self.render((("user", MARK),), (("assistant", MARK),)).split(MARK)
+        except BadRecord:
+            parts = []
+        return (parts[0], parts[1], parts[2]) if len(parts) == 3 else ("", "", "")
+
     def encode_cut(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
         """The ids of one prompt with each answer, at most the maximum length, or None.
 

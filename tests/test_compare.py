@@ -63,6 +63,15 @@ def test_many_pairs_of_few_prompts_are_little_evidence() -> None:
         assert "cannot be told from noise" in said
 
 
+@pytest.mark.parametrize(
+    ("prompts", "verdict"), [(1, "cannot be told"), (5, "cannot be told"), (6, "is better")]
+)
+def test_gains_that_are_all_alike_need_enough_prompts(prompts: int, verdict: str) -> None:
+    """Resampling says nothing of them; six prompts out of six have a chance of 1 in 64 each way."""
+    said = report(compared([-1.0] * prompts * 3, [1.0] * prompts * 3, 3), NAMES, False)
+    assert verdict in said
+
+
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 5), (12, 3), (0, 7), (1, 0)])
 def test_mcnemar_is_the_exact_binomial_test(better: int, worse: int) -> None:
     gain = np.array([1.0] * better + [-1.0] * worse + [0.0] * 9)
@@ -100,12 +109,20 @@ def test_pairs_that_changed_sides_are_listed_the_largest_change_first() -> None:
     assert any("worse  id12  margin +1.0000 -> -9.0000" in line for line in everything)
 
 
+@pytest.mark.parametrize(
+    ("options", "file"), [([], "rewards.parquet"), (["--set", "mine"], "sets/mine.parquet")]
+)
 def test_revisions_are_read_from_dvc_and_the_workspace_from_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    compare.REWARDS.parent.mkdir(parents=True)
-    pq.write_table(table([1.0] * 20), compare.REWARDS)
+    path = compare.REPORTS / file
+    path.parent.mkdir(parents=True)
+    pq.write_table(table([1.0] * 20), path)
     content = io.BytesIO()
     pq.write_table(table([-1.0] * 20), content)
     asked = []
@@ -115,9 +132,9 @@ def test_revisions_are_read_from_dvc_and_the_workspace_from_the_disk(
         return content.getvalue()
 
     monkeypatch.setattr("dvc.api.read", read)
-    monkeypatch.setattr(sys, "argv", ["compare", "main", "workspace"])
+    monkeypatch.setattr(sys, "argv", ["compare", "main", "workspace", *options])
     compare.main()
-    assert asked == [("reports/evaluate/rewards.parquet", "main", "rb")]
+    assert asked == [(f"reports/evaluate/{file}", "main", "rb")]
     said = capsys.readouterr().out
     assert "workspace is better" in said
     assert "accuracy   0.0000 for main, 1.0000 for workspace, 20 pairs of 20 prompts" in said

@@ -91,12 +91,15 @@ def test_figures_are_those_of_a_plain_loop(judged: Callable[[Scorer], dict[str, 
     metrics = judged(by_id)
     rows = list(load_from_disk("data/tokenized/test"))
     figures: dict[str, list[float]] = {"all": [], "rude": [], "short": []}
+    rewards: dict[str, list[float]] = {"chosen": [], "rejected": []}
     margins, losses, ties = [], [], 0
     for row in rows:
         chosen, rejected = by_id(row)
         hit = 0.5 if chosen == rejected else float(chosen > rejected)
         ties += chosen == rejected
         margins.append(chosen - rejected)
+        rewards["chosen"].append(chosen)
+        rewards["rejected"].append(rejected)
         losses.append(math.log1p(math.exp(rejected - chosen)))
         figures["all"].append(hit)
         figures[row["kind"]].append(hit)
@@ -111,6 +114,11 @@ def test_figures_are_those_of_a_plain_loop(judged: Callable[[Scorer], dict[str, 
     assert metrics["margin_std"] == pytest.approx(
         math.sqrt(sum((margin - mean) ** 2 for margin in margins) / len(margins))
     )
+    for side, values in rewards.items():
+        center = sum(values) / len(values)
+        variance = sum((value - center) ** 2 for value in values) / len(values)
+        assert metrics[f"{side}_mean"] == pytest.approx(center)
+        assert metrics[f"{side}_std"] == pytest.approx(math.sqrt(variance))
     assert metrics["by"].keys() == {"kind"}
     for kind in ("rude", "short"):
         found = metrics["by"]["kind"][kind]

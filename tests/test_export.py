@@ -258,7 +258,7 @@ def test_the_record_of_rewards_is_that_of_all_test_answers(
     assert record["mean"] == pytest.approx(rewards.mean(), rel=1e-5)
     assert record["std"] == pytest.approx(rewards.std(), rel=1e-5)
     evaluated = read_json(folder / export.EVALUATED)
-    assert record["temperature"] == evaluated["calibration"]["temperature"]
+    assert record["temperature"] == (evaluated["calibration"]["temperature"] or 1)
     assert (record["template"], record["append_eos"]) == ("问:{prompt}\n\n答:{answer}", False)
 
 

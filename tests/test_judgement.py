@@ -90,6 +90,28 @@ def test_all_right_or_all_wrong_is_not_certain() -> None:
     assert RESAMPLING.interval_of_share(np.zeros(20), prompts) == (0, 1 - low)
 
 
+@pytest.mark.parametrize("prompts", [2, 5, 46])
+def test_one_miss_never_gives_a_better_interval_than_none(prompts: int) -> None:
+    names = np.repeat(np.arange(prompts), 10)
+    all_right, one_miss = np.ones(len(names)), np.ones(len(names))
+    one_miss[0] = 0
+    best, good = (RESAMPLING.interval_of_share(each, names) for each in (all_right, one_miss))
+    assert good[0] <= best[0]
+    assert good[1] <= best[1] == 1
+
+
+@pytest.mark.parametrize("prompts", [3, 6, 20, 60])
+def test_intervals_hold_the_truth_nearly_as_often_as_they_say(prompts: int) -> None:
+    """Pairs of a prompt are alike: each prompt has a difficulty of its own, 0.7 on average."""
+    draw, held = np.random.default_rng(prompts), 0
+    names = np.repeat(np.arange(prompts), 6)
+    for _ in range(300):
+        right = draw.random(len(names)) < draw.beta(2.1, 0.9, prompts)[names]
+        low, high = Resampling(300, 0).interval_of_share(right.astype(float), names)
+        held += low <= 0.7 <= high
+    assert held / 300 > 0.89
+
+
 def test_accuracy_of_no_pairs_is_none() -> None:
     assert RESAMPLING.accuracy(some().take(np.zeros(60, dtype=bool))) == {"pairs": 0}
 
@@ -153,6 +175,7 @@ def test_calibration_error_is_small_for_true_probabilities_and_large_for_boastin
 def test_no_temperature_is_better_than_the_one_found() -> None:
     margin = some(200).margin
     found = judgement.temperature(margin)
+    assert found
     best = min(np.exp(np.linspace(-5, 5, 2001)), key=lambda t: judgement.losses(margin / t).mean())
     assert found == pytest.approx(best, rel=0.01)
 
@@ -160,15 +183,28 @@ def test_no_temperature_is_better_than_the_one_found() -> None:
 def test_temperature_is_judged_on_other_prompts_than_it_is_fitted_on() -> None:
     judged = some(200, prompts=40)
     found = judgement.calibration(judged, seed=3)
-    fitted = np.random.default_rng(3).permutation(40)[:20]
-    inside = [prompt in fitted for prompt in judged.prompts]
-    rest = [m for m, used in zip(judged.margin, inside, strict=True) if not used]
-    temperature = judgement.temperature(judged.margin[np.array(inside)])
-    assert found["temperature"] == pytest.approx(temperature)
-    assert found["pairs"] == len(rest)
-    for key, by in (("loss", 1.0), ("loss_at_temperature", temperature)):
-        losses = [math.log1p(math.exp(-margin / by)) for margin in rest]
-        assert found[key] == pytest.approx(sum(losses) / len(losses))
+    assert found["temperature"] == judgement.temperature(judged.margin)
+    drawn = np.random.default_rng(3).permutation(40)[:20]
+    inside = np.array([prompt in drawn for prompt in judged.prompts])
+    losses = []
+    for part in (inside, ~inside):
+        by = judgement.temperature(judged.margin[~part])
+        assert by
+        losses += [math.log1p(math.exp(-margin / by)) for margin in judged.margin[part].tolist()]
+    assert found["loss_at_temperature"] == pytest.approx(sum(losses) / 200)
+
+
+@pytest.mark.parametrize("margins", [[], [1.0, 2.0], [0.0], [-1.0, 0.5], [-1.0, 1.0]])
+def test_where_no_finite_temperature_is_best_there_is_none(margins: list[float]) -> None:
+    assert judgement.temperature(np.array(margins)) is None
+
+
+def test_all_right_and_a_single_prompt_have_no_loss_at_a_temperature() -> None:
+    right = Judged(np.ones(8), np.zeros(8), np.arange(8), np.arange(8), np.arange(8))
+    single = some(200, prompts=1)
+    assert judgement.calibration(right, 0)["loss_at_temperature"] is None
+    assert judgement.calibration(single, 0)["loss_at_temperature"] is None
+    assert judgement.calibration(single, 0)["temperature"] is not None
 
 
 # --- length ----------------------------------------------------------------------------------
@@ -191,8 +227,11 @@ def test_length_audit_is_that_of_a_plain_loop() -> None:
         assert found[name]["accuracy"] == pytest.approx(sum(hits) / len(hits))
         assert found[name]["pairs"] == len(hits)
         assert found[name]["low"] <= found[name]["accuracy"] <= found[name]["high"]
-    rewards = np.concatenate([judged.chosen, judged.rejected])
-    lengths = np.concatenate([judged.tokens_chosen, judged.tokens_rejected])
+    rewards, lengths = [], []
+    for pair in range(len(judged)):
+        for sign in (1, -1):
+            rewards.append(sign * (judged.chosen[pair] - judged.rejected[pair]))
+            lengths.append(sign * (judged.tokens_chosen[pair] - judged.tokens_rejected[pair]))
     ranks = [stats.rankdata(values) for values in (rewards, lengths)]
     assert found["correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
@@ -257,8 +296,14 @@ def test_groups_of_pairs_of_one_length_are_one() -> None:
 def test_histogram_counts_every_margin() -> None:
     margin = np.random.default_rng(0).normal(size=500)
     rows = judgement.histogram(margin)
-    assert len(rows) == 30
     assert sum(row["pairs"] for row in rows) == 500
+    assert rows[0]["pairs"] == rows[-1]["pairs"] == 0
+    width = rows[1]["margin"] - rows[0]["margin"]
+    assert sum(row["density"] * width for row in rows) == pytest.approx(1, rel=1e-3)
+    for row in rows:
+        low, high = row["margin"] - width / 2, row["margin"] + width / 2
+        inside = sum(low < each < high for each in margin.tolist())
+        assert abs(inside - row["pairs"]) <= 2  # the middle is rounded
 
 
 def test_spread_is_that_of_a_plain_loop() -> None:
@@ -268,4 +313,9 @@ def test_spread_is_that_of_a_plain_loop() -> None:
     assert found["mean"] == mean
     assert found["std"] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values) / 5))
     assert found["q50"] == 3
+    # Linear between the sorted values: of five, the share q is at place 4q.
+    assert found["q05"] == pytest.approx(1 + 0.2)
+    assert found["q25"] == 2
+    assert found["q75"] == 4
+    assert found["q95"] == pytest.approx(4 + 0.8 * 6)
     assert list(found) == ["mean", "std", "q05", "q25", "q50", "q75", "q95"]

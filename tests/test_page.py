@@ -9,55 +9,55 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from tokenizers import Tokenizer
 
 from stages import page
-from stages.tokens import TEMPLATES, Template
+from stages.tokens import Encoder, Template
 
 from .browser import Browser
 
-ZH = Template(TEMPLATES["zh"], False, 2040, "")
-NONE = Template(TEMPLATES["none"], False, 2040, "")
-CHAT = Template("chat", True, 2040, "")
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror="alert(1)"> & <b>'
 
 
 @pytest.mark.parametrize(
     ("template", "chosen", "rejected", "wanted"),
     [
-        (ZH, "问:你好\n\n答:好的", "问:你好\n\n答:好坏", ("你好", "好的", "好坏")),
-        (ZH, "问:a\n\n答:b\n\n答:c", "问:a\n\n答:b\n\n答:d", ("a\n\n答:b", "c", "d")),
+        ("zh", "问:你好\n\n答:好的", "问:你好\n\n答:好坏", ("你好", "好的", "好坏")),
+        ("zh", "问:a\n\n答:b\n\n答:c", "问:a\n\n答:b\n\n答:d", ("a\n\n答:b", "c", "d")),
         (
-            ZH,
+            "zh",
             "cut off: no head\n\n答:x",
             "cut off: no head\n\n答:y",
             ("cut off: no head", "x", "y"),
         ),
         (
-            NONE,
+            "none",
             "\n\nHuman: q\n\nAssistant: yes",
             "\n\nHuman: q\n\nAssistant: no",
             ("\n\nHuman: q\n\nAssistant:", " yes", " no"),
         ),
         (
-            CHAT,
-            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nyes",
-            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nno",
-            ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "yes", "no"),
+            "chat",
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nSure:\nyes<|im_end|>\n",
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nSure:\nno<|im_end|>\n",
+            ("q", "Sure:\nyes", "Sure:\nno"),
         ),
-        (NONE, "one", "two", ("", "one", "two")),
+        ("none", "one", "two", ("", "one", "two")),
     ],
 )
 def test_texts_are_split_where_an_answer_can_begin(
-    template: Template, chosen: str, rejected: str, wanted: tuple[str, str, str]
+    template: str, chosen: str, rejected: str, wanted: tuple[str, str, str], tiny_base: Path
 ) -> None:
-    assert page.split(template, chosen, rejected) == wanted
+    frame = encoder(tiny_base, template).frame()
+    assert page.split(frame, chosen, rejected) == wanted
 
 
-def write(folder: Path, base: Path, texts: list[tuple[str, str, str]]) -> Path:
+def encoder(base: Path, template: str) -> Encoder:
+    return Encoder(base, Template.of(template, False, 2040, base))
+
+
+def write(folder: Path, base: Path, texts: list[tuple[str, str, str]], scale: float = 1.0) -> Path:
     """The page of pairs of these texts; the first is the most confidently wrong one."""
-    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    margins = [index - len(texts) / 3 for index in range(len(texts))]
+    margins = [scale * (index - len(texts) / 3) for index in range(len(texts))]
     table = pa.table(
         {
             "id": [f"id{index}" for index in range(len(texts))],
@@ -69,12 +69,14 @@ def write(folder: Path, base: Path, texts: list[tuple[str, str, str]]) -> Path:
             "kind": ["odd" if index % 2 else "even & <b>" for index in range(len(texts))],
         }
     )
+    zh = encoder(base, "zh")
     ids = [
-        tuple(tokenizer.encode(f"问:{prompt}\n\n答:{answer}").ids for answer in answers)
+        (chosen, rejected)
         for prompt, *answers in texts
+        for chosen, rejected in [zh.encode([f"问:{prompt}\n\n答:{answer}" for answer in answers])]
     ]
     path = folder / "index.html"
-    page.write(path, table, ids, base, ZH, {"kind": ["even & <b>", "odd"]})  # type: ignore[arg-type]
+    page.write(path, table, ids, zh, {"kind": ["even & <b>", "odd"]})
     return path
 
 
@@ -115,12 +117,22 @@ def test_the_page_is_whole_in_itself_and_holds_texts_as_texts(
     assert pairs[0]["chosen"] == "冷水下锅。"
 
 
+def test_small_margins_are_no_ties(tmp_path: Path, tiny_base: Path) -> None:
+    content = write(tmp_path, tiny_base, some(12), scale=1e-9).read_text(encoding="utf-8")
+    assert content.count('"margin": 0') == 1
+    assert '"margin": -4e-09' in content
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("MOST_PAIRS", 5), ("MOST_CHARACTERS", sum(len("".join(texts)) for texts in some(5)))],
+)
 def test_of_many_pairs_the_worst_are_kept(
-    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, limit: int, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "MOST_PAIRS", 5)
+    monkeypatch.setattr(page, name, limit)
     content = write(tmp_path, tiny_base, some(12)).read_text(encoding="utf-8")
-    assert '"summary": "5 of 12 test pairs"' in content
+    assert '"summary": "the 5 with the lowest margins of 12 test pairs"' in content
     assert '"id4"' in content
     assert '"id5"' not in content
 
@@ -188,7 +200,7 @@ def test_text_that_is_html_is_shown_as_text(browser: Browser) -> None:
 def test_keys_go_to_the_next_the_previous_and_the_search(browser: Browser) -> None:
     for key, wanted in (
         *(("j", "id1"), ("ArrowDown", "id2"), ("k", "id1"), ("ArrowUp", "id0"), ("k", "id0")),
-        *(("End", "id29"), ("j", "id29"), ("Home", "id0"), ("PageDown", "id10")),
+        *(("End", "id29"), ("j", "id29"), ("Home", "id0")),
     ):
         browser.press(key)
         assert shown(browser) == wanted
@@ -202,6 +214,28 @@ def test_keys_go_to_the_next_the_previous_and_the_search(browser: Browser) -> No
     assert text(browser, "#count") == "0 of 30 pairs"
     browser.press("Escape")
     assert browser.run("document.activeElement === document.body") is True
+
+
+@pytest.mark.browser
+def test_keys_go_on_after_a_filter_was_chosen_and_leave_it_alone(browser: Browser) -> None:
+    browser.run("document.querySelector('#outcome').focus()")
+    choose(browser, "#outcome", "wrong")
+    for key, wanted in (("j", "id1"), ("j", "id2"), ("k", "id1")):
+        browser.press(key)
+        assert (shown(browser), text(browser, "#count")) == (wanted, "10 of 30 pairs")
+
+
+@pytest.mark.browser
+def test_a_long_pair_is_scrolled_by_the_page_keys(
+    chromium: Browser, tmp_path: Path, tiny_base: Path
+) -> None:
+    chromium.open(write(tmp_path, tiny_base, [("q", "a\n" * 200, "b\n" * 200)] * 3))
+    scrolled = "document.querySelector('#pair').scrollTop"
+    chromium.press("PageDown")
+    assert chromium.run(scrolled) > 100
+    chromium.press("PageUp")
+    assert chromium.run(scrolled) == 0
+    assert shown(chromium) == "id0"
 
 
 @pytest.mark.browser
@@ -240,15 +274,20 @@ def test_it_fits_wide_and_narrow_light_and_dark(
 
 
 @pytest.mark.browser
-def test_thousands_of_pairs_stay_quick(chromium: Browser, tmp_path: Path, tiny_base: Path) -> None:
-    path = write(tmp_path, tiny_base, some(8000))
+def test_thousands_of_pairs_stay_quick(browser: Browser, tmp_path: Path, tiny_base: Path) -> None:
+    """Texts of 5 KB a pair, 20 MB in all."""
+    chromium, long = browser, "word " * 500
+    texts = [
+        (f"{prompt} {long}", chosen + long, rejected) for prompt, chosen, rejected in some(4000)
+    ]
+    path = write(tmp_path, tiny_base, texts)
     begun = time.monotonic()
     chromium.open(path)
     assert time.monotonic() - begun < 5
-    assert text(chromium, "#count") == "8000 of 8000 pairs"
+    assert text(chromium, "#count") == "4000 of 4000 pairs"
     assert chromium.run("document.querySelectorAll('.row').length") < 60
     script = """{const begun = performance.now(); const it = document.querySelector("#search");
     it.value = "question 77"; it.dispatchEvent(new Event("input", {bubbles: true}));
     performance.now() - begun}"""
     assert chromium.run(script) < 500
-    assert text(chromium, "#count").endswith("of 8000 pairs")
+    assert text(chromium, "#count").endswith("of 4000 pairs")

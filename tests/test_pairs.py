@@ -423,10 +423,10 @@ def test_id_is_the_digest_of_the_compact_json_of_the_raw_record() -> None:
 
 def test_single_values_are_kept_as_text_and_ours_are_renamed() -> None:
     more = {"kind": "a", "score": 1.5, "n": 2, "flag": True, "tags": ["x"], "none": None}
-    ours = {"id": "7", "margin": 3, "prompt_id": "p"}
+    ours = {"id": "7", "margin": 3, "prompt_id": "p", "test set": "t"}
     assert check(PLAIN | more | ours).columns == {
         **{"kind": "a", "score": "1.5", "n": "2", "flag": "True"},
-        **{"raw_id": "7", "raw_margin": "3", "raw_prompt_id": "p"},
+        **{"raw_id": "7", "raw_margin": "3", "raw_prompt_id": "p", "raw_test set": "t"},
     }
 
 

@@ -165,13 +165,6 @@ def test_a_second_run_runs_nothing(project: Project) -> None:
     assert project.ran("dvc", "repro") == []
 
 
-def test_a_forced_run_gives_the_same_bytes(project: Project) -> None:
-    lock = (project.folder / "dvc.lock").read_bytes()
-    assert project.ran("dvc", "repro", "--force") == STAGES
-    assert (project.folder / "dvc.lock").read_bytes() == lock
-    assert project.call("git", "status", "--short") == ""
-
-
 def test_elsewhere_the_bytes_are_the_same_and_nothing_tells_of_the_place(
     project: Project, tiny_base: Path, tmp_path: Path
 ) -> None:

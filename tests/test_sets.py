@@ -109,7 +109,11 @@ def test_sets_are_judged_as_slices_and_their_leaks_counted(
     records = json.loads((workspace / "data" / "raw" / "pairs.json").read_text())
     prompts = {check(record).prompt_id: record["prompt"] for record in records}
     write_set(Path("data/sets/right.jsonl"), PAIR, PAIR | {"prompt": prompts[known]})
-    write_set(Path("data/sets/wrong.jsonl"), PAIR | {"prompt": "Snow?", "depth": "deep"})
+    write_set(
+        Path("data/sets/wrong.jsonl"),
+        PAIR | {"prompt": "Snow?", "depth": "deep"},
+        PAIR | {"chosen": "Far too long. " * 2000},
+    )
 
     def score(_: None, pairs: list[Texts], __: int) -> torch.Tensor:
         worse = len(pairs) == 1
@@ -124,14 +128,22 @@ def test_sets_are_judged_as_slices_and_their_leaks_counted(
     right, wrong = metrics["sets"]["right"], metrics["sets"]["wrong"]
     assert (right["accuracy"], right["pairs"], right["leaked"]) == (1, 2, 1)
     assert (wrong["accuracy"], wrong["pairs"], wrong["leaked"]) == (0, 1, 0)
-    assert "1 of 2 pairs of right have a prompt that the model was trained on" in (
-        capsys.readouterr().out
-    )
+    assert wrong["left_out"] == 1
+    assert wrong["by"] == {
+        "depth": {"deep": {"accuracy": 0, "low": 0, "high": 1, "pairs": 1, "prompts": 1}}
+    }
+    said = capsys.readouterr().out
+    assert "1 of 2 pairs of right have a prompt that the model was trained on" in said
+    assert "of wrong 0 prompts were cut, and 1 pairs left out" in said
+    assert "of right 0" not in said
     slices = json.loads((evaluate.REPORTS / "slices.json").read_text())
     assert [row["slice"] for row in slices[-2:]] == ["test set: right", "test set: wrong"]
     rewards = pyarrow.parquet.read_table(evaluate.REPORTS / "sets" / "wrong.parquet")
     assert rewards.to_pylist()[0]["margin"] == -1
     assert rewards.to_pylist()[0]["depth"] == "deep"
     shown = (evaluate.REPORTS / "index.html").read_text(encoding="utf-8")
-    assert '"test set": ["test", "right", "wrong"]' in shown
+    assert (
+        '"test set": ["test split", "right", "wrong"], "kind": ["rude", "short"], "depth": ["deep"]'
+        in (shown)
+    )
     assert '"summary": "23 test pairs"' in shown
