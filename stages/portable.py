@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.outputs import digest, read_json, write_json
-from stages.tokens import Template, token_of
+from stages.process import Fault
+from stages.tokens import Template, around, token_of
 
 PAD = "<|reward_pad|>"
 NO_PAD = ("eos_token", "bos_token", "unk_token")
@@ -126,11 +127,11 @@ def chat_template(tokenizer: Tokenizer, config: dict[str, Any], template: Templa
     else:
         head, _, rest = template.template.partition("{prompt}")
         middle, _, tail = rest.partition("{answer}")
-        before, after = map("".join, around(tokenizer))
+        start, end = opening(tokenizer, f"{head}a{middle}b{tail}")
         body = (
-            TURNS.replace("__HEAD__", literal(before + head))
+            TURNS.replace("__HEAD__", literal(start + head))
             .replace("__MIDDLE__", literal(middle))
-            .replace("__TAIL__", literal(tail + after))
+            .replace("__TAIL__", literal(tail + end))
         )
     if not template.append_eos:
         return body
@@ -138,12 +139,21 @@ def chat_template(tokenizer: Tokenizer, config: dict[str, Any], template: Templa
     return ENDED.replace("__BODY__", body).replace("__EOS__", eos)
 
 
-def around(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """The special tokens that a tokenizer puts before a text, and those that it puts behind it."""
-    bare = tokenizer.encode("a", add_special_tokens=False).tokens
-    whole = tokenizer.encode("a").tokens
-    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]
+def opening(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
+    """What has to stand around a text for it to have, without special tokens, the ids with them.
+
+    The special tokens themselves; some tokenizers put a space before a text that a special token
+    keeps away. Raises a Fault where that does not help.
+    """
+    before, after = map("".join, around(tokenizer))
+    wanted = tokenizer.encode(text).ids
+    for start in (before, before + " "):
+        if tokenizer.encode(start + text + after, add_special_tokens=False).ids == wanted:
+            return start, after
+    raise Fault(
+        f"models/base: its tokenizer gives other ids to {text!r} behind {before!r} in the text, so "
+        "that no chat template renders what was trained on; wanted preprocess.template chat"
+    )
 
 
 def literal(text: str) -> str:

@@ -264,8 +264,12 @@ def journal_beside(output: Path, model: Path) -> Iterator[Journal]:
         with path.open("a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Fault(f"{path} is in use: another process scores to {output}") from None
+                # Another process may have ended, and removed it, before this one had the lock.
+                free = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except (BlockingIOError, FileNotFoundError):
+                free = False
+            if not free:
+                raise Fault(f"{path} is in use: another process scores to {output}")
             yield Journal(path, file, digest(model / DIGESTS))
             path.unlink()
 

@@ -60,6 +60,10 @@ class Scorer:
                 raise Misfit(index, "over_length", sentence)
         return found
 
+    def encode_rendered(self, texts: Sequence[str]) -> list[Ids]:
+        """The same for whole texts, which may have the tokenizer's special tokens around them."""
+        return self.encode([self._encoder.bare(text) for text in texts])
+
     def encode_pairs(
         self, prompts: Sequence[Any], answers: Sequence[Any]
     ) -> tuple[list[Ids], list[Messages]]:

@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import traceback
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -92,19 +91,24 @@ def parse() -> argparse.Namespace:
 
 async def serve(service: "Service", host: str, port: int) -> None:
     """Answer until a signal comes. Raises a Fault where the address cannot be had."""
-    runner = web.AppRunner(service.application(), access_log=None, shutdown_timeout=GRACE)
+    # With cancellation what a client that is gone has asked for is not scored.
+    runner = web.AppRunner(
+        service.application(), access_log=None, shutdown_timeout=GRACE, handler_cancellation=True
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # no address, or a name that none can have
         raise Fault(
-            f"{host}:{port} cannot be had: {error.strerror}; wanted a free address of this machine"
+            f"{host}:{port} cannot be had: {getattr(error, 'strerror', error)}; wanted a free "
+            "address of this machine"
         ) from None
     ended, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, partial(end, ended, number))
-    place = "{}:{}".format(*runner.addresses[0][:2])
-    print(f"serving    http://{place}/get_reward", flush=True)
+    address, found = runner.addresses[0][:2]
+    place = f"[{address}]" if ":" in address else address
+    print(f"serving    http://{place}:{found}/get_reward", flush=True)
     await ended.wait()
     await runner.cleanup()
     print(f"stopped    {service.requests} requests with {service.texts} texts were answered")
@@ -131,7 +135,7 @@ class Service:
         self.requests = self.texts = 0
         self._scorer = scorer
         self._open = 0
-        self._waiting: deque[Job] = deque()
+        self._waiting: list[Job] = []
         self._arrived = asyncio.Event()
 
     def application(self) -> web.Application:
@@ -159,6 +163,8 @@ class Service:
             rewards = await self._scored(texts, prompts)
         except TimeoutError:
             raise web.HTTPRequestTimeout(text=f"no whole body came in {PATIENCE:g} s") from None
+        except web.RequestPayloadError as error:
+            raise web.HTTPBadRequest(text=f"the body cannot be read: {error}") from None
         except Refused as refused:
             raise web.HTTPBadRequest(text=str(refused)) from None
         finally:
@@ -175,32 +181,43 @@ class Service:
 
     async def _working(self, application: web.Application) -> AsyncIterator[None]:
         """One thread that scores, as long as the server runs."""
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            task = asyncio.create_task(self._work(pool))
-            yield
-            task.cancel()
+        pool = ThreadPoolExecutor(max_workers=1)
+        task = asyncio.create_task(self._work(pool))
+        yield
+        task.cancel()
+        # Beside this thread, which has to hear of a second signal.
+        await asyncio.to_thread(pool.shutdown)
 
     async def _work(self, pool: ThreadPoolExecutor) -> None:
         """Score what has come while the last texts were scored, as much as a pack holds."""
-        loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
-            [first, *_] = plan([job.tokens for job in self._waiting], TOKENS_PER_PACK)
-            jobs = [self._waiting.popleft() for _ in first]
+            waiting = [job for job in self._waiting if not job.rewards.done()]
+            packs = plan([job.tokens for job in waiting], TOKENS_PER_PACK)
+            count = len(packs[0]) if packs else 0
+            self._waiting = waiting[count:]
             if not self._waiting:
                 self._arrived.clear()
-            texts = [ids for job in jobs for ids in job.texts]
-            prompts = [prompt for job in jobs for prompt in job.prompts]
-            try:
-                found = await loop.run_in_executor(pool, self._scorer.rewards, texts, prompts)
-            except Exception as error:  # of a model, or a bug; others may still be scored
-                traceback.print_exception(error, limit=0 if isinstance(error, Fault) else None)
+            if count:
+                await self._score(pool, waiting[:count])
+
+    async def _score(self, pool: ThreadPoolExecutor, jobs: list[Job]) -> None:
+        """Score jobs together, and one by one where that fails: one must not fail the others."""
+        texts = [ids for job in jobs for ids in job.texts]
+        prompts = [prompt for job in jobs for prompt in job.prompts]
+        loop = asyncio.get_running_loop()
+        try:
+            rewards = iter(await loop.run_in_executor(pool, self._scorer.rewards, texts, prompts))
+        except Exception as error:  # of a model, or a bug
+            if len(jobs) > 1:
                 for job in jobs:
-                    job.fail()
-            else:
-                rewards = iter(found)
-                for job in jobs:
-                    job.succeed(list(islice(rewards, len(job.texts))))
+                    await self._score(pool, [job])
+                return
+            traceback.print_exception(error, limit=0 if isinstance(error, Fault) else None)
+            jobs[0].fail()
+            return
+        for job in jobs:
+            job.succeed(list(islice(rewards, len(job.texts))))
 
 
 @web.middleware
@@ -238,7 +255,7 @@ def read(scorer: Scorer, body: bytes) -> tuple[list[Ids], Sequence[Hashable]]:
         if name == "answers":
             return scorer.encode_pairs(prompts, texts)
         alike = [object() for _ in texts] if free else [json.dumps(prompt) for prompt in prompts]
-        return scorer.encode(whole_texts(texts)), alike
+        return scorer.encode_rendered(whole_texts(texts)), alike
     except Misfit as error:
         raise Refused(f"{name}[{error.index}]: {error}") from None
 

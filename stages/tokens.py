@@ -107,6 +107,13 @@ class Encoder:
         """The text of ids, special tokens and all."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
+    def bare(self, text: str) -> str:
+        """A text without the special tokens that encoding puts around it."""
+        if self._chat:
+            return text
+        before, after = map("".join, around(self._tokenizer))
+        return text.removeprefix(before).removesuffix(after)
+
     def frame(self) -> tuple[str, str, str]:
         """What the template has before a prompt of one message, behind it, and behind the answer.
 
@@ -182,6 +189,14 @@ def token_of(config: dict[str, Any], name: str) -> str | None:
     """A special token by its name in a tokenizer's configuration."""
     token = config.get(name)
     return token["content"] if isinstance(token, dict) else token
+
+
+def around(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """The special tokens that a tokenizer puts before a text, and those that it puts behind it."""
+    bare = tokenizer.encode("a", add_special_tokens=False).tokens
+    whole = tokenizer.encode("a").tokens
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
 
 
 def common_start(one: str, other: str) -> str:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
 from stages import embedded, portable
 from stages.outputs import read_json, write_json
 from stages.portable import PAD, Pad, dress_tokenizer, find_pad
+from stages.process import Fault
 from stages.tokens import TEMPLATES, Encoder, Template
 
 PLAIN = TEMPLATES["zh"]
@@ -130,6 +132,48 @@ def test_the_chat_template_gives_the_ids_of_training(
         chat = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         found = tokenizer.apply_chat_template(chat, return_dict=False)
         assert [found] == encoder.encode([rendered])
+        whole = tokenizer.apply_chat_template(chat, tokenize=False)
+        assert encoder.encode([encoder.bare(whole)]) == [found]
+
+
+def with_spaces(folder: Path) -> Tokenizer:
+    """A tokenizer that puts a space before a text, but not behind a special token within it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = BpeTrainer(special_tokens=["<s>", "<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(
+        [f"{prompt} 问:\n\n答:{answer}" for prompt, answer in TEXTS], trainer
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "unk_token": "<unk>"})
+    return tokenizer
+
+
+def test_a_space_before_texts_is_kept_behind_the_first_token(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with_spaces(source).save(str(source / "tokenizer.json"))
+    template = template_of(source)
+    folder, _ = dressed(source, template, 4096)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for prompt, answer in TEXTS:
+        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        found = tokenizer.apply_chat_template(chat, return_dict=False)
+        assert [found] == Encoder(source, template).encode([f"问:{prompt}\n\n答:{answer}"])
+
+
+def test_a_tokenizer_that_no_chat_template_can_follow_is_a_sentence(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    tokenizer = with_spaces(source)
+    tokenizer.normalizer = normalizers.Strip(left=True, right=False)
+    tokenizer.save(str(source / "tokenizer.json"))
+    with pytest.raises(
+        Fault, match=r"other ids to '问:a.*behind '<s>'.*wanted preprocess.template"
+    ):
+        dressed(source, template_of(source), 4096)
 
 
 def test_a_text_that_ends_in_eos_gets_no_second_one(tokenizer_of: Made) -> None:

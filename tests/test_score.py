@@ -311,6 +311,21 @@ def test_two_processes_do_not_score_to_one_output(
     assert JOURNAL.read_bytes() == journal
 
 
+def test_a_journal_that_goes_before_it_is_locked_is_in_use(
+    journal: bytes, fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    JOURNAL.write_bytes(journal)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: JOURNAL.unlink())
+    said = fault(INPUT, "--output", OUTPUT)
+    assert said == "out.jsonl.journal is in use: another process scores to out.jsonl"
+
+
+def test_an_output_below_a_file_gets_its_sentence(fault: Callable[..., str]) -> None:
+    write([{"prompt": "a", "answer": "b"}])
+    Path("other").touch()
+    assert fault(INPUT, "--output", "other/out.jsonl").startswith("other cannot be written: ")
+
+
 def test_a_full_disk_gets_its_sentence_and_costs_no_row(
     command: Callable[..., None], journal: bytes, fault: Callable[..., str]
 ) -> None:

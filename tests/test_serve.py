@@ -47,7 +47,7 @@ class Held:
         self.calls: list[list[Ids]] = []
         self.may = threading.Event()
 
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
+    def encode_rendered(self, texts: Sequence[str]) -> list[Ids]:
         self.encoded += len(texts)
         return [[int(text)] for text in texts]
 
@@ -206,6 +206,34 @@ def test_a_client_that_goes_away_takes_nothing_from_the_others(held: Held) -> No
     served(held, work)
 
 
+def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
+    slow: Callable[[float], tuple["subprocess.Popen[str]", str]],
+) -> None:
+    process, url = slow(2)
+
+    async def one(text: str, seconds: float) -> Any:
+        patience = aiohttp.ClientTimeout(total=seconds)
+        async with (
+            aiohttp.ClientSession(timeout=patience) as session,
+            session.post(url, json={"query": [text]}) as response,
+        ):
+            return await response.json()
+
+    async def work() -> None:
+        assert process.stdout
+        first = asyncio.create_task(one("a", 20))
+        assert await asyncio.to_thread(process.stdout.readline) == "scoring\n"
+        with pytest.raises(TimeoutError):
+            await one("aa", 0.3)
+        await first
+        process.send_signal(signal.SIGTERM)
+
+    asyncio.run(work())
+    printed, errors = process.communicate(timeout=20)
+    assert printed == "stopped    1 requests with 1 texts were answered\n"
+    assert errors == ""
+
+
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
@@ -244,6 +272,17 @@ def test_a_bad_request_gets_its_sentence(scorer: Scorer, body: bytes, sentence: 
     assert "\n" not in found["error"]
 
 
+def test_a_body_that_is_not_what_it_says_gets_its_sentence(held: Held) -> None:
+    async def work(client: Client) -> tuple[int, Any]:
+        headers = {"Content-Encoding": "gzip"}
+        response = await client.post(REWARD, data=b"no gzip", headers=headers)
+        return response.status, await response.json()
+
+    status, found = served(held, work)
+    assert status == 400
+    assert found["error"].startswith("the body cannot be read: ")
+
+
 def test_a_request_that_is_too_large_is_refused_while_it_is_read(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +307,7 @@ def test_what_cannot_be_scored_is_said_without_a_path_and_ends_nothing(
     original = held.rewards
 
     def failing(texts: list[Ids], prompts: Sequence[Hashable]) -> list[float]:
-        if texts == [[13]]:
+        if [13] in texts:
             raise error
         return original(texts, prompts)
 
@@ -282,6 +321,34 @@ def test_what_cannot_be_scored_is_said_without_a_path_and_ends_nothing(
     status, text, after = served(held, work)
     assert (status, after) == (500, 200)
     assert json.loads(text) == {"error": "the texts cannot be scored"}
+
+
+def test_what_cannot_be_scored_does_not_fail_what_is_scored_with_it(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = held.rewards
+
+    def failing(texts: list[Ids], prompts: Sequence[Hashable]) -> list[float]:
+        found = original(texts, prompts)
+        if [13] in texts:
+            raise Fault("broken")
+        return found
+
+    monkeypatch.setattr(held, "rewards", failing)
+
+    async def work(client: Client) -> list[tuple[int, Any]]:
+        first = asyncio.create_task(post(client, {"query": ["0"]}))
+        await until(lambda: len(held.calls) == 1)
+        others = [asyncio.create_task(post(client, {"query": [n]})) for n in ("12", "13", "14")]
+        await until(lambda: held.encoded == 4)
+        await asyncio.sleep(0.1)
+        held.may.set()
+        return await asyncio.gather(first, *others)
+
+    found = served(held, work)
+    assert [status for status, _ in found] == [200, 200, 500, 200]
+    assert [found[n][1]["rewards"] for n in (1, 3)] == [[12.0], [14.0]]
+    assert len(held.calls[1]) == 3
 
 
 def test_the_load_test_sees_what_is_wrong_and_what_is_sent_away(
@@ -314,7 +381,7 @@ import asyncio, time
 from stages import process, serve
 
 class Slow:
-    def encode(self, texts):
+    def encode_rendered(self, texts):
         return [[len(text)] for text in texts]
 
     def rewards(self, texts, prompts):
@@ -351,8 +418,10 @@ def slow() -> Iterator[Callable[[float], tuple["subprocess.Popen[str]", str]]]:
         process.communicate()
 
 
-def asked(url: str, count: int, process: "subprocess.Popen[str]") -> "asyncio.Task[Any]":
-    """Requests that are all accepted, and of which one is being scored."""
+def asked(
+    url: str, count: int, process: "subprocess.Popen[str]", *signals: int
+) -> "asyncio.Task[Any]":
+    """Requests that are all accepted; signals come one by one while the first is being scored."""
 
     async def one(session: aiohttp.ClientSession, size: int) -> Any:
         async with session.post(url, json={"query": ["a" * size]}) as response:
@@ -364,8 +433,9 @@ def asked(url: str, count: int, process: "subprocess.Popen[str]") -> "asyncio.Ta
             assert process.stdout
             line = await asyncio.to_thread(process.stdout.readline)
             assert line == "scoring\n"
-            await asyncio.sleep(1)
-            process.send_signal(signal.SIGTERM)
+            for number in signals:
+                await asyncio.sleep(1)
+                process.send_signal(number)
             return await asyncio.gather(*tasks)
 
     return asyncio.ensure_future(work())
@@ -377,7 +447,7 @@ def test_what_was_accepted_is_answered_before_the_end(
     process, url = slow(3)
 
     async def work() -> list[Any]:
-        return list(await asked(url, 5, process))
+        return list(await asked(url, 5, process, signal.SIGTERM))
 
     found = asyncio.run(work())
     assert [answer["rewards"] for answer in found] == [[float(size)] for size in range(1, 6)]
@@ -393,11 +463,8 @@ def test_a_second_signal_ends_it_at_once(
     process, url = slow(60)
 
     async def work() -> None:
-        task = asked(url, 1, process)
-        await asyncio.sleep(2.5)
-        process.send_signal(signal.SIGINT)
         with pytest.raises(aiohttp.ClientError):
-            await task
+            await asked(url, 1, process, signal.SIGTERM, signal.SIGINT)
 
     begin = time.monotonic()
     asyncio.run(work())
@@ -410,6 +477,11 @@ def test_an_address_that_cannot_be_had_gets_its_sentence(held: Held) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(Fault, match=rf"^127\.0\.0\.1:{port} cannot be had: .*in use"):
             asyncio.run(serve.serve(serve.Service(cast(Scorer, held)), "127.0.0.1", port))
+
+
+def test_a_host_that_can_have_no_address_gets_its_sentence(held: Held) -> None:
+    with pytest.raises(Fault, match=r"^a\.\.b:0 cannot be had: .*; wanted a free address"):
+        asyncio.run(serve.serve(serve.Service(cast(Scorer, held)), "a..b", 0))
 
 
 def test_a_port_that_is_none_gets_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
