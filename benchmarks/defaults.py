@@ -10,10 +10,10 @@ every parameter. A fold is held back and judged by the model that was trained on
 every pair is judged once a run. Without --data the pairs are those of the sample that the default
 run trains on or watches: its test pairs stay unseen.
 
-What is found is confounded with how pairs of parameters act together, and each run has one of the
-seeds: intervals say what other pairs would change, not what other trainings would. --together makes
-no factorial design, but has the parameters that seem to win at their high levels against all at
-their low ones, with each of the seeds.
+What is found is confounded with how pairs of parameters act together, and each training has one of
+the seeds: intervals say what other pairs would change, not what other trainings would. --together
+makes no factorial design, but has the parameters that seem to win at their high levels against all
+at their low ones, each fold with each of the seeds.
 
 Needs a clone of its own, everything committed: the experiments overwrite params.yaml. A run that is
 there already is read.

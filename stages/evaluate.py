@@ -254,7 +254,7 @@ def report(metrics: dict[str, Any]) -> None:
         f"reward and length {'none' if correlation is None else f'{correlation:+.4f}'}"
     )
     rows = slices_as_rows(metrics)
-    width = max([0, *(len(row["slice"]) for row in rows)])
+    width = max((len(row["slice"]) for row in rows), default=0)
     for row in rows:
         print(
             f"  {row['slice']:<{width}}  {row['accuracy']:.4f} "

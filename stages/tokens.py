@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,13 @@ class Encoder:
         """A text without the special tokens that encoding puts around it."""
         if self._chat:
             return text
-        before, after = map("".join, around(self._tokenizer))
+        before, after = self._around
         return text.removeprefix(before).removesuffix(after)
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        before, after = map("".join, around(self._tokenizer))
+        return before, after
 
     def frame(self) -> tuple[str, str, str]:
         """What the template has before a prompt of one message, behind it, and behind the answer.
