@@ -95,11 +95,9 @@ def main() -> None:
 def assemble(folder: Path, quantization: Quantization, merge: str) -> None:
     """Adapter, base, merged model, tokenizer, template and model card, sealed.
 
-    Raises a Fault for a damaged adapter, and for a base that plain loaders have no code of.
+    Raises a Fault for a damaged adapter.
     """
     require_sealed(ADAPTER, BASE)
-    if any(BASE.glob("*.py")):
-        raise Fault(f"{BASE} has code of its own, wanted a model that transformers has the code of")
     for path in sorted(ADAPTER.iterdir()):
         if path.name != DIGESTS:
             shutil.copyfile(path, folder / path.name)

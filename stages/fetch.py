@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages import embedded, params
 from stages.outputs import digest, digests, read_json, watched, whole_folder, write_json
-from stages.params import Seed, Switch, Text
+from stages.params import Seed, Text
 from stages.process import Fault, run
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ class Base:
 
     name: Text
     revision: Text
-    trust_remote_code: Switch
     seed: Seed
 
     def fault(self, found: str) -> Fault:
@@ -178,8 +177,7 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
 def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     """Copy what a model needs and no more; what base.json is to say of where it came from."""
     require_weights(base, source)
-    code = ("*.py",) if base.trust_remote_code else ()
-    for name in source.matching(CONFIGS + TOKENIZER + code):
+    for name in source.matching(CONFIGS + TOKENIZER):
         shutil.copyfile(source.path(name), folder / name)
     original = digests(folder)
     require_decoder(base, folder)
@@ -242,8 +240,6 @@ def require_decoder(base: Base, folder: Path) -> None:
         raise base.fault(f"has a broken config.json ({error}), wanted JSON") from None
     if not isinstance(config, dict):
         raise base.fault(f"has a broken config.json, a {type(config).__name__}, wanted an object")
-    if base.trust_remote_code and "auto_map" in config:
-        return
     kind = str(config.get("model_type"))
     classes = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind)]
     if (
@@ -251,10 +247,10 @@ def require_decoder(base: Base, folder: Path) -> None:
         or config.get("is_encoder_decoder")
         or kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     ):
-        trust = ", or base.trust_remote_code for its own code" if "auto_map" in config else ""
+        own = " of code that comes with it and is never run" if "auto_map" in config else ""
         raise base.fault(
-            f"is a {', '.join(map(str, classes))}, wanted a decoder language model that "
-            f"transformers can also build as a classifier, such as Qwen2ForCausalLM{trust}"
+            f"is a {', '.join(map(str, classes))}{own}, wanted a decoder language model that "
+            "transformers can also build as a classifier, such as Qwen2ForCausalLM"
         )
 
 
@@ -292,7 +288,7 @@ def load_tokenizer(base: Base, folder: Path) -> "PreTrainedTokenizerFast":
 
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more specific
         detail = " ".join(str(error).split())[:200]
         raise base.fault(

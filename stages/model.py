@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     logging,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from stages import attention, layers
 from stages.outputs import digests, read_json, recorded, require_files, write_json
@@ -27,9 +28,11 @@ from stages.packing import Pack, Texts, pack, plan, tokens
 from stages.params import Switch
 from stages.process import Fault
 
-DIGESTS = "digests.json"
+DIGESTS, ADAPTER_WEIGHTS = "digests.json", "adapter_model.safetensors"
 # What an exported folder has besides the adapter: two folders, and what is known of its rewards.
 EXPORTED_BASE, MERGED, REWARD = "base", "merged", "reward.json"
+# Keys of configurations by which transformers and PEFT import what they name.
+NAMING_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "megatron_config"}
 
 # How far a pack may be from its texts alone, as a share of the hidden states' norm.
 EXACT, EXACT_IN_HALF = 1e-3, 0.05
@@ -74,33 +77,28 @@ def device() -> torch.device:
 def stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     """The base on the device, as transformers has it: a sequence classifier of one label.
 
-    One that is stored in 4 bits stays as it is. Code that comes with the base runs if it is there:
-    fetch copies it only where base.trust_remote_code says so. Raises a Fault for a model that has
-    no score head.
+    One that is stored in 4 bits stays as it is. Code that comes with a base never runs. Raises a
+    Fault for a model that transformers has no classifier over, or that has no score head.
     """
+    config = read_json(base / "config.json")
+    if (kind := config.get("model_type")) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise Fault(
+            f"{base}: transformers has no classifier over {kind}, wanted a decoder model that has"
+        )
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    stored_in_4_bits = "quantization_config" in read_json(base / "config.json")
-    recipe = None if stored_in_4_bits else quantization.recipe
-    try:
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            base,
-            num_labels=1,
-            dtype=quantization.dtype,
-            # Not even as None: that would hide what is stored.
-            **({"quantization_config": BitsAndBytesConfig(**recipe)} if recipe else {}),
-            device_map={"": device()},
-            trust_remote_code=any(base.glob("*.py")),
-            use_safetensors=True,
-        )
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        kind = read_json(base / "config.json")["model_type"]
-        raise Fault(
-            f"{base}: transformers has no classifier over {kind}, wanted a decoder model that has"
-        ) from None
+    recipe = None if "quantization_config" in config else quantization.recipe
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        base,
+        num_labels=1,
+        dtype=quantization.dtype,
+        # Not even as None: that would hide what is stored.
+        **({"quantization_config": BitsAndBytesConfig(**recipe)} if recipe else {}),
+        device_map={"": device()},
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise Fault(f"{base}: {type(model).__name__} has no score head, wanted a decoder model")
     keep_weights_unpacked(model)
@@ -197,15 +195,51 @@ def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
 def load_exported(folder: Path) -> PeftModel:
     """The reward model of an exported folder, ready to score, on its own base or the Hub's.
 
-    Raises a Fault for files that are damaged, and for a base that cannot be had from the Hub.
+    Raises a Fault for code, for files that are damaged, and for a base that cannot be had from the
+    Hub.
     """
+    require_no_code(folder)
     record = recorded(folder / DIGESTS)
+    if ADAPTER_WEIGHTS not in record["files"]:
+        raise Fault(f"{folder} has no {ADAPTER_WEIGHTS} in its {DIGESTS}, wanted a whole export")
     merged = f"{MERGED}/"
     require_files(folder, {k: v for k, v in record["files"].items() if not k.startswith(merged)})
     base = folder / EXPORTED_BASE
     if not base.is_dir():
         base = hub_base(folder, record["base"])
     return adapt(load_base(base, exported_quantization(folder)), folder)
+
+
+def require_no_code(folder: Path) -> None:
+    """Raises a Fault for a folder from anywhere that has code, or a configuration that names some.
+
+    Digests tell that a folder is whole, not who made it.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    code = [path for path in files if path.suffix in (".py", ".pyc", ".so")]
+    code += [path for path in files if path.name.endswith("config.json") and names_code(path)]
+    if code:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in code)
+        raise Fault(
+            f"{folder}: {names} is code, or names some, wanted weights and configurations alone; "
+            "nothing of the folder was loaded"
+        )
+
+
+def names_code(path: Path) -> bool:
+    """Whether a configuration names code anywhere in it."""
+    parts = [recorded(path)]
+    while parts:
+        part = parts.pop()
+        if any(part.get(key) for key in NAMING_CODE):
+            return True
+        values = [item for value in part.values() for item in as_list(value)]
+        parts += [value for value in values if isinstance(value, dict)]
+    return False
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def exported_quantization(folder: Path) -> Quantization:
@@ -425,7 +459,12 @@ def seal(adapter: Path, base: Path) -> None:
 
 
 def require_sealed(adapter: Path, base: Path) -> None:
-    """Raises a Fault unless adapter and base are the files that were sealed together."""
+    """Raises a Fault unless adapter and base are the files that were sealed together.
+
+    A base with code in it is none that fetch wrote.
+    """
+    if code := sorted(path.name for path in base.glob("*.py")):
+        raise Fault(f"{base} has code, {', '.join(code)}, wanted what fetch leaves there")
     found, files = recorded(adapter / DIGESTS), base_record(base)["files"]
     if found["base"] != files:
         differing = sorted({name for name, _ in found["base"].items() ^ files.items()})

@@ -176,6 +176,8 @@ def dress_model(model: PreTrainedModel, pad: Pad, reward: dict[str, Any]) -> Non
     config = model.config
     for part in (config, config.get_text_config()):
         part.pad_token_id = pad.id
+    # Bases that transformers has the code of may name code of their own as well.
+    config.__dict__.pop("auto_map", None)
     config.problem_type = "regression"
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
     config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}

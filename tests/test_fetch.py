@@ -405,9 +405,8 @@ def test_one_of_several_chat_templates_is_the_default_one(
     assert read_json(fetch.BASE / "tokenizer_config.json")["chat_template"] == "plain"
 
 
-@pytest.mark.parametrize("trust", [False, True])
-def test_code_of_the_model_comes_along_and_runs_only_when_trusted(
-    trust: bool, here: Path, source: Path, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+def test_code_of_the_model_neither_comes_along_nor_runs(
+    here: Path, source: Path, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modules = here / "modules"
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
@@ -422,10 +421,10 @@ def test_code_of_the_model_comes_along_and_runs_only_when_trusted(
         content["auto_map"] = {"AutoTokenizer": value}
         content["tokenizer_class"] = "Own"
         write(source / name, content)
-    set_params("base", name=str(source), trust_remote_code=trust)
+    set_params("base", name=str(source))
     fetch.main()
-    assert (fetch.BASE / "own.py").exists() == trust
-    assert (here / "ran").exists() == trust
+    assert not (fetch.BASE / "own.py").exists()
+    assert not (here / "ran").exists()
     assert "auto_map" not in read_json(fetch.BASE / "tokenizer_config.json")
 
 
@@ -436,7 +435,7 @@ CONFIGS = {
         "T5ForConditionalGeneration",
     ),
     "no classifier": ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "Mamba"),
-    "unknown": ({"model_type": "novel", "auto_map": {"AutoModel": "x.Y"}}, "trust_remote_code"),
+    "unknown": ({"model_type": "novel", "auto_map": {"AutoModel": "x.Y"}}, "is never run"),
     "nothing": ({}, "None"),
     "a list": ([1], "broken config.json, a list"),
 }

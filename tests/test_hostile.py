@@ -1,0 +1,134 @@
+"""A folder from a stranger: no code of it runs, whichever way it comes in."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import clients, evaluate, export, score, serve
+from stages.model import DIGESTS, load_exported, require_no_code
+from stages.outputs import digests, read_json, write_json
+from stages.process import Fault
+from stages.scorer import reward_function
+
+pytestmark = pytest.mark.usefixtures("project")
+CODE = """
+from pathlib import Path
+
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+Path({canary!r}).touch()
+
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+
+class Own(Qwen2ForSequenceClassification):
+    config_class = OwnConfig
+"""
+AUTO_MAP = {
+    "AutoConfig": "modeling_own.OwnConfig",
+    "AutoModelForSequenceClassification": "modeling_own.Own",
+}
+
+
+WAYS: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "score": (score.main, ["score", "data/raw/pairs.json", "--output", "out.jsonl"]),
+    "serve": (serve.main, ["serve", "--port", "0"]),
+    "reward_function": (lambda: reward_function(export.EXPORT), []),
+    "clients": (
+        clients.main,
+        ["clients", "models/export", "data/tokenized/test", "models/base", "f", "light", "4096"],
+    ),
+}
+
+
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that the hostile code makes when it runs; transformers copies code to a cache."""
+    cache = tmp_path / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
+    monkeypatch.setattr("sys.path", [*sys.path, str(cache)])
+    return tmp_path / "ran"
+
+
+def spoil(base: Path, canary: Path, **changes: Any) -> None:
+    """Put code into the folder of a base whose configuration names it."""
+    (base / "modeling_own.py").write_text(CODE.format(canary=str(canary)), encoding="utf-8")
+    config = read_json(base / "config.json") | {"auto_map": AUTO_MAP} | changes
+    write_json(base / "config.json", config)
+
+
+def seal_again(folder: Path) -> None:
+    """Have the digests of an exported folder match what is in it, as whoever made it can."""
+    record = read_json(folder / DIGESTS)
+    record["files"] = digests(folder)
+    del record["files"][DIGESTS]
+    write_json(folder / DIGESTS, record)
+
+
+@pytest.mark.parametrize("model_type", ["own", "qwen2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_code_of_an_exported_folder_runs(
+    way: str, model_type: str, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(export.EXPORT / "base", canary, model_type=model_type)
+    seal_again(export.EXPORT)
+    run, arguments = WAYS[way]
+    monkeypatch.setattr("asyncio.run", lambda server: server.close())
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(Fault, match=r"modeling_own\.py, base/config\.json is code, or names some"):
+        run()
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("stage", [evaluate, export])
+def test_no_code_of_a_base_runs(stage: Any, canary: Path) -> None:
+    """Base and adapter from another's cache, whose digests and records all match."""
+    spoil(export.BASE, canary, model_type="own")
+    base, adapter = map(read_json, (export.BASE / "base.json", evaluate.ADAPTER / DIGESTS))
+    base["files"] = digests(export.BASE)
+    del base["files"]["base.json"]
+    write_json(export.BASE / "base.json", base)
+    write_json(evaluate.ADAPTER / DIGESTS, adapter | {"base": base["files"]})
+    with pytest.raises(Fault, match=r"models/base has code, modeling_own\.py"):
+        stage.main()
+    (export.BASE / "modeling_own.py").unlink()
+    del base["files"]["modeling_own.py"]
+    write_json(export.BASE / "base.json", base)
+    write_json(evaluate.ADAPTER / DIGESTS, adapter | {"base": base["files"]})
+    with pytest.raises(Fault, match="transformers has no classifier over own"):
+        stage.main()
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("merged/config.json", {"auto_map": {"AutoModel": "stranger/model--own.Own"}}),
+        ("merged/config.json", {"text_config": {"auto_map": AUTO_MAP}}),
+        ("merged/config.json", {"custom_pipelines": {"own": {"impl": "own.Pipeline"}}}),
+        ("merged/config.json", {"layers": [{"auto_map": AUTO_MAP}]}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}}),
+        ("adapter_config.json", {"megatron_config": {"a": 1}, "megatron_core": "own"}),
+        ("adapter_config.json", {"auto_mapping": {"parent_library": "own"}}),
+    ],
+)
+def test_a_configuration_that_names_code_is_a_fault(name: str, change: dict[str, Any]) -> None:
+    path = export.EXPORT / name
+    write_json(path, read_json(path) | change)
+    seal_again(export.EXPORT)
+    with pytest.raises(Fault, match=f"models/export: {name} is code, or names some"):
+        load_exported(export.EXPORT)
+
+
+def test_an_adapter_that_is_no_safetensors_is_not_loaded() -> None:
+    (export.EXPORT / "adapter_model.safetensors").rename(export.EXPORT / "adapter_model.bin")
+    seal_again(export.EXPORT)
+    with pytest.raises(Fault, match=r"has no adapter_model\.safetensors"):
+        load_exported(export.EXPORT)
+
+
+def test_what_export_writes_has_no_code() -> None:
+    require_no_code(export.EXPORT)
