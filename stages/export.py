@@ -155,11 +155,16 @@ def name_base(folder: Path, prepared: bool) -> str:
 
 
 def take_head(model: PreTrainedModel, adapter: Path) -> None:
-    """Give the model the head that an adapter was trained with."""
+    """Give the model the head that an adapter was trained with, in the numbers of the model.
+
+    Plain loaders multiply the hidden states by the head as they are: in half precision a head of
+    fp32 is an error. The adapter keeps the head in fp32.
+    """
     tensors = load_file(adapter / "adapter_model.safetensors")
     [head] = [tensor for name, tensor in tensors.items() if name.endswith("score.weight")]
     new_head(model, seed=0)
     head_of(model).weight.data.copy_(head)
+    head_of(model).to(model.dtype)
 
 
 def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

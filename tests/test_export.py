@@ -60,6 +60,12 @@ CHAT: Change = {
     "train": {"max_steps": 1},
     "export": {"merge": "bfloat16", "clients": "all", "tolerance_in_half": 0.02},
 }
+IN_HALF: Change = {
+    "preprocess": {"template": "zh", "append_eos": False, "test_fraction": 0.2},
+    "quantization": {"bits": 4, "compute_dtype": "bfloat16"},
+    "train": {"max_steps": 2, "learning_rate": 1e-2},
+    "export": {"merge": "bfloat16", "clients": "all", "tolerance_in_half": 0.05},
+}
 ADAPTER = {"peft", "transformers_adapter", "pipeline_adapter", "trl_grpo_adapter"}
 WHOLE = {
     *("transformers_merged", "pipeline_merged", "cross_encoder_merged"),
@@ -194,7 +200,11 @@ def expected(folder: Path, prompt: str, answers: list[str]) -> list[float]:
 # --- what is written -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("change", "quantized"), [(DEFAULT, True), (CHAT, False)])
+@pytest.mark.parametrize(
+    ("change", "quantized"),
+    [(DEFAULT, True), (CHAT, False), (IN_HALF, True)],
+    ids=["default", "chat", "in half"],
+)
 def test_every_client_gives_the_evaluated_rewards(
     exported: Callable[[Change], Path], change: Change, quantized: bool
 ) -> None:
@@ -205,7 +215,7 @@ def test_every_client_gives_the_evaluated_rewards(
     assert set(found["clients"]) == {"packs"} | ADAPTER | WHOLE
     for client, forms in found["clients"].items():
         assert set(forms) == FORMS_OF.get(client, FORMS)
-        in_half = change == CHAT and client in WHOLE
+        in_half = change == IN_HALF or (change == CHAT and client in WHOLE)
         for figures in forms.values():
             # Each of the prompts has two pairs, of which a step of GRPO takes one.
             assert figures["pairs"] == (2 if "grpo" in client else 4)
