@@ -35,9 +35,11 @@ from dvc import api
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from stages import params
-from stages.judgement import Floats, Resampling, hits, losses
-from stages.pairs import Pair, check, read, split
+from reward import params
+from reward.data.reading import read
+from reward.data.records import Pair, check
+from reward.data.splitting import split
+from reward.judging.metrics import Floats, Resampling, correct, losses
 from stages.preprocess import Preprocess
 
 FOLDS = Path("data/folds")
@@ -65,7 +67,6 @@ class Factor:
 
 FACTORS = (
     Factor("preprocess.append_eos", "false", "true", 1, (0,)),
-    Factor("train.head_margin", "0.05", "0", 1, (1,)),
     Factor("train.learning_rate", "2e-4", "1e-3", 1, (2,)),
     Factor("train.warmup_steps", "0.3", "0.05", -1, (0, 1)),
     Factor("lora.lora_dropout", "0.1", "0", -1, (0, 2)),
@@ -193,7 +194,6 @@ def run(name: str, levels: Levels, row: int, fold: int, settings: Sequence[str])
         "preprocess.validation_fraction": "0.01",
         "preprocess.on_bad_record": "drop",
         "train.seed": str((row + fold) % SEEDS),
-        "train.head_seed": str((row + fold) % SEEDS),
     }
     for factor, level in zip(FACTORS, levels, strict=True):
         values[factor.key] = factor.high if level > 0 else factor.low
@@ -242,7 +242,7 @@ def as_markdown(
     options: argparse.Namespace, design: Levels, margins: Floats, prompts: npt.NDArray[np.str_]
 ) -> str:
     numbers = np.unique(prompts, return_inverse=True)[1]
-    right, loss = hits(margins), losses(margins)
+    right, loss = correct(margins), losses(margins)
     lines = [
         f"# What the defaults could be: {options.name}",
         "",

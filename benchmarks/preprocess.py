@@ -27,10 +27,11 @@ from tempfile import TemporaryDirectory
 
 from tokenizers import Tokenizer
 
-from stages.outputs import read_json
-from stages.pairs import check, read
-from stages.process import Fault, run
-from stages.tokens import Encoder, Template
+from reward.data.reading import read
+from reward.data.records import check
+from reward.data.tokens import Encoder, Template
+from reward.outputs import read_json
+from reward.process import Fault, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "preprocess.md"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from stages import embedded
+from reward.model import embedded
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How fast stages.score is beside the bare matrix products of the passes that it makes.
+"""How fast reward.serving.score is beside the bare matrix products of the passes that it makes.
 
 python -m benchmarks.score
 
@@ -41,13 +41,14 @@ from benchmarks.speed import (
     floor_of_scoring,
     measure,
 )
+from reward.data.reading import read
+from reward.data.records import candidates
+from reward.model.base import load_base
+from reward.model.packing import Texts, tokens
+from reward.process import run
+from reward.serving.score import EXPORT, journal_beside, publish, score_files
+from reward.serving.scorer import TOKENS_PER_PACK, Scorer, packable
 from stages import evaluate, export, fetch, preprocess, train
-from stages.model import load_base
-from stages.packing import Texts, tokens
-from stages.pairs import candidates, read
-from stages.process import run
-from stages.score import EXPORT, journal_beside, publish, score_files
-from stages.scorer import TOKENS_PER_PACK, Scorer, packable
 
 RESULT = ROOT / "benchmarks" / "results" / "score.md"
 TRAINED, SCORED, OUTPUT = Path("trained.jsonl"), Path("scored.jsonl"), Path("rewards.jsonl")
@@ -64,7 +65,7 @@ def main() -> None:
         print("preparing an export", file=sys.stderr)
         workload = alone(partial(prepare, folder, options.pairs))
         contenders = {
-            "score": Contender("stages.score, file to file", partial(score, folder), FLOOR),
+            "score": Contender("reward.serving.score, file to file", partial(score, folder), FLOOR),
             FLOOR: Contender("bare matrix products", floor_of_scoring, FLOOR),
         }
         rows = measure(workload, contenders, options.repeats)
@@ -122,7 +123,7 @@ def workload_of() -> Workload:
 
 
 def score(folder: Path, workload: Workload) -> Measurement:
-    """All that stages.score does once the model is loaded."""
+    """All that reward.serving.score does once the model is loaded."""
     os.chdir(folder)
     scorer, stopwatch = Scorer(EXPORT), Stopwatch()
     first = workload.pairs[0]

@@ -2,10 +2,10 @@
 
 python -m benchmarks.serve
 
-Starts stages.serve, sends it pairs of a preference file from more and more clients at once, each of
-which asks again as soon as it is answered, and last from twice as many as it accepts. Every reward
-is compared with the one that the model gives in this process. Prints a table and writes it to
-benchmarks/results/serve.md.
+Starts reward.serving.serve, sends it pairs of a preference file from more and more clients at
+once, each of which asks again as soon as it is answered, and last from twice as many as it accepts.
+Every reward is compared with the one that the model gives in this process. Prints a table and
+writes it to benchmarks/results/serve.md.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from stages.pairs import Candidates, Messages, candidates, files, read
-from stages.process import Fault, run
-from stages.scorer import Scorer
-from stages.serve import EXPORT, MOST
+from reward.data.reading import files, read
+from reward.data.records import Candidates, Messages, candidates
+from reward.process import Fault, run
+from reward.serving.scorer import Scorer
+from reward.serving.serve import EXPORT, MOST
 
 RESULT = Path("benchmarks/results/serve.md")
 DATA = Path("data/raw/pairs.json")
@@ -118,13 +119,15 @@ async def measure(options: argparse.Namespace, questions: list[Question]) -> tup
 @asynccontextmanager
 async def server(model: Path) -> AsyncIterator[tuple[str, "subprocess.Popen[str]"]]:
     """The server as a process of its own, on a free port; ended as a person would end it."""
-    command = [sys.executable, "-m", "stages.serve", "--model", str(model), "--port", "0"]
+    command = [sys.executable, "-m", "reward.serving.serve", "--model", str(model), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
             said = process.stdout.readline().split()
             if not said:
-                raise Fault("stages.serve did not start, wanted it to; its sentence is above")
+                raise Fault(
+                    "reward.serving.serve did not start, wanted it to; its sentence is above"
+                )
             yield said[1], process
         finally:
             process.send_signal(signal.SIGTERM)

@@ -48,25 +48,18 @@ from transformers import (
 )
 
 from benchmarks import random_base
-from stages.checkpoints import Run
-from stages.layers import product
-from stages.model import (
-    Quantization,
-    add_lora,
-    device,
-    head_of,
-    load_base,
-    new_head,
-    score,
-    stock,
-)
-from stages.outputs import read_json, write_json
-from stages.packing import COLUMNS, Texts, plan, tokens
-from stages.pairs import BadRecord, check, files, read
-from stages.pairwise import losses
-from stages.process import Fault, run
-from stages.tokens import TEMPLATES, Encoder, Template, prefix_length
-from stages.train import HEAD_PAIRS, RewardTrainer, Train, peak_memory, scale_head
+from reward.data.reading import files, read
+from reward.data.records import BadRecord, check
+from reward.data.tokens import TEMPLATES, Encoder, Template, prefix_length
+from reward.model.base import Quantization, add_lora, device, head_of, load_base, new_head, stock
+from reward.model.checkpoints import Run
+from reward.model.layers import product
+from reward.model.packing import COLUMNS, Texts, into_packs, tokens
+from reward.model.pairwise import losses
+from reward.model.scoring import score
+from reward.model.trainer import HEAD_PAIRS, RewardTrainer, Train, peak_memory, scale_head
+from reward.outputs import read_json, write_json
+from reward.process import Fault, run
 
 T = TypeVar("T")
 RESULTS = Path("benchmarks/results")
@@ -432,7 +425,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
         if isinstance(module, nn.Linear)
     ]
     model = with_adapter(packed)
-    scale_head(model, pairs[:HEAD_PAIRS], options.tokens_per_pack, margin=0.05)
+    scale_head(model, pairs[:HEAD_PAIRS], options.tokens_per_pack)
     save_file(
         {
             name: weight.detach()
@@ -550,14 +543,13 @@ def ours(workload: Workload, checkpointing: bool = False) -> Measurement:
         deterministic=False,
         eval_steps=len(workload.pairs),
         save_steps=len(workload.pairs),
-        head_seed=0,
-        head_margin=0.05,
     )
     prefixes = [texts.prefix for texts in workload.pairs]
     dataset = texts_of(workload, COLUMNS[:2]).add_column(COLUMNS[2], prefixes)
     model = with_adapter(load_base(workload.base, QUANTIZATION), workload)
-    with TemporaryDirectory() as folder:
-        trainer = RewardTrainer(model, group, Run(Path(folder)), dataset, dataset.select([0]))
+    with TemporaryDirectory() as name:
+        folder, validation = Path(name), dataset.select([0])
+        trainer = RewardTrainer(model, group, Run(folder), dataset, validation, folder)
         # As all others here: the steps then have the pairs of which the floor computes the packs.
         trainer.args.train_sampling_strategy = "sequential"
         return timed(trainer, model, workload)
@@ -690,7 +682,10 @@ def products(
     size of result, so that no memory need be asked for meanwhile.
     """
     packs = [
-        [sum(sizes[index] for index in group) for group in plan(sizes, workload.tokens_per_pack)]
+        [
+            sum(sizes[index] for index in group)
+            for group in into_packs(sizes, workload.tokens_per_pack)
+        ]
         for sizes in steps
     ]
     make = partial(torch.randn, dtype=QUANTIZATION.dtype, device=device())

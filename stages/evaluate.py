@@ -2,8 +2,8 @@
 
     python -m stages.evaluate
 
-Reads data/tokenized/test, the further test sets of evaluate.sets, models/base and models/adapter.
-Writes the rewards of every test pair to reports/evaluate/rewards.parquet, beside it those of the
+Reads data/tokenized/test, the further test sets beside it, models/base and models/adapter. Writes
+ the rewards of every test pair to reports/evaluate/rewards.parquet, beside it those of the
 further sets in sets/, what the plots show and a page to read the judgements on, index.html; and
 metrics/evaluate.json.
 """
@@ -19,8 +19,22 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 
-from stages import page, params
-from stages.judgement import (
+from reward import params
+from reward.data import tokenized
+from reward.data.columns import (
+    ID,
+    IDS,
+    MARGIN,
+    MASKS,
+    PREFIX,
+    PROMPT_ID,
+    REWARDS,
+    TEST_SET,
+    TOKENS,
+)
+from reward.data.tokens import Encoder, Template
+from reward.judging import page
+from reward.judging.metrics import (
     Figures,
     Judged,
     Resampling,
@@ -29,28 +43,26 @@ from stages.judgement import (
     histogram,
     length_audit,
     losses,
-    receiver,
     reliability,
+    roc,
     spread,
 )
-from stages.model import Quantization, load, require_exact, score
-from stages.outputs import whole_folder, write_json
-from stages.packing import load_split, pairs_of, tokens
-from stages.pairwise import margins, sides
-from stages.params import Positive, Seed, Text
-from stages.process import Fault, run
-from stages.sets import TestSet, load_sets
-from stages.tokens import Encoder, Template
+from reward.model.base import Quantization, load
+from reward.model.packing import pairs_of, tokens
+from reward.model.pairwise import chosen_and_rejected, margins
+from reward.model.scoring import require_exact, score
+from reward.outputs import recorded, whole_folder, write_json
+from reward.params import Positive, Seed
+from reward.process import Fault, processors, run
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
-TRAINED_ON = (Path("data/tokenized/train"), Path("data/tokenized/validation"))
 TEST = Path("data/tokenized/test")
+SETS = Path("data/tokenized/sets")
 REPORTS = Path("reports/evaluate")
-REWARDS = REPORTS / "rewards.parquet"
+JUDGED = REPORTS / "rewards.parquet"
 PAGE = REPORTS / "index.html"
 METRICS = Path("metrics/evaluate.json")
-IDS = ("input_ids_j", "attention_mask_j", "input_ids_k", "attention_mask_k", "prefix_length")
 SLICE_VALUES = 20
 
 Slices = dict[str, dict[str, Figures]]
@@ -60,19 +72,28 @@ Slices = dict[str, dict[str, Figures]]
 class Evaluate:
     """The group `evaluate` of params.yaml, where each key is described."""
 
-    sets: Text
     tokens_per_pack: Positive
     bootstrap_samples: Positive
     seed: Seed
 
 
+@dataclass(frozen=True)
+class TestSet:
+    """A further test set; `notes` are how many of its pairs were cut, left out, and have leaked."""
+
+    name: str
+    pairs: Dataset
+    notes: dict[str, int]
+
+
 def main() -> None:
     group = params.load("evaluate", Evaluate)
     quantization = params.load("quantization", Quantization)
-    test = load_split(TEST, BASE)
+    test = tokenized.load(TEST, BASE)
+    torch.set_num_threads(processors())
     model = load(BASE, ADAPTER, quantization)
     encoder = Encoder(BASE, Template.load(ADAPTER / "template.json"))
-    sets = load_sets(Path(group.sets), encoder)
+    sets = load_sets()
     datasets = [test, *(each.pairs for each in sets)]
     require_exact(model, max((pair for each in datasets for pair in pairs_of(each)), key=tokens))
     table, *further = [rewards_of(model, each, group.tokens_per_pack) for each in datasets]
@@ -80,14 +101,14 @@ def main() -> None:
     metrics = measure(table, judged, resampling)
     metrics["sets"] = measure_sets(sets, further, resampling)
     with whole_folder(REPORTS) as folder:
-        pyarrow.parquet.write_table(table, folder / REWARDS.name)
+        pyarrow.parquet.write_table(table, folder / JUDGED.name)
         (folder / "sets").mkdir()
         for each, rewards in zip(sets, further, strict=True):
             pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
         for name, rows in (
             ("margins", histogram(judged.margin)),
             ("slices", slices_as_rows(metrics)),
-            ("roc", receiver(judged)),
+            ("roc", roc(judged)),
             ("reliability", reliability(judged.margin)),
             ("length", by_length_difference(judged, resampling)),
         ):
@@ -97,9 +118,17 @@ def main() -> None:
     report(metrics)
 
 
+def load_sets() -> list[TestSet]:
+    """The further test sets that preprocess has tokenized, in the order of their names."""
+    return [
+        TestSet(name, tokenized.load(SETS / name, BASE), notes)
+        for name, notes in recorded(SETS / "index.json").items()
+    ]
+
+
 def rewards_of(model: PeftModel, dataset: Dataset, tokens_per_pack: int) -> pa.Table:
     """The rewards of a dataset's pairs as a table."""
-    chosen, rejected = sides(score(model, pairs_of(dataset), tokens_per_pack))
+    chosen, rejected = chosen_and_rejected(score(model, pairs_of(dataset), tokens_per_pack))
     require_finite(chosen, rejected)
     return as_table(dataset, chosen, rejected)
 
@@ -116,15 +145,13 @@ def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:
 
 def as_table(test: Dataset, chosen: torch.Tensor, rejected: torch.Tensor) -> pa.Table:
     """One row a pair: id, rewards, margin, lengths in tokens, and the kept columns."""
-    kept = [name for name in test.column_names if name not in ("id", *IDS)]
+    kept = [name for name in test.column_names if name not in (ID, *IDS, *MASKS, PREFIX)]
     return pa.table(
         {
-            "id": test["id"],
-            "reward_chosen": chosen.numpy(),
-            "reward_rejected": rejected.numpy(),
-            "margin": margins(chosen, rejected).numpy(),
-            "tokens_chosen": [len(ids) for ids in test["input_ids_j"]],
-            "tokens_rejected": [len(ids) for ids in test["input_ids_k"]],
+            ID: test[ID],
+            **dict(zip(REWARDS, (chosen.numpy(), rejected.numpy()), strict=True)),
+            MARGIN: margins(chosen, rejected).numpy(),
+            **{name: list(map(len, test[ids])) for name, ids in zip(TOKENS, IDS, strict=True)},
         }
         | {name: test[name] for name in kept}
     )
@@ -132,13 +159,10 @@ def as_table(test: Dataset, chosen: torch.Tensor, rejected: torch.Tensor) -> pa.
 
 def as_judged(table: pa.Table) -> Judged:
     """The pairs as the figures need them."""
-    return Judged(
-        chosen=table["reward_chosen"].to_numpy().astype(np.float64),
-        rejected=table["reward_rejected"].to_numpy().astype(np.float64),
-        tokens_chosen=table["tokens_chosen"].to_numpy(),
-        tokens_rejected=table["tokens_rejected"].to_numpy(),
-        prompts=np.unique(table["prompt_id"].to_numpy(), return_inverse=True)[1],
-    )
+    chosen, rejected = (table[name].to_numpy().astype(np.float64) for name in REWARDS)
+    tokens_chosen, tokens_rejected = (table[name].to_numpy() for name in TOKENS)
+    prompts = np.unique(table[PROMPT_ID].to_numpy(), return_inverse=True)[1]
+    return Judged(chosen, rejected, tokens_chosen, tokens_rejected, prompts)
 
 
 def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str, Any]:
@@ -167,16 +191,12 @@ def measure_sets(
     sets: list[TestSet], tables: list[pa.Table], resampling: Resampling
 ) -> dict[str, dict[str, Any]]:
     """Accuracy on every further set; which of its pairs were cut, left out, or have leaked."""
-    splits = [load_split(path, BASE) for path in TRAINED_ON] if sets else []
-    trained_on = {prompt_id for split in splits for prompt_id in split["prompt_id"]}
     result = {}
     for each, table in zip(sets, tables, strict=True):
         judged = as_judged(table)
         result[each.name] = {
             **resampling.accuracy(judged),
-            "cut": each.cut,
-            "left_out": each.left_out,
-            "leaked": each.leaked(trained_on),
+            **each.notes,
             "by": by_slice(table, judged, resampling),
         }
     return result
@@ -185,10 +205,10 @@ def measure_sets(
 def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
     """Accuracy by every value of every kept column that has few enough values to be a slice."""
     result: Slices = {}
-    for name in table.column_names[table.column_names.index("tokens_rejected") + 1 :]:
+    for name in table.column_names[table.column_names.index(TOKENS[-1]) + 1 :]:
         column = table[name].to_numpy()
         values = sorted({value for value in column if value is not None})
-        if name != "prompt_id" and 0 < len(values) <= SLICE_VALUES:
+        if name != PROMPT_ID and 0 < len(values) <= SLICE_VALUES:
             result[name] = {
                 value: resampling.accuracy(judged.take(np.flatnonzero(column == value)))
                 for value in values
@@ -201,7 +221,7 @@ def slices_as_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"slice": f"{column}: {value}"}
         | {name: figures[name] for name in ("accuracy", "low", "high", "pairs")}
-        for column, values in (metrics["by"] | {"test set": metrics["sets"]}).items()
+        for column, values in (metrics["by"] | {TEST_SET: metrics["sets"]}).items()
         for value, figures in values.items()
     ]
 
@@ -217,11 +237,11 @@ def write_page(
     """The page of all judgements; where there are further sets, they are a slice of it."""
     names = ["test split", *(each.name for each in sets)]
     marked = [
-        table.append_column("test set", pa.array([name] * len(table)))
+        table.append_column(TEST_SET, pa.array([name] * len(table)))
         for name, table in zip(names, tables, strict=True)
     ]
     ids = [(pair.ids[0], pair.ids[1]) for each in datasets for pair in pairs_of(each)]
-    slices: dict[str, list[str]] = {"test set": names} if sets else {}
+    slices: dict[str, list[str]] = {TEST_SET: names} if sets else {}
     for by in (metrics["by"], *(each["by"] for each in metrics["sets"].values())):
         for name, values in by.items():
             slices[name] = sorted({*slices.get(name, []), *values})

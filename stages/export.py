@@ -4,7 +4,7 @@
 
 Reads models/base, models/adapter, data/tokenized/test and what evaluate wrote. Writes models/export
 and metrics/export.json, or nothing: a fresh process loads a copy of the folder through each client
-of stages.clients, and the rewards that it finds must be those that were evaluated.
+of reward.exporting.clients, and the rewards that it finds must be those that were evaluated.
 """
 
 import os
@@ -25,14 +25,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from stages import card, clients, params, trainers
-from stages.exported import Forms, Found
-from stages.model import (
+from reward import params
+from reward.data import tokenized
+from reward.data.tokens import Template
+from reward.exporting import card, clients
+from reward.exporting import clients_trl as trainers
+from reward.exporting.exported import EXPORTED_BASE, MERGED, REWARD, Forms, Found
+from reward.exporting.portable import Pad, embeddings, prepare_model, prepare_tokenizer, save_model
+from reward.model.base import (
     DIGESTS,
     DTYPES,
-    EXPORTED_BASE,
-    MERGED,
-    REWARD,
     Quantization,
     base_record,
     head_of,
@@ -42,12 +44,9 @@ from stages.model import (
     silent_peft,
     stock,
 )
-from stages.outputs import read_json, recorded, whole_folder, write_json
-from stages.packing import load_split
-from stages.params import Positive, ZeroOrMore
-from stages.portable import Pad, dress_model, dress_tokenizer, embeddings, save_model
-from stages.process import Fault, run
-from stages.tokens import Template
+from reward.outputs import read_json, recorded, whole_folder, write_json
+from reward.params import Positive, ZeroOrMore
+from reward.process import Fault, processors, run
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -79,7 +78,8 @@ def main() -> None:
     quantization = params.load("quantization", Quantization)
     if group.clients == "all":
         trainers.require_libraries()
-    wanted = evaluated_rewards(load_split(TEST, BASE))
+    torch.set_num_threads(processors())
+    wanted = evaluated_rewards(tokenized.load(TEST, BASE))
     with whole_folder(EXPORT) as folder:
         assemble(folder, quantization, group.merge)
         found = score_elsewhere(folder, group)
@@ -103,16 +103,16 @@ def assemble(folder: Path, quantization: Quantization, merge: str) -> None:
             shutil.copyfile(path, folder / path.name)
     model = stock(BASE, quantization)
     rows = embeddings(model)
-    pad = dress_tokenizer(BASE, folder, Template.load(ADAPTER / "template.json"), rows)
+    pad = prepare_tokenizer(BASE, folder, Template.load(ADAPTER / "template.json"), rows)
     reward = reward_record(folder, quantization, pad)
     write_json(folder / REWARD, reward)
     take_head(model, folder)
-    dress_model(model, pad, reward)
+    prepare_model(model, pad, reward)
     if name_base(folder, prepared=pad.rows > rows) == EXPORTED_BASE:
         save_model(model, folder / EXPORTED_BASE, folder)
     if merge != "none":
         save_model(merged(model, folder).to(DTYPES[merge]), folder / MERGED, folder)
-    text = card.write(folder, base_record(BASE), recorded(EVALUATED))
+    text = card.render(folder, base_record(BASE), recorded(EVALUATED))
     (folder / "README.md").write_text(text, encoding="utf-8")
     seal(folder, BASE)
 
@@ -220,7 +220,7 @@ def score_elsewhere(folder: Path, group: Export) -> dict[str, Forms]:
 
 
 def run_clients(folder: Path, elsewhere: Path, group: Export) -> subprocess.CompletedProcess[str]:
-    """Run stages.clients on a folder; it writes `elsewhere`/found.json.
+    """Run reward.exporting.clients on a folder; it writes `elsewhere`/found.json.
 
     A base of the Hub is taken from models/base, as if the Hub had been asked for it.
     """
@@ -228,7 +228,7 @@ def run_clients(folder: Path, elsewhere: Path, group: Export) -> subprocess.Comp
     (elsewhere / "empty").mkdir()
     paths = (folder, TEST.absolute(), BASE.absolute(), elsewhere / "found.json")
     where = {
-        "PYTHONPATH": str(Path(clients.__file__).parents[1]),
+        "PYTHONPATH": str(Path(clients.__file__).parents[2]),
         "HF_HUB_CACHE": str(elsewhere / "hub"),
         "HF_HUB_OFFLINE": "1",
     }

@@ -17,10 +17,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import embedded, params
-from stages.outputs import digest, digests, read_json, watched, whole_folder, write_json
-from stages.params import Seed, Text
-from stages.process import Fault, run
+from reward import params
+from reward.model import embedded
+from reward.outputs import digest, digests, read_json, watched, whole_folder, write_json
+from reward.params import Seed, Text
+from reward.process import Fault, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -2,8 +2,9 @@
 
     python -m stages.preprocess
 
-Reads preprocess.data and preprocess.test_data, and the tokenizer of models/base. Writes the
-datasets data/tokenized/{train,validation,test} with template.json, and metrics/preprocess.json.
+Reads preprocess.data and preprocess.test_data, the further test sets of preprocess.sets, and the
+tokenizer of models/base. Writes the datasets data/tokenized/{train,validation,test} and
+data/tokenized/sets/<name> with template.json, and metrics/preprocess.json.
 Two passes: the files to a scratch table on disk, the scratch table to the datasets, so memory
 holds a few numbers a pair, however long the texts.
 """
@@ -20,27 +21,19 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
-from stages import params
-from stages.outputs import digest, whole_folder, write_json
-from stages.pairs import (
-    BadRecord,
-    Pair,
-    among,
-    check,
-    contradictions,
-    duplicates,
-    files,
-    read,
-    split,
-    unit,
-)
-from stages.params import Positive, Rule, Seed, Switch, Text
-from stages.process import Fault, run
-from stages.tokens import Encoder, Template, prefix_length
+from reward import params
+from reward.data import tokenized
+from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
+from reward.data.reading import files, read, unit
+from reward.data.records import BadRecord, Pair, check
+from reward.data.sets import read_sets, write_sets
+from reward.data.splitting import among, contradictions, duplicates, split
+from reward.data.tokens import Encoder, Template, prefix_length
+from reward.outputs import whole_folder, write_json
+from reward.params import Positive, Rule, Seed, Switch, Text
+from reward.process import Fault, run
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -77,6 +70,7 @@ class Preprocess:
 
     data: Text
     test_data: Text
+    sets: Text
     validation_fraction: Share
     test_fraction: Share
     seed: Seed
@@ -148,17 +142,20 @@ def main() -> None:
     group = params.load("preprocess", Preprocess)
     template = Template.of(group.template, group.append_eos, group.max_length, BASE)
     encoder = Encoder(BASE, template)
+    sets = read_sets(Path(group.sets), encoder)
     ledger = open_ledger(group)
     with whole_folder(TOKENIZED) as folder:
         table = folder / "scratch.arrow"
         tokenize(group, encoder, table, ledger)
         refuse_overlap(group, ledger)
         usable = without_repeats(group, ledger)
-        parts = assign(group, ledger, usable)
+        parts, columns = assign(group, ledger, usable), sorted(ledger.columns)
         for index, name in enumerate(SPLITS):
             rows = parts == index
-            write_dataset(folder / name, table, rows, sorted(ledger.columns), template)
+            tokenized.write(folder / name, table, rows, columns, template.tokenizer)
         table.unlink()
+        trained_on = ledger.column("prompt")[(parts == 0) | (parts == 1)]
+        write_sets(folder / "sets", sets, template.tokenizer, trained_on)
         template.save(folder / "template.json")
     metrics = measure(ledger, parts)
     write_json(METRICS, metrics)
@@ -179,21 +176,9 @@ def open_ledger(group: Preprocess) -> Ledger:
 # --- first pass: files to the scratch table --------------------------------------------------
 
 
-SCRATCH = pa.schema(
-    {
-        "id": pa.string(),
-        "prompt_id": pa.string(),
-        "input_ids_j": pa.list_(pa.int32()),
-        "input_ids_k": pa.list_(pa.int32()),
-        "prefix_length": pa.int32(),
-        "columns": pa.map_(pa.string(), pa.string()),
-    }
-)
-
-
 def tokenize(group: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -> None:
     """Write every usable record's ids to `table`, and what is known of it to the ledger."""
-    with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, SCRATCH) as writer:
+    with tokenized.scratch(table) as writer:
         for batch, future in encoded(encoder, batches(rendered(encoder, ledger))):
             ids = future.result()
             rows = [
@@ -202,7 +187,7 @@ def tokenize(group: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -
                 if (row := as_row(group, encoder, item, sides, ledger))
             ]
             if rows:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, SCRATCH))
+                writer.write_batch(tokenized.batch(rows))
 
 
 def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
@@ -266,12 +251,11 @@ def as_row(
     prefix = prefix_length(left, right)
     ledger.add(file, position, pair, (len(chosen), len(rejected), prefix))
     return {
-        "id": pair.id,
-        "prompt_id": pair.prompt_id,
-        "input_ids_j": left,
-        "input_ids_k": right,
-        "prefix_length": prefix,
-        "columns": list(pair.columns.items()),
+        ID: pair.id,
+        PROMPT_ID: pair.prompt_id,
+        **dict(zip(IDS, (left, right), strict=True)),
+        PREFIX: prefix,
+        tokenized.KEPT: list(pair.columns.items()),
     }
 
 
@@ -381,76 +365,6 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
         | {"max": int(lengths.max())},
         "shared_prefix_share": round(2 * int(ledger.column("prefix")[used].sum()) / tokens, 4),
     }
-
-
-# --- second pass: the scratch table to the datasets ------------------------------------------
-
-
-def write_dataset(
-    folder: Path,
-    table: Path,
-    wanted: npt.NDArray[np.bool_],
-    columns: list[str],
-    template: Template,
-) -> None:
-    """The rows of the scratch table as a folder that `datasets.load_from_disk` reads.
-
-    Its description is the digest of the tokenizer, its fingerprint begins that of the data.
-    """
-    from datasets import DatasetInfo, Features, List, Value
-
-    ids, mask = List(Value("int32")), List(Value("int8"))
-    features = Features(
-        {
-            "id": Value("string"),
-            "prompt_id": Value("string"),
-            "input_ids_j": ids,
-            "attention_mask_j": mask,
-            "input_ids_k": ids,
-            "attention_mask_k": mask,
-            "prefix_length": Value("int32"),
-            **{name: Value("string") for name in columns},
-        }
-    )
-    schema, name = features.arrow_schema, "data-00000-of-00001.arrow"
-    folder.mkdir()
-    start = 0
-    with (
-        pa.OSFile(str(table)) as source,
-        pa.OSFile(str(folder / name), "wb") as sink,
-        pa.ipc.new_stream(sink, schema) as writer,
-    ):
-        for batch in pa.ipc.open_stream(source):
-            rows = batch.filter(pa.array(wanted[start : start + len(batch)]))
-            start += len(batch)
-            if len(rows):
-                writer.write_table(widened(rows, schema, columns))
-    info = DatasetInfo(description=template.tokenizer, features=features)
-    info.write_to_directory(str(folder))
-    write_json(
-        folder / "state.json",
-        {
-            "_data_files": [{"filename": name}],
-            "_fingerprint": digest(folder / name)[:16],
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": None,
-        },
-    )
-
-
-def widened(batch: pa.RecordBatch, schema: pa.Schema, columns: list[str]) -> pa.Table:
-    """A batch of the scratch table with the attention masks and the kept columns spelt out."""
-    data = {name: batch[name] for name in SCRATCH.names[:-1]}
-    for side in "jk":
-        ids = batch[f"input_ids_{side}"]
-        ones = np.ones(len(ids.values), dtype=np.int8)
-        data[f"attention_mask_{side}"] = pa.ListArray.from_arrays(ids.offsets, ones)
-    for name in columns:
-        data[name] = pc.map_lookup(batch["columns"], name, "first")
-    return pa.table(data).select(schema.names).cast(schema)
 
 
 def report(group: Preprocess, metrics: dict[str, Any]) -> None:

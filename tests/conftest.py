@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def threads_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that are run in this process leave the number of its threads alone."""
-    monkeypatch.setattr("stages.process.pin_threads", lambda: None)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -51,8 +51,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from stages import embedded
-    from stages.outputs import digests, write_json
+    from reward.model import embedded
+    from reward.outputs import digests, write_json
 
     folder = tmp_path_factory.mktemp("base")
     tokenizer = embedded.train_tokenizer(embedded.paragraphs(ROOT / embedded.CORPUS))

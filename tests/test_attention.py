@@ -12,22 +12,13 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from stages import attention
-from stages.attention import Plan, attend, by_flash, text_by_text
-from stages.model import (
-    Quantization,
-    add_lora,
-    as_in_transformers,
-    evaluating,
-    head_of,
-    load_base,
-    new_head,
-    require_exact,
-    rewards,
-)
-from stages.packing import Texts, pack
-from stages.pairwise import losses, sides
-from stages.process import Fault
+from reward.model import attention
+from reward.model.attention import Plan, attend, by_flash, text_by_text
+from reward.model.base import Quantization, add_lora, head_of, load_base, new_head
+from reward.model.packing import Texts, pack
+from reward.model.pairwise import chosen_and_rejected, losses
+from reward.model.scoring import as_in_transformers, evaluating, require_exact, rewards
+from reward.process import Fault
 
 Attention = Callable[..., Tensor]
 
@@ -107,7 +98,7 @@ def stock_rewards(model: PeftModel, prompts: list[Texts]) -> Tensor:
 
 def gradients(model: PeftModel, found: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    losses(*sides(found)).mean().backward()
+    losses(*chosen_and_rejected(found)).mean().backward()
     return {
         name: parameter.grad.clone()
         for name, parameter in model.named_parameters()

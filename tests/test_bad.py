@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from reward.data.reading import read
+from reward.data.records import check
+from reward.process import run
 from stages import evaluate, export, fetch, preprocess, train
-from stages.pairs import check, read
-from stages.process import run
 
 from .conftest import ROOT
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from stages import checkpoints
-from stages.checkpoints import KEPT_RUNS, KEPT_STEPS, Run, fingerprint, held
-from stages.outputs import write_json
-from stages.process import Fault
+from reward.model import checkpoints
+from reward.model.checkpoints import KEPT_RUNS, KEPT_STEPS, Run, fingerprint, locked
+from reward.outputs import write_json
+from reward.process import Fault
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,15 +159,13 @@ def test_fingerprint_stands_for_the_versions_of_the_libraries(
     assert fingerprint({}, []) != before
 
 
-@pytest.mark.parametrize("edited", ["train.py", "outputs.py", None])
+@pytest.mark.parametrize("edited", ["stages/train.py", "reward/outputs.py", None])
 def test_fingerprint_stands_for_the_code_in_use(tmp_path: Path, edited: str | None) -> None:
     """A stage of two lines, run as a module, prints the fingerprint of the code that it uses."""
-    stages = tmp_path / "stages"
-    stages.mkdir()
-    for name in ("__init__", "checkpoints", "outputs", "process", "pairs"):
-        (stages / f"{name}.py").write_bytes((ROOT / "stages" / f"{name}.py").read_bytes())
-    source = "from stages.checkpoints import fingerprint\nprint(fingerprint({}, []))\n"
-    (stages / "train.py").write_text(source)
+    for name in ("reward", "stages"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    source = "from reward.model.checkpoints import fingerprint\nprint(fingerprint({}, []))\n"
+    (tmp_path / "stages" / "train.py").write_text(source)
 
     def printed() -> str:
         command = [sys.executable, "-m", "stages.train"]
@@ -176,10 +174,10 @@ def test_fingerprint_stands_for_the_code_in_use(tmp_path: Path, edited: str | No
         ).stdout
 
     before = printed()
-    with (stages / "pairs.py").open("a") as file:
+    with (tmp_path / "reward" / "data" / "reading.py").open("a") as file:
         file.write("# train does not use this module\n")
     if edited:
-        with (stages / edited).open("a") as file:
+        with (tmp_path / edited).open("a") as file:
             file.write("# an edit\n")
     assert (printed() == before) is (edited is None)
 
@@ -189,21 +187,21 @@ def test_fingerprint_stands_for_the_code_in_use(tmp_path: Path, edited: str | No
 
 def test_a_second_trainer_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "PATIENCE", 2)
-    with held("busy"):
-        with pytest.raises(Fault, match="busy is in use: another trainer"), held("busy"):
+    with locked("busy"):
+        with pytest.raises(Fault, match="busy is in use: another trainer"), locked("busy"):
             pass
-        with held("free") as run:
+        with locked("free") as run:
             assert run.folder == root / "free"
-    with held("busy") as run:
+    with locked("busy") as run:
         assert run.folder == root / "busy"
 
 
 def test_a_second_trainer_waits_a_moment_for_the_first_to_end(root: Path) -> None:
     with ExitStack() as first:
-        first.enter_context(held("busy"))
+        first.enter_context(locked("busy"))
         end = threading.Timer(0.3, first.pop_all().close)
         end.start()
-        with held("busy") as run:
+        with locked("busy") as run:
             assert run.folder == root / "busy"
             end.join()
 
@@ -213,18 +211,18 @@ def test_without_dvc_checkpoints_lie_in_the_current_folder(
 ) -> None:
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
-    with held("run") as run:
+    with locked("run") as run:
         assert run.folder.resolve() == tmp_path / "models" / "checkpoints" / "run"
 
 
 def test_oldest_runs_are_removed_but_those_in_use(root: Path) -> None:
     for age in range(KEPT_RUNS + 3):
-        with held(f"run-{age}") as run:
+        with locked(f"run-{age}") as run:
             write_json(run.folder / "finished.json", {})
         os.utime(root / f"run-{age}", (age, age))
-    with held("busy"):
+    with locked("busy"):
         os.utime(root / "busy", (0, 0))
-        with held("now"):
+        with locked("now"):
             names = {path.name for path in root.iterdir() if path.is_dir()}
     kept = {f"run-{age}" for age in range(4, KEPT_RUNS + 3)}
     assert names == {"now", "busy"} | kept
@@ -232,10 +230,10 @@ def test_oldest_runs_are_removed_but_those_in_use(root: Path) -> None:
 
 def test_unfinished_work_is_kept_longer_than_what_is_finished(root: Path) -> None:
     for age in range(KEPT_RUNS + 3):
-        with held(f"run-{age}") as run:
+        with locked(f"run-{age}") as run:
             if age > 0:
                 write_json(run.folder / "finished.json", {})
         os.utime(root / f"run-{age}", (age, age))
-    with held("now"):
+    with locked("now"):
         assert (root / "run-0").is_dir()
         assert not (root / "run-1").exists()

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from stages import exported
-from stages.exported import Conversation, Exported, paired
-from stages.packing import Texts, tokens
-from stages.portable import dress_tokenizer
-from stages.tokens import Encoder, Template, common_start
-from stages.trainers import Rollouts, sample_of_conversations
+from reward.data.tokens import Encoder, Template, common_start
+from reward.exporting import exported
+from reward.exporting.clients_trl import Rollouts, sample_of_conversations
+from reward.exporting.exported import Conversation, Exported, paired
+from reward.exporting.portable import prepare_tokenizer
+from reward.model.packing import Texts, tokens
 
 PAIRS = [
     ("怎么煮鸡蛋？", "冷水下锅，水开后煮八分钟。", "不知道。"),
@@ -29,7 +29,7 @@ def given(tiny_base: Path, tmp_path: Path) -> Given:
     def make(name: str = "zh", pairs: list[Any] = PAIRS, append_eos: bool = False) -> Exported:
         template = Template.of(name, append_eos, 2040, tiny_base)
         encoder = Encoder(tiny_base, template)
-        dress_tokenizer(tiny_base, tmp_path, template, 4096)
+        prepare_tokenizer(tiny_base, tmp_path, template, 4096)
         texts = []
         for prompt, *answers in pairs:
             turns = [

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from stages import compare
-from stages.compare import Comparison, align, mcnemar, report
-from stages.process import Fault, run
+from reward.judging import compare
+from reward.judging.compare import Comparison, align, mcnemar, report
+from reward.process import Fault, run
 
 NAMES = ("main", "other")
 

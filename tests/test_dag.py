@@ -11,39 +11,65 @@ from ruamel.yaml import YAML
 from tests.test_params import GROUPS
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("reward", "stages")
+# What a module reads beside itself.
+READ = {"reward.judging.page": "page.html", "reward.exporting.card": "card.md"}
+# From the top: none imports from a room above its own, or beside it.
+ROOMS = [
+    {"serving"},
+    {"exporting"},
+    {"judging", "model"},
+    {"data"},
+    {"process", "params", "outputs"},
+]
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES: dict[str, Any] = PIPELINE["stages"]
 
 
 @cache
-def tree(name: str) -> ast.Module:
-    return ast.parse((ROOT / "stages" / f"{name}.py").read_text(encoding="utf-8"))
+def tree(module: str) -> ast.Module:
+    return ast.parse(file_of(module).read_text(encoding="utf-8"))
 
 
-def imported(name: str) -> set[str]:
-    """The modules of stages/ that a module imports itself, anywhere in it."""
-    found = set()
-    for node in ast.walk(tree(name)):
-        if isinstance(node, ast.ImportFrom) and node.module == "stages":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stages."):
-            found.add(str(node.module).split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {
-                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("stages.")
-            }
-    return found
+def file_of(module: str) -> Path:
+    """The file of a dotted name of this project, a package's `__init__.py` among them."""
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def transitive(name: str) -> set[str]:
+def imported(module: str) -> set[str]:
+    """The modules of this project that a module imports itself, anywhere in it."""
+    names = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports by a relative name"
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.split(".")[0] in PACKAGES and file_of(name).exists()}
+
+
+def with_packages(module: str) -> set[str]:
+    """A module and the packages that Python imports before it."""
+    parts = module.split(".")
+    return {".".join(parts[: count + 1]) for count in range(len(parts))}
+
+
+@cache
+def transitive(module: str) -> frozenset[str]:
+    """A module and all those of this project that are imported with it."""
     done: set[str] = set()
-    waiting = [name, "__init__"]
+    waiting = [*with_packages(module)]
     while waiting:
-        module = waiting.pop()
-        if module not in done:
-            done.add(module)
-            waiting += imported(module)
-    return done
+        name = waiting.pop()
+        if name not in done:
+            done.add(name)
+            waiting += [part for other in imported(name) for part in with_packages(other)]
+    return frozenset(done)
+
+
+def stage_of(name: str) -> str:
+    return f"stages.{name}"
 
 
 def out_paths(stage: str) -> set[str]:
@@ -63,23 +89,84 @@ def fields_read(module: str, group: str) -> set[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_deps_are_the_transitive_imports(stage: str) -> None:
-    code = {dep for dep in STAGES[stage]["deps"] if dep.startswith("stages/")}
-    files = [
-        ROOT / "stages" / f"{name}{end}" for name in transitive(stage) for end in (".py", ".html")
-    ]
-    assert code == {f"stages/{path.name}" for path in files if path.exists()}
+    code = {dep for dep in STAGES[stage]["deps"] if dep.split("/")[0] in PACKAGES}
+    modules = transitive(stage_of(stage))
+    files = [file_of(module) for module in modules]
+    files += [file_of(name).with_name(beside) for name, beside in READ.items() if name in modules]
+    assert code == {path.relative_to(ROOT).as_posix() for path in files}
+
+
+def test_stages_are_exactly_those_of_the_pipeline() -> None:
+    assert {path.stem for path in (ROOT / "stages").glob("*.py")} == {*STAGES, "__init__"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_stage_imports_another(stage: str) -> None:
-    assert transitive(stage) & set(STAGES) == {stage}
+    found = {module for module in transitive(stage_of(stage)) if module.startswith("stages.")}
+    assert found == {stage_of(stage)}
+
+
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "reward").rglob("*.py")
+    if path.name != "__init__.py"
+)
+
+
+def floor_of(module: str) -> int:
+    """How far below the top a module is."""
+    [floor] = [floor for floor, rooms in enumerate(ROOMS) if module.split(".")[1] in rooms]
+    return floor
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_library_imports_no_stage_and_never_climbs(module: str) -> None:
+    others = imported(module) - with_packages(module)
+    assert not [other for other in others if other.startswith("stages")]
+    for other in others - {"reward"}:
+        same_room = other.split(".")[1] == module.split(".")[1]
+        lowest = module.split(".")[1] in ROOMS[-1]
+        assert same_room or lowest or floor_of(other) > floor_of(module), other
+        assert not lowest or floor_of(other) == floor_of(module), other
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    for module in MODULES:
+        assert not any(module in transitive(other) for other in imported(module) - {module})
+
+
+def test_packages_are_empty() -> None:
+    for path in (ROOT / "reward").rglob("__init__.py"):
+        assert path.read_text(encoding="utf-8") == ""
+
+
+# What a change of a file must rerun, and nothing else: DVC hashes whole files.
+RERUN = {
+    "reward.data.reading": {"preprocess"},
+    "reward.data.splitting": {"preprocess"},
+    "reward.data.sets": {"preprocess"},
+    "reward.model.embedded": {"fetch"},
+    "reward.model.trainer": {"train"},
+    "reward.model.checkpoints": {"train"},
+    "reward.judging.metrics": {"evaluate"},
+    "reward.judging.page": {"evaluate"},
+    "reward.judging.compare": set(),
+    **{module: {"export"} for module in MODULES if ".exporting." in module},
+    **{module: set() for module in MODULES if ".serving." in module},
+}
+
+
+@pytest.mark.parametrize("module", RERUN)
+def test_a_change_reruns_the_stages_that_it_concerns(module: str) -> None:
+    path = file_of(module).relative_to(ROOT).as_posix()
+    assert {name for name, stage in STAGES.items() if path in stage["deps"]} == RERUN[module]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_params_are_those_the_stage_loads(stage: str) -> None:
     loaded = {
         node.args[0].value
-        for node in ast.walk(tree(stage))
+        for node in ast.walk(tree(stage_of(stage)))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) == "params.load"
         and isinstance(node.args[0], ast.Constant)
@@ -90,7 +177,9 @@ def test_params_are_those_the_stage_loads(stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_key_of_a_listed_group_is_read(stage: str) -> None:
     for group in STAGES[stage]["params"]:
-        read = {name for module in transitive(stage) for name in fields_read(module, group)}
+        read = {
+            name for module in transitive(stage_of(stage)) for name in fields_read(module, group)
+        }
         assert read == set(GROUPS[group].__dataclass_fields__), group
 
 
@@ -111,7 +200,7 @@ def test_deps_and_outs_are_sorted_and_described(stage: str) -> None:
 def test_paths_in_the_code_are_those_of_the_stage(stage: str) -> None:
     """Every path constant of a stage is a dep, an out, or lies beside or within one."""
     declared = out_paths(stage) | set(STAGES[stage]["deps"])
-    for node in tree(stage).body:
+    for node in tree(stage_of(stage)).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Path("):
             path = ast.literal_eval(node.value.args[0])  # type: ignore[attr-defined]
             related = [

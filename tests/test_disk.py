@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from reward.model import trainer
+from reward.outputs import digest, digests, read_json, write_json
+from reward.process import run
 from stages import evaluate, export, fetch, preprocess, train
-from stages.outputs import digest, digests, read_json, write_json
-from stages.process import run
 
 Main = Callable[[], None]
 STAGES: dict[str, tuple[Main, list[str]]] = {
@@ -106,14 +107,14 @@ def test_a_checkpoint_that_does_not_fit_costs_no_earlier_one(
     main, outs = STAGES["train"]
     wanted = state(outs)
     remove([*outs, "models/checkpoints"])
-    original = train.RewardTrainer._save_checkpoint
+    original = trainer.RewardTrainer._save_checkpoint
 
-    def filling(self: train.RewardTrainer, *arguments: object) -> None:
+    def filling(self: trainer.RewardTrainer, *arguments: object) -> None:
         with files_of_at_most(2000 if self.state.global_step == 2 else 10**9):
             original(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.RewardTrainer, "_save_checkpoint", filling)
+        patch.setattr(trainer.RewardTrainer, "_save_checkpoint", filling)
         assert "step-2" in fault(main)
     [run_folder] = [path for path in Path("models/checkpoints").iterdir() if path.is_dir()]
     assert {path.name for path in run_folder.glob("step-*")} == {"step-1"}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from stages import embedded
-from stages.outputs import digests, read_json
-from stages.process import Fault
+from reward.model import embedded
+from reward.outputs import digests, read_json
+from reward.process import Fault
 
 ROOT = Path(__file__).parent.parent
 

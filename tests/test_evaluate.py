@@ -13,10 +13,10 @@ import pytest
 import torch
 from datasets import load_from_disk
 
+from reward.model.packing import Texts
+from reward.outputs import digests
+from reward.process import Fault
 from stages import evaluate, preprocess
-from stages.outputs import digests
-from stages.packing import Texts
-from stages.process import Fault
 
 from .conftest import write_pairs
 

@@ -24,24 +24,28 @@ from transformers import (
     PreTrainedModel,
 )
 
-from stages import evaluate, export, params, portable, preprocess, train, trainers
-from stages.model import (
+from reward import params
+from reward.data import tokenized
+from reward.data.tokens import Encoder, Template
+from reward.exporting import clients_trl as trainers
+from reward.exporting import portable
+from reward.exporting.exported import load_exported
+from reward.model.base import (
     Quantization,
     add_lora,
     keep_weights_unpacked,
     load_base,
-    load_exported,
     new_head,
     save,
-    score,
     seal,
     silent_peft,
     stock,
 )
-from stages.outputs import digests, read_json, write_json
-from stages.packing import Texts, load_split, pairs_of
-from stages.process import Fault
-from stages.tokens import Encoder, Template
+from reward.model.packing import Texts, pairs_of
+from reward.model.scoring import score
+from reward.outputs import digests, read_json, write_json
+from reward.process import Fault
+from stages import evaluate, export, preprocess, train
 
 from .conftest import ROOT, write_pairs
 from .test_attention import FAMILIES, SHAPE, prompts_of
@@ -351,7 +355,7 @@ def test_a_copy_in_another_folder_is_loaded_from_anywhere(
     copy = tmp_path / "elsewhere" / "copy"
     shutil.copytree(folder / export.EXPORT, copy)
     monkeypatch.chdir(tmp_path)
-    test = pairs_of(load_split(folder / export.TEST, folder / export.BASE))
+    test = pairs_of(tokenized.load(folder / export.TEST, folder / export.BASE))
     table = pyarrow.parquet.read_table(folder / export.REWARDS)
     found = score(load_exported(copy), test, 4096).view(-1, 2)
     assert found[:, 0].tolist() == table["reward_chosen"].to_pylist()
@@ -401,7 +405,7 @@ def test_every_family_is_loaded_with_its_rewards(
     model = stock(tmp_path / "source", quantization)
     export.take_head(model, tmp_path)
     rows = portable.embeddings(model)
-    portable.dress_model(model, portable.Pad("", rows, rows + 1), {})
+    portable.prepare_model(model, portable.Pad("", rows, rows + 1), {})
     model.save_pretrained(tmp_path / "base")
     export.merged(model, tmp_path).save_pretrained(tmp_path / "merged")
     with contextlib.chdir(tmp_path), silent_peft():
@@ -683,7 +687,7 @@ def test_the_function_for_trl_trains_a_policy_as_the_readme_says(
     beside: Callable[[Change], None],
 ) -> None:
     beside(DEFAULT)
-    [code] = [snippet for snippet in snippets_of_the_readme() if "stages.scorer" in snippet]
+    [code] = [snippet for snippet in snippets_of_the_readme() if "reward.serving.scorer" in snippet]
     trainer = run_code(code)["trainer"]
     assert trainer.state.global_step == 1
     assert any("rewards/reward_model/mean" in each for each in trainer.state.log_history)

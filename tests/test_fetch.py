@@ -22,9 +22,9 @@ from huggingface_hub import constants
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from reward.outputs import digest, digests, read_json
+from reward.process import Fault
 from stages import fetch
-from stages.outputs import digest, digests, read_json
-from stages.process import Fault
 
 ROOT = Path(__file__).parent.parent
 MAIN, SIDE = "a" * 40, "b" * 40

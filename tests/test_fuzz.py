@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.pairs import FIELDS, ROLES, SUFFIXES, BadRecord, Pair, check, read
-from stages.process import Fault
+from reward.data.reading import SUFFIXES, read
+from reward.data.records import FIELDS, ROLES, BadRecord, Pair, check
+from reward.process import Fault
 
 RECORDS: list[dict[str, Any]] = [
     {"prompt": "one", "chosen": "yes", "rejected": "no", "kind": "a"},

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
-from stages import clients, evaluate, export, score, serve
-from stages.model import DIGESTS, load_exported, require_no_code
-from stages.outputs import digests, read_json, write_json
-from stages.process import Fault
-from stages.scorer import reward_function
+from reward.exporting import clients
+from reward.exporting.exported import load_exported, require_no_code
+from reward.model.base import DIGESTS
+from reward.outputs import digests, read_json, write_json
+from reward.process import Fault
+from reward.serving import score, serve
+from reward.serving.scorer import reward_function
+from stages import evaluate, export
 
 pytestmark = pytest.mark.usefixtures("project")
 CODE = """

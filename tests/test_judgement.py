@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
-from stages import judgement
-from stages.judgement import Floats, Ints, Judged, Resampling
+from reward.judging import metrics as judgement
+from reward.judging.metrics import Floats, Ints, Judged, Resampling
 
 RESAMPLING = Resampling(samples=2000, seed=0)
 
@@ -259,7 +259,7 @@ def test_a_constant_has_no_correlation() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_roc_has_the_area_that_scikit_learn_finds(seed: int) -> None:
     judged = some(80, seed)
-    curve = judgement.receiver(judged, points=10_000)
+    curve = judgement.roc(judged, points=10_000)
     false, true = ([each[name] for each in curve] for name in ("false_positives", "true_positives"))
     scores = np.concatenate([judged.chosen, judged.rejected])
     labels = np.repeat([1, 0], 80)
@@ -270,7 +270,7 @@ def test_roc_has_the_area_that_scikit_learn_finds(seed: int) -> None:
 def test_roc_of_many_pairs_is_a_few_points() -> None:
     draw, ones = np.random.default_rng(0), np.ones(5000, int)
     judged = Judged(draw.normal(1, 1, 5000), draw.normal(0, 1, 5000), ones, ones, np.arange(5000))
-    curve = judgement.receiver(judged)
+    curve = judgement.roc(judged)
     assert len(curve) <= 200
     assert curve[0] == {"false_positives": 0, "true_positives": 0}
     assert curve[-1] == {"false_positives": 1, "true_positives": 1}
@@ -283,7 +283,7 @@ def test_groups_of_length_difference_hold_every_pair_once() -> None:
     differences = [row["difference"] for row in rows]
     assert differences == sorted(differences)
     mean = sum(row["accuracy"] * row["pairs"] for row in rows) / 100
-    assert mean == pytest.approx(judged.right.mean())
+    assert mean == pytest.approx(judged.correct.mean())
 
 
 def test_groups_of_pairs_of_one_length_are_one() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages import layers
-from stages.model import Quantization, add_lora, as_in_transformers, load_base, new_head
+from reward.model import layers
+from reward.model.base import Quantization, add_lora, load_base, new_head
+from reward.model.scoring import as_in_transformers
 
 SHAPE = {
     "vocab_size": 60,

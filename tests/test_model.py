@@ -16,24 +16,13 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from stages import model as reward_model
-from stages.model import (
-    Quantization,
-    add_lora,
-    as_in_transformers,
-    head_of,
-    load,
-    load_base,
-    new_head,
-    rewards,
-    save,
-    score,
-    seal,
-)
-from stages.outputs import digests
-from stages.packing import Pack, Texts, pack, tokens
-from stages.pairwise import losses, sides
-from stages.process import Fault
+from reward.model import base, scoring
+from reward.model.base import Quantization, add_lora, head_of, load, load_base, new_head, save, seal
+from reward.model.packing import Pack, Texts, pack, tokens
+from reward.model.pairwise import chosen_and_rejected, losses
+from reward.model.scoring import as_in_transformers, rewards, score
+from reward.outputs import digests
+from reward.process import Fault
 
 from .conftest import ROOT
 
@@ -159,7 +148,7 @@ def test_head_is_fp32_over_a_base_in_half_precision(tiny_base: Path) -> None:
     half = Quantization(bits=4, quant_type="nf4", double_quant=False, compute_dtype="bfloat16")
     model = build(tiny_base, half)
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    chosen, _ = sides(rewards(model, pack(some_pairs(2))))
+    chosen, _ = chosen_and_rejected(rewards(model, pack(some_pairs(2))))
     assert trained == {torch.float32}
     assert chosen.dtype == torch.float32
 
@@ -241,7 +230,7 @@ def test_end_of_sequence_token_is_read_not_skipped(tiny_base: Path) -> None:
     model = build(tiny_base)
     short = Texts([[7, 8, 9], [7, 8, 9, EOS]], 2)
     longer = Texts([[*range(1, 30)], [5, 6]], 0)
-    chosen, rejected = sides(score(model, [short, longer], 10**6))
+    chosen, rejected = chosen_and_rejected(score(model, [short, longer], 10**6))
     model.eval()
     assert chosen[0].item() == pytest.approx(alone(model, [7, 8, 9]), abs=1e-5)
     assert rejected[0].item() == pytest.approx(alone(model, [7, 8, 9, EOS]), abs=1e-5)
@@ -262,7 +251,7 @@ def test_score_halves_its_packs_until_they_fit_in_memory(
             raise torch.OutOfMemoryError
         return rewards(model, batch)
 
-    monkeypatch.setattr(reward_model, "rewards", limited)
+    monkeypatch.setattr(scoring, "rewards", limited)
     found = score(model, pairs, 10**6)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert sum(tokens for tokens in asked if tokens <= room) == sum(map(tokens, pairs))
@@ -274,7 +263,7 @@ def test_a_prompt_too_long_for_memory_is_named(
     def never(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(reward_model, "rewards", never)
+    monkeypatch.setattr(scoring, "rewards", never)
     model, pair = build(tiny_base).train(), Texts([[1, 2, 3], [1, 4]], 1)
     with pytest.raises(
         Fault, match=r"^scoring: the texts of one prompt, 4 tokens, need more memory than"
@@ -288,7 +277,9 @@ def test_gradient_does_not_depend_on_the_packs(tiny_base: Path) -> None:
     def gradients(groups: list[list[Texts]]) -> list[torch.Tensor]:
         model = build(tiny_base)
         for group in groups:
-            (losses(*sides(rewards(model, pack(group)))).sum() / len(pairs)).backward()
+            (
+                losses(*chosen_and_rejected(rewards(model, pack(group)))).sum() / len(pairs)
+            ).backward()
         return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
 
     together, apart = gradients([pairs]), gradients([[pair] for pair in pairs])
@@ -303,8 +294,8 @@ def test_score_keeps_the_order_of_pairs_and_the_mode_of_the_model(
     tiny_base: Path, training: bool
 ) -> None:
     model, pairs = build(tiny_base).train(training), some_pairs(12)
-    chosen, rejected = sides(score(model, pairs, 200))
-    backward = sides(score(model, pairs[::-1], 200))
+    chosen, rejected = chosen_and_rejected(score(model, pairs, 200))
+    backward = chosen_and_rejected(score(model, pairs[::-1], 200))
     assert model.training is training
     assert not chosen.requires_grad
     assert chosen.shape == rejected.shape == (12,)
@@ -352,7 +343,7 @@ def bf16_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_guard_a_pass_in_eval_mode_rewrites_the_weights(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reward_model, "keep_weights_unpacked", lambda model: None)
+    monkeypatch.setattr(base, "keep_weights_unpacked", lambda model: None)
 
     def product(x: torch.Tensor, *_: Any, quant_state: Any, **__: Any) -> torch.Tensor:
         return x.new_zeros(*x.shape[:-1], quant_state.shape[0])
@@ -383,7 +374,7 @@ def test_training_after_an_evaluation_is_training_without_one(tiny_base: Path) -
         model = build(tiny_base).train()
         if evaluated:
             score(model, pairs, 4096)
-        losses(*sides(rewards(model, pack(pairs)))).mean().backward()
+        losses(*chosen_and_rejected(rewards(model, pack(pairs)))).mean().backward()
         return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
 
     for one, other in zip(gradients(True), gradients(False), strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.outputs import digests, read_json, whole_folder, write_json
+from reward.outputs import digests, read_json, whole_folder, write_json
 
 
 def test_a_folder_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from stages.packing import Texts, pack, pair, plan, tokens
+from reward.model.packing import Texts, into_packs, pack, pair, tokens
 
 
 def random_lengths(seed: int) -> list[int]:
@@ -32,7 +32,7 @@ def random_prompts(seed: int, most_texts: int = 4) -> list[Texts]:
 @pytest.mark.parametrize("limit", [1, 64, 200, 10**6])
 def test_plan_holds_every_prompt_once_and_in_order(seed: int, limit: int) -> None:
     lengths = random_lengths(seed)
-    flat = [index for group in plan(lengths, limit) for index in group]
+    flat = [index for group in into_packs(lengths, limit) for index in group]
     assert flat == list(range(len(lengths)))
 
 
@@ -42,7 +42,7 @@ def test_a_pack_is_within_the_limit_and_takes_the_next_prompt_if_it_fits(
     seed: int, limit: int
 ) -> None:
     lengths = random_lengths(seed)
-    groups = plan(lengths, limit)
+    groups = into_packs(lengths, limit)
     for group in groups:
         assert sum(lengths[index] for index in group) <= limit or len(group) == 1
     for group, following in pairwise(groups):
@@ -50,7 +50,7 @@ def test_a_pack_is_within_the_limit_and_takes_the_next_prompt_if_it_fits(
 
 
 def test_plan_of_nothing_is_no_pack() -> None:
-    assert plan([], 64) == []
+    assert into_packs([], 64) == []
 
 
 def test_a_tokenized_pair_is_two_texts_of_one_prompt_chosen_first() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from stages import page
-from stages.tokens import Encoder, Template
+from reward.data.tokens import Encoder, Template
+from reward.judging import page
 
 from .browser import Browser
 

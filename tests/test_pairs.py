@@ -14,19 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages import pairs
-from stages.pairs import (
-    BadRecord,
-    among,
-    check,
-    contradictions,
-    duplicates,
-    files,
-    read,
-    split,
-    unit,
-)
-from stages.process import Fault
+from reward.data import reading
+from reward.data import records as pairs
+from reward.data.reading import files, read, unit
+from reward.data.records import BadRecord, check
+from reward.data.splitting import Hashes, among, contradictions, duplicates, split
+from reward.process import Fault
 
 RECORDS: list[dict[str, Any]] = [
     {
@@ -114,7 +107,7 @@ def test_positions_of_json_lines_are_line_numbers(tmp_path: Path) -> None:
 def test_array_is_read_the_same_wherever_a_chunk_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(pairs, "CHUNK", chunk)
+    monkeypatch.setattr(reading, "CHUNK", chunk)
     odd: list[Any] = [
         *RECORDS,
         -1.5e-7,
@@ -433,7 +426,7 @@ def test_single_values_are_kept_as_text_and_ours_are_renamed() -> None:
 # --- all records together --------------------------------------------------------------------
 
 
-def hashes(records: list[tuple[str, str, str]], name: str) -> pairs.Hashes:
+def hashes(records: list[tuple[str, str, str]], name: str) -> Hashes:
     checked = [check(dict(zip(pairs.FIELDS, record, strict=True))) for record in records]
     return np.array([getattr(pair, name) for pair in checked], dtype=np.uint64)
 
@@ -464,7 +457,7 @@ def test_no_records_have_neither_duplicates_nor_contradictions() -> None:
     assert not len(contradictions(none, none))
 
 
-def prompts(count: int, start: int = 0) -> pairs.Hashes:
+def prompts(count: int, start: int = 0) -> Hashes:
     numbers = range(start, start + count)
     return hashes([(f"prompt {i}", "a", "b") for i in numbers], "prompt_hash")
 

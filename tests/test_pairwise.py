@@ -1,4 +1,4 @@
-"""The loss, the hits and the margins against plain Python, number by number."""
+"""The loss, the correct and the margins against plain Python, number by number."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from stages.pairwise import hits, losses, margins
+from reward.model.pairwise import correct, losses, margins
 
 Figure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -45,7 +45,7 @@ def test_a_hit_is_one_a_miss_is_none_a_tie_is_one_half() -> None:
     wanted = []
     for chosen, rejected in zip(CHOSEN, REJECTED, strict=True):
         wanted.append(0.5 if chosen == rejected else float(chosen > rejected))
-    assert hits(torch.tensor(CHOSEN), torch.tensor(REJECTED)).tolist() == wanted
+    assert correct(torch.tensor(CHOSEN), torch.tensor(REJECTED)).tolist() == wanted
 
 
 def test_margin_is_taken_in_fp32_even_of_half_precision_rewards() -> None:
@@ -56,13 +56,13 @@ def test_margin_is_taken_in_fp32_even_of_half_precision_rewards() -> None:
     assert found.tolist() == [255.0, 0.5]
 
 
-@pytest.mark.parametrize("function", [losses, hits, margins])
+@pytest.mark.parametrize("function", [losses, correct, margins])
 def test_every_figure_has_one_number_a_pair(function: Figure) -> None:
     assert function(torch.zeros(5), torch.ones(5)).shape == (5,)
 
 
 @pytest.mark.parametrize("shapes", [((5, 1), (5,)), ((5,), (1, 5)), ((5, 1), (5, 1)), ((1,), (5,))])
-@pytest.mark.parametrize("function", [losses, hits, margins])
+@pytest.mark.parametrize("function", [losses, correct, margins])
 def test_shapes_that_would_broadcast_are_refused(
     function: Figure, shapes: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> None:

@@ -12,15 +12,16 @@ from typing import Annotated, Any, Literal
 import pytest
 from ruamel.yaml import YAML
 
-from stages import params
+from reward import params
+from reward.model.base import Quantization
+from reward.model.trainer import Train
+from reward.params import Fraction, Positive, Rule
+from reward.process import Fault
 from stages.evaluate import Evaluate
 from stages.export import Export
 from stages.fetch import Base
-from stages.model import Quantization
-from stages.params import Fraction, Positive, Rule
 from stages.preprocess import Preprocess
-from stages.process import Fault
-from stages.train import Lora, Train
+from stages.train import Lora
 
 ROOT = Path(__file__).parent.parent
 GROUPS: dict[str, type[Any]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from stages.outputs import digests
+from reward.outputs import digests
 from tests.conftest import ROOT, write_pairs
 
 OUTPUTS = {
@@ -18,9 +18,10 @@ OUTPUTS = {
         "template.json",
         *(
             f"{split}/{name}"
-            for split in ("train", "validation", "test")
+            for split in ("train", "validation", "test", "sets/by_hand")
             for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")
         ),
+        "sets/index.json",
     },
     "metrics": {"preprocess.json", "train.json", "evaluate.json", "export.json"},
     "models/base": {
@@ -119,7 +120,16 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Projec
 def fill(project: Project, base: Path) -> None:
     """Make the folder what a clone of a small project would be."""
     folder = project.folder
-    for name in ("stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"):
+    for name in (
+        "reward",
+        "stages",
+        "models/.gitignore",
+        ".dvc/config",
+        ".dvcignore",
+        ".gitignore",
+        "dvc.yaml",
+        "params.yaml",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         if (ROOT / name).is_dir():
             ignore = shutil.ignore_patterns("__pycache__")
@@ -157,7 +167,7 @@ def test_the_outputs_are_exactly_these(project: Project) -> None:
 def test_nothing_is_left_beside_the_outputs(project: Project) -> None:
     assert names(project.folder / "data") == {"corpus", "raw", "sets", "tokenized"}
     models = {"adapter", "base", "checkpoints", "export"}
-    assert names(project.folder / "models") == models
+    assert names(project.folder / "models") == models | {".gitignore"}
     assert project.call("git", "status", "--short") == ""
 
 

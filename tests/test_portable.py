@@ -10,11 +10,12 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
-from stages import embedded, portable
-from stages.outputs import read_json, write_json
-from stages.portable import PAD, Pad, dress_tokenizer, find_pad
-from stages.process import Fault
-from stages.tokens import TEMPLATES, Encoder, Template
+from reward.data.tokens import TEMPLATES, Encoder, Template
+from reward.exporting import portable
+from reward.exporting.portable import PAD, Pad, find_pad, prepare_tokenizer
+from reward.model import embedded
+from reward.outputs import read_json, write_json
+from reward.process import Fault
 
 PLAIN = TEMPLATES["zh"]
 TEXTS = [
@@ -59,7 +60,7 @@ def template_of(folder: Path, text: str = PLAIN, append_eos: bool = False) -> Te
 def dressed(source: Path, template: Template, rows: int) -> tuple[Path, Pad]:
     folder = source.with_name("exported")
     folder.mkdir()
-    return folder, dress_tokenizer(source, folder, template, rows)
+    return folder, prepare_tokenizer(source, folder, template, rows)
 
 
 # --- the pad token ---------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 
+from reward.data.tokens import Template
+from reward.outputs import digests, read_json
+from reward.process import Fault
 from stages import preprocess
-from stages.outputs import digests, read_json
-from stages.process import Fault
-from stages.tokens import Template
 from tests.conftest import ROOT, write_pairs
 
 SetParams = Callable[..., None]
@@ -92,15 +92,16 @@ def test_every_pair_is_written_with_the_articles_ids(data: Path) -> None:
 def test_outputs_are_three_datasets_a_template_and_metrics() -> None:
     run()
     files = sorted(str(path.relative_to("data")) for path in Path("data").rglob("*.*"))
-    assert files == [
-        "raw/pairs.json",
-        "tokenized/template.json",
-        *(
-            f"tokenized/{name}/{file}"
-            for name in sorted(preprocess.SPLITS)
-            for file in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")
-        ),
-    ]
+    assert files == sorted(
+        [
+            *("raw/pairs.json", "tokenized/sets/index.json", "tokenized/template.json"),
+            *(
+                f"tokenized/{name}/{file}"
+                for name in preprocess.SPLITS
+                for file in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")
+            ),
+        ]
+    )
     for part in written().values():
         assert list(part[0]) == [*COLUMNS, "kind"]
     template = Template.load(preprocess.TOKENIZED / "template.json")

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 STAGE = """
 import sys, time
-from stages.process import Fault, run
+from reward.process import Fault, run
 
 def main():
     print("begun", flush=True)

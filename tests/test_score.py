@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from stages import score
-from stages.process import run
-from stages.scorer import Scorer
+from reward.process import run
+from reward.serving import score
+from reward.serving.scorer import Scorer
 
 from .conftest import ROOT
 from .test_disk import files_of_at_most

@@ -12,13 +12,16 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages import scorer as module
-from stages.model import as_in_transformers, head_of, load_exported
-from stages.packing import tokens
-from stages.pairs import BadRecord, candidates, check, read
-from stages.process import Fault
-from stages.scorer import Misfit, Scorer, packable, ranks, reward_function
-from stages.tokens import Template
+from reward.data.reading import read
+from reward.data.records import BadRecord, candidates, check
+from reward.data.tokens import Template
+from reward.exporting.exported import load_exported
+from reward.model.base import head_of
+from reward.model.packing import tokens
+from reward.model.scoring import as_in_transformers
+from reward.process import Fault
+from reward.serving import scorer as module
+from reward.serving.scorer import Misfit, Scorer, packable, ranks, reward_function
 
 EXPORT = Path("models/export")
 pytestmark = pytest.mark.usefixtures("project")

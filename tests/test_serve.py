@@ -20,9 +20,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web import Application, Request
 
 from benchmarks import serve as load
-from stages import serve
-from stages.process import Fault
-from stages.scorer import Ids, Scorer
+from reward.process import Fault
+from reward.serving import serve
+from reward.serving.scorer import Ids, Scorer
 
 from .conftest import ROOT
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from datasets import load_from_disk
 
+from reward.data.records import check
+from reward.data.sets import read_sets
+from reward.data.tokens import Encoder, Template
+from reward.model.packing import Texts
+from reward.outputs import read_json
+from reward.process import Fault
 from stages import evaluate, preprocess
-from stages.packing import Texts
-from stages.pairs import check
-from stages.process import Fault
-from stages.sets import load_sets
-from stages.tokens import Encoder, Template
 
 from .conftest import write_pairs
 
@@ -38,16 +39,19 @@ def test_ids_are_those_that_preprocess_gives(
 ) -> None:
     data = write_pairs(workspace / "data" / "raw" / "pairs.json", 40)
     preprocess.main()
-    template = Template.load(Path("data/tokenized/template.json"))
     (workspace / "data" / "sets" / "same.json").write_text(data.read_text(), encoding="utf-8")
-    [found] = load_sets(Path("data/sets"), Encoder(Path("models/base"), template))
+    preprocess.main()
+    found = load_from_disk("data/tokenized/sets/same")
     columns = ["id", "prompt_id", "input_ids_j", "input_ids_k", "prefix_length", "kind"]
     wanted = {}
     for split in ("train", "validation", "test"):
         for row in load_from_disk(f"data/tokenized/{split}"):
             wanted[row["id"]] = {name: row[name] for name in columns}
-    assert {row["id"]: {name: row[name] for name in columns} for row in found.pairs} == wanted
-    assert (found.name, found.cut, found.left_out) == ("same", 0, 0)
+    assert {row["id"]: {name: row[name] for name in columns} for row in found} == wanted
+    leaked = len(wanted) - len(load_from_disk("data/tokenized/test"))
+    assert read_json(Path("data/tokenized/sets/index.json")) == {
+        "same": {"cut": 0, "leaked": leaked, "left_out": 0}
+    }
 
 
 def test_too_long_a_prompt_is_cut_and_too_long_an_answer_left_out(
@@ -56,14 +60,14 @@ def test_too_long_a_prompt_is_cut_and_too_long_an_answer_left_out(
     long_prompt = PAIR | {"prompt": "Is it raining? " * 60}
     long_answer = PAIR | {"chosen": "Yes, take a coat. " * 60}
     write_set(Path("data/sets/long.jsonl"), PAIR, long_prompt, long_answer)
-    [found] = load_sets(Path("data/sets"), encoder(100))
-    assert (len(found.pairs), found.cut, found.left_out) == (2, 1, 1)
-    assert max(map(len, found.pairs["input_ids_j"])) == 100
+    [found] = read_sets(Path("data/sets"), encoder(100))
+    assert (len(found.rows), found.cut, found.left_out) == (2, 1, 1)
+    assert max(len(row["input_ids_j"]) for row in found.rows) == 100
 
 
 def test_no_set_is_none_and_a_readme_no_set(encoder: Callable[[int], Encoder]) -> None:
     Path("data/sets/README.md").write_text("Sets.\n", encoding="utf-8")
-    assert load_sets(Path("data/sets"), encoder(100)) == []
+    assert read_sets(Path("data/sets"), encoder(100)) == []
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def test_what_cannot_be_judged_is_a_sentence(
 ) -> None:
     write_set(Path("data/sets/bad.jsonl"), *records)
     with pytest.raises(Fault, match=said):
-        load_sets(Path("data/sets"), encoder(100))
+        read_sets(Path("data/sets"), encoder(100))
 
 
 @pytest.mark.usefixtures("workspace")
@@ -86,12 +90,12 @@ def test_two_files_of_one_name_are_a_sentence(encoder: Callable[[int], Encoder])
     write_set(Path("data/sets/same.jsonl"), PAIR)
     write_set(Path("data/sets/same.json"), PAIR)
     with pytest.raises(Fault, match="data/sets has two files for the set same, wanted one"):
-        load_sets(Path("data/sets"), encoder(100))
+        read_sets(Path("data/sets"), encoder(100))
 
 
 def test_a_folder_that_is_not_there_is_a_sentence(encoder: Callable[[int], Encoder]) -> None:
-    with pytest.raises(Fault, match=r"evaluate.sets nowhere cannot be read: .*; wanted a folder"):
-        load_sets(Path("nowhere"), encoder(100))
+    with pytest.raises(Fault, match=r"preprocess.sets nowhere cannot be read: .*; wanted a folder"):
+        read_sets(Path("nowhere"), encoder(100))
 
 
 def test_sets_are_judged_as_slices_and_their_leaks_counted(
@@ -119,6 +123,7 @@ def test_sets_are_judged_as_slices_and_their_leaks_counted(
         worse = len(pairs) == 1
         return torch.tensor([0.0, 1.0] if worse else [1.0, 0.0] * len(pairs))
 
+    preprocess.main()
     monkeypatch.setattr(evaluate, "load", lambda *_: None)
     monkeypatch.setattr(evaluate, "require_exact", lambda *_: None)
     monkeypatch.setattr(evaluate, "score", score)

@@ -8,9 +8,9 @@ import vl_convert
 
 from benchmarks import speed
 from benchmarks.speed import Contender, Measurement, Row, Workload
-from stages.packing import Texts
-from stages.process import Fault
-from stages.tokens import prefix_length
+from reward.data.tokens import prefix_length
+from reward.model.packing import Texts
+from reward.process import Fault
 
 
 def row(label: str, *seconds: float, losses: tuple[float, ...] = (0.7, 0.6)) -> Row:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from stages.pairs import BadRecord, Messages
-from stages.process import Fault
-from stages.tokens import Encoder, Template, prefix_length
+from reward.data.records import BadRecord, Messages
+from reward.data.tokens import Encoder, Template, prefix_length
+from reward.process import Fault
 
 Encoders = Callable[..., Encoder]
 

@@ -37,8 +37,8 @@ class Judged:
         return self.chosen - self.rejected
 
     @cached_property
-    def right(self) -> Floats:
-        return hits(self.margin)
+    def correct(self) -> Floats:
+        return correct(self.margin)
 
     @cached_property
     def longer(self) -> Ints:
@@ -103,9 +103,9 @@ class Resampling:
         """Accuracy with its interval, and what was judged; of no pairs their number alone."""
         if not len(judged):
             return {"pairs": 0}
-        low, high = self.interval_of_share(judged.right, judged.prompts)
+        low, high = self.interval_of_share(judged.correct, judged.prompts)
         return {
-            "accuracy": float(judged.right.mean()),
+            "accuracy": float(judged.correct.mean()),
             "low": low,
             "high": high,
             "pairs": len(judged),
@@ -113,7 +113,7 @@ class Resampling:
         }
 
 
-def hits(margin: Floats) -> Floats:
+def correct(margin: Floats) -> Floats:
     """1 where the chosen answer has the higher reward, 0 where the lower, 0.5 at a tie."""
     return np.heaviside(margin, 0.5)
 
@@ -165,7 +165,7 @@ def reliability(margin: Floats) -> list[Figures]:
     Confidence is the probability of the answer that the model prefers, from 0.5 to 1.
     """
     confidence = special.expit(np.abs(margin))
-    right = hits(margin)
+    right = correct(margin)
     # A confidence of 1 is in the last bin.
     bins = np.minimum(((confidence - 0.5) * 2 * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
     return [
@@ -234,7 +234,7 @@ def length_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
 # --- curves ----------------------------------------------------------------------------------
 
 
-def receiver(judged: Judged, points: int = 200) -> list[Figures]:
+def roc(judged: Judged, points: int = 200) -> list[Figures]:
     """The ROC of rewards as scores of "this is a chosen answer" (Fawcett 2006, algorithm 1).
 
     At most about `points` of it.

@@ -18,8 +18,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from stages.packing import Layout
-from stages.process import Fault
+from reward.model.packing import Layout
+from reward.process import Fault
 
 NAME = "packs"
 FLASH_HEAD_SIZE = 256

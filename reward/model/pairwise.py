@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def sides(rewards: Tensor) -> tuple[Tensor, Tensor]:
+def chosen_and_rejected(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards of chosen and of rejected, out of those of both sides pair by pair, [2 * pairs]."""
     chosen, rejected = rewards.view(-1, 2).unbind(1)
     return chosen, rejected
@@ -20,7 +20,7 @@ def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -logsigmoid(margins(chosen, rejected))
 
 
-def hits(chosen: Tensor, rejected: Tensor) -> Tensor:
+def correct(chosen: Tensor, rejected: Tensor) -> Tensor:
     """1 where the chosen answer has the higher reward, 0 where the lower, one half at a tie."""
     return torch.heaviside(margins(chosen, rejected), torch.tensor(0.5, device=chosen.device))
 

@@ -11,20 +11,21 @@ sees its prefix and itself alone has the reward, and gives the gradient, that it
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from datasets import Dataset
 from torch import Tensor
 
-from stages.outputs import digest, read_json
-from stages.process import Fault
+from reward.data.columns import IDS, PREFIX
 
-Row = Mapping[str, Any]
-COLUMNS = ["input_ids_j", "input_ids_k", "prefix_length"]
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# What a row of tokenized pairs must have to become a part of a pack.
+COLUMNS = [*IDS, PREFIX]
 
 
 @dataclass(frozen=True)
@@ -78,33 +79,12 @@ class Pack:
     order: Tensor
 
 
-def load_split(path: Path, base: Path) -> Dataset:
-    """A tokenized split. Raises a Fault if it is damaged, or has ids of another tokenizer."""
-    try:
-        found = Dataset.load_from_disk(str(path))
-        state = read_json(path / "state.json")
-        [data] = state["_data_files"]
-        whole = digest(path / data["filename"])[:16] == state["_fingerprint"]
-        tokenizer = digest(base / "tokenizer.json")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise Fault(f"{path} cannot be read ({reason}), wanted a split of preprocess") from None
-    if not whole:
-        raise Fault(f"{path} is damaged, wanted a split as preprocess wrote it; run dvc repro")
-    if found.info.description != tokenizer:
-        raise Fault(
-            f"{path} has ids of another tokenizer than that of {base}, wanted the same; "
-            "run dvc repro"
-        )
-    return found
-
-
-def pair(row: Row) -> Texts:
+def pair(row: Mapping[str, Any]) -> Texts:
     """A tokenized pair: chosen, then rejected."""
-    return Texts((row["input_ids_j"], row["input_ids_k"]), int(row["prefix_length"]))
+    return Texts([row[name] for name in IDS], int(row[PREFIX]))
 
 
-def pairs_of(dataset: Dataset) -> list[Texts]:
+def pairs_of(dataset: "Dataset") -> list[Texts]:
     """All pairs of a tokenized dataset."""
     return [pair(row) for row in dataset.select_columns(COLUMNS).with_format("numpy")]
 
@@ -114,7 +94,7 @@ def tokens(texts: Texts) -> int:
     return sum(map(len, texts.ids)) - (len(texts.ids) - 1) * texts.prefix
 
 
-def plan(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
+def into_packs(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
     """Indices of prompts, in the order given, cut into packs of at most `tokens_per_pack` tokens.
 
     A prompt whose texts are longer by themselves is a pack of its own.
@@ -144,13 +124,13 @@ def pack(prompts: Sequence[Texts]) -> Pack:
     own = [len(text) - before for text, before in zip(ids, prefix, strict=True)]
     layout = Layout(own, own, prefix, [prompt for prompt, _, _ in parts])
     return Pack(
-        row(np.asarray(text[before:]) for text, before in zip(ids, prefix, strict=True)),
-        row(np.arange(before, len(text)) for text, before in zip(ids, prefix, strict=True)),
+        in_a_row(np.asarray(text[before:]) for text, before in zip(ids, prefix, strict=True)),
+        in_a_row(np.arange(before, len(text)) for text, before in zip(ids, prefix, strict=True)),
         layout,
         torch.tensor(sorted(range(len(parts)), key=parts.__getitem__)),
     )
 
 
-def row(pieces: Iterable[npt.NDArray[Any]]) -> Tensor:
+def in_a_row(pieces: Iterable[npt.NDArray[Any]]) -> Tensor:
     """The pieces one after the other: [1, tokens], int64."""
     return torch.from_numpy(np.concatenate(list(pieces), dtype=np.int64))[None]

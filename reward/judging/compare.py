@@ -1,6 +1,6 @@
 """Say whether one reward model judges better than another, or whether that cannot be told.
 
-    python -m stages.compare main my-experiment
+    python -m reward.judging.compare main my-experiment
 
 Takes two revisions of this repository: branches, tags, commits, names of experiments, or
 "workspace". Reads the rewards that evaluate wrote there, pair by pair: those of the test pairs, or
@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from scipy import stats
 
-from stages.judgement import Floats, Ints, Resampling, hits
-from stages.process import Fault, run
+from reward.judging.metrics import Floats, Ints, Resampling, correct
+from reward.process import Fault, run
 
 REPORTS = Path("reports/evaluate")
 RESAMPLING = Resampling(samples=10_000, seed=0)
@@ -37,14 +37,14 @@ class Comparison:
     margins: tuple[Floats, Floats]
 
     @property
-    def right(self) -> tuple[Floats, Floats]:
-        first, second = map(hits, self.margins)
+    def correct(self) -> tuple[Floats, Floats]:
+        first, second = map(correct, self.margins)
         return first, second
 
     @property
     def gain(self) -> Floats:
         """What the second has more right than the first: from -1 to 1."""
-        first, second = self.right
+        first, second = self.correct
         return second - first
 
 
@@ -133,7 +133,7 @@ def report(found: Comparison, names: tuple[str, str], everything: bool) -> str:
     )
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
     verdict = "is better" if low > 0 else "is worse" if high < 0 else "cannot be told from noise"
-    first, second = (float(right.mean()) for right in found.right)
+    first, second = (float(right.mean()) for right in found.correct)
     lines = [
         f"verdict    {names[1]} {verdict}",
         f"accuracy   {first:.4f} for {names[0]}, {second:.4f} for {names[1]}, "

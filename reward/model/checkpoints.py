@@ -20,8 +20,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.outputs import digest, digests, read_json, write_json, writing
-from stages.process import Fault
+from reward.outputs import digest, digests, read_json, write_json, writing
+from reward.process import Fault
 
 DIGESTS = "digests.json"
 KEPT_STEPS = 2
@@ -35,7 +35,7 @@ def fingerprint(params: dict[str, Any], inputs: list[Path]) -> str:
     code = {
         name: digest(Path(module.__file__))
         for name, module in sorted(sys.modules.items())
-        if name.startswith("stages.") and module.__file__
+        if name.startswith(("stages.", "reward.")) and module.__file__
     }
     main = sys.modules["__main__"].__file__
     content = {
@@ -107,7 +107,7 @@ class Run:
 
 
 @contextmanager
-def held(name: str) -> Iterator[Run]:
+def locked(name: str) -> Iterator[Run]:
     """The run of a fingerprint, locked against other trainers; old runs beyond a few are removed.
 
     Waits a moment for a trainer whose parent was killed, then raises a Fault.

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stages.model import EXPORTED_BASE, MERGED, REWARD
-from stages.outputs import read_json
+from reward.exporting.exported import EXPORTED_BASE, MERGED, REWARD
+from reward.outputs import read_json
 
 CARD = """\
 ---
@@ -221,7 +221,7 @@ def snippets(folder: Path) -> dict[str, str]:
     return {"PEFT": peft} | (OF_MERGED if (folder / MERGED).is_dir() else {})
 
 
-def write(folder: Path, base: dict[str, Any], metrics: dict[str, Any]) -> str:
+def render(folder: Path, base: dict[str, Any], metrics: dict[str, Any]) -> str:
     """The card of a folder; nothing in it is of this machine."""
     template, training, recipe, reward = (
         read_json(folder / name)

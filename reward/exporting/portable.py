@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.outputs import digest, read_json, write_json
-from stages.process import Fault
-from stages.tokens import Template, around, token_of
+from reward.data.tokens import Template, around, token_of
+from reward.outputs import digest, read_json, write_json
+from reward.process import Fault
 
 PAD = "<|reward_pad|>"
 NO_PAD = ("eos_token", "bos_token", "unk_token")
@@ -57,7 +57,7 @@ class Pad:
     rows: int
 
 
-def dress_tokenizer(source: Path, folder: Path, template: Template, rows: int) -> Pad:
+def prepare_tokenizer(source: Path, folder: Path, template: Template, rows: int) -> Pad:
     """Write the tokenizer of a base to a folder, with the template that goes with it.
 
     It gives the same ids as before. It has a pad token of its own, its chat template is what the
@@ -164,7 +164,7 @@ def literal(text: str) -> str:
 # --- the configuration of models -------------------------------------------------------------
 
 
-def dress_model(model: PreTrainedModel, pad: Pad, reward: dict[str, Any]) -> None:
+def prepare_model(model: PreTrainedModel, pad: Pad, reward: dict[str, Any]) -> None:
     """Have a classifier's configuration say what plain loaders go by, and its rows fit the pad.
 
     `reward` is recorded in it as `reward_model`.

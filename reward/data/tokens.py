@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from stages.outputs import digest, read_json, write_json
-from stages.pairs import BadRecord, Messages
-from stages.process import Fault
+from reward.data.records import BadRecord, Messages
+from reward.outputs import digest, read_json, write_json
+from reward.process import Fault
 
 TEMPLATES = {
     "zh": "问:{prompt}\n\n答:{answer}",

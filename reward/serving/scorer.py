@@ -1,6 +1,6 @@
 """An exported reward model that scores: prompts with answers in, rewards out.
 
-    from stages.scorer import reward_function
+    from reward.serving.scorer import reward_function
 
     trainer = GRPOTrainer(reward_funcs=reward_function("models/export"), ...)
 
@@ -12,11 +12,12 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.model import load_exported, score
-from stages.packing import Texts, plan
-from stages.pairs import BadRecord, Candidates, Messages, candidates
-from stages.process import Fault
-from stages.tokens import Encoder, Template, prefix_length
+from reward.data.records import BadRecord, Candidates, Messages, candidates
+from reward.data.tokens import Encoder, Template, prefix_length
+from reward.exporting.exported import load_exported
+from reward.model.packing import Texts, into_packs
+from reward.model.scoring import score
+from reward.process import Fault
 
 # The most tokens of one pack: memory depends on it, rewards to rounding only.
 TOKENS_PER_PACK = 4096
@@ -112,7 +113,7 @@ def packable(ids: Sequence[Sequence[int]]) -> list[Texts]:
     own = [len(text) - shared for text in ids]
     return [
         Texts([ids[index] for index in group], shared)
-        for group in plan(own, TOKENS_PER_PACK - shared)
+        for group in into_packs(own, TOKENS_PER_PACK - shared)
     ]
 
 

@@ -1,6 +1,6 @@
 """Serve an exported reward model over HTTP, in the format of OpenRLHF's remote reward models.
 
-    python -m stages.serve --port 5000
+    python -m reward.serving.serve --port 5000
 
 POST /get_reward takes a JSON object with `query`: whole texts, which are scored as they are, and
 whose `prompts`, if they are given too, say which of them begin alike. Or with `prompts` and
@@ -25,11 +25,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from aiohttp import web
 
-from stages.packing import plan
-from stages.process import Fault, run
-from stages.scorer import TOKENS_PER_PACK, Ids, Misfit, Scorer
+from reward.model.packing import into_packs
+from reward.process import Fault, processors, run
+from reward.serving.scorer import TOKENS_PER_PACK, Ids, Misfit, Scorer
 
 EXPORT = Path("models/export")
 # Bytes of a request, and requests that are accepted at once.
@@ -67,6 +68,7 @@ class Job:
 
 def main() -> None:
     options = parse()
+    torch.set_num_threads(processors())
     scorer = Scorer(options.model)
     asyncio.run(serve(Service(scorer), options.host, options.port))
 
@@ -193,7 +195,7 @@ class Service:
         while True:
             await self._arrived.wait()
             waiting = [job for job in self._waiting if not job.rewards.done()]
-            packs = plan([job.tokens for job in waiting], TOKENS_PER_PACK)
+            packs = into_packs([job.tokens for job in waiting], TOKENS_PER_PACK)
             count = len(packs[0]) if packs else 0
             self._waiting = waiting[count:]
             if not self._waiting:

@@ -1,6 +1,6 @@
 """The clients of an exported reward model: each scores the test pairs in its own way.
 
-    python -m stages.clients models/export data/tokenized/test models/base found.json light 4096
+    python -m reward.exporting.clients EXPORT PAIRS BASE found.json light 4096
 
 reads an exported folder, pairs and the original base, and writes what each client found. Export
 runs it in a fresh process, in a folder where nothing is, on a copy of what it is about to finish.
@@ -22,22 +22,29 @@ from transformers import (
     pipeline,
 )
 
-from stages.exported import BATCH, Exported, Forms, Found, paired
-from stages.model import (
+from reward.data import tokenized
+from reward.exporting.clients_trl import HEAVY
+from reward.exporting.exported import (
+    BATCH,
     MERGED,
+    Exported,
+    Forms,
+    Found,
+    exported_quantization,
+    load_exported,
+    paired,
+)
+from reward.model.base import (
     Quantization,
     adapt,
     device,
-    exported_quantization,
     keep_weights_unpacked,
     load_base,
-    load_exported,
-    score,
     silent_peft,
 )
-from stages.packing import Texts, load_split, pairs_of
-from stages.process import run
-from stages.trainers import HEAVY
+from reward.model.packing import Texts, pairs_of
+from reward.model.scoring import score
+from reward.process import processors, run
 
 ORIGINAL = "original_base"
 
@@ -49,9 +56,10 @@ def main() -> None:
     parser.add_argument("clients", choices=["light", "all"])
     parser.add_argument("tokens_per_pack", type=int)
     given = parser.parse_args()
+    torch.set_num_threads(processors())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    exported = Exported(given.folder, pairs_of(load_split(given.pairs, given.base)))
+    exported = Exported(given.folder, pairs_of(tokenized.load(given.pairs, given.base)))
     found = {"packs": by_packs(exported, given.tokens_per_pack)}
     clients = LIGHT if given.clients == "light" else LIGHT | HEAVY
     whole = (exported.folder / MERGED).is_dir()

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from stages import process
-from stages.outputs import read_json, write_json
-from stages.process import Fault
+from reward.outputs import read_json, write_json
+from reward.process import Fault, processors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -121,7 +120,7 @@ def pretrain(corpus: list[str], tokenizer: "Tokenizer", seed: int) -> "Qwen2ForC
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    process.pin_threads()
+    torch.set_num_threads(processors())
     torch.manual_seed(seed)
     end = tokenizer.encode(SPECIAL[0]).ids[0]
     model = Qwen2ForCausalLM(

@@ -1,6 +1,6 @@
 """Score prompts with answers by an exported reward model.
 
-    python -m stages.score data/raw/pairs.json --output rewards.jsonl
+    python -m reward.serving.score data/raw/pairs.json --output rewards.jsonl
 
 Reads records with `prompt` and one `answer` or a list of `answers`, or preference pairs, in all the
 files that preprocess reads. Writes each record as it came with `rewards`, in the order of its
@@ -24,13 +24,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
+import torch
 from tqdm import tqdm
 
-from stages.model import DIGESTS
-from stages.outputs import digest, writing
-from stages.pairs import BadRecord, candidates, files, read, unit
-from stages.process import Fault, run
-from stages.scorer import Misfit, Scorer, ranks
+from reward.data.reading import files, read, unit
+from reward.data.records import BadRecord, candidates
+from reward.model.base import DIGESTS
+from reward.outputs import digest, writing
+from reward.process import Fault, processors, run
+from reward.serving.scorer import Misfit, Scorer, ranks
 
 EXPORT = Path("models/export")
 ADDED = ("rewards", "ranks")
@@ -84,6 +86,7 @@ def main() -> None:
     options = parse()
     require_output(options.output, options.inputs)
     paths = [file for path in options.inputs for file in files(path)]
+    torch.set_num_threads(processors())
     scorer = Scorer(options.model)
     with journal_beside(options.output, options.model) as journal:
         totals = score_files(scorer, paths, journal)

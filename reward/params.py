@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from stages.process import Fault
+from reward.process import Fault
 
 Group = TypeVar("Group")
 

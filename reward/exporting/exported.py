@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from peft import PeftModel
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -16,10 +17,24 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from stages.model import EXPORTED_BASE, device, exported_quantization, keep_weights_unpacked
-from stages.outputs import read_json
-from stages.packing import Texts, tokens
-from stages.tokens import common_start
+from reward.data.tokens import common_start
+from reward.model.base import (
+    ADAPTER_WEIGHTS,
+    DIGESTS,
+    Quantization,
+    adapt,
+    device,
+    keep_weights_unpacked,
+    load_base,
+)
+from reward.model.packing import Texts, tokens
+from reward.outputs import read_json, recorded, require_files
+from reward.process import Fault
+
+# What an exported folder has besides the adapter: two folders, and what is known of its rewards.
+EXPORTED_BASE, MERGED, REWARD = "base", "merged", "reward.json"
+# Keys of configurations by which transformers and PEFT import what they name.
+NAMING_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "megatron_config"}
 
 BATCH = 16
 # Pairs of the forms that are slow: one text by one, and a step of training.
@@ -150,3 +165,85 @@ def paired(indices: Sequence[int], rewards: Sequence[float]) -> Found:
     """Rewards of both sides, pair by pair, by the index of the pair."""
     both = zip(rewards[::2], rewards[1::2], strict=True)
     return {index: list(pair) for index, pair in zip(indices, both, strict=True)}
+
+
+def load_exported(folder: Path) -> PeftModel:
+    """The reward model of an exported folder, ready to score, on its own base or the Hub's.
+
+    Raises a Fault for code, for files that are damaged, and for a base that cannot be had from the
+    Hub.
+    """
+    require_no_code(folder)
+    record = recorded(folder / DIGESTS)
+    if ADAPTER_WEIGHTS not in record["files"]:
+        raise Fault(f"{folder} has no {ADAPTER_WEIGHTS} in its {DIGESTS}, wanted a whole export")
+    merged = f"{MERGED}/"
+    require_files(folder, {k: v for k, v in record["files"].items() if not k.startswith(merged)})
+    base = folder / EXPORTED_BASE
+    if not base.is_dir():
+        base = hub_base(folder, record["base"])
+    return adapt(load_base(base, exported_quantization(folder)), folder)
+
+
+def require_no_code(folder: Path) -> None:
+    """Raises a Fault for a folder from anywhere that has code, or a configuration that names some.
+
+    Digests tell that a folder is whole, not who made it.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    code = [path for path in files if path.suffix in (".py", ".pyc", ".so")]
+    code += [path for path in files if path.name.endswith("config.json") and names_code(path)]
+    if code:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in code)
+        raise Fault(
+            f"{folder}: {names} is code, or names some, wanted weights and configurations alone; "
+            "nothing of the folder was loaded"
+        )
+
+
+def names_code(path: Path) -> bool:
+    """Whether a configuration names code anywhere in it."""
+    parts = [recorded(path)]
+    while parts:
+        part = parts.pop()
+        if any(part.get(key) for key in NAMING_CODE):
+            return True
+        values = [item for value in part.values() for item in as_list(value)]
+        parts += [value for value in values if isinstance(value, dict)]
+    return False
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def exported_quantization(folder: Path) -> Quantization:
+    """How the base of an exported folder was quantized and computed in training."""
+    recipe = read_json(folder / "quantization.json")
+    dtype = read_json(folder / REWARD)["dtype"]
+    if recipe is None:
+        return Quantization("none", "nf4", False, dtype)
+    double = recipe["bnb_4bit_use_double_quant"]
+    return Quantization(4, recipe["bnb_4bit_quant_type"], double, dtype)
+
+
+def hub_base(folder: Path, files: dict[str, str]) -> Path:
+    """Weights and configuration of the base that an exported folder names, from the Hub's cache.
+
+    `files` are the SHA-256 of the base's files. Raises a Fault where they cannot be had.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    config = read_json(folder / "adapter_config.json")
+    name, revision = config["base_model_name_or_path"], config["revision"]
+    wanted = {k: v for k, v in files.items() if k == "config.json" or k.startswith("model")}
+    try:
+        path = snapshot_download(name, revision=revision, allow_patterns=sorted(wanted))
+    # The root of all errors of the HTTP library, which is httpx or httpx2 by the Hub's version.
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        raise Fault(
+            f"{folder}: its base {name} at {revision} cannot be had ({type(error).__name__}), "
+            "wanted the Hub, a mirror in HF_ENDPOINT, or the model in its cache"
+        ) from None
+    require_files(Path(path), wanted)
+    return Path(path)

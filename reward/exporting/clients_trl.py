@@ -10,9 +10,18 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from stages.exported import BATCH, SAMPLE, Conversation, Exported, Forms, Found, paired
-from stages.model import MERGED, device, keep_weights_unpacked
-from stages.process import Fault
+from reward.exporting.exported import (
+    BATCH,
+    MERGED,
+    SAMPLE,
+    Conversation,
+    Exported,
+    Forms,
+    Found,
+    paired,
+)
+from reward.model.base import device, keep_weights_unpacked
+from reward.process import Fault
 
 LIBRARIES = {"trl": "trl", "sentence_transformers": "sentence-transformers"}
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from stages.process import Fault
+from reward.process import Fault
 
 Item = TypeVar("Item")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from stages.outputs import watched, writing
-from stages.pairs import FIELDS, LAST_TURN
-from stages.tokens import Encoder, common_start
+from reward.data.records import FIELDS, LAST_TURN
+from reward.data.tokens import Encoder, common_start
+from reward.outputs import watched, writing
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_PAIRS = 10_000

@@ -1,0 +1,14 @@
+"""The columns of tokenized pairs and of their rewards, spelt once. j is preferred over k."""
+
+ID, PROMPT_ID = "id", "prompt_id"
+IDS = ("input_ids_j", "input_ids_k")
+MASKS = ("attention_mask_j", "attention_mask_k")
+PREFIX = "prefix_length"
+
+REWARDS = ("reward_chosen", "reward_rejected")
+TOKENS = ("tokens_chosen", "tokens_rejected")
+MARGIN = "margin"
+TEST_SET = "test set"
+
+# A column of a record that has one of these names is kept under another.
+RESERVED = (ID, PROMPT_ID, *IDS, *MASKS, PREFIX, *REWARDS, *TOKENS, MARGIN, TEST_SET)

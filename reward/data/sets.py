@@ -1,0 +1,127 @@
+"""Further test sets: a folder with a file of preference pairs for each, tokenized as all pairs."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reward.data import tokenized
+from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
+from reward.data.reading import SUFFIXES, read, unit
+from reward.data.records import BadRecord, Messages, Pair, check
+from reward.data.splitting import Hashes, among
+from reward.data.tokens import Encoder, prefix_length
+from reward.outputs import watched, write_json
+from reward.process import Fault
+
+SHOWN = 10
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The pairs of a file as rows of the scratch table, and their prompts' hashes.
+
+    `cut` prompts were too long and lost their left end; `left_out` pairs had an answer too long.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    prompts: list[int]
+    cut: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What is to be said of a set besides its figures: pairs that were cut, left out, or leaked.
+
+    A pair has leaked if its prompt is one that the model is trained on.
+    """
+
+    cut: int
+    left_out: int
+    leaked: int
+
+
+def read_sets(folder: Path, encoder: Encoder) -> list[TestSet]:
+    """The sets of a folder, by the names of their files. Raises a Fault for what cannot be read."""
+    try:
+        paths = [path for path in sorted(folder.iterdir()) if path.name.endswith(SUFFIXES)]
+    except OSError as error:
+        raise Fault(
+            f"params.yaml: preprocess.sets {folder} cannot be read: {error.strerror}; "
+            "wanted a folder of test sets, which may be empty"
+        ) from None
+    names = [name_of(path) for path in paths]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Fault(f"{folder} has two files for the set {twice[0]}, wanted one for each name")
+    return [read_set(path, encoder) for path in paths]
+
+
+def read_set(path: Path, encoder: Encoder) -> TestSet:
+    rows, prompts, faults, cut, left_out = [], [], [], 0, 0
+    for position, record in watched(read(path), f"test set {path.name}", "pairs"):
+        try:
+            pair = check(record)
+            sides = encoder.encode([encoder.render(pair.prompt, side) for side in answers(pair)])
+        except BadRecord as fault:
+            faults.append(f"{path}: {unit(path)} {position}: {fault.reason}: {fault}")
+            continue
+        if max(map(len, sides)) > encoder.template.max_length:
+            shorter = encoder.encode_cut(pair.prompt, answers(pair))
+            if shorter is None:
+                left_out += 1
+                continue
+            sides, cut = shorter, cut + 1
+        rows.append(as_row(pair, *sides))
+        prompts.append(pair.prompt_hash)
+    if faults:
+        listed = "\n".join(faults[:SHOWN])
+        raise Fault(f"{listed}\nbad records: {len(faults)} in {path}; wanted none in a test set")
+    if not rows:
+        raise Fault(f"{path}: no pair has answers short enough to be judged, wanted some")
+    return TestSet(name_of(path), rows, prompts, cut, left_out)
+
+
+def answers(pair: Pair) -> tuple[Messages, Messages]:
+    return pair.chosen, pair.rejected
+
+
+def as_row(pair: Pair, chosen: list[int], rejected: list[int]) -> dict[str, Any]:
+    return {
+        ID: pair.id,
+        PROMPT_ID: pair.prompt_id,
+        **dict(zip(IDS, (chosen, rejected), strict=True)),
+        PREFIX: prefix_length(chosen, rejected),
+        tokenized.KEPT: list(pair.columns.items()),
+    }
+
+
+def name_of(path: Path) -> str:
+    return path.name.removesuffix(next(end for end in SUFFIXES if path.name.endswith(end)))
+
+
+def write_sets(
+    folder: Path, sets: Iterable[TestSet], tokenizer: str, trained_on: Hashes
+) -> dict[str, Notes]:
+    """Write each set as a tokenized split, and an index of them, which is there without sets too.
+
+    `trained_on` are the hashes of the prompts of training and validation.
+    """
+    folder.mkdir()
+    index = {}
+    for each in sets:
+        scratch = folder / "scratch.arrow"
+        with tokenized.scratch(scratch) as writer:
+            writer.write_batch(tokenized.batch(each.rows))
+        columns = sorted({name for row in each.rows for name, _ in row[tokenized.KEPT]})
+        everything = np.ones(len(each.rows), dtype=bool)
+        tokenized.write(folder / each.name, scratch, everything, columns, tokenizer)
+        scratch.unlink()
+        leaked = among(np.array(each.prompts, dtype=np.uint64), trained_on)
+        index[each.name] = Notes(each.cut, each.left_out, int(leaked.sum()))
+    write_json(folder / INDEX, {name: asdict(notes) for name, notes in index.items()})
+    return index

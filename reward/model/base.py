@@ -1,0 +1,245 @@
+"""The reward model: a quantized base, LoRA on it, a scalar head; its rewards of a pack."""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    logging,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from reward.model import attention, layers
+from reward.outputs import digests, read_json, recorded, require_files, write_json
+from reward.params import Switch
+from reward.process import Fault
+
+DIGESTS, ADAPTER_WEIGHTS = "digests.json", "adapter_model.safetensors"
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The group `quantization` of params.yaml, where each key is described."""
+
+    bits: Literal[4, "none"]
+    quant_type: Literal["nf4", "fp4"]
+    double_quant: Switch
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`auto` is bf16 on a GPU that has it, else fp32: a CPU is exact, and fast, in it."""
+        if self.compute_dtype != "auto":
+            return DTYPES[self.compute_dtype]
+        half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if half else torch.float32
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """Arguments of BitsAndBytesConfig, as JSON holds them; None for an unquantized base."""
+        if self.bits == "none":
+            return None
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def stock(base: Path, quantization: Quantization) -> PreTrainedModel:
+    """The base on the device, as transformers has it: a sequence classifier of one label.
+
+    One that is stored in 4 bits stays as it is. Code that comes with a base never runs. Raises a
+    Fault for a model that transformers has no classifier over, or that has no score head.
+    """
+    config = read_json(base / "config.json")
+    if (kind := config.get("model_type")) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise Fault(
+            f"{base}: transformers has no classifier over {kind}, wanted a decoder model that has"
+        )
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    recipe = None if "quantization_config" in config else quantization.recipe
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        base,
+        num_labels=1,
+        dtype=quantization.dtype,
+        # Not even as None: that would hide what is stored.
+        **({"quantization_config": BitsAndBytesConfig(**recipe)} if recipe else {}),
+        device_map={"": device()},
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise Fault(f"{base}: {type(model).__name__} has no score head, wanted a decoder model")
+    keep_weights_unpacked(model)
+    return model
+
+
+def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
+    """The base as a classifier that is frozen, its head not yet made.
+
+    Its attention is that over packs, its own dropout is off. Raises a Fault for a model that has no
+    score head, or that takes no attention but its own.
+    """
+    model = stock(base, quantization)
+    model.set_attn_implementation(attention.NAME)
+    if model.config._attn_implementation != attention.NAME:
+        raise Fault(
+            f"{base}: {type(model).__name__} takes no attention but its own, wanted a decoder "
+            "that supports transformers' attention interface"
+        )
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    attention.prune(model.base_model)
+    return model.requires_grad_(False)
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place at the first pass in eval mode.
+
+    It does so on processors with AVX512-BF16; passes without gradient then compute in bf16, and
+    training that follows reads the repacked bytes as if they were plain ones, without an error.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def new_head(model: PreTrainedModel, seed: int) -> None:
+    """Give the model a fresh scalar head: fp32, unquantized, from a seed of its own."""
+    features = head_of(model).in_features
+    head = nn.Linear(features, 1, bias=False, dtype=torch.float32)
+    weight = torch.randn(1, features, generator=torch.Generator().manual_seed(seed))
+    head.weight.data = weight / features**0.5
+    model.score = head.to(device())
+
+
+def head_of(model: nn.Module) -> nn.Linear:
+    """The scalar head of a classifier; PEFT's wrapper of it behaves as one."""
+    return cast(nn.Linear, model.score)
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """LoRA in fp32 on the named projections of a base that load_base has loaded.
+
+    Raises a Fault for names that the model lacks.
+    """
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    wanted = set(config.target_modules or ())
+    if missing := sorted(wanted - linear):
+        raise Fault(
+            f"params.yaml: lora.target_modules names {', '.join(missing)}, which "
+            f"{type(model).__name__} lacks; it has {', '.join(sorted(linear))}"
+        )
+    config.task_type = TaskType.SEQ_CLS
+    with silent_peft():
+        adapted = get_peft_model(model, config)
+    layers.fuse(adapted)
+    return adapted
+
+
+def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
+    """A trained reward model, ready to score.
+
+    Raises a Fault for files that are damaged, and where the base is another one, or would not be
+    quantized and computed as in training: an adapter is right on the base that it was trained on.
+    """
+    require_sealed(adapter, base)
+    trained, here = read_json(adapter / "quantization.json"), quantization.recipe
+    if trained != here:
+        raise Fault(
+            f"{adapter} was trained on a base quantized by {trained}, here it would be {here}; "
+            "set quantization.compute_dtype to what it was, or train again on this machine"
+        )
+    return adapt(load_base(base, quantization), adapter)
+
+
+def adapt(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """A base that load_base has loaded with adapter and head of a folder, ready to score."""
+    new_head(model, seed=0)
+    with silent_peft():
+        adapted = PeftModel.from_pretrained(model, adapter).eval()
+    layers.fuse(adapted)
+    return adapted
+
+
+@contextmanager
+def silent_peft() -> Iterator[None]:
+    """PEFT asks for a property that transformers has renamed, and each wrapping warns of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
+
+
+def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) -> None:
+    """Write adapter, head and the recipe of the base; the same bytes for the same weights.
+
+    `base` is what base_model_name_or_path will say. PEFT writes its model card and the target
+    modules in the order of a set: the one is removed, the other sorted.
+    """
+    model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    config["base_model_name_or_path"] = base
+    write_json(path, config)
+    write_json(folder / "quantization.json", quantization.recipe)
+
+
+def base_record(base: Path) -> dict[str, Any]:
+    """What fetch recorded of the base model: name, kind, revision, files with their SHA-256."""
+    return recorded(base / "base.json")
+
+
+def seal(adapter: Path, base: Path) -> None:
+    """Record the SHA-256 of all files of an adapter's folder, and of the base that it is for."""
+    files = digests(adapter)
+    files.pop(DIGESTS, None)
+    write_json(adapter / DIGESTS, {"base": base_record(base)["files"], "files": files})
+
+
+def require_sealed(adapter: Path, base: Path) -> None:
+    """Raises a Fault unless adapter and base are the files that were sealed together.
+
+    A base with code in it is none that fetch wrote.
+    """
+    if code := sorted(path.name for path in base.glob("*.py")):
+        raise Fault(f"{base} has code, {', '.join(code)}, wanted what fetch leaves there")
+    found, files = recorded(adapter / DIGESTS), base_record(base)["files"]
+    if found["base"] != files:
+        differing = sorted({name for name, _ in found["base"].items() ^ files.items()})
+        raise Fault(
+            f"{adapter} was trained on another base than {base}: {', '.join(differing)} differ, "
+            "wanted the same; run dvc repro"
+        )
+    require_files(adapter, found["files"])
+    require_files(base, files)

@@ -1,0 +1,159 @@
+"""Rewards of packs by a reward model: what memory holds, and whether packs are exact."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from reward.model import attention
+from reward.model.base import device, head_of
+from reward.model.packing import Pack, Texts, into_packs, pack, tokens
+from reward.process import Fault
+
+# How far a pack may be from its texts alone, as a share of the hidden states' norm.
+EXACT, EXACT_IN_HALF = 1e-3, 0.05
+
+
+def rewards(model: PeftModel, batch: Pack) -> Tensor:
+    """The reward of every text, prompt by prompt: fp32, [texts]."""
+    return head_of(model.get_base_model())(last_hidden(model, batch).float())[:, 0]
+
+
+def last_hidden(model: PeftModel, batch: Pack) -> Tensor:
+    """The base's output at the last token of every text, prompt by prompt: [texts, hidden size]."""
+    hidden = (
+        cast(PreTrainedModel, model.get_base_model())
+        .base_model(
+            input_ids=batch.input_ids.to(device()),
+            position_ids=batch.position_ids.to(device()),
+            plan=attention.Plan(batch.layout, device()),
+            use_cache=False,
+        )
+        .last_hidden_state[0]
+    )
+    if len(hidden) != len(batch.order):
+        hidden = hidden[batch.layout.ends]
+    return cast(Tensor, hidden[batch.order.to(device())])
+
+
+@torch.no_grad()
+def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> Tensor:
+    """The reward of every text, prompt by prompt, on the CPU: fp32, [texts].
+
+    Prompts of like length share a pack, and packs are halved where memory does not suffice. Raises
+    a Fault where it does not suffice for the texts of one prompt.
+    """
+    lengths = [tokens(texts) for texts in prompts]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    results = [torch.empty(0)] * len(prompts)
+    done = 0
+    with (
+        evaluating(model),
+        tqdm(
+            total=len(order), desc="scoring", unit=" prompts", delay=2, leave=None, disable=None
+        ) as bar,
+    ):
+        while done < len(order):
+            rest = order[done:]
+            for group in into_packs([lengths[index] for index in rest], tokens_per_pack):
+                indices = [rest[place] for place in group]
+                found = within_memory(rewards, model, pack([prompts[index] for index in indices]))
+                if found is None:
+                    tokens_per_pack = halved([lengths[index] for index in indices], "scoring")
+                    break
+                parts = found.cpu().split([len(prompts[index].ids) for index in indices])
+                for index, part in zip(indices, parts, strict=True):
+                    results[index] = part
+                done += len(indices)
+                bar.update(len(indices))
+    return torch.cat(results)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def within_memory(work: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
+    """What `work` returns, or None if memory did not suffice; what it held is let go."""
+    try:
+        return work(*arguments)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has an error of its own for the memory of a GPU alone.
+        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+    torch.cuda.empty_cache()
+    return None
+
+
+def halved(lengths: Sequence[int], place: str) -> int:
+    """The tokens of a pack half of the one that did not fit, which held prompts of these lengths.
+
+    Raises a Fault for a single prompt, which names the place in the work.
+    """
+    if len(lengths) == 1:
+        raise Fault(
+            f"{place}: the texts of one prompt, {lengths[0]} tokens, need more memory than is "
+            "free; lower preprocess.max_length, or set train.gradient_checkpointing if in training"
+        )
+    return sum(lengths) // 2
+
+
+@contextmanager
+def as_in_transformers(model: PeftModel) -> Iterator[PreTrainedModel]:
+    """The classifier for a while with attention and layers as transformers and PEFT have them."""
+    classifier = cast(PreTrainedModel, model.get_base_model())
+    ours = {
+        module: module.__dict__.pop("forward")
+        for module in classifier.modules()
+        if "forward" in module.__dict__
+    }
+    classifier.set_attn_implementation("sdpa" if classifier._supports_sdpa else "eager")
+    try:
+        yield classifier
+    finally:
+        classifier.set_attn_implementation(attention.NAME)
+        for module, forward in ours.items():
+            module.forward = forward
+
+
+@torch.no_grad()
+def require_exact(model: PeftModel, texts: Texts) -> None:
+    """Raises a Fault unless texts in a pack have the hidden states that transformers gives them.
+
+    Whatever is not plain causal attention, with or without a window, shows in a text that is long
+    enough for it; so this is for the longest there is.
+    """
+    with evaluating(model):
+        found = last_hidden(model, pack([texts])).float()
+        with as_in_transformers(model) as classifier:
+            wanted = torch.cat(
+                [
+                    classifier.base_model(
+                        input_ids=torch.tensor(np.asarray(ids)[None], device=device()),
+                        use_cache=False,
+                    ).last_hidden_state[:, -1]
+                    for ids in texts.ids
+                ]
+            ).float()
+    difference = ((found - wanted).norm() / wanted.norm()).item()
+    allowed = EXACT if classifier.dtype == torch.float32 else EXACT_IN_HALF
+    if difference > allowed:
+        raise Fault(
+            f"{type(classifier).__name__}: a pair of {tokens(texts)} tokens in one row differs by "
+            f"{difference:.2g} from its two texts alone, at most {allowed} is allowed; wanted a "
+            "decoder with plain causal attention"
+        )

@@ -1,0 +1,453 @@
+"""The Trainer for pairs: a batch is one optimizer step's pairs, worked through in packs.
+
+The loop is that of transformers: its schedules and optimizers, callbacks and trackers, and
+checkpoints from which it resumes to the same bytes. It is bent where pairs in packs are not what it
+was made for:
+
+- A batch is one object, not padded tensors, so that no library pads it, or walks through its ids.
+- `training_step` cuts the batch into packs and accumulates the gradient of the mean over the step's
+  pairs. So memory depends on `tokens_per_pack` alone and the gradient on `pairs_per_step` alone;
+  the Trainer's own accumulation would set both by one number. Running out of memory begins the
+  step again.
+- `evaluate` scores the validation pairs in packs, as `stages.evaluate` does.
+- `_save_checkpoint` writes into a folder that takes its place when it is whole, with what the
+  Trainer does not know of: the size of packs and the number of threads, on which bytes depend.
+- `log` adds accuracy and margin to the loss, and draws the curves while training runs.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from reward.data.columns import IDS, PREFIX
+from reward.model import checkpoints
+from reward.model.base import device, head_of
+from reward.model.packing import COLUMNS, Texts, into_packs, pack, pair, pairs_of, tokens
+from reward.model.pairwise import chosen_and_rejected, correct, losses, margins
+from reward.model.scoring import halved, rewards, score, within_memory
+from reward.outputs import read_json, write_json
+from reward.params import AboveZero, Positive, Rule, Seed, Switch, ZeroOrMore
+from reward.process import Fault
+
+# Root mean square of the first pairs' margins that a head is scaled down to, and how many pairs.
+HEAD_MARGIN, HEAD_PAIRS = 0.05, 32
+TOKENS_ON_A_CPU = 4096
+SECONDS_BETWEEN_CURVES = 2.0
+# In a checkpoint, beside what the Trainer writes there.
+PACKS = "packs.json"
+
+# Those of transformers that need no package and no argument beyond the keys of params.yaml.
+OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("adafactor", "sgd"),
+)
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+    *("constant", "constant_with_warmup"),
+)
+
+
+@dataclass(frozen=True)
+class Train:
+    """The group `train` of params.yaml, where each key is described."""
+
+    pairs_per_step: Positive
+    tokens_per_pack: Annotated[
+        int | Literal["auto"],
+        Rule("a positive integer, or auto", lambda tokens: tokens == "auto" or tokens > 0),
+    ]
+    num_train_epochs: AboveZero
+    max_steps: Annotated[int, Rule("a positive integer, or -1", lambda n: n > 0 or n == -1)]
+    learning_rate: AboveZero
+    lr_scheduler_type: Annotated[
+        str, Rule(f"one of {', '.join(SCHEDULES)}", lambda name: name in SCHEDULES)
+    ]
+    warmup_steps: ZeroOrMore
+    weight_decay: ZeroOrMore
+    max_grad_norm: AboveZero
+    optim: Annotated[str, Rule(f"one of {', '.join(OPTIMIZERS)}", lambda name: name in OPTIMIZERS)]
+    gradient_checkpointing: Switch
+    deterministic: Switch
+    logging_steps: Positive
+    eval_steps: Positive
+    save_steps: Positive
+    seed: Seed
+    report_to: Literal["none", "wandb", "tensorboard", "mlflow"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The pairs of one optimizer step, in one piece so that no library walks through their ids."""
+
+    pairs: list[Texts]
+
+
+class RewardTrainer(Trainer):
+    """The Trainer for pairs: a batch is one optimizer step's pairs, worked through in packs."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        options: Train,
+        run: checkpoints.Run,
+        train: Dataset,
+        validation: Dataset,
+        curves: Path,
+    ) -> None:
+        """`run` keeps the checkpoints, and the curves are drawn in the folder `curves`."""
+        super().__init__(
+            model=model,
+            args=arguments(options, run.folder),
+            train_dataset=train.select_columns(COLUMNS).with_format("numpy"),
+            eval_dataset=validation,
+            data_collator=lambda rows: {"step": Step([pair(row) for row in rows])},
+            callbacks=[LastStep(), Progress()],
+        )
+        self.remove_callback(PrinterCallback)
+        self.reward_model, self.train_pairs = model, train
+        self.validation_pairs = pairs_of(validation)
+        self.size_on_trial = options.tokens_per_pack == "auto" and device().type == "cuda"
+        self.tokens_per_pack = (
+            TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
+        )
+        self.run, self.curves = run, curves
+        self.sums, self.pairs = torch.zeros(3), 0
+        self.drawn = -math.inf
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Accumulate the gradient of the mean loss over the step's pairs, pack by pack.
+
+        Where memory does not suffice, the step begins again in packs of half the size, with the
+        random numbers that it had.
+        """
+        model.train()
+        pairs = inputs["step"].pairs
+        while (sums := self.attempt(pairs)) is None:
+            lengths = [tokens(texts) for texts in pairs]
+            packs = into_packs(lengths, self.tokens_per_pack)
+            largest = max(([lengths[index] for index in indices] for indices in packs), key=sum)
+            self.tokens_per_pack = halved(largest, f"step {self.state.global_step + 1}")
+            print(f"memory     does not suffice, packs have {self.tokens_per_pack} tokens from now")
+        self.sums, self.pairs = self.sums + sums.cpu(), self.pairs + len(pairs)
+        loss = sums[0] / len(pairs)
+        require_finite("loss", loss.item(), self.state.global_step + 1)
+        return loss
+
+    def attempt(self, pairs: list[Texts]) -> Tensor | None:
+        """Sums of loss, correct pairs and margin, [3], their gradient accumulated.
+
+        None, and all as it was before, if memory did not suffice.
+        """
+        states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        sums = within_memory(self.accumulate, pairs)
+        if sums is None:
+            self.reward_model.zero_grad()
+            torch.set_rng_state(states[0])
+            torch.cuda.set_rng_state_all(states[1])
+        return sums
+
+    def accumulate(self, pairs: list[Texts]) -> Tensor:
+        sums = torch.zeros(3, device=device())
+        for indices in into_packs([tokens(texts) for texts in pairs], self.tokens_per_pack):
+            batch = pack([pairs[index] for index in indices])
+            chosen, rejected = chosen_and_rejected(rewards(self.reward_model, batch))
+            loss = losses(chosen, rejected).sum()
+            self.accelerator.backward(loss / len(pairs))
+            with torch.no_grad():
+                right, margin = correct(chosen, rejected).sum(), margins(chosen, rejected).sum()
+                sums += torch.stack([loss, right, margin])
+        return sums
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss, accuracy and mean margin on the validation pairs."""
+        found = score(self.reward_model, self.validation_pairs, self.tokens_per_pack)
+        chosen, rejected = chosen_and_rejected(found)
+        metrics = {
+            "eval_loss": losses(chosen, rejected).mean().item(),
+            "eval_accuracy": correct(chosen, rejected).mean().item(),
+            "eval_margin": margins(chosen, rejected).mean().item(),
+        }
+        require_finite("validation loss", metrics["eval_loss"], self.state.global_step)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            _, accuracy, margin = (self.sums / self.pairs).tolist()
+            logs |= {"accuracy": accuracy, "margin": margin}
+            self.sums, self.pairs = torch.zeros(3), 0
+        super().log(logs, start_time)
+        if time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES:
+            write_curves(self.curves, self.state.log_history)
+            self.drawn = time.monotonic()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
+
+    def fit(self) -> None:
+        """Train to the end, from the last whole checkpoint if there is one.
+
+        A run that goes on computes with the threads that it began with, so with the same bytes.
+        """
+        trainable, total = self.reward_model.get_nb_trainable_parameters()
+        print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+        checkpoint = self.run.latest()
+        if not checkpoint:
+            if self.size_on_trial:
+                self.tokens_per_pack = largest_pack(self)
+            first = self.train_pairs.select(range(min(HEAD_PAIRS, len(self.train_pairs))))
+            scale_head(self.reward_model, pairs_of(first), self.tokens_per_pack)
+            self.train()
+            return
+        print(f"resuming   from {checkpoint.name}")
+        packs = read_json(checkpoint / PACKS)
+        self.tokens_per_pack = packs["tokens_per_pack"]
+        torch.set_num_threads(packs["threads"])
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:  # the Trainer would take one more step where the last epoch is not a whole one
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = state
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = self.args.output_dir
+        step = self.state.global_step
+        with self.run.writing(step) as partial:
+            self.args.output_dir = str(partial)
+            super()._save_checkpoint(model, trial)
+            self.args.output_dir = folder
+            written = partial / f"checkpoint-{step}"
+            for path in written.iterdir():
+                path.rename(partial / path.name)
+            written.rmdir()
+            (partial / "training_args.bin").unlink(missing_ok=True)
+            packs = {"tokens_per_pack": self.tokens_per_pack, "threads": torch.get_num_threads()}
+            write_json(partial / PACKS, packs)
+
+
+def require_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise Fault(
+            f"the {name} is {value} at step {step}; "
+            "lower train.learning_rate or train.max_grad_norm, then run again"
+        )
+
+
+# --- arguments and callbacks -----------------------------------------------------------------
+
+
+def optimizer(options: Train) -> str:
+    """The optimizer in use: without CUDA there are no paged and no 8-bit ones."""
+    special = "8bit" in options.optim or "paged" in options.optim
+    return "adamw_torch_fused" if special and not torch.cuda.is_available() else options.optim
+
+
+def arguments(options: Train, folder: Path) -> TrainingArguments:
+    """The Trainer's own arguments; those of params.yaml keep their names."""
+    optim = optimizer(options)
+    if optim != options.optim:
+        print(f"optimizer: {options.optim} is for CUDA; here {optim}, the same method in 32 bits")
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=options.pairs_per_step,
+        num_train_epochs=options.num_train_epochs,
+        max_steps=options.max_steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.lr_scheduler_type,
+        warmup_steps=options.warmup_steps,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        optim=optim,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=options.eval_steps,
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        seed=options.seed,
+        report_to=options.report_to,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+class LastStep(TrainerCallback):
+    """Evaluate and save at the last step, whatever the intervals are.
+
+    A point of the training curve is as many steps as any other: what is left over makes none,
+    unless it is all there is.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+            control.should_log |= state.global_step < args.logging_steps
+
+
+class Progress(TrainerCallback):
+    """A bar over the steps with the latest figures; a line at each evaluation."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.first, self.start = state.global_step, time.monotonic()
+        self.bar = tqdm(
+            total=state.max_steps, initial=self.first, desc="training", unit=" steps", disable=None
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.bar.update()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("loss", "accuracy")})
+        elif logs and "eval_loss" in logs:
+            self.bar.write(
+                f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}  "
+                f"accuracy {logs['eval_accuracy']:.4f}  margin {logs['eval_margin']:+.4f}",
+                file=sys.stdout,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.bar.close()
+        pairs = (state.global_step - self.first) * args.per_device_train_batch_size
+        if pairs:
+            rate = pairs / (time.monotonic() - self.start)
+            print(f"speed      {rate:.1f} pairs/s, peak memory {peak_memory():.2f} GB")
+
+
+def peak_memory() -> float:
+    """In GB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# --- before the first step -------------------------------------------------------------------
+
+
+def longest(dataset: Dataset, count: int) -> list[Texts]:
+    """The pairs with the most tokens in a pack, the longest first."""
+    chosen, rejected = (pc.list_value_length(dataset.data[name]) for name in IDS)
+    size = pc.subtract(pc.add(chosen, rejected), dataset.data[PREFIX]).to_numpy()
+    return pairs_of(dataset.select(np.argsort(-size, kind="stable")[:count]))
+
+
+def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -> None:
+    """Scale the head so that the first pairs' margins are small.
+
+    With a root mean square of at most HEAD_MARGIN their deviation is at most 0.05 and their mean
+    loss within 0.03 of ln 2: training starts undecided, however large the base's activations are.
+    Raises a Fault for rewards that are not finite.
+    """
+    chosen, rejected = chosen_and_rejected(score(model, pairs, tokens_per_pack))
+    size = margins(chosen, rejected).square().mean().sqrt().item()
+    if not math.isfinite(size):
+        raise Fault(
+            "the base model's rewards of the first pairs are not finite, wanted one that computes "
+            "in quantization.compute_dtype; try float32"
+        )
+    head = head_of(model.get_base_model())
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(min(1.0, HEAD_MARGIN / size) if size else 1.0)
+    chosen, rejected = chosen_and_rejected(score(model, pairs, tokens_per_pack))
+    deviation = margins(chosen, rejected).std(correction=0).item()
+    loss = losses(chosen, rejected).mean().item()
+    if deviation > 0.1 or abs(loss - math.log(2)) > 0.05:
+        raise Fault(
+            f"before the first step the margins deviate by {deviation:.3f} and the loss is "
+            f"{loss:.3f}, wanted at most 0.1 and ln 2 = 0.693"
+        )
+
+
+def largest_pack(trainer: RewardTrainer) -> int:
+    """The most tokens of a pack that the GPU holds, by trial steps on the longest pairs.
+
+    Found to an eighth, and an eighth is left free. A step's pairs are the most that is of use.
+    """
+    pairs = longest(trainer.train_pairs, trainer.args.per_device_train_batch_size)
+    trainer.reward_model.train()
+
+    def is_held(size: int) -> bool:
+        trainer.tokens_per_pack = size
+        with torch.random.fork_rng():
+            found = trainer.attempt(pairs)
+        trainer.reward_model.zero_grad()
+        return found is not None
+
+    fitting, most = tokens(pairs[0]), sum(map(tokens, pairs))
+    if is_held(most):
+        return most
+    if not is_held(fitting):
+        halved([fitting], "before the first step")
+    while most - fitting > fitting // 8:
+        middle = (fitting + most) // 2
+        fitting, most = (middle, most) if is_held(middle) else (fitting, middle)
+    print(f"memory     holds packs of {fitting} tokens, of which {fitting - fitting // 8} are used")
+    return fitting - fitting // 8
+
+
+# --- curves ----------------------------------------------------------------------------------
+
+
+def write_curves(folder: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Write what the Trainer has logged so far as the curves that plots show."""
+    names = ("step", "loss", "accuracy", "margin", "learning_rate", "grad_norm")
+    training = [{name: entry[name] for name in names} for entry in history if "loss" in entry]
+    write_json(folder / "training.json", training)
+    write_json(folder / "validation.json", validation_curve(history))
+
+
+def validation_curve(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    return [
+        {"step": entry["step"]}
+        | {name: entry[f"eval_{name}"] for name in ("loss", "accuracy", "margin")}
+        for entry in history
+        if "eval_loss" in entry
+    ]

@@ -1,0 +1,79 @@
+"""How the process of a stage begins and ends: one sentence for a fault, never an orphan."""
+
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Who started this process, and when.
+PARENT, BEGUN = os.getppid(), time.monotonic()
+
+# At its import, which happens in transformers and PEFT, bitsandbytes warns on some processors that
+# an optional package is missing. Nothing needs it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+class Fault(Exception):
+    """A fault of the user's: where, what was found, what is wanted; no traceback."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call the `main` of a stage or command; a Fault exits with status 1 and its sentence.
+
+    Ctrl-C exits with 130. Under DVC the process ends with its parent, and says how long it took.
+    """
+    staged = "DVC_ROOT" in os.environ
+    if staged:
+        threading.Thread(target=_follow_parent, daemon=True).start()
+    try:
+        main()
+    except Fault as fault:
+        print(fault, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    if staged:
+        print(f"took       {time.monotonic() - BEGUN:.1f} s")
+
+
+def processors() -> int:
+    """How many processors this process may use: those of its affinity, within its cgroup's quota.
+
+    On a shared machine a scheduler grants fewer than there are.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    granted = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, math.ceil(min(granted, _quota())))
+
+
+def _quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Processors' worth of time that the cgroup grants, of version 2 or 1; infinite without one.
+
+    A container sees its own group at the root of the file system.
+    """
+    try:
+        limit, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            limit, period = (
+                (root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
+        except OSError:
+            return math.inf
+    return math.inf if limit == "max" or int(limit) <= 0 else int(limit) / int(period)
+
+
+def _follow_parent() -> None:
+    """End this process within half a second of DVC's end, however DVC was killed.
+
+    DVC does not take its stages along when it gets SIGTERM or SIGKILL; the orphan would work on
+    beside the stage that the next `dvc repro` starts.
+    """
+    while os.getppid() == PARENT:
+        time.sleep(0.5)
+    os._exit(1)
