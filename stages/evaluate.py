@@ -87,7 +87,7 @@ class TestSet:
 
 
 def main() -> None:
-    group = params.load("evaluate", Evaluate)
+    options = params.load("evaluate", Evaluate)
     quantization = params.load("quantization", Quantization)
     test = tokenized.load(TEST, BASE)
     torch.set_num_threads(processors())
@@ -96,8 +96,8 @@ def main() -> None:
     sets = load_sets()
     datasets = [test, *(each.pairs for each in sets)]
     require_exact(model, max((pair for each in datasets for pair in pairs_of(each)), key=tokens))
-    table, *further = [rewards_of(model, each, group.tokens_per_pack) for each in datasets]
-    judged, resampling = as_judged(table), Resampling(group.bootstrap_samples, group.seed)
+    table, *further = [rewards_of(model, each, options.tokens_per_pack) for each in datasets]
+    judged, resampling = as_judged(table), Resampling(options.bootstrap_samples, options.seed)
     metrics = measure(table, judged, resampling)
     metrics["sets"] = measure_sets(sets, further, resampling)
     with whole_folder(REPORTS) as folder:

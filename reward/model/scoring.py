@@ -62,8 +62,8 @@ def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> T
     ):
         while done < len(order):
             rest = order[done:]
-            for group in into_packs([lengths[index] for index in rest], tokens_per_pack):
-                indices = [rest[place] for place in group]
+            for places in into_packs([lengths[index] for index in rest], tokens_per_pack):
+                indices = [rest[place] for place in places]
                 found = within_memory(rewards, model, pack([prompts[index] for index in indices]))
                 if found is None:
                     tokens_per_pack = halved([lengths[index] for index in indices], "scoring")
