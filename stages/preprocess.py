@@ -4,13 +4,15 @@
 
 Reads preprocess.data and preprocess.test_data, the further test sets of preprocess.sets, and the
 tokenizer of models/base. Writes the datasets data/tokenized/{train,validation,test} and
-data/tokenized/sets/<name> with template.json, and metrics/preprocess.json.
+data/tokenized/sets/<name> with template.json, reports/preprocess/figures.json and
+metrics/preprocess.json.
 Two passes: the files to a scratch table on disk, the scratch table to the datasets, so memory
 holds a few numbers a pair, however long the texts.
 """
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -37,10 +39,12 @@ from reward.process import Fault, run
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
+REPORTS = Path("reports/preprocess")
 METRICS = Path("metrics/preprocess.json")
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 1 << 19
 SHOWN = 10
+EXAMPLE_CHARACTERS = 400
 
 Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
 Ids = list[int]
@@ -157,9 +161,12 @@ def main() -> None:
         trained_on = ledger.column("prompt")[(parts == 0) | (parts == 1)]
         write_sets(folder / "sets", sets, template.tokenizer, trained_on)
         template.save(folder / "template.json")
-    metrics = measure(ledger, parts)
-    write_json(METRICS, metrics)
-    report(options, metrics)
+    figures = measure(ledger, parts)
+    with whole_folder(REPORTS) as folder:
+        write_json(folder / "figures.json", figures)
+    write_json(METRICS, headline(figures))
+    report(options, figures)
+    show_example(encoder)
 
 
 def own_test_set(options: Preprocess) -> bool:
@@ -347,7 +354,7 @@ def assign(
 
 
 def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
-    """The content of metrics/preprocess.json; lengths in tokens, of chosen and rejected alike."""
+    """All figures of the pairs; lengths in tokens, of chosen and rejected alike."""
     used = parts >= 0
     prompts = ledger.column("prompt")
     lengths = np.concatenate([ledger.column(side)[used] for side in ("chosen", "rejected")])
@@ -367,18 +374,34 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
     }
 
 
-def report(options: Preprocess, metrics: dict[str, Any]) -> None:
-    pairs, prompts, length = (metrics[key] for key in ("pairs", "prompts", "length"))
+def headline(figures: dict[str, Any]) -> dict[str, int]:
+    """The content of metrics/preprocess.json."""
+    return {name: sum(figures[name].values()) for name in ("pairs", "dropped")}
+
+
+def report(options: Preprocess, figures: dict[str, Any]) -> None:
+    pairs, prompts, length = (figures[key] for key in ("pairs", "prompts", "length"))
     tests = f"; test pairs from {options.test_data}" if own_test_set(options) else ""
     print(f"read       {options.data}{tests}")
     for name in SPLITS:
         print(f"{name:<11}{pairs[name]:>8} pairs of {prompts[name]:>7} prompts")
-    dropped = ", ".join(f"{n} {reason}" for reason, n in metrics["dropped"].items()) or "none"
-    print(f"dropped    {dropped}; prompts cut: {metrics['truncated']}")
+    dropped = ", ".join(f"{n} {reason}" for reason, n in figures["dropped"].items()) or "none"
+    print(f"dropped    {dropped}; prompts cut: {figures['truncated']}")
     print(
-        f"tokens     {metrics['tokens']:>8}, a text {length['q50']} at the median and "
-        f"{length['max']} at most; {metrics['shared_prefix_share']:.0%} in shared prefixes"
+        f"tokens     {figures['tokens']:>8}, a text {length['q50']} at the median and "
+        f"{length['max']} at most; {figures['shared_prefix_share']:.0%} in shared prefixes"
     )
+
+
+def show_example(encoder: Encoder) -> None:
+    """Print the first training pair as the model sees it, special tokens and line breaks too."""
+    row = tokenized.first_row(TOKENIZED / SPLITS[0])
+    for name, ids in zip(("chosen", "rejected"), IDS, strict=True):
+        text = json.dumps(encoder.decode(row[ids]), ensure_ascii=False)
+        if len(text) > EXAMPLE_CHARACTERS:
+            half = EXAMPLE_CHARACTERS // 2
+            text = f"{text[:half]} ... {text[-half:]}"
+        print(f"{name:<11}{text}")
 
 
 if __name__ == "__main__":
