@@ -67,6 +67,11 @@ def numbers(text: str) -> list[float]:
     return found
 
 
+def plain(chinese: str) -> str:
+    """Chinese text with the marks that English has around numbers."""
+    return chinese.replace("（", " (").replace("）", ")").replace(" 到 ", " to ")
+
+
 def page(name: str, language: str) -> str:
     """The text of a page, named as the English one is without its ending."""
     return TEXTS[name + language]
@@ -223,13 +228,14 @@ def test_the_figures_are_those_of_the_committed_run(language: str) -> None:
         ("all", EVALUATED | {"low": EVALUATED["accuracy_low"], "high": EVALUATED["accuracy_high"]})
     ]
     rows += list(EVALUATED["by"]["language"].items())
-    to = {".md": "to", ".zh.md": "到"}[language]
     for label, figures in rows:
         line = (
             f"| {label} | {figures['accuracy']:.3f} | "
-            f"{figures['low']:.3f} {to} {figures['high']:.3f} |"
+            f"{figures['low']:.3f} to {figures['high']:.3f} |"
         )
-        assert line in page("README", language)
+        assert line in plain(page("README", language))
+    all_of_them = "{accuracy:.3f} ({accuracy_low:.3f} to {accuracy_high:.3f})"
+    assert all_of_them.format(**EVALUATED) in plain(page("README", language))
     for kind, figures in EVALUATED["by"]["kind"].items():
         assert f"| {kind} | {figures['accuracy']:.3f} |" in page("docs/data", language)
 
@@ -319,7 +325,10 @@ def test_both_languages_have_the_same_headings_code_tables_and_numbers(name: str
     headings = [re.findall("^#+ ", prose(text), re.MULTILINE) for text in (english, chinese)]
     assert headings[0] == headings[1]
     for one, other in zip(blocks(english), blocks(chinese), strict=True):
-        assert one == other or tree_of(one) == tree_of(other)
+        if one.startswith("stages/"):  # a tree, which has a description after each path
+            assert tree_of(one) == tree_of(other)
+        else:
+            assert one == other
     shapes = [[list(map(len, table)) for table in tables(text)] for text in (english, chinese)]
     assert shapes[0] == shapes[1]
     assert numbers(prose(english)) == numbers(prose(chinese))
