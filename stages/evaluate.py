@@ -3,11 +3,13 @@
     python -m stages.evaluate
 
 Reads data/tokenized/test, the further test sets beside it, models/base and models/adapter. Writes
- the rewards of every test pair to reports/evaluate/rewards.parquet, beside it those of the
-further sets in sets/, what the plots show and a page to read the judgements on, index.html; and
-metrics/evaluate.json.
+the rewards of every test pair to reports/evaluate/rewards.parquet, beside it those of the further
+sets in sets/, all figures in figures.json, what the plots show and a page to read the judgements
+on, index.html; and metrics/evaluate.json.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,7 @@ class TestSet:
 
 
 def main() -> None:
-    group = params.load("evaluate", Evaluate)
+    options = params.load("evaluate", Evaluate)
     quantization = params.load("quantization", Quantization)
     test = tokenized.load(TEST, BASE)
     torch.set_num_threads(processors())
@@ -96,10 +98,10 @@ def main() -> None:
     sets = load_sets()
     datasets = [test, *(each.pairs for each in sets)]
     require_exact(model, max((pair for each in datasets for pair in pairs_of(each)), key=tokens))
-    table, *further = [rewards_of(model, each, group.tokens_per_pack) for each in datasets]
-    judged, resampling = as_judged(table), Resampling(group.bootstrap_samples, group.seed)
-    metrics = measure(table, judged, resampling)
-    metrics["sets"] = measure_sets(sets, further, resampling)
+    table, *further = [rewards_of(model, each, options.tokens_per_pack) for each in datasets]
+    judged, resampling = as_judged(table), Resampling(options.bootstrap_samples, options.seed)
+    figures = measure(table, judged, resampling)
+    figures["sets"] = measure_sets(sets, further, resampling)
     with whole_folder(REPORTS) as folder:
         pyarrow.parquet.write_table(table, folder / JUDGED.name)
         (folder / "sets").mkdir()
@@ -107,15 +109,16 @@ def main() -> None:
             pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
         for name, rows in (
             ("margins", histogram(judged.margin)),
-            ("slices", slices_as_rows(metrics)),
+            ("slices", slices_as_rows(figures)),
             ("roc", roc(judged)),
             ("reliability", reliability(judged.margin)),
             ("length", by_length_difference(judged, resampling)),
         ):
             write_json(folder / f"{name}.json", rows)
-        write_page(folder / PAGE.name, sets, datasets, [table, *further], encoder, metrics)
-    write_json(METRICS, metrics)
-    report(metrics)
+        write_page(folder / PAGE.name, sets, datasets, [table, *further], encoder, figures)
+        write_json(folder / "figures.json", figures)
+    write_json(METRICS, headline(figures))
+    report(figures)
 
 
 def load_sets() -> list[TestSet]:
@@ -166,7 +169,7 @@ def as_judged(table: pa.Table) -> Judged:
 
 
 def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str, Any]:
-    """The content of metrics/evaluate.json, which the README describes key by key."""
+    """All figures of the test pairs, which docs/evaluation.md describes key by key."""
     overall = resampling.accuracy(judged)
     return {
         "accuracy": overall["accuracy"],
@@ -207,7 +210,7 @@ def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
     result: Slices = {}
     for name in table.column_names[table.column_names.index(TOKENS[-1]) + 1 :]:
         column = table[name].to_numpy()
-        values = sorted({value for value in column if value is not None})
+        values = in_order({value for value in column if value is not None})
         if name != PROMPT_ID and 0 < len(values) <= SLICE_VALUES:
             result[name] = {
                 value: resampling.accuracy(judged.take(np.flatnonzero(column == value)))
@@ -216,13 +219,40 @@ def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
     return result
 
 
-def slices_as_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def headline(figures: dict[str, Any]) -> dict[str, Any]:
+    """The content of metrics/evaluate.json: what runs are compared by.
+
+    A name with a slash is left out of a short table: --drop '.*/.*'.
+    """
+    return {
+        "accuracy": figures["accuracy"],
+        "low": figures["accuracy_low"],
+        "high": figures["accuracy_high"],
+        "loss": figures["loss"],
+        "test/margin": figures["margin_mean"],
+        "test/ties": figures["ties"],
+        "test/calibration_error": figures["calibration"]["expected_error"],
+        **{f"sets/{name}": found["accuracy"] for name, found in figures["sets"].items()},
+    }
+
+
+def in_order(values: Iterable[str]) -> list[str]:
+    """Numbers by their size, then all other texts by their letters."""
+
+    def place(value: str) -> tuple[bool, float, str]:
+        number = re.fullmatch(r"-?\d+(\.\d+)?", value)
+        return number is None, float(value) if number else 0.0, value
+
+    return sorted(values, key=place)
+
+
+def slices_as_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each slice of the test pairs, and for each further set."""
     return [
         {"slice": f"{column}: {value}"}
-        | {name: figures[name] for name in ("accuracy", "low", "high", "pairs")}
-        for column, values in (metrics["by"] | {TEST_SET: metrics["sets"]}).items()
-        for value, figures in values.items()
+        | {name: found[name] for name in ("accuracy", "low", "high", "pairs")}
+        for column, values in (figures["by"] | {TEST_SET: figures["sets"]}).items()
+        for value, found in values.items()
     ]
 
 
@@ -232,7 +262,7 @@ def write_page(
     datasets: list[Dataset],
     tables: list[pa.Table],
     encoder: Encoder,
-    metrics: dict[str, Any],
+    figures: dict[str, Any],
 ) -> None:
     """The page of all judgements; where there are further sets, they are a slice of it."""
     names = ["test split", *(each.name for each in sets)]
@@ -242,25 +272,25 @@ def write_page(
     ]
     ids = [(pair.ids[0], pair.ids[1]) for each in datasets for pair in pairs_of(each)]
     slices: dict[str, list[str]] = {TEST_SET: names} if sets else {}
-    for by in (metrics["by"], *(each["by"] for each in metrics["sets"].values())):
+    for by in (figures["by"], *(each["by"] for each in figures["sets"].values())):
         for name, values in by.items():
-            slices[name] = sorted({*slices.get(name, []), *values})
+            slices[name] = in_order({*slices.get(name, []), *values})
     table = pa.concat_tables(marked, promote_options="permissive")
     page.write(path, table, ids, encoder, slices)
 
 
-def report(metrics: dict[str, Any]) -> None:
-    further = f"; {', '.join(metrics['sets'])}" if metrics["sets"] else ""
-    print(f"read       {TEST}, {metrics['pairs']} pairs of {metrics['prompts']} prompts{further}")
+def report(figures: dict[str, Any]) -> None:
+    further = f"; {', '.join(figures['sets'])}" if figures["sets"] else ""
+    print(f"read       {TEST}, {figures['pairs']} pairs of {figures['prompts']} prompts{further}")
     print(
-        f"accuracy   {metrics['accuracy']:.4f} (95% interval {metrics['accuracy_low']:.4f} to "
-        f"{metrics['accuracy_high']:.4f}), {metrics['ties']} ties"
+        f"accuracy   {figures['accuracy']:.4f} (95% interval {figures['accuracy_low']:.4f} to "
+        f"{figures['accuracy_high']:.4f}), {figures['ties']} ties"
     )
     print(
-        f"loss       {metrics['loss']:.4f}, margin {metrics['margin_mean']:+.4f} "
-        f"with deviation {metrics['margin_std']:.4f}"
+        f"loss       {figures['loss']:.4f}, margin {figures['margin_mean']:+.4f} "
+        f"with deviation {figures['margin_std']:.4f}"
     )
-    fit, audit = metrics["calibration"], metrics["length"]
+    fit, audit = figures["calibration"], figures["length"]
     mended = "no temperature is best"
     if fit["loss_at_temperature"] is not None:
         mended = f"loss {fit['loss_at_temperature']:.4f} at temperature {fit['temperature']:.3g}"
@@ -273,23 +303,23 @@ def report(metrics: dict[str, Any]) -> None:
         f"length     the longer answer is right in {audit['longer_accuracy']:.4f}, correlation of "
         f"reward and length {'none' if correlation is None else f'{correlation:+.4f}'}"
     )
-    rows = slices_as_rows(metrics)
+    rows = slices_as_rows(figures)
     width = max((len(row["slice"]) for row in rows), default=0)
     for row in rows:
         print(
             f"  {row['slice']:<{width}}  {row['accuracy']:.4f} "
             f"({row['low']:.4f} to {row['high']:.4f}) of {row['pairs']} pairs"
         )
-    for name, figures in metrics["sets"].items():
-        if figures["leaked"]:
+    for name, found in figures["sets"].items():
+        if found["leaked"]:
             print(
-                f"note       {figures['leaked']} of {figures['pairs']} pairs of {name} have a "
+                f"note       {found['leaked']} of {found['pairs']} pairs of {name} have a "
                 "prompt that the model was trained on"
             )
-        if figures["cut"] or figures["left_out"]:
+        if found["cut"] or found["left_out"]:
             print(
-                f"note       of {name} {figures['cut']} prompts were cut, and "
-                f"{figures['left_out']} pairs left out: their texts are too long"
+                f"note       of {name} {found['cut']} prompts were cut, and "
+                f"{found['left_out']} pairs left out: their texts are too long"
             )
     print(f"written    {REPORTS}, {METRICS}")
     print(f"look at    {PAGE} for the judgements themselves, dvc plots show for the curves")

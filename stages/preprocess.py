@@ -4,13 +4,15 @@
 
 Reads preprocess.data and preprocess.test_data, the further test sets of preprocess.sets, and the
 tokenizer of models/base. Writes the datasets data/tokenized/{train,validation,test} and
-data/tokenized/sets/<name> with template.json, and metrics/preprocess.json.
+data/tokenized/sets/<name> with template.json, reports/preprocess/figures.json and
+metrics/preprocess.json.
 Two passes: the files to a scratch table on disk, the scratch table to the datasets, so memory
 holds a few numbers a pair, however long the texts.
 """
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -37,10 +39,12 @@ from reward.process import Fault, run
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
+REPORTS = Path("reports/preprocess")
 METRICS = Path("metrics/preprocess.json")
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 1 << 19
 SHOWN = 10
+EXAMPLE_CHARACTERS = 400
 
 Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
 Ids = list[int]
@@ -139,17 +143,17 @@ class Ledger:
 
 
 def main() -> None:
-    group = params.load("preprocess", Preprocess)
-    template = Template.of(group.template, group.append_eos, group.max_length, BASE)
+    options = params.load("preprocess", Preprocess)
+    template = Template.of(options.template, options.append_eos, options.max_length, BASE)
     encoder = Encoder(BASE, template)
-    sets = read_sets(Path(group.sets), encoder)
-    ledger = open_ledger(group)
+    sets = read_sets(Path(options.sets), encoder)
+    ledger = open_ledger(options)
     with whole_folder(TOKENIZED) as folder:
         table = folder / "scratch.arrow"
-        tokenize(group, encoder, table, ledger)
-        refuse_overlap(group, ledger)
-        usable = without_repeats(group, ledger)
-        parts, columns = assign(group, ledger, usable), sorted(ledger.columns)
+        tokenize(options, encoder, table, ledger)
+        refuse_overlap(options, ledger)
+        usable = without_repeats(options, ledger)
+        parts, columns = assign(options, ledger, usable), sorted(ledger.columns)
         for index, name in enumerate(SPLITS):
             rows = parts == index
             tokenized.write(folder / name, table, rows, columns, template.tokenizer)
@@ -157,26 +161,29 @@ def main() -> None:
         trained_on = ledger.column("prompt")[(parts == 0) | (parts == 1)]
         write_sets(folder / "sets", sets, template.tokenizer, trained_on)
         template.save(folder / "template.json")
-    metrics = measure(ledger, parts)
-    write_json(METRICS, metrics)
-    report(group, metrics)
+    figures = measure(ledger, parts)
+    with whole_folder(REPORTS) as folder:
+        write_json(folder / "figures.json", figures)
+    write_json(METRICS, headline(figures))
+    report(options, figures)
+    show_example(encoder)
 
 
-def own_test_set(group: Preprocess) -> bool:
-    return Path(group.test_data) != Path(group.data)
+def own_test_set(options: Preprocess) -> bool:
+    return Path(options.test_data) != Path(options.data)
 
 
-def open_ledger(group: Preprocess) -> Ledger:
+def open_ledger(options: Preprocess) -> Ledger:
     """An empty ledger of the files to read, those of a test set of its own behind the others."""
-    found = files(Path(group.data))
-    tests = files(Path(group.test_data)) if own_test_set(group) else []
+    found = files(Path(options.data))
+    tests = files(Path(options.test_data)) if own_test_set(options) else []
     return Ledger(found + tests, len(found))
 
 
 # --- first pass: files to the scratch table --------------------------------------------------
 
 
-def tokenize(group: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -> None:
+def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -> None:
     """Write every usable record's ids to `table`, and what is known of it to the ledger."""
     with tokenized.scratch(table) as writer:
         for batch, future in encoded(encoder, batches(rendered(encoder, ledger))):
@@ -184,7 +191,7 @@ def tokenize(group: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -
             rows = [
                 row
                 for item, sides in zip(batch, zip(ids[::2], ids[1::2], strict=True), strict=True)
-                if (row := as_row(group, encoder, item, sides, ledger))
+                if (row := as_row(options, encoder, item, sides, ledger))
             ]
             if rows:
                 writer.write_batch(tokenized.batch(rows))
@@ -235,12 +242,12 @@ def encoded(
 
 
 def as_row(
-    group: Preprocess, encoder: Encoder, item: Rendered, sides: tuple[Ids, Ids], ledger: Ledger
+    options: Preprocess, encoder: Encoder, item: Rendered, sides: tuple[Ids, Ids], ledger: Ledger
 ) -> dict[str, Any] | None:
     """The row of the scratch table for a pair, noted in the ledger, or None for a bad one."""
     file, position, pair, _ = item
     try:
-        chosen, rejected = within_length(group, encoder, pair, sides)
+        chosen, rejected = within_length(options, encoder, pair, sides)
         if chosen == rejected:
             raise BadRecord("identical_tokens", "both answers give the same ids")
     except BadRecord as fault:
@@ -260,14 +267,14 @@ def as_row(
 
 
 def within_length(
-    group: Preprocess, encoder: Encoder, pair: Pair, sides: tuple[Ids, Ids]
+    options: Preprocess, encoder: Encoder, pair: Pair, sides: tuple[Ids, Ids]
 ) -> tuple[Ids, Ids]:
     """Both sides within the maximum length, or a BadRecord."""
     longest = max(map(len, sides))
-    if longest <= group.max_length:
+    if longest <= options.max_length:
         return sides
-    sentence = f"has {longest} tokens, at most {group.max_length} fit (preprocess.max_length)"
-    if group.over_length != "truncate_prompt":
+    sentence = f"has {longest} tokens, at most {options.max_length} fit (preprocess.max_length)"
+    if options.over_length != "truncate_prompt":
         raise BadRecord("over_length", sentence)
     cut = encoder.encode_cut(pair.prompt, (pair.chosen, pair.rejected))
     if cut is None:
@@ -278,19 +285,19 @@ def within_length(
 # --- all records together --------------------------------------------------------------------
 
 
-def refuse_overlap(group: Preprocess, ledger: Ledger) -> None:
+def refuse_overlap(options: Preprocess, ledger: Ledger) -> None:
     """Raise a Fault if a prompt of the separate test set stands in the other data too."""
     prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
     leaked = np.flatnonzero(tested)[among(prompts[tested], prompts[~tested])].tolist()
     if leaked:
         places = [ledger.place(ledger.file[row], ledger.position[row]) for row in leaked[:SHOWN]]
         raise Fault(
-            f"{len(leaked)} test records have a prompt that stands in {group.data} too, "
+            f"{len(leaked)} test records have a prompt that stands in {options.data} too, "
             f"wanted none: {'; '.join(places)}"
         )
 
 
-def without_repeats(group: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
+def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
     """Which records of the ledger are used. Raises the Fault that lists the first bad ones."""
     contradicted = contradictions(ledger.column("pair"), ledger.column("answers"))
     repeated = duplicates(ledger.column("pair")) & ~contradicted
@@ -300,8 +307,8 @@ def without_repeats(group: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
     ):
         for row in np.flatnonzero(found).tolist():
             ledger.bad(ledger.file[row], ledger.position[row], reason, sentence)
-    stopping = set(ledger.dropped) if group.on_bad_record == "stop" else {"over_length"}
-    if group.over_length == "drop":
+    stopping = set(ledger.dropped) if options.on_bad_record == "stop" else {"over_length"}
+    if options.over_length == "drop":
         stopping.discard("over_length")
     stopping &= set(ledger.dropped)
     if stopping:
@@ -329,25 +336,25 @@ def fault_list(ledger: Ledger, reasons: set[str]) -> str:
 
 
 def assign(
-    group: Preprocess, ledger: Ledger, usable: npt.NDArray[np.bool_]
+    options: Preprocess, ledger: Ledger, usable: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int8]:
     """The index into SPLITS of every record of the ledger, -1 for those not used."""
     prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
-    test_fraction = 0 if own_test_set(group) else group.test_fraction
+    test_fraction = 0 if own_test_set(options) else options.test_fraction
     parts = np.where(usable, 2, -1).astype(np.int8)
     rest = usable & ~tested
-    parts[rest] = split(prompts[rest], group.validation_fraction, test_fraction, group.seed)
+    parts[rest] = split(prompts[rest], options.validation_fraction, test_fraction, options.seed)
     for index, name in enumerate(SPLITS):
         if not (parts == index).any():
             raise Fault(
-                f"{group.data}: no pair is left for {name} out of {usable.sum()}; wanted more "
+                f"{options.data}: no pair is left for {name} out of {usable.sum()}; wanted more "
                 "prompts, or other values of preprocess.validation_fraction and test_fraction"
             )
     return parts
 
 
 def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
-    """The content of metrics/preprocess.json; lengths in tokens, of chosen and rejected alike."""
+    """All figures of the pairs; lengths in tokens, of chosen and rejected alike."""
     used = parts >= 0
     prompts = ledger.column("prompt")
     lengths = np.concatenate([ledger.column(side)[used] for side in ("chosen", "rejected")])
@@ -367,18 +374,34 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
     }
 
 
-def report(group: Preprocess, metrics: dict[str, Any]) -> None:
-    pairs, prompts, length = (metrics[key] for key in ("pairs", "prompts", "length"))
-    tests = f"; test pairs from {group.test_data}" if own_test_set(group) else ""
-    print(f"read       {group.data}{tests}")
+def headline(figures: dict[str, Any]) -> dict[str, int]:
+    """The content of metrics/preprocess.json."""
+    return {name: sum(figures[name].values()) for name in ("pairs", "dropped")}
+
+
+def report(options: Preprocess, figures: dict[str, Any]) -> None:
+    pairs, prompts, length = (figures[key] for key in ("pairs", "prompts", "length"))
+    tests = f"; test pairs from {options.test_data}" if own_test_set(options) else ""
+    print(f"read       {options.data}{tests}")
     for name in SPLITS:
         print(f"{name:<11}{pairs[name]:>8} pairs of {prompts[name]:>7} prompts")
-    dropped = ", ".join(f"{n} {reason}" for reason, n in metrics["dropped"].items()) or "none"
-    print(f"dropped    {dropped}; prompts cut: {metrics['truncated']}")
+    dropped = ", ".join(f"{n} {reason}" for reason, n in figures["dropped"].items()) or "none"
+    print(f"dropped    {dropped}; prompts cut: {figures['truncated']}")
     print(
-        f"tokens     {metrics['tokens']:>8}, a text {length['q50']} at the median and "
-        f"{length['max']} at most; {metrics['shared_prefix_share']:.0%} in shared prefixes"
+        f"tokens     {figures['tokens']:>8}, a text {length['q50']} at the median and "
+        f"{length['max']} at most; {figures['shared_prefix_share']:.0%} in shared prefixes"
     )
+
+
+def show_example(encoder: Encoder) -> None:
+    """Print the first training pair as the model sees it, special tokens and line breaks too."""
+    row = tokenized.first_row(TOKENIZED / SPLITS[0])
+    for name, ids in zip(("chosen", "rejected"), IDS, strict=True):
+        text = json.dumps(encoder.decode(row[ids]), ensure_ascii=False)
+        if len(text) > EXAMPLE_CHARACTERS:
+            half = EXAMPLE_CHARACTERS // 2
+            text = f"{text[:half]} ... {text[-half:]}"
+        print(f"{name:<11}{text}")
 
 
 if __name__ == "__main__":

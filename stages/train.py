@@ -188,14 +188,15 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
             },
         )
         seal(folder, BASE)
+    trainable, _ = trainer.reward_model.get_nb_trainable_parameters()
+    steps, last = trainer.state.global_step, validation_curve(history)[-1]
     with whole_folder(REPORTS) as folder:
         write_curves(folder, history)
-    trainable, _ = trainer.reward_model.get_nb_trainable_parameters()
-    last = {name: value for name, value in validation_curve(history)[-1].items() if name != "step"}
-    write_json(
-        METRICS,
-        {"steps": trainer.state.global_step, "trainable_parameters": trainable, "validation": last},
-    )
+        figures = {"steps": steps, "trainable_parameters": trainable, "validation": last}
+        write_json(folder / "figures.json", figures)
+    # A name with a slash is left out of a short table: --drop '.*/.*'.
+    validation = {f"validation/{name}": last[name] for name in ("accuracy", "loss")}
+    write_json(METRICS, {"steps": steps} | validation)
     print(
         f"validation accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f}, "
         f"margin {last['margin']:+.4f} of {len(trainer.validation_pairs)} pairs"

@@ -237,6 +237,6 @@ def test_odd_texts_go_through_the_stage(set_params: SetParams) -> None:
     Path("odd.json").write_text(json.dumps(records))
     set_params("preprocess", data="odd.json", test_data="odd.json", over_length="truncate_prompt")
     preprocess.main()
-    metrics = json.loads(preprocess.METRICS.read_text())
+    metrics = json.loads((preprocess.REPORTS / "figures.json").read_text())
     assert sum(metrics["pairs"].values()) == len(ODD)
     assert (metrics["dropped"], metrics["truncated"]) == ({}, 1)

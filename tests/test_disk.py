@@ -20,7 +20,10 @@ from stages import evaluate, export, fetch, preprocess, train
 Main = Callable[[], None]
 STAGES: dict[str, tuple[Main, list[str]]] = {
     "fetch": (fetch.main, ["models/base"]),
-    "preprocess": (preprocess.main, ["data/tokenized", "metrics/preprocess.json"]),
+    "preprocess": (
+        preprocess.main,
+        ["data/tokenized", "reports/preprocess", "metrics/preprocess.json"],
+    ),
     "train": (train.main, ["models/adapter", "reports/train", "metrics/train.json"]),
     "evaluate": (evaluate.main, ["reports/evaluate", "metrics/evaluate.json"]),
     "export": (export.main, ["models/export", "metrics/export.json"]),

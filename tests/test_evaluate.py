@@ -27,7 +27,7 @@ Scorer = Callable[[dict[str, Any]], tuple[float, float]]
 def judged(
     workspace: Path, set_params: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Scorer], dict[str, Any]]:
-    """Run the stage with a function of a row in the model's place; returns its metrics."""
+    """Run the stage with a function of a row in the model's place; returns its figures."""
     write_pairs(workspace / "data" / "raw" / "pairs.json", 100)
     set_params("preprocess", validation_fraction=0.1, test_fraction=0.2)
     preprocess.main()
@@ -44,7 +44,7 @@ def judged(
         monkeypatch.setattr(evaluate, "require_exact", lambda *_: None)
         monkeypatch.setattr(evaluate, "score", score)
         evaluate.main()
-        content: dict[str, Any] = json.loads(evaluate.METRICS.read_text())
+        content: dict[str, Any] = json.loads((evaluate.REPORTS / "figures.json").read_text())
         return content
 
     return run
@@ -159,12 +159,30 @@ def test_plots_show_every_pair_and_every_slice(judged: Callable[[Scorer], dict[s
     ]
 
 
+def test_runs_are_compared_by_few_figures(judged: Callable[[Scorer], dict[str, Any]]) -> None:
+    figures = judged(by_id)
+    assert json.loads(evaluate.METRICS.read_text()) == {
+        "accuracy": figures["accuracy"],
+        "low": figures["accuracy_low"],
+        "high": figures["accuracy_high"],
+        "loss": figures["loss"],
+        "test/margin": figures["margin_mean"],
+        "test/ties": figures["ties"],
+        "test/calibration_error": figures["calibration"]["expected_error"],
+    }
+
+
+def test_values_of_a_slice_are_in_the_order_of_numbers() -> None:
+    values = {"10", "2", "-1", "b", "a", "1.5", "1e3", "nan"}
+    assert evaluate.in_order(values) == ["-1", "1.5", "2", "10", "1e3", "a", "b", "nan"]
+
+
 def test_same_rewards_give_the_same_bytes(judged: Callable[[Scorer], dict[str, Any]]) -> None:
     judged(by_id)
     first = digests(evaluate.REPORTS), evaluate.METRICS.read_bytes()
     judged(by_id)
     plots = {"length.json", "margins.json", "reliability.json", "roc.json", "slices.json"}
-    assert first[0].keys() == {"index.html", "rewards.parquet"} | plots
+    assert first[0].keys() == {"figures.json", "index.html", "rewards.parquet"} | plots
     assert (digests(evaluate.REPORTS), evaluate.METRICS.read_bytes()) == first
 
 

@@ -1,5 +1,6 @@
 """The layers of a frozen base: what they compute is what PyTorch, bitsandbytes and PEFT compute."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from reward.model import layers
 from reward.model.base import Quantization, add_lora, load_base, new_head
 from reward.model.scoring import as_in_transformers
+from reward.model.swapping import Swapped, swapped_out
 
 SHAPE = {
     "vocab_size": 60,
@@ -96,9 +98,12 @@ def test_every_layer_computes_what_it_computed_before(
     if family == "phi":
         monkeypatch.setattr(f"{__name__}.ADAPTED", ["q_proj", "fc1"])
     model = reward_model(tmp_path, family, quantization).train(training)
-    fused = {name: module for name, module in model.named_modules() if "forward" in module.__dict__}
+    swapped = {
+        name: module for name, module in model.named_modules() if isinstance(module, Swapped)
+    }
     compared = 0
-    for name, module in fused.items():
+    module: Any
+    for name, module in swapped.items():
         if name.endswith("layers.1"):
             continue
         features = (
@@ -119,7 +124,7 @@ def test_every_layer_computes_what_it_computed_before(
 def test_norms_of_a_decoder_are_among_them(tmp_path: Path) -> None:
     norms = {n: m for n, m in reward_model(tmp_path).named_modules() if n.endswith("norm")}
     assert len(norms) == 5
-    assert all("forward" in module.__dict__ for module in norms.values())
+    assert all(isinstance(module, Swapped) for module in norms.values())
 
 
 def test_a_norm_of_another_kind_is_left_alone() -> None:
@@ -155,6 +160,29 @@ def test_dropout_takes_the_random_numbers_that_pefts_takes(tmp_path: Path) -> No
     assert relative(outcome(layer, x, seed=0)[0], outcome(layer, x, seed=1)[0]) > 0.01
 
 
+def test_a_forward_that_somebody_else_has_set_stays_theirs(tmp_path: Path) -> None:
+    """As accelerate's hooks do. Our classes are gone for a while, and back after an error too."""
+    model = reward_model(tmp_path)
+    layer = next(module for module in modules(model, LoraLayer).values())
+    theirs = layer.forward = lambda x: x
+    before = {name: type(module) for name, module in model.named_modules()}
+    with swapped_out(model):
+        assert not any(isinstance(module, Swapped) for module in model.modules())
+        assert layer.forward is theirs
+    with contextlib.suppress(ZeroDivisionError), swapped_out(model):
+        raise ZeroDivisionError
+    assert layer.forward is theirs
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert any(isinstance(module, Swapped) for module in model.modules())
+
+
+def test_swapping_keeps_parameters_and_their_names(tmp_path: Path) -> None:
+    model = reward_model(tmp_path)
+    ours = dict(model.named_parameters())
+    with swapped_out(model):
+        assert list(ours.items()) == list(model.named_parameters())
+
+
 def test_an_adapter_that_is_switched_off_adds_nothing(tmp_path: Path) -> None:
     model = reward_model(tmp_path).eval()
     x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(4))
@@ -166,7 +194,7 @@ def test_an_adapter_that_is_switched_off_adds_nothing(tmp_path: Path) -> None:
 
 def test_in_half_precision_nothing_is_changed(tmp_path: Path) -> None:
     model = reward_model(tmp_path, dtype="bfloat16")
-    changed = [name for name, module in model.named_modules() if "forward" in module.__dict__]
+    changed = [name for name, module in model.named_modules() if isinstance(module, Swapped)]
     assert [name.rsplit(".", 2)[-2:] for name in changed] == [["layers", "1"]]
 
 

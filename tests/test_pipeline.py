@@ -60,9 +60,11 @@ OUTPUTS = {
             )
         ),
     },
-    "reports/train": {"training.json", "validation.json"},
+    "reports/preprocess": {"figures.json"},
+    "reports/train": {"figures.json", "training.json", "validation.json"},
     "reports/evaluate": {
         *(
+            "figures.json",
             "index.html",
             "length.json",
             "margins.json",

@@ -3,13 +3,13 @@
 import gzip
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from datasets import load_from_disk
 
@@ -41,14 +41,17 @@ def rewrite(path: Path, content: list[Any]) -> None:
 
 def run() -> dict[str, Any]:
     preprocess.main()
-    metrics: dict[str, Any] = read_json(preprocess.METRICS)
-    return metrics
+    figures: dict[str, Any] = read_json(preprocess.REPORTS / "figures.json")
+    pairs, dropped = (sum(figures[name].values()) for name in ("pairs", "dropped"))
+    assert read_json(preprocess.METRICS) == {"pairs": pairs, "dropped": dropped}
+    return figures
 
 
 def fault() -> str:
     with pytest.raises(Fault) as caught:
         preprocess.main()
     assert not preprocess.METRICS.exists()
+    assert not preprocess.REPORTS.exists()
     assert not list(Path("data").glob("tokenized*"))
     return str(caught.value)
 
@@ -363,7 +366,7 @@ def test_preprocess_runs_without_torch() -> None:
     )
     assert result.stderr.strip() == ""
     assert "train" in result.stdout
-    assert np.sum(list(read_json(preprocess.METRICS)["pairs"].values())) == 40
+    assert read_json(preprocess.METRICS)["pairs"] == 40
 
 
 @pytest.mark.usefixtures("data")
@@ -376,3 +379,16 @@ def test_fault_is_one_sentence_and_status_1(set_params: SetParams) -> None:
     assert result.returncode == 1
     wanted = "gone.json is not here, wanted a file or a folder of preference pairs\n"
     assert result.stderr == wanted
+
+
+def test_the_first_training_pair_is_shown_as_the_model_sees_it(
+    data: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(data, [pair(index, rejected="bad\n" * 300) for index in range(20)])
+    set_params("preprocess", append_eos=True)
+    run()
+    chosen, rejected = capsys.readouterr().out.splitlines()[-2:]
+    assert re.fullmatch(r'chosen     "问:question \d+\\n\\n答:good<\|endoftext\|>"', chosen)
+    assert rejected.startswith('rejected   "问:question ')
+    assert rejected.endswith('bad\\nbad\\n<|endoftext|>"')
+    assert len(rejected) == 11 + preprocess.EXAMPLE_CHARACTERS + len(" ... ")

@@ -128,7 +128,7 @@ def test_sets_are_judged_as_slices_and_their_leaks_counted(
     monkeypatch.setattr(evaluate, "require_exact", lambda *_: None)
     monkeypatch.setattr(evaluate, "score", score)
     evaluate.main()
-    metrics = json.loads(evaluate.METRICS.read_text())
+    metrics = read_json(evaluate.REPORTS / "figures.json")
     assert metrics["accuracy"] == 1
     right, wrong = metrics["sets"]["right"], metrics["sets"]["wrong"]
     assert (right["accuracy"], right["pairs"], right["leaked"]) == (1, 2, 1)
@@ -141,6 +141,8 @@ def test_sets_are_judged_as_slices_and_their_leaks_counted(
     assert "1 of 2 pairs of right have a prompt that the model was trained on" in said
     assert "of wrong 0 prompts were cut, and 1 pairs left out" in said
     assert "of right 0" not in said
+    assert read_json(evaluate.METRICS)["sets/right"] == 1
+    assert read_json(evaluate.METRICS)["sets/wrong"] == 0
     slices = json.loads((evaluate.REPORTS / "slices.json").read_text())
     assert [row["slice"] for row in slices[-2:]] == ["test set: right", "test set: wrong"]
     rewards = pyarrow.parquet.read_table(evaluate.REPORTS / "sets" / "wrong.parquet")

@@ -485,6 +485,7 @@ def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
         "adapter/quantization.json",
         "adapter/template.json",
         "adapter/training.json",
+        "reports/figures.json",
         "reports/training.json",
         "reports/validation.json",
         "metrics",
@@ -503,10 +504,14 @@ def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
         }
     rates = [5e-4 * x for x in (1 / 3, 5 / 5, 3 / 5, 1 / 5)]
     assert [entry["learning_rate"] for entry in training] == pytest.approx(rates)
-    metrics = json.loads(train.METRICS.read_text())
-    assert metrics["steps"] == 8
-    assert metrics["validation"] == {k: v for k, v in validation[-1].items() if k != "step"}
-    assert metrics.keys() == {"steps", "trainable_parameters", "validation"}
+    figures = json.loads((train.REPORTS / "figures.json").read_text())
+    assert figures["validation"] == validation[-1]
+    assert figures.keys() == {"steps", "trainable_parameters", "validation"}
+    assert json.loads(train.METRICS.read_text()) == {
+        "steps": 8,
+        "validation/accuracy": validation[-1]["accuracy"],
+        "validation/loss": validation[-1]["loss"],
+    }
     printed = capfd.readouterr()
     assert printed.err == ""
     assert [line.split()[0] for line in printed.out.splitlines()] == [

@@ -141,7 +141,13 @@ def _is_wrapper(record: Any) -> bool:
 
 
 def _array(path: Path) -> Iterator[tuple[int, Any]]:
-    """Records of a JSON array; holds little more than one record, or one chunk, in memory."""
+    """Records of a JSON array; holds little more than one record, or one chunk, in memory.
+
+    Not by ijson: with duplicate keys refused it read 60,000 records of 89 MB in 0.25 s of processor
+    time, against 0.39 s here, which is nothing beside tokenizing them. But its parser turns half of
+    a surrogate pair into a question mark without an error, so that a broken text would be trained
+    on, and names neither the record nor what was found where an array is broken.
+    """
     with _open(path) as file:
         _first(file)
         buffer, start, position, size = _first(file), 0, 1, CHUNK

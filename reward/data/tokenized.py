@@ -112,6 +112,13 @@ def _widened(part: pa.RecordBatch, schema: pa.Schema, columns: list[str]) -> pa.
     return pa.table(data).select(schema.names).cast(schema)
 
 
+def first_row(path: Path) -> Row:
+    """The first row of a tokenized split."""
+    with pa.memory_map(str(path / DATA)) as source:
+        [row] = pa.ipc.open_stream(source).read_next_batch().slice(0, 1).to_pylist()
+    return dict(row)
+
+
 def load(path: Path, base: Path) -> "Dataset":
     """A tokenized split. Raises a Fault if it is damaged, or has ids of another tokenizer."""
     from datasets import Dataset

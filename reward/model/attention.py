@@ -19,6 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from reward.model.packing import Layout
+from reward.model.swapping import Swapped, swap_in
 from reward.process import Fault
 
 NAME = "packs"
@@ -51,6 +52,10 @@ class Plan:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device = layout, device
         self.masks: dict[int | None, Tensor] = {}
+
+    def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Those that a layer's queries see, of those that the layer has computed."""
+        return key, value
 
     def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """0 where a query sees a key and -inf elsewhere, [queries, keys], at most BLOCK queries.
@@ -92,12 +97,30 @@ class Plan:
         return Call(sum(queries), keys, cu_queries, cu_keys, max(queries), max(seen))
 
 
-class Caught(Exception):
-    """A layer's keys and values, raised to end its pass where they are all that was wanted."""
+class KeysAlone(Plan):
+    """The plan of a pass that is over where a layer's keys and values are known."""
+
+    def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        raise Known(key, value)
+
+
+class Known(Exception):
+    """A layer's keys and values, raised to leave a pass in which nothing else is asked for."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__("keys and values of a layer")
-        self.pair = key, value
+        self.keys_and_values = key, value
+
+
+class AtEnds(Plan):
+    """The plan of a pass over the last tokens of the texts, with the keys and values of all."""
+
+    def __init__(self, plan: Plan, known: tuple[Tensor, Tensor]) -> None:
+        super().__init__(plan.layout.at_ends(), plan.device)
+        self._known = known
+
+    def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self._known
 
 
 def attend(
@@ -110,15 +133,13 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     plan: Plan | None = None,
-    catch: bool = False,
-    caught: tuple[Tensor, Tensor] | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a layer over a pack, as AttentionInterface wants it: [1, queries, heads, size].
 
     `query`, `key` and `value` are [1, heads, tokens, size], with fewer heads in the last two where
-    they are grouped. `caught` takes the place of `key` and `value`. Dropout of attention weights is
-    not applied: adapters have their own. Raises a Fault for what stock attention would do besides.
+    they are grouped. Dropout of attention weights is not applied: adapters have their own. Raises a
+    Fault for what stock attention would do besides.
     """
     besides = {"softcap", "s_aux", "position_bias"} & {
         name for name, value in unknown.items() if value is not None
@@ -133,10 +154,7 @@ def attend(
             f"{type(module).__name__} is not told how its row is laid out, wanted a model that "
             "hands keyword arguments on to its attention"
         )
-    if catch:
-        raise Caught(key, value)
-    if caught:
-        key, value = caught
+    key, value = plan.keys_and_values(key, value)
     if flashes(query, value):
         return by_flash(query, key, value, plan, scaling, sliding_window), None
     return text_by_text(query, key, value, plan, scaling, sliding_window), None
@@ -227,40 +245,46 @@ def text_by_text(
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
-def prune(decoder: nn.Module) -> None:
-    """Have a decoder's last layer work on the texts' last tokens alone: no other output is read.
+class LastLayer(Swapped):
+    """A decoder's last layer, worked out at the texts' last tokens alone: no other output is read.
 
-    As in generation, its keys and values are those of all tokens, while queries and all that
-    follows are not. A layer that is not called in transformers' usual way is left as it is.
+    As in generation, keys and values are those of all tokens, while queries, and all that comes
+    after attention, are those of the last ones: most of the layer's work. A layer projects its
+    input and adds to it in one call, whose parts have other names in every family, so its input
+    cannot be cut for the queries and stay whole for the keys. Hence two calls: the first, of all
+    tokens, is left by an exception where attention is told its keys and values, because a layer
+    that returned would have done all of its work; the second is of the last tokens.
     """
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        return
-    last: nn.Module = layers[-1]
-    # Without gradient checkpointing, which would drop what is caught: little is kept here anyway.
-    whole: Callable[..., Tensor] = partial(inspect.unwrap(type(last).forward), last)
-    if "position_embeddings" not in inspect.signature(whole).parameters:
-        return
 
-    def forward(hidden_states: Tensor, *, plan: Plan | None = None, **rest: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *, plan: Plan | None = None, **rest: Any) -> Tensor:
+        layer: Callable[..., Tensor] = super().forward
         if plan is None:
-            return whole(hidden_states, **rest)
+            return layer(hidden_states, **rest)
         try:
-            whole(hidden_states, plan=plan, catch=True, **rest)
-        except Caught as found:
-            caught = found.pair
+            layer(hidden_states, plan=KeysAlone(plan.layout, plan.device), **rest)
+        except Known as found:
+            known = found.keys_and_values
         ends = torch.tensor(plan.layout.ends, device=plan.device)
         rotations = rest.pop("position_embeddings")
-        return whole(
+        return layer(
             hidden_states[:, ends],
             position_ids=rest.pop("position_ids")[:, ends],
             position_embeddings=tuple(rotation[:, ends] for rotation in rotations),
-            plan=Plan(plan.layout.at_ends(), plan.device),
-            caught=caught,
+            plan=AtEnds(plan, known),
             **rest,
         )
 
-    last.forward = forward
+
+def swap_last_layer(decoder: nn.Module) -> None:
+    """Have a decoder's last layer worked out at the texts' last tokens alone.
+
+    A layer that is not called in transformers' usual way is left as it is.
+    """
+    layers = getattr(decoder, "layers", None)
+    if isinstance(layers, nn.ModuleList):
+        arguments = inspect.signature(inspect.unwrap(type(layers[-1]).forward)).parameters
+        if "position_embeddings" in arguments:
+            swap_in(layers[-1], LastLayer)
 
 
 AttentionInterface.register(NAME, attend)

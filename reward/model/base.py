@@ -112,7 +112,7 @@ def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    attention.prune(model.base_model)
+    attention.swap_last_layer(model.base_model)
     return model.requires_grad_(False)
 
 
@@ -162,7 +162,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     config.task_type = TaskType.SEQ_CLS
     with silent_peft():
         adapted = get_peft_model(model, config)
-    layers.fuse(adapted)
+    layers.swap_layers(adapted)
     return adapted
 
 
@@ -187,7 +187,7 @@ def adapt(model: PreTrainedModel, adapter: Path) -> PeftModel:
     new_head(model, seed=0)
     with silent_peft():
         adapted = PeftModel.from_pretrained(model, adapter).eval()
-    layers.fuse(adapted)
+    layers.swap_layers(adapted)
     return adapted
 
 

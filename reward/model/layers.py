@@ -5,7 +5,6 @@ the speed of processors that are not Intel's unused. What an adapter adds goes i
 its layer in place, and nothing is kept that a frozen layer needs no gradient of.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -18,12 +17,13 @@ from torch.autograd import Function
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-Forward = Callable[[Tensor], Tensor]
+from reward.model.swapping import Swapped, swap_in
+
 LINEAR = (nn.Linear, Linear4bit)
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def fuse(model: PeftModel) -> None:
+def swap_layers(model: PeftModel) -> None:
     """Have linear layers, adapters and RMS norms of a decoder in fp32 computed as they are here.
 
     What is not known here is computed as before.
@@ -34,13 +34,13 @@ def fuse(model: PeftModel) -> None:
     for module in classifier.base_model.modules():
         if isinstance(module, LoraLayer):
             if type(module.base_layer) in LINEAR:
-                module.forward = adapter(module)
+                swap_in(module, AdaptedLayer)
         elif any(parameter.requires_grad for parameter in module.parameters()):
             continue
         elif type(module) in LINEAR:
-            module.forward = frozen(module)
+            swap_in(module, FrozenLayer)
         elif is_rms_norm(module):
-            module.forward = norm(module)
+            swap_in(module, Norm)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,8 +76,11 @@ class Frozen(Function):
         return product(gradient, dense(ctx.layer).T), None
 
 
-def frozen(layer: nn.Module) -> Forward:
-    return lambda x: Frozen.apply(x, layer)
+class FrozenLayer(Swapped):
+    """A linear layer whose weights get no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, Frozen.apply(x, self))
 
 
 class Adapted(Function):
@@ -113,22 +116,19 @@ class Adapted(Function):
         return of_x, of_y, of_a, of_b, None, None
 
 
-def adapter(module: Any) -> Forward:
-    """LoRA's layer, over a base layer that is one of those here."""
-    stock, layer = module.forward, module.base_layer
-    [name] = module.active_adapters
-    parts = (module.lora_A, module.lora_B, module.scaling, module.lora_dropout)
-    a, b, scaling, dropout = (part[name] for part in parts)
+class AdaptedLayer(Swapped):
+    """LoRA's layer, over a base layer that is one of those here, with one adapter."""
 
-    def forward(x: Tensor) -> Tensor:
-        if module.disable_adapters:
-            return cast(Tensor, stock(x))
+    def forward(self, x: Tensor) -> Tensor:
+        lora: Any = self
+        if lora.disable_adapters:
+            return cast(Tensor, super().forward(x))
+        [name] = lora.active_adapters
+        parts = (lora.lora_A, lora.lora_B, lora.scaling, lora.lora_dropout)
+        a, b, scaling, dropout = (part[name] for part in parts)
         y = dropout(x)
-        return cast(
-            Tensor, Adapted.apply(x, None if y is x else y, a.weight, b.weight, scaling, layer)
-        )
-
-    return forward
+        kept = None if y is x else y
+        return cast(Tensor, Adapted.apply(x, kept, a.weight, b.weight, scaling, lora.base_layer))
 
 
 # --- norms -----------------------------------------------------------------------------------
@@ -153,8 +153,15 @@ class RootMeanSquare(Function):
         return scaled.mul_(scale).addcmul_(x, along), None, None
 
 
-def norm(module: Any) -> Forward:
-    return lambda x: RootMeanSquare.apply(x, module.weight, module.variance_epsilon)
+class Norm(Swapped):
+    """An RMS norm whose weight gets no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return root_mean_square(self, x)
+
+
+def root_mean_square(module: Any, x: Tensor) -> Tensor:
+    return cast(Tensor, RootMeanSquare.apply(x, module.weight, module.variance_epsilon))
 
 
 @torch.no_grad()
@@ -164,5 +171,6 @@ def is_rms_norm(module: nn.Module) -> bool:
     if not hasattr(module, "variance_epsilon") or not isinstance(weight, Tensor):
         return False
     x = torch.linspace(-1, 3, 2 * len(weight), device=weight.device).view(2, -1)
-    found, wanted = norm(module)(x), module(x)
-    return found.shape == wanted.shape and bool((found - wanted).norm() <= 1e-5 * wanted.norm())
+    found, expected = root_mean_square(module, x), module(x)
+    close = (found - expected).norm() <= 1e-5 * expected.norm()
+    return found.shape == expected.shape and bool(close)

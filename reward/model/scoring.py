@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from reward.model import attention
 from reward.model.base import device, head_of
 from reward.model.packing import Pack, Texts, into_packs, pack, tokens
+from reward.model.swapping import swapped_out
 from reward.process import Fault
 
 # How far a pack may be from its texts alone, as a share of the hidden states' norm.
@@ -61,8 +62,8 @@ def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> T
     ):
         while done < len(order):
             rest = order[done:]
-            for group in into_packs([lengths[index] for index in rest], tokens_per_pack):
-                indices = [rest[place] for place in group]
+            for places in into_packs([lengths[index] for index in rest], tokens_per_pack):
+                indices = [rest[place] for place in places]
                 found = within_memory(rewards, model, pack([prompts[index] for index in indices]))
                 if found is None:
                     tokens_per_pack = halved([lengths[index] for index in indices], "scoring")
@@ -116,18 +117,12 @@ def halved(lengths: Sequence[int], place: str) -> int:
 def as_in_transformers(model: PeftModel) -> Iterator[PreTrainedModel]:
     """The classifier for a while with attention and layers as transformers and PEFT have them."""
     classifier = cast(PreTrainedModel, model.get_base_model())
-    ours = {
-        module: module.__dict__.pop("forward")
-        for module in classifier.modules()
-        if "forward" in module.__dict__
-    }
     classifier.set_attn_implementation("sdpa" if classifier._supports_sdpa else "eager")
     try:
-        yield classifier
+        with swapped_out(classifier):
+            yield classifier
     finally:
         classifier.set_attn_implementation(attention.NAME)
-        for module, forward in ours.items():
-            module.forward = forward
 
 
 @torch.no_grad()

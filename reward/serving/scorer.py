@@ -112,8 +112,8 @@ def packable(ids: Sequence[Sequence[int]]) -> list[Texts]:
     shared = min((prefix_length(first, other) for other in others), default=0)
     own = [len(text) - shared for text in ids]
     return [
-        Texts([ids[index] for index in group], shared)
-        for group in into_packs(own, TOKENS_PER_PACK - shared)
+        Texts([ids[index] for index in indices], shared)
+        for indices in into_packs(own, TOKENS_PER_PACK - shared)
     ]
 
 
