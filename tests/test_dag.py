@@ -1,6 +1,8 @@
 """dvc.yaml says what the code does: the same imports, params, files and nothing else."""
 
 import ast
+import re
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.test_params import GROUPS
+from tests.support import GROUPS, ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("reward", "stages")
+OUTSIDE = ("benchmarks", "tests", "tools")
 # What a module reads beside itself.
 READ = {"reward.judging.page": "page.html", "reward.exporting.card": "card.md"}
 # From the top: none imports from a room above its own, or beside it.
@@ -37,8 +39,8 @@ def file_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def imported(module: str) -> set[str]:
-    """The modules of this project that a module imports itself, anywhere in it."""
+def imported(module: str, packages: Collection[str] = PACKAGES) -> set[str]:
+    """The modules of the given packages that a module imports itself, anywhere in it."""
     names = set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -46,7 +48,7 @@ def imported(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports by a relative name"
             names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in names if name.split(".")[0] in PACKAGES and file_of(name).exists()}
+    return {name for name in names if name.split(".")[0] in packages and file_of(name).exists()}
 
 
 def with_packages(module: str) -> set[str]:
@@ -138,6 +140,16 @@ def test_nothing_imports_in_a_circle() -> None:
 def test_packages_are_empty() -> None:
     for path in (ROOT / "reward").rglob("__init__.py"):
         assert path.read_text(encoding="utf-8") == ""
+
+
+def test_no_test_and_no_tool_imports_a_test_module() -> None:
+    """What tests share is in tests.support, their fixtures in conftest, which pytest imports."""
+    files = [path for name in OUTSIDE for path in (ROOT / name).rglob("*.py")]
+    names = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in files]
+    found = {(name, other) for name in names for other in imported(name, OUTSIDE)}
+    assert ("tests.test_dag", "tests.support") in found
+    tests = re.compile(r"tests\.(test_\w+|conftest)")
+    assert [pair for pair in sorted(found) if tests.fullmatch(pair[1])] == []
 
 
 # What a change of a file must rerun, and nothing else: DVC hashes whole files.
