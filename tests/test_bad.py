@@ -19,8 +19,7 @@ from reward.data.reading import read
 from reward.data.records import check
 from reward.process import run
 from stages import evaluate, export, fetch, preprocess, train
-
-from .conftest import ROOT
+from tests.support import ROOT
 
 BAD = Path(__file__).parent / "bad"
 SetParams = Callable[..., None]

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from reward.model import trainer
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import run
 from stages import evaluate, export, fetch, preprocess, train
+from tests.support import files_of_at_most
 
 Main = Callable[[], None]
 STAGES: dict[str, tuple[Main, list[str]]] = {
@@ -65,17 +65,6 @@ def left_over() -> list[Path]:
 
 
 # --- full ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A limit on the size of files that are written, which a full disk is for each of them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -46,9 +46,7 @@ from reward.model.scoring import score
 from reward.outputs import digests, read_json, write_json
 from reward.process import Fault
 from stages import evaluate, export, preprocess, train
-
-from .conftest import ROOT, write_pairs
-from .test_attention import FAMILIES, SHAPE, prompts_of
+from tests.support import FAMILIES, ROOT, SHAPE, prompts_of, write_pairs
 
 NAME, COMMIT = "Qwen/Qwen2-0.5B", "c0ffee" * 6 + "cafe"
 Change = dict[str, dict[str, Any]]

@@ -12,8 +12,7 @@ import pytest
 
 from reward.data.tokens import Encoder, Template
 from reward.judging import page
-
-from .browser import Browser
+from tools.browser import Browser
 
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror="alert(1)"> & <b>'
 

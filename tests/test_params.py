@@ -13,26 +13,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from reward import params
-from reward.model.base import Quantization
-from reward.model.trainer import Train
 from reward.params import Fraction, Positive, Rule
 from reward.process import Fault
-from stages.evaluate import Evaluate
-from stages.export import Export
-from stages.fetch import Base
-from stages.preprocess import Preprocess
-from stages.train import Lora
+from tests.support import GROUPS, ROOT
 
-ROOT = Path(__file__).parent.parent
-GROUPS: dict[str, type[Any]] = {
-    "base": Base,
-    "preprocess": Preprocess,
-    "quantization": Quantization,
-    "lora": Lora,
-    "train": Train,
-    "evaluate": Evaluate,
-    "export": Export,
-}
 LINES = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
 
 

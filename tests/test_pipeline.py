@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from reward.outputs import digests
-from tests.conftest import ROOT, write_pairs
+from tests.support import ROOT, write_pairs
 
 OUTPUTS = {
     "data/tokenized": {

@@ -18,9 +18,7 @@ import pytest
 from reward.process import run
 from reward.serving import score
 from reward.serving.scorer import Scorer
-
-from .conftest import ROOT
-from .test_disk import files_of_at_most
+from tests.support import ROOT, files_of_at_most
 
 pytestmark = pytest.mark.usefixtures("project")
 OUTPUT, INPUT = Path("out.jsonl"), Path("in.jsonl")

@@ -23,8 +23,7 @@ from benchmarks import serve as load
 from reward.process import Fault
 from reward.serving import serve
 from reward.serving.scorer import Ids, Scorer
-
-from .conftest import ROOT
+from tests.support import ROOT
 
 T = TypeVar("T")
 Client = TestClient[Request, Application]

@@ -28,8 +28,7 @@ from reward.model.scoring import as_in_transformers, rewards, score
 from reward.outputs import digest, digests
 from reward.process import Fault
 from stages import preprocess, train
-
-from .conftest import write_pairs
+from tests.support import write_pairs
 
 ROOT = Path(__file__).parent.parent
 SetParams = Callable[..., None]
