@@ -76,6 +76,12 @@ IN_HALF: Change = {
     "train": {"max_steps": 2, "learning_rate": 1e-2},
     "export": {"merge": "bfloat16", "clients": "all", "tolerance_in_half": 0.05},
 }
+IN_FLOAT16: Change = {
+    "preprocess": {"template": "zh", "append_eos": False, "test_fraction": 0.2},
+    "quantization": {"bits": 4, "compute_dtype": "float16"},
+    "train": {"max_steps": 2, "learning_rate": 1e-2},
+    "export": {"merge": "float32", "clients": "light", "tolerance_in_half": 0.02},
+}
 ADAPTER = {"peft", "transformers_adapter", "pipeline_adapter", "trl_grpo_adapter"}
 WHOLE = {
     *("transformers_merged", "pipeline_merged", "cross_encoder_merged"),
@@ -142,7 +148,7 @@ def evaluated(
 
 @pytest.fixture(scope="module")
 def exported(evaluated: Callable[[Change], Path]) -> Callable[[Change], Path]:
-    """Such a folder in which export was run too."""
+    """Such a folder in which export was run too; a fresh process scores for DEFAULT alone."""
 
     def make(change: Change) -> Path:
         folder = evaluated(change)
@@ -150,6 +156,8 @@ def exported(evaluated: Callable[[Change], Path]) -> Callable[[Change], Path]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
                 patch.delenv("DVC_ROOT", raising=False)
+                if change != DEFAULT:
+                    patch.setattr(gate, "run_clients", score_here)
                 export.main()
         return folder
 
@@ -185,17 +193,17 @@ def set_export(**values: Any) -> None:
     YAML().dump(content, Path("params.yaml"))
 
 
+def score_here(request: Request, elsewhere: Path) -> subprocess.CompletedProcess[str]:
+    """What a fresh process does, in this one, which has imported the libraries already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pyarrow.parquet.write_table(clients.find(request), elsewhere / FOUND)
+    return subprocess.CompletedProcess([], 0)
+
+
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the clients score in this process, whose libraries are imported already."""
-
-    def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProcess[str]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pyarrow.parquet.write_table(clients.find(request), elsewhere / FOUND)
-        return subprocess.CompletedProcess([], 0)
-
-    monkeypatch.setattr(gate, "run_clients", run_clients)
+    monkeypatch.setattr(gate, "run_clients", score_here)
 
 
 def left_over() -> list[str]:
@@ -247,6 +255,17 @@ def test_every_client_gives_the_evaluated_rewards(
             assert figures["difference_max"] <= (0.02 if in_half else 2e-5)
             assert figures["difference_mean"] <= figures["difference_max"]
             assert figures["flips"] == 0 or in_half
+
+
+def test_light_clients_give_the_rewards_in_float16(exported: Callable[[Change], Path]) -> None:
+    found = read_json(exported(IN_FLOAT16) / export.METRICS)["clients"]
+    assert set(found) == {each.name for each in select("light", merged=True)}
+    assert found.pop("packs")["packs"]["difference_max"] == 0
+    for forms in found.values():
+        assert set(forms) == FORMS
+        for figures in forms.values():
+            assert figures["pairs"] == 4
+            assert 0 < figures["difference_max"] <= 0.002
 
 
 def test_export_holds_all_that_is_needed_and_nothing_else(
@@ -561,9 +580,21 @@ def test_rewards_of_packs_of_an_unknown_size_are_refused(recorded: bytes | None)
     assert left_over() == []
 
 
-def test_packs_have_the_size_that_evaluate_recorded() -> None:
-    table = pa.table({"id": ["a"]}).replace_schema_metadata({b"tokens_per_pack": b"60"})
-    assert export.packs_of(table) == 60
+@pytest.mark.usefixtures("ready")
+def test_packs_have_the_size_that_evaluate_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pyarrow.parquet.read_table(export.REWARDS)
+    recorded = table.replace_schema_metadata({b"tokens_per_pack": b"60"})
+    pyarrow.parquet.write_table(recorded, export.REWARDS)
+    requests: list[Request] = []
+
+    def run_clients(request: Request, _: Path) -> subprocess.CompletedProcess[str]:
+        requests.append(request)
+        return subprocess.CompletedProcess([], 1)
+
+    monkeypatch.setattr(gate, "run_clients", run_clients)
+    with pytest.raises(Fault, match="ended with status 1"):
+        export.main()
+    assert [request.tokens_per_pack for request in requests] == [60]
 
 
 # --- figures ---------------------------------------------------------------------------------
