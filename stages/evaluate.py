@@ -130,10 +130,14 @@ def load_sets() -> list[TestSet]:
 
 
 def rewards_of(model: PeftModel, dataset: Dataset, tokens_per_pack: int) -> pa.Table:
-    """The rewards of a dataset's pairs as a table."""
+    """The rewards of a dataset's pairs as a table, whose metadata has the size of the packs.
+
+    In half precision packs of another size round otherwise.
+    """
     chosen, rejected = chosen_and_rejected(score(model, pairs_of(dataset), tokens_per_pack))
     require_finite(chosen, rejected)
-    return as_table(dataset, chosen, rejected)
+    packs = {b"tokens_per_pack": str(tokens_per_pack).encode()}
+    return as_table(dataset, chosen, rejected).replace_schema_metadata(packs)
 
 
 def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:

@@ -29,6 +29,8 @@ DIGESTS, ADAPTER_WEIGHTS = "digests.json", "adapter_model.safetensors"
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -37,7 +39,12 @@ class Quantization:
     bits: Literal[4, "none"]
     quant_type: Literal["nf4", "fp4"]
     double_quant: Switch
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    compute_dtype: ComputeDtype
+
+    @classmethod
+    def unquantized(cls, compute_dtype: ComputeDtype) -> "Quantization":
+        """A base whose weights stay as they are; what is set for 4 bits then has no effect."""
+        return cls("none", "nf4", False, compute_dtype)
 
     @property
     def dtype(self) -> torch.dtype:
