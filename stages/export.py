@@ -2,9 +2,10 @@
 
     python -m stages.export
 
-Reads models/base, models/adapter, data/tokenized/test and what evaluate wrote. Writes models/export
-and metrics/export.json, or nothing: a fresh process loads a copy of the folder through each client
-of reward.exporting.clients, and the rewards that it finds must be those that were evaluated.
+Reads models/base, models/adapter, data/tokenized/test and what evaluate wrote. Writes models/export,
+reports/export/figures.json and metrics/export.json, or nothing: a fresh process loads a copy of the
+folder through each client of reward.exporting.clients, and the rewards that it finds must be those
+that were evaluated.
 """
 
 import shutil
@@ -38,7 +39,8 @@ ADAPTER = Path("models/adapter")
 EXPORT = Path("models/export")
 TEST = Path("data/tokenized/test")
 REWARDS = Path("reports/evaluate/rewards.parquet")
-EVALUATED = Path("metrics/evaluate.json")
+EVALUATED = Path("reports/evaluate/figures.json")
+REPORTS = Path("reports/export")
 METRICS = Path("metrics/export.json")
 TOKENS_PER_PACK = b"tokens_per_pack"
 
@@ -54,22 +56,24 @@ class Export:
 
 
 def main() -> None:
-    group = params.load("export", Export)
+    options = params.load("export", Export)
     quantization = params.load("quantization", Quantization)
-    if group.clients == "all":
+    if options.clients == "all":
         clients_trl.require_libraries()
     torch.set_num_threads(processors())
     evaluated = read_evaluated(tokenized.load(TEST, BASE))
     tokens_per_pack = packs_of(evaluated)
     trained = Trained(BASE, ADAPTER, quantization, recorded(EVALUATED))
-    clients = select(group.clients, merged=group.merge != "none")
+    clients = select(options.clients, merged=options.merge != "none")
     with whole_folder(EXPORT) as folder:
-        write_exported(folder, trained, group.merge)
-        found = score_elsewhere(folder, group.clients, tokens_per_pack)
-        metrics = gate.measure(found, clients, gate.rewards_of(evaluated))
-        require_alike(metrics["clients"], clients, group, quantization)
-    write_json(METRICS, metrics)
-    report(metrics)
+        write_exported(folder, trained, options.merge)
+        found = score_elsewhere(folder, options.clients, tokens_per_pack)
+        figures = gate.measure(found, clients, gate.rewards_of(evaluated))
+        require_alike(figures["clients"], clients, options, quantization)
+    with whole_folder(REPORTS) as folder:
+        write_json(folder / "figures.json", figures)
+    write_json(METRICS, headline(figures))
+    report(figures)
 
 
 def read_evaluated(test: Dataset) -> pa.Table:
@@ -120,7 +124,7 @@ def score_elsewhere(
 
 
 def require_alike(
-    by_client: ByClient, clients: Sequence[Client], group: Export, quantization: Quantization
+    by_client: ByClient, clients: Sequence[Client], options: Export, quantization: Quantization
 ) -> None:
     """Raises a Fault for the first client whose rewards are further off than is allowed.
 
@@ -129,10 +133,10 @@ def require_alike(
     """
     trained_in_half = quantization.dtype != DTYPES["float32"]
     for client in clients:
-        merged_in_half = client.merged and group.merge == "bfloat16"
-        allowed, key = group.tolerance, "tolerance"
+        merged_in_half = client.merged and options.merge == "bfloat16"
+        allowed, key = options.tolerance, "tolerance"
         if client != PACKS and (trained_in_half or merged_in_half):
-            allowed, key = group.tolerance_in_half, "tolerance_in_half"
+            allowed, key = options.tolerance_in_half, "tolerance_in_half"
         for form, figures in by_client[client.name].items():
             if figures["pairs"] and not figures["difference_max"] <= allowed:
                 raise Fault(
@@ -142,12 +146,26 @@ def require_alike(
                 )
 
 
-def report(metrics: dict[str, Any]) -> None:
+def headline(figures: dict[str, Any]) -> dict[str, float]:
+    """The content of metrics/export.json: the worst of what the clients found.
+
+    A name with a slash is left out of a short table: --drop '.*/.*'.
+    """
+    compared = [
+        form for forms in figures["clients"].values() for form in forms.values() if form["pairs"]
+    ]
+    return {
+        "clients/difference": max(form["difference_max"] for form in compared),
+        "clients/flips": max(form["flips"] for form in compared),
+    }
+
+
+def report(figures: dict[str, Any]) -> None:
     print(f"{'client':<22}{'form':<8}{'pairs':>6}  {'largest':>8}  {'mean':>8}  flips  accuracy")
-    for client, forms in metrics["clients"].items():
-        for form, figures in forms.items():
-            print(f"{client:<22}{form:<8}{in_columns(figures)}")
-    if original := metrics.get(ORIGINAL.name):
+    for client, forms in figures["clients"].items():
+        for form, found in forms.items():
+            print(f"{client:<22}{form:<8}{in_columns(found)}")
+    if original := figures.get(ORIGINAL.name):
         print(f"{'on the original base':<30}{in_columns(original)}")
         print(
             f"warning    on the original, unquantized base the adapter's rewards are off by up to "

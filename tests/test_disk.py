@@ -26,7 +26,7 @@ STAGES: dict[str, tuple[Main, list[str]]] = {
     ),
     "train": (train.main, ["models/adapter", "reports/train", "metrics/train.json"]),
     "evaluate": (evaluate.main, ["reports/evaluate", "metrics/evaluate.json"]),
-    "export": (export.main, ["models/export", "metrics/export.json"]),
+    "export": (export.main, ["models/export", "reports/export", "metrics/export.json"]),
 }
 pytestmark = pytest.mark.usefixtures("project")
 CAPABILITIES = 0x20080522  # _LINUX_CAPABILITY_VERSION_3 of capget(2)
@@ -318,9 +318,9 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
         "reports/evaluate/rewards.parquet cannot be read",
     ),
     "metrics missing": (
-        lambda: Path("metrics/evaluate.json").unlink(),
+        lambda: Path("reports/evaluate/figures.json").unlink(),
         ["export"],
-        "metrics/evaluate.json cannot be read",
+        "reports/evaluate/figures.json cannot be read",
     ),
     "template missing": (
         lambda: Path("data/tokenized/template.json").unlink(),

@@ -240,7 +240,7 @@ def test_every_client_gives_the_evaluated_rewards(
     exported: Callable[[Change], Path], change: Change, quantized: bool
 ) -> None:
     folder = exported(change)
-    found = read_json(folder / export.METRICS)
+    found = read_json(folder / export.REPORTS / "figures.json")
     assert found["pairs"] == 4
     assert ("original_base" in found) == quantized
     assert set(found["clients"]) == {"packs"} | ADAPTER | WHOLE
@@ -255,8 +255,18 @@ def test_every_client_gives_the_evaluated_rewards(
             assert figures["flips"] == 0 or in_half
 
 
+def test_exports_are_compared_by_their_worst_client(exported: Callable[[Change], Path]) -> None:
+    folder = exported(CHAT)
+    found = read_json(folder / export.REPORTS / "figures.json")["clients"].values()
+    each = [figures for forms in found for figures in forms.values()]
+    assert read_json(folder / export.METRICS) == {
+        "clients/difference": max(figures["difference_max"] for figures in each),
+        "clients/flips": max(figures["flips"] for figures in each),
+    }
+
+
 def test_light_clients_give_the_rewards_in_float16(exported: Callable[[Change], Path]) -> None:
-    found = read_json(exported(IN_FLOAT16) / export.METRICS)["clients"]
+    found = read_json(exported(IN_FLOAT16) / export.REPORTS / "figures.json")["clients"]
     assert set(found) == {each.name for each in select("light", merged=True)}
     assert found.pop("packs")["packs"]["difference_max"] == 0
     for forms in found.values():
@@ -337,7 +347,7 @@ def test_a_base_of_the_hub_is_named_with_its_commit(
     config = read_json(export.EXPORT / "adapter_config.json")
     assert (config["base_model_name_or_path"], config["revision"]) == (NAME, COMMIT)
     assert set(digests(export.EXPORT)) == {name for name in TREE if "/" not in name}
-    assert set(read_json(export.METRICS)["clients"]) == {"packs"} | ADAPTER
+    assert set(read_json(export.REPORTS / "figures.json")["clients"]) == {"packs"} | ADAPTER
     card = (export.EXPORT / "README.md").read_text(encoding="utf-8")
     assert ModelCard(card).data.to_dict()["base_model"] == NAME
     assert ModelCard(card).content == card

@@ -61,6 +61,7 @@ OUTPUTS = {
         ),
     },
     "reports/preprocess": {"figures.json"},
+    "reports/export": {"figures.json"},
     "reports/train": {"figures.json", "training.json", "validation.json"},
     "reports/evaluate": {
         *(

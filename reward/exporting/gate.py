@@ -72,7 +72,7 @@ def rewards_of(table: pa.Table) -> Rewards:
 
 
 def measure(found: pa.Table, selected: Sequence[Client], evaluated: Rewards) -> dict[str, Any]:
-    """The content of metrics/export.json: figures of each client by the form of what it was given.
+    """Figures of each client by the form of what it was given.
 
     Rewards of texts that end in eos are compared with those of packs of such texts. `evaluated` is
     [pairs, 2].
