@@ -1,4 +1,4 @@
-"""The exported folder: what its files are called, how they are written, loaded and distrusted.
+"""The exported folder: its files, how they are written and loaded, and what is refused there.
 
 README.md                                             the model card
 adapter_config.json, adapter_model.safetensors        LoRA and the head

@@ -39,10 +39,9 @@ Ids = list[list[int]]
 
 @dataclass(frozen=True)
 class Form:
-    """In which form pairs are given to a client.
+    """How pairs are given to a client: padded on a side, `batch` texts at a time.
 
-    Texts are padded on a side, `batch` at a time. `sample`: some of the pairs, not all; `ended`:
-    their texts end in eos.
+    `sample`: some of the pairs, not all; `ended`: their texts end in eos.
     """
 
     name: str
@@ -199,9 +198,9 @@ Score = Callable[[Form], pa.Table]
 
 @dataclass(frozen=True)
 class Client:
-    """A way to load an exported folder and to score with it.
+    """A way to load an exported folder and to score with it, pairs in some forms.
 
-    `open` loads the model. `merged`: it is the merged model, which not every folder has.
+    `open` loads the model. `merged`: that is the merged model, which not every folder has.
     """
 
     name: str

@@ -230,7 +230,7 @@ def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PortableTokenizer) -> None:
-    """Write a classifier with its tokenizer, and nothing of the library's version."""
+    """Write a classifier with its tokenizer, without the version that transformers records."""
     model.save_pretrained(folder)
     path = folder / "config.json"
     config = read_json(path)
