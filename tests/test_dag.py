@@ -175,9 +175,11 @@ def test_nothing_imports_in_a_circle() -> None:
         assert not any(module in transitive(other) for other in imported(module) - {module})
 
 
-def test_packages_are_empty() -> None:
+def test_packages_have_a_docstring_and_no_code() -> None:
+    """DVC warns of every dependency that is an empty file."""
     for path in (ROOT / "reward").rglob("__init__.py"):
-        assert path.read_text(encoding="utf-8") == ""
+        [docstring] = ast.parse(path.read_text(encoding="utf-8")).body
+        assert isinstance(docstring, ast.Expr)
 
 
 def test_no_test_and_no_tool_imports_a_test_module() -> None:
