@@ -2,10 +2,7 @@
 
 import fcntl
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +15,8 @@ import pytest
 from reward.process import run
 from reward.serving import score
 from reward.serving.scorer import Scorer
-from tests.support import ROOT, files_of_at_most
+from tests.forked import Forked, score_files
+from tests.support import files_of_at_most
 
 pytestmark = pytest.mark.usefixtures("project")
 OUTPUT, INPUT = Path("out.jsonl"), Path("in.jsonl")
@@ -348,22 +346,25 @@ def test_a_full_disk_gets_its_sentence_and_costs_no_row(
     assert OUTPUT.read_bytes() == wanted
 
 
-def start(output: str) -> "subprocess.Popen[str]":
-    code = "from stages import process, score; score.BATCH_CHARACTERS = 2000; "
-    return subprocess.Popen(
-        [sys.executable, "-c", code + "process.run(score.main)", str(INPUT), "--output", output],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start() -> Iterator[Callable[[str], Forked]]:
+    """Score in a process of its own, some records at a time."""
+    started: list[Forked] = []
+
+    def score_to(output: str) -> Forked:
+        started.append(Forked(score_files, 2000, str(INPUT), "--output", output))
+        return started[-1]
+
+    yield score_to
+    for process in started:
+        process.end()
 
 
-def test_a_killed_process_loses_and_doubles_nothing() -> None:
+def test_a_killed_process_loses_and_doubles_nothing(start: Callable[[str], Forked]) -> None:
     write(some_records(600))
     killed = start(str(OUTPUT))
     while not (JOURNAL.exists() and JOURNAL.stat().st_size > 1000):
-        assert killed.poll() is None, killed.communicate()
+        assert killed.returncode is None, killed.communicate()
         time.sleep(0.001)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
