@@ -18,9 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from reward.outputs import digest, digests, read_json, write_json, writing
+from reward.params import read_yaml
 from reward.process import Fault
 
 DIGESTS = "digests.json"
@@ -95,7 +94,7 @@ class Run:
         marker = self.folder / "finished.json"
         if not marker.exists():
             return
-        stages = (YAML(typ="safe").load(lock) or {}).get("stages", {}) if lock.exists() else {}
+        stages = (read_yaml(lock) or {}).get("stages", {}) if lock.exists() else {}
         recorded = {out.get("md5") for out in stages.get(stage, {}).get("outs", [])}
         if read_json(marker)["metrics_md5"] in recorded:
             for path in self._steps():
