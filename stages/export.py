@@ -44,7 +44,15 @@ from reward.model.base import (
     silent_peft,
     stock,
 )
-from reward.outputs import read_json, recorded, whole_folder, write_json
+from reward.outputs import (
+    copy_file,
+    read_json,
+    recorded,
+    whole_folder,
+    write_json,
+    write_text,
+    writing,
+)
 from reward.params import Positive, ZeroOrMore
 from reward.process import Fault, processors, run
 
@@ -100,7 +108,7 @@ def assemble(folder: Path, quantization: Quantization, merge: str) -> None:
     require_sealed(ADAPTER, BASE)
     for path in sorted(ADAPTER.iterdir()):
         if path.name != DIGESTS:
-            shutil.copyfile(path, folder / path.name)
+            copy_file(path, folder / path.name)
     model = stock(BASE, quantization)
     rows = embeddings(model)
     pad = prepare_tokenizer(BASE, folder, Template.load(ADAPTER / "template.json"), rows)
@@ -113,7 +121,7 @@ def assemble(folder: Path, quantization: Quantization, merge: str) -> None:
     if merge != "none":
         save_model(merged(model, folder).to(DTYPES[merge]), folder / MERGED, folder)
     text = card.render(folder, base_record(BASE), recorded(EVALUATED))
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_text(folder / "README.md", text)
     seal(folder, BASE)
 
 
@@ -202,7 +210,9 @@ def score_elsewhere(folder: Path, group: Export) -> dict[str, Forms]:
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as name:
         elsewhere = Path(name)
-        done = run_clients(shutil.copytree(folder, elsewhere / "reward-model"), elsewhere, group)
+        with writing(elsewhere):
+            copied = shutil.copytree(folder, elsewhere / "reward-model")
+        done = run_clients(copied, elsewhere, group)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             raise Fault(

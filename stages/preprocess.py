@@ -178,7 +178,7 @@ def open_ledger(group: Preprocess) -> Ledger:
 
 def tokenize(group: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -> None:
     """Write every usable record's ids to `table`, and what is known of it to the ledger."""
-    with tokenized.scratch(table) as writer:
+    with tokenized.stream(table) as append:
         for batch, future in encoded(encoder, batches(rendered(encoder, ledger))):
             ids = future.result()
             rows = [
@@ -187,7 +187,7 @@ def tokenize(group: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -
                 if (row := as_row(group, encoder, item, sides, ledger))
             ]
             if rows:
-                writer.write_batch(tokenized.batch(rows))
+                append(tokenized.batch(rows))
 
 
 def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:

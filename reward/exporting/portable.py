@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reward.data.tokens import Template, around, token_of
-from reward.outputs import digest, read_json, write_json
+from reward.outputs import copy_file, digest, read_json, write_json, write_text, writing
 from reward.process import Fault
 
 PAD = "<|reward_pad|>"
@@ -68,7 +68,7 @@ def prepare_tokenizer(source: Path, folder: Path, template: Template, rows: int)
     config = read_json(source / "tokenizer_config.json")
     pad = find_pad(tokenizer, config, template, rows)
     path = folder / "tokenizer.json"
-    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_text(path, tokenizer.to_str(pretty=True))
     chat = chat_template(tokenizer, config, template)
     config |= {
         "chat_template": chat,
@@ -191,10 +191,11 @@ def embeddings(model: PreTrainedModel) -> int:
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: Path) -> None:
     """Write a classifier with the tokenizer of another folder, nothing of the library's version."""
-    model.save_pretrained(folder)
+    with writing(folder, room=sum(weight.nbytes for weight in model.parameters())):
+        model.save_pretrained(folder)
     path = folder / "config.json"
     config = read_json(path)
     del config["transformers_version"]
     write_json(path, config)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tokenizer / name).read_bytes())
+        copy_file(tokenizer / name, folder / name)
