@@ -381,7 +381,8 @@ def test_a_full_disk_gets_its_sentence_and_costs_no_row(
 
 
 def start(output: str) -> "subprocess.Popen[str]":
-    code = "from stages import process, score; score.BATCH_CHARACTERS = 2000; "
+    code = "from reward import process; from reward.serving import score; "
+    code += "score.BATCH_CHARACTERS = 2000; "
     return subprocess.Popen(
         [sys.executable, "-c", code + "process.run(score.main)", str(INPUT), "--output", output],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

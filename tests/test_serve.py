@@ -378,7 +378,8 @@ def test_the_load_test_sees_what_is_wrong_and_what_is_sent_away(
 
 SLOW = """
 import asyncio, time
-from stages import process, serve
+from reward import process
+from reward.serving import serve
 
 class Slow:
     def encode_rendered(self, texts):
