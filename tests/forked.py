@@ -79,6 +79,11 @@ def score_files(batch: int, *arguments: str) -> None:
     score.main()
 
 
+def say(what: str) -> None:
+    """Print a line at once, whole: several threads would mix the pieces that print writes."""
+    os.write(1, f"{what}\n".encode())
+
+
 class Slow:
     """A scorer that says what it does, and takes some seconds for each pack."""
 
@@ -86,11 +91,11 @@ class Slow:
         self.seconds = seconds
 
     def encode_rendered(self, texts: Sequence[str]) -> list[Ids]:
-        print("accepted", flush=True)
+        say("accepted")
         return [[len(text)] for text in texts]
 
     def rewards(self, texts: Sequence[Ids], prompts: Sequence[Hashable]) -> list[float]:
-        print("scoring", flush=True)
+        say("scoring")
         time.sleep(self.seconds)
         return [float(ids[0]) for ids in texts]
 

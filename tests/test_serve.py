@@ -20,7 +20,7 @@ from benchmarks import serve as load
 from reward.process import Fault
 from reward.serving import serve
 from reward.serving.scorer import Ids, Scorer
-from tests.forked import Forked, serve_slowly
+from tests.forked import PATIENCE, Forked, serve_slowly
 
 T = TypeVar("T")
 Client = TestClient[Request, Application]
@@ -389,7 +389,9 @@ def slow() -> Iterator[Callable[[float], tuple[Forked, str]]]:
 
 async def said(process: Forked, what: str) -> None:
     """Read what a process says until it has said this."""
-    while (line := await asyncio.to_thread(process.stdout.readline)) != f"{what}\n":
+    line = ""
+    while line != f"{what}\n":
+        line = await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), PATIENCE)
         assert line, "the process has ended"
 
 
