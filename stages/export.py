@@ -2,10 +2,10 @@
 
     python -m stages.export
 
-Reads models/base, models/adapter, data/tokenized/test and what evaluate wrote. Writes models/export,
-reports/export/figures.json and metrics/export.json, or nothing: a fresh process loads a copy of the
-folder through each client of reward.exporting.clients, and the rewards that it finds must be those
-that were evaluated.
+Reads models/base, models/adapter, data/tokenized/test and what evaluate wrote. Writes
+models/export, reports/export/figures.json and metrics/export.json, or nothing: a fresh process
+loads a copy of the folder through each client of reward.exporting.clients, and the rewards that it
+finds must be those that were evaluated.
 """
 
 import shutil

@@ -29,9 +29,16 @@ from reward import params
 from reward.data import tokenized
 from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
 from reward.data.reading import files, read, unit
-from reward.data.records import BadRecord, Pair, check
+from reward.data.records import BadRecord, Pair, check, hash64
 from reward.data.sets import read_sets, write_sets
-from reward.data.splitting import among, contradictions, duplicates, split
+from reward.data.splitting import (
+    Prompts,
+    beginnings,
+    contradictions,
+    count_votes,
+    duplicates,
+    split,
+)
 from reward.data.tokens import Encoder, Template, prefix_length
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
@@ -44,6 +51,8 @@ METRICS = Path("metrics/preprocess.json")
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 1 << 19
 SHOWN = 10
+# No fault of the data: records that say that two answers are equally good are only left out.
+NEVER_STOP = {"tie"}
 EXAMPLE_CHARACTERS = 400
 
 Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
@@ -104,6 +113,10 @@ class Ledger:
     prompt: array[int] = field(default_factory=hashes)
     answers: array[int] = field(default_factory=hashes)
     pair: array[int] = field(default_factory=hashes)
+    named: array[int] = field(default_factory=hashes)
+    others: array[int] = field(default_factory=hashes)
+    owner: array[int] = field(default_factory=numbers)
+    begun: array[int] = field(default_factory=hashes)
     chosen: array[int] = field(default_factory=numbers)
     rejected: array[int] = field(default_factory=numbers)
     prefix: array[int] = field(default_factory=numbers)
@@ -111,14 +124,20 @@ class Ledger:
     faults: list[BadPlace] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
+    votes: int = 0
 
     def add(self, file: int, position: int, pair: Pair, lengths: tuple[int, int, int]) -> None:
         """Note a usable pair with its ids of chosen, rejected and their common prefix."""
+        begun = beginnings(pair.prompt)
+        self.owner.extend([len(self.file)] * len(begun))
+        self.begun.extend(begun)
         self.file.append(file)
         self.position.append(position)
         self.prompt.append(pair.prompt_hash)
         self.answers.append(pair.answers_hash)
         self.pair.append(pair.pair_hash)
+        self.named.append(hash64(sorted(pair.columns)))
+        self.others.append(hash64(sorted(pair.columns.items())))
         self.chosen.append(lengths[0])
         self.rejected.append(lengths[1])
         self.prefix.append(lengths[2])
@@ -137,6 +156,15 @@ class Ledger:
     def column(self, name: str) -> npt.NDArray[Any]:
         return np.asarray(getattr(self, name))
 
+    @property
+    def tested(self) -> npt.NDArray[np.bool_]:
+        """Which records are those of a separate test set."""
+        return self.column("file") >= self.first_test_file
+
+    @property
+    def prompts(self) -> Prompts:
+        return Prompts(self.column("prompt"), self.column("owner"), self.column("begun"))
+
     def place(self, file: int, position: int) -> str:
         path = self.files[file]
         return f"{path}: {unit(path)} {position}"
@@ -151,15 +179,18 @@ def main() -> None:
     with whole_folder(TOKENIZED) as folder:
         table = folder / "scratch.arrow"
         tokenize(options, encoder, table, ledger)
-        refuse_overlap(options, ledger)
         usable = without_repeats(options, ledger)
         parts, columns = assign(options, ledger, usable), sorted(ledger.columns)
         for index, name in enumerate(SPLITS):
             rows = parts == index
             tokenized.write(folder / name, table, rows, columns, template.tokenizer)
         table.unlink()
-        trained_on = ledger.column("prompt")[(parts == 0) | (parts == 1)]
-        write_sets(folder / "sets", sets, template.tokenizer, trained_on)
+        write_sets(
+            folder / "sets",
+            sets,
+            template.tokenizer,
+            ledger.prompts.take((parts == 0) | (parts == 1)),
+        )
         template.save(folder / "template.json")
     figures = measure(ledger, parts)
     with whole_folder(REPORTS) as folder:
@@ -285,35 +316,51 @@ def within_length(
 # --- all records together --------------------------------------------------------------------
 
 
-def refuse_overlap(options: Preprocess, ledger: Ledger) -> None:
-    """Raise a Fault if a prompt of the separate test set stands in the other data too."""
-    prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
-    leaked = np.flatnonzero(tested)[among(prompts[tested], prompts[~tested])].tolist()
-    if leaked:
-        places = [ledger.place(ledger.file[row], ledger.position[row]) for row in leaked[:SHOWN]]
+def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
+    """Which training records share their prompt, or its beginning, with the separate test set.
+
+    Raises the Fault that lists the first ones, unless bad records are to be left out.
+    """
+    prompts, tested = ledger.prompts, ledger.tested
+    shared = ~tested
+    shared[shared] = prompts.take(~tested).shared_with(prompts.take(tested))
+    rows = np.flatnonzero(shared).tolist()
+    if rows and options.on_bad_record == "stop":
+        places = [ledger.place(ledger.file[row], ledger.position[row]) for row in rows[:SHOWN]]
         raise Fault(
-            f"{len(leaked)} test records have a prompt that stands in {options.data} too, "
-            f"wanted none: {'; '.join(places)}"
+            f"{len(rows)} records of {options.data} share their prompt with {options.test_data}: "
+            f"{'; '.join(places)}; preprocess.on_bad_record drop leaves them out of training"
         )
+    for row in rows:
+        sentence = "the test set has its prompt"
+        ledger.bad(ledger.file[row], ledger.position[row], "in_test_set", sentence)
+    return shared
 
 
 def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
     """Which records of the ledger are used. Raises the Fault that lists the first bad ones."""
-    contradicted = contradictions(ledger.column("pair"), ledger.column("answers"))
-    repeated = duplicates(ledger.column("pair")) & ~contradicted
+    usable = ~overlap(options, ledger)
+    rows = np.flatnonzero(usable)
+    names = ("pair", "answers", "named", "others")
+    pairs, answers, named, others = (ledger.column(name)[rows] for name in names)
+    votes = count_votes(answers ^ named, pairs, others)
+    contradicted = contradictions(pairs, answers) & ~votes.cast
+    repeated = duplicates(pairs) & ~contradicted & ~votes.cast
+    ledger.votes = int(votes.cast.sum())
     for reason, found, sentence in (
         ("contradiction", contradicted, "another record prefers its answers the other way round"),
         ("duplicate", repeated, "an earlier record is the same"),
+        ("tie", votes.tied, "as many votes prefer the one answer as the other"),
     ):
-        for row in np.flatnonzero(found).tolist():
+        for row in rows[found].tolist():
             ledger.bad(ledger.file[row], ledger.position[row], reason, sentence)
+    usable[rows[contradicted | repeated | votes.merged | votes.tied]] = False
     stopping = set(ledger.dropped) if options.on_bad_record == "stop" else {"over_length"}
     if options.over_length == "drop":
         stopping.discard("over_length")
-    stopping &= set(ledger.dropped)
+    stopping = (stopping & set(ledger.dropped)) - NEVER_STOP
     if stopping:
         raise Fault(fault_list(ledger, stopping))
-    usable = ~(contradicted | repeated)
     if not usable.any():
         raise Fault(f"{fault_list(ledger, set(ledger.dropped))}; wanted a record that can be used")
     return usable
@@ -339,7 +386,7 @@ def assign(
     options: Preprocess, ledger: Ledger, usable: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int8]:
     """The index into SPLITS of every record of the ledger, -1 for those not used."""
-    prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
+    prompts, tested = ledger.prompts.families, ledger.tested
     test_fraction = 0 if own_test_set(options) else options.test_fraction
     parts = np.where(usable, 2, -1).astype(np.int8)
     rest = usable & ~tested
@@ -366,6 +413,8 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
             name: len(np.unique_counts(prompts[parts == i]).counts) for i, name in enumerate(SPLITS)
         },
         "dropped": dict(+ledger.dropped),
+        "votes": ledger.votes,
+        "largest_family": int(np.unique_counts(ledger.prompts.families[used]).counts.max()),
         "truncated": ledger.truncated,
         "tokens": tokens,
         "length": dict(zip(("q50", "q90", "q99"), quantiles, strict=True))

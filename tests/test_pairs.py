@@ -17,8 +17,16 @@ import pytest
 from reward.data import reading
 from reward.data import records as pairs
 from reward.data.reading import files, read, unit
-from reward.data.records import BadRecord, check
-from reward.data.splitting import Hashes, among, contradictions, duplicates, split
+from reward.data.records import BadRecord, Messages, check
+from reward.data.splitting import (
+    Hashes,
+    Prompts,
+    among,
+    contradictions,
+    count_votes,
+    duplicates,
+    split,
+)
 from reward.process import Fault
 
 RECORDS: list[dict[str, Any]] = [
@@ -442,6 +450,49 @@ def test_duplicates_and_contradictions_match_a_comparison_of_every_two_records()
     assert contradictions(found, hashes(records, "answers_hash")).tolist() == [
         (prompt, rejected, chosen) in records for prompt, chosen, rejected in records
     ]
+
+
+def test_families_match_a_search_for_what_begins_every_prompt() -> None:
+    """A prompt's family is that of the shortest prompt that it begins with, or its own."""
+    generator = np.random.default_rng(1)
+    prompts: list[Messages] = [
+        tuple(("user", str(turn)) for turn in generator.integers(0, 2, generator.integers(1, 5)))
+        for _ in range(60)
+    ]
+    found = Prompts.of(prompts)
+    shortest = [
+        min((other for other in prompts if prompt[: len(other)] == other), key=len)
+        for prompt in prompts
+    ]
+    assert found.families.tolist() == Prompts.of(shortest).own.tolist()
+    some = np.arange(60) % 3 == 0
+    others = [prompt for prompt, is_one in zip(prompts, some, strict=True) if not is_one]
+    assert found.take(some).shared_with(found.take(~some)).tolist() == [
+        any(prompt[: len(other)] == other or other[: len(prompt)] == prompt for other in others)
+        for prompt, is_one in zip(prompts, some, strict=True)
+        if is_one
+    ]
+
+
+def test_votes_match_a_count_of_every_group() -> None:
+    generator = np.random.default_rng(2)
+    answers, side, columns = (generator.integers(0, most, 200) for most in (40, 2, 3))
+    pairs = (answers * 2 + side).astype(np.uint64)
+    found = count_votes(answers.astype(np.uint64), pairs, columns.astype(np.uint64))
+    for group in range(40):
+        rows = np.flatnonzero(answers == group)
+        if len(set(columns[rows])) < 2:
+            assert not (found.cast[rows] | found.merged[rows] | found.tied[rows]).any()
+            continue
+        assert found.cast[rows].all()
+        ballots = {(side[row], columns[row]) for row in rows}
+        counts = [sum(of == each for of, _ in ballots) for each in (0, 1)]
+        assert found.tied[rows].all() == (counts[0] == counts[1])
+        if counts[0] != counts[1]:
+            standing = next(row for row in rows if side[row] == (counts[1] > counts[0]))
+            assert [row for row in rows if not found.merged[row]] == [standing]
+    none = np.array([], dtype=np.uint64)
+    assert not len(count_votes(none, none, none).cast)
 
 
 @pytest.mark.parametrize("known", [[], [3], [2**64 - 1, 0, 5, 5]])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from datasets import load_from_disk
 
+from reward.data.records import check
 from reward.data.tokens import Template
 from reward.outputs import digests, read_json
 from reward.process import Fault
@@ -205,16 +206,72 @@ def test_separate_test_set_is_the_test_split(workspace: Path, set_params: SetPar
     assert run()["pairs"] == {"train": 36, "validation": 4, "test": 3}
 
 
-@pytest.mark.parametrize("on_bad_record", ["stop", "drop"])
 @pytest.mark.parametrize("changes", [{}, {"chosen": "bad", "rejected": "good"}, {"chosen": "fine"}])
-def test_prompt_of_the_test_set_in_the_other_data_is_a_fault(
-    data: Path, workspace: Path, set_params: SetParams, on_bad_record: str, changes: dict[str, str]
+def test_training_records_with_a_prompt_of_the_test_set_are_listed_or_left_out(
+    data: Path, workspace: Path, set_params: SetParams, changes: dict[str, str]
 ) -> None:
     rewrite(data, [pair(i) for i in range(20)])
     rewrite(workspace / "test.json", [pair(30), pair(7, **changes)])
-    set_params("preprocess", test_data="test.json", on_bad_record=on_bad_record)
-    assert "1 test records have a prompt that stands in data/raw/pairs.json too" in fault()
-    assert "test.json: record 2" in fault()
+    set_params("preprocess", test_data="test.json", on_bad_record="stop")
+    said = "1 records of data/raw/pairs.json share their prompt with test.json: "
+    assert said + "data/raw/pairs.json: record 8; " in fault()
+    set_params("preprocess", on_bad_record="drop")
+    metrics = run()
+    assert metrics["dropped"] == {"in_test_set": 1}
+    assert metrics["pairs"] == {"train": 17, "validation": 2, "test": 2}
+    assert [row["prompt_id"] for row in written()["test"]] == [
+        check(each).prompt_id for each in (pair(30), pair(7))
+    ]
+
+
+def dialogue(index: int, turns: int) -> dict[str, Any]:
+    """A pair whose prompt is the first `turns` turns of dialogue `index`."""
+    messages = [
+        {"role": role, "content": f"{role} {index} {turn}"}
+        for turn in range(turns)
+        for role in ("user", "assistant")
+    ][:-1]
+    return pair(index, prompt=messages) | {
+        side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+
+
+def test_dialogues_that_go_on_stay_in_one_split(data: Path, set_params: SetParams) -> None:
+    rewrite(data, [dialogue(index, turns) for turns in (3, 1, 2) for index in range(15)])
+    set_params("preprocess", template="chat")
+    metrics = run()
+    assert metrics["largest_family"] == 3
+    assert metrics["pairs"] == {"train": 30, "validation": 6, "test": 9}
+    prompts = [{row["prompt_id"] for row in rows} for rows in written().values()]
+    for index in range(15):
+        family = {check(dialogue(index, turns)).prompt_id for turns in (1, 2, 3)}
+        assert sum(bool(family & found) for found in prompts) == 1
+
+
+def vote(index: int, annotator: str, reverse: bool = False) -> dict[str, Any]:
+    answers = ("bad", "good") if reverse else ("good", "bad")
+    return pair(index, chosen=answers[0], rejected=answers[1], annotator=annotator)
+
+
+@pytest.mark.usefixtures("data")
+def test_votes_are_counted_and_the_majority_decides(data: Path, set_params: SetParams) -> None:
+    votes = [vote(20, name, name in "de") for name in "abcde"]
+    lost = [vote(21, name, name in "bcd") for name in "abcd"]
+    even = [vote(22, "a"), vote(22, "b", reverse=True)]
+    again = [vote(23, "a"), vote(23, "a"), vote(23, "b", reverse=True)]
+    rewrite(data, [*map(pair, range(20)), *votes, *lost, *even, *again])
+    set_params("preprocess", on_bad_record="stop")
+    metrics = run()
+    assert (metrics["dropped"], metrics["votes"]) == ({"tie": 5}, 14)
+    rows = {row["prompt_id"]: row for part in written().values() for row in part}
+    assert len(rows) == 22
+    assert rows[check(vote(20, "a")).prompt_id]["id"] == check(vote(20, "a")).id
+    assert rows[check(vote(21, "b", True)).prompt_id]["id"] == check(vote(21, "b", True)).id
+
+
+def test_records_that_differ_in_no_other_column_are_no_votes(data: Path) -> None:
+    rewrite(data, [*map(pair, range(20)), pair(3), pair(4, chosen="bad", rejected="good")])
+    assert "bad records: 2 contradiction, 1 duplicate" in fault()
 
 
 def test_too_few_prompts_for_three_splits_is_a_fault(data: Path) -> None:

@@ -11,7 +11,7 @@ from reward.data import tokenized
 from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
 from reward.data.reading import SUFFIXES, read, unit
 from reward.data.records import BadRecord, Messages, Pair, check
-from reward.data.splitting import Hashes, among
+from reward.data.splitting import Prompts
 from reward.data.tokens import Encoder, prefix_length
 from reward.outputs import watched, write_json
 from reward.process import Fault
@@ -22,14 +22,14 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class TestSet:
-    """The pairs of a file as rows of the scratch table, and their prompts' hashes.
+    """The pairs of a file as rows of the scratch table, and their prompts.
 
     `cut` prompts were too long and lost their left end; `left_out` pairs had an answer too long.
     """
 
     name: str
     rows: list[dict[str, Any]]
-    prompts: list[int]
+    prompts: Prompts
     cut: int
     left_out: int
 
@@ -38,7 +38,8 @@ class TestSet:
 class Notes:
     """What is to be said of a set besides its figures: pairs that were cut, left out, or leaked.
 
-    A pair has leaked if its prompt is one that the model is trained on.
+    A pair has leaked if its prompt is one that the model is trained on, begins one, or goes on from
+    one.
     """
 
     cut: int
@@ -77,13 +78,13 @@ def read_set(path: Path, encoder: Encoder) -> TestSet:
                 continue
             sides, cut = shorter, cut + 1
         rows.append(as_row(pair, *sides))
-        prompts.append(pair.prompt_hash)
+        prompts.append(pair.prompt)
     if faults:
         listed = "\n".join(faults[:SHOWN])
         raise Fault(f"{listed}\nbad records: {len(faults)} in {path}; wanted none in a test set")
     if not rows:
         raise Fault(f"{path}: no pair has answers short enough to be judged, wanted some")
-    return TestSet(name_of(path), rows, prompts, cut, left_out)
+    return TestSet(name_of(path), rows, Prompts.of(prompts), cut, left_out)
 
 
 def answers(pair: Pair) -> tuple[Messages, Messages]:
@@ -105,11 +106,11 @@ def name_of(path: Path) -> str:
 
 
 def write_sets(
-    folder: Path, sets: Iterable[TestSet], tokenizer: str, trained_on: Hashes
+    folder: Path, sets: Iterable[TestSet], tokenizer: str, trained_on: Prompts
 ) -> dict[str, Notes]:
     """Write each set as a tokenized split, and an index of them, which is there without sets too.
 
-    `trained_on` are the hashes of the prompts of training and validation.
+    `trained_on` are the prompts of training and validation.
     """
     folder.mkdir()
     index = {}
@@ -121,7 +122,7 @@ def write_sets(
         everything = np.ones(len(each.rows), dtype=bool)
         tokenized.write(folder / each.name, scratch, everything, columns, tokenizer)
         scratch.unlink()
-        leaked = among(np.array(each.prompts, dtype=np.uint64), trained_on)
+        leaked = each.prompts.shared_with(trained_on)
         index[each.name] = Notes(each.cut, each.left_out, int(leaked.sum()))
     write_json(folder / INDEX, {name: asdict(notes) for name, notes in index.items()})
     return index
