@@ -53,7 +53,7 @@ from reward.model.base import Quantization, load
 from reward.model.packing import pairs_of, tokens
 from reward.model.pairwise import chosen_and_rejected, margins
 from reward.model.scoring import require_exact, score
-from reward.outputs import recorded, whole_folder, write_json
+from reward.outputs import recorded, whole_folder, write_json, writing
 from reward.params import Positive, Seed
 from reward.process import Fault, processors, run
 
@@ -103,10 +103,11 @@ def main() -> None:
     figures = measure(table, judged, resampling)
     figures["sets"] = measure_sets(sets, further, resampling)
     with whole_folder(REPORTS) as folder:
-        pyarrow.parquet.write_table(table, folder / JUDGED.name)
-        (folder / "sets").mkdir()
-        for each, rewards in zip(sets, further, strict=True):
-            pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
+        with writing(folder):
+            pyarrow.parquet.write_table(table, folder / JUDGED.name)
+            (folder / "sets").mkdir()
+            for each, rewards in zip(sets, further, strict=True):
+                pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
         for name, rows in (
             ("margins", histogram(judged.margin)),
             ("slices", slices_as_rows(figures)),

@@ -25,7 +25,7 @@ ROOMS = [
     {"exporting"},
     {"judging", "model"},
     {"data"},
-    {"process", "params", "outputs"},
+    {"process", "params", "outputs", "locks"},
 ]
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES: dict[str, Any] = PIPELINE["stages"]
@@ -217,6 +217,7 @@ RERUN = {
     "reward.model.embedded": {"fetch"},
     "reward.model.trainer": {"train"},
     "reward.model.checkpoints": {"train"},
+    "reward.locks": {"train"},
     "reward.judging.metrics": {"evaluate"},
     "reward.judging.page": {"evaluate"},
     "reward.judging.compare": set(),

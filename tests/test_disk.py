@@ -1,17 +1,21 @@
 """A disk that is full, closed or damaged: one sentence, nothing that looks whole, a rerun mends."""
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
-from reward.model import trainer
+from reward.judging import page
+from reward.model import base, trainer
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import run
 from stages import evaluate, export, fetch, preprocess, train
@@ -182,6 +186,52 @@ def test_an_input_that_may_not_be_read_is_a_sentence(fault: Callable[[Main], str
         assert fault(preprocess.main) == (
             "params.yaml cannot be read: Permission denied; wanted the parameters"
         )
+
+
+def test_a_source_that_may_not_be_read_is_no_failed_write(fault: Callable[[Main], str]) -> None:
+    shutil.copytree(read_json(Path("models/base/base.json"))["name"], "source")
+    source = Path("source/model.safetensors")
+    source.chmod(0)
+    yaml = YAML()
+    content = yaml.load(Path("params.yaml"))
+    content["base"]["name"] = "source"
+    yaml.dump(content, Path("params.yaml"))
+    remove(["models/base"])
+    with closed():
+        said = fault(fetch.main)
+    assert said == f"{source} cannot be read: Permission denied; expected a whole, readable file"
+    assert state(["models/base"]) == {}
+    assert left_over() == []
+
+
+READS: dict[str, tuple[Any, str]] = {
+    "fetch": (fetch, "digests"),
+    "preprocess": (preprocess, "read"),
+    "train": (base, "base_record"),
+    "evaluate": (page, "common_start"),
+    "export": (export, "base_record"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_read_that_fails_while_a_folder_is_filled_is_no_failed_write(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, outs = STAGES[stage]
+    remove(outs)
+    module, name = READS[stage]
+    original, partial = getattr(module, name), Path(f"{outs[0]}.partial")
+
+    def broken(*arguments: Any) -> Any:
+        if partial.exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "data/raw/pairs.json")
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(OSError, match=r"Input/output error: 'data/raw/pairs\.json'"):
+        main()
+    assert not Path(outs[0]).exists()
+    assert left_over() == []
 
 
 # --- damaged ---------------------------------------------------------------------------------

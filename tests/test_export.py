@@ -736,10 +736,9 @@ def snippets_of(folder: Path) -> dict[str, str]:
     return dict(re.findall(r"^### (.+?)\n\n```python\n(.*?)```$", text, re.DOTALL | re.MULTILINE))
 
 
-def snippets_of_the_readme() -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("## Use the reward model\n")[2].partition("\n## ")[0]
-    return re.findall(r"^```python\n(.*?)```$", section, re.DOTALL | re.MULTILINE)
+def snippets_of_the_docs() -> list[str]:
+    text = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)```$", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -796,18 +795,18 @@ def test_the_card_has_every_client_of_the_merged_model_only_with_one(
     assert set(snippets_of(export.EXPORT)) == {"PEFT"}
 
 
-def test_the_function_for_trl_trains_a_policy_as_the_readme_says(
+def test_the_function_for_trl_trains_a_policy_as_the_docs_say(
     beside: Callable[[Change], None],
 ) -> None:
     beside(DEFAULT)
-    [code] = [snippet for snippet in snippets_of_the_readme() if "reward.serving.scorer" in snippet]
+    [code] = [snippet for snippet in snippets_of_the_docs() if "reward.serving.scorer" in snippet]
     trainer = run_code(code)["trainer"]
     assert trainer.state.global_step == 1
     assert any("rewards/reward_model/mean" in each for each in trainer.state.log_history)
 
 
-def test_the_readme_has_the_code_of_the_card(exported: Callable[[Change], Path]) -> None:
-    code = snippets_of_the_readme()
+def test_the_docs_have_the_code_of_the_card(exported: Callable[[Change], Path]) -> None:
+    code = snippets_of_the_docs()
     assert set(snippets_of(exported(DEFAULT) / export.EXPORT).values()) <= set(code)
     assert len(code) == 7
 

@@ -9,7 +9,6 @@ base/, merged/                                        the base and the merged mo
 digests.json                                          SHA-256 of the files and of the base's
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from reward.model.base import (
     seal,
     stock,
 )
-from reward.outputs import read_json, recorded, require_files, write_json
+from reward.outputs import copy_file, read_json, recorded, require_files, write_json, write_text
 from reward.process import Fault
 
 EXPORTED_BASE, MERGED = "base", "merged"
@@ -83,7 +82,7 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> None:
     prepare_model(model, tokenizer.pad, reward)
 
     for name in AS_TRAINED:
-        shutil.copyfile(adapter / name, folder / name)
+        copy_file(adapter / name, folder / name)
     write_json(folder / ADAPTER_CONFIG, config)
     write_json(folder / REWARD, reward)
     tokenizer.template.save(folder / TEMPLATE)
@@ -102,7 +101,7 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> None:
         has_base=has_base,
         has_merged=merge != "none",
     )
-    (folder / CARD).write_text(card.render(facts), encoding="utf-8")
+    write_text(folder / CARD, card.render(facts))
     seal(folder, base)
 
 

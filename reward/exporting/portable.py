@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from reward.data.tokens import Template, around, token_of
 from reward.model.base import ADAPTER_WEIGHTS, DTYPES, head_of, new_head, silent_peft
-from reward.outputs import read_json, write_json
+from reward.outputs import read_json, write_json, write_text, writing
 from reward.process import Fault
 
 PAD = "<|reward_pad|>"
@@ -65,13 +65,13 @@ class Pad:
 class PortableTokenizer:
     """What tokenizer.json and tokenizer_config.json hold, and the template that goes with them."""
 
-    content: bytes
+    content: str
     config: dict[str, Any]
     pad: Pad
     template: Template
 
     def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_bytes(self.content)
+        write_text(folder / "tokenizer.json", self.content)
         write_json(folder / "tokenizer_config.json", self.config)
 
 
@@ -93,8 +93,8 @@ def prepare_tokenizer(source: Path, template: Template, rows: int) -> PortableTo
         "padding_side": "right",
         "truncation_side": "left",
     }
-    content = tokenizer.to_str(pretty=True).encode()
-    own = replace(template, tokenizer=hashlib.sha256(content).hexdigest())
+    content = tokenizer.to_str(pretty=True)
+    own = replace(template, tokenizer=hashlib.sha256(content.encode()).hexdigest())
     return PortableTokenizer(content, config, pad, own)
 
 
@@ -231,7 +231,8 @@ def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PortableTokenizer) -> None:
     """Write a classifier with its tokenizer, without the version that transformers records."""
-    model.save_pretrained(folder)
+    with writing(folder, room=sum(weight.nbytes for weight in model.parameters())):
+        model.save_pretrained(folder)
     path = folder / "config.json"
     config = read_json(path)
     del config["transformers_version"]

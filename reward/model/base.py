@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from reward.model import attention, layers
-from reward.outputs import digests, read_json, recorded, require_files, write_json
+from reward.outputs import digests, read_json, recorded, require_files, write_json, writing
 from reward.params import Switch
 from reward.process import Fault
 
@@ -212,7 +212,8 @@ def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) 
     `base` is what base_model_name_or_path will say. PEFT writes its model card and the target
     modules in the order of a set: the one is removed, the other sorted.
     """
-    model.save_pretrained(str(folder), safe_serialization=True)
+    with writing(folder, room=trained_bytes(model)):
+        model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -220,6 +221,11 @@ def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) 
     config["base_model_name_or_path"] = base
     write_json(path, config)
     write_json(folder / "quantization.json", quantization.recipe)
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """How much adapter and head take on the disk."""
+    return sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
 
 
 def base_record(base: Path) -> dict[str, Any]:
