@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from reward.data.records import BadRecord, Messages
+from reward.data.records import BadRecord, Messages, check
 from reward.data.tokens import Encoder, Template, prefix_length
 from reward.process import Fault
 
@@ -112,6 +112,71 @@ def test_several_turns_need_the_chat_template(encoder: Encoders) -> None:
     with pytest.raises(BadRecord, match=r"preprocess\.template chat") as caught:
         encoder("zh").render((("system", "Be kind."), *user("Hi")), assistant("Hello"))
     assert caught.value.reason == "needs_chat"
+
+
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "ü"}}}
+SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+REPLY: dict[str, Any] = {"role": "assistant", "content": "Yes"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "record"),
+    [
+        ("tool_calls", {"rejected": [REPLY | {"tool_calls": [LOOK]}]}),
+        ("tool_calls", {"rejected": [{"role": "assistant", "tool_calls": [LOOK]}]}),
+        ("reasoning_content", {"rejected": [REPLY | {"reasoning_content": "so"}]}),
+        ("name", {"rejected": [REPLY | {"name": "Ann"}]}),
+        ("tool_call_id", {"rejected": [REPLY | {"tool_call_id": "7"}]}),
+        ("tools", {"tools": [SCHEMA], "rejected": "No"}),
+    ],
+)
+def test_what_a_text_has_no_field_for_is_refused_by_its_name(
+    encoder: Encoders, reason: str, record: dict[str, Any]
+) -> None:
+    chosen = "Yes" if record["rejected"] == "No" else [REPLY]
+    pair = check({"prompt": "Hi?", "chosen": chosen} | record)
+    with pytest.raises(BadRecord, match=f"has {reason}, which only preprocess.template chat") as e:
+        encoder("zh").render(pair.prompt, pair.rejected)
+    assert e.value.reason == reason
+
+
+CALLS = (
+    "{%- if tools %}{{ tools | tojson }}{% endif -%}"
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.name %}{{ m.name + ': ' }}{% endif -%}"
+    "{%- if m.thinking %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif -%}"
+    "{{ m.content or '' }}"
+    "{%- for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor -%}"
+    "{{ '<|im_end|>\n' }}{%- endfor -%}"
+)
+
+
+def test_parts_and_tools_go_to_the_chat_template_whole(tiny_base: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    base = changed_base(tiny_base, tmp_path, chat_template=CALLS)
+    encoder = Encoder(base, Template.of("chat", False, 10, base))
+    turns: list[Any] = [
+        {"role": "user", "content": "Hi?", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [LOOK], "reasoning_content": "so"},
+        {"role": "tool", "content": "{1}", "name": "look", "tool_call_id": "7"},
+    ]
+    pair = check({"prompt": turns, "tools": [SCHEMA], "chosen": "Yes", "rejected": "No"})
+    text = AutoTokenizer.from_pretrained(base).apply_chat_template(
+        [*turns, REPLY], tools=[SCHEMA], tokenize=False
+    )
+    assert encoder.render(pair.prompt, pair.chosen) == text
+    assert '{"name": "look", "arguments": {"at": "ü"}}' in text
+    assert "Ann: Hi?" in text
+    assert "<think>so</think>" in text
+
+
+def test_an_error_within_a_chat_template_is_a_bad_record(tiny_base: Path, tmp_path: Path) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template="{{ messages[0].content + 1 }}")
+    encoder = Encoder(base, Template.of("chat", False, 10, base))
+    with pytest.raises(BadRecord, match="can only concatenate str") as caught:
+        encoder.render(user("Hi"), assistant("Hello"))
+    assert caught.value.reason == "chat_template"
 
 
 def changed_base(base: Path, folder: Path, **config: Any) -> Path:

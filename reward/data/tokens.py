@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from reward.data.records import BadRecord, Messages
+from reward.data.records import TOOLS, BadRecord, Messages
+from reward.data.templates import fill, render_chat
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 
@@ -20,6 +21,8 @@ TEMPLATES = {
     "en": "Question: {prompt}\n\nAnswer: {answer}",
     "none": "{prompt}{answer}",
 }
+# The roles of messages at the head of a conversation that no cut takes away.
+KEPT = ("system", TOOLS)
 # Stands for a message where its place in a rendered text is looked for.
 MARK = "\ue000\ue001\ue000"
 
@@ -90,14 +93,9 @@ class Encoder:
     def render(self, prompt: Messages, answer: Messages) -> str:
         """One side of a pair as text. Raises BadRecord where the template cannot render it."""
         if self._chat:
-            return self._render_chat(prompt, answer)
-        if [role for role, _ in (*prompt, *answer)] != ["user", "assistant"]:
-            raise BadRecord(
-                "needs_chat", "has several turns, which only preprocess.template chat can render"
-            )
-        head, _, rest = self.template.template.partition("{prompt}")
-        middle, _, tail = rest.partition("{answer}")
-        return head + prompt[0][1] + middle + answer[0][1] + tail
+            tokens = self._special_tokens()
+            return render_chat(self._config["chat_template"], (*prompt, *answer), tokens)
+        return fill(self.template.template, (*prompt, *answer))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, never cut: those of a plain call of the tokenizer, and eos."""
@@ -161,10 +159,11 @@ class Encoder:
 
         It begins with the first message that is not the system's, and ends with the last one.
         """
-        first = next((i for i, (role, _) in enumerate(prompt) if role != "system"), 0)
+        first = next((i for i, message in enumerate(prompt) if message[0] not in KEPT), 0)
         before, after = (
-            self.render((*prompt[:i], (prompt[i][0], MARK), *prompt[i + 1 :]), answer)
+            self.render((*prompt[:i], (role, MARK, *parts), *prompt[i + 1 :]), answer)
             for i in (first, len(prompt) - 1)
+            for role, _, *parts in [prompt[i]]
         )
         return before.find(MARK), length - len(after.partition(MARK)[2])
 
@@ -174,21 +173,6 @@ class Encoder:
     def _special_tokens(self) -> dict[str, Any]:
         names = ("bos_token", "eos_token", "pad_token")
         return {name: token_of(self._config, name) or "" for name in names}
-
-    def _render_chat(self, prompt: Messages, answer: Messages) -> str:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        messages = [{"role": role, "content": content} for role, content in (*prompt, *answer)]
-        try:
-            rendered = render_jinja_template(
-                conversations=[messages],
-                chat_template=self._config["chat_template"],
-                **self._special_tokens(),
-            )[0]
-        except TemplateError as error:
-            raise BadRecord("chat_template", f"the chat template refuses it: {error}") from None
-        return str(rendered[0])
 
 
 def token_of(config: dict[str, Any], name: str) -> str | None:
