@@ -171,6 +171,89 @@ def test_parts_and_tools_go_to_the_chat_template_whole(tiny_base: Path, tmp_path
     assert "<think>so</think>" in text
 
 
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+LOSSY = {
+    "cuts thoughts": (
+        "{%- for m in messages -%}"
+        "{{ m.role + '\n' + (m.content.split('</think>')[-1] if m.role == 'assistant'"
+        " else m.content) }}{%- endfor -%}"
+    ),
+    "no system": "{%- for m in messages if m.role != 'system' -%}" + TURN + "{%- endfor -%}",
+    "no parts": "{%- for m in messages -%}" + TURN + "{%- endfor -%}",
+    "last two": "{%- for m in messages[-2:] -%}" + TURN + "{%- endfor -%}",
+    "another order": "{%- for m in messages | reverse -%}" + TURN + "{%- endfor -%}",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "record"),
+    [
+        ("cuts thoughts", "content of message 2 (assistant): 'so 3'",
+         {"rejected": "<think>\nso 3\n</think>\n\n3"}),
+        ("cuts thoughts", "content of message 2 (assistant): 'so 3'",
+         {"prompt": [{"role": "user", "content": "A"}, REPLY | {"content": "<think>so 3</think>"},
+                     {"role": "user", "content": "Ho?"}]}),
+        ("no system", "content of message 1 (system): 'Be kind.'",
+         {"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "A"}]}),
+        ("no parts", "reasoning_content of message 2 (assistant): 'so 3'",
+         {"rejected": [REPLY | {"reasoning_content": "so 3"}]}),
+        ("no parts", "tool_calls of message 2 (assistant): 'look'",
+         {"rejected": [REPLY | {"tool_calls": [LOOK]}]}),
+        ("no parts", "name of message 1 (user): 'Ann'",
+         {"prompt": [{"role": "user", "content": "Hi?", "name": "Ann"}]}),
+        ("no parts", "name of the tools: 'look'", {"tools": [SCHEMA]}),
+        ("last two", f"content of message 1 (user): '{'Hi? ' * 10}'...",
+         {"prompt": [{"role": "user", "content": "Hi? " * 11}, REPLY,
+                     {"role": "user", "content": "Ho?"}]}),
+        ("another order", "content of message 2 (assistant): 'Bad'", {}),
+    ],
+)  # fmt: skip
+def test_what_a_chat_template_leaves_out_is_a_bad_record(
+    tiny_base: Path, tmp_path: Path, name: str, lost: str, record: dict[str, Any]
+) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template=LOSSY[name])
+    encoder = Encoder(base, Template.of("chat", False, 10, base))
+    record = {"prompt": "Hi?", "rejected": [REPLY | {"content": "Bad"}]} | record
+    if isinstance(record["rejected"], str):
+        record["rejected"] = [REPLY | {"content": record["rejected"]}]
+    pair = check({"chosen": [REPLY | {"content": "Good"}]} | record)
+    with pytest.raises(BadRecord) as caught:
+        encoder.render(pair.prompt, pair.rejected)
+    assert str(caught.value) == f"the chat template leaves out {lost}"
+    assert caught.value.reason == "not_rendered"
+
+
+REWRITES = (
+    "{%- if tools %}{{ tools | tojson }}{% endif -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'tool' -%}{{ {'output': m.content} | tojson }}{%- else -%}"
+    "{{ m.role + ':' + m.content.split('</think>')[-1] | trim }}{%- endif -%}"
+    "{%- if '</think>' in m.content -%}{{ m.content.split('</think>')[0] + '\n</think>' }}"
+    "{%- endif -%}"
+    "{%- for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}"
+    "{{ call.function.name }}{% endfor -%}{%- endfor -%}"
+)
+
+
+def test_words_may_be_trimmed_or_escaped_and_calls_written_anew(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template=REWRITES)
+    encoder = Encoder(base, Template.of("chat", False, 10, base))
+    arguments = '{"at": "a \\"b\\" \\u00fc", "n": 3, "deep": [{"x": "\\\\"}, null]}'
+    call = {"function": {"name": "look", "arguments": arguments}}
+    turns = [
+        {"role": "user", "content": "  Hi?\n"},
+        {"role": "assistant", "content": " I see.", "tool_calls": [call]},
+        {"role": "tool", "content": 'a "b"\n', "name": "look", "tool_call_id": "7"},
+    ]
+    pair = check({"prompt": turns, "tools": [SCHEMA], "chosen": "Yes", "rejected": "No"})
+    assert 'a \\"b\\"' in encoder.render(pair.prompt, pair.chosen)
+    call["function"]["arguments"] = json.loads(arguments)
+    pair = check({"prompt": turns, "chosen": "Yes", "rejected": "No"})
+    assert encoder.render(pair.prompt, pair.chosen)
+
+
 def test_an_error_within_a_chat_template_is_a_bad_record(tiny_base: Path, tmp_path: Path) -> None:
     base = changed_base(tiny_base, tmp_path, chat_template="{{ messages[0].content + 1 }}")
     encoder = Encoder(base, Template.of("chat", False, 10, base))

@@ -1,13 +1,17 @@
 """Conversation to text: by a text with two fields, or by a chat template in Jinja."""
 
+import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from reward.data.records import TOOLS, BadRecord, Message, Messages, parts_of
+from reward.data.records import TOOLS, BadRecord, Message, Messages, function_of, parts_of
 
 # What a chat template may raise besides Jinja's own errors: it is a program that meets a record.
 ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 NEEDS_CHAT = "which only preprocess.template chat can render"
+SHOWN = 40
 
 
 def fill(template: str, messages: Messages) -> str:
@@ -30,7 +34,8 @@ def fill(template: str, messages: Messages) -> str:
 def render_chat(template: str, messages: Messages, tokens: Mapping[str, str]) -> str:
     """A conversation as `apply_chat_template` of transformers renders it.
 
-    `tokens` are the special tokens by their names. Raises BadRecord where the template fails.
+    `tokens` are the special tokens by their names. Raises BadRecord where the template fails, or
+    leaves out what a message says.
     """
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -46,6 +51,7 @@ def render_chat(template: str, messages: Messages, tokens: Mapping[str, str]) ->
         )
     except (TemplateError, *ERRORS) as error:
         raise BadRecord("chat_template", f"the chat template refuses it: {error}") from None
+    require_whole(str(text), messages)
     return str(text)
 
 
@@ -54,3 +60,63 @@ def _as_dict(message: Message) -> dict[str, Any]:
     parts = parts_of(message)
     alias = {"thinking": parts["reasoning_content"]} if "reasoning_content" in parts else {}
     return alias | {"role": message[0], "content": message[1]} | parts
+
+
+def require_whole(text: str, messages: Messages) -> None:
+    """Raise BadRecord `not_rendered` for the first part of a conversation that its text lacks.
+
+    Chat templates cut thoughts out of answers, drop system messages, know no tools. What messages
+    say must come in their order, up to white space around it and to JSON's escapes; the names of
+    tools, and of who speaks, may be anywhere. The id of a tool call is a link, not looked for.
+    """
+    end = 0
+    for number, message in enumerate(messages, start=messages[0][0] != TOOLS):
+        parts, start = parts_of(message), end
+        said = {"reasoning_content": parts.get("reasoning_content", ""), "content": message[1]}
+        for part, words in said.items():
+            for piece in re.split("</?think>", words):
+                end = _end_of(piece.strip(), text, end)
+                if end < 0:
+                    raise _left_out(part, piece, number, message)
+        names = [function_of(tool)["name"] for tool in parts.get(TOOLS, [])]
+        for name in [*names, parts.get("name", "")]:
+            if name not in text:
+                raise _left_out("name", name, number, message)
+        for call in map(function_of, parts.get("tool_calls", [])):
+            for words in (call["name"], *_arguments(call, text, start)):
+                if _end_of(words, text, start) < 0:
+                    raise _left_out("tool_calls", words, number, message)
+
+
+def _end_of(words: str, text: str, start: int) -> int:
+    """Where some words end in a text, plain or escaped as in JSON once or twice; -1 for nowhere."""
+    for _ in range(3):
+        place = text.find(words, start)
+        if place >= 0:
+            return place + len(words)
+        words = json.dumps(words, ensure_ascii=False)[1:-1]
+    return -1
+
+
+def _arguments(call: dict[str, Any], text: str, start: int) -> list[str]:
+    """The texts among the arguments of a call, or a text of JSON that appears as it is."""
+    arguments = call.get("arguments")
+    if isinstance(arguments, str) and _end_of(arguments.strip(), text, start) < 0:
+        with suppress(ValueError):
+            arguments = json.loads(arguments)
+    return _texts_in(arguments)
+
+
+def _texts_in(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value.strip()]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in _texts_in(item)] if isinstance(value, list) else []
+
+
+def _left_out(part: str, words: str, number: int, message: Message) -> BadRecord:
+    who = "the tools" if message[0] == TOOLS else f"message {number} ({message[0]})"
+    shown = words.strip()
+    shown = repr(shown) if len(shown) <= SHOWN else f"{shown[:SHOWN]!r}..."
+    return BadRecord("not_rendered", f"the chat template leaves out {part} of {who}: {shown}")
