@@ -303,6 +303,38 @@ def test_every_form_of_a_record_gives_the_same_pair(form: str) -> None:
     assert pair.pair_hash == plain.pair_hash
 
 
+LONG = "Why is the sky blue, then?"
+
+
+@pytest.mark.parametrize("prompt", [LONG, "\n\nHuman: hi\n\nAssistant:", "怎样洗毛衣？"])
+def test_a_prompt_that_both_texts_repeat_is_there_once(prompt: str) -> None:
+    pair = check({"prompt": prompt, "chosen": f"{prompt} Good.", "rejected": f"{prompt} Bad."})
+    plain = check({"prompt": prompt, "chosen": " Good.", "rejected": " Bad."})
+    assert (pair.prompt, pair.chosen, pair.rejected) == (plain.prompt, plain.chosen, plain.rejected)
+    assert pair.pair_hash == plain.pair_hash
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        (LONG, f"{LONG} Good.", "Bad."),
+        (LONG, f"{LONG[:-1]} Good.", f"{LONG[:-1]} Bad."),
+        ("Hello!", "Hello! Welcome.", "Hello! Go."),
+        ("你好！", "你好！欢迎。", "你好！走开。"),
+    ],
+)
+def test_texts_that_do_not_both_repeat_the_prompt_stay_whole(
+    prompt: str, chosen: str, rejected: str
+) -> None:
+    pair = check({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert (pair.chosen, pair.rejected) == ((("assistant", chosen),), (("assistant", rejected),))
+
+
+def test_an_answer_that_is_the_prompt_is_empty() -> None:
+    with pytest.raises(BadRecord, match="'rejected' is empty"):
+        check({"prompt": LONG, "chosen": f"{LONG} Good.", "rejected": LONG})
+
+
 def test_text_conversations_are_cut_behind_the_last_shared_turn_marker() -> None:
     head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
     pair = check({"chosen": f"{head} Like this.", "rejected": f"{head} Like that."})

@@ -19,6 +19,8 @@ from reward.data.columns import RESERVED
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = ("prompt", "chosen", "rejected")
 LAST_TURN = "\n\nAssistant:"
+# Bytes of a prompt that two answers begin with by chance, as they do with a greeting.
+GREETING = 15
 # What a message may have besides role and content, for a chat template to render.
 PARTS = ("reasoning_content", "tool_calls", "name", "tool_call_id")
 # What a message may not have, because no part of this project reads it.
@@ -169,6 +171,8 @@ def _conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, M
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             prompt, chosen, rejected = _split_texts(chosen, rejected)
+        elif isinstance(prompt, str) and _is_repeated(prompt, chosen, rejected):
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         head = _messages("prompt", prompt, "user")
         return head, (("assistant", chosen),), (("assistant", rejected),)
     for key, value, other in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
@@ -293,6 +297,12 @@ def parts_of(message: Message) -> dict[str, Any]:
 
 def _is_empty(message: Message) -> bool:
     return not message[1].strip() and "tool_calls" not in parts_of(message)
+
+
+def _is_repeated(prompt: str, chosen: str, rejected: str) -> bool:
+    """Whether both answers begin with the whole prompt, and not by chance."""
+    both = chosen.startswith(prompt) and rejected.startswith(prompt)
+    return both and len(prompt.encode(errors="replace")) > GREETING
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
