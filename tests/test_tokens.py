@@ -1,5 +1,6 @@
 """Text to ids: the article's ids, templates, the end of a text, the cut of a prompt."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reward.data.records import BadRecord, Messages, check
 from reward.data.tokens import Encoder, Template, prefix_length
@@ -38,6 +41,11 @@ def tokenizer(tiny_base: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def whole_encoder(tiny_base: Path) -> Encoder:
+    return Encoder(tiny_base, Template.of("chat", False, 2040, tiny_base))
 
 
 @pytest.fixture
@@ -377,6 +385,59 @@ def test_cut_of_a_chat_keeps_the_head_even_if_it_holds_the_prompts_words(
         text = tokenizer.decode(side)
         assert text.startswith("<|im_start|>system\ne<|im_end|>\n<|im_start|>user\n")
         assert text.endswith(f"e <|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n")
+
+
+ROLE = st.sampled_from(["user", "assistant"])
+WORDS = st.lists(
+    st.sampled_from(["sky", "<|im_end|>", "怎么", "\n", "user"]), min_size=1, max_size=9
+)
+SOME = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@SOME
+@given(st.lists(st.tuples(ROLE, WORDS), min_size=1, max_size=6), st.booleans(), st.integers(20, 90))
+def test_cut_conversation_has_the_ids_of_its_last_turns(
+    whole_encoder: Encoder, turns: list[tuple[str, list[str]]], system: bool, most: int
+) -> None:
+    """Of all that remains when turns go from the front, the longest that fits; or the last cut."""
+    encoder = copy.copy(whole_encoder)
+    encoder.template = dataclasses.replace(encoder.template, max_length=most)
+    head: Messages = (("system", "Be kind."),) if system else ()
+    rest: Messages = (*((role, " ".join(words)) for role, words in turns), ("user", "and so on"))
+    answers = [assistant("good"), assistant("bad one")]
+    found = encoder.encode_cut(head + rest, answers)
+    for start in range(len(rest)):
+        if start and rest[start][0] != "user":
+            continue
+        left = head + rest[start:]
+        plain = encoder.encode([encoder.render(left, answer) for answer in answers])
+        if max(map(len, plain)) <= most:
+            assert found == plain
+            return
+    assert found == encoder.encode_cut(head + rest[-1:], answers)
+    for side in found or []:
+        assert encoder.decode(side).startswith("<|im_start|>system\nBe kind.<|im_end|>\n" * system)
+
+
+def test_a_cut_within_the_last_turn_leaves_what_follows_its_first_message(
+    tiny_base: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template=CALLS)
+    encoder = Encoder(base, Template.of("chat", False, 150, base))
+    call: Messages = (
+        ("user", "so " * 190),
+        ("assistant", "", json.dumps({"tool_calls": [LOOK], "content": None})),
+        ("tool", "42"),
+    )
+    prompt = (("tools", "", json.dumps({"tools": [SCHEMA]})), *user("first"), *call)
+    cut = encoder.encode_cut(prompt, [assistant("good"), assistant("bad")])
+    assert cut is not None
+    text = tokenizer.decode(cut[1])
+    assert text.startswith(json.dumps([SCHEMA]) + "<|im_start|>user\n")
+    rest = encoder.render((("tools", *prompt[0][1:]), *call), assistant("bad")).rpartition("so ")[2]
+    assert text.endswith(f"so {rest}")
+    assert "first" not in text
+    assert max(map(len, cut)) == 150
 
 
 def test_answer_too_long_by_itself_cannot_be_cut(encoder: Encoders) -> None:

@@ -1,6 +1,6 @@
 """Template and tokenizer: text to ids, the same for training, evaluation and serving."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -132,14 +132,24 @@ class Encoder:
     def encode_cut(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
         """The ids of one prompt with each answer, at most the maximum length, or None.
 
-        The same number of ids is cut from the left of the prompt of each; what stands before the
-        prompt is kept. None if the prompt has too few ids to cut.
+        Of several turns whole ones go, the oldest first. If the last one is still too long, the
+        same number of ids is cut from the left of its first message, beside each answer. None if
+        that has too few. Raises BadRecord where the template cannot render what is left.
         """
+        shorter = prompt
+        for shorter in shortened(prompt):
+            sides = self.encode([self.render(shorter, answer) for answer in answers])
+            if max(map(len, sides)) <= self.template.max_length:
+                return sides
+        return self._cut_words(shorter, answers)
+
+    def _cut_words(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
+        """The same for a prompt of one turn; what the text has before its words is kept."""
         sides, spans = [], []
         for answer in answers:
             text = self.render(prompt, answer)
             encoding = self._tokenizer.encode(text, add_special_tokens=not self._chat)
-            first, last = self._prompt_place(prompt, answer, len(text))
+            first, last = self._place(prompt, answer, len(text))
             inside = [
                 index
                 for index, (start, end) in enumerate(encoding.offsets)
@@ -147,25 +157,20 @@ class Encoder:
             ]
             sides.append(self._finish(encoding.ids))
             spans.append((inside[0], inside[-1] + 1) if inside else (0, 0))
-        cut = max(0, max(map(len, sides)) - self.template.max_length)
+        cut = max(map(len, sides)) - self.template.max_length
         if cut > min(end - start for start, end in spans):
             return None
         return [
             ids[:start] + ids[start + cut :] for ids, (start, _) in zip(sides, spans, strict=True)
         ]
 
-    def _prompt_place(self, prompt: Messages, answer: Messages, length: int) -> tuple[int, int]:
-        """Where the prompt begins and ends in the rendered text of `length` characters.
-
-        It begins with the first message that is not the system's, and ends with the last one.
-        """
-        first = next((i for i, message in enumerate(prompt) if message[0] not in KEPT), 0)
-        before, after = (
-            self.render((*prompt[:i], (role, MARK, *parts), *prompt[i + 1 :]), answer)
-            for i in (first, len(prompt) - 1)
-            for role, _, *parts in [prompt[i]]
-        )
-        return before.find(MARK), length - len(after.partition(MARK)[2])
+    def _place(self, prompt: Messages, answer: Messages, length: int) -> tuple[int, int]:
+        """Where the turn's first message begins and ends in its text of `length` characters."""
+        index = min(head_of(prompt), len(prompt) - 1)
+        role, _, *parts = prompt[index]
+        marked = (*prompt[:index], (role, MARK, *parts), *prompt[index + 1 :])
+        before, _, after = self.render(marked, answer).partition(MARK)
+        return len(before), length - len(after)
 
     def _finish(self, ids: list[int]) -> list[int]:
         return ids if self._eos is None or ids[-1:] == [self._eos] else [*ids, self._eos]
@@ -173,6 +178,23 @@ class Encoder:
     def _special_tokens(self) -> dict[str, Any]:
         names = ("bos_token", "eos_token", "pad_token")
         return {name: token_of(self._config, name) or "" for name in names}
+
+
+def head_of(prompt: Messages) -> int:
+    """How many messages at the head of a prompt are kept whatever is cut."""
+    return len(list(takewhile(lambda message: message[0] in KEPT, prompt)))
+
+
+def shortened(prompt: Messages) -> Iterator[Messages]:
+    """A prompt, and what is left of it as its turns are taken away, until one is left.
+
+    A turn begins with a message of the user's, or at the conversation's beginning.
+    """
+    head = head_of(prompt)
+    yield prompt
+    for start in range(head + 1, len(prompt)):
+        if prompt[start][0] == "user":
+            yield prompt[:head] + prompt[start:]
 
 
 def token_of(config: dict[str, Any], name: str) -> str | None:
