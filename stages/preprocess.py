@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -46,7 +47,17 @@ BATCH_CHARACTERS = 1 << 19
 SHOWN = 10
 EXAMPLE_CHARACTERS = 400
 
+
+def is_date(text: str) -> bool:
+    """Whether a text is a date in ISO form."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
+Date = Annotated[str, Rule('a date in quotes, such as "2026-01-01"', is_date)]
 Ids = list[int]
 
 
@@ -79,6 +90,7 @@ class Preprocess:
     test_fraction: Share
     seed: Seed
     template: Text
+    date: Date
     append_eos: Switch
     max_length: Positive
     over_length: Literal["stop", "drop", "truncate_prompt"]
@@ -144,7 +156,9 @@ class Ledger:
 
 def main() -> None:
     options = params.load("preprocess", Preprocess)
-    template = Template.of(options.template, options.append_eos, options.max_length, BASE)
+    template = Template.of(
+        options.template, options.append_eos, options.max_length, BASE, options.date
+    )
     encoder = Encoder(BASE, template)
     sets = read_sets(Path(options.sets), encoder)
     ledger = open_ledger(options)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import datetime
 import json
 import random
 import shutil
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import Environment
 
 from reward.data.records import BadRecord, Messages, check
+from reward.data.templates import DIRECTIVES, dated
 from reward.data.tokens import Encoder, Template, prefix_length
+from reward.exporting import portable
 from reward.process import Fault
 
 Encoders = Callable[..., Encoder]
@@ -310,6 +314,88 @@ def test_template_is_read_as_it_was_written(tiny_base: Path, tmp_path: Path) -> 
     template = Template.of("问{prompt}\n{answer}", True, 10, tiny_base)
     template.save(tmp_path / "template.json")
     assert Template.load(tmp_path / "template.json") == template
+
+
+def test_template_of_another_version_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "template.json").write_text('{"template": "zh", "append_eos": true}')
+    with pytest.raises(Fault, match=r"template.json has the keys append_eos, template, expected"):
+        Template.load(tmp_path / "template.json")
+
+
+# --- the date --------------------------------------------------------------------------------
+
+# As Llama 3.2 asks for it, as others do, and as Llama 3.1 does not.
+TODAY = {
+    "25 Dec 2031": (
+        "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        "{%- set date_string = strftime_now('%d %b %Y') %}"
+        "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}"
+        "{{- 'Today: ' + date_string + '\n' }}"
+    ),
+    "Thursday, 25. 12. 31": "Today: {{ strftime_now(format='%A, %d. %m. %y') + '\n' }}",
+    "2031-12-25 00:00": (
+        "\nToday: {% macro now() %}{{ strftime_now('%Y-%m-%d %H:%M') }}{% endmacro %}"
+        "{% for m in messages[:1] %}{{ now() + '\n' }}{% endfor %}"
+    ),
+    "1 Jan 2026": "Today: {% set date_string = '1 Jan 2026' %}{{ date_string + '\n' }}",
+}
+
+
+@pytest.fixture(params=TODAY)
+def moved_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a template is to print for today, which is another day than it was."""
+    from transformers.utils import chat_template_utils
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Later":
+            return super().now(tz).replace(year=2099)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_the_date_is_that_of_preprocess_here_and_in_the_export(
+    tiny_base: Path, tmp_path: Path, moved_clock: str, append_eos: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    text = TODAY[moved_clock] + "{%- for m in messages -%}" + TURN + "{%- endfor -%}"
+    base = changed_base(tiny_base, tmp_path, chat_template=text)
+    Template.of("chat", append_eos, 99, base, "2031-12-25").save(tmp_path / "template.json")
+    template = Template.load(tmp_path / "template.json")
+    rendered = Encoder(base, template).render(user("Hi?"), assistant("Yes"))
+    assert f"Today: {moved_clock}\n<|im_start|>user\nHi?" in rendered
+    assert rendered.startswith("\n") == text.startswith("\n")
+    (tmp_path / "exported").mkdir()
+    portable.prepare_tokenizer(base, tmp_path / "exported", template, 4096)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes"}]
+    eos = exported.eos_token if append_eos else ""
+    assert exported.apply_chat_template(chat, tokenize=False) == rendered + eos
+    there = Encoder(tmp_path / "exported", Template.load(tmp_path / "exported/template.json"))
+    assert there.render(user("Hi?"), assistant("Yes")) == rendered
+
+
+def test_a_date_that_nobody_fixed_is_a_fault(tiny_base: Path, tmp_path: Path) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template="{{ strftime_now('%Y') }}")
+    with pytest.raises(Fault, match="prints today's date"):
+        Template.of("chat", False, 10, base)
+
+
+@pytest.mark.parametrize("day", ["2026-01-01", "2031-12-25", "2028-02-29"])
+def test_a_date_is_written_as_strftime_writes_it(day: str) -> None:
+    at = datetime.datetime.fromisoformat(day)
+    for code in [
+        *(f"%{letter}" for letter in DIRECTIVES),
+        "%d/%m/%Y",
+        "%A %B%j",
+        "%-d.%-m.",
+        "100%",
+    ]:
+        text = dated("{{ strftime_now(" + json.dumps(code) + ") }}", day)
+        assert Environment(autoescape=False).from_string(text).render() == at.strftime(code)
 
 
 # --- the end of a text -----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Conversation to text: by a text with two fields, or by a chat template in Jinja."""
 
+import datetime
 import json
 import re
 from collections.abc import Mapping
@@ -7,10 +8,13 @@ from contextlib import suppress
 from typing import Any
 
 from reward.data.records import TOOLS, BadRecord, Message, Messages, function_of, parts_of
+from reward.process import Fault
 
 # What a chat template may raise besides Jinja's own errors: it is a program that meets a record.
 ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 NEEDS_CHAT = "which only preprocess.template chat can render"
+# The letters of strftime that a date, at midnight, has a value for wherever Python runs.
+DIRECTIVES = "aAbBcdHIjmMpSUwWxXyY"
 SHOWN = 40
 
 
@@ -60,6 +64,29 @@ def _as_dict(message: Message) -> dict[str, Any]:
     parts = parts_of(message)
     alias = {"thinking": parts["reasoning_content"]} if "reasoning_content" in parts else {}
     return alias | {"role": message[0], "content": message[1]} | parts
+
+
+def dated(template: str, date: str | None) -> str:
+    """A chat template that prints `date`, in ISO form, wherever it would print today's.
+
+    Templates ask for today by `strftime_now`; a macro of that name comes before the one of
+    transformers, so every loader prints the date of training. Raises a Fault if there is none.
+    """
+    if "strftime_now" not in template:
+        return template
+    if date is None:
+        raise Fault("the chat template prints today's date, expected a fixed one for it")
+    day = datetime.date.fromisoformat(date)
+    codes = {f"%{letter}": day.strftime(f"%{letter}") for letter in DIRECTIVES}
+    codes |= {f"%-{code[1]}": value.lstrip("0") or "0" for code, value in codes.items()}
+    filters = "".join(
+        f" | replace({json.dumps(code)}, {json.dumps(value)})"
+        for code, value in codes.items()
+        if code in template
+    )
+    macro = "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}"
+    # Jinja drops a line break behind a tag, but not behind a value.
+    return macro + "{{ '' }}" + template
 
 
 def require_whole(text: str, messages: Messages) -> None:

@@ -1,7 +1,7 @@
 """Template and tokenizer: text to ids, the same for training, evaluation and serving."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from reward.data.records import TOOLS, BadRecord, Messages
-from reward.data.templates import fill, render_chat
+from reward.data.records import TOOLS, BadRecord, Messages, names_of
+from reward.data.templates import dated, fill, render_chat
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 
@@ -31,18 +31,25 @@ MARK = "\ue000\ue001\ue000"
 class Template:
     """How text becomes ids. Written by preprocess; every later stage reads it from here alone.
 
-    `template` is a text with the fields {prompt} and {answer}, or the word "chat" for the
-    tokenizer's own; `tokenizer` is the SHA-256 of the tokenizer.json that goes with it.
+    `template` is a text with the fields {prompt} and {answer}, or the word "chat" for the Jinja
+    text `chat_template`, which is None otherwise. `tokenizer` is the SHA-256 of the tokenizer.json
+    that goes with it.
     """
 
     template: str
+    chat_template: str | None
     append_eos: bool
     max_length: int
     tokenizer: str
 
     @classmethod
-    def of(cls, name: str, append_eos: bool, max_length: int, base: Path) -> "Template":
-        """The template called `name`, or the text `name` itself; Faults at any other."""
+    def of(
+        cls, name: str, append_eos: bool, max_length: int, base: Path, date: str | None = None
+    ) -> "Template":
+        """The template called `name`, or the text `name` itself; Faults at any other.
+
+        `date`, in ISO form, is what a chat template prints for today's.
+        """
         text = name if name == "chat" else TEMPLATES.get(name, name)
         fields = [text.count("{prompt}"), text.partition("{prompt}")[2].count("{answer}")]
         if text != "chat" and (fields != [1, 1] or text.count("{answer}") > 1):
@@ -53,14 +60,22 @@ class Template:
         path = base / "tokenizer.json"
         if not path.is_file():
             raise Fault(f"{path} is not here, wanted the tokenizer of a fetched base model")
-        return cls(text, append_eos, max_length, digest(path))
+        chat = dated(own_chat_template(base), date) if text == "chat" else None
+        return cls(text, chat, append_eos, max_length, digest(path))
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "Template":
-        return cls(**read_json(path))
+        """Raises a Fault for the file of another version, which has other keys."""
+        content, names = read_json(path), {field.name for field in fields(cls)}
+        if content.keys() != names:
+            raise Fault(
+                f"{path} has {names_of(content)}, expected {', '.join(sorted(names))}: "
+                "it is of another version of this project"
+            )
+        return cls(**content)
 
 
 class Encoder:
@@ -78,11 +93,7 @@ class Encoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._config: dict[str, Any] = read_json(base / "tokenizer_config.json")
-        self._chat = template.template == "chat"
-        if self._chat and not isinstance(self._config.get("chat_template"), str):
-            raise Fault(
-                f"params.yaml: preprocess.template is chat, but {base} has no chat template"
-            )
+        self._chat = template.chat_template is not None
         self._eos: int | None = None
         if template.append_eos:
             eos = token_of(self._config, "eos_token")
@@ -92,10 +103,10 @@ class Encoder:
 
     def render(self, prompt: Messages, answer: Messages) -> str:
         """One side of a pair as text. Raises BadRecord where the template cannot render it."""
-        if self._chat:
-            tokens = self._special_tokens()
-            return render_chat(self._config["chat_template"], (*prompt, *answer), tokens)
-        return fill(self.template.template, (*prompt, *answer))
+        messages = (*prompt, *answer)
+        if self.template.chat_template is None:
+            return fill(self.template.template, messages)
+        return render_chat(self.template.chat_template, messages, self._special_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, never cut: those of a plain call of the tokenizer, and eos."""
@@ -175,7 +186,8 @@ class Encoder:
     def _finish(self, ids: list[int]) -> list[int]:
         return ids if self._eos is None or ids[-1:] == [self._eos] else [*ids, self._eos]
 
-    def _special_tokens(self) -> dict[str, Any]:
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
         names = ("bos_token", "eos_token", "pad_token")
         return {name: token_of(self._config, name) or "" for name in names}
 
@@ -195,6 +207,14 @@ def shortened(prompt: Messages) -> Iterator[Messages]:
     for start in range(head + 1, len(prompt)):
         if prompt[start][0] == "user":
             yield prompt[:head] + prompt[start:]
+
+
+def own_chat_template(base: Path) -> str:
+    """The chat template of a tokenizer. Raises a Fault if it has none."""
+    template = read_json(base / "tokenizer_config.json").get("chat_template")
+    if not isinstance(template, str):
+        raise Fault(f"params.yaml: preprocess.template is chat, but {base} has no chat template")
+    return template
 
 
 def token_of(config: dict[str, Any], name: str) -> str | None:
