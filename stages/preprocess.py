@@ -2,10 +2,10 @@
 
     python -m stages.preprocess
 
-Reads preprocess.data and preprocess.test_data, the further test sets of preprocess.sets, and the
-tokenizer of models/base. Writes the datasets data/tokenized/{train,validation,test} and
-data/tokenized/sets/<name> with template.json, reports/preprocess/figures.json and
-metrics/preprocess.json.
+Reads preprocess.data and preprocess.test_data, the further test sets of preprocess.sets, the
+tokenizer of models/base and the chat template of preprocess.chat_template. Writes the datasets
+data/tokenized/{train,validation,test} and data/tokenized/sets/<name> with template.json,
+reports/preprocess/figures.json and metrics/preprocess.json.
 Two passes: the files to a scratch table on disk, the scratch table to the datasets, so memory
 holds a few numbers a pair, however long the texts.
 """
@@ -90,6 +90,7 @@ class Preprocess:
     test_fraction: Share
     seed: Seed
     template: Text
+    chat_template: Text
     date: Date
     append_eos: Switch
     max_length: Positive
@@ -157,7 +158,12 @@ class Ledger:
 def main() -> None:
     options = params.load("preprocess", Preprocess)
     template = Template.of(
-        options.template, options.append_eos, options.max_length, BASE, options.date
+        options.template,
+        options.append_eos,
+        options.max_length,
+        BASE,
+        Path(options.chat_template),
+        options.date,
     )
     encoder = Encoder(BASE, template)
     sets = read_sets(Path(options.sets), encoder)

@@ -293,6 +293,54 @@ def test_conversation_that_the_chat_template_refuses_is_a_bad_record(
     assert caught.value.reason == "chat_template"
 
 
+def chat_from(path: Path, base: Path) -> Template:
+    return Template.of("chat", False, 10, base, path)
+
+
+def test_a_chat_template_may_be_brought_to_a_base_without_one(
+    tiny_base: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    """As a Jinja file, or in the configuration of another tokenizer; either travels as a text."""
+    base = changed_base(tiny_base, tmp_path, chat_template=None)
+    brought = tmp_path / "brought.jinja"
+    brought.write_text(tokenizer.chat_template, encoding="utf-8")
+    own = Template.of("chat", False, 10, tiny_base)
+    assert chat_from(brought, base).chat_template == tokenizer.chat_template
+    assert chat_from(tiny_base / "tokenizer_config.json", base).chat_template == own.chat_template
+    chat_from(brought, base).save(tmp_path / "template.json")
+    brought.unlink()
+    encoder = Encoder(base, Template.load(tmp_path / "template.json"))
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert encoder.render(user("Hi"), assistant("Yes")) == text
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    portable.prepare_tokenizer(base, exported, encoder.template, 4096)
+    there = type(tokenizer).from_pretrained(exported)
+    assert there.apply_chat_template(turns, tokenize=False) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.jinja", None, "none.jinja cannot be read .*, expected a Jinja file"),
+        ("odd.jinja", b"\xff", "odd.jinja cannot be read .*, expected a Jinja file"),
+        ("odd.json", b"[]", "odd.json cannot be read .*, expected a Jinja file"),
+        ("empty.jinja", b" \n", "empty.jinja has no chat template, which preprocess.template chat"),
+        ("empty.json", b"{}", "empty.json has no chat template, which preprocess.template chat"),
+        ("bad.jinja", b"a\n{% if %}", "bad.jinja: line 2 is broken: Expected an expression"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_a_sentence(
+    tiny_base: Path, tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(Fault, match=f"params.yaml: preprocess.chat_template .*{said}"):
+        chat_from(tmp_path / name, tiny_base)
+    assert Template.of("zh", False, 10, tiny_base, tmp_path / name).chat_template is None
+
+
 def test_base_without_what_the_template_needs_is_a_fault(tiny_base: Path, tmp_path: Path) -> None:
     base = changed_base(tiny_base, tmp_path, chat_template=None, eos_token=None)
     with pytest.raises(Fault, match="no chat template"):
@@ -363,7 +411,7 @@ def test_the_date_is_that_of_preprocess_here_and_in_the_export(
 
     text = TODAY[moved_clock] + "{%- for m in messages -%}" + TURN + "{%- endfor -%}"
     base = changed_base(tiny_base, tmp_path, chat_template=text)
-    Template.of("chat", append_eos, 99, base, "2031-12-25").save(tmp_path / "template.json")
+    Template.of("chat", append_eos, 99, base, date="2031-12-25").save(tmp_path / "template.json")
     template = Template.load(tmp_path / "template.json")
     rendered = Encoder(base, template).render(user("Hi?"), assistant("Yes"))
     assert f"Today: {moved_clock}\n<|im_start|>user\nHi?" in rendered

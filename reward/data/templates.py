@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from reward.data.records import TOOLS, BadRecord, Message, Messages, function_of, parts_of
@@ -33,6 +34,32 @@ def fill(template: str, messages: Messages) -> str:
     head, _, rest = template.partition("{prompt}")
     middle, _, tail = rest.partition("{answer}")
     return head + messages[0][1] + middle + messages[1][1] + tail
+
+
+def read_chat_template(path: Path) -> str:
+    """The chat template in a Jinja file, or in the configuration of a tokenizer, which is JSON.
+
+    Raises a Fault where there is none, or a broken one.
+    """
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    where = f"params.yaml: preprocess.chat_template {path}"
+    try:
+        text = path.read_text(encoding="utf-8")
+        template = json.loads(text).get("chat_template") if path.suffix == ".json" else text
+    except (OSError, ValueError, AttributeError) as error:
+        raise Fault(f"{where} cannot be read ({error}), expected a Jinja file") from None
+    if not isinstance(template, str) or not template.strip():
+        raise Fault(
+            f"{where} has no chat template, which preprocess.template chat needs; expected a Jinja "
+            "file of one, such as the instruction-tuned model of the same tokenizer has"
+        )
+    try:
+        _compile_jinja_template(template)
+    except TemplateSyntaxError as error:
+        raise Fault(f"{where}: line {error.lineno} is broken: {error.message}") from None
+    return template
 
 
 def render_chat(template: str, messages: Messages, tokens: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from reward.data.records import TOOLS, BadRecord, Messages, names_of
-from reward.data.templates import dated, fill, render_chat
+from reward.data.templates import dated, fill, read_chat_template, render_chat
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 
@@ -21,6 +21,7 @@ TEMPLATES = {
     "en": "Question: {prompt}\n\nAnswer: {answer}",
     "none": "{prompt}{answer}",
 }
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # The roles of messages at the head of a conversation that no cut takes away.
 KEPT = ("system", TOOLS)
 # Stands for a message where its place in a rendered text is looked for.
@@ -44,11 +45,18 @@ class Template:
 
     @classmethod
     def of(
-        cls, name: str, append_eos: bool, max_length: int, base: Path, date: str | None = None
+        cls,
+        name: str,
+        append_eos: bool,
+        max_length: int,
+        base: Path,
+        chat_template: Path | None = None,
+        date: str | None = None,
     ) -> "Template":
         """The template called `name`, or the text `name` itself; Faults at any other.
 
-        `date`, in ISO form, is what a chat template prints for today's.
+        `chat_template` is the file that "chat" is read from, the tokenizer's own if None. `date`,
+        in ISO form, is what it prints for today's.
         """
         text = name if name == "chat" else TEMPLATES.get(name, name)
         fields = [text.count("{prompt}"), text.partition("{prompt}")[2].count("{answer}")]
@@ -60,7 +68,9 @@ class Template:
         path = base / "tokenizer.json"
         if not path.is_file():
             raise Fault(f"{path} is not here, wanted the tokenizer of a fetched base model")
-        chat = dated(own_chat_template(base), date) if text == "chat" else None
+        chat = None
+        if text == "chat":
+            chat = dated(read_chat_template(chat_template or base / TOKENIZER_CONFIG), date)
         return cls(text, chat, append_eos, max_length, digest(path))
 
     def save(self, path: Path) -> None:
@@ -92,7 +102,7 @@ class Encoder:
         self._tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._config: dict[str, Any] = read_json(base / "tokenizer_config.json")
+        self._config: dict[str, Any] = read_json(base / TOKENIZER_CONFIG)
         self._chat = template.chat_template is not None
         self._eos: int | None = None
         if template.append_eos:
@@ -207,14 +217,6 @@ def shortened(prompt: Messages) -> Iterator[Messages]:
     for start in range(head + 1, len(prompt)):
         if prompt[start][0] == "user":
             yield prompt[:head] + prompt[start:]
-
-
-def own_chat_template(base: Path) -> str:
-    """The chat template of a tokenizer. Raises a Fault if it has none."""
-    template = read_json(base / "tokenizer_config.json").get("chat_template")
-    if not isinstance(template, str):
-        raise Fault(f"params.yaml: preprocess.template is chat, but {base} has no chat template")
-    return template
 
 
 def token_of(config: dict[str, Any], name: str) -> str | None:
