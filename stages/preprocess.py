@@ -2,10 +2,10 @@
 
     python -m stages.preprocess
 
-Reads preprocess.data and preprocess.test_data, the further test sets of preprocess.sets, and the
-tokenizer of models/base. Writes the datasets data/tokenized/{train,validation,test} and
-data/tokenized/sets/<name> with template.json, reports/preprocess/figures.json and
-metrics/preprocess.json.
+Reads preprocess.data and preprocess.test_data, the further test sets of preprocess.sets, the
+tokenizer of models/base and the chat template of preprocess.chat_template. Writes the datasets
+data/tokenized/{train,validation,test} and data/tokenized/sets/<name> with template.json,
+reports/preprocess/figures.json and metrics/preprocess.json.
 Two passes: the files to a scratch table on disk, the scratch table to the datasets, so memory
 holds a few numbers a pair, however long the texts.
 """
@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -55,7 +56,17 @@ SHOWN = 10
 NEVER_STOP = {"tie"}
 EXAMPLE_CHARACTERS = 400
 
+
+def is_date(text: str) -> bool:
+    """Whether a text is a date in ISO form."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
+Date = Annotated[str, Rule('a date in quotes, such as "2026-01-01"', is_date)]
 Ids = list[int]
 
 
@@ -88,6 +99,8 @@ class Preprocess:
     test_fraction: Share
     seed: Seed
     template: Text
+    chat_template: Text
+    date: Date
     append_eos: Switch
     max_length: Positive
     over_length: Literal["stop", "drop", "truncate_prompt"]
@@ -172,7 +185,14 @@ class Ledger:
 
 def main() -> None:
     options = params.load("preprocess", Preprocess)
-    template = Template.of(options.template, options.append_eos, options.max_length, BASE)
+    template = Template.of(
+        options.template,
+        options.append_eos,
+        options.max_length,
+        BASE,
+        Path(options.chat_template),
+        options.date,
+    )
     encoder = Encoder(BASE, template)
     sets = read_sets(Path(options.sets), encoder)
     ledger = open_ledger(options)

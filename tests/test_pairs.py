@@ -311,6 +311,38 @@ def test_every_form_of_a_record_gives_the_same_pair(form: str) -> None:
     assert pair.pair_hash == plain.pair_hash
 
 
+LONG = "Why is the sky blue, then?"
+
+
+@pytest.mark.parametrize("prompt", [LONG, "\n\nHuman: hi\n\nAssistant:", "怎样洗毛衣？"])
+def test_a_prompt_that_both_texts_repeat_is_there_once(prompt: str) -> None:
+    pair = check({"prompt": prompt, "chosen": f"{prompt} Good.", "rejected": f"{prompt} Bad."})
+    plain = check({"prompt": prompt, "chosen": " Good.", "rejected": " Bad."})
+    assert (pair.prompt, pair.chosen, pair.rejected) == (plain.prompt, plain.chosen, plain.rejected)
+    assert pair.pair_hash == plain.pair_hash
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        (LONG, f"{LONG} Good.", "Bad."),
+        (LONG, f"{LONG[:-1]} Good.", f"{LONG[:-1]} Bad."),
+        ("Hello!", "Hello! Welcome.", "Hello! Go."),
+        ("你好！", "你好！欢迎。", "你好！走开。"),
+    ],
+)
+def test_texts_that_do_not_both_repeat_the_prompt_stay_whole(
+    prompt: str, chosen: str, rejected: str
+) -> None:
+    pair = check({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert (pair.chosen, pair.rejected) == ((("assistant", chosen),), (("assistant", rejected),))
+
+
+def test_an_answer_that_is_the_prompt_is_empty() -> None:
+    with pytest.raises(BadRecord, match="'rejected' is empty"):
+        check({"prompt": LONG, "chosen": f"{LONG} Good.", "rejected": LONG})
+
+
 def test_text_conversations_are_cut_behind_the_last_shared_turn_marker() -> None:
     head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
     pair = check({"chosen": f"{head} Like this.", "rejected": f"{head} Like that."})
@@ -350,6 +382,79 @@ def test_shared_first_answer_is_no_part_of_the_prompt() -> None:
     assert (pair.prompt, pair.rejected) == ((USER,), (GOOD,))
 
 
+# --- what messages have besides their text -----------------------------------------------------
+
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "ü"}}}
+SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+PARTS: dict[str, Any] = {
+    "reasoning_content": "let me see",
+    "tool_calls": [LOOK],
+    "name": "Ann",
+    "tool_call_id": "7",
+}
+
+
+def with_answer(**parts: Any) -> dict[str, Any]:
+    answer = turn("assistant", "bad") | parts
+    return {"prompt": "hi", "chosen": [answer], "rejected": messages(BAD)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_answers_that_differ_in_a_part_alone_are_a_pair(part: str) -> None:
+    pair = check(with_answer(**{part: PARTS[part]}))
+    assert pair.rejected == (BAD,)
+    assert pair.chosen[0][:2] == BAD
+    assert pairs.parts_of(pair.chosen[0]) == {part: PARTS[part]}
+    assert pairs.parts_of(BAD) == {}
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+@pytest.mark.parametrize("part", PARTS)
+def test_an_empty_part_is_as_none(part: str, empty: Any) -> None:
+    with pytest.raises(BadRecord, match="are the same"):
+        check(with_answer(**{part: empty}))
+
+
+@pytest.mark.parametrize("answer", [{"content": None}, {}])
+def test_a_call_may_be_without_a_text(answer: dict[str, Any]) -> None:
+    answer = {"role": "assistant", "tool_calls": [LOOK]} | answer
+    [found] = check({"prompt": "hi", "chosen": [answer], "rejected": messages(BAD)}).chosen
+    assert found[:2] == ("assistant", "")
+    assert pairs.parts_of(found) == {"tool_calls": [LOOK], "content": None}
+
+
+def test_tools_are_the_first_message_of_the_prompt() -> None:
+    for form in FORMS.values():
+        pair = check(form | {"tools": [SCHEMA]})
+        assert [message[:2] for message in pair.prompt] == [("tools", ""), USER]
+        assert pairs.parts_of(pair.prompt[0]) == {"tools": [SCHEMA]}
+    asked = pairs.candidates({"prompt": "hi", "answer": "a", "tools": [SCHEMA]})
+    assert asked.prompt == pair.prompt
+
+
+def test_hashes_and_ids_tell_parts_and_tools_apart() -> None:
+    records: list[dict[str, Any]] = [
+        FORMS["messages"],
+        FORMS["messages"] | {"tools": [SCHEMA]},
+        FORMS["messages"] | {"tools": [SCHEMA, SCHEMA]},
+        FORMS["messages"] | {"prompt": [turn("user", "hi") | {"name": "Ann"}]},
+        FORMS["messages"] | {"prompt": [turn("user", "hi") | {"name": "Bob"}]},
+    ]
+    checked = [check(record) for record in records]
+    for name in ("id", "prompt_hash", "pair_hash", "answers_hash"):
+        assert len({getattr(pair, name) for pair in checked}) == len(records)
+    assert check(FORMS["messages"] | {"tools": []}) == checked[0]
+
+
+def test_a_prompt_is_repeated_only_with_its_parts() -> None:
+    named = turn("user", "hi") | {"name": "Ann"}
+    good, bad = messages(GOOD)[0], messages(BAD)[0]
+    record = {"prompt": [named], "chosen": [named, good], "rejected": [named, bad]}
+    assert check(record).chosen == (GOOD,)
+    with pytest.raises(BadRecord, match="begins with another message"):
+        check(record | {"chosen": messages(USER, GOOD)})
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 PLAIN = FORMS["texts"]
@@ -385,6 +490,21 @@ def without(key: str) -> dict[str, Any]:
         ("unknown_role", "the role 'human'", PLAIN | {"prompt": messages(("human", "hi"))}),
         ("unknown_role", r"the role \['user'\]",
          PLAIN | {"prompt": [{"role": ["user"], "content": "hi"}]}),
+        ("wrong_type", "'name' in 'chosen' is a number, expected a text", with_answer(name=3)),
+        ("wrong_type", "'tool_calls' in 'chosen' is a text, expected a list of objects",
+         with_answer(tool_calls="look")),
+        ("wrong_type", "one of 'tool_calls' in 'chosen' has the keys id, expected a function's",
+         with_answer(tool_calls=[LOOK, {"id": 3}])),
+        ("wrong_type", "'tools' is a text, expected a list", PLAIN | {"tools": "look"}),
+        ("wrong_type", "one of 'tools' is a text, expected a func", PLAIN | {"tools": ["look"]}),
+        ("unread", "a message of 'chosen' has 'images', which", with_answer(images=["a.png"])),
+        ("unread", "a message of 'chosen' has 'thinking', which", with_answer(thinking="so")),
+        ("not_text", "'chosen' holds what is no text",
+         with_answer(tool_calls=[{"name": "look", "arguments": b"x"}])),
+        ("not_text", "no text", PLAIN | {"tools": [{"name": "\ud800"}]}),
+        ("empty", "'chosen' is empty",
+         {"prompt": "hi", "chosen": [turn("assistant", "") | {"name": "Ann"}],
+          "rejected": messages(BAD)}),
         ("empty", "'prompt' is empty", PLAIN | {"prompt": " \n"}),
         ("empty", "'prompt' is an empty list", PLAIN | {"prompt": []}),
         ("empty", "'chosen' is empty", PLAIN | {"chosen": ""}),

@@ -67,16 +67,16 @@ def read_set(path: Path, encoder: Encoder) -> TestSet:
     for position, record in watched(read(path), f"test set {path.name}", "pairs"):
         try:
             pair = check(record)
-            sides = encoder.encode([encoder.render(pair.prompt, side) for side in answers(pair)])
+            whole = encoder.encode([encoder.render(pair.prompt, side) for side in answers(pair)])
+            too_long = max(map(len, whole)) > encoder.template.max_length
+            sides = encoder.encode_cut(pair.prompt, answers(pair)) if too_long else whole
         except BadRecord as fault:
             faults.append(f"{path}: {unit(path)} {position}: {fault.reason}: {fault}")
             continue
-        if max(map(len, sides)) > encoder.template.max_length:
-            shorter = encoder.encode_cut(pair.prompt, answers(pair))
-            if shorter is None:
-                left_out += 1
-                continue
-            sides, cut = shorter, cut + 1
+        if sides is None:
+            left_out += 1
+            continue
+        cut += too_long
         rows.append(as_row(pair, *sides))
         prompts.append(pair.prompt)
     if faults:
