@@ -28,9 +28,10 @@ from tqdm import tqdm
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
-from reward.data.reading import files, read, unit
-from reward.data.records import BadRecord, Pair, check
+from reward.data.reading import unit
+from reward.data.records import BadRecord, Pair
 from reward.data.sets import read_sets, write_sets
+from reward.data.sources import Source, sources, usable
 from reward.data.splitting import among, contradictions, duplicates, split
 from reward.data.tokens import Encoder, Template, prefix_length
 from reward.outputs import whole_folder, write_json
@@ -97,8 +98,7 @@ def hashes() -> array[int]:
 class Ledger:
     """What was seen: a few numbers of every usable record, and what is wrong with the others."""
 
-    files: list[Path]
-    first_test_file: int
+    sources: list[Source]
     file: array[int] = field(default_factory=numbers)
     position: array[int] = field(default_factory=numbers)
     prompt: array[int] = field(default_factory=hashes)
@@ -137,8 +137,13 @@ class Ledger:
     def column(self, name: str) -> npt.NDArray[Any]:
         return np.asarray(getattr(self, name))
 
+    def fixed(self) -> npt.NDArray[np.int8]:
+        """The index into SPLITS that a record's file has, -1 where prompts are to be split."""
+        splits = [SPLITS.index(each.split) if each.split else -1 for each in self.sources]
+        return np.array(splits, dtype=np.int8)[self.column("file")]
+
     def place(self, file: int, position: int) -> str:
-        path = self.files[file]
+        path = self.sources[file].path
         return f"{path}: {unit(path)} {position}"
 
 
@@ -165,7 +170,7 @@ def main() -> None:
     with whole_folder(REPORTS) as folder:
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
-    report(options, figures)
+    report(ledger.sources + [each.source for each in sets], figures)
     show_example(encoder)
 
 
@@ -174,10 +179,11 @@ def own_test_set(options: Preprocess) -> bool:
 
 
 def open_ledger(options: Preprocess) -> Ledger:
-    """An empty ledger of the files to read, those of a test set of its own behind the others."""
-    found = files(Path(options.data))
-    tests = files(Path(options.test_data)) if own_test_set(options) else []
-    return Ledger(found + tests, len(found))
+    """An empty ledger of the files to read, those of a test set of its own after the others."""
+    tests = sources(Path(options.test_data)) if own_test_set(options) else []
+    for source in tests:
+        source.split = "test"
+    return Ledger(sources(Path(options.data)) + tests)
 
 
 # --- first pass: files to the scratch table --------------------------------------------------
@@ -199,11 +205,11 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
 
 def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
     """The records that pass the checks, as text; the others are noted in the ledger."""
-    for index, path in enumerate(ledger.files):
-        bar = tqdm(read(path), desc=str(path), unit=" pairs", delay=2, disable=None)
+    for index, source in enumerate(ledger.sources):
+        bar = tqdm(source, desc=str(source.path), unit=" pairs", delay=2, disable=None)
         for position, record in bar:
             try:
-                pair = check(record)
+                pair = usable(record)
                 chosen, rejected = (
                     encoder.render(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)
                 )
@@ -211,6 +217,8 @@ def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
                 ledger.bad(index, position, fault.reason, str(fault))
             else:
                 yield Rendered(index, position, pair, (chosen, rejected))
+        if source.ties:
+            ledger.dropped["tie"] += source.ties
 
 
 def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
@@ -286,15 +294,21 @@ def within_length(
 
 
 def refuse_overlap(options: Preprocess, ledger: Ledger) -> None:
-    """Raise a Fault if a prompt of the separate test set stands in the other data too."""
-    prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
-    leaked = np.flatnonzero(tested)[among(prompts[tested], prompts[~tested])].tolist()
-    if leaked:
-        places = [ledger.place(ledger.file[row], ledger.position[row]) for row in leaked[:SHOWN]]
-        raise Fault(
-            f"{len(leaked)} test records have a prompt that stands in {options.data} too, "
-            f"wanted none: {'; '.join(places)}"
-        )
+    """Raise a Fault if a prompt of a test or validation file appears in the other data too."""
+    prompts, fixed = ledger.column("prompt"), ledger.fixed()
+    rest = np.ones(len(fixed), dtype=bool)
+    for name in ("test", "validation"):
+        held = fixed == SPLITS.index(name)
+        rest &= ~held
+        leaked = np.flatnonzero(held)[among(prompts[held], prompts[rest])].tolist()
+        if leaked:
+            places = [
+                ledger.place(ledger.file[row], ledger.position[row]) for row in leaked[:SHOWN]
+            ]
+            raise Fault(
+                f"{len(leaked)} {name} records have a prompt that stands in {options.data} too, "
+                f"wanted none: {'; '.join(places)}"
+            )
 
 
 def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
@@ -310,7 +324,7 @@ def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_
     stopping = set(ledger.dropped) if options.on_bad_record == "stop" else {"over_length"}
     if options.over_length == "drop":
         stopping.discard("over_length")
-    stopping &= set(ledger.dropped)
+    stopping &= set(ledger.dropped) - {"tie"}
     if stopping:
         raise Fault(fault_list(ledger, stopping))
     usable = ~(contradicted | repeated)
@@ -339,11 +353,15 @@ def assign(
     options: Preprocess, ledger: Ledger, usable: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int8]:
     """The index into SPLITS of every record of the ledger, -1 for those not used."""
-    prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
-    test_fraction = 0 if own_test_set(options) else options.test_fraction
-    parts = np.where(usable, 2, -1).astype(np.int8)
-    rest = usable & ~tested
-    parts[rest] = split(prompts[rest], options.validation_fraction, test_fraction, options.seed)
+    prompts, fixed = ledger.column("prompt"), ledger.fixed()
+    given = {source.split for source in ledger.sources}
+    validation = 0 if "validation" in given else options.validation_fraction
+    test = 0 if "test" in given else options.test_fraction
+    parts = np.where(usable, fixed, -1).astype(np.int8)
+    rest = usable & (fixed < 0)
+    parts[rest] = split(prompts[rest], validation, test, options.seed)
+    # A prompt of a file that is for training is for training wherever it appears.
+    parts[rest] = np.where(among(prompts[rest], prompts[usable & (fixed == 0)]), 0, parts[rest])
     for index, name in enumerate(SPLITS):
         if not (parts == index).any():
             raise Fault(
@@ -379,10 +397,10 @@ def headline(figures: dict[str, Any]) -> dict[str, int]:
     return {name: sum(figures[name].values()) for name in ("pairs", "dropped")}
 
 
-def report(options: Preprocess, figures: dict[str, Any]) -> None:
+def report(read: list[Source], figures: dict[str, Any]) -> None:
     pairs, prompts, length = (figures[key] for key in ("pairs", "prompts", "length"))
-    tests = f"; test pairs from {options.test_data}" if own_test_set(options) else ""
-    print(f"read       {options.data}{tests}")
+    for source in read:
+        print(source.said)
     for name in SPLITS:
         print(f"{name:<11}{pairs[name]:>8} pairs of {prompts[name]:>7} prompts")
     dropped = ", ".join(f"{n} {reason}" for reason, n in figures["dropped"].items()) or "none"

@@ -9,8 +9,9 @@ import numpy as np
 
 from reward.data import tokenized
 from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
-from reward.data.reading import SUFFIXES, read, unit
-from reward.data.records import BadRecord, Messages, Pair, check
+from reward.data.reading import SUFFIXES, unit
+from reward.data.records import BadRecord, Messages, Pair
+from reward.data.sources import Source, source_of, usable
 from reward.data.splitting import Hashes, among
 from reward.data.tokens import Encoder, prefix_length
 from reward.outputs import watched, write_json
@@ -27,6 +28,7 @@ class TestSet:
     `cut` prompts were too long and lost their left end; `left_out` pairs had an answer too long.
     """
 
+    source: Source
     name: str
     rows: list[dict[str, Any]]
     prompts: list[int]
@@ -63,9 +65,10 @@ def read_sets(folder: Path, encoder: Encoder) -> list[TestSet]:
 
 def read_set(path: Path, encoder: Encoder) -> TestSet:
     rows, prompts, faults, cut, left_out = [], [], [], 0, 0
-    for position, record in watched(read(path), f"test set {path.name}", "pairs"):
+    source = source_of(path)
+    for position, record in watched(source, f"test set {path.name}", "pairs"):
         try:
-            pair = check(record)
+            pair = usable(record)
             sides = encoder.encode([encoder.render(pair.prompt, side) for side in answers(pair)])
         except BadRecord as fault:
             faults.append(f"{path}: {unit(path)} {position}: {fault.reason}: {fault}")
@@ -83,7 +86,7 @@ def read_set(path: Path, encoder: Encoder) -> TestSet:
         raise Fault(f"{listed}\nbad records: {len(faults)} in {path}; wanted none in a test set")
     if not rows:
         raise Fault(f"{path}: no pair has answers short enough to be judged, wanted some")
-    return TestSet(name_of(path), rows, prompts, cut, left_out)
+    return TestSet(source, name_of(path), rows, prompts, cut, left_out)
 
 
 def answers(pair: Pair) -> tuple[Messages, Messages]:
