@@ -42,6 +42,11 @@ def files(path: Path) -> list[Path]:
     return found
 
 
+def name_of(path: Path) -> str:
+    """A file's name without its ending."""
+    return path.name.removesuffix(next(end for end in SUFFIXES if path.name.endswith(end)))
+
+
 def read(path: Path) -> Iterator[tuple[int, Any]]:
     """Position and content of the records of one file in their order, a few at a time, unchecked.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from reward.data import tokenized
 from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
-from reward.data.reading import SUFFIXES, unit
+from reward.data.reading import SUFFIXES, name_of, unit
 from reward.data.records import BadRecord, Messages, Pair
 from reward.data.sources import Source, source_of, usable
 from reward.data.splitting import Hashes, among
@@ -101,10 +101,6 @@ def as_row(pair: Pair, chosen: list[int], rejected: list[int]) -> dict[str, Any]
         PREFIX: prefix_length(chosen, rejected),
         tokenized.KEPT: list(pair.columns.items()),
     }
-
-
-def name_of(path: Path) -> str:
-    return path.name.removesuffix(next(end for end in SUFFIXES if path.name.endswith(end)))
 
 
 def write_sets(
