@@ -27,6 +27,7 @@ import yaml
 
 from reward.data.forms import Answers, Context, Judged, Listed, Meaning, Order, Preferred, plain
 from reward.data.recognition import MAPPING, Known
+from reward.params import read_yaml
 from reward.process import Fault
 
 ORDERED: tuple[Order, ...] = ("ranks", "scores")
@@ -128,7 +129,7 @@ def read_mapping(folder: Path) -> Mapping | None:
     """The dataset.yaml of a folder, if it has one. Raises a Fault that lists all that is wrong."""
     path = folder / MAPPING
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = read_yaml(path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -168,10 +169,8 @@ def _misfits(said: dict[str, Any]) -> list[str]:
     if len(pair) == 1 or (pair and "answers" in said):
         faults.append("expected chosen and rejected, or answers")
     if ("answers" in said) != (len(given) == 1):
-        faults.append(f"expected answers with one of {', '.join(ways)}")
-    if "verdict" in said and (
-        not isinstance(said.get("answers"), list) or len(said["answers"]) != 2
-    ):
+        return [*faults, f"expected answers with one of {', '.join(ways)}"]
+    if "verdict" in said and (not isinstance(said["answers"], list) or len(said["answers"]) != 2):
         faults.append("verdict needs two columns in answers")
     if ("verdict" in said) != ("first" in said and "second" in said):
         faults.append("verdict needs first and second, the values that prefer each answer")
