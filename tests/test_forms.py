@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from reward.data.forms import Form, Listed, Pairs, Unmeant, is_absent
 from reward.data.recognition import recognize
 from reward.data.records import FIELDS, BadRecord, check
-from reward.data.sources import source_of, usable
+from reward.data.sources import source_of, sources, usable
 from reward.process import Fault
 
 FORMS = Path(__file__).parent / "forms"
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 def form_of(*records: Record) -> Form:
-    return recognize(Path("x.jsonl"), Path(), list(records))
+    return recognize(Path("x.jsonl"), list(records))
 
 
 def pairs_of(*records: Record) -> list[Pairs]:
@@ -370,3 +370,46 @@ def test_a_repeated_prompt_in_turns_is_turns_once() -> None:
     record = {"prompt": prompt, "chosen": f"{prompt} A.", "rejected": f"{prompt} B."}
     [[[found], _]] = pairs_of(record)
     assert found == {"prompt": [user("Why?")], "chosen": "A.", "rejected": "B."}
+
+
+# --- what is not recognized ------------------------------------------------------------------
+
+UNKNOWN: dict[str, Any] = YAML(typ="safe").load(Path(__file__).parent / "bad" / "forms.yaml")
+
+
+def test_there_are_many_unknown_forms() -> None:
+    assert len(UNKNOWN) >= 25
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_form_is_one_sentence_with_the_entry_to_write(name: str) -> None:
+    record = UNKNOWN[name]["record"]
+    assert fault(recognize, Path("data/mine/x.jsonl"), [record]) == UNKNOWN[name]["said"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_entry_without_gaps_can_be_copied(tmp_path: Path, name: str) -> None:
+    """What is said to write is read, and where only a meaning was missing the data with it."""
+    said = UNKNOWN[name]["said"].partition(" dataset.yaml: ")[2] or UNKNOWN[name]["said"]
+    entry = said.rpartition("data/mine/dataset.yaml: ")[2].partition(" or x.jsonl: ")[0]
+    if any(gap in entry for gap in ("COLUMN", "VALUE", "KEY")) or "KTO" in entry:
+        return
+    (tmp_path / "dataset.yaml").write_text(entry, encoding="utf-8")
+    record = UNKNOWN[name]["record"]
+    source = source_of(write(tmp_path, record))
+    assert [usable(pair) for _, pair in source] or source.ties
+
+
+def test_a_file_that_is_read_alone_hears_of_its_folder(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "Where is it?", "answer": "It is here."})
+    advice = f"expected in {tmp_path}/dataset.yaml, with {tmp_path} instead of it in params.yaml: "
+    assert advice in fault(sources, path)
+    assert f"expected in {tmp_path}/dataset.yaml: " in fault(sources, tmp_path)
+
+
+def test_recognition_looks_at_the_first_hundred_records(tmp_path: Path) -> None:
+    empty = {"prompt": "Why?", "chosen": None, "rejected": None}
+    path = write(tmp_path, *[empty] * 99, PLAIN)
+    assert source_of(path).form.said == "prompt, chosen and rejected"
+    path = write(tmp_path, *[empty] * 100, PLAIN)
+    assert "the columns prompt are not a known form" in fault(source_of, path)

@@ -35,7 +35,7 @@ from reward.process import Fault
 
 HEAD = 100
 MAPPING = "dataset.yaml"
-COLUMN, VALUE = "COLUMN", "VALUE"
+COLUMN, VALUE, KEY = "COLUMN", "VALUE", "KEY"
 
 # The prompt's names: those of texts, those of messages, and those of either.
 TEXTS = ("question", "instruction", "query", "post")
@@ -93,10 +93,10 @@ class Known:
     named: frozenset[str] = frozenset()
 
 
-def recognize(path: Path, folder: Path, records: list[Any], known: Known = Known()) -> Form:
+def recognize(path: Path, records: list[Any], known: Known = Known(), alone: bool = False) -> Form:
     """The form of the file `path` by its first records.
 
-    `folder` is where its dataset.yaml belongs. Raises a Fault for a form that is not known, or
+    `alone` says that it is not one of a folder's. Raises a Fault for a form that is not known, or
     could be read in two ways.
     """
     objects = [record for record in records if isinstance(record, dict)]
@@ -104,7 +104,8 @@ def recognize(path: Path, folder: Path, records: list[Any], known: Known = Known
     if not columns and not known.answers:
         return Form(Context("prompt"), CANONICAL, said=CANONICAL.said)
     place = f"{path}: "
-    advice = f"expected in {folder / MAPPING}"
+    folder = f", with {path.parent} instead of it in params.yaml" if alone else ""
+    advice = f"expected in {path.parent / MAPPING}{folder}"
     answers = known.answers or _answers(columns, place, advice, path.name)
     context = _context(columns, answers, known, place, advice, path.name)
     whole = _whole(objects, context, answers)
@@ -385,6 +386,7 @@ BETTER = ("chosen", "prefer", "better", "good", "accept", "positive", "win", "�
 WORSE = ("reject", "dispref", "worse", "bad", "negative", "lose", "loser", "差", "劣")
 ASKED = ("prompt", "question", "query", "instruction", "input", "ask", "user", "问", "题", "指令")
 VERDICTS = ("prefer", "label", "winner", "better", "choice", "verdict", "vote", "best", "选", "胜")
+RANKERS = ("rank", "score", "rating")
 TWINS: tuple[set[str], ...] = (
     {"0", "1"},
     {"1", "2"},
@@ -432,9 +434,9 @@ def _scalar(value: Any) -> str:
 def _unknown(columns: Columns, place: str, advice: str, name: str) -> str:
     """The sentence on columns that are no known form."""
     entry, notes = _guess(columns)
-    missing = [key for key, value in entry.items() if value in (COLUMN, VALUE)]
+    missing = [key for key, value in entry.items() if value in (COLUMN, VALUE) or key == KEY]
     verb = "is" if len(missing) == 1 else "are"
-    lacking = f"{' and '.join(missing)} {verb} missing" if missing else "their meaning is not given"
+    lacking = f"{', '.join(missing)} {verb} missing" if missing else "their meaning must be said"
     noted = "".join(f"; {note}" for note in notes)
     return (
         f"{place}the columns {_names(columns)} are not a known form: {lacking}{noted}; "
@@ -471,33 +473,41 @@ def _guessed_verdict(columns: Columns, entry: ENTRY, texts: list[str]) -> tuple[
     labels = [name for name in columns if name not in texts and _are_labels(columns[name])]
     numbers = _twins([name for name in labels if _are_numbers(columns[name])])
     verdict = _like(labels, VERDICTS) or (labels[0] if len(labels) == 1 else None)
-    notes = []
+    notes: list[str] = []
     if numbers and not _like(labels, VERDICTS):
-        entry |= {"scores": [*numbers]}
+        key, notes = _guessed_key(numbers[0], " and ".join(numbers))
+        entry |= {key: [*numbers]}
     else:
         entry |= {"verdict": verdict or COLUMN, "first": VALUE, "second": VALUE}
-        if verdict:
-            values = sorted({_scalar(value) for value in columns[verdict]})[:6]
-            notes = [f"{verdict} has the values {', '.join(values)}"]
+    if "verdict" in entry and verdict:
+        one, other = entry["answers"]
+        values = ", ".join(sorted({_scalar(value) for value in columns[verdict]})[:6])
+        meant = f"first takes what prefers {one}, second what prefers {other}"
+        notes = [f"{verdict} has {values}: {meant}"]
     return _guessed_prompt(columns, entry), notes
+
+
+def _guessed_key(number: str, named: str) -> tuple[str, list[str]]:
+    """What numbers with such a name are, if it says so: 1 may be the best or the worst."""
+    for key, words in (("ranks", ("rank",)), ("scores", ("score", "rating", "reward"))):
+        if any(word in number.lower() for word in words):
+            return key, []
+    return KEY, [f"{KEY} is ranks, if 1 is the best of {named}, or scores, if more is better"]
 
 
 def _guessed_order(columns: Columns, name: str) -> tuple[ENTRY, list[str]]:
     """The entry of a list of answers."""
     items = [item for value in columns[name] for item in value]
     entry: ENTRY = {"answers": name}
-    ranked = next(
-        ((order, key) for order, keys in WORTHS.items() for key in keys if key in columns), None
-    )
+    number = next((key for key in columns if _like([key], RANKERS)), None)
     if all(isinstance(item, dict) for item in items):
         inside = columns_of(items)
         text = next((key for key in inside if _can_be_text(inside[key])), COLUMN)
         entry = {"answers": f"{name}[].{text}"}
-        number = next((key for key in inside if _are_numbers(inside[key])), COLUMN)
-        order: Order = "ranks" if "rank" in number else "scores"
-        ranked = (order, f"{name}[].{number}") if number != COLUMN else None
-    if ranked:
-        return _guessed_prompt(columns, entry | {ranked[0]: ranked[1]}), []
+        number = next((f"{name}[].{key}" for key in inside if _are_numbers(inside[key])), None)
+    if number:
+        key, notes = _guessed_key(number, number)
+        return _guessed_prompt(columns, entry | {key: number}), notes
     notes = [f"nothing says which of {name} are better (best_first, if they are in that order)"]
     return _guessed_prompt(columns, entry | {"order": VALUE}), notes
 

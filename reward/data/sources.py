@@ -122,7 +122,7 @@ def sources(path: Path) -> list[Source]:
             f"{mapping.path} has an entry for {path.name}; expected the folder {path.parent} in "
             f"params.yaml instead of {path}, so that a change of the entry is seen"
         )
-    found = [_source(file, mapping) for file in paths]
+    found = [_source(file, mapping, path.is_file()) for file in paths]
     for source in found if path.is_dir() else []:
         named = SPLIT.match(source.path.name)
         source.split = source.entry.split or (named[1] if named else None)
@@ -131,10 +131,10 @@ def sources(path: Path) -> list[Source]:
 
 def source_of(path: Path) -> Source:
     """A file of a folder with its form. Raises a Fault where it cannot be read or recognized."""
-    return _source(path, read_mapping(path.parent))
+    return _source(path, read_mapping(path.parent), alone=False)
 
 
-def _source(path: Path, mapping: Mapping | None) -> Source:
+def _source(path: Path, mapping: Mapping | None, alone: bool) -> Source:
     head = [record for _, record in islice(read(path), HEAD)]
     entry = (mapping.entry(path.name) if mapping else None) or Entry()
     columns = {name: None for record in head if isinstance(record, dict) for name in record}
@@ -143,6 +143,6 @@ def _source(path: Path, mapping: Mapping | None) -> Source:
             found = names_of(columns) if columns else "no columns"
             named = f"{mapping.path}: {path.name}: {key} is {column!r}"
             raise Fault(f"{named}, expected a column; found {found}")
-    form = recognize(path, path.parent, head, entry.known)
+    form = recognize(path, head, entry.known, alone)
     name = (entry.source or name_of(path)) if mapping else None
     return Source(path, form, entry, name)
