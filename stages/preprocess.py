@@ -29,11 +29,13 @@ from tqdm import tqdm
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
-from reward.data.reading import files, read, unit
-from reward.data.records import BadRecord, Pair, check, hash64
+from reward.data.reading import unit
+from reward.data.records import BadRecord, Pair, hash64
 from reward.data.sets import read_sets, write_sets
+from reward.data.sources import Source, sources, usable
 from reward.data.splitting import (
     Prompts,
+    among,
     beginnings,
     contradictions,
     count_votes,
@@ -119,8 +121,7 @@ def hashes() -> array[int]:
 class Ledger:
     """What was seen: a few numbers of every usable record, and what is wrong with the others."""
 
-    files: list[Path]
-    first_test_file: int
+    sources: list[Source]
     file: array[int] = field(default_factory=numbers)
     position: array[int] = field(default_factory=numbers)
     prompt: array[int] = field(default_factory=hashes)
@@ -170,16 +171,16 @@ class Ledger:
         return np.asarray(getattr(self, name))
 
     @property
-    def tested(self) -> npt.NDArray[np.bool_]:
-        """Which records are those of a separate test set."""
-        return self.column("file") >= self.first_test_file
-
-    @property
     def prompts(self) -> Prompts:
         return Prompts(self.column("prompt"), self.column("owner"), self.column("begun"))
 
+    def fixed(self) -> npt.NDArray[np.int8]:
+        """The index into SPLITS that a record's file has, -1 where prompts are to be split."""
+        splits = [SPLITS.index(each.split) if each.split else -1 for each in self.sources]
+        return np.array(splits, dtype=np.int8)[self.column("file")]
+
     def place(self, file: int, position: int) -> str:
-        path = self.files[file]
+        path = self.sources[file].path
         return f"{path}: {unit(path)} {position}"
 
 
@@ -216,7 +217,7 @@ def main() -> None:
     with whole_folder(REPORTS) as folder:
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
-    report(options, figures)
+    report(ledger.sources + [each.source for each in sets], figures)
     show_example(encoder)
 
 
@@ -225,10 +226,11 @@ def own_test_set(options: Preprocess) -> bool:
 
 
 def open_ledger(options: Preprocess) -> Ledger:
-    """An empty ledger of the files to read, those of a test set of its own behind the others."""
-    found = files(Path(options.data))
-    tests = files(Path(options.test_data)) if own_test_set(options) else []
-    return Ledger(found + tests, len(found))
+    """An empty ledger of the files to read, those of a test set of its own after the others."""
+    tests = sources(Path(options.test_data)) if own_test_set(options) else []
+    for source in tests:
+        source.split = "test"
+    return Ledger(sources(Path(options.data)) + tests)
 
 
 # --- first pass: files to the scratch table --------------------------------------------------
@@ -250,11 +252,11 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
 
 def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
     """The records that pass the checks, as text; the others are noted in the ledger."""
-    for index, path in enumerate(ledger.files):
-        bar = tqdm(read(path), desc=str(path), unit=" pairs", delay=2, disable=None)
+    for index, source in enumerate(ledger.sources):
+        bar = tqdm(source, desc=str(source.path), unit=" pairs", delay=2, disable=None)
         for position, record in bar:
             try:
-                pair = check(record)
+                pair = usable(record)
                 chosen, rejected = (
                     encoder.render(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)
                 )
@@ -262,6 +264,8 @@ def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
                 ledger.bad(index, position, fault.reason, str(fault))
             else:
                 yield Rendered(index, position, pair, (chosen, rejected))
+        if source.ties:
+            ledger.dropped["tie"] += source.ties
 
 
 def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
@@ -337,23 +341,31 @@ def within_length(
 
 
 def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
-    """Which training records share their prompt, or its beginning, with the separate test set.
+    """Which records share their prompt, or its beginning, with a test or validation file.
 
-    Raises the Fault that lists the first ones, unless bad records are to be left out.
+    Raises the Fault that lists the first ones, unless bad records are to be left out. The test
+    files keep all of their records, those of validation all that the test files have not.
     """
-    prompts, tested = ledger.prompts, ledger.tested
-    shared = ~tested
-    shared[shared] = prompts.take(~tested).shared_with(prompts.take(tested))
-    rows = np.flatnonzero(shared).tolist()
-    if rows and options.on_bad_record == "stop":
-        places = [ledger.place(ledger.file[row], ledger.position[row]) for row in rows[:SHOWN]]
-        raise Fault(
-            f"{len(rows)} records of {options.data} share their prompt with {options.test_data}: "
-            f"{'; '.join(places)}; preprocess.on_bad_record drop leaves them out of training"
-        )
-    for row in rows:
-        sentence = "the test set has its prompt"
-        ledger.bad(ledger.file[row], ledger.position[row], "in_test_set", sentence)
+    prompts, fixed = ledger.prompts, ledger.fixed()
+    shared = np.zeros(len(fixed), dtype=bool)
+    rest = np.ones(len(fixed), dtype=bool)
+    for name in ("test", "validation"):
+        held = fixed == SPLITS.index(name)
+        rest &= ~held
+        found = np.zeros(len(fixed), dtype=bool)
+        found[rest] = prompts.take(rest).shared_with(prompts.take(held))
+        rows = np.flatnonzero(found).tolist()
+        if rows and options.on_bad_record == "stop":
+            places = [ledger.place(ledger.file[row], ledger.position[row]) for row in rows[:SHOWN]]
+            raise Fault(
+                f"{len(rows)} records of {options.data} share their prompt with the {name} files: "
+                f"{'; '.join(places)}; preprocess.on_bad_record drop leaves them out"
+            )
+        for row in rows:
+            sentence = f"a {name} file has its prompt"
+            ledger.bad(ledger.file[row], ledger.position[row], f"in_{name}_set", sentence)
+        shared |= found
+        rest &= ~found
     return shared
 
 
@@ -406,11 +418,15 @@ def assign(
     options: Preprocess, ledger: Ledger, usable: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int8]:
     """The index into SPLITS of every record of the ledger, -1 for those not used."""
-    prompts, tested = ledger.prompts.families, ledger.tested
-    test_fraction = 0 if own_test_set(options) else options.test_fraction
-    parts = np.where(usable, 2, -1).astype(np.int8)
-    rest = usable & ~tested
-    parts[rest] = split(prompts[rest], options.validation_fraction, test_fraction, options.seed)
+    prompts, fixed = ledger.prompts.families, ledger.fixed()
+    given = {source.split for source in ledger.sources}
+    validation = 0 if "validation" in given else options.validation_fraction
+    test = 0 if "test" in given else options.test_fraction
+    parts = np.where(usable, fixed, -1).astype(np.int8)
+    rest = usable & (fixed < 0)
+    parts[rest] = split(prompts[rest], validation, test, options.seed)
+    # A prompt of a file that is for training is for training wherever it appears.
+    parts[rest] = np.where(among(prompts[rest], prompts[usable & (fixed == 0)]), 0, parts[rest])
     for index, name in enumerate(SPLITS):
         if not (parts == index).any():
             raise Fault(
@@ -448,10 +464,10 @@ def headline(figures: dict[str, Any]) -> dict[str, int]:
     return {name: sum(figures[name].values()) for name in ("pairs", "dropped")}
 
 
-def report(options: Preprocess, figures: dict[str, Any]) -> None:
+def report(read: list[Source], figures: dict[str, Any]) -> None:
     pairs, prompts, length = (figures[key] for key in ("pairs", "prompts", "length"))
-    tests = f"; test pairs from {options.test_data}" if own_test_set(options) else ""
-    print(f"read       {options.data}{tests}")
+    for source in read:
+        print(source.said)
     for name in SPLITS:
         print(f"{name:<11}{pairs[name]:>8} pairs of {prompts[name]:>7} prompts")
     dropped = ", ".join(f"{n} {reason}" for reason, n in figures["dropped"].items()) or "none"

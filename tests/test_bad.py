@@ -106,8 +106,8 @@ def test_a_prompt_of_the_test_set_in_the_training_data_is_named(
         (workspace / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
     set_params("preprocess", data="train.jsonl", test_data="test.jsonl")
     expected = (
-        "1 records of train.jsonl share their prompt with test.jsonl: train.jsonl: line 1; "
-        "preprocess.on_bad_record drop leaves them out of training"
+        "1 records of train.jsonl share their prompt with the test files: train.jsonl: line 1; "
+        "preprocess.on_bad_record drop leaves them out"
     )
     assert said(preprocess.main) == expected
 

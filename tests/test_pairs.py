@@ -263,6 +263,72 @@ def test_broken_parquet_is_a_fault(tmp_path: Path, end: int) -> None:
     fault(path)
 
 
+# --- tables ----------------------------------------------------------------------------------
+
+CELLS = [{"prompt": 'say "hi",\nthen go', "chosen": "好", "rejected": ""}] * 2
+
+
+def as_table(separator: str, end: str) -> bytes:
+    quoted = separator.join(('"say ""hi"",\nthen go"', "好", ""))
+    return end.join([separator.join(CELLS[0]), quoted, "", quoted, ""]).encode()
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("suffix", "separator"), [(".csv", ","), (".tsv", "\t"), (".csv.gz", ","), (".tsv.gz", "\t")]
+)
+def test_tables_are_read_by_their_header(
+    tmp_path: Path, suffix: str, separator: str, end: str, mark: bytes
+) -> None:
+    path = write(tmp_path / f"p{suffix}", mark + as_table(separator, end))
+    assert list(read(path)) == [(2, CELLS[0]), (4, CELLS[1])]
+    assert unit(path) == "row"
+    assert files(tmp_path) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"a,b\n1,2\n1,2,3\n", r"row 3 \(line 3\) has 3 cells, expected the 2 of the header"),
+        (b'a,b\n"1\n",2\n1\n', r"row 3 \(line 4\) has 1 cells"),
+        (b"a,b,a\n1,2,3\n", "row 1: the column 'a' is there twice"),
+        (b'a,b\n"1,2\n', r"row 2 \(line 2\): broken table: "),
+        (b'a,b\n"1"x,2\n', r"row 2 \(line 2\): broken table: "),
+        (b"a,b\n", "holds no record"),
+        (b"", "holds no record"),
+    ],
+)
+def test_broken_table_is_a_fault_that_says_where(
+    tmp_path: Path, content: bytes, found: str
+) -> None:
+    assert re.search(found, fault(write(tmp_path / "p.csv", content)))
+
+
+def test_a_cell_longer_than_the_librarys_limit_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", b"a,b\n" + b"x" * 200_000 + b",y\n")
+    assert contents(path) == [{"a": "x" * 200_000, "b": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("问题,好的回答,差的回答\n怎么煮鸡蛋？,八分钟。,不知道。\n", "GB18030"),
+        ("質問,よい答え,わるい答え\nたまごはどうゆでますか,八分です,しらない\n", "SHIFT_JIS"),
+        ("question,bonne réponse,autre\nOù ça ?,À côté – là.,Où\n", "WINDOWS-1252"),
+        ("问题,好,差\nWhere is it?,here,there\n", "UTF-16"),
+        ("question,good,bad\nWhere is it?,here,there ü\n", "UTF-16LE"),
+        ("question,good,bad\nWhere is it?,here,there ü\n", "UTF-16BE"),
+    ],
+)
+def test_another_encoding_is_named_with_the_way_to_convert_it(
+    tmp_path: Path, text: str, encoding: str
+) -> None:
+    path = write(tmp_path / "a b.csv", text.encode(encoding))
+    wanted = f"wanted UTF-8; it may be {encoding}: iconv -f {encoding} -t UTF-8 '{path}' > NEW"
+    assert fault(path).endswith(wanted)
+
+
 # --- forms of a record -----------------------------------------------------------------------
 
 

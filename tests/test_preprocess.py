@@ -213,7 +213,7 @@ def test_training_records_with_a_prompt_of_the_test_set_are_listed_or_left_out(
     rewrite(data, [pair(i) for i in range(20)])
     rewrite(workspace / "test.json", [pair(30), pair(7, **changes)])
     set_params("preprocess", test_data="test.json", on_bad_record="stop")
-    said = "1 records of data/raw/pairs.json share their prompt with test.json: "
+    said = "1 records of data/raw/pairs.json share their prompt with the test files: "
     assert said + "data/raw/pairs.json: record 8; " in fault()
     set_params("preprocess", on_bad_record="drop")
     metrics = run()

@@ -9,8 +9,9 @@ import numpy as np
 
 from reward.data import tokenized
 from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
-from reward.data.reading import SUFFIXES, read, unit
-from reward.data.records import BadRecord, Messages, Pair, check
+from reward.data.reading import SUFFIXES, name_of, unit
+from reward.data.records import BadRecord, Messages, Pair
+from reward.data.sources import Source, source_of, usable
 from reward.data.splitting import Prompts
 from reward.data.tokens import Encoder, prefix_length
 from reward.outputs import watched, write_json, writing
@@ -27,6 +28,7 @@ class TestSet:
     `cut` prompts were too long and lost their left end; `left_out` pairs had an answer too long.
     """
 
+    source: Source
     name: str
     rows: list[dict[str, Any]]
     prompts: Prompts
@@ -64,9 +66,10 @@ def read_sets(folder: Path, encoder: Encoder) -> list[TestSet]:
 
 def read_set(path: Path, encoder: Encoder) -> TestSet:
     rows, prompts, faults, cut, left_out = [], [], [], 0, 0
-    for position, record in watched(read(path), f"test set {path.name}", "pairs"):
+    source = source_of(path)
+    for position, record in watched(source, f"test set {path.name}", "pairs"):
         try:
-            pair = check(record)
+            pair = usable(record)
             whole = encoder.encode([encoder.render(pair.prompt, side) for side in answers(pair)])
             too_long = max(map(len, whole)) > encoder.template.max_length
             sides = encoder.encode_cut(pair.prompt, answers(pair)) if too_long else whole
@@ -84,7 +87,7 @@ def read_set(path: Path, encoder: Encoder) -> TestSet:
         raise Fault(f"{listed}\nbad records: {len(faults)} in {path}; wanted none in a test set")
     if not rows:
         raise Fault(f"{path}: no pair has answers short enough to be judged, wanted some")
-    return TestSet(name_of(path), rows, Prompts.of(prompts), cut, left_out)
+    return TestSet(source, name_of(path), rows, Prompts.of(prompts), cut, left_out)
 
 
 def answers(pair: Pair) -> tuple[Messages, Messages]:
@@ -99,10 +102,6 @@ def as_row(pair: Pair, chosen: list[int], rejected: list[int]) -> dict[str, Any]
         PREFIX: prefix_length(chosen, rejected),
         tokenized.KEPT: list(pair.columns.items()),
     }
-
-
-def name_of(path: Path) -> str:
-    return path.name.removesuffix(next(end for end in SUFFIXES if path.name.endswith(end)))
 
 
 def write_sets(
