@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from reward import params
 from reward.data import tokenized
-from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
+from reward.data.columns import IDS, PREFIX
 from reward.data.reading import unit
 from reward.data.records import BadRecord, Pair, hash64
+from reward.data.rows import as_row
 from reward.data.sets import read_sets, write_sets
 from reward.data.sources import Source, sources, usable
 from reward.data.splitting import (
@@ -42,7 +43,7 @@ from reward.data.splitting import (
     duplicates,
     split,
 )
-from reward.data.tokens import Encoder, Template, prefix_length
+from reward.data.tokens import Encoder, Template
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
 from reward.process import Fault, run
@@ -204,7 +205,8 @@ def main() -> None:
         parts, columns = assign(options, ledger, usable), sorted(ledger.columns)
         for index, name in enumerate(SPLITS):
             rows = parts == index
-            tokenized.write(folder / name, table, rows, columns, template.tokenizer)
+            texts = name == "test"
+            tokenized.write(folder / name, table, rows, columns, template.tokenizer, texts)
         table.unlink()
         write_sets(
             folder / "sets",
@@ -244,7 +246,7 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
             rows = [
                 row
                 for item, sides in zip(batch, zip(ids[::2], ids[1::2], strict=True), strict=True)
-                if (row := as_row(options, encoder, item, sides, ledger))
+                if (row := row_of(options, encoder, item, sides, ledger))
             ]
             if rows:
                 append(tokenized.batch(rows))
@@ -296,29 +298,23 @@ def encoded(
         yield from waiting
 
 
-def as_row(
+def row_of(
     options: Preprocess, encoder: Encoder, item: Rendered, sides: tuple[Ids, Ids], ledger: Ledger
 ) -> dict[str, Any] | None:
     """The row of the scratch table for a pair, noted in the ledger, or None for a bad one."""
-    file, position, pair, _ = item
+    file, position, pair, texts = item
     try:
-        chosen, rejected = within_length(options, encoder, pair, sides)
-        if chosen == rejected:
+        ids = within_length(options, encoder, pair, sides)
+        if ids[0] == ids[1]:
             raise BadRecord("identical_tokens", "both answers give the same ids")
     except BadRecord as fault:
         ledger.bad(file, position, fault.reason, str(fault))
         return None
-    ledger.truncated += (chosen, rejected) != sides
-    left, right = (np.array(ids, dtype=np.int32) for ids in (chosen, rejected))
-    prefix = prefix_length(left, right)
-    ledger.add(file, position, pair, (len(chosen), len(rejected), prefix))
-    return {
-        ID: pair.id,
-        PROMPT_ID: pair.prompt_id,
-        **dict(zip(IDS, (left, right), strict=True)),
-        PREFIX: prefix,
-        tokenized.KEPT: list(pair.columns.items()),
-    }
+    is_cut = ids != sides
+    ledger.truncated += is_cut
+    row = as_row(pair, ids, [encoder.decode(each) for each in ids] if is_cut else texts)
+    ledger.add(file, position, pair, (len(ids[0]), len(ids[1]), row[PREFIX]))
+    return row
 
 
 def within_length(

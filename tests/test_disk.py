@@ -208,7 +208,7 @@ READS: dict[str, tuple[Any, str]] = {
     "fetch": (fetch, "digests"),
     "preprocess": (preprocess, "read"),
     "train": (base, "base_record"),
-    "evaluate": (page, "common_start"),
+    "evaluate": (page, "watched"),
     "export": (export, "base_record"),
 }
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 from datasets import load_from_disk
+from tokenizers import Tokenizer
 
 from reward.data.records import check
+from reward.data.rows import as_json, shown
 from reward.data.tokens import Template
 from reward.outputs import digests, read_json
 from reward.process import Fault
@@ -106,8 +108,9 @@ def test_outputs_are_three_datasets_a_template_and_metrics() -> None:
             ),
         ]
     )
-    for part in written().values():
-        assert list(part[0]) == [*COLUMNS, "kind"]
+    for name, part in written().items():
+        words = ["prompt", "chosen", "rejected", "text_j", "text_k"] if name == "test" else []
+        assert list(part[0]) == [*COLUMNS, *words, "kind"]
     template = Template.load(preprocess.TOKENIZED / "template.json")
     assert template == Template.of("zh", False, 2040, preprocess.BASE)
 
@@ -449,3 +452,28 @@ def test_the_first_training_pair_is_shown_as_the_model_sees_it(
     assert rejected.startswith('rejected   "问:question ')
     assert rejected.endswith('bad\\nbad\\n<|endoftext|>"')
     assert len(rejected) == 11 + preprocess.EXAMPLE_CHARACTERS + len(" ... ")
+
+
+def test_test_pairs_keep_their_words_and_training_does_without(
+    data: Path, set_params: SetParams
+) -> None:
+    rewrite(data, [dialogue(index, 1 + index % 2) for index in range(20)])
+    set_params("preprocess", template="chat")
+    run()
+    parts = written()
+    words = ["prompt", "chosen", "rejected", "text_j", "text_k"]
+    assert not set(words) & parts["train"][0].keys()
+    records = {check(dialogue(index, 1 + index % 2)).id: index for index in range(20)}
+    tokenizer = Tokenizer.from_file(str(preprocess.BASE / "tokenizer.json"))
+    for row in parts["test"]:
+        record = dialogue(records[row["id"]], 1 + records[row["id"]] % 2)
+        assert [json.loads(row[name]) for name in words[:3]] == [record[name] for name in words[:3]]
+        for text, ids in (("text_j", "input_ids_j"), ("text_k", "input_ids_k")):
+            assert tokenizer.encode(row[text], add_special_tokens=False).ids == row[ids]
+            assert record["prompt"][-1]["content"] in row[text]
+
+
+def test_several_messages_are_shown_with_their_roles() -> None:
+    turns = (("user", "a"), ("assistant", "b", '{"tool_calls": [1]}'))
+    assert shown(as_json(turns[:1])) == "a"
+    assert shown(as_json(turns)) == "user: a\n\nassistant: b\ntool_calls: [1]"

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from reward.data import tokenized
-from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
 from reward.data.reading import SUFFIXES, name_of, unit
 from reward.data.records import BadRecord, Messages, Pair
+from reward.data.rows import as_row
 from reward.data.sources import Source, source_of, usable
 from reward.data.splitting import Prompts
-from reward.data.tokens import Encoder, prefix_length
+from reward.data.tokens import Encoder
 from reward.outputs import watched, write_json, writing
 from reward.process import Fault
 
@@ -70,7 +70,8 @@ def read_set(path: Path, encoder: Encoder) -> TestSet:
     for position, record in watched(source, f"test set {path.name}", "pairs"):
         try:
             pair = usable(record)
-            whole = encoder.encode([encoder.render(pair.prompt, side) for side in answers(pair)])
+            texts = [encoder.render(pair.prompt, side) for side in answers(pair)]
+            whole = encoder.encode(texts)
             too_long = max(map(len, whole)) > encoder.template.max_length
             sides = encoder.encode_cut(pair.prompt, answers(pair)) if too_long else whole
         except BadRecord as fault:
@@ -80,7 +81,7 @@ def read_set(path: Path, encoder: Encoder) -> TestSet:
             left_out += 1
             continue
         cut += too_long
-        rows.append(as_row(pair, *sides))
+        rows.append(as_row(pair, sides, list(map(encoder.decode, sides)) if too_long else texts))
         prompts.append(pair.prompt)
     if faults:
         listed = "\n".join(faults[:SHOWN])
@@ -92,16 +93,6 @@ def read_set(path: Path, encoder: Encoder) -> TestSet:
 
 def answers(pair: Pair) -> tuple[Messages, Messages]:
     return pair.chosen, pair.rejected
-
-
-def as_row(pair: Pair, chosen: list[int], rejected: list[int]) -> dict[str, Any]:
-    return {
-        ID: pair.id,
-        PROMPT_ID: pair.prompt_id,
-        **dict(zip(IDS, (chosen, rejected), strict=True)),
-        PREFIX: prefix_length(chosen, rejected),
-        tokenized.KEPT: list(pair.columns.items()),
-    }
 
 
 def write_sets(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from reward.data.records import TOOLS, BadRecord, Messages, names_of
+from reward.data.records import TOOLS, Messages, names_of
 from reward.data.templates import dated, fill, read_chat_template, render_chat
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
@@ -139,17 +139,6 @@ class Encoder:
         before, after = map("".join, around(self._tokenizer))
         return before, after
 
-    def frame(self) -> tuple[str, str, str]:
-        """What the template has before a prompt of one message, behind it, and behind the answer.
-
-        Empty where a chat template makes something else of such a conversation.
-        """
-        try:
-            parts = self.render((("user", MARK),), (("assistant", MARK),)).split(MARK)
-        except BadRecord:
-            parts = []
-        return (parts[0], parts[1], parts[2]) if len(parts) == 3 else ("", "", "")
-
     def encode_cut(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
         """The ids of one prompt with each answer, at most the maximum length, or None.
 
@@ -231,12 +220,6 @@ def around(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     whole = tokenizer.encode("a").tokens
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
-
-
-def common_start(one: str, other: str) -> str:
-    """The longest text that both begin with."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "".join(letter for letter, _ in same)
 
 
 def prefix_length(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> int:
