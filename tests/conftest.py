@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"no {name} here"))
 
 
-@pytest.fixture(autouse=True)
-def threads_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages that are run in this process leave the number of its threads alone."""
-    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+@pytest.fixture(scope="session", autouse=True)
+def threads_of_the_tests() -> Iterator[None]:
+    """Stages that are run in this process leave the number of its threads alone.
+
+    Fixtures of a whole session run some too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.set_num_threads", lambda number: None)
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

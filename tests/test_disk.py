@@ -14,6 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
+from reward.exporting import exported
 from reward.judging import page
 from reward.model import base, trainer
 from reward.outputs import digest, digests, read_json, write_json
@@ -209,7 +210,7 @@ READS: dict[str, tuple[Any, str]] = {
     "preprocess": (preprocess, "read"),
     "train": (base, "base_record"),
     "evaluate": (page, "watched"),
-    "export": (export, "base_record"),
+    "export": (exported, "base_record"),
 }
 
 
