@@ -21,7 +21,7 @@ check: $(READY) ## Lint, formatting and types
 	mypy
 
 torture: $(READY) ## Kill and resume the training at 40 random moments; 25 minutes
-	python -m tests.torture
+	python -m tools.torture
 
 $(READY): pyproject.toml constraints.txt .dvc/plots/make_page.py
 	$(PYTHON) -m venv .venv

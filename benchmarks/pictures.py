@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.browser import Browser
+from tools.browser import Browser
 
 RESULTS = Path("benchmarks/results")
 JUDGEMENTS = Path("reports/evaluate/index.html")

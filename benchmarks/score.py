@@ -28,19 +28,10 @@ from torch import nn
 
 from benchmarks import random_base
 from benchmarks.preprocess import LONG, ROOT, records, table
-from benchmarks.speed import (
-    HARDWARE,
-    QUANTIZATION,
-    SHAPE,
-    Contender,
-    Measurement,
-    Row,
-    Stopwatch,
-    Workload,
-    alone,
-    floor_of_scoring,
-    measure,
-)
+from benchmarks.speed.floor import floor_of_scoring
+from benchmarks.speed.hardware import HARDWARE, QUANTIZATION
+from benchmarks.speed.measuring import Contender, Measurement, Row, Stopwatch, alone, measure
+from benchmarks.speed.workload import SHAPE, Workload
 from reward.data.reading import read
 from reward.data.records import candidates
 from reward.model.base import load_base

@@ -4,8 +4,8 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,51 +18,103 @@ from reward.process import Fault
 Item = TypeVar("Item")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+WANTED = {
+    **dict.fromkeys(FULL, "wanted more room"),
+    **dict.fromkeys(CLOSED, "wanted the right to write there"),
+    errno.EIO: "expected a disk that works",
+}
+CHUNK = 1 << 20
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what is raised where the disk is full, or closed to us, into a Fault that names it."""
+def writing(path: Path, room: int = CHUNK) -> Iterator[None]:
+    """Turn what a write to a file or folder raises where the disk is full or closed into a Fault.
+
+    Some libraries hide the error's number; then the disk is asked for it, and for `room` bytes, so
+    many as a library may have written and removed again. What has nothing to do with the disk of
+    `path`, such as a file elsewhere that cannot be read, goes on as it is.
+    """
     try:
         yield
+    except Fault:
+        raise
     except Exception as error:
-        number = disk_error(error)
-        if number is None:
+        place = getattr(error, "filename", None)
+        number = _refused(error, path, room)
+        if number not in WANTED:
             raise
-        wanted = "more room" if number in FULL else "the right to write there"
         raise Fault(
-            f"{getattr(error, 'filename', None) or path} cannot be written: {os.strerror(number)}; "
-            f"wanted {wanted}, then run the same command again"
+            f"{path if place is None or number in FULL else place} cannot be written: "
+            f"{os.strerror(number)}; {WANTED[number]}, then run the same command again"
         ) from None
 
 
-def disk_error(error: Exception) -> int | None:
-    """The error number of a disk that is full or closed, however the library at work says it."""
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found[1]) if found else getattr(error, "errno", None)
-    if number is None and re.search(
-        "PytorchStreamWriter|iostream error|unexpected pos", str(error)
-    ):
-        number = errno.ENOSPC
-    return number if number in FULL | CLOSED else None
+def _refused(error: Exception, path: Path, room: int) -> int:
+    """The error number that the disk of `path` answers a write with, 0 for none."""
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number in FULL:  # no read ends so
+        return int(number)
+    if place is None:
+        return _probe(path if path.is_dir() else path.parent, room)
+    # Below it, in its place for now (path.partial), or a folder above it.
+    known, found = str(path.absolute()), str(Path(os.fsdecode(place)).absolute())
+    ours = found.startswith(known) or known.startswith(f"{found}{os.sep}")
+    return int(number or 0) if ours else 0
+
+
+def _probe(folder: Path, room: int) -> int:
+    """The error number of a file, larger than all others of a folder, that takes `room` bytes."""
+    random = os.urandom(CHUNK)
+    try:
+        largest = max((file.stat().st_size for file in folder.iterdir()), default=0)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.seek(largest)
+            for _ in range(0, room, CHUNK):
+                file.write(random)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno or 0
+    return 0
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A fresh folder to fill, which takes the place of `path` only if the block succeeds."""
+    """A fresh folder to fill, which takes the place of `path` only if the block succeeds.
+
+    What the block itself raises goes on as it is: its writes are each within `writing`.
+    """
     partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(path):
+            partial.mkdir(parents=True)
+        yield partial
+        with writing(path):
             # safetensors leaves its files readable by their owner alone.
             for file in filter(Path.is_file, partial.rglob("*")):
                 file.chmod(partial.stat().st_mode & 0o666)
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes. Raises a Fault that names the side which failed."""
+    try:
+        with writing(target):
+            shutil.copyfile(source, target)
+    except OSError as error:
+        raise Fault(
+            f"{source} cannot be read: {error.strerror or error}; expected a whole, readable file"
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8."""
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:

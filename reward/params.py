@@ -8,19 +8,28 @@ Code holds no default: every key stands in params.yaml, every fault is named in 
 """
 
 import math
+import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+import yaml
 
 from reward.process import Fault
 
 Group = TypeVar("Group")
+
+# Keys that earlier versions had: params.yaml of one of them should hear what became of each.
+GONE = {
+    "base.trust_remote_code": "was removed: code that comes with a model never runs",
+    "evaluate.sets": "was renamed to preprocess.sets",
+    "export.tokens_per_pack": "was removed: export takes that of evaluate",
+    "train.head_margin": "was removed: the head is always scaled to 0.05",
+    "train.head_seed": "was removed: the head has train.seed",
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +54,15 @@ Fraction = Annotated[
 def load(name: str, kind: type[Group], path: Path = Path("params.yaml")) -> Group:
     """The group `name` of `path` as an instance of the dataclass `kind`.
 
-    Raises a Fault that lists every unknown, missing, mistyped and out-of-range key of the group.
+    Raises a Fault that lists every unknown, removed, missing, mistyped and out-of-range key of the
+    group.
     """
     values = _read(name, path)
     hints = typing.get_type_hints(kind, include_extras=True)
-    unknown = values.keys() - hints.keys()
-    faults = [f"{name}.{key} is unknown, known are {', '.join(hints)}" for key in unknown]
+    unknown = f"is unknown, known are {', '.join(hints)}"
+    faults = [
+        f"{name}.{key} {GONE.get(f'{name}.{key}', unknown)}" for key in values.keys() - hints.keys()
+    ]
     for key, hint in hints.items():
         if key not in values:
             faults.append(f"{name}.{key} is missing, must be {_wanted(hint)}")
@@ -63,12 +75,12 @@ def load(name: str, kind: type[Group], path: Path = Path("params.yaml")) -> Grou
 
 def _read(name: str, path: Path) -> dict[str, Any]:
     try:
-        document = YAML(typ="safe").load(path)
+        document = read_yaml(path)
     except FileNotFoundError:
         raise Fault(f"{path} is not here, wanted in the folder {Path.cwd()}") from None
     except OSError as error:
         raise Fault(f"{path} cannot be read: {error.strerror}; wanted the parameters") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise Fault(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
     group = document.get(name) if isinstance(document, dict) else None
     if not isinstance(group, dict):
@@ -111,3 +123,74 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 def _typed(value: Any, hint: Any) -> Any:
     return float(value) if _base(hint) is float else value
+
+
+# --- YAML ------------------------------------------------------------------------------------
+
+TAG = "tag:yaml.org,2002:"
+# Plain texts that are something else: the tag, what matches, the first characters of it.
+SCHEMA = (
+    ("null", "~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", "[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9_]+)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9_]+([eE][-+][0-9]+)?"
+        r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("merge", "<<", "<"),
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """The document of a YAML file as DVC reads it, but for dates, which stay texts as written.
+
+    Raises OSError, yaml.YAMLError for broken YAML and for keys that occur twice, and ValueError for
+    a number without digits.
+    """
+    return yaml.load(path.read_bytes(), _Loader)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML 1.2's core schema, in which 1e-5 is a number, no is a text and 010 is ten.
+
+    PyYAML's own schema is that of YAML 1.1. As in the reader of DVC, numbers may have underscores
+    or be binary, and `<<` merges.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self._flattened: set[yaml.Node] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put the keys that `<<` brings before those of a node, which may not occur twice.
+
+        It is called again for a node that another one merges: then it has keys to override.
+        """
+        if node in self._flattened:
+            return
+        self._flattened.add(node)
+        keys = set()
+        for each, _ in node.value:
+            key = each.tag if each.tag == f"{TAG}merge" else self.construct_object(each, deep=True)
+            if not isinstance(key, Hashable) or key in keys:
+                found = "unhashable" if not isinstance(key, Hashable) else "duplicate"
+                raise yaml.constructor.ConstructorError(
+                    *("while constructing a mapping", node.start_mark),
+                    *(f"found {found} key", each.start_mark),
+                )
+            keys.add(key)
+        super().flatten_mapping(node)
+
+    def integer(self, node: yaml.ScalarNode) -> int:
+        """The integer of a node, in the base that its prefix names, or ten."""
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text, {"0b": 2, "0o": 8, "0x": 16}.get(text.lstrip("-+")[:2], 10))
+
+
+_Loader.add_constructor(f"{TAG}int", _Loader.integer)
+for _name, _pattern, _first in SCHEMA:
+    _Loader.add_implicit_resolver(TAG + _name, re.compile(f"({_pattern})$"), list(_first))

@@ -53,7 +53,7 @@ from reward.model.base import Quantization, load
 from reward.model.packing import pairs_of, tokens
 from reward.model.pairwise import chosen_and_rejected, margins
 from reward.model.scoring import require_exact, score
-from reward.outputs import recorded, whole_folder, write_json
+from reward.outputs import recorded, whole_folder, write_json, writing
 from reward.params import Positive, Seed
 from reward.process import Fault, processors, run
 
@@ -103,10 +103,11 @@ def main() -> None:
     figures = measure(table, judged, resampling)
     figures["sets"] = measure_sets(sets, further, resampling)
     with whole_folder(REPORTS) as folder:
-        pyarrow.parquet.write_table(table, folder / JUDGED.name)
-        (folder / "sets").mkdir()
-        for each, rewards in zip(sets, further, strict=True):
-            pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
+        with writing(folder):
+            pyarrow.parquet.write_table(table, folder / JUDGED.name)
+            (folder / "sets").mkdir()
+            for each, rewards in zip(sets, further, strict=True):
+                pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
         for name, rows in (
             ("margins", histogram(judged.margin)),
             ("slices", slices_as_rows(figures)),
@@ -130,10 +131,14 @@ def load_sets() -> list[TestSet]:
 
 
 def rewards_of(model: PeftModel, dataset: Dataset, tokens_per_pack: int) -> pa.Table:
-    """The rewards of a dataset's pairs as a table."""
+    """The rewards of a dataset's pairs as a table, whose metadata has the size of the packs.
+
+    In half precision packs of another size round otherwise.
+    """
     chosen, rejected = chosen_and_rejected(score(model, pairs_of(dataset), tokens_per_pack))
     require_finite(chosen, rejected)
-    return as_table(dataset, chosen, rejected)
+    packs = {b"tokens_per_pack": str(tokens_per_pack).encode()}
+    return as_table(dataset, chosen, rejected).replace_schema_metadata(packs)
 
 
 def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:

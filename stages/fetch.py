@@ -9,7 +9,6 @@ else has been found good.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from reward import params
 from reward.model import embedded
-from reward.outputs import digest, digests, read_json, watched, whole_folder, write_json
+from reward.outputs import (
+    copy_file,
+    digest,
+    digests,
+    read_json,
+    watched,
+    whole_folder,
+    write_json,
+    write_text,
+    writing,
+)
 from reward.params import Seed, Text
 from reward.process import Fault, run
 
@@ -111,6 +120,7 @@ def folder_here(base: Base) -> Source | None:
 def hub_repository(base: Base) -> Source:
     """The model of that id on the Hub, or on the mirror that HF_ENDPOINT names, at its commit."""
     from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     api = HfApi()
     with hub_faults(base, api.endpoint):
@@ -120,7 +130,7 @@ def hub_repository(base: Base) -> Source:
         raise base.fault(f"has no commit at {api.endpoint}, wanted a Hub that names one")
 
     def download(name: str) -> Path:
-        with hub_faults(base, api.endpoint):
+        with hub_faults(base, api.endpoint), writing(Path(HF_HUB_CACHE)):
             return Path(api.hf_hub_download(base.name, name, revision=commit))
 
     return Source("hub", commit, [file.rfilename for file in info.siblings or []], download)
@@ -179,7 +189,7 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     """Copy what a model needs and no more; what base.json is to say of where it came from."""
     require_weights(base, source)
     for name in source.matching(CONFIGS + TOKENIZER):
-        shutil.copyfile(source.path(name), folder / name)
+        copy_file(source.path(name), folder / name)
     original = digests(folder)
     require_decoder(base, folder)
     normalize_tokenizer(base, folder)
@@ -204,7 +214,7 @@ def copy_weights(base: Base, source: Source, folder: Path) -> list[str]:
 
     names = source.matching([WEIGHTS]) or shards(base, source)
     for name in watched(names, "copying weights"):
-        shutil.copyfile(source.path(name), folder / name)
+        copy_file(source.path(name), folder / name)
         if name == INDEX:
             continue
         try:
@@ -271,7 +281,7 @@ def normalize_tokenizer(base: Base, folder: Path) -> None:
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
     write_json(path, config)
     if wanted != ids_of_file(folder) or wanted != load_tokenizer(base, folder)(PROBES)["input_ids"]:
         raise base.fault(

@@ -205,7 +205,7 @@ def open_ledger(options: Preprocess) -> Ledger:
 
 def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -> None:
     """Write every usable record's ids to `table`, and what is known of it to the ledger."""
-    with tokenized.scratch(table) as writer:
+    with tokenized.stream(table) as append:
         for batch, future in encoded(encoder, batches(rendered(encoder, ledger))):
             ids = future.result()
             rows = [
@@ -214,7 +214,7 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
                 if (row := as_row(options, encoder, item, sides, ledger))
             ]
             if rows:
-                writer.write_batch(tokenized.batch(rows))
+                append(tokenized.batch(rows))
 
 
 def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:

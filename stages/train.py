@@ -9,7 +9,6 @@ on where it was, and ends with the same bytes.
 """
 
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +43,15 @@ from reward.model.trainer import (
     validation_curve,
     write_curves,
 )
-from reward.outputs import changed_files, digests, recorded, require_files, whole_folder, write_json
+from reward.outputs import (
+    changed_files,
+    copy_file,
+    digests,
+    recorded,
+    require_files,
+    whole_folder,
+    write_json,
+)
 from reward.params import AboveZero, Fraction, Positive, Rule
 from reward.process import Fault, processors, run
 
@@ -176,7 +183,7 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
     history = trainer.state.log_history
     with whole_folder(ADAPTER) as folder:
         save(trainer.reward_model, folder, str(BASE), quantization)
-        shutil.copyfile(TOKENIZED / "template.json", folder / "template.json")
+        copy_file(TOKENIZED / "template.json", folder / "template.json")
         write_json(
             folder / "training.json",
             {

@@ -1,6 +1,5 @@
 """What tests share: a tiny base model, a folder to work in, the rule on skipped tests."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT, write_pairs
+
 NEEDS = ("cuda", "browser")
 
 
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked cuda run where there is a GPU, those marked browser where there is one."""
     import torch
 
-    from .browser import CHROMIUM
+    from tools.browser import CHROMIUM
 
     here = {"cuda": torch.cuda.is_available(), "browser": CHROMIUM is not None}
     for item in items:
@@ -128,19 +128,3 @@ def set_params(workspace: Path) -> Callable[..., None]:
         yaml.dump(content, path)
 
     return change
-
-
-def write_pairs(path: Path, count: int = 40) -> Path:
-    """Distinct small pairs over count / 2 prompts, with a `kind`, as a JSON array."""
-    pairs = [
-        {
-            "prompt": f"Name a word that rhymes with number {index // 2}.",
-            "chosen": f"A good and kind answer about {index}, since you ask.",
-            "rejected": f"No. {'Go away! ' * (index % 3)}Nobody cares about {index}",
-            "kind": "rude" if index % 2 else "short",
-        }
-        for index in range(count)
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")
-    return path

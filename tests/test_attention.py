@@ -19,53 +19,17 @@ from reward.model.packing import Texts, pack
 from reward.model.pairwise import chosen_and_rejected, losses
 from reward.model.scoring import as_in_transformers, evaluating, require_exact, rewards
 from reward.process import Fault
+from tests.support import FAMILIES, SEPARATE, SHAPE, VOCABULARY, prompts_of
 
 Attention = Callable[..., Tensor]
 
 PLAIN = Quantization(bits="none", quant_type="nf4", double_quant=False, compute_dtype="float32")
-VOCABULARY = 300
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-SEPARATE = ["q_proj", "k_proj", "v_proj"]
-FAMILIES: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "qwen2": (SEPARATE, {}),
-    "qwen3": (SEPARATE, {"head_dim": 24}),
-    "llama": (SEPARATE, {}),
-    "mistral": (SEPARATE, {"sliding_window": None}),
-    "gemma": (SEPARATE, {"head_dim": 16, "num_key_value_heads": 1}),
-    "phi": (SEPARATE, {}),
-    "phi3": (["qkv_proj"], {"sliding_window": None}),
-    "gpt_neox": (["query_key_value"], {}),
-}
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that the tests' texts have several of."""
     monkeypatch.setattr(attention, "BLOCK", 8)
-
-
-def prompts_of(seed: int, count: int = 5) -> list[Texts]:
-    draw = random.Random(seed)
-
-    def ids(least: int, most: int) -> list[int]:
-        return [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(least, most))]
-
-    prompts = []
-    for index in range(count):
-        prefix = ids(1, 20) if index else []
-        prompts.append(Texts([prefix + ids(1, 25) for _ in range(2)], len(prefix)))
-    return prompts
 
 
 def reward_model(

@@ -19,14 +19,14 @@ from reward.data.reading import read
 from reward.data.records import check
 from reward.process import run
 from stages import evaluate, export, fetch, preprocess, train
-
-from .conftest import ROOT
+from tests.support import ROOT
 
 BAD = Path(__file__).parent / "bad"
 SetParams = Callable[..., None]
 FILES: dict[str, str] = YAML(typ="safe").load(BAD / "data.yaml")
 VALUES: dict[str, list[tuple[Any, str]]] = YAML(typ="safe").load(BAD / "params.yaml")
 PARAMS: dict[str, dict[str, Any]] = YAML(typ="safe").load(ROOT / "params.yaml")
+BLANKS = "," + " " * 200_000
 KEYS = [f"{group}.{key}" for group, keys in PARAMS.items() for key in keys]
 READERS = {
     "base": fetch.main,
@@ -86,11 +86,15 @@ def test_a_record_of_another_type_behind_25_mb_is_found(
 ) -> None:
     """Readers that guess types from the head of a file fail there without a place."""
     path = workspace / "data" / "pairs.jsonl"
-    good = json.dumps({"prompt": "a " * 200_000, "chosen": "b", "rejected": "c"}) + "\n"
-    bad = json.dumps({"prompt": "a", "chosen": ["b"], "rejected": {"c": 1}}) + "\n"
-    path.write_text(good * 65 + bad)
+    # Blanks between the values: of text, tokenizing would take most of the time.
+    lines = [
+        json.dumps({"prompt": f"a{n}", "chosen": "b", "rejected": "c"}, separators=(BLANKS, ": "))
+        for n in range(65)
+    ]
+    bad = json.dumps({"prompt": "a", "chosen": ["b"], "rejected": {"c": 1}})
+    path.write_text("\n".join([*lines, bad]) + "\n")
     assert path.stat().st_size > 25_000_000
-    set_params("preprocess", data=str(path), test_data=str(path), over_length="drop")
+    set_params("preprocess", data=str(path), test_data=str(path))
     assert f"{path}: line 66: wrong_type: " in said(preprocess.main)
 
 

@@ -1,11 +1,14 @@
 """Checkpoints: found whole or not at all, named by all that decides the result, held by one."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from ruamel.yaml import YAML
 
 from reward.model import checkpoints
 from reward.model.checkpoints import KEPT_RUNS, KEPT_STEPS, Run, fingerprint, locked
-from reward.outputs import write_json
+from reward.outputs import read_json, write_json
 from reward.process import Fault
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +60,7 @@ def test_interrupted_writing_leaves_no_checkpoint(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert run.latest() == tmp_path / "step-2"
     assert written(run, 4).latest() == tmp_path / "step-4"
-    assert not (tmp_path / "partial").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"step-2", "step-4"}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +207,93 @@ def test_a_second_trainer_waits_a_moment_for_the_first_to_end(root: Path) -> Non
         with locked("busy") as run:
             assert run.folder == root / "busy"
             end.join()
+
+
+HOLDER = """
+import errno, fcntl, sys, time
+from reward.model.checkpoints import locked
+
+def refuse(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+if sys.argv[1] == "soft":
+    fcntl.flock = refuse
+with locked("busy"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A file system whose flock fails with an error number."""
+
+    def refuse(number: int) -> None:
+        def flock(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    return refuse
+
+
+@pytest.mark.parametrize("kind", ["flock", "soft"])
+def test_a_lock_dies_with_its_process(
+    root: Path, kind: str, no_flock: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With flock, and with the file that stands for the lock where there is none."""
+    monkeypatch.setattr(checkpoints, "PATIENCE", 2)
+    if kind == "soft":
+        no_flock(errno.ENOSYS)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, kind],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(Fault, match="busy is in use: another trainer"), locked("busy"):
+        pass
+    holder.kill()
+    holder.communicate()
+    assert (root / "busy" / "lock").exists()
+    with locked("busy") as run:
+        assert run.folder == root / "busy"
+
+
+def test_without_flock_one_trainer_at_a_time(
+    root: Path, no_flock: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "PATIENCE", 2)
+    no_flock(errno.ENOSYS)
+    with locked("busy"):
+        with pytest.raises(Fault, match="busy is in use"), locked("busy"):
+            pass
+        with locked("free") as run:
+            assert run.folder == root / "free"
+    assert not [*root.rglob("lock")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gets_its_sentence(
+    root: Path, number: int, no_flock: Callable[[int], None]
+) -> None:
+    no_flock(number)
+    with pytest.raises(Fault) as fault, locked("run"):
+        pass
+    assert str(fault.value) == (
+        f"{root}/lock cannot be locked, its file system has no locks ({os.strerror(number)}); "
+        f"expected {root} on a local disk, or on one that is mounted with flock"
+    )
+
+
+def test_a_lock_is_no_part_of_a_checkpoint(root: Path) -> None:
+    with locked("run") as run:
+        written(run, 2)
+        assert run.latest() == root / "run" / "step-2"
+        recorded = read_json(root / "run" / "step-2" / "digests.json")["files"]
+    assert recorded.keys() == {"weights", "state/optimizer"}
 
 
 def test_without_dvc_checkpoints_lie_in_the_current_folder(

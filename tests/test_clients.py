@@ -2,15 +2,16 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reward.data.tokens import Encoder, Template, common_start
-from reward.exporting import exported
+from reward.exporting import given as given_to_clients
 from reward.exporting.clients_trl import Rollouts, sample_of_conversations
-from reward.exporting.exported import Conversation, Exported, paired
+from reward.exporting.given import EOS, LEFT, RIGHT, Conversation, Exported, paired
 from reward.exporting.portable import prepare_tokenizer
 from reward.model.packing import Texts, tokens
 
@@ -29,14 +30,14 @@ def given(tiny_base: Path, tmp_path: Path) -> Given:
     def make(name: str = "zh", pairs: list[Any] = PAIRS, append_eos: bool = False) -> Exported:
         template = Template.of(name, append_eos, 2040, tiny_base)
         encoder = Encoder(tiny_base, template)
-        prepare_tokenizer(tiny_base, tmp_path, template, 4096)
+        prepare_tokenizer(tiny_base, template, 4096).save(tmp_path)
         texts = []
         for prompt, *answers in pairs:
             turns = [
                 encoder.render((("user", prompt),), (("assistant", each),)) for each in answers
             ]
             texts.append(Texts(encoder.encode(turns), 0))
-        return Exported(tmp_path, texts)
+        return Exported(tmp_path, texts, tiny_base, 4096)
 
     return make
 
@@ -100,21 +101,31 @@ def test_pairs_with_a_system_message_are_texts_but_no_conversations(
 
 
 def test_the_sample_is_spread_and_small(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exported, "SAMPLE", 2)
+    monkeypatch.setattr(given_to_clients, "SAMPLE", 2)
     found = given()
     assert found.sample == [0, 2]
     eos = found.tokenizer.eos_token_id
     assert found.ended == {index: [[*ids, eos] for ids in found.ids[index]] for index in (0, 2)}
+    assert [*found.ids_of(LEFT)] == [*found.texts_of(LEFT)] == [0, 2]
+    assert found.ids_of(RIGHT) == found.ids
+    ended = found.tokenizer(found.texts_of(EOS)[2], add_special_tokens=False)["input_ids"]
+    assert ended == found.ids_of(EOS)[2] == found.ended[2]
 
 
 def test_a_tokenizer_without_eos_ends_nothing(given: Given) -> None:
     found = given()
     found.tokenizer.eos_token = None
-    assert found.ended == {}
+    assert found.ended == found.ids_of(EOS) == {}
+    assert found.texts_of(EOS) == {}
 
 
 def test_rewards_are_paired_by_index() -> None:
-    assert paired([7, 2], [0.0, 1.0, 2.0, 3.0]) == {7: [0.0, 1.0], 2: [2.0, 3.0]}
+    found = paired([7, 2], [0.0, 1.0, 2.0, 3.0])
+    assert found.to_pydict() == {
+        "pair": [7, 2],
+        "reward_chosen": [0.0, 2.0],
+        "reward_rejected": [1.0, 3.0],
+    }
 
 
 @pytest.mark.parametrize(
@@ -134,7 +145,7 @@ def test_rollouts_give_the_chosen_answer_and_then_the_rejected_one(given: Given)
     wanted = [*pairs[1][1].answers, *pairs[0][1].answers]
     assert found.tokenizer.batch_decode(output["completion_ids"]) == wanted
     rollouts.rewards += [1.0, 2.0, 3.0, 4.0]
-    assert rollouts.found == {pairs[1][0]: [1.0, 2.0], pairs[0][0]: [3.0, 4.0]}
+    assert rollouts.found == paired([pairs[1][0], pairs[0][0]], [1.0, 2.0, 3.0, 4.0])
 
 
 def test_a_step_takes_each_prompt_once(given: Given) -> None:
@@ -147,4 +158,5 @@ def test_a_step_takes_each_prompt_once(given: Given) -> None:
 def test_the_folder_alone_is_read(given: Given, tmp_path: Path) -> None:
     found = given()
     copy = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-copy"))
-    assert Exported(copy, found.pairs).conversations == found.conversations
+    elsewhere = replace(found, folder=copy)
+    assert elsewhere.conversations == found.conversations

@@ -1,17 +1,22 @@
-"""dvc.yaml says what the code does: the same imports, params, files and nothing else."""
+"""dvc.yaml and pyproject.toml say what the code does: its imports, params, files, nothing else."""
 
 import ast
+import re
+import sys
+import tomllib
+from collections.abc import Collection
 from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from tests.test_params import GROUPS
+from tests.support import GROUPS, ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("reward", "stages")
+OUTSIDE = ("benchmarks", "tests", "tools")
 # What a module reads beside itself.
 READ = {"reward.judging.page": "page.html", "reward.exporting.card": "card.md"}
 # From the top: none imports from a room above its own, or beside it.
@@ -20,10 +25,13 @@ ROOMS = [
     {"exporting"},
     {"judging", "model"},
     {"data"},
-    {"process", "params", "outputs"},
+    {"process", "params", "outputs", "locks"},
 ]
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES: dict[str, Any] = PIPELINE["stages"]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+# What libraries import by themselves: transformers, to load quantized weights and to train.
+INDIRECT = {"accelerate"}
 
 
 @cache
@@ -37,8 +45,8 @@ def file_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def imported(module: str) -> set[str]:
-    """The modules of this project that a module imports itself, anywhere in it."""
+def imported(module: str, packages: Collection[str] = PACKAGES) -> set[str]:
+    """The modules of the given packages that a module imports itself, anywhere in it."""
     names = set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -46,7 +54,7 @@ def imported(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports by a relative name"
             names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in names if name.split(".")[0] in PACKAGES and file_of(name).exists()}
+    return {name for name in names if name.split(".")[0] in packages and file_of(name).exists()}
 
 
 def with_packages(module: str) -> set[str]:
@@ -66,6 +74,38 @@ def transitive(module: str) -> frozenset[str]:
             done.add(name)
             waiting += [part for other in imported(name) for part in with_packages(other)]
     return frozenset(done)
+
+
+def libraries(files: Collection[Path]) -> set[str]:
+    """The distributions of what files import when they run, anywhere in them."""
+    distributions, names = packages_distributions(), set[str]()
+    for path in files:
+        nodes = [ast.parse(path.read_text(encoding="utf-8"))]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                continue
+            nodes += ast.iter_child_nodes(node)  # type: ignore[arg-type]
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(str(node.module).split(".")[0])
+    foreign = names - sys.stdlib_module_names - {*PACKAGES, *OUTSIDE}
+    return {normal(name) for package in foreign for name in distributions[package]}
+
+
+def normal(requirement: str) -> str:
+    """The name in a requirement, as package indexes compare names."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
+
+
+def declared(*extras: str) -> set[str]:
+    """The distributions that pyproject.toml names for some extras and for everybody."""
+    found = [
+        *PROJECT["dependencies"],
+        *(name for extra in extras for name in PROJECT["optional-dependencies"][extra]),
+    ]
+    return {normal(name) for name in found if not name.startswith(PROJECT["name"])}
 
 
 def stage_of(name: str) -> str:
@@ -135,9 +175,38 @@ def test_nothing_imports_in_a_circle() -> None:
         assert not any(module in transitive(other) for other in imported(module) - {module})
 
 
-def test_packages_are_empty() -> None:
+def test_packages_have_a_docstring_and_no_code() -> None:
+    """DVC warns of every dependency that is an empty file."""
     for path in (ROOT / "reward").rglob("__init__.py"):
-        assert path.read_text(encoding="utf-8") == ""
+        [docstring] = ast.parse(path.read_text(encoding="utf-8")).body
+        assert isinstance(docstring, ast.Expr)
+
+
+def test_no_test_and_no_tool_imports_a_test_module() -> None:
+    """What tests share is in tests.support, their fixtures in conftest, which pytest imports."""
+    files = [path for name in OUTSIDE for path in (ROOT / name).rglob("*.py")]
+    names = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in files]
+    found = {(name, other) for name in names for other in imported(name, OUTSIDE)}
+    assert ("tests.test_dag", "tests.support") in found
+    tests = re.compile(r"tests\.(test_\w+|conftest)")
+    assert [pair for pair in sorted(found) if tests.fullmatch(pair[1])] == []
+
+
+def test_the_dependencies_are_what_scoring_and_serving_import() -> None:
+    served = [transitive(module) for module in MODULES if ".serving." in module]
+    files = {file_of(name) for names in served for name in names}
+    assert declared() == libraries(files) | INDIRECT
+
+
+def test_the_extras_are_what_the_pipeline_imports() -> None:
+    files = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
+    files += [ROOT / ".dvc" / "plots" / "make_page.py"]
+    assert declared("train", "clients") == libraries(files) | INDIRECT
+
+
+def test_tests_benchmarks_and_tools_import_what_is_declared() -> None:
+    files = [path for name in OUTSIDE for path in (ROOT / name).rglob("*.py")]
+    assert libraries(files) <= declared("train", "clients", "dev")
 
 
 # What a change of a file must rerun, and nothing else: DVC hashes whole files.
@@ -149,6 +218,7 @@ RERUN = {
     "reward.model.embedded": {"fetch"},
     "reward.model.trainer": {"train"},
     "reward.model.checkpoints": {"train"},
+    "reward.locks": {"train"},
     "reward.judging.metrics": {"evaluate"},
     "reward.judging.page": {"evaluate"},
     "reward.judging.compare": set(),

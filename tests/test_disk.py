@@ -1,21 +1,25 @@
 """A disk that is full, closed or damaged: one sentence, nothing that looks whole, a rerun mends."""
 
 import ctypes
+import errno
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
-from reward.model import trainer
+from reward.judging import page
+from reward.model import base, trainer
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import run
 from stages import evaluate, export, fetch, preprocess, train
+from tests.support import files_of_at_most
 
 Main = Callable[[], None]
 STAGES: dict[str, tuple[Main, list[str]]] = {
@@ -26,7 +30,7 @@ STAGES: dict[str, tuple[Main, list[str]]] = {
     ),
     "train": (train.main, ["models/adapter", "reports/train", "metrics/train.json"]),
     "evaluate": (evaluate.main, ["reports/evaluate", "metrics/evaluate.json"]),
-    "export": (export.main, ["models/export", "metrics/export.json"]),
+    "export": (export.main, ["models/export", "reports/export", "metrics/export.json"]),
 }
 pytestmark = pytest.mark.usefixtures("project")
 CAPABILITIES = 0x20080522  # _LINUX_CAPABILITY_VERSION_3 of capget(2)
@@ -65,17 +69,6 @@ def left_over() -> list[Path]:
 
 
 # --- full ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A limit on the size of files that are written, which a full disk is for each of them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -193,6 +186,52 @@ def test_an_input_that_may_not_be_read_is_a_sentence(fault: Callable[[Main], str
         assert fault(preprocess.main) == (
             "params.yaml cannot be read: Permission denied; wanted the parameters"
         )
+
+
+def test_a_source_that_may_not_be_read_is_no_failed_write(fault: Callable[[Main], str]) -> None:
+    shutil.copytree(read_json(Path("models/base/base.json"))["name"], "source")
+    source = Path("source/model.safetensors")
+    source.chmod(0)
+    yaml = YAML()
+    content = yaml.load(Path("params.yaml"))
+    content["base"]["name"] = "source"
+    yaml.dump(content, Path("params.yaml"))
+    remove(["models/base"])
+    with closed():
+        said = fault(fetch.main)
+    assert said == f"{source} cannot be read: Permission denied; expected a whole, readable file"
+    assert state(["models/base"]) == {}
+    assert left_over() == []
+
+
+READS: dict[str, tuple[Any, str]] = {
+    "fetch": (fetch, "digests"),
+    "preprocess": (preprocess, "read"),
+    "train": (base, "base_record"),
+    "evaluate": (page, "common_start"),
+    "export": (export, "base_record"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_read_that_fails_while_a_folder_is_filled_is_no_failed_write(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, outs = STAGES[stage]
+    remove(outs)
+    module, name = READS[stage]
+    original, partial = getattr(module, name), Path(f"{outs[0]}.partial")
+
+    def broken(*arguments: Any) -> Any:
+        if partial.exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "data/raw/pairs.json")
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(OSError, match=r"Input/output error: 'data/raw/pairs\.json'"):
+        main()
+    assert not Path(outs[0]).exists()
+    assert left_over() == []
 
 
 # --- damaged ---------------------------------------------------------------------------------
@@ -329,9 +368,9 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
         "reports/evaluate/rewards.parquet cannot be read",
     ),
     "metrics missing": (
-        lambda: Path("metrics/evaluate.json").unlink(),
+        lambda: Path("reports/evaluate/figures.json").unlink(),
         ["export"],
-        "metrics/evaluate.json cannot be read",
+        "reports/evaluate/figures.json cannot be read",
     ),
     "template missing": (
         lambda: Path("data/tokenized/template.json").unlink(),

@@ -17,8 +17,7 @@ from reward.model.packing import Texts
 from reward.outputs import digests
 from reward.process import Fault
 from stages import evaluate, preprocess
-
-from .conftest import write_pairs
+from tests.support import write_pairs
 
 Scorer = Callable[[dict[str, Any]], tuple[float, float]]
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,7 @@ WAYS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "score": (score.main, ["score", "data/raw/pairs.json", "--output", "out.jsonl"]),
     "serve": (serve.main, ["serve", "--port", "0"]),
     "reward_function": (lambda: reward_function(export.EXPORT), []),
-    "clients": (
-        clients.main,
-        ["clients", "models/export", "data/tokenized/test", "models/base", "f", "light", "4096"],
-    ),
+    "clients": (clients.main, ["clients", "request.json"]),
 }
 
 
@@ -78,6 +76,9 @@ def test_no_code_of_an_exported_folder_runs(
 ) -> None:
     spoil(export.EXPORT / "base", canary, model_type=model_type)
     seal_again(export.EXPORT)
+    folder, pairs, base = map(str, (export.EXPORT, export.TEST, export.BASE))
+    request = clients.Request(folder, pairs, base, "light", 4096)
+    write_json(Path("request.json"), asdict(request))
     run, arguments = WAYS[way]
     monkeypatch.setattr("asyncio.run", lambda server: server.close())
     monkeypatch.setattr("sys.argv", arguments)

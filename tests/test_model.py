@@ -23,8 +23,7 @@ from reward.model.pairwise import chosen_and_rejected, losses
 from reward.model.scoring import as_in_transformers, rewards, score
 from reward.outputs import digests
 from reward.process import Fault
-
-from .conftest import ROOT
+from tests.support import ROOT
 
 NF4 = Quantization(bits=4, quant_type="nf4", double_quant=False, compute_dtype="float32")
 PLAIN = Quantization(bits="none", quant_type="nf4", double_quant=False, compute_dtype="float32")

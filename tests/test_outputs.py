@@ -1,12 +1,27 @@
 """What stages write is whole or not there, and the same bytes for the same content."""
 
+import errno
 import hashlib
 import math
+import os
+import resource
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from reward.outputs import digests, read_json, whole_folder, write_json
+from reward import outputs
+from reward.outputs import (
+    copy_file,
+    digests,
+    read_json,
+    whole_folder,
+    write_json,
+    write_text,
+    writing,
+)
+from reward.process import Fault
 
 
 def test_a_folder_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path: Path) -> None:
@@ -66,3 +81,141 @@ def test_digests_are_sha256_by_relative_path(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "file").write_bytes(b"content")
     assert digests(tmp_path) == {"deep/file": hashlib.sha256(b"content").hexdigest()}
+
+
+# --- whose error it is -----------------------------------------------------------------------
+
+
+def raised(path: Path, error: Exception, room: int = 1 << 20) -> Exception:
+    """What comes out of a write to `path` in which `error` is raised."""
+    try:
+        with writing(path, room):
+            raise error
+    except Exception as found:
+        return found
+
+
+@pytest.mark.parametrize(
+    ("number", "end"),
+    [
+        (errno.ENOSPC, "No space left on device; wanted more room"),
+        (errno.EDQUOT, "Disk quota exceeded; wanted more room"),
+        (errno.EFBIG, "File too large; wanted more room"),
+        (errno.EACCES, "Permission denied; wanted the right to write there"),
+        (errno.EROFS, "Read-only file system; wanted the right to write there"),
+        (errno.EIO, "Input/output error; expected a disk that works"),
+    ],
+)
+@pytest.mark.parametrize("place", ["out", "out/file", "out.partial/file", "."])
+def test_a_failed_write_is_a_sentence(tmp_path: Path, number: int, end: str, place: str) -> None:
+    error = OSError(number, os.strerror(number), tmp_path / place)
+    found = raised(tmp_path / "out", error)
+    assert isinstance(found, Fault)
+    named = tmp_path / ("out" if "more room" in end else place)
+    assert str(found) == f"{named} cannot be written: {end}, then run the same command again"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOTDIR, errno.EISDIR])
+def test_a_failed_read_of_another_place_is_none(tmp_path: Path, number: int) -> None:
+    error = OSError(number, os.strerror(number), tmp_path / "source")
+    assert raised(tmp_path / "out", error) is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("PytorchStreamWriter failed: No space left on device (os error 28)"),
+        OSError("iostream error"),
+        OSError(errno.EIO, "Input/output error"),
+        KeyError("errno 28"),
+    ],
+)
+def test_an_error_that_hides_its_number_is_a_bug_where_the_disk_writes(
+    tmp_path: Path, error: Exception
+) -> None:
+    assert raised(tmp_path / "out", error) is error
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("written", "room", "fails"),
+    [
+        (3_000_000, 1 << 20, True),  # what is left of a file tells how large it may become
+        (0, 1 << 20, False),
+        (0, 4 << 20, True),  # nothing is left: only the room that was wanted tells
+    ],
+)
+def test_an_error_that_hides_its_number_is_a_sentence_where_the_disk_is_full(
+    tmp_path: Path, written: int, room: int, fails: bool
+) -> None:
+    if written:
+        (tmp_path / "half").write_bytes(bytes(written))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    error = RuntimeError("of a library")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, before[1]))
+    try:
+        found = raised(tmp_path / "out", error, room)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (found is not error) is fails
+    if fails:
+        assert str(found).startswith(f"{tmp_path}/out cannot be written: File too large; wanted")
+    assert [path.name for path in tmp_path.iterdir()] == (["half"] if written else [])
+
+
+def test_a_fault_within_a_write_goes_on_as_it_is(tmp_path: Path) -> None:
+    fault = Fault("file: found this, wanted that")
+    assert raised(tmp_path / "gone" / "out", fault) is fault
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC])
+def test_what_is_read_within_a_whole_folder_is_no_write(tmp_path: Path, number: int) -> None:
+    error = OSError(number, os.strerror(number), tmp_path / "source")
+    with pytest.raises(OSError, match="source") as found, whole_folder(tmp_path / "out"):
+        raise error
+    assert found.value is error
+    assert [*tmp_path.iterdir()] == []
+
+
+def unreadable(source: Path) -> None:
+    source.unlink()
+    source.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "end"),
+    [(Path.unlink, "No such file or directory"), (unreadable, "Is a directory")],
+)
+def test_a_copy_names_the_source_that_cannot_be_read(
+    tmp_path: Path, damage: Callable[[Path], None], end: str
+) -> None:
+    source = tmp_path / "source"
+    write_text(source, "content")
+    copy_file(source, tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "content"
+    damage(source)
+    with pytest.raises(Fault) as fault:
+        copy_file(source, tmp_path / "other")
+    assert str(fault.value) == (f"{source} cannot be read: {end}; expected a whole, readable file")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_copy_names_the_side_that_fails_halfway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """sendfile names both files, and read and write none."""
+    source, target = tmp_path / "source", tmp_path / "target"
+
+    def failing(number: int) -> Callable[..., None]:
+        def copyfile(*_: object) -> None:
+            names = (source, None, target) if named else ()
+            raise OSError(number, os.strerror(number), *names)
+
+        return copyfile
+
+    monkeypatch.setattr(shutil, "copyfile", failing(errno.EIO))
+    with pytest.raises(Fault, match=r"/source cannot be read: Input/output error"):
+        outputs.copy_file(source, target)
+    monkeypatch.setattr(shutil, "copyfile", failing(errno.ENOSPC))
+    with pytest.raises(Fault, match=r"/target cannot be written: No space left"):
+        outputs.copy_file(source, target)

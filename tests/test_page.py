@@ -12,8 +12,7 @@ import pytest
 
 from reward.data.tokens import Encoder, Template
 from reward.judging import page
-
-from .browser import Browser
+from tools.browser import Browser
 
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror="alert(1)"> & <b>'
 
@@ -55,8 +54,17 @@ def encoder(base: Path, template: str) -> Encoder:
     return Encoder(base, Template.of(template, False, 2040, base))
 
 
-def write(folder: Path, base: Path, texts: list[tuple[str, str, str]], scale: float = 1.0) -> Path:
-    """The page of pairs of these texts; the first is the most confidently wrong one."""
+def write(
+    folder: Path,
+    base: Path,
+    texts: list[tuple[str, str, str]],
+    scale: float = 1.0,
+    filler: str = "",
+) -> Path:
+    """The page of pairs of these texts; the first is the most confidently wrong one.
+
+    The filler follows each prompt and chosen answer. It is tokenized once.
+    """
     margins = [scale * (index - len(texts) / 3) for index in range(len(texts))]
     table = pa.table(
         {
@@ -70,11 +78,13 @@ def write(folder: Path, base: Path, texts: list[tuple[str, str, str]], scale: fl
         }
     )
     zh = encoder(base, "zh")
-    ids = [
-        (chosen, rejected)
-        for prompt, *answers in texts
-        for chosen, rejected in [zh.encode([f"问:{prompt}\n\n答:{answer}" for answer in answers])]
-    ]
+    [more] = zh.encode([filler])
+    ids = []
+    for texts_of_pair in texts:
+        marks = ("问:", "\n\n答:", "\n\n答:")
+        parts = [mark + text for mark, text in zip(marks, texts_of_pair, strict=True)]
+        prompt, chosen, rejected = zh.encode(parts)
+        ids.append((prompt + more + chosen + more, prompt + more + rejected))
     path = folder / "index.html"
     page.write(path, table, ids, zh, {"kind": ["even & <b>", "odd"]})
     return path
@@ -276,18 +286,14 @@ def test_it_fits_wide_and_narrow_light_and_dark(
 @pytest.mark.browser
 def test_thousands_of_pairs_stay_quick(browser: Browser, tmp_path: Path, tiny_base: Path) -> None:
     """Texts of 5 KB a pair, 20 MB in all."""
-    chromium, long = browser, "word " * 500
-    texts = [
-        (f"{prompt} {long}", chosen + long, rejected) for prompt, chosen, rejected in some(4000)
-    ]
-    path = write(tmp_path, tiny_base, texts)
+    path = write(tmp_path, tiny_base, some(4000), filler=" word" * 500)
     begun = time.monotonic()
-    chromium.open(path)
+    browser.open(path)
     assert time.monotonic() - begun < 5
-    assert text(chromium, "#count") == "4000 of 4000 pairs"
-    assert chromium.run("document.querySelectorAll('.row').length") < 60
+    assert text(browser, "#count") == "4000 of 4000 pairs"
+    assert browser.run("document.querySelectorAll('.row').length") < 60
     script = """{const begun = performance.now(); const it = document.querySelector("#search");
     it.value = "question 77"; it.dispatchEvent(new Event("input", {bubbles: true}));
     performance.now() - begun}"""
-    assert chromium.run(script) < 500
-    assert text(chromium, "#count").endswith("of 4000 pairs")
+    assert browser.run(script) < 500
+    assert text(browser, "#count").endswith("of 4000 pairs")

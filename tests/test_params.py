@@ -1,7 +1,9 @@
 """params.yaml: strict and typed, every key documented, every fault named at once."""
 
 import dataclasses
+import datetime
 import itertools
+import math
 import re
 import typing
 from collections.abc import Callable
@@ -10,29 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+import yaml
+from dvc.utils.serialize import load_yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from reward import params
-from reward.model.base import Quantization
-from reward.model.trainer import Train
-from reward.params import Fraction, Positive, Rule
+from reward.params import Fraction, Positive, Rule, read_yaml
 from reward.process import Fault
-from stages.evaluate import Evaluate
-from stages.export import Export
-from stages.fetch import Base
-from stages.preprocess import Preprocess
-from stages.train import Lora
+from tests.support import GROUPS, ROOT
 
-ROOT = Path(__file__).parent.parent
-GROUPS: dict[str, type[Any]] = {
-    "base": Base,
-    "preprocess": Preprocess,
-    "quantization": Quantization,
-    "lora": Lora,
-    "train": Train,
-    "evaluate": Evaluate,
-    "export": Export,
-}
 LINES = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
 
 
@@ -101,6 +91,39 @@ def test_all_faults_of_a_group_are_named_at_once(tmp_path: Path) -> None:
     ]
 
 
+@dataclass(frozen=True)
+class OfToday:
+    """A group that has none of its removed keys."""
+
+    seed: Positive
+
+
+@pytest.mark.parametrize(
+    ("key", "became"),
+    [
+        ("base.trust_remote_code", "was removed: code that comes with a model never runs"),
+        ("evaluate.sets", "was renamed to preprocess.sets"),
+        ("export.tokens_per_pack", "was removed: export takes that of evaluate"),
+        ("train.head_margin", "was removed: the head is always scaled to 0.05"),
+        ("train.head_seed", "was removed: the head has train.seed"),
+    ],
+)
+def test_a_key_that_is_gone_says_what_became_of_it(tmp_path: Path, key: str, became: str) -> None:
+    group, _, name = key.partition(".")
+    path = tmp_path / "p.yaml"
+    path.write_text(f"{group}:\n  seed: 1\n  {name}: 1\n")
+    with pytest.raises(Fault) as fault:
+        params.load(group, OfToday, path)
+    assert str(fault.value) == f"{path}: {key} {became}"
+    assert key in params.GONE
+
+
+def test_no_other_key_is_said_to_be_gone(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("train:\n  seed: 1\n  sets: 1\n")
+    with pytest.raises(Fault, match=r"train\.sets is unknown, known are seed"):
+        params.load("train", OfToday, tmp_path / "p.yaml")
+
+
 @pytest.mark.parametrize("text", ["", "sample:", "sample: 3", "other: {}", "- sample"])
 def test_a_missing_group_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(Fault, match="the group sample is"):
@@ -112,6 +135,12 @@ def test_broken_yaml_is_one_sentence(tmp_path: Path, text: str) -> None:
     with pytest.raises(Fault, match="broken YAML") as fault:
         load(tmp_path, text)
     assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("number", ["0x_", "0b_", "+_", "._", "9" * 5000])
+def test_a_number_without_digits_or_with_too_many_is_broken(tmp_path: Path, number: str) -> None:
+    with pytest.raises(Fault, match="broken YAML"):
+        load(tmp_path, yaml_of(count=number))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -156,3 +185,110 @@ def test_every_key_of_every_group_refuses_a_wrong_type(
     with pytest.raises(Fault) as fault:
         params.load(name, kind)
     assert len(str(fault.value).splitlines()) == len(dataclasses.fields(kind))
+
+
+# --- as DVC reads it -------------------------------------------------------------------------
+
+SCALARS = [
+    *("1e-5", "1E5", ".5", "5.", "+1", "-1", "0", "-0", "12e03", "1.e5", ".5e5", ".5e-5", "1_000"),
+    *("010", "0o10", "08", "0o8", "0x1f", "-0x1F", "0X1F", "0b1", "0b2", "685_230.15", "_1", "1e"),
+    *("1:30", "1:30.5", "190:20:30", "no", "off", "yes", "on", "y", "n", "No", "OFF"),
+    *("true", "True", "TRUE", "tRue", "false", "~", "null", "Null", "nULL", "", "<", "0.1.2"),
+    *(".inf", "-.INF", "+.Inf", ".iNf", ".nan", "-.nan", ".NaN", "2024-01-01", "2024-1-1"),
+    *("2024-01-01T00:00:00Z", "2024-01-01 10:00:00 +2", "q_proj", "embedded/tiny-qwen2"),
+    *("'1e-5'", '"1e-5"', "'no'", '"\\u4e2d"', "''", '"null"', "'2024-01-01'", "'<<'", "中文"),
+]
+Documents = st.recursive(
+    st.sampled_from(SCALARS),
+    lambda inner: (
+        st.lists(inner, max_size=4).map(lambda items: f"[{', '.join(filter(None, items))}]")
+        | st.dictionaries(st.sampled_from("abcd"), inner, max_size=4).map(
+            lambda items: "{" + ", ".join(f"{key}: {value}" for key, value in items.items()) + "}"
+        )
+    ),
+    max_leaves=8,
+)
+Flow = st.dictionaries(st.sampled_from("abcd"), st.sampled_from(SCALARS), max_size=3).map(
+    lambda items: "{" + ", ".join(f"{key}: {value}" for key, value in items.items()) + "}"
+)
+one_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def same(ours: Any, dvcs: Any) -> bool:
+    """Equal in types, values and order; where DVC has a date, ours is a text."""
+    if isinstance(dvcs, datetime.date):
+        return isinstance(ours, str) and ours.startswith(str(dvcs.year))
+    if type(ours) is not type(dvcs):
+        return False
+    if isinstance(ours, dict):
+        return same([*ours, *ours.values()], [*dvcs, *dvcs.values()])
+    if isinstance(ours, list):
+        return len(ours) == len(dvcs) and all(map(same, ours, dvcs))
+    return bool(ours == dvcs) or (isinstance(ours, float) and math.isnan(ours) and math.isnan(dvcs))
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_every_scalar_is_what_dvc_reads(tmp_path: Path, scalar: str) -> None:
+    path = written(tmp_path, f"a: {scalar}\nb:\n  - {scalar}\n  - c: {scalar}\n")
+    assert same(read_yaml(path), load_yaml(path))
+    if scalar:
+        path = written(tmp_path, f"{scalar}: 1\n")
+        assert same([*read_yaml(path)], [*load_yaml(path)])
+
+
+@one_file
+@given(
+    documents=st.lists(Documents, min_size=1, max_size=3),
+    merged=st.lists(Flow, min_size=1, max_size=2),
+    own=st.dictionaries(st.sampled_from("abcd"), st.sampled_from(SCALARS), max_size=3),
+)
+def test_every_document_is_what_dvc_reads(
+    tmp_path: Path, documents: list[str], merged: list[str], own: dict[str, str]
+) -> None:
+    lines = [f"key{index}: &anchor{index} {text}" for index, text in enumerate(documents)]
+    lines += [f"again{index}: *anchor{index}" for index in range(len(documents))]
+    lines += [f"base{index}: &base{index} {text}" for index, text in enumerate(merged)]
+    bases = ", ".join(f"*base{index}" for index in range(len(merged)))
+    lines += ["whole: &whole", f"  <<: [{bases}]", *(f"  {key}: {own[key]}" for key in own)]
+    lines += ["over: {<<: *whole, a: 1}"]
+    path = written(tmp_path, "\n".join(lines))
+    assert same(read_yaml(path), load_yaml(path))
+
+
+@one_file
+@given(text=st.text("0179_+-.:eEoxbinfaNlusT~ #'\"=<,[]{}&*|>%@\\\n中", max_size=12))
+def test_what_both_read_is_the_same(tmp_path: Path, text: str) -> None:
+    """The two libraries refuse other texts; there DVC ends before a stage begins, or the stage."""
+    path = written(tmp_path, f"a: {text}\nb: [1, {text.strip()}]\n")
+    try:
+        ours, dvcs = read_yaml(path), load_yaml(path)
+    except Exception:
+        return
+    assert same(ours, dvcs)
+
+
+@pytest.mark.parametrize("date", ["2024-01-01", "2024-13-45", "2024-01-01T00:00:00Z"])
+def test_a_date_is_the_text_that_was_written(tmp_path: Path, date: str) -> None:
+    assert read_yaml(written(tmp_path, f"a: {date}\n{date}: b\n")) == {"a": date, date: "b"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\na: 1",
+        "a: {b: 1, b: 2}",
+        "a: [{1: 1, 0x1: 2}]",
+        "a: {null: 1, ~: 2}",
+        "a: &a {b: 1}\nc: {<<: *a, b: 2, b: 3}",
+        "a: &a {b: 1}\nc:\n  <<: *a\n  <<: *a",
+    ],
+)
+def test_a_key_twice_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(yaml.YAMLError, match="found duplicate key"):
+        read_yaml(written(tmp_path, text))

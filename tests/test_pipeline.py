@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
 from reward.outputs import digests
-from tests.conftest import ROOT, write_pairs
+from tests.support import ROOT
 
 OUTPUTS = {
     "data/tokenized": {
@@ -61,6 +60,7 @@ OUTPUTS = {
         ),
     },
     "reports/preprocess": {"figures.json"},
+    "reports/export": {"figures.json"},
     "reports/train": {"figures.json", "training.json", "validation.json"},
     "reports/evaluate": {
         *(
@@ -76,11 +76,23 @@ OUTPUTS = {
         "slices.json",
     },
 }
+CODE = (
+    "reward",
+    "stages",
+    "models/.gitignore",
+    ".dvc/config",
+    ".dvcignore",
+    ".gitignore",
+    "dvc.yaml",
+)
+INPUTS = ("params.yaml", "data/raw", "data/sets")
 STAGES = ["fetch", "preprocess", "train", "evaluate", "export"]
 
 
 class Project:
     """A clone-like copy of this project, committed to git, with small params."""
+
+    first_output: str
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
@@ -105,48 +117,48 @@ class Project:
 
     def ran(self, *command: str) -> list[str]:
         """The stages that a command ran."""
-        output = self.call(*command)
-        return [stage for stage in STAGES if f"python -m stages.{stage}\n" in output]
+        return stages_in(self.call(*command))
+
+
+def stages_in(output: str) -> list[str]:
+    """The stages that DVC ran, by what it said."""
+    return [stage for stage in STAGES if f"python -m stages.{stage}\n" in output]
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Project:
-    project = Project(tmp_path_factory.mktemp("project"))
-    fill(project, tiny_base)
-    assert project.ran("dvc", "repro") == STAGES
+def project(tmp_path_factory: pytest.TempPathFactory, complete: Path) -> Project:
+    """A clone in which everything was run, where much is as it is nowhere else."""
+    home = tmp_path_factory.mktemp("canary-home")
+    project = Project(
+        tmp_path_factory.mktemp("another") / "folder",
+        HF_TOKEN="hf_canaryTokenOfNobody",
+        HOME=str(home),
+        WANDB_API_KEY="canary-of-a-tracker",
+        PYTHONHASHSEED="12345",
+        OMP_NUM_THREADS="2",
+        MKL_NUM_THREADS="2",
+    )
+    fill(project, complete)
+    project.first_output = project.call("dvc", "repro")
+    assert stages_in(project.first_output) == STAGES
     project.call("git", "add", "--all")
     project.call("git", "commit", "--quiet", "--message", "first run")
     return project
 
 
-def fill(project: Project, base: Path) -> None:
-    """Make the folder what a clone of a small project would be."""
+def fill(project: Project, complete: Path) -> None:
+    """Make the folder what a clone of a small project would be, with the inputs of `complete`."""
     folder = project.folder
-    for name in (
-        "reward",
-        "stages",
-        "models/.gitignore",
-        ".dvc/config",
-        ".dvcignore",
-        ".gitignore",
-        "dvc.yaml",
-        "params.yaml",
-    ):
-        (folder / name).parent.mkdir(exist_ok=True)
-        if (ROOT / name).is_dir():
-            ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-        else:
-            shutil.copy(ROOT / name, folder / name)
+    ignore = shutil.ignore_patterns("__pycache__")
+    for source, names in ((ROOT, CODE), (complete, INPUTS)):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if (source / name).is_dir():
+                shutil.copytree(source / name, folder / name, ignore=ignore)
+            else:
+                shutil.copy(source / name, folder / name)
     (folder / "data" / "corpus").mkdir(parents=True)
     (folder / "data" / "corpus" / "en.txt").write_text("A corpus.\n", encoding="utf-8")
-    write_pairs(folder / "data" / "raw" / "pairs.json")
-    shutil.copytree(ROOT / "data" / "sets", folder / "data" / "sets")
-    yaml = YAML()
-    params = yaml.load(folder / "params.yaml")
-    params["base"]["name"] = str(base)
-    params["train"] |= {"max_steps": 4, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
-    yaml.dump(params, folder / "params.yaml")
     project.call("git", "init", "--quiet")
     project.call("git", "config", "user.name", "tests")
     project.call("git", "config", "user.email", "tests@example.org")
@@ -178,31 +190,24 @@ def test_a_second_run_runs_nothing(project: Project) -> None:
 
 
 def test_elsewhere_the_bytes_are_the_same_and_nothing_tells_of_the_place(
-    project: Project, tiny_base: Path, tmp_path: Path
+    project: Project, complete: Path, tmp_path: Path
 ) -> None:
-    """Another folder, home, token, hash seed and number of threads."""
-    secrets = {"HF_TOKEN": "hf_canaryTokenOfNobody", "HOME": str(tmp_path / "canary-home")}
-    (tmp_path / "canary-home").mkdir()
-    elsewhere = Project(
-        tmp_path / "another" / "folder",
-        **secrets,
-        WANDB_API_KEY="canary-of-a-tracker",
-        PYTHONHASHSEED="12345",
-        OMP_NUM_THREADS="2",
-        MKL_NUM_THREADS="2",
-    )
-    elsewhere.folder.mkdir(parents=True)
-    fill(elsewhere, tiny_base)
-    output = elsewhere.call("dvc", "repro")
-    lock = (elsewhere.folder / "dvc.lock").read_bytes()
-    assert lock == (project.folder / "dvc.lock").read_bytes()
-    written = [lock, output.encode()]
+    """Another folder, home, token, hash seed and number of threads, and processes of their own."""
+    here = Project(tmp_path / "here")
+    here.folder.mkdir()
+    fill(here, complete)
+    for name in OUTPUTS:
+        shutil.copytree(complete / name, here.folder / name, dirs_exist_ok=True)
+    here.call("dvc", "commit", "--force")
+    lock = project.call("git", "show", "HEAD:dvc.lock").encode()
+    assert lock == (here.folder / "dvc.lock").read_bytes()
+    written = [lock, project.first_output.encode()]
     for name in (*OUTPUTS, "models/checkpoints"):
-        written += [path.read_bytes() for path in (elsewhere.folder / name).rglob("*.*")]
+        written += [path.read_bytes() for path in (project.folder / name).rglob("*.*")]
     assert len(written) > 40
     for content in written:
         assert b"canary" not in content.lower()
-        assert str(elsewhere.folder).encode() not in content
+        assert str(project.folder).encode() not in content
 
 
 def test_another_rank_trains_evaluates_and_exports_only(project: Project) -> None:
@@ -228,10 +233,10 @@ def test_plots_open_without_a_network(project: Project) -> None:
 def test_a_fault_is_one_sentence_under_dvc(project: Project) -> None:
     params = project.folder / "params.yaml"
     before = params.read_text(encoding="utf-8")
-    params.write_text(before.replace("  r: 4", "  r: -1"), encoding="utf-8")
+    params.write_text(before.replace("max_length: 2040", "max_length: -1"), encoding="utf-8")
     output = project.call("dvc", "repro", status=255)
     params.write_text(before, encoding="utf-8")
-    assert "params.yaml: lora.r is -1, must be a positive integer" in output
+    assert "params.yaml: preprocess.max_length is -1, must be a positive integer" in output
     assert "Traceback" not in output
     project.call("git", "checkout", "--quiet", "--", ".")
     project.call("dvc", "checkout", "--quiet")

@@ -60,7 +60,10 @@ def template_of(folder: Path, text: str = PLAIN, append_eos: bool = False) -> Te
 def dressed(source: Path, template: Template, rows: int) -> tuple[Path, Pad]:
     folder = source.with_name("exported")
     folder.mkdir()
-    return folder, prepare_tokenizer(source, folder, template, rows)
+    tokenizer = prepare_tokenizer(source, template, rows)
+    tokenizer.save(folder)
+    tokenizer.template.save(folder / "template.json")
+    return folder, tokenizer.pad
 
 
 # --- the pad token ---------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from reward.data.tokens import Template
 from reward.outputs import digests, read_json
 from reward.process import Fault
 from stages import preprocess
-from tests.conftest import ROOT, write_pairs
+from tests.support import ROOT, write_pairs
 
 SetParams = Callable[..., None]
 COLUMNS = ["id", "prompt_id", "input_ids_j", "attention_mask_j", "input_ids_k"]

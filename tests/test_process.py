@@ -1,5 +1,6 @@
 """A stage's process: one sentence for a fault, no exit 0 when interrupted, never an orphan."""
 
+import math
 import os
 import signal
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from reward import process
+from tests.support import ROOT
 
 STAGE = """
 import sys, time
@@ -27,6 +29,7 @@ def start(tmp_path: Path, body: str, **environment: str) -> "subprocess.Popen[st
     (tmp_path / "stage.py").write_text(STAGE.format(body=body), encoding="utf-8")
     return subprocess.Popen(
         [sys.executable, str(tmp_path / "stage.py")],
+        preexec_fn=interruptible,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -34,26 +37,31 @@ def start(tmp_path: Path, body: str, **environment: str) -> "subprocess.Popen[st
     )
 
 
+def interruptible() -> None:
+    """Have a child end by SIGINT: tests that run in a shell's background hand down to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_fault_is_its_sentence_and_status_1(tmp_path: Path) -> None:
-    process = start(tmp_path, 'raise Fault("file: found this, wanted that")')
-    assert process.communicate() == ("begun\n", "file: found this, wanted that\n")
-    assert process.returncode == 1
+    stage = start(tmp_path, 'raise Fault("file: found this, wanted that")')
+    assert stage.communicate() == ("begun\n", "file: found this, wanted that\n")
+    assert stage.returncode == 1
 
 
 def test_a_bug_shows_its_traceback(tmp_path: Path) -> None:
-    process = start(tmp_path, "1 / 0")
-    assert "Traceback" in process.communicate()[1]
-    assert process.returncode == 1
+    stage = start(tmp_path, "1 / 0")
+    assert "Traceback" in stage.communicate()[1]
+    assert stage.returncode == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_stage_never_exits_0(tmp_path: Path, number: signal.Signals) -> None:
-    process = start(tmp_path, "time.sleep(60)")
-    assert process.stdout
-    process.stdout.readline()
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode != 0
+    stage = start(tmp_path, "time.sleep(60)")
+    assert stage.stdout
+    stage.stdout.readline()
+    stage.send_signal(number)
+    _, errors = stage.communicate(timeout=20)
+    assert stage.returncode != 0
     assert "Traceback" not in errors
 
 
@@ -96,3 +104,63 @@ def running(process: int) -> bool:
         ["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False
     )
     return bool(done.stdout.strip()) and not done.stdout.strip().startswith("Z")
+
+
+# --- processors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "granted"),
+    [
+        ({}, math.inf),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "50000 100000\n"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "200000\n"}, math.inf),
+    ],
+)
+def test_the_quota_is_that_of_the_cgroup(
+    tmp_path: Path, files: dict[str, str], granted: float
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert process._quota(tmp_path) == granted
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "granted"),
+    [
+        ({0, 1, 5}, math.inf, 3),
+        ({0, 1, 5}, 1.5, 2),
+        ({0, 1, 5}, 8.0, 3),
+        ({4}, math.inf, 1),
+        ({0, 1}, 0.2, 1),
+    ],
+)
+def test_processors_are_those_of_the_affinity_within_the_quota(
+    monkeypatch: pytest.MonkeyPatch, affinity: set[int], quota: float, granted: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity, raising=False)
+    monkeypatch.setattr(process, "_quota", lambda: quota)
+    assert process.processors() == granted
+
+
+def test_where_there_is_no_affinity_all_processors_are_granted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(process, "_quota", lambda: math.inf)
+    assert process.processors() == 7
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_a_child_that_may_use_one_processor_has_one(tmp_path: Path) -> None:
+    one = min(os.sched_getaffinity(0))
+    body = f"import os; os.sched_setaffinity(0, {{{one}}}); " + (
+        "from reward.process import processors; print(processors())"
+    )
+    assert start(tmp_path, body).communicate() == ("begun\n1\n", "")

@@ -1,11 +1,10 @@
 """Scoring of files: every record once, in order, whatever happens meanwhile."""
 
+import errno
 import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,13 +17,12 @@ import pytest
 from reward.process import run
 from reward.serving import score
 from reward.serving.scorer import Scorer
-
-from .conftest import ROOT
-from .test_disk import files_of_at_most
+from tests.forked import Forked, score_files
+from tests.support import files_of_at_most
 
 pytestmark = pytest.mark.usefixtures("project")
 OUTPUT, INPUT = Path("out.jsonl"), Path("in.jsonl")
-JOURNAL = Path("out.jsonl.journal")
+JOURNAL, LOCK = Path("out.jsonl.journal"), Path("out.jsonl.journal.lock")
 
 
 @pytest.fixture(autouse=True)
@@ -304,20 +302,49 @@ def test_two_processes_do_not_score_to_one_output(
     journal: bytes, fault: Callable[..., str]
 ) -> None:
     JOURNAL.write_bytes(journal)
-    with JOURNAL.open("a+b") as file:
+    with LOCK.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         said = fault(INPUT, "--output", OUTPUT)
     assert said == "out.jsonl.journal is in use: another process scores to out.jsonl"
     assert JOURNAL.read_bytes() == journal
+    assert LOCK.exists()
 
 
-def test_a_journal_that_goes_before_it_is_locked_is_in_use(
+def test_a_lock_that_goes_before_it_is_held_is_in_use(
     journal: bytes, fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Another process may have ended, and removed it, before this one had the lock."""
     JOURNAL.write_bytes(journal)
-    monkeypatch.setattr(fcntl, "flock", lambda *_: JOURNAL.unlink())
+    monkeypatch.setattr(fcntl, "flock", lambda *_: LOCK.unlink(missing_ok=True))
     said = fault(INPUT, "--output", OUTPUT)
     assert said == "out.jsonl.journal is in use: another process scores to out.jsonl"
+    assert JOURNAL.read_bytes() == journal
+
+
+def test_no_lock_stays_beside_the_output(
+    command: Callable[..., None], fault: Callable[..., str]
+) -> None:
+    write(some_records(3))
+    command(INPUT, "--output", OUTPUT)
+    assert not [path for path in Path().iterdir() if path.name.startswith("out.jsonl.")]
+    JOURNAL.write_bytes(b'{"model": "other"}\n')
+    assert "another model" in fault(INPUT, "--output", OUTPUT)
+    assert not LOCK.exists()
+
+
+def test_a_file_system_without_locks_gets_its_sentence(
+    journal: bytes, fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    JOURNAL.write_bytes(journal)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert fault(INPUT, "--output", OUTPUT) == (
+        "out.jsonl.journal.lock cannot be locked, its file system has no locks (No locks "
+        "available); expected . on a local disk, or on one that is mounted with flock"
+    )
+    assert JOURNAL.read_bytes() == journal
 
 
 def test_an_output_below_a_file_gets_its_sentence(fault: Callable[..., str]) -> None:
@@ -350,22 +377,25 @@ def test_a_full_disk_gets_its_sentence_and_costs_no_row(
     assert OUTPUT.read_bytes() == wanted
 
 
-def start(output: str) -> "subprocess.Popen[str]":
-    code = "from stages import process, score; score.BATCH_CHARACTERS = 2000; "
-    return subprocess.Popen(
-        [sys.executable, "-c", code + "process.run(score.main)", str(INPUT), "--output", output],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start() -> Iterator[Callable[[str], Forked]]:
+    """Score in a process of its own, some records at a time."""
+    started: list[Forked] = []
+
+    def score_to(output: str) -> Forked:
+        started.append(Forked(score_files, 2000, str(INPUT), "--output", output))
+        return started[-1]
+
+    yield score_to
+    for process in started:
+        process.end()
 
 
-def test_a_killed_process_loses_and_doubles_nothing() -> None:
+def test_a_killed_process_loses_and_doubles_nothing(start: Callable[[str], Forked]) -> None:
     write(some_records(600))
     killed = start(str(OUTPUT))
     while not (JOURNAL.exists() and JOURNAL.stat().st_size > 1000):
-        assert killed.poll() is None, killed.communicate()
+        assert killed.returncode is None, killed.communicate()
         time.sleep(0.001)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()

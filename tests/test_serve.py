@@ -2,11 +2,8 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from argparse import Namespace
@@ -23,8 +20,7 @@ from benchmarks import serve as load
 from reward.process import Fault
 from reward.serving import serve
 from reward.serving.scorer import Ids, Scorer
-
-from .conftest import ROOT
+from tests.forked import PATIENCE, Forked, serve_slowly
 
 T = TypeVar("T")
 Client = TestClient[Request, Application]
@@ -207,29 +203,26 @@ def test_a_client_that_goes_away_takes_nothing_from_the_others(held: Held) -> No
 
 
 def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
-    slow: Callable[[float], tuple["subprocess.Popen[str]", str]],
+    slow: Callable[[float], tuple[Forked, str]],
 ) -> None:
-    process, url = slow(2)
+    process, url = slow(1)
 
-    async def one(text: str, seconds: float) -> Any:
-        patience = aiohttp.ClientTimeout(total=seconds)
-        async with (
-            aiohttp.ClientSession(timeout=patience) as session,
-            session.post(url, json={"query": [text]}) as response,
-        ):
+    async def one(session: aiohttp.ClientSession, text: str) -> Any:
+        async with session.post(url, json={"query": [text]}) as response:
             return await response.json()
 
     async def work() -> None:
-        assert process.stdout
-        first = asyncio.create_task(one("a", 20))
-        assert await asyncio.to_thread(process.stdout.readline) == "scoring\n"
-        with pytest.raises(TimeoutError):
-            await one("aa", 0.3)
-        await first
+        async with aiohttp.ClientSession() as session:
+            first = asyncio.create_task(one(session, "a"))
+            await said(process, "scoring")
+            gone = asyncio.create_task(one(session, "aa"))
+            await said(process, "accepted")
+            gone.cancel()
+            await first
         process.send_signal(signal.SIGTERM)
 
     asyncio.run(work())
-    printed, errors = process.communicate(timeout=20)
+    printed, errors = process.communicate()
     assert printed == "stopped    1 requests with 1 texts were answered\n"
     assert errors == ""
 
@@ -376,51 +369,33 @@ def test_the_load_test_sees_what_is_wrong_and_what_is_sent_away(
 
 # --- the process -----------------------------------------------------------------------------
 
-SLOW = """
-import asyncio, time
-from stages import process, serve
-
-class Slow:
-    def encode_rendered(self, texts):
-        return [[len(text)] for text in texts]
-
-    def rewards(self, texts, prompts):
-        print("scoring", flush=True)
-        time.sleep(SECONDS)
-        return [float(ids[0]) for ids in texts]
-
-process.run(lambda: asyncio.run(serve.serve(serve.Service(Slow()), "127.0.0.1", 0)))
-"""
-
 
 @pytest.fixture
-def slow() -> Iterator[Callable[[float], tuple["subprocess.Popen[str]", str]]]:
+def slow() -> Iterator[Callable[[float], tuple[Forked, str]]]:
     """Start a server that takes some seconds for each pack."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Forked] = []
 
-    def start(seconds: float) -> tuple["subprocess.Popen[str]", str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW.replace("SECONDS", str(seconds))],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(seconds: float) -> tuple[Forked, str]:
+        process = Forked(serve_slowly, seconds)
         started.append(process)
-        assert process.stdout
         said = process.stdout.readline().split()
         assert said[0] == "serving", said
         return process, said[1]
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        process.end()
 
 
-def asked(
-    url: str, count: int, process: "subprocess.Popen[str]", *signals: int
-) -> "asyncio.Task[Any]":
+async def said(process: Forked, what: str) -> None:
+    """Read what a process says until it has said this."""
+    line = ""
+    while line != f"{what}\n":
+        line = await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), PATIENCE)
+        assert line, "the process has ended"
+
+
+def asked(url: str, count: int, process: Forked, *signals: int) -> "asyncio.Task[Any]":
     """Requests that are all accepted; signals come one by one while the first is being scored."""
 
     async def one(session: aiohttp.ClientSession, size: int) -> Any:
@@ -430,11 +405,10 @@ def asked(
     async def work() -> list[Any]:
         async with aiohttp.ClientSession() as session:
             tasks = [asyncio.create_task(one(session, size + 1)) for size in range(count)]
-            assert process.stdout
-            line = await asyncio.to_thread(process.stdout.readline)
-            assert line == "scoring\n"
+            for _ in range(count):
+                await said(process, "accepted")
             for number in signals:
-                await asyncio.sleep(1)
+                await asyncio.sleep(0.3)
                 process.send_signal(number)
             return await asyncio.gather(*tasks)
 
@@ -442,23 +416,23 @@ def asked(
 
 
 def test_what_was_accepted_is_answered_before_the_end(
-    slow: Callable[[float], tuple["subprocess.Popen[str]", str]],
+    slow: Callable[[float], tuple[Forked, str]],
 ) -> None:
-    process, url = slow(3)
+    process, url = slow(1.5)
 
     async def work() -> list[Any]:
         return list(await asked(url, 5, process, signal.SIGTERM))
 
     found = asyncio.run(work())
     assert [answer["rewards"] for answer in found] == [[float(size)] for size in range(1, 6)]
-    printed, errors = process.communicate(timeout=20)
+    printed, errors = process.communicate()
     assert process.returncode == 0
     assert printed.splitlines()[-1] == "stopped    5 requests with 5 texts were answered"
     assert errors == ""
 
 
 def test_a_second_signal_ends_it_at_once(
-    slow: Callable[[float], tuple["subprocess.Popen[str]", str]],
+    slow: Callable[[float], tuple[Forked, str]],
 ) -> None:
     process, url = slow(60)
 
@@ -468,7 +442,8 @@ def test_a_second_signal_ends_it_at_once(
 
     begin = time.monotonic()
     asyncio.run(work())
-    assert process.wait(20) == 128 + signal.SIGINT
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
     assert time.monotonic() - begin < 20
 
 

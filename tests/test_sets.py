@@ -17,8 +17,7 @@ from reward.model.packing import Texts
 from reward.outputs import read_json
 from reward.process import Fault
 from stages import evaluate, preprocess
-
-from .conftest import write_pairs
+from tests.support import write_pairs
 
 PAIR = {"prompt": "Is it raining?", "chosen": "Yes, take a coat.", "rejected": "No idea."}
 

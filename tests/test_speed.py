@@ -6,8 +6,21 @@ import numpy as np
 import pytest
 import vl_convert
 
-from benchmarks import speed
-from benchmarks.speed import Contender, Measurement, Row, Workload
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import measuring
+from benchmarks.speed.contenders import article, ours
+from benchmarks.speed.floor import floor, floor_of_scoring
+from benchmarks.speed.measuring import Contender, Measurement, Row, measure
+from benchmarks.speed.report import VEGA_LITE, chart, compared, table
+from benchmarks.speed.workload import (
+    ANSWER,
+    PREFIX,
+    Workload,
+    generated,
+    lengths,
+    prepare,
+    usable_ids,
+)
 from reward.data.tokens import prefix_length
 from reward.model.packing import Texts
 from reward.process import Fault
@@ -29,14 +42,14 @@ ROWS = {
 
 def test_lengths_go_through_the_percentiles_and_never_fall() -> None:
     shares = np.linspace(0, 1, 1001)
-    for quantiles in (speed.PREFIX, speed.ANSWER):
-        assert speed.lengths(quantiles, list(quantiles)) == list(quantiles.values())
-        found = speed.lengths(quantiles, shares)
+    for quantiles in (PREFIX, ANSWER):
+        assert lengths(quantiles, list(quantiles)) == list(quantiles.values())
+        found = lengths(quantiles, shares)
         assert found == sorted(found)
 
 
 def test_generated_pairs_have_the_percentiles_of_a_preference_set() -> None:
-    pairs = speed.generated(256, 0, range(100), longest=2040)
+    pairs = generated(256, 0, range(100), longest=2040)
     answers = [len(ids) - texts.prefix for texts in pairs for ids in texts.ids]
     prefix, answer = (
         np.quantile(sizes, [0.5, 0.9, 0.99])
@@ -47,24 +60,24 @@ def test_generated_pairs_have_the_percentiles_of_a_preference_set() -> None:
 
 
 def test_generated_pairs_share_their_prefix_and_no_more() -> None:
-    for texts in speed.generated(300, 1, [5, 7, 11], longest=64):
+    for texts in generated(300, 1, [5, 7, 11], longest=64):
         assert prefix_length(*texts.ids) == texts.prefix > 0
         assert max(map(len, texts.ids)) <= 64
         assert {id_ for ids in texts.ids for id_ in ids} <= {5, 7, 11}
 
 
 def test_generated_pairs_are_those_of_their_seed() -> None:
-    first, same, other = (speed.generated(8, seed, range(50), 99) for seed in (3, 3, 4))
+    first, same, other = (generated(8, seed, range(50), 99) for seed in (3, 3, 4))
     assert first == same != other
 
 
 def test_special_ids_are_not_drawn(tiny_base: Path) -> None:
-    assert 4092 in (ids := speed.usable_ids(tiny_base))
+    assert 4092 in (ids := usable_ids(tiny_base))
     assert 4093 not in ids  # <|endoftext|>, which is the padding as well
 
 
 def test_table_has_medians_ratios_and_shares() -> None:
-    lines = speed.table(ROWS).splitlines()
+    lines = table(ROWS).splitlines()
     assert lines[2].startswith("| ours | 8.00 | 4.00 to 16.00 | 1.00 | 200.0 | 0.75 | 0.50 | 50% |")
     assert lines[3] == (
         "| TRL, batch 8 | 2.00 | 1.00 to 2.00 | 4.00 | 200.0 | 0.75 | 0.50 | 12% | 0.6000000 |"
@@ -74,22 +87,22 @@ def test_table_has_medians_ratios_and_shares() -> None:
 
 
 def test_table_does_without_what_was_not_measured() -> None:
-    line = speed.table({"trl-8": ROWS["trl-8"]}).splitlines()[2]
+    line = table({"trl-8": ROWS["trl-8"]}).splitlines()[2]
     assert (
         line == "| TRL, batch 8 | 2.00 | 1.00 to 2.00 | – | 200.0 | 0.75 | 0.50 | – | 0.6000000 |"
     )
-    assert speed.compared({"trl-8": ROWS["trl-8"]}) == []
+    assert compared({"trl-8": ROWS["trl-8"]}) == []
 
 
 def test_best_of_trl_is_named_and_the_floor_by_onednn() -> None:
     more = {"trl-1": row("TRL, batch 1 x 8", 4.0), "floor-onednn": row("by oneDNN", 0.8)}
-    best, share = speed.compared(ROWS | more)
+    best, share = compared(ROWS | more)
     assert '"TRL, batch 1 x 8" with 4.00 pairs/s: ours is 2.00 times as fast' in best
     assert share.endswith("ours has 40%.")
 
 
 def test_chart_can_be_drawn() -> None:
-    drawn = vl_convert.vegalite_to_svg(speed.chart(ROWS), vl_version=speed.VEGA_LITE)
+    drawn = vl_convert.vegalite_to_svg(chart(ROWS), vl_version=VEGA_LITE)
     assert "TRL, batch 8" in drawn
     assert "article" not in drawn
 
@@ -107,9 +120,9 @@ def test_contender_that_fails_stops_no_other(
         calls.append("whole")
         return ROWS["ours"].measurements[0]
 
-    monkeypatch.setattr(speed, "alone", lambda work: work())
+    monkeypatch.setattr(measuring, "alone", lambda work: work())
     chosen = {"broken": Contender("broken", fail), "whole": Contender("whole", succeed)}
-    rows = speed.measure(workload(Path(), []), chosen, repeats=2)
+    rows = measure(workload(Path(), []), chosen, repeats=2)
     assert calls == ["broken", "whole", "whole"]
     assert rows["broken"] == Row("broken", "floor", [], "MemoryError: no more")
     assert len(rows["whole"].measurements) == 2
@@ -122,8 +135,8 @@ def workload(base: Path, pairs: list[Texts]) -> Workload:
 
 def test_floor_multiplies_the_tokens_of_all_packs_but_those_of_the_first_step() -> None:
     pairs = [Texts(([1, 2, 3], [1, 2, 4, 5]), 2)] * 24
-    for floor in (speed.floor, speed.floor_of_scoring):
-        found = floor(workload(Path(), pairs))
+    for products in (floor, floor_of_scoring):
+        found = products(workload(Path(), pairs))
         assert (found.pairs, found.tokens) == (16, 16 * 5)
         assert found.seconds > 0
 
@@ -150,14 +163,13 @@ def test_bad_arguments_are_refused(
 @pytest.mark.filterwarnings("ignore")  # those of libraries, as the benchmark has them
 def test_ours_and_the_loop_of_the_article_compute_the_same(tiny_base: Path, tmp_path: Path) -> None:
     options = Namespace(base=tiny_base, data=None, pairs=24, seed=0, tokens_per_pack=512)
-    same = speed.prepare(options, tmp_path)
-    ours, checkpointed, article = (
-        measure(same)
-        for measure in (speed.ours, partial(speed.ours, checkpointing=True), speed.article)
+    same = prepare(options, tmp_path)
+    own, checkpointed, other = (
+        contender(same) for contender in (ours, partial(ours, checkpointing=True), article)
     )
-    assert len(ours.losses) == 3
-    assert checkpointed.losses == pytest.approx(ours.losses, abs=1e-5)
-    assert article.losses == pytest.approx(ours.losses, abs=1e-5)
-    assert ours.pairs == article.pairs == 16
-    assert ours.tokens == sum(sum(map(len, texts.ids)) - texts.prefix for texts in same.pairs[8:])
-    assert article.tokens == sum(len(ids) for texts in same.pairs[8:] for ids in texts.ids)
+    assert len(own.losses) == 3
+    assert checkpointed.losses == pytest.approx(own.losses, abs=1e-5)
+    assert other.losses == pytest.approx(own.losses, abs=1e-5)
+    assert own.pairs == other.pairs == 16
+    assert own.tokens == sum(sum(map(len, texts.ids)) - texts.prefix for texts in same.pairs[8:])
+    assert other.tokens == sum(len(ids) for texts in same.pairs[8:] for ids in texts.ids)

@@ -318,7 +318,7 @@ def test_a_chat_template_may_be_brought_to_a_base_without_one(
     assert encoder.render(user("Hi"), assistant("Yes")) == text
     exported = tmp_path / "exported"
     exported.mkdir()
-    portable.prepare_tokenizer(base, exported, encoder.template, 4096)
+    portable.prepare_tokenizer(base, encoder.template, 4096).save(exported)
     there = type(tokenizer).from_pretrained(exported)
     assert there.apply_chat_template(turns, tokenize=False) == text
 
@@ -520,12 +520,13 @@ def test_the_date_is_that_of_preprocess_here_and_in_the_export(
     assert f"Today: {moved_clock}\n<|im_start|>user\nHi?" in rendered
     assert rendered.startswith("\n") == text.startswith("\n")
     (tmp_path / "exported").mkdir()
-    portable.prepare_tokenizer(base, tmp_path / "exported", template, 4096)
+    prepared = portable.prepare_tokenizer(base, template, 4096)
+    prepared.save(tmp_path / "exported")
     exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
     chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes"}]
     eos = exported.eos_token if append_eos else ""
     assert exported.apply_chat_template(chat, tokenize=False) == rendered + eos
-    there = Encoder(tmp_path / "exported", Template.load(tmp_path / "exported/template.json"))
+    there = Encoder(tmp_path / "exported", prepared.template)
     assert there.render(user("Hi?"), assistant("Yes")) == rendered
 
 

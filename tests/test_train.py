@@ -25,11 +25,10 @@ from reward.model.base import Quantization, head_of
 from reward.model.packing import Texts, pairs_of, tokens
 from reward.model.pairwise import chosen_and_rejected
 from reward.model.scoring import as_in_transformers, rewards, score
-from reward.outputs import digest, digests
+from reward.outputs import digest, digests, read_json
 from reward.process import Fault
 from stages import preprocess, train
-
-from .conftest import write_pairs
+from tests.support import write_pairs
 
 ROOT = Path(__file__).parent.parent
 SetParams = Callable[..., None]
@@ -683,6 +682,23 @@ def test_other_parameters_have_other_checkpoints_and_a_run_has_one_trainer(
         set_params(group, **change)
         kill_at(0, monkeypatch)
         assert len({path.name for path in root.iterdir()} - before) == 1
+
+
+def test_a_run_that_goes_on_has_the_threads_that_it_began_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The processors that are granted may be others by then; sums of floats depend on them."""
+    threads = [3]
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(train, "processors", lambda: 5)
+    kill_at(3, monkeypatch)
+    assert threads == [3, 5]
+    monkeypatch.setattr(train, "processors", lambda: 2)
+    train.main()
+    assert threads == [3, 5, 2, 5]
+    [last] = Path("models/checkpoints").glob("*/step-8")
+    assert read_json(last / "packs.json")["threads"] == 5
 
 
 DRIVER = """\

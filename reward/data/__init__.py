@@ -1,0 +1,1 @@
+"""Preference records: read, checked, split, turned into ids."""

@@ -13,7 +13,7 @@ from reward.data.reading import SUFFIXES, read, unit
 from reward.data.records import BadRecord, Messages, Pair, check
 from reward.data.splitting import Hashes, among
 from reward.data.tokens import Encoder, prefix_length
-from reward.outputs import watched, write_json
+from reward.outputs import watched, write_json, writing
 from reward.process import Fault
 
 SHOWN = 10
@@ -111,12 +111,13 @@ def write_sets(
 
     `trained_on` are the hashes of the prompts of training and validation.
     """
-    folder.mkdir()
+    with writing(folder):
+        folder.mkdir()
     index = {}
     for each in sets:
         scratch = folder / "scratch.arrow"
-        with tokenized.scratch(scratch) as writer:
-            writer.write_batch(tokenized.batch(each.rows))
+        with tokenized.stream(scratch) as append:
+            append(tokenized.batch(each.rows))
         columns = sorted({name for row in each.rows for name, _ in row[tokenized.KEPT]})
         everything = np.ones(len(each.rows), dtype=bool)
         tokenized.write(folder / each.name, scratch, everything, columns, tokenizer)

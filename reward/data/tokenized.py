@@ -4,7 +4,7 @@ Its rows are written in two steps, so that memory holds one batch of them: to a 
 before it is known which rows go where, and from there to the folder.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reward.data.columns import ID, IDS, MASKS, PREFIX, PROMPT_ID
-from reward.outputs import digest, read_json, write_json
+from reward.outputs import digest, read_json, write_json, writing
 from reward.process import Fault
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Row = Mapping[str, Any]
+Append = Callable[[pa.RecordBatch | pa.Table], None]
 
 DATA = "data-00000-of-00001.arrow"
 # In the schema of the data: the SHA-256 of the tokenizer.json that the ids are of.
@@ -39,10 +40,21 @@ SCRATCH = pa.schema(
 
 
 @contextmanager
-def scratch(path: Path) -> Iterator[pa.RecordBatchStreamWriter]:
-    """A scratch table to write batches of rows to."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCRATCH) as writer:
-        yield writer
+def stream(path: Path, schema: pa.Schema = SCRATCH) -> Iterator[Append]:
+    """What appends batches to a new stream of Arrow; one of a scratch table unless it is said."""
+    with writing(path):
+        sink = pa.OSFile(str(path), "wb")
+        writer = pa.ipc.new_stream(sink, schema)
+
+    def append(part: pa.RecordBatch | pa.Table) -> None:
+        with writing(path):
+            writer.write(part)
+
+    try:
+        yield append
+    finally:
+        with writing(path), sink:
+            writer.close()
 
 
 def batch(rows: Iterable[Row]) -> pa.RecordBatch:
@@ -74,19 +86,17 @@ def write(
     )
     schema = features.arrow_schema
     schema = schema.with_metadata(schema.metadata | {TOKENIZER: tokenizer.encode()})
-    folder.mkdir(parents=True)
+    with writing(folder):
+        folder.mkdir(parents=True)
     start = 0
-    with (
-        pa.OSFile(str(table)) as source,
-        pa.OSFile(str(folder / DATA), "wb") as sink,
-        pa.ipc.new_stream(sink, schema) as writer,
-    ):
+    with pa.OSFile(str(table)) as source, stream(folder / DATA, schema) as append:
         for part in pa.ipc.open_stream(source):
             rows = part.filter(pa.array(wanted[start : start + len(part)]))
             start += len(part)
             if len(rows):
-                writer.write_table(_widened(rows, schema, columns))
-    DatasetInfo(features=features).write_to_directory(str(folder))
+                append(_widened(rows, schema, columns))
+    with writing(folder):
+        DatasetInfo(features=features).write_to_directory(str(folder))
     write_json(
         folder / "state.json",
         {

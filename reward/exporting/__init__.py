@@ -1,0 +1,1 @@
+"""An exported reward model, and whether other loaders score as we do."""

@@ -1,21 +1,24 @@
 """The clients of an exported reward model: each scores the test pairs in its own way.
 
-    python -m reward.exporting.clients EXPORT PAIRS BASE found.json light 4096
+    python -m reward.exporting.clients request.json
 
-reads an exported folder, pairs and the original base, and writes what each client found. Export
-runs it in a fresh process, in a folder where nothing is, on a copy of what it is about to finish.
-Clients that know of no packs take ids or text, right- and left-padded, one by one, ending in eos.
+request.json is a `Request`. What the clients find is written beside it, to found.parquet: columns
+client, form, pair (the index), reward_chosen and reward_rejected. Export runs it in a fresh
+process, in a folder where nothing is, on a copy of what it is about to finish. Clients that know of
+no packs take ids or text, right- and left-padded, one by one, ending in eos.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import chdir
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet
 import torch
-from peft import AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import (
     AutoModelForSequenceClassification,
     logging,
@@ -24,16 +27,8 @@ from transformers import (
 
 from reward.data import tokenized
 from reward.exporting.clients_trl import HEAVY
-from reward.exporting.exported import (
-    BATCH,
-    MERGED,
-    Exported,
-    Forms,
-    Found,
-    exported_quantization,
-    load_exported,
-    paired,
-)
+from reward.exporting.exported import MERGED, exported_quantization, load_exported
+from reward.exporting.given import EOS, LEFT, RIGHT, SINGLE, Client, Exported, Form, Score, paired
 from reward.model.base import (
     Quantization,
     adapt,
@@ -44,109 +39,129 @@ from reward.model.base import (
 )
 from reward.model.packing import Texts, pairs_of
 from reward.model.scoring import score
+from reward.outputs import read_json
 from reward.process import processors, run
 
-ORIGINAL = "original_base"
+CLIENT, FORM, FOUND = "client", "form", "found.parquet"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be scored, by whom: an exported folder, tokenized pairs and their base, as paths.
+
+    `tokens_per_pack` is that of the evaluation.
+    """
+
+    folder: str
+    pairs: str
+    base: str
+    clients: Literal["light", "all"]
+    tokens_per_pack: int
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score pairs with an exported reward model.")
-    for name in ("folder", "pairs", "base", "out"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("clients", choices=["light", "all"])
-    parser.add_argument("tokens_per_pack", type=int)
-    given = parser.parse_args()
+    parser.add_argument("request", type=Path, help="JSON; found.parquet is written beside it")
+    path = parser.parse_args().request
     torch.set_num_threads(processors())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    exported = Exported(given.folder, pairs_of(tokenized.load(given.pairs, given.base)))
-    found = {"packs": by_packs(exported, given.tokens_per_pack)}
-    clients = LIGHT if given.clients == "light" else LIGHT | HEAVY
-    whole = (exported.folder / MERGED).is_dir()
-    for name, client in clients.items():
-        if whole or not name.endswith("merged"):
-            found[name] = client(exported)
-    if exported_quantization(exported.folder).bits == 4:
-        found[ORIGINAL] = on_original_base(exported, given.base, given.tokens_per_pack)
-    # A reward may be NaN, which export is to say.
-    given.out.write_text(json.dumps(found), encoding="utf-8")
+    pyarrow.parquet.write_table(find(Request(**read_json(path))), path.with_name(FOUND))
 
 
-# --- here ------------------------------------------------------------------------------------
+def find(request: Request) -> pa.Table:
+    """What the clients find, and, of a quantized base, what is found on the original one."""
+    folder, base = Path(request.folder), Path(request.base)
+    pairs = pairs_of(tokenized.load(Path(request.pairs), base))
+    exported = Exported(folder, pairs, base, request.tokens_per_pack)
+    clients = select(request.clients, merged=(folder / MERGED).is_dir())
+    found = [found_by(client, exported) for client in clients]
+    if exported_quantization(folder).bits == 4:
+        found.append(found_by(ORIGINAL, exported))
+    return pa.concat_tables(found)
 
 
-def by_packs(exported: Exported, tokens_per_pack: int) -> Forms:
-    """Packs, and packs of texts that end in eos: what the other clients must find of those."""
-    model = load_exported(exported.folder)
-    ended = [Texts(ids, 0) for ids in exported.ended.values()]
-    rewards = score(model, exported.pairs, tokens_per_pack).tolist()
-    of_ended = score(model, ended, tokens_per_pack).tolist() if ended else []
-    return {
-        "packs": paired(range(len(exported.pairs)), rewards),
-        "eos": paired(list(exported.ended), of_ended),
-    }
+def found_by(client: Client, exported: Exported) -> pa.Table:
+    """What a client finds in all its forms."""
+    rewards = client.open(exported)
+    tables = []
+    for form in client.forms:
+        table = rewards(form)
+        for place, (name, value) in enumerate(((CLIENT, client.name), (FORM, form.name))):
+            table = table.add_column(place, name, pa.array([value] * len(table), pa.string()))
+        tables.append(table)
+    return pa.concat_tables(tables)
 
 
-def on_original_base(exported: Exported, base: Path, tokens_per_pack: int) -> Forms:
+# --- packs -----------------------------------------------------------------------------------
+
+
+def packs(exported: Exported) -> Score:
+    return by_packs(exported, load_exported(exported.folder))
+
+
+def original_base(exported: Exported) -> Score:
     """The adapter on the base as it was before it was quantized."""
-    quantization = Quantization("none", "nf4", False, "float32")
-    model = adapt(load_base(base, quantization), exported.folder)
-    rewards = score(model, exported.pairs, tokens_per_pack).tolist()
-    return {"packs": paired(range(len(exported.pairs)), rewards)}
+    base = load_base(exported.base, Quantization.unquantized("float32"))
+    return by_packs(exported, adapt(base, exported.folder))
+
+
+def by_packs(exported: Exported, model: PeftModel) -> Score:
+    def rewards(form: Form) -> pa.Table:
+        pairs = dict(enumerate(exported.pairs))
+        if form.ended:
+            pairs = {index: Texts(ids, 0) for index, ids in exported.ended.items()}
+        if not pairs:
+            return paired([], [])
+        found = score(model, list(pairs.values()), exported.tokens_per_pack)
+        return paired(list(pairs), found.tolist())
+
+    return rewards
 
 
 # --- PEFT and transformers -------------------------------------------------------------------
 
 
-def peft(exported: Exported) -> Forms:
+def peft(exported: Exported) -> Score:
     with chdir(exported.folder), silent_peft():
         model = AutoPeftModelForSequenceClassification.from_pretrained(".", **exported.arguments)
     keep_weights_unpacked(model)
     return by_ids(exported, model)
 
 
-def transformers_adapter(exported: Exported) -> Forms:
+def transformers_adapter(exported: Exported) -> Score:
     return by_ids(exported, exported.load_adapter())
 
 
-def transformers_merged(exported: Exported) -> Forms:
+def transformers_merged(exported: Exported) -> Score:
     folder = exported.folder / MERGED
     model = AutoModelForSequenceClassification.from_pretrained(folder, device_map={"": device()})
     return by_ids(exported, model)
 
 
-def by_ids(exported: Exported, model: Any) -> Forms:
+def by_ids(exported: Exported, model: Any) -> Score:
     model.eval()
-    some = {index: exported.ids[index] for index in exported.sample}
 
-    def rewards(
-        pairs: dict[int, list[list[int]]], side: str = "right", batch: int = BATCH
-    ) -> Found:
+    def rewards(form: Form) -> pa.Table:
+        pairs = exported.ids_of(form)
         texts = [ids for pair in pairs.values() for ids in pair]
-        return paired(list(pairs), of_ids(model, exported.tokenizer, texts, side, batch))
+        return paired(list(pairs), of_ids(model, exported.tokenizer, texts, form))
 
-    return {
-        "right": rewards(exported.ids),
-        "left": rewards(some, "left"),
-        "single": rewards(some, batch=1),
-        "eos": rewards(exported.ended),
-    }
+    return rewards
 
 
 @torch.no_grad()
-def of_ids(
-    model: Any, tokenizer: Any, texts: Sequence[list[int]], side: str, batch: int
-) -> list[float]:
+def of_ids(model: Any, tokenizer: Any, texts: Sequence[list[int]], form: Form) -> list[float]:
     """Rewards of texts, in padded batches."""
     rewards: list[float] = []
-    for start in range(0, len(texts), batch):
-        some = {"input_ids": texts[start : start + batch]}
-        rows = tokenizer.pad(some, padding_side=side, return_tensors="pt")
+    for start in range(0, len(texts), form.batch):
+        some = {"input_ids": texts[start : start + form.batch]}
+        rows = tokenizer.pad(some, padding_side=form.side, return_tensors="pt")
         rewards += model(**rows.to(device())).logits[:, 0].tolist()
     return rewards
 
 
-def pipeline_adapter(exported: Exported) -> Forms:
+def pipeline_adapter(exported: Exported) -> Score:
     model = exported.load_adapter()
     # A base of the Hub does not say that it is a regression.
     scorer = pipeline(
@@ -158,39 +173,45 @@ def pipeline_adapter(exported: Exported) -> Forms:
     return by_pipeline(exported, scorer)
 
 
-def pipeline_merged(exported: Exported) -> Forms:
+def pipeline_merged(exported: Exported) -> Score:
     scorer = pipeline("text-classification", str(exported.folder / MERGED), device=device())
     return by_pipeline(exported, scorer)
 
 
-def by_pipeline(exported: Exported, scorer: Any) -> Forms:
-    some = {index: exported.texts[index] for index in exported.sample if index in exported.texts}
-    eos = exported.tokenizer.eos_token
-    ended = {index: [text + eos for text in some[index]] for index in some if eos is not None}
-
-    def rewards(pairs: dict[int, list[str]], side: str = "right", batch: int = BATCH) -> Found:
+def by_pipeline(exported: Exported, scorer: Any) -> Score:
+    def rewards(form: Form) -> pa.Table:
+        pairs = exported.texts_of(form)
         if not pairs:
-            return {}
-        scorer.tokenizer.padding_side = side
+            return paired([], [])
+        scorer.tokenizer.padding_side = form.side
         texts = [text for pair in pairs.values() for text in pair]
-        found = scorer(texts, batch_size=batch, padding=True, add_special_tokens=False)
+        found = scorer(texts, batch_size=form.batch, padding=True, add_special_tokens=False)
         return paired(list(pairs), [each["score"] for each in found])
 
-    return {
-        "right": rewards(exported.texts),
-        "left": rewards(some, "left"),
-        "single": rewards(some, batch=1),
-        "eos": rewards(ended),
-    }
+    return rewards
 
 
-LIGHT: dict[str, Callable[[Exported], Forms]] = {
-    "peft": peft,
-    "transformers_adapter": transformers_adapter,
-    "transformers_merged": transformers_merged,
-    "pipeline_adapter": pipeline_adapter,
-    "pipeline_merged": pipeline_merged,
-}
+# --- which there are -------------------------------------------------------------------------
+
+PACKED = Form("packs")
+# The packs that end in eos are what the other clients' rewards of such texts are compared with.
+PACKS = Client("packs", packs, (PACKED, EOS), merged=False)
+ORIGINAL = Client("original_base", original_base, (PACKED,), merged=False)
+EVERY_FORM = (RIGHT, LEFT, SINGLE, EOS)
+LIGHT = (
+    Client("peft", peft, EVERY_FORM, merged=False),
+    Client("transformers_adapter", transformers_adapter, EVERY_FORM, merged=False),
+    Client("transformers_merged", transformers_merged, EVERY_FORM, merged=True),
+    Client("pipeline_adapter", pipeline_adapter, EVERY_FORM, merged=False),
+    Client("pipeline_merged", pipeline_merged, EVERY_FORM, merged=True),
+)
+
+
+def select(which: str, merged: bool) -> list[Client]:
+    """Packs and the light clients, or all; those of the merged model if there is one."""
+    clients = (PACKS, *LIGHT, *(HEAVY if which == "all" else ()))
+    return [client for client in clients if merged or not client.merged]
+
 
 if __name__ == "__main__":
     run(main)

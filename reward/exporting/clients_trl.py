@@ -1,6 +1,6 @@
 """The heavy clients of an exported reward model: TRL's trainers and sentence-transformers.
 
-They are given what the light ones are (`exported.py`), and are imported when they are asked for.
+They are given what the light ones are (`given.py`), and are imported when they are asked for.
 """
 
 from collections.abc import Callable
@@ -8,16 +8,23 @@ from contextlib import chdir
 from importlib.util import find_spec
 from typing import Any
 
+import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from reward.exporting.exported import (
+from reward.exporting.exported import MERGED
+from reward.exporting.given import (
     BATCH,
-    MERGED,
+    EOS,
+    LEFT,
+    RIGHT,
     SAMPLE,
+    SINGLE,
+    Client,
     Conversation,
     Exported,
-    Forms,
-    Found,
+    Form,
+    Ids,
+    Score,
     paired,
 )
 from reward.model.base import device, keep_weights_unpacked
@@ -36,40 +43,36 @@ def require_libraries() -> None:
         )
 
 
-def cross_encoder_merged(exported: Exported) -> Forms:
+def cross_encoder_merged(exported: Exported) -> Score:
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(str(exported.folder / MERGED), device=str(device()))
-    pairs = exported.conversations
-    some = {index: pairs[index] for index in exported.sample if index in pairs}
 
-    def rewards(given: dict[int, Conversation], side: str = "right", batch: int = BATCH) -> Found:
-        if not given:
-            return {}
-        model.tokenizer.padding_side = side
-        texts = [(each.prompt, answer) for each in given.values() for answer in each.answers]
-        found = model.predict(texts, batch_size=batch, show_progress_bar=False)
-        return paired(list(given), found.tolist())
+    def rewards(form: Form) -> pa.Table:
+        pairs = exported.taken(exported.conversations, form)
+        if not pairs:
+            return paired([], [])
+        model.tokenizer.padding_side = form.side
+        texts = [(each.prompt, answer) for each in pairs.values() for answer in each.answers]
+        found = model.predict(texts, batch_size=form.batch, show_progress_bar=False)
+        return paired(list(pairs), found.tolist())
 
-    return {
-        "right": rewards(pairs),
-        "left": rewards(some, "left"),
-        "single": rewards(some, batch=1),
-    }
+    return rewards
 
 
-def trl_reward_merged(exported: Exported) -> Forms:
+def trl_reward_merged(exported: Exported) -> Score:
     """The rewards behind the figures of RewardTrainer.evaluate."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    def dataset(pairs: dict[int, list[list[int]]]) -> Any:
+    def dataset(pairs: dict[int, Ids]) -> Any:
         chosen, rejected = zip(*pairs.values(), strict=True)
         return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
 
-    def rewards(pairs: dict[int, list[list[int]]]) -> Found:
+    def rewards(form: Form) -> pa.Table:
+        pairs = exported.ids_of(form)
         if not pairs:
-            return {}
+            return paired([], [])
         batches.clear()
         trainer.evaluate(dataset(pairs))
         halves = [(batch[: len(batch) // 2], batch[len(batch) // 2 :]) for batch in batches]
@@ -88,10 +91,10 @@ def trl_reward_merged(exported: Exported) -> Forms:
     trainer = RewardTrainer(model, config, train_dataset=dataset(exported.ids))
     batches: list[list[float]] = []
     watch(trainer.model, batches.append)
-    return {"right": rewards(exported.ids), "eos": rewards(exported.ended)}
+    return rewards
 
 
-def trl_grpo_adapter(exported: Exported) -> Forms:
+def trl_grpo_adapter(exported: Exported) -> Score:
     """By the path of the folder, if it has all that a loader must know."""
     if not exported.has_base:
         return by_grpo(exported, exported.load_adapter())
@@ -99,18 +102,18 @@ def trl_grpo_adapter(exported: Exported) -> Forms:
         return by_grpo(exported, ".")
 
 
-def trl_grpo_merged(exported: Exported) -> Forms:
+def trl_grpo_merged(exported: Exported) -> Score:
     return by_grpo(exported, str(exported.folder / MERGED))
 
 
-def by_grpo(exported: Exported, reward_model: str | PreTrainedModel) -> Forms:
+def by_grpo(exported: Exported, reward_model: str | PreTrainedModel) -> Score:
     """The rewards of one step of GRPOTrainer, whose policy is made to give the answers of pairs."""
     from datasets import Dataset
     from trl import GRPOTrainer
 
     pairs = sample_of_conversations(exported)
     if not pairs:
-        return {"right": {}}
+        return lambda form: paired([], [])
     rollouts = Rollouts(exported.tokenizer, pairs)
     trainer = GRPOTrainer(
         tiny_policy(exported.tokenizer),
@@ -124,8 +127,12 @@ def by_grpo(exported: Exported, reward_model: str | PreTrainedModel) -> Forms:
     [judge] = trainer.reward_funcs
     keep_weights_unpacked(judge)
     watch(judge, rollouts.rewards.extend)
-    trainer.train()
-    return {"right": rollouts.found}
+
+    def rewards(_: Form) -> pa.Table:
+        trainer.train()
+        return rollouts.found
+
+    return rewards
 
 
 class Rollouts:
@@ -160,7 +167,7 @@ class Rollouts:
         return [{"prompt": [{"role": "user", "content": prompt}]} for prompt in self.pairs]
 
     @property
-    def found(self) -> Found:
+    def found(self) -> pa.Table:
         return paired(self.given, self.rewards)
 
 
@@ -213,9 +220,9 @@ def watch(model: Any, tell: Callable[[list[float]], Any]) -> None:
     model.register_forward_hook(lambda module, inputs, output: tell(output.logits[:, 0].tolist()))
 
 
-HEAVY: dict[str, Callable[[Exported], Forms]] = {
-    "cross_encoder_merged": cross_encoder_merged,
-    "trl_reward_merged": trl_reward_merged,
-    "trl_grpo_adapter": trl_grpo_adapter,
-    "trl_grpo_merged": trl_grpo_merged,
-}
+HEAVY = (
+    Client("cross_encoder_merged", cross_encoder_merged, (RIGHT, LEFT, SINGLE), merged=True),
+    Client("trl_reward_merged", trl_reward_merged, (RIGHT, EOS), merged=True),
+    Client("trl_grpo_adapter", trl_grpo_adapter, (RIGHT,), merged=False),
+    Client("trl_grpo_merged", trl_grpo_merged, (RIGHT,), merged=True),
+)

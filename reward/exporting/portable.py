@@ -1,21 +1,25 @@
-"""What makes an exported model right in loaders that know nothing of it: tokenizer, configuration.
+"""What makes an exported model right in loaders that know nothing of it: tokenizer, model.
 
 Such a loader reads the reward at the last token that is not the pad token, renders conversations by
 the tokenizer's chat template, cuts on the side that the tokenizer names, and puts a sigmoid over
 what is not called a regression.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
 from reward.data.tokens import Template, around, token_of
-from reward.outputs import digest, read_json, write_json
+from reward.model.base import ADAPTER_WEIGHTS, DTYPES, head_of, new_head, silent_peft
+from reward.outputs import read_json, write_json, write_text, writing
 from reward.process import Fault
 
 PAD = "<|reward_pad|>"
@@ -57,8 +61,22 @@ class Pad:
     rows: int
 
 
-def prepare_tokenizer(source: Path, folder: Path, template: Template, rows: int) -> Pad:
-    """Write the tokenizer of a base to a folder, with the template that goes with it.
+@dataclass(frozen=True)
+class PortableTokenizer:
+    """What tokenizer.json and tokenizer_config.json hold, and the template that goes with them."""
+
+    content: str
+    config: dict[str, Any]
+    pad: Pad
+    template: Template
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / "tokenizer.json", self.content)
+        write_json(folder / "tokenizer_config.json", self.config)
+
+
+def prepare_tokenizer(source: Path, template: Template, rows: int) -> PortableTokenizer:
+    """The tokenizer of a base as plain loaders need it.
 
     It gives the same ids as before. It has a pad token of its own, its chat template is what the
     reward model reads, and it cuts texts on the left at the maximum length. `rows` is the number of
@@ -67,8 +85,6 @@ def prepare_tokenizer(source: Path, folder: Path, template: Template, rows: int)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     config = read_json(source / "tokenizer_config.json")
     pad = find_pad(tokenizer, config, template, rows)
-    path = folder / "tokenizer.json"
-    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     chat = chat_template(tokenizer, config, template)
     config |= {
         "chat_template": chat,
@@ -77,9 +93,9 @@ def prepare_tokenizer(source: Path, folder: Path, template: Template, rows: int)
         "padding_side": "right",
         "truncation_side": "left",
     }
-    write_json(folder / "tokenizer_config.json", config)
-    replace(template, tokenizer=digest(path)).save(folder / "template.json")
-    return pad
+    content = tokenizer.to_str(pretty=True)
+    own = replace(template, tokenizer=hashlib.sha256(content.encode()).hexdigest())
+    return PortableTokenizer(content, config, pad, own)
 
 
 def find_pad(tokenizer: Tokenizer, config: dict[str, Any], template: Template, rows: int) -> Pad:
@@ -160,7 +176,7 @@ def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-# --- the configuration of models -------------------------------------------------------------
+# --- the model -------------------------------------------------------------------------------
 
 
 def prepare_model(model: PreTrainedModel, pad: Pad, reward: dict[str, Any]) -> None:
@@ -188,12 +204,37 @@ def embeddings(model: PreTrainedModel) -> int:
     return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
-def save_model(model: PreTrainedModel, folder: Path, tokenizer: Path) -> None:
-    """Write a classifier with the tokenizer of another folder, nothing of the library's version."""
-    model.save_pretrained(folder)
+def take_head(model: PreTrainedModel, adapter: Path) -> None:
+    """Give the model the head that an adapter was trained with, in the numbers of the model.
+
+    Plain loaders multiply the hidden states by the head as they are: in half precision a head of
+    fp32 is an error. The adapter keeps the head in fp32.
+    """
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    [head] = [tensor for name, tensor in tensors.items() if name.endswith("score.weight")]
+    new_head(model, seed=0)
+    head_of(model).weight.data.copy_(head)
+    head_of(model).to(model.dtype)
+
+
+def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model, whose weights are turned into the numbers that its 4 bits stand for, and LoRA's.
+
+    PEFT's merge into 4 bits would quantize again, and the original weights are not what was
+    trained: both change rewards. In fp32; `model` itself is used up.
+    """
+    if "quantization_config" in model.config:
+        model = model.dequantize(DTYPES["float32"])
+    with silent_peft():
+        return PeftModel.from_pretrained(model.float(), adapter).merge_and_unload()
+
+
+def save_model(model: PreTrainedModel, folder: Path, tokenizer: PortableTokenizer) -> None:
+    """Write a classifier with its tokenizer, without the version that transformers records."""
+    with writing(folder, room=sum(weight.nbytes for weight in model.parameters())):
+        model.save_pretrained(folder)
     path = folder / "config.json"
     config = read_json(path)
     del config["transformers_version"]
     write_json(path, config)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tokenizer / name).read_bytes())
+    tokenizer.save(folder)

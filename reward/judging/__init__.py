@@ -1,0 +1,1 @@
+"""What rewards say of a reward model."""

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from reward.data.records import FIELDS, LAST_TURN
 from reward.data.tokens import Encoder, common_start
-from reward.outputs import watched, writing
+from reward.outputs import watched, write_text
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_PAIRS = 10_000
@@ -48,9 +48,7 @@ def write(
     }
     # Nothing in a text may end the script element that holds it.
     data = json.dumps(content, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    with writing(path):
-        page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", data)
-        path.write_text(page, encoding="utf-8")
+    write_text(path, TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", data))
 
 
 def split(frame: tuple[str, str, str], chosen: str, rejected: str) -> tuple[str, str, str]:

@@ -1,0 +1,1 @@
+"""The reward model: base, adapters and head, packs of texts, training."""

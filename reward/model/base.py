@@ -21,13 +21,15 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from reward.model import attention, layers
-from reward.outputs import digests, read_json, recorded, require_files, write_json
+from reward.outputs import digests, read_json, recorded, require_files, write_json, writing
 from reward.params import Switch
 from reward.process import Fault
 
 DIGESTS, ADAPTER_WEIGHTS = "digests.json", "adapter_model.safetensors"
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,12 @@ class Quantization:
     bits: Literal[4, "none"]
     quant_type: Literal["nf4", "fp4"]
     double_quant: Switch
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    compute_dtype: ComputeDtype
+
+    @classmethod
+    def unquantized(cls, compute_dtype: ComputeDtype) -> "Quantization":
+        """A base whose weights stay as they are; what is set for 4 bits then has no effect."""
+        return cls("none", "nf4", False, compute_dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -205,7 +212,8 @@ def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) 
     `base` is what base_model_name_or_path will say. PEFT writes its model card and the target
     modules in the order of a set: the one is removed, the other sorted.
     """
-    model.save_pretrained(str(folder), safe_serialization=True)
+    with writing(folder, room=trained_bytes(model)):
+        model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -213,6 +221,11 @@ def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) 
     config["base_model_name_or_path"] = base
     write_json(path, config)
     write_json(folder / "quantization.json", quantization.recipe)
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """How much adapter and head take on the disk."""
+    return sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
 
 
 def base_record(base: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ neither a failed stage nor a temporary folder of an experiment takes them along.
 stands for everything that decides the bytes of the result.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,14 +12,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+from filelock import Timeout
 
-from reward.outputs import digest, digests, read_json, write_json, writing
+from reward.locks import hold
+from reward.outputs import digest, digests, read_json, whole_folder, write_json, writing
+from reward.params import read_yaml
 from reward.process import Fault
 
 DIGESTS = "digests.json"
@@ -67,15 +68,10 @@ class Run:
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
         """A folder to fill, which becomes checkpoint `step` whole or not at all."""
-        partial, final = self.folder / "partial", self.folder / f"step-{step}"
-        with writing(final):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+        with whole_folder(self.folder / f"step-{step}") as partial:
             yield partial
             content = {"run": self.folder.name, "files": digests(partial)}
             write_json(partial / DIGESTS, content)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
         for old in self._steps()[:-KEPT_STEPS]:
             shutil.rmtree(old)
 
@@ -95,7 +91,7 @@ class Run:
         marker = self.folder / "finished.json"
         if not marker.exists():
             return
-        stages = (YAML(typ="safe").load(lock) or {}).get("stages", {}) if lock.exists() else {}
+        stages = (read_yaml(lock) or {}).get("stages", {}) if lock.exists() else {}
         recorded = {out.get("md5") for out in stages.get(stage, {}).get("outs", [])}
         if read_json(marker)["metrics_md5"] in recorded:
             for path in self._steps():
@@ -103,7 +99,8 @@ class Run:
         marker.unlink()
 
     def _steps(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name[5:]))
+        found = self.folder.glob("step-*[0-9]")  # a killed run leaves a step-<n>.partial
+        return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 @contextmanager
@@ -114,36 +111,21 @@ def locked(name: str) -> Iterator[Run]:
     """
     root = Path(os.environ.get("DVC_ROOT", ".")) / "models" / "checkpoints"
     folder = root / name
-    for patience in reversed(range(PATIENCE)):
-        with writing(folder), _entering(root):
-            folder.mkdir(exist_ok=True)
-            lock = (folder / "lock").open("a")
-            if _lock(lock.fileno()):
+    with ExitStack() as held:
+        for patience in reversed(range(PATIENCE)):
+            # One process at a time, so that none removes a folder that another is about to lock.
+            with hold(root / "lock", seconds=-1), suppress(Timeout):
+                with writing(folder):
+                    folder.mkdir(exist_ok=True)
+                held.enter_context(hold(folder / "lock"))
                 _prune(root, folder)
                 break
-        lock.close()
-        if not patience:
-            raise Fault(f"{folder} is in use: another trainer works on the same run; wait for it")
-        time.sleep(0.1)
-    with lock:
+            if not patience:
+                raise Fault(
+                    f"{folder} is in use: another trainer works on the same run; wait for it"
+                )
+            time.sleep(0.1)
         yield Run(folder)
-
-
-@contextmanager
-def _entering(root: Path) -> Iterator[None]:
-    """One process at a time, so that none removes a folder that another is about to lock."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "lock").open("a") as door:
-        fcntl.flock(door.fileno(), fcntl.LOCK_EX)
-        yield
-
-
-def _lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _worth(run: Path) -> tuple[bool, float]:
@@ -158,6 +140,5 @@ def _prune(root: Path, current: Path) -> None:
     """
     others = [path for path in root.iterdir() if path.is_dir() and path != current]
     for path in sorted(others, key=_worth)[:-KEPT_RUNS]:
-        with (path / "lock").open("a") as lock:
-            if _lock(lock.fileno()):
-                shutil.rmtree(path)
+        with suppress(Timeout), hold(path / "lock"):
+            shutil.rmtree(path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from reward.outputs import read_json, write_json
+from reward.outputs import read_json, write_json, writing
 from reward.process import Fault, processors
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def paragraphs(folder: Path) -> list[str]:
 
 def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
     """Write the tokenizer with a configuration like that of Qwen2's base: pad is eos."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with writing(folder / "tokenizer.json"):
+        tokenizer.save(str(folder / "tokenizer.json"))
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -75,7 +76,8 @@ def save_model(model: "Qwen2ForCausalLM", folder: Path) -> None:
     from transformers import logging
 
     logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    with writing(folder, room=sum(weight.nbytes for weight in model.parameters())):
+        model.save_pretrained(folder)
     for path in (folder / "config.json", folder / "generation_config.json"):
         content = read_json(path)
         del content["transformers_version"]

@@ -42,11 +42,11 @@ from transformers import (
 
 from reward.data.columns import IDS, PREFIX
 from reward.model import checkpoints
-from reward.model.base import device, head_of
+from reward.model.base import device, head_of, trained_bytes
 from reward.model.packing import COLUMNS, Texts, into_packs, pack, pair, pairs_of, tokens
 from reward.model.pairwise import chosen_and_rejected, correct, losses, margins
 from reward.model.scoring import halved, rewards, score, within_memory
-from reward.outputs import read_json, write_json
+from reward.outputs import read_json, write_json, writing
 from reward.params import AboveZero, Positive, Rule, Seed, Switch, ZeroOrMore
 from reward.process import Fault
 
@@ -241,7 +241,8 @@ class RewardTrainer(Trainer):
         step = self.state.global_step
         with self.run.writing(step) as partial:
             self.args.output_dir = str(partial)
-            super()._save_checkpoint(model, trial)
+            with writing(partial, room=trained_bytes(self.reward_model)):
+                super()._save_checkpoint(model, trial)
             self.args.output_dir = folder
             written = partial / f"checkpoint-{step}"
             for path in written.iterdir():

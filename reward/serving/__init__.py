@@ -1,0 +1,1 @@
+"""Rewards for others: in a script, of files, over HTTP."""

@@ -11,7 +11,6 @@ Whatever stops it, the same command goes on where it was: rows wait in a journal
 """
 
 import argparse
-import fcntl
 import json
 import os
 import time
@@ -25,10 +24,12 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 import torch
+from filelock import Timeout
 from tqdm import tqdm
 
 from reward.data.reading import files, read, unit
 from reward.data.records import BadRecord, candidates
+from reward.locks import hold
 from reward.model.base import DIGESTS
 from reward.outputs import digest, writing
 from reward.process import Fault, processors, run
@@ -242,13 +243,15 @@ class Journal:
         return map(json.loads, islice(self._file, 1, None))
 
     def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            self._file.write(content)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _cut(self, place: int) -> None:
-        self._file.seek(place)
-        self._file.truncate()
+        with writing(self._path):
+            self._file.seek(place)
+            self._file.truncate()
 
     def _wanted(self, what: str) -> str:
         return f"wanted the same {what}, or {self._path} removed to begin again"
@@ -261,20 +264,32 @@ def journal_beside(output: Path, model: Path) -> Iterator[Journal]:
     Raises a Fault where another process, or another model, is at work on it.
     """
     path = output.with_name(output.name + ".journal")
-    # Around the closing too, which tries again to write what did not fit.
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Another process may have ended, and removed it, before this one had the lock.
-                free = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except (BlockingIOError, FileNotFoundError):
-                free = False
-            if not free:
-                raise Fault(f"{path} is in use: another process scores to {output}")
+    with alone(path, output):
+        with writing(path):
+            file = path.open("a+b")
+        try:
             yield Journal(path, file, digest(model / DIGESTS))
-            path.unlink()
+        finally:
+            # Closing tries again to write what did not fit.
+            with writing(path):
+                file.close()
+        path.unlink()
+
+
+@contextmanager
+def alone(journal: Path, output: Path) -> Iterator[None]:
+    """No other process scores to an output; the lock file goes when this one is done."""
+    lock = journal.with_name(journal.name + ".lock")
+    try:
+        with hold(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout:
+        raise Fault(f"{journal} is in use: another process scores to {output}") from None
 
 
 def publish(journal: Journal, output: Path) -> None:

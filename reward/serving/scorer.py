@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from reward.data.records import BadRecord, Candidates, Messages, candidates
 from reward.data.tokens import Encoder, Template, prefix_length
 from reward.exporting.exported import load_exported
@@ -122,8 +124,10 @@ def ranks(rewards: Sequence[float]) -> list[int]:
 
     [0.5, 2.0, 0.5] gives [2, 1, 2].
     """
-    order = sorted(rewards, reverse=True)
-    return [order.index(reward) + 1 for reward in rewards]
+    from scipy.stats import rankdata
+
+    found: list[int] = rankdata(-np.asarray(rewards), method="min").astype(int).tolist()
+    return found
 
 
 def reward_function(folder: str | Path) -> Callable[..., list[float]]:

@@ -251,11 +251,11 @@ class Project:
 
     def checkpoints(self) -> list[int]:
         """The steps of whole checkpoints."""
-        found = self.folder.glob("models/checkpoints/*/step-*")
+        found = self.folder.glob("models/checkpoints/*/step-*[0-9]")
         return sorted(int(path.name.removeprefix("step-")) for path in found)
 
     def writing(self) -> bool:
-        return any(self.folder.glob("models/checkpoints/*/partial"))
+        return any(self.folder.glob("models/checkpoints/*/step-*.partial"))
 
     def finished(self) -> bool:
         return any(self.folder.glob("models/checkpoints/*/finished.json"))

@@ -1,0 +1,88 @@
+"""Measure side by side how fast this pipeline and others train a reward model.
+
+python -m benchmarks.speed
+
+Ours against TRL's RewardTrainer, against the article's loop (one pair at a time, two passes), and
+against the bare matrix products of the base's linear layers. All have the same base, pairs, order
+of pairs, first adapter and head, optimizer and threads; they take turns, each time in a process of
+its own, and the median counts. Prints a table and writes it to benchmarks/results/<cpu or cuda>.md,
+with the raw figures (.json) and a picture (.svg) beside it. Needs the extra `bench`.
+"""
+
+import argparse
+import os
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.speed.contenders import contenders
+from benchmarks.speed.hardware import HARDWARE
+from benchmarks.speed.measuring import alone, measure
+from benchmarks.speed.report import as_markdown, describe, write
+from benchmarks.speed.workload import PAIRS_PER_STEP, prepare
+from reward.data.tokens import TEMPLATES
+from reward.process import Fault, run
+
+
+def main() -> None:
+    options = parse()
+    # Before the first process is started; bitsandbytes and PyTorch have each their own OpenMP.
+    os.environ.update(OMP_NUM_THREADS=str(options.threads), MKL_NUM_THREADS=str(options.threads))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    chosen = {
+        name: contender
+        for name, contender in contenders(HARDWARE).items()
+        if name in (options.only or [name])
+    }
+    with TemporaryDirectory() as scratch:
+        print("preparing base, pairs and adapter", file=sys.stderr)
+        workload = alone(partial(prepare, options, Path(scratch)))
+        settings = describe(workload, options)
+        rows = measure(workload, chosen, options.repeats)
+    report = as_markdown(settings, rows)
+    print(report)
+    write(settings, rows, report)
+
+
+def parse() -> argparse.Namespace:
+    """The command line. Raises a Fault for what cannot be measured."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = list(contenders(HARDWARE))
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each contender")
+    parser.add_argument("--pairs", type=int, default=256, help="pairs, a multiple of 8")
+    parser.add_argument("--seed", type=int, default=0, help="of generating, or drawing, the pairs")
+    parser.add_argument("--data", type=Path, help="preference pairs instead of generated ones")
+    parser.add_argument("--template", default="zh", choices=[*TEMPLATES, "chat"], help="of --data")
+    parser.add_argument("--base", type=Path, help="folder of a base instead of a small random one")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens-per-pack", type=int, default=4096)
+    options = parser.parse_args()
+    for name, lowest in (("repeats", 1), ("threads", 1), ("tokens_per_pack", 1), ("seed", 0)):
+        if (value := getattr(options, name)) < lowest:
+            raise Fault(f"--{name.replace('_', '-')} is {value}, wanted at least {lowest}")
+    least = 2 * max(HARDWARE.trl_batches)
+    if options.pairs < least or options.pairs % PAIRS_PER_STEP:
+        raise Fault(
+            f"--pairs is {options.pairs}, wanted a multiple of {PAIRS_PER_STEP} and at least "
+            f"{least}: the first step of each contender is not counted"
+        )
+    if unknown := sorted(set(options.only or names) - set(names)):
+        raise Fault(f"--only names {', '.join(unknown)}, wanted some of {', '.join(names)}")
+    if options.base and not (options.base / "config.json").is_file():
+        raise Fault(f"{options.base}/config.json is not here, wanted the folder of a base model")
+    if any(name.startswith("trl") for name in options.only or names) and not find_spec("trl"):
+        raise Fault("trl is not installed here; pip install -e .[bench], or leave it out by --only")
+    return options
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,204 @@
+"""The rows of the table: ours, TRL's trainer, the article's loop, and the floor of each."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+from benchmarks.speed.floor import by_onednn, floor, floor_of_scoring
+from benchmarks.speed.hardware import CPU, HARDWARE, QUANTIZATION, Hardware
+from benchmarks.speed.measuring import Contender, Measurement, Stopwatch
+from benchmarks.speed.workload import DENSE, PAIRS_PER_STEP, Workload, with_adapter
+from reward.model.base import head_of, load_base, stock
+from reward.model.checkpoints import Run
+from reward.model.packing import COLUMNS
+from reward.model.pairwise import losses
+from reward.model.scoring import score
+from reward.model.trainer import RewardTrainer, Train
+
+# The arguments that all trainers share, by their names in transformers. One point of the curve a
+# step, so that the losses of all can be compared.
+SHARED: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.3,
+    "weight_decay": 0.001,
+    "max_grad_norm": 0.3,
+    "optim": "adamw_torch",
+    "logging_steps": 1,
+    "seed": 0,
+    "report_to": "none",
+}
+
+# Columns that TRL takes for texts that are tokenized already.
+TRL_COLUMNS = ("chosen_ids", "rejected_ids")
+
+
+def contenders(hardware: Hardware) -> dict[str, Contender]:
+    """All rows of the table by the names that --only takes."""
+    rows = {
+        "ours": Contender("ours", ours),
+        "ours-checkpointing": Contender(
+            "ours, gradient checkpointing", partial(ours, checkpointing=True)
+        ),
+    }
+    for batch in hardware.trl_batches:
+        times = f" x {PAIRS_PER_STEP // batch}" if batch < PAIRS_PER_STEP else ""
+        label = f"TRL, batch {batch}{times}"
+        if batch in (1, PAIRS_PER_STEP):
+            rows[f"trl-{batch}-checkpointing"] = Contender(
+                f"{label}, gradient checkpointing (default)",
+                partial(trl, batch=batch, checkpointing=True),
+            )
+        rows[f"trl-{batch}"] = Contender(label, partial(trl, batch=batch, checkpointing=False))
+    rows |= {
+        "article": Contender("the article's loop", article),
+        "floor": Contender("floor: bare matrix products", floor),
+    }
+    if hardware is CPU:
+        rows["floor-onednn"] = Contender(
+            "the floor by oneDNN, as ours multiplies", partial(floor, multiply=by_onednn)
+        )
+    return rows | {
+        "ours-scoring": Contender("ours, scoring", scoring, "floor-scoring"),
+        "floor-scoring": Contender("floor of scoring", floor_of_scoring, "floor-scoring"),
+    }
+
+
+def ours(workload: Workload, checkpointing: bool = False) -> Measurement:
+    """The trainer of stages.train."""
+    group = Train(
+        **SHARED,
+        pairs_per_step=PAIRS_PER_STEP,
+        tokens_per_pack=workload.tokens_per_pack,
+        max_steps=-1,
+        gradient_checkpointing=checkpointing,
+        deterministic=False,
+        eval_steps=len(workload.pairs),
+        save_steps=len(workload.pairs),
+    )
+    prefixes = [texts.prefix for texts in workload.pairs]
+    dataset = texts_of(workload, COLUMNS[:2]).add_column(COLUMNS[2], prefixes)
+    model = with_adapter(load_base(workload.base, QUANTIZATION), workload)
+    with TemporaryDirectory() as name:
+        folder, validation = Path(name), dataset.select([0])
+        trainer = RewardTrainer(model, group, Run(folder), dataset, validation, folder)
+        # As all others here: the steps then have the pairs of which the floor computes the packs.
+        trainer.args.train_sampling_strategy = "sequential"
+        return timed(trainer, model, workload)
+
+
+def trl(workload: Workload, batch: int, checkpointing: bool) -> Measurement:
+    """TRL's RewardTrainer as documented, at the same pairs a step where the batch allows it."""
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer as TrlTrainer
+
+    base = (
+        stock(workload.dense, DENSE) if HARDWARE.trl_dense else stock(workload.base, QUANTIZATION)
+    )
+    model = with_adapter(base, workload, get_peft_model)
+    with TemporaryDirectory() as output:
+        trainer = TrlTrainer(
+            model=model,
+            args=RewardConfig(
+                **others(output, batch),
+                gradient_checkpointing=checkpointing,
+                bf16=QUANTIZATION.dtype == torch.bfloat16,
+                max_length=None,
+            ),
+            train_dataset=texts_of(workload),
+            processing_class=AutoTokenizer.from_pretrained(workload.base),
+        )
+        return timed(trainer, model, workload)
+
+
+class ArticleTrainer(Trainer):
+    """A Trainer of one pair at a time: a pass for the chosen text, another for the rejected one."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        chosen, rejected = (self.reward(inputs[side]) for side in TRL_COLUMNS)
+        return losses(chosen, rejected).mean()
+
+    def reward(self, input_ids: Tensor) -> Tensor:
+        """The reward of one text, [1], with the head in fp32 as it is in ours."""
+        model: Any = self.model
+        classifier = model.get_base_model()
+        output = classifier.base_model(input_ids=input_ids, use_cache=False)
+        return head_of(classifier)(output.last_hidden_state[:, -1].float())[:, 0]
+
+
+def article(workload: Workload) -> Measurement:
+    """The loop of the article, with this project's steps of several pairs."""
+    model = with_adapter(stock(workload.base, QUANTIZATION), workload, get_peft_model)
+    with TemporaryDirectory() as output:
+        trainer = ArticleTrainer(
+            model=model,
+            args=TrainingArguments(**others(output, batch=1), remove_unused_columns=False),
+            train_dataset=texts_of(workload),
+            data_collator=lambda rows: {
+                side: torch.tensor([row[side] for row in rows]) for side in rows[0]
+            },
+        )
+        return timed(trainer, model, workload)
+
+
+def others(output: str, batch: int) -> dict[str, Any]:
+    """The arguments of trainers that are not ours."""
+    return SHARED | {
+        "output_dir": output,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": max(1, PAIRS_PER_STEP // batch),
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": HARDWARE.name == "cpu",
+    }
+
+
+def texts_of(workload: Workload, columns: Sequence[str] = TRL_COLUMNS) -> Dataset:
+    """The ids of chosen and rejected in columns of the given names."""
+    chosen, rejected = zip(*(texts.ids for texts in workload.pairs), strict=True)
+    return Dataset.from_dict(dict(zip(columns, (chosen, rejected), strict=True)))
+
+
+def scoring(workload: Workload) -> Measurement:
+    """The rewards of the same pairs, without a gradient."""
+    model = with_adapter(load_base(workload.base, QUANTIZATION), workload)
+    stopwatch = Stopwatch(embedding_of(model))
+    first, rest = workload.pairs[:PAIRS_PER_STEP], workload.pairs[PAIRS_PER_STEP:]
+    stopwatch.prepare()
+    score(model, first, workload.tokens_per_pack)
+    stopwatch.start()
+    score(model, rest, workload.tokens_per_pack)
+    stopwatch.stop()
+    return stopwatch.measurement(len(rest))
+
+
+def timed(trainer: Trainer, model: PeftModel, workload: Workload) -> Measurement:
+    """Train, and measure it."""
+    stopwatch = Stopwatch(embedding_of(model))
+    trainer.add_callback(stopwatch)
+    trainer.train()
+    args = trainer.args
+    first = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return stopwatch.measurement(len(workload.pairs) - first, curve)
+
+
+def embedding_of(model: PeftModel) -> nn.Module:
+    classifier: Any = model.get_base_model()
+    return classifier.get_input_embeddings()

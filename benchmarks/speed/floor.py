@@ -1,0 +1,74 @@
+"""The bare matrix products of the base's linear layers, with the tokens of our packs."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed.hardware import QUANTIZATION
+from benchmarks.speed.measuring import Measurement, Stopwatch
+from benchmarks.speed.workload import PAIRS_PER_STEP, Workload
+from reward.model.base import device
+from reward.model.layers import product
+from reward.model.packing import into_packs, tokens
+
+Multiply = Callable[[Tensor, Tensor, Tensor], Any]
+
+
+def by_torch(x: Tensor, weight: Tensor, result: Tensor) -> None:
+    torch.mm(x, weight.T, out=result)
+
+
+def by_onednn(x: Tensor, weight: Tensor, _: Tensor) -> None:
+    """As the frozen layers of ours; oneDNN makes a result of its own."""
+    product(x, weight)
+
+
+def floor(workload: Workload, multiply: Multiply = by_torch) -> Measurement:
+    """The products of a training step's passes: forward, and back to the layers' inputs."""
+    steps = [[tokens(texts) for texts in step] for step in workload.steps()]
+    return products(workload, steps, multiply, backward=True)
+
+
+def floor_of_scoring(workload: Workload) -> Measurement:
+    """The products of the passes that `scoring` makes, in its packs of pairs of like length."""
+    sizes = [tokens(texts) for texts in workload.pairs]
+    parts = sizes[:PAIRS_PER_STEP], sizes[PAIRS_PER_STEP:]
+    steps = [sorted(part, reverse=True) for part in parts]
+    return products(workload, steps, by_torch, backward=False)
+
+
+def products(
+    workload: Workload, steps: list[list[int]], multiply: Multiply, backward: bool
+) -> Measurement:
+    """Multiply the tokens of each step's packs with all linear layers of the decoder, no more.
+
+    `steps` has the tokens of each pair. What is multiplied is made before, and a place for each
+    size of result, so that no memory need be asked for meanwhile.
+    """
+    packs = [
+        [
+            sum(sizes[index] for index in group)
+            for group in into_packs(sizes, workload.tokens_per_pack)
+        ]
+        for sizes in steps
+    ]
+    make = partial(torch.randn, dtype=QUANTIZATION.dtype, device=device())
+    weights = [make(shape) for shape in workload.linear]
+    sizes = {size for shape in workload.linear for size in shape}
+    most = max(map(max, packs))
+    inputs, results = ({size: make(most, size) for size in sizes} for _ in range(2))
+    stopwatch = Stopwatch()
+    stopwatch.prepare()
+    for number, step in enumerate(packs):
+        if number == 1:
+            stopwatch.start()
+        for rows in step:
+            stopwatch.tokens += rows
+            for weight in [*weights, *(weight.T for weight in reversed(weights) if backward)]:
+                after, before = weight.shape
+                multiply(inputs[before][:rows], weight, results[after][:rows])
+    stopwatch.stop()
+    return stopwatch.measurement(sum(map(len, steps[1:])))

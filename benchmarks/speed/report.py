@@ -1,0 +1,223 @@
+"""The results: a table, the raw figures and a picture, with what they hold for."""
+
+import argparse
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import vl_convert
+
+from benchmarks.speed.hardware import HARDWARE
+from benchmarks.speed.measuring import Row
+from benchmarks.speed.workload import PAIRS_PER_STEP, SHAPE, Workload
+from reward.outputs import read_json, write_json
+
+RESULTS = Path("benchmarks/results")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
+VEGA_LITE = "5.21"
+COLORS = {"ours": "#1f5a8f", "trl": "#c2763c", "article": "#8a8a8a", "floor": "#cfd6dc"}
+INK = "#222222"
+
+
+def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures hold for."""
+    config = read_json(workload.base / "config.json")
+    answers = [len(ids) - texts.prefix for texts in workload.pairs for ids in texts.ids]
+    return {
+        "hardware": HARDWARE.describe(),
+        "threads": options.threads,
+        "base": options.base.name if options.base else "random",
+        "shape": {name: config[name] for name in ("model_type", *SHAPE) if name in config},
+        "data": options.data.name if options.data else f"generated from seed {options.seed}",
+        "pairs": len(workload.pairs),
+        "pairs_per_step": PAIRS_PER_STEP,
+        "prefix": percentiles([texts.prefix for texts in workload.pairs]),
+        "answer": percentiles(answers),
+        "tokens_per_pack": workload.tokens_per_pack,
+        "repeats": options.repeats,
+        "versions": {name: version(name) for name in LIBRARIES if find_spec(name)},
+    }
+
+
+def percentiles(sizes: list[int]) -> list[int]:
+    """Those of the 50th, 90th and 99th percentile."""
+    found: list[int] = np.quantile(sizes, [0.5, 0.9, 0.99], method="nearest").tolist()
+    return found
+
+
+def as_markdown(settings: dict[str, Any], rows: dict[str, Row]) -> str:
+    """The table with what it holds for and how it is to be read."""
+    prefix, answer = ("/".join(map(str, settings[name])) for name in ("prefix", "answer"))
+    shape = ", ".join(f"{name} {value}" for name, value in settings["shape"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    lines = [
+        f"# Speed of training on {HARDWARE.name.upper()}",
+        "Written by `python -m benchmarks.speed`, which says what is measured and how.",
+        f"![Pairs per second, and tokens computed for a pair]({HARDWARE.name}.svg)",
+        "\n".join(
+            [
+                f"- {settings['hardware']}, threads: {settings['threads']}",
+                f"- base: {settings['base']} ({shape})",
+                f"- {settings['pairs']} pairs, {settings['data']}; tokens at the 50th/90th/99th "
+                f"percentile: prefix {prefix}, answer {answer}",
+                f"- {settings['pairs_per_step']} pairs a step, the first step not counted; at most "
+                f"{settings['tokens_per_pack']} tokens in one of our packs",
+                f"- median, and range, of {settings['repeats']} measurements, each in a process of "
+                "its own, the contenders taking turns",
+                f"- {versions}",
+            ]
+        ),
+        table(rows),
+        *compared(rows),
+        "The floor is what the matrix products of the base's linear layers take with the tokens of "
+        "our packs: forward and back to the layers' inputs, for scoring forward alone. A row's "
+        "share of it is its speed by the floor's.",
+        HARDWARE.note,
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def table(rows: dict[str, Row]) -> str:
+    """One line for each contender; its error, where it has no figures."""
+    heads = [
+        *("", "pairs/s", "range", "ours is ... times as fast", "tokens computed for a pair"),
+        *("peak memory, GB", "before the first step, GB", "share of the floor"),
+        "loss of the last step",
+    ]
+    lines = [
+        heads,
+        ["---", *["---:"] * (len(heads) - 1)],
+        *(cells(row, rows) for row in rows.values()),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(row: Row, rows: dict[str, Row]) -> list[str]:
+    none = "–"
+    if not row.measurements:
+        return [row.label, row.error.replace("|", "/"), *[none] * 7]
+    speeds = [each.speed for each in row.measurements]
+    peak, before = (
+        median(getattr(each, name) for each in row.measurements)
+        for name in ("memory_peak", "memory_before")
+    )
+    curve = row.measurements[-1].losses
+    ours, floor = rows.get("ours"), rows.get(row.floor)
+    return [
+        row.label,
+        f"{row.speed:.2f}",
+        f"{min(speeds):.2f} to {max(speeds):.2f}",
+        f"{ours.speed / row.speed:.2f}" if ours and ours.measurements and curve else none,
+        f"{row.tokens_per_pair:.1f}",
+        f"{peak:.2f}",
+        f"{before:.2f}",
+        f"{row.speed / floor.speed:.0%}" if floor and floor.measurements else none,
+        f"{curve[-1]:.7f}" if curve else none,
+    ]
+
+
+def compared(rows: dict[str, Row]) -> list[str]:
+    """The sentences on TRL at its best, and on the floor by oneDNN."""
+    measured = {name: row for name, row in rows.items() if row.measurements}
+    ours, fast = measured.get("ours"), measured.get("floor-onednn")
+    if not ours:
+        return []
+    sentences = []
+    if others := [row for name, row in measured.items() if name.startswith("trl")]:
+        best = max(others, key=lambda row: row.speed)
+        sentences += [
+            f'The fastest of TRL\'s is "{best.label}" with {best.speed:.2f} pairs/s: ours is '
+            f"{ours.speed / best.speed:.2f} times as fast."
+        ]
+    if fast:
+        sentences += [
+            "PyTorch multiplies by MKL, ours by oneDNN, which knows more processors; a share of "
+            "the floor can then exceed 100%. Of the same floor by oneDNN, ours has "
+            f"{ours.speed / fast.speed:.0%}."
+        ]
+    return sentences
+
+
+def chart(rows: dict[str, Row]) -> dict[str, Any]:
+    """Vega-Lite: pairs per second of training, and the tokens computed for a pair."""
+    values = [
+        {
+            "row": row.label,
+            "speed": row.speed,
+            "low": min(each.speed for each in row.measurements),
+            "high": max(each.speed for each in row.measurements),
+            "tokens": row.tokens_per_pair,
+            "kind": name.partition("-")[0],
+        }
+        for name, row in rows.items()
+        if row.measurements and row.floor == "floor"
+    ]
+    across = {
+        "mark": {"type": "rule", "color": INK},
+        "encoding": {"x": {"field": "low", "type": "quantitative"}, "x2": {"field": "high"}},
+    }
+    labels = {"labelLimit": 400, "ticks": False, "domain": False}
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "background": "white",
+        "padding": 16,
+        "data": {"values": values},
+        "hconcat": [
+            panel("speed", "high", "pairs per second", ".3~r", labels, [across]),
+            panel("tokens", "tokens", "tokens computed for a pair", ".0f", None, []),
+        ],
+        "spacing": 40,
+        "config": {"view": {"stroke": None}, "axis": {"grid": False, "tickCount": 5}},
+    }
+
+
+def panel(
+    field: str,
+    end: str,
+    title: str,
+    digits: str,
+    labels: dict[str, Any] | None,
+    across: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """A bar for each row, what is drawn `across` it, and the figure behind its `end`."""
+    colors = {"domain": list(COLORS), "range": list(COLORS.values())}
+    return {
+        "width": 300,
+        "height": {"step": 24},
+        "encoding": {
+            "y": {"field": "row", "type": "nominal", "sort": None, "title": None, "axis": labels}
+        },
+        "layer": [
+            {
+                "mark": {"type": "bar", "height": 15},
+                "encoding": {
+                    "x": {"field": field, "type": "quantitative", "title": title},
+                    "color": {"field": "kind", "type": "nominal", "scale": colors, "legend": None},
+                },
+            },
+            *across,
+            {
+                "mark": {"type": "text", "align": "left", "dx": 5, "color": INK},
+                "encoding": {
+                    "x": {"field": end, "type": "quantitative"},
+                    "text": {"field": field, "format": digits},
+                },
+            },
+        ],
+    }
+
+
+def write(settings: dict[str, Any], rows: dict[str, Row], report: str) -> None:
+    """Write table, raw figures and picture."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / HARDWARE.name
+    raw = {name: asdict(row) for name, row in rows.items()}
+    write_json(path.with_suffix(".json"), {"settings": settings, "rows": raw})
+    path.with_suffix(".svg").write_text(
+        vl_convert.vegalite_to_svg(chart(rows), vl_version=VEGA_LITE), encoding="utf-8"
+    )
+    path.with_suffix(".md").write_text(report, encoding="utf-8")

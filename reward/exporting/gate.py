@@ -1,0 +1,119 @@
+"""The gate of export: what its clients find must be what evaluate found.
+
+`run_clients` has them score a copy of the folder in a fresh process, `measure` compares.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reward.data.columns import REWARDS
+from reward.exporting import clients
+from reward.exporting.clients import CLIENT, FORM, ORIGINAL, PACKED, PACKS, Request
+from reward.exporting.given import EOS, PAIR, Client, Form
+from reward.model.base import base_record
+from reward.outputs import write_json
+
+# Rewards of pairs, [pairs, 2]: chosen, rejected.
+Rewards = npt.NDArray[np.float64]
+Figures = dict[str, float]
+ByClient = dict[str, dict[str, Figures]]
+
+
+def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProcess[str]:
+    """Run reward.exporting.clients on a request; what it finds is in `elsewhere`/found.parquet.
+
+    A base of the Hub is taken from the request's base, as if the Hub had been asked for it.
+    """
+    hub_cache(elsewhere / "hub", Path(request.base))
+    (elsewhere / "empty").mkdir()
+    write_json(elsewhere / "request.json", asdict(request))
+    where = {
+        "PYTHONPATH": str(Path(clients.__file__).parents[2]),
+        "HF_HUB_CACHE": str(elsewhere / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", clients.__name__, str(elsewhere / "request.json")],
+        cwd=elsewhere / "empty",
+        env=os.environ | where,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def hub_cache(cache: Path, base: Path) -> None:
+    """A cache of the Hub that holds a base as the model and commit it came from."""
+    record = base_record(base)
+    if record["kind"] != "hub":
+        return
+    repository = cache / f"models--{record['name'].replace('/', '--')}"
+    snapshot, reference = (repository / part / record["revision"] for part in ("snapshots", "refs"))
+    snapshot.mkdir(parents=True)
+    reference.parent.mkdir()
+    reference.write_text(record["revision"])
+    for name in record["files"]:
+        (snapshot / name).symlink_to(base.absolute() / name)
+
+
+def rewards_of(table: pa.Table) -> Rewards:
+    """Both rewards of every row: [rows, 2]."""
+    return np.stack([table[name].to_numpy() for name in REWARDS], axis=1).astype(np.float64)
+
+
+def measure(found: pa.Table, selected: Sequence[Client], evaluated: Rewards) -> dict[str, Any]:
+    """Figures of each client by the form of what it was given.
+
+    Rewards of texts that end in eos are compared with those of packs of such texts. `evaluated` is
+    [pairs, 2].
+    """
+    of_ended = rows(found, PACKS, EOS)
+    ended = np.full_like(evaluated, np.nan)
+    ended[of_ended[PAIR].to_numpy()] = rewards_of(of_ended)
+    by_client = {
+        client.name: {
+            form.name: difference(rows(found, client, form), ended if form.ended else evaluated)
+            for form in client.forms
+            if (client, form) != (PACKS, EOS)
+        }
+        for client in selected
+    }
+    metrics: dict[str, Any] = {"pairs": len(evaluated), "clients": by_client}
+    original = rows(found, ORIGINAL, PACKED)
+    if len(original):
+        metrics[ORIGINAL.name] = difference(original, evaluated)
+    return metrics
+
+
+def rows(found: pa.Table, client: Client, form: Form) -> pa.Table:
+    """What a client found in a form."""
+    return found.filter((pc.field(CLIENT) == client.name) & (pc.field(FORM) == form.name))
+
+
+def difference(found: pa.Table, expected: Rewards) -> Figures:
+    """How far the rewards of some pairs are from those expected of all; of none their number."""
+    if not len(found):
+        return {"pairs": 0}
+    here, there = rewards_of(found), expected[found[PAIR].to_numpy()]
+    apart, margin = np.abs(here - there), here[:, 0] - here[:, 1]
+    return {
+        "pairs": len(here),
+        "difference_max": three_digits(apart.max()),
+        "difference_mean": three_digits(apart.mean()),
+        "flips": int((np.sign(margin) != np.sign(there[:, 0] - there[:, 1])).sum()),
+        "accuracy": float(np.heaviside(margin, 0.5).mean()),
+    }
+
+
+def three_digits(number: float) -> float:
+    return float(f"{number:.3g}")

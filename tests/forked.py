@@ -1,0 +1,105 @@
+"""Processes of their own without the seconds in which a fresh one imports the libraries.
+
+They are forked from a server process that has imported them, and are otherwise what
+subprocess.Popen gives: output by pipes, signals, a status.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import chdir
+from multiprocessing import forkserver, get_context
+from multiprocessing.connection import Connection
+from typing import Any, cast
+
+from reward.process import run
+from reward.serving import score, serve
+from reward.serving.scorer import Ids, Scorer
+from tests.support import ROOT
+
+FROM_SERVER = get_context("forkserver")
+# Seconds after which a process that does not end is killed.
+PATIENCE = 60
+
+
+class Forked:
+    """A process that calls a function of this module."""
+
+    def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
+        FROM_SERVER.set_forkserver_preload([__name__])
+        with chdir(ROOT):  # from where the server imports
+            forkserver.ensure_running()
+        ends = [FROM_SERVER.Pipe(duplex=False) for _ in range(2)]
+        writers = [writer for _, writer in ends]
+        self._process = FROM_SERVER.Process(target=redirected, args=(writers, work, arguments))
+        self._process.start()
+        for writer in writers:
+            writer.close()
+        self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader, _ in ends)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(cast(int, self._process.pid), number)
+
+    def communicate(self) -> tuple[str, str]:
+        """What is left to read of its output and its errors, once it has ended by itself."""
+        patience = threading.Timer(PATIENCE, self._process.kill)
+        patience.start()
+        found = self.stdout.read(), self.stderr.read()
+        self._process.join()
+        patience.cancel()
+        return found
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.stdout.close()
+        self.stderr.close()
+
+
+def redirected(
+    writers: list[Connection], work: Callable[..., None], arguments: Sequence[Any]
+) -> None:
+    for number, writer in enumerate(writers, start=1):
+        os.dup2(writer.fileno(), number)
+        writer.close()
+    run(lambda: work(*arguments))
+
+
+def score_files(batch: int, *arguments: str) -> None:
+    """The command that scores, a few records at a time."""
+    score.BATCH_CHARACTERS = batch
+    sys.argv = ["score", *arguments]
+    score.main()
+
+
+def say(what: str) -> None:
+    """Print a line at once, whole: several threads would mix the pieces that print writes."""
+    os.write(1, f"{what}\n".encode())
+
+
+class Slow:
+    """A scorer that says what it does, and takes some seconds for each pack."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[Ids]:
+        say("accepted")
+        return [[len(text)] for text in texts]
+
+    def rewards(self, texts: Sequence[Ids], prompts: Sequence[Hashable]) -> list[float]:
+        say("scoring")
+        time.sleep(self.seconds)
+        return [float(ids[0]) for ids in texts]
+
+
+def serve_slowly(seconds: float) -> None:
+    service = serve.Service(cast(Scorer, Slow(seconds)))
+    asyncio.run(serve.serve(service, "127.0.0.1", 0))

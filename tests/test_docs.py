@@ -1,0 +1,374 @@
+"""The documentation says what is true: its commands, files and figures, in both languages."""
+
+import ast
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from ruamel.yaml import YAML
+
+from reward.judging.metrics import Resampling
+from stages import evaluate
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"))
+)
+ENGLISH = [name for name in PAGES if not name.endswith(".zh.md")]
+LANGUAGES = (".md", ".zh.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+PARAMS: dict[str, Any] = YAML(typ="safe").load(ROOT / "params.yaml")
+PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
+EVALUATED: dict[str, Any] = json.loads((ROOT / "metrics/evaluate.json").read_text())
+PRINTED = re.compile(r"  (.+?): (.+?) +(\S+) \((\S+) to (\S+)\) of (\d+) pairs")
+TRACKED = set(
+    subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+)
+# Numbers are those of prose and tables; the digits of names, such as Qwen2-0.5B, are none.
+NUMBER = re.compile(r"(?<![A-Za-z0-9_.-])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?: (?:million|万))?")
+MOST_LINES = 200
+
+
+def blocks(text: str, language: str | None = None) -> list[str]:
+    """The blocks of code in a language, "" for those in none, or all of them."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [code for name, code in found if language in (None, name)]
+
+
+def prose(text: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The cells of every table, row by row."""
+    found = re.findall(r"(?:^\|.*\|$\n?)+", prose(text), flags=re.MULTILINE)
+    return [[row.strip("|").split("|") for row in table.splitlines()] for table in found]
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of all tables, without the spaces around their cells."""
+    return [[cell.strip() for cell in row] for table in tables(text) for row in table]
+
+
+def numbers(text: str) -> list[float]:
+    scale = {"million": 1e6, "万": 1e4}
+    found = []
+    for match in NUMBER.findall(text):
+        digits, _, unit = match.replace(",", "").partition(" ")
+        found.append(round(float(digits) * scale.get(unit, 1), 9))
+    return found
+
+
+def plain(chinese: str) -> str:
+    """Chinese text with the marks that English has around numbers."""
+    return chinese.replace("（", " (").replace("）", ")").replace(" 到 ", " to ")
+
+
+def page(name: str, language: str) -> str:
+    """The text of a page, named as the English one is without its ending."""
+    return TEXTS[name + language]
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(name: str) -> Iterator[tuple[str, str]]:
+    """The page and the anchor, or nothing, of every link within the project."""
+    for target in re.findall(r"\]\(([^)]+)\)", prose(TEXTS[name])):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            yield path, anchor
+
+
+def params_named(text: str) -> set[str]:
+    files = r"(?:py|json|md|html|yaml)\b"
+    found = re.findall(rf"(?<![\w./])((?:{'|'.join(PARAMS)})\.(?!{files})[a-z_]+)", text)
+    return {*found, *re.findall(r"-S '?([a-z]+\.[a-z_]+)", text)}
+
+
+def tree_of(block: str) -> set[str]:
+    """The paths of a tree, in which a name is indented two spaces more than its folder's."""
+    paths, above = set(), [""]
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        above[depth + 1 :] = [above[depth] + name]
+        paths.add(above[depth] + name)
+    return paths
+
+
+def tree(name: str) -> set[str]:
+    [block] = [block for block in blocks(TEXTS[name], "") if block.startswith("stages/")]
+    return tree_of(block)
+
+
+# --- what a page names -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_make_target_exists(name: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    called = set(re.findall(r"make ([a-z]+)", "\n".join(code(name))))
+    if name.startswith("README"):
+        assert {"repro", "test", "check", "help"} <= called
+    assert called <= set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+
+
+def code(name: str) -> list[str]:
+    """All code of a page, in blocks and in lines."""
+    return blocks(TEXTS[name], "sh") + re.findall("`([^`]+)`", prose(TEXTS[name]))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_param_exists(name: str) -> None:
+    for key in params_named(TEXTS[name]):
+        group, field = key.split(".")
+        assert field in PARAMS[group], key
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_many_params_are_named(language: str) -> None:
+    pages = [name for name in PAGES if name.endswith(".zh.md") == (language == ".zh.md")]
+    assert len(set.union(*(params_named(TEXTS[name]) for name in pages))) > 10
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_module_that_is_run_exists(name: str) -> None:
+    for module in re.findall(r"python -m ([a-z0-9_.]+)", TEXTS[name]):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_name_that_is_imported_from_the_library_exists(name: str) -> None:
+    for block in blocks(TEXTS[name], "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("reward"):
+                source = (ROOT / f"{str(node.module).replace('.', '/')}.py").read_text()
+                for alias in node.names:
+                    assert re.search(rf"^(def|class) {alias.name}\b", source, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_path_exists_or_is_written_by_a_stage(name: str) -> None:
+    stages = PIPELINE["stages"].values()
+    outs = [out for stage in stages for out in (*stage["outs"], *stage.get("metrics", []))]
+    paths = [out if isinstance(out, str) else next(iter(out)) for out in outs]
+    written = ("models/checkpoints", *paths)
+    top = {path.partition("/")[0] for path in TRACKED if "/" in path}
+    named = re.findall(r"`([a-z]+/[\w./-]+)`", prose(TEXTS[name]))
+    for path in [path for path in named if path.partition("/")[0] in top | {"reports"}]:
+        assert (ROOT / path).exists() or path.startswith(written), path
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
+    for target, anchor in links(name):
+        path = ((ROOT / name).parent / target).resolve()
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_to_pages_stay_in_their_language_and_one_leads_to_the_other(name: str) -> None:
+    here = (ROOT / name).parent
+    found = [(here / target).resolve().relative_to(ROOT).as_posix() for target, _ in links(name)]
+    chinese = name.endswith(".zh.md")
+    other = name.replace(".zh.md", ".md") if chinese else name.replace(".md", ".zh.md")
+    across = [page for page in found if page in PAGES and page.endswith(".zh.md") != chinese]
+    assert across == [other]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_readme_leads_to_every_page(language: str) -> None:
+    found = {target for target, _ in links(f"README{language}")}
+    assert {name for name in PAGES if name.startswith("docs/")} & found == {
+        name.replace(".md", language) for name in ENGLISH if name.startswith("docs/")
+    }
+
+
+# --- the trees -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_tree_is_the_folder(language: str) -> None:
+    shown = tree(f"README{language}")
+    hidden = {".ci", ".dvc", ".github"}
+    folders = {f"{path.partition('/')[0]}/" for path in TRACKED if "/" in path}
+    rooms = {f"{path.parent.relative_to(ROOT)}/" for path in (ROOT / "reward").glob("*/*.py")}
+    assert shown == folders - {f"{name}/" for name in hidden} | rooms
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_tree_of_modules_is_the_code(language: str) -> None:
+    shown = {path for path in tree(f"docs/architecture{language}") if not path.endswith("/")}
+    files = [path for folder in ("stages", "reward") for path in (ROOT / folder).rglob("*.py")]
+    assert shown == {path.relative_to(ROOT).as_posix() for path in files} - {
+        path for path in TRACKED if path.endswith("__init__.py")
+    }
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+def printed(language: str) -> str:
+    """What the evaluation of the committed run printed, as the README has it."""
+    [block] = [each for each in blocks(page("README", language), "") if each.startswith("read ")]
+    return block
+
+
+def slices(language: str) -> dict[str, dict[str, list[float]]]:
+    """Accuracy and its interval by column and value, as they were printed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for column, value, *figures, _ in PRINTED.findall(printed(language)):
+        found.setdefault(column, {})[value] = [float(each) for each in figures]
+    return found
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_figures_are_those_of_the_committed_run(language: str) -> None:
+    lines = {line.split()[0]: line for line in printed(language).splitlines()}
+    accuracy, low, high = (EVALUATED[name] for name in ("accuracy", "low", "high"))
+    assert lines["accuracy"] == (
+        f"accuracy   {accuracy:.4f} (95% interval {low:.4f} to {high:.4f}), "
+        f"{EVALUATED['test/ties']} ties"
+    )
+    loss, margin = (EVALUATED[name] for name in ("loss", "test/margin"))
+    assert lines["loss"].startswith(f"loss       {loss:.4f}, margin {margin:+.4f} ")
+    error = EVALUATED["test/calibration_error"]
+    assert lines["confidence"].startswith(f"confidence off by {error:.4f} on average")
+    assert {f"sets/{name}" for name in slices(language)["test set"]} == {
+        name for name in EVALUATED if name.startswith("sets/")
+    }
+    for name, figures in slices(language)["test set"].items():
+        assert figures[0] == round(EVALUATED[f"sets/{name}"], 4)
+    text = plain(page("README", language))
+    assert f"| all | {accuracy:.3f} | {low:.3f} to {high:.3f} |" in text
+    assert f"{accuracy:.3f} ({low:.3f} to {high:.3f})" in text
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_tables_of_slices_have_what_was_printed(language: str) -> None:
+    for name, column, values in (("README", "language", 3), ("docs/data", "kind", 1)):
+        rows = {row[0]: row[1:] for row in cells(plain(page(name, language)))}
+        for value, figures in slices(language)[column].items():
+            shown = numbers(" ".join(rows[value]))[:values]
+            # Both are rounded: that printed with four digits, that of the table with three.
+            assert shown == pytest.approx(figures[:values], abs=0.00055)
+
+
+def test_the_default_run_is_good_enough_to_show() -> None:
+    assert EVALUATED["accuracy"] >= 0.70
+    for _, low, _ in slices(".md")["language"].values():
+        assert low > 0.5
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_key_of_the_evaluation_is_described_and_no_other(language: str) -> None:
+    figures = evaluate.measure(*measured())
+    keys = {"sets", *figures} - {"calibration", "length"}
+    keys |= {f"{group}.{key}" for group in ("calibration", "length") for key in figures[group]}
+    assert keys == described(language)
+    compared = evaluate.headline(figures | {"sets": {}})
+    assert all(f"`{name}`" in page("docs/evaluation", language) for name in compared)
+
+
+def measured() -> tuple[pa.Table, Any, Resampling]:
+    """Four pairs of two prompts, as `evaluate` has them."""
+    table = pa.table(
+        {
+            "id": ["a", "b", "c", "d"],
+            "reward_chosen": [1.0, 0.0, 2.0, 0.5],
+            "reward_rejected": [0.0, 1.0, 1.5, 1.0],
+            "tokens_chosen": [3, 4, 5, 6],
+            "tokens_rejected": [4, 3, 5, 2],
+            "prompt_id": ["p", "p", "q", "q"],
+        }
+    )
+    return table, evaluate.as_judged(table), Resampling(samples=100, seed=0)
+
+
+def described(language: str) -> set[str]:
+    text = page("docs/evaluation", language)
+    [table] = re.findall(r"^\| (?:key|键) \|.*?\n\n", text, re.DOTALL | re.MULTILINE)
+    firsts = [line.split("|")[1] for line in table.strip().splitlines()[2:]]
+    return {key for cell in firsts for key in re.findall("`(.+?)`", cell)}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(
+    ("name", "result", "rows"), [("reproducibility", "torture", 11), ("performance", "serve", 4)]
+)
+def test_rows_of_figures_are_those_of_the_recorded_run(
+    name: str, result: str, rows: int, language: str
+) -> None:
+    recorded = cells((ROOT / f"benchmarks/results/{result}.md").read_text(encoding="utf-8"))
+    found = [row for row in cells(page(f"docs/{name}", language)) if row[-1].isdecimal()]
+    assert len(found) == rows
+    for row in found:
+        assert row in recorded
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_speeds_are_those_of_the_recorded_run(language: str) -> None:
+    recorded = cells((ROOT / "benchmarks/results/cpu.md").read_text(encoding="utf-8"))
+    by_speed = {row[1]: row for row in recorded[2:]}
+    rows = [row for row in cells(page("docs/performance", language)) if row[1] in by_speed]
+    assert len(rows) == 8
+    for _, speed, times, tokens, memory in rows:
+        wanted = by_speed[speed]
+        assert times == wanted[3]
+        assert tokens == f"{float(wanted[4]):.0f}"
+        assert memory in (wanted[5], "–")
+
+
+# --- both languages --------------------------------------------------------------------------
+
+
+def test_every_page_has_both_languages() -> None:
+    assert {name.replace(".md", ".zh.md") for name in ENGLISH} == set(PAGES) - set(ENGLISH)
+    assert len(ENGLISH) > 1
+
+
+@pytest.mark.parametrize("name", [name.removesuffix(".md") for name in ENGLISH])
+def test_both_languages_have_the_same_headings_code_tables_and_numbers(name: str) -> None:
+    english, chinese = (page(name, language) for language in LANGUAGES)
+    headings = [re.findall("^#+ ", prose(text), re.MULTILINE) for text in (english, chinese)]
+    assert headings[0] == headings[1]
+    for one, other in zip(blocks(english), blocks(chinese), strict=True):
+        if one.startswith("stages/"):  # a tree, which has a description after each path
+            assert tree_of(one) == tree_of(other)
+        else:
+            assert one == other
+    shapes = [[list(map(len, table)) for table in tables(text)] for text in (english, chinese)]
+    assert shapes[0] == shapes[1]
+    assert numbers(prose(english)) == numbers(prose(chinese))
+
+
+# --- the README ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_readme_is_short(language: str) -> None:
+    assert len(page("README", language).splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_code_of_the_readme_is_that_of_the_clients(language: str) -> None:
+    """Which is compared with the model card, and run, by the tests of the export."""
+    found = blocks(page("README", language), "python")
+    assert found
+    assert set(found) <= set(blocks(page("docs/clients", language), "python"))
