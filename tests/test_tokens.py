@@ -5,8 +5,11 @@ import dataclasses
 import datetime
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +373,106 @@ def test_template_of_another_version_is_a_sentence(tmp_path: Path) -> None:
         Template.load(tmp_path / "template.json")
 
 
+# --- nothing vanishes ------------------------------------------------------------------------
+
+NAME = st.integers(100, 999).map("f{}".format)
+ODD = st.sampled_from(["怎么", "\n", '"x"', "\\", "<think>", "</think>"])
+TEXTS = st.lists(st.integers(100, 999).map("w{}.".format) | ODD, min_size=1, max_size=5).map(
+    " ".join
+)
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+CALL = st.builds(
+    lambda name, at, as_text: {
+        "type": "function",
+        "function": {"name": name, "arguments": as_json({"at": at}) if as_text else {"at": at}},
+    },
+    NAME,
+    TEXTS,
+    st.booleans(),
+)
+ANY_MESSAGE = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "user", "assistant", "tool"]),
+        "content": TEXTS | st.just(""),
+    },
+    optional={
+        "tool_calls": st.lists(CALL, max_size=2),
+        "reasoning_content": TEXTS,
+        "name": NAME,
+        "tool_call_id": NAME,
+    },
+)
+ANY_ANSWER = ANY_MESSAGE.map(lambda message: [message | {"role": "assistant"}])
+ANY_RECORD = st.fixed_dictionaries(
+    {
+        "prompt": TEXTS | st.lists(ANY_MESSAGE, min_size=1, max_size=3),
+        "chosen": ANY_ANSWER,
+        "rejected": ANY_ANSWER,
+    },
+    optional={"tools": st.lists(NAME.map(lambda name: {"name": name, "parameters": {}}))},
+)
+PLAIN_RECORD = st.fixed_dictionaries(dict.fromkeys(["prompt", "chosen", "rejected"], TEXTS))
+CHATS = {"calls": CALLS, "rewrites": REWRITES, "cuts thoughts": LOSSY["cuts thoughts"]}
+
+
+def words_of(value: Any) -> list[str]:
+    """The words in all texts of a record, those in a JSON text among them, in no order."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, str):
+        return re.findall(r"\w+|[^\w\s]", re.sub("</?think>", " ", value))
+    if isinstance(value, dict):
+        value = [item for key, item in value.items() if key not in ("role", "tool_call_id", "type")]
+    return [word for item in value for word in words_of(item)] if isinstance(value, list) else []
+
+
+@pytest.fixture(scope="module")
+def any_encoder(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Encoder]:
+    @cache
+    def build(name: str) -> Encoder:
+        folder = tmp_path_factory.mktemp("any")
+        base = changed_base(tiny_base, folder, chat_template=CHATS.get(name))
+        return Encoder(base, Template.of("chat" if name in CHATS else name, False, 2040, base))
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["zh", "en", "none", "<{prompt}|{answer}>", *CHATS])
+def test_no_word_of_a_kept_record_is_missing_in_its_text(
+    any_encoder: Callable[[str], Encoder], name: str
+) -> None:
+    encoder = any_encoder(name)
+    kept = 0
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(ANY_RECORD | PLAIN_RECORD)
+    def holds(record: dict[str, Any]) -> None:
+        nonlocal kept
+        try:
+            pair = check(record)
+            texts = [encoder.render(pair.prompt, side) for side in (pair.chosen, pair.rejected)]
+        except BadRecord:
+            return
+        kept += 1
+        for side, text in zip(("chosen", "rejected"), texts, strict=True):
+            said = [record["prompt"], record[side], record.get("tools", [])]
+            # A template may write a text as JSON, and JSON as a text.
+            plain = text.replace("\\", "")
+            missing = [w for w in words_of(said) if w not in (plain if w != "\\" else text)]
+            assert not missing
+
+    holds()
+    assert kept > 30
+
+
 # --- the date --------------------------------------------------------------------------------
 
 # As Llama 3.2 asks for it, as others do, and as Llama 3.1 does not.
@@ -424,7 +527,7 @@ def test_the_date_is_that_of_preprocess_here_and_in_the_export(
     chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes"}]
     eos = exported.eos_token if append_eos else ""
     assert exported.apply_chat_template(chat, tokenize=False) == rendered + eos
-    there = Encoder(tmp_path / "exported", Template.load(tmp_path / "exported/template.json"))
+    there = Encoder(tmp_path / "exported", prepared.template)
     assert there.render(user("Hi?"), assistant("Yes")) == rendered
 
 

@@ -390,7 +390,7 @@ def longest(dataset: Dataset, count: int) -> list[Texts]:
 
 
 def watched(dataset: Dataset, most: int, seed: int) -> Dataset:
-    """At most about `most` validation pairs, all those of some prompts: whole prompts by their hash.
+    """At most about `most` validation pairs: all those of some prompts, drawn by their hash.
 
     Of a million pairs a tenth, scored every few steps, would take longer than the training. The
     order of the rows stays; the last prompt that is drawn may bring a few pairs more.
