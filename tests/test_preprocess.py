@@ -277,6 +277,92 @@ def test_records_that_differ_in_no_other_column_are_no_votes(data: Path) -> None
     assert "bad records: 2 contradiction, 1 duplicate" in fault()
 
 
+def folder_of(workspace: Path, set_params: SetParams, **contents: list[dict[str, Any]]) -> Path:
+    """A folder as preprocess.data, with a file for each list of records."""
+    folder = workspace / "mine"
+    folder.mkdir()
+    for name, found in contents.items():
+        rewrite(folder / f"{name}.json", found)
+    set_params("preprocess", data="mine", test_data="mine")
+    return folder
+
+
+def test_files_called_test_and_validation_are_those_splits(
+    workspace: Path, set_params: SetParams
+) -> None:
+    parts = {"train": range(10), "validation": range(10, 12), "test": range(12, 15)}
+    contents = {name: [pair(i) for i in indices] for name, indices in parts.items()}
+    folder_of(workspace, set_params, **contents)
+    assert run()["pairs"] == {"train": 10, "validation": 2, "test": 3}
+    prompts = {name: {row["prompt_id"] for row in rows} for name, rows in written().items()}
+    assert all(
+        prompts[name] == {check(record).prompt_id for record in found}
+        for name, found in contents.items()
+    )
+
+
+def test_prompts_are_split_where_only_one_of_the_splits_is_a_file(
+    workspace: Path, set_params: SetParams
+) -> None:
+    folder_of(workspace, set_params, pairs=[*map(pair, range(20))], test=[pair(30), pair(31)])
+    assert run()["pairs"] == {"train": 18, "validation": 2, "test": 2}
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_prompt_of_a_split_file_in_the_other_data_is_a_fault(
+    workspace: Path, set_params: SetParams, name: str
+) -> None:
+    others = {"pairs": [*map(pair, range(20))], name: [pair(30), pair(7, chosen="fine")]}
+    folder_of(workspace, set_params, **others)
+    said = f"1 {name} records have a prompt that stands in mine too, wanted none: mine/{name}.json"
+    assert fault() == f"{said}: record 2"
+
+
+def test_a_prompt_of_a_file_for_training_is_never_held_out(
+    workspace: Path, set_params: SetParams
+) -> None:
+    shared = [pair(i, chosen="better") for i in range(20)]
+    contents = {"all": [*map(pair, range(20))], "more": [*shared, *map(pair, range(20, 60))]}
+    folder = folder_of(workspace, set_params, **contents)
+    (folder / "dataset.yaml").write_text("all.json: {split: train, source: first}\n")
+    run()
+    parts = written()
+    train = {row["prompt_id"] for row in parts["train"]}
+    assert {check(record).prompt_id for record in shared} <= train
+    assert not train & {row["prompt_id"] for name in ("validation", "test") for row in parts[name]}
+    assert {row["source"] for row in parts["train"]} == {"first", "more"}
+
+
+def test_ties_never_stop_and_are_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = [
+        {"prompt": f"question {i}", "response1": "a", "response2": "b", "overall_preference": i % 3}
+        for i in range(30)
+    ]
+    rewrite(data, judged)
+    metrics = run()
+    assert metrics["dropped"] == {"tie": 10}
+    assert sum(metrics["pairs"].values()) == 20
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "read       data/raw/pairs.json as prompt, response1 and response2 with "
+    )
+    assert ", 30 records, ties left out: 10\n" in said
+    assert "\ndropped    10 tie; " in said
+
+
+def test_each_file_is_said_with_its_form(
+    workspace: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of(workspace, set_params, a=[*map(pair, range(20))], test=[pair(30)])
+    rewrite(workspace / "data" / "sets" / "own.json", [pair(40)])
+    run()
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "read       mine/a.json as prompt, chosen and rejected, 20 records",
+        "read       mine/test.json as prompt, chosen and rejected, 1 records for test",
+        "read       data/sets/own.json as prompt, chosen and rejected, 1 records",
+    ]
+
+
 def test_too_few_prompts_for_three_splits_is_a_fault(data: Path) -> None:
     rewrite(data, [pair(0), pair(1)])
     assert "no pair is left for train out of 2; wanted more prompts" in fault()

@@ -520,9 +520,8 @@ def test_the_date_is_that_of_preprocess_here_and_in_the_export(
     assert f"Today: {moved_clock}\n<|im_start|>user\nHi?" in rendered
     assert rendered.startswith("\n") == text.startswith("\n")
     (tmp_path / "exported").mkdir()
-    portable_tokenizer = portable.prepare_tokenizer(base, template, 4096)
-    portable_tokenizer.save(tmp_path / "exported")
-    portable_tokenizer.template.save(tmp_path / "exported" / "template.json")
+    prepared = portable.prepare_tokenizer(base, template, 4096)
+    prepared.save(tmp_path / "exported")
     exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
     chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes"}]
     eos = exported.eos_token if append_eos else ""

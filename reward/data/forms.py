@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import Any, Literal, NamedTuple, Protocol
 
-from reward.data.conversations import (
+from reward.data.dialogue import (
     Message,
     has_turns,
     message,
@@ -25,6 +25,8 @@ from reward.data.conversations import (
 from reward.data.records import FIELDS, ROLES, BadRecord, names_of
 
 Record = dict[str, Any]
+# Columns that may hold the chosen conversation once more.
+REPEATING = frozenset({"messages", "conversations", "conversation"})
 # Columns of which the model would see nothing: a record with a value there cannot be used.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -67,7 +69,7 @@ class Answers(Protocol):
 
 def is_absent(value: Any) -> bool:
     """Null and what is empty count as if the column were not there."""
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    return not value and (value is None or isinstance(value, str | list | dict))
 
 
 def value_at(record: Record, path: str) -> Any:
@@ -474,23 +476,33 @@ CANONICAL = Preferred("chosen", "rejected")
 
 
 def _is_canonical(record: Record, looked_at: frozenset[str]) -> bool:
-    """Whether a record is one already, or lacks an answer: the check needs it as it is."""
-    if is_absent(record.get("chosen")) or is_absent(record.get("rejected")):
+    """Whether a record is one already, or lacks an answer: the check needs it as it is.
+
+    Columns that are looked at may be empty, or repeat an answer, as `messages` of UltraFeedback.
+    """
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if is_absent(chosen) or is_absent(rejected):
         return True
-    if not record.keys().isdisjoint(looked_at):
-        return False
-    for key in FIELDS:
-        value = record.get(key)
+    for name in looked_at.intersection(record):
+        value = record[name]
+        if not is_absent(value) and not (name in REPEATING and value == chosen):
+            return False
+    for value in (record.get("prompt"), chosen, rejected):
         if type(value) is not str and value is not None and not _are_plain(value):
             return False
-    return type(record.get("chosen")) is type(record.get("rejected"))
+    return type(chosen) is type(rejected)
 
 
 def _are_plain(value: Any) -> bool:
-    return type(value) is list and all(
-        type(item) is dict and item.get("role") in ROLES and type(item.get("content")) is str
-        for item in value
-    )
+    """Whether these are messages that are spelled with role and content, and texts alone."""
+    if type(value) is not list:
+        return False
+    for item in value:
+        if type(item) is not dict or type(item.get("content")) is not str:
+            return False
+        if item.get("role") not in ROLES:
+            return False
+    return True
 
 
 def _answer(key: str, value: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reward.data.conversations import are_messages, has_turns, shared_start, spelling
+from reward.data.dialogue import are_messages, has_turns, shared_start, spelling
 from reward.data.forms import (
     CANONICAL,
     WHOLES,

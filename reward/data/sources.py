@@ -41,7 +41,8 @@ class Source:
         Raises a Fault for a verdict to which the form gives no meaning.
         """
         self.seen = self.taken = self.ties = 0
-        for position, record in self._drawn():
+        chosen = self._drawn() if self.entry.where or self.entry.take is not None else self._all()
+        for position, record in chosen:
             self.taken += 1
             try:
                 found = self.form.pairs(self._labelled(record))
@@ -59,6 +60,11 @@ class Source:
         if self.name is None or not isinstance(record, dict):
             return record
         return {"source": self.name} | record | ({"source": self.name} if self.entry.source else {})
+
+    def _all(self) -> Iterator[tuple[int, Any]]:
+        for found in read(self.path):
+            self.seen += 1
+            yield found
 
     def _drawn(self) -> Iterator[tuple[int, Any]]:
         """The records that are to be taken, all of them or those that were drawn."""
