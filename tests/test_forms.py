@@ -402,7 +402,7 @@ def test_an_entry_without_gaps_can_be_copied(tmp_path: Path, name: str) -> None:
 
 def test_a_file_that_is_read_alone_hears_of_its_folder(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "Where is it?", "answer": "It is here."})
-    advice = f"expected in {tmp_path}/dataset.yaml, with {tmp_path} instead of it in params.yaml: "
+    advice = f"expected in {tmp_path}/dataset.yaml (and the folder {tmp_path} in params.yaml): "
     assert advice in fault(sources, path)
     assert f"expected in {tmp_path}/dataset.yaml: " in fault(sources, tmp_path)
 

@@ -199,7 +199,7 @@ def _listed(values: tuple[Any, ...]) -> str:
 
 def plain(value: Any) -> Any:
     """A verdict as it is compared: a number, or a text; `1`, `1.0` and `"1"` are the same."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if not isinstance(value, int | float | str):
         return repr(value).lower()
     text = str(value).strip()
     try:

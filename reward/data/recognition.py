@@ -104,7 +104,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
     if not columns and not known.answers:
         return Form(Context("prompt"), CANONICAL, said=CANONICAL.said)
     place = f"{path}: "
-    folder = f", with {path.parent} instead of it in params.yaml" if alone else ""
+    folder = f" (and the folder {path.parent} in params.yaml)" if alone else ""
     advice = f"expected in {path.parent / MAPPING}{folder}"
     answers = known.answers or _answers(columns, place, advice, path.name)
     context = _context(columns, answers, known, place, advice, path.name)
