@@ -314,8 +314,10 @@ def test_prompt_of_a_split_file_in_the_other_data_is_a_fault(
 ) -> None:
     others = {"pairs": [*map(pair, range(20))], name: [pair(30), pair(7, chosen="fine")]}
     folder_of(workspace, set_params, **others)
-    said = f"1 {name} records have a prompt that stands in mine too, wanted none: mine/{name}.json"
-    assert fault() == f"{said}: record 2"
+    said = (
+        f"1 records of mine share their prompt with the {name} files: mine/pairs.json: record 8; "
+    )
+    assert fault() == f"{said}preprocess.on_bad_record drop leaves them out"
 
 
 def test_a_prompt_of_a_file_for_training_is_never_held_out(
