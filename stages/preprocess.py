@@ -180,10 +180,11 @@ def own_test_set(options: Preprocess) -> bool:
 
 def open_ledger(options: Preprocess) -> Ledger:
     """An empty ledger of the files to read, those of a test set of its own after the others."""
+    found = sources(Path(options.data))
     tests = sources(Path(options.test_data)) if own_test_set(options) else []
     for source in tests:
         source.split = "test"
-    return Ledger(sources(Path(options.data)) + tests)
+    return Ledger(found + tests)
 
 
 # --- first pass: files to the scratch table --------------------------------------------------
