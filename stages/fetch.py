@@ -147,7 +147,7 @@ def cached_repository(base: Base) -> Source:
     except (HFValidationError, LocalEntryNotFoundError):
         raise base.fault(
             f"at {base.revision} is not a folder here and not in the Hub's cache, and "
-            "HF_HUB_OFFLINE is set; expected a model that was downloaded before"
+            "HF_HUB_OFFLINE is set, wanted a model that was downloaded before"
         ) from None
     folder = Path(found)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
