@@ -142,16 +142,17 @@ def load(path: Path, base: Path) -> "Dataset":
     from datasets import Dataset
 
     try:
-        found = Dataset.load_from_disk(str(path))
         state = read_json(path / "state.json")
         whole = digest(path / DATA)[:16] == state["_fingerprint"]
+        # What is damaged may be anything, so nothing is read of it.
+        found = Dataset.load_from_disk(str(path)) if whole else None
         with pa.memory_map(str(path / DATA)) as source:
             tokenizer = pa.ipc.open_stream(source).schema.metadata[TOKENIZER].decode()
         here = digest(base / "tokenizer.json")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise Fault(f"{path} cannot be read ({reason}), wanted a split of preprocess") from None
-    if not whole:
+    if found is None:
         raise Fault(f"{path} is damaged, wanted a split as preprocess wrote it; run dvc repro")
     if tokenizer != here:
         raise Fault(
