@@ -24,6 +24,7 @@ from peft import PeftModel
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import (
+    CONVERSATION,
     ID,
     IDS,
     MARGIN,
@@ -32,9 +33,10 @@ from reward.data.columns import (
     PROMPT_ID,
     REWARDS,
     TEST_SET,
+    TEXTS,
     TOKENS,
 )
-from reward.data.tokens import Encoder, Template
+from reward.data.rows import shown
 from reward.judging import page
 from reward.judging.metrics import (
     Figures,
@@ -94,7 +96,6 @@ def main() -> None:
     test = tokenized.load(TEST, BASE)
     torch.set_num_threads(processors())
     model = load(BASE, ADAPTER, quantization)
-    encoder = Encoder(BASE, Template.load(ADAPTER / "template.json"))
     sets = load_sets()
     datasets = [test, *(each.pairs for each in sets)]
     require_exact(model, max((pair for each in datasets for pair in pairs_of(each)), key=tokens))
@@ -116,7 +117,7 @@ def main() -> None:
             ("length", by_length_difference(judged, resampling)),
         ):
             write_json(folder / f"{name}.json", rows)
-        write_page(folder / PAGE.name, sets, datasets, [table, *further], encoder, figures)
+        write_page(folder / PAGE.name, sets, datasets, [table, *further], figures)
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
     report(figures)
@@ -153,7 +154,11 @@ def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:
 
 def as_table(test: Dataset, chosen: torch.Tensor, rejected: torch.Tensor) -> pa.Table:
     """One row a pair: id, rewards, margin, lengths in tokens, and the kept columns."""
-    kept = [name for name in test.column_names if name not in (ID, *IDS, *MASKS, PREFIX)]
+    kept = [
+        name
+        for name in test.column_names
+        if name not in (ID, *IDS, *MASKS, PREFIX, *CONVERSATION, *TEXTS)
+    ]
     return pa.table(
         {
             ID: test[ID],
@@ -266,7 +271,6 @@ def write_page(
     sets: list[TestSet],
     datasets: list[Dataset],
     tables: list[pa.Table],
-    encoder: Encoder,
     figures: dict[str, Any],
 ) -> None:
     """The page of all judgements; where there are further sets, they are a slice of it."""
@@ -275,13 +279,17 @@ def write_page(
         table.append_column(TEST_SET, pa.array([name] * len(table)))
         for name, table in zip(names, tables, strict=True)
     ]
-    ids = [(pair.ids[0], pair.ids[1]) for each in datasets for pair in pairs_of(each)]
+    texts = [
+        [*map(shown, row.values())]
+        for each in datasets
+        for row in each.select_columns([*CONVERSATION])
+    ]
     slices: dict[str, list[str]] = {TEST_SET: names} if sets else {}
     for by in (figures["by"], *(each["by"] for each in figures["sets"].values())):
         for name, values in by.items():
             slices[name] = in_order({*slices.get(name, []), *values})
     table = pa.concat_tables(marked, promote_options="permissive")
-    page.write(path, table, ids, encoder, slices)
+    page.write(path, table, texts, slices)
 
 
 def report(figures: dict[str, Any]) -> None:

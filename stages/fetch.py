@@ -119,9 +119,10 @@ def folder_here(base: Base) -> Source | None:
 
 def hub_repository(base: Base) -> Source:
     """The model of that id on the Hub, or on the mirror that HF_ENDPOINT names, at its commit."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub import HfApi, constants
 
+    if constants.HF_HUB_OFFLINE:
+        return cached_repository(base)
     api = HfApi()
     with hub_faults(base, api.endpoint):
         info = api.model_info(base.name, revision=base.revision, timeout=SECONDS)
@@ -130,10 +131,27 @@ def hub_repository(base: Base) -> Source:
         raise base.fault(f"has no commit at {api.endpoint}, wanted a Hub that names one")
 
     def download(name: str) -> Path:
-        with hub_faults(base, api.endpoint), writing(Path(HF_HUB_CACHE)):
+        with hub_faults(base, api.endpoint), writing(Path(constants.HF_HUB_CACHE)):
             return Path(api.hf_hub_download(base.name, name, revision=commit))
 
     return Source("hub", commit, [file.rfilename for file in info.siblings or []], download)
+
+
+def cached_repository(base: Base) -> Source:
+    """What the Hub's cache has of the model, where HF_HUB_OFFLINE says to ask nobody."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(base.name, revision=base.revision, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise base.fault(
+            f"at {base.revision} is not a folder here and not in the Hub's cache, and "
+            "HF_HUB_OFFLINE is set, wanted a model that was downloaded before"
+        ) from None
+    folder = Path(found)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return Source("hub", folder.name, names, lambda name: folder / name)
 
 
 @contextmanager

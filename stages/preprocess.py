@@ -2,10 +2,10 @@
 
     python -m stages.preprocess
 
-Reads preprocess.data and preprocess.test_data, the further test sets of preprocess.sets, and the
-tokenizer of models/base. Writes the datasets data/tokenized/{train,validation,test} and
-data/tokenized/sets/<name> with template.json, reports/preprocess/figures.json and
-metrics/preprocess.json.
+Reads preprocess.data and preprocess.test_data, the further test sets of preprocess.sets, the
+tokenizer of models/base and the chat template of preprocess.chat_template. Writes the datasets
+data/tokenized/{train,validation,test} and data/tokenized/sets/<name> with template.json,
+reports/preprocess/figures.json and metrics/preprocess.json.
 Two passes: the files to a scratch table on disk, the scratch table to the datasets, so memory
 holds a few numbers a pair, however long the texts.
 """
@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -27,12 +28,22 @@ from tqdm import tqdm
 
 from reward import params
 from reward.data import tokenized
-from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
-from reward.data.reading import files, read, unit
-from reward.data.records import BadRecord, Pair, check
+from reward.data.columns import IDS, PREFIX
+from reward.data.reading import unit
+from reward.data.records import BadRecord, Pair, hash64
+from reward.data.rows import as_row
 from reward.data.sets import read_sets, write_sets
-from reward.data.splitting import among, contradictions, duplicates, split
-from reward.data.tokens import Encoder, Template, prefix_length
+from reward.data.sources import Source, sources, usable
+from reward.data.splitting import (
+    Prompts,
+    among,
+    beginnings,
+    contradictions,
+    count_votes,
+    duplicates,
+    split,
+)
+from reward.data.tokens import Encoder, Template
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
 from reward.process import Fault, run
@@ -44,9 +55,21 @@ METRICS = Path("metrics/preprocess.json")
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 1 << 19
 SHOWN = 10
+# No fault of the data: records that say that two answers are equally good are only left out.
+NEVER_STOP = {"tie"}
 EXAMPLE_CHARACTERS = 400
 
+
+def is_date(text: str) -> bool:
+    """Whether a text is a date in ISO form."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
+Date = Annotated[str, Rule('a date in quotes, such as "2026-01-01"', is_date)]
 Ids = list[int]
 
 
@@ -79,6 +102,8 @@ class Preprocess:
     test_fraction: Share
     seed: Seed
     template: Text
+    chat_template: Text
+    date: Date
     append_eos: Switch
     max_length: Positive
     over_length: Literal["stop", "drop", "truncate_prompt"]
@@ -97,13 +122,16 @@ def hashes() -> array[int]:
 class Ledger:
     """What was seen: a few numbers of every usable record, and what is wrong with the others."""
 
-    files: list[Path]
-    first_test_file: int
+    sources: list[Source]
     file: array[int] = field(default_factory=numbers)
     position: array[int] = field(default_factory=numbers)
     prompt: array[int] = field(default_factory=hashes)
     answers: array[int] = field(default_factory=hashes)
     pair: array[int] = field(default_factory=hashes)
+    named: array[int] = field(default_factory=hashes)
+    others: array[int] = field(default_factory=hashes)
+    owner: array[int] = field(default_factory=numbers)
+    begun: array[int] = field(default_factory=hashes)
     chosen: array[int] = field(default_factory=numbers)
     rejected: array[int] = field(default_factory=numbers)
     prefix: array[int] = field(default_factory=numbers)
@@ -111,14 +139,20 @@ class Ledger:
     faults: list[BadPlace] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
+    votes: int = 0
 
     def add(self, file: int, position: int, pair: Pair, lengths: tuple[int, int, int]) -> None:
         """Note a usable pair with its ids of chosen, rejected and their common prefix."""
+        begun = beginnings(pair.prompt)
+        self.owner.extend([len(self.file)] * len(begun))
+        self.begun.extend(begun)
         self.file.append(file)
         self.position.append(position)
         self.prompt.append(pair.prompt_hash)
         self.answers.append(pair.answers_hash)
         self.pair.append(pair.pair_hash)
+        self.named.append(hash64(sorted(pair.columns)))
+        self.others.append(hash64(sorted(pair.columns.items())))
         self.chosen.append(lengths[0])
         self.rejected.append(lengths[1])
         self.prefix.append(lengths[2])
@@ -137,35 +171,55 @@ class Ledger:
     def column(self, name: str) -> npt.NDArray[Any]:
         return np.asarray(getattr(self, name))
 
+    @property
+    def prompts(self) -> Prompts:
+        return Prompts(self.column("prompt"), self.column("owner"), self.column("begun"))
+
+    def fixed(self) -> npt.NDArray[np.int8]:
+        """The index into SPLITS that a record's file has, -1 where prompts are to be split."""
+        splits = [SPLITS.index(each.split) if each.split else -1 for each in self.sources]
+        return np.array(splits, dtype=np.int8)[self.column("file")]
+
     def place(self, file: int, position: int) -> str:
-        path = self.files[file]
+        path = self.sources[file].path
         return f"{path}: {unit(path)} {position}"
 
 
 def main() -> None:
     options = params.load("preprocess", Preprocess)
-    template = Template.of(options.template, options.append_eos, options.max_length, BASE)
+    template = Template.of(
+        options.template,
+        options.append_eos,
+        options.max_length,
+        BASE,
+        Path(options.chat_template),
+        options.date,
+    )
     encoder = Encoder(BASE, template)
     sets = read_sets(Path(options.sets), encoder)
     ledger = open_ledger(options)
     with whole_folder(TOKENIZED) as folder:
         table = folder / "scratch.arrow"
         tokenize(options, encoder, table, ledger)
-        refuse_overlap(options, ledger)
         usable = without_repeats(options, ledger)
         parts, columns = assign(options, ledger, usable), sorted(ledger.columns)
         for index, name in enumerate(SPLITS):
             rows = parts == index
-            tokenized.write(folder / name, table, rows, columns, template.tokenizer)
+            texts = name == "test"
+            tokenized.write(folder / name, table, rows, columns, template.tokenizer, texts)
         table.unlink()
-        trained_on = ledger.column("prompt")[(parts == 0) | (parts == 1)]
-        write_sets(folder / "sets", sets, template.tokenizer, trained_on)
+        write_sets(
+            folder / "sets",
+            sets,
+            template.tokenizer,
+            ledger.prompts.take((parts == 0) | (parts == 1)),
+        )
         template.save(folder / "template.json")
     figures = measure(ledger, parts)
     with whole_folder(REPORTS) as folder:
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
-    report(options, figures)
+    report(ledger.sources + [each.source for each in sets], figures)
     show_example(encoder)
 
 
@@ -174,10 +228,12 @@ def own_test_set(options: Preprocess) -> bool:
 
 
 def open_ledger(options: Preprocess) -> Ledger:
-    """An empty ledger of the files to read, those of a test set of its own behind the others."""
-    found = files(Path(options.data))
-    tests = files(Path(options.test_data)) if own_test_set(options) else []
-    return Ledger(found + tests, len(found))
+    """An empty ledger of the files to read, those of a test set of its own after the others."""
+    found = sources(Path(options.data))
+    tests = sources(Path(options.test_data)) if own_test_set(options) else []
+    for source in tests:
+        source.split = "test"
+    return Ledger(found + tests)
 
 
 # --- first pass: files to the scratch table --------------------------------------------------
@@ -191,7 +247,7 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
             rows = [
                 row
                 for item, sides in zip(batch, zip(ids[::2], ids[1::2], strict=True), strict=True)
-                if (row := as_row(options, encoder, item, sides, ledger))
+                if (row := row_of(options, encoder, item, sides, ledger))
             ]
             if rows:
                 append(tokenized.batch(rows))
@@ -199,11 +255,11 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
 
 def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
     """The records that pass the checks, as text; the others are noted in the ledger."""
-    for index, path in enumerate(ledger.files):
-        bar = tqdm(read(path), desc=str(path), unit=" pairs", delay=2, disable=None)
+    for index, source in enumerate(ledger.sources):
+        bar = tqdm(source, desc=str(source.path), unit=" pairs", delay=2, disable=None)
         for position, record in bar:
             try:
-                pair = check(record)
+                pair = usable(record)
                 chosen, rejected = (
                     encoder.render(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)
                 )
@@ -211,6 +267,8 @@ def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
                 ledger.bad(index, position, fault.reason, str(fault))
             else:
                 yield Rendered(index, position, pair, (chosen, rejected))
+        if source.ties:
+            ledger.dropped["tie"] += source.ties
 
 
 def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
@@ -241,29 +299,23 @@ def encoded(
         yield from waiting
 
 
-def as_row(
+def row_of(
     options: Preprocess, encoder: Encoder, item: Rendered, sides: tuple[Ids, Ids], ledger: Ledger
 ) -> dict[str, Any] | None:
     """The row of the scratch table for a pair, noted in the ledger, or None for a bad one."""
-    file, position, pair, _ = item
+    file, position, pair, texts = item
     try:
-        chosen, rejected = within_length(options, encoder, pair, sides)
-        if chosen == rejected:
+        ids = within_length(options, encoder, pair, sides)
+        if ids[0] == ids[1]:
             raise BadRecord("identical_tokens", "both answers give the same ids")
     except BadRecord as fault:
         ledger.bad(file, position, fault.reason, str(fault))
         return None
-    ledger.truncated += (chosen, rejected) != sides
-    left, right = (np.array(ids, dtype=np.int32) for ids in (chosen, rejected))
-    prefix = prefix_length(left, right)
-    ledger.add(file, position, pair, (len(chosen), len(rejected), prefix))
-    return {
-        ID: pair.id,
-        PROMPT_ID: pair.prompt_id,
-        **dict(zip(IDS, (left, right), strict=True)),
-        PREFIX: prefix,
-        tokenized.KEPT: list(pair.columns.items()),
-    }
+    is_cut = ids != sides
+    ledger.truncated += is_cut
+    row = as_row(pair, ids, [encoder.decode(each) for each in ids] if is_cut else texts)
+    ledger.add(file, position, pair, (len(ids[0]), len(ids[1]), row[PREFIX]))
+    return row
 
 
 def within_length(
@@ -285,35 +337,59 @@ def within_length(
 # --- all records together --------------------------------------------------------------------
 
 
-def refuse_overlap(options: Preprocess, ledger: Ledger) -> None:
-    """Raise a Fault if a prompt of the separate test set stands in the other data too."""
-    prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
-    leaked = np.flatnonzero(tested)[among(prompts[tested], prompts[~tested])].tolist()
-    if leaked:
-        places = [ledger.place(ledger.file[row], ledger.position[row]) for row in leaked[:SHOWN]]
-        raise Fault(
-            f"{len(leaked)} test records have a prompt that stands in {options.data} too, "
-            f"wanted none: {'; '.join(places)}"
-        )
+def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
+    """Which records share their prompt, or its beginning, with a test or validation file.
+
+    Raises the Fault that lists the first ones, unless bad records are to be left out. The test
+    files keep all of their records, those of validation all that the test files have not.
+    """
+    prompts, fixed = ledger.prompts, ledger.fixed()
+    shared = np.zeros(len(fixed), dtype=bool)
+    rest = np.ones(len(fixed), dtype=bool)
+    for name in ("test", "validation"):
+        held = fixed == SPLITS.index(name)
+        rest &= ~held
+        found = np.zeros(len(fixed), dtype=bool)
+        found[rest] = prompts.take(rest).shared_with(prompts.take(held))
+        rows = np.flatnonzero(found).tolist()
+        if rows and options.on_bad_record == "stop":
+            places = [ledger.place(ledger.file[row], ledger.position[row]) for row in rows[:SHOWN]]
+            raise Fault(
+                f"{len(rows)} records of {options.data} share their prompt with the {name} files: "
+                f"{'; '.join(places)}; preprocess.on_bad_record drop leaves them out"
+            )
+        for row in rows:
+            sentence = f"a {name} file has its prompt"
+            ledger.bad(ledger.file[row], ledger.position[row], f"in_{name}_set", sentence)
+        shared |= found
+        rest &= ~found
+    return shared
 
 
 def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
     """Which records of the ledger are used. Raises the Fault that lists the first bad ones."""
-    contradicted = contradictions(ledger.column("pair"), ledger.column("answers"))
-    repeated = duplicates(ledger.column("pair")) & ~contradicted
+    usable = ~overlap(options, ledger)
+    rows = np.flatnonzero(usable)
+    names = ("pair", "answers", "named", "others")
+    pairs, answers, named, others = (ledger.column(name)[rows] for name in names)
+    votes = count_votes(answers ^ named, pairs, others)
+    contradicted = contradictions(pairs, answers) & ~votes.cast
+    repeated = duplicates(pairs) & ~contradicted & ~votes.cast
+    ledger.votes = int(votes.cast.sum())
     for reason, found, sentence in (
         ("contradiction", contradicted, "another record prefers its answers the other way round"),
         ("duplicate", repeated, "an earlier record is the same"),
+        ("tie", votes.tied, "as many votes prefer the one answer as the other"),
     ):
-        for row in np.flatnonzero(found).tolist():
+        for row in rows[found].tolist():
             ledger.bad(ledger.file[row], ledger.position[row], reason, sentence)
+    usable[rows[contradicted | repeated | votes.merged | votes.tied]] = False
     stopping = set(ledger.dropped) if options.on_bad_record == "stop" else {"over_length"}
     if options.over_length == "drop":
         stopping.discard("over_length")
-    stopping &= set(ledger.dropped)
+    stopping = (stopping & set(ledger.dropped)) - NEVER_STOP
     if stopping:
         raise Fault(fault_list(ledger, stopping))
-    usable = ~(contradicted | repeated)
     if not usable.any():
         raise Fault(f"{fault_list(ledger, set(ledger.dropped))}; wanted a record that can be used")
     return usable
@@ -339,11 +415,15 @@ def assign(
     options: Preprocess, ledger: Ledger, usable: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int8]:
     """The index into SPLITS of every record of the ledger, -1 for those not used."""
-    prompts, tested = ledger.column("prompt"), ledger.column("file") >= ledger.first_test_file
-    test_fraction = 0 if own_test_set(options) else options.test_fraction
-    parts = np.where(usable, 2, -1).astype(np.int8)
-    rest = usable & ~tested
-    parts[rest] = split(prompts[rest], options.validation_fraction, test_fraction, options.seed)
+    prompts, fixed = ledger.prompts.families, ledger.fixed()
+    given = {source.split for source in ledger.sources}
+    validation = 0 if "validation" in given else options.validation_fraction
+    test = 0 if "test" in given else options.test_fraction
+    parts = np.where(usable, fixed, -1).astype(np.int8)
+    rest = usable & (fixed < 0)
+    parts[rest] = split(prompts[rest], validation, test, options.seed)
+    # A prompt of a file that is for training is for training wherever it appears.
+    parts[rest] = np.where(among(prompts[rest], prompts[usable & (fixed == 0)]), 0, parts[rest])
     for index, name in enumerate(SPLITS):
         if not (parts == index).any():
             raise Fault(
@@ -366,6 +446,8 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
             name: len(np.unique_counts(prompts[parts == i]).counts) for i, name in enumerate(SPLITS)
         },
         "dropped": dict(+ledger.dropped),
+        "votes": ledger.votes,
+        "largest_family": int(np.unique_counts(ledger.prompts.families[used]).counts.max()),
         "truncated": ledger.truncated,
         "tokens": tokens,
         "length": dict(zip(("q50", "q90", "q99"), quantiles, strict=True))
@@ -379,10 +461,10 @@ def headline(figures: dict[str, Any]) -> dict[str, int]:
     return {name: sum(figures[name].values()) for name in ("pairs", "dropped")}
 
 
-def report(options: Preprocess, figures: dict[str, Any]) -> None:
+def report(read: list[Source], figures: dict[str, Any]) -> None:
     pairs, prompts, length = (figures[key] for key in ("pairs", "prompts", "length"))
-    tests = f"; test pairs from {options.test_data}" if own_test_set(options) else ""
-    print(f"read       {options.data}{tests}")
+    for source in read:
+        print(source.said)
     for name in SPLITS:
         print(f"{name:<11}{pairs[name]:>8} pairs of {prompts[name]:>7} prompts")
     dropped = ", ".join(f"{n} {reason}" for reason, n in figures["dropped"].items()) or "none"

@@ -31,14 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def threads_of_the_tests() -> Iterator[None]:
-    """Stages that are run in this process leave the number of its threads alone.
+def set_num_threads() -> Iterator[Callable[[int], None]]:
+    """PyTorch's own: stages that are run in this process leave the number of threads alone.
 
     Fixtures of a whole session run some too.
     """
+    import torch
+
+    original = torch.set_num_threads
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.set_num_threads", lambda number: None)
-        yield
+        yield original
 
 
 @pytest.hookimpl(wrapper=True)
@@ -92,8 +95,14 @@ def workspace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="session")
-def complete(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all stages were run."""
+def complete(
+    tiny_base: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    set_num_threads: Callable[[int], None],
+) -> Path:
+    """A folder in which all stages were run, with as many threads as under DVC."""
+    import torch
+
     from stages import evaluate, export, fetch, preprocess, train
 
     folder = tmp_path_factory.mktemp("complete")
@@ -104,11 +113,14 @@ def complete(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     yaml.dump(content, folder / "params.yaml")
     write_pairs(folder / "data" / "raw" / "pairs.json", 20)
     shutil.copytree(ROOT / "data" / "sets", folder / "data" / "sets")
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)
+        patch.setattr("torch.set_num_threads", set_num_threads)
         for stage in (fetch, preprocess, train, evaluate, export):
             stage.main()
+    set_num_threads(threads)
     return folder
 
 

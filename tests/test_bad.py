@@ -105,8 +105,11 @@ def test_a_prompt_of_the_test_set_in_the_training_data_is_named(
         record = {"prompt": "a", "chosen": answer, "rejected": "d"}
         (workspace / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
     set_params("preprocess", data="train.jsonl", test_data="test.jsonl")
-    wanted = "1 test records have a prompt that stands in train.jsonl too, wanted none: test.jsonl"
-    assert said(preprocess.main) == f"{wanted}: line 1"
+    expected = (
+        "1 records of train.jsonl share their prompt with the test files: train.jsonl: line 1; "
+        "preprocess.on_bad_record drop leaves them out"
+    )
+    assert said(preprocess.main) == expected
 
 
 # --- parameters ------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from reward.data.tokens import Encoder, Template, common_start
+from reward.data.records import Messages
+from reward.data.rows import as_json
+from reward.data.tokens import Encoder, Template
 from reward.exporting import given as given_to_clients
 from reward.exporting.clients_trl import Rollouts, sample_of_conversations
 from reward.exporting.given import EOS, LEFT, RIGHT, Conversation, Exported, paired
@@ -31,13 +33,15 @@ def given(tiny_base: Path, tmp_path: Path) -> Given:
         template = Template.of(name, append_eos, 2040, tiny_base)
         encoder = Encoder(tiny_base, template)
         prepare_tokenizer(tiny_base, template, 4096).save(tmp_path)
-        texts = []
+        texts, messages = [], []
         for prompt, *answers in pairs:
+            sides = [(("user", prompt),), *((("assistant", each),) for each in answers)]
+            messages.append(tuple(map(as_json, sides)))
             turns = [
                 encoder.render((("user", prompt),), (("assistant", each),)) for each in answers
             ]
             texts.append(Texts(encoder.encode(turns), 0))
-        return Exported(tmp_path, texts, tiny_base, 4096)
+        return Exported(tmp_path, texts, messages, tiny_base, 4096)
 
     return make
 
@@ -72,30 +76,26 @@ def test_pairs_whose_text_has_other_ids_are_left_out(given: Given) -> None:
     found = given()
     letters = [found.tokenizer.get_vocab()[letter] for letter in "egg"]
     found.pairs.append(Texts([letters, [*letters, 5]], 2))
+    found.messages.append(found.messages[0])
     assert sorted(found.ids) == [0, 1, 2, 3]
     assert sorted(found.texts) == sorted(found.conversations) == [0, 1, 2]
 
 
-def test_several_turns_are_read_as_one_that_renders_to_the_same_ids(
-    given: Given, tiny_base: Path
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        (("system", "s"), ("user", "a")),
+        (("user", "a"), ("assistant", "b"), ("user", "c")),
+    ],
+)
+def test_pairs_of_several_messages_are_texts_but_no_conversations(
+    given: Given, tiny_base: Path, prompt: Messages
 ) -> None:
     found = given("chat")
     encoder = Encoder(tiny_base, Template.of("chat", False, 2040, tiny_base))
-    prompt = (("user", "a"), ("assistant", "b"), ("user", "c"))
-    turns = [encoder.render(prompt, (("assistant", each),)) for each in "de"]
-    found.pairs.append(Texts(encoder.encode(turns), 0))
-    pair = found.conversations[3]
-    assert [found.render(pair.prompt, answer) for answer in pair.answers] == turns
-
-
-def test_pairs_with_a_system_message_are_texts_but_no_conversations(
-    given: Given, tiny_base: Path
-) -> None:
-    found = given("chat")
-    encoder = Encoder(tiny_base, Template.of("chat", False, 2040, tiny_base))
-    prompt = (("system", "s"), ("user", "a"))
-    turns = [encoder.render(prompt, (("assistant", each),)) for each in "de"]
-    found.pairs.append(Texts(encoder.encode(turns), 0))
+    answers = [(("assistant", each),) for each in "de"]
+    found.pairs.append(Texts(encoder.encode([encoder.render(prompt, each) for each in answers]), 0))
+    found.messages.append(tuple(map(as_json, (prompt, *answers))))
     assert 3 in found.texts
     assert 3 not in found.conversations
 
@@ -126,13 +126,6 @@ def test_rewards_are_paired_by_index() -> None:
         "reward_chosen": [0.0, 2.0],
         "reward_rejected": [1.0, 3.0],
     }
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "wanted"), [("abc", "abd", "ab"), ("ab", "abc", "ab"), ("", "a", "")]
-)
-def test_the_common_start_is_what_both_begin_with(one: str, other: str, wanted: str) -> None:
-    assert common_start(one, other) == wanted
 
 
 def test_rollouts_give_the_chosen_answer_and_then_the_rejected_one(given: Given) -> None:

@@ -14,6 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
+from reward.data import sources
 from reward.exporting import exported
 from reward.judging import page
 from reward.model import base, trainer
@@ -207,9 +208,9 @@ def test_a_source_that_may_not_be_read_is_no_failed_write(fault: Callable[[Main]
 
 READS: dict[str, tuple[Any, str]] = {
     "fetch": (fetch, "digests"),
-    "preprocess": (preprocess, "read"),
+    "preprocess": (sources, "read"),
     "train": (base, "base_record"),
-    "evaluate": (page, "common_start"),
+    "evaluate": (page, "watched"),
     "export": (exported, "base_record"),
 }
 

@@ -567,6 +567,24 @@ def test_files_that_an_earlier_download_left_in_the_cache_stay_there(
     assert digests(fetch.BASE) == first
 
 
+def test_a_cache_that_is_filled_will_do_without_the_hub(
+    source: Path, hub: Hub, set_params: SetParams, closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/model", source)
+    set_params("base", name="org/model", revision=MAIN)
+    fetch.main()
+    first = digests(fetch.BASE)
+    use_endpoint(monkeypatch, closed)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    fetch.main()
+    assert digests(fetch.BASE) == first
+    shutil.rmtree(fetch.BASE)
+    said = "is not a folder here and not in the Hub's cache, and HF_HUB_OFFLINE is set"
+    for name in ("org/other", "no/such/id"):
+        set_params("base", name=name)
+        assert said in refused()
+
+
 def test_weights_are_not_downloaded_of_what_cannot_be_used(
     source: Path, hub: Hub, set_params: SetParams
 ) -> None:

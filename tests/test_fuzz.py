@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward.data.reading import SUFFIXES, read
-from reward.data.records import FIELDS, ROLES, BadRecord, Pair, check
+from reward.data.records import FIELDS, PARTS, ROLES, TOOLS, BadRecord, Pair, check, parts_of
 from reward.process import Fault
 
 RECORDS: list[dict[str, Any]] = [
@@ -99,15 +99,22 @@ def test_any_file_ends_in_pairs_or_in_a_sentence(file: tuple[str, bytes]) -> Non
 
 TEXT = st.text(max_size=8) | st.sampled_from(["", " ", "a", "\ud800", "\n\nAssistant:", "x" * 500])
 LEAF = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+CALL = st.fixed_dictionaries({"name": TEXT, "arguments": LEAF})
 MESSAGE = st.fixed_dictionaries(
-    {}, optional={"role": st.sampled_from(ROLES) | LEAF, "content": LEAF, "name": LEAF}
+    {},
+    optional={
+        "role": st.sampled_from(ROLES) | LEAF,
+        "content": LEAF,
+        "tool_calls": st.lists(CALL, max_size=2) | LEAF,
+        **dict.fromkeys([part for part in PARTS if part != "tool_calls"], LEAF),
+    },
 )
 ANYTHING = st.recursive(
     LEAF | st.lists(MESSAGE, max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
-RECORD = st.fixed_dictionaries({}, optional=dict.fromkeys([*FIELDS, "id", "kind"], ANYTHING))
+RECORD = st.fixed_dictionaries({}, optional=dict.fromkeys([*FIELDS, TOOLS, "id", "kind"], ANYTHING))
 
 
 @MANY
@@ -128,10 +135,18 @@ def judge(record: Any) -> None:
         assert re.fullmatch(r"[a-z_]+: .+", said)
         return
     assert pair.chosen != pair.rejected
-    for messages in (pair.prompt, pair.chosen, pair.rejected):
+    turns = pair.prompt[1:] if pair.prompt[0][0] == TOOLS else pair.prompt
+    for messages in (turns, pair.chosen, pair.rejected):
         assert messages
-        assert all(role in ROLES and content.strip() for role, content in messages)
+        for message in messages:
+            assert message[0] in ROLES
+            assert message[1].strip() or "tool_calls" in parts_of(message)
     assert pair.chosen[0][0] == pair.rejected[0][0] == "assistant"
-    texts = [text for messages in (pair.prompt, pair.chosen, pair.rejected) for _, text in messages]
+    texts = [
+        text
+        for messages in (pair.prompt, pair.chosen, pair.rejected)
+        for message in messages
+        for text in message
+    ]
     for text in (*texts, *pair.columns, *pair.columns.values()):
         text.encode()

@@ -10,60 +10,21 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from reward.data.tokens import Encoder, Template
 from reward.judging import page
 from tools.browser import Browser
 
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror="alert(1)"> & <b>'
 
 
-@pytest.mark.parametrize(
-    ("template", "chosen", "rejected", "wanted"),
-    [
-        ("zh", "问:你好\n\n答:好的", "问:你好\n\n答:好坏", ("你好", "好的", "好坏")),
-        ("zh", "问:a\n\n答:b\n\n答:c", "问:a\n\n答:b\n\n答:d", ("a\n\n答:b", "c", "d")),
-        (
-            "zh",
-            "cut off: no head\n\n答:x",
-            "cut off: no head\n\n答:y",
-            ("cut off: no head", "x", "y"),
-        ),
-        (
-            "none",
-            "\n\nHuman: q\n\nAssistant: yes",
-            "\n\nHuman: q\n\nAssistant: no",
-            ("\n\nHuman: q\n\nAssistant:", " yes", " no"),
-        ),
-        (
-            "chat",
-            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nSure:\nyes<|im_end|>\n",
-            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nSure:\nno<|im_end|>\n",
-            ("q", "Sure:\nyes", "Sure:\nno"),
-        ),
-        ("none", "one", "two", ("", "one", "two")),
-    ],
-)
-def test_texts_are_split_where_an_answer_can_begin(
-    template: str, chosen: str, rejected: str, wanted: tuple[str, str, str], tiny_base: Path
-) -> None:
-    frame = encoder(tiny_base, template).frame()
-    assert page.split(frame, chosen, rejected) == wanted
-
-
-def encoder(base: Path, template: str) -> Encoder:
-    return Encoder(base, Template.of(template, False, 2040, base))
-
-
 def write(
     folder: Path,
-    base: Path,
     texts: list[tuple[str, str, str]],
     scale: float = 1.0,
     filler: str = "",
 ) -> Path:
     """The page of pairs of these texts; the first is the most confidently wrong one.
 
-    The filler follows each prompt and chosen answer. It is tokenized once.
+    The filler follows each prompt and chosen answer.
     """
     margins = [scale * (index - len(texts) / 3) for index in range(len(texts))]
     table = pa.table(
@@ -77,16 +38,9 @@ def write(
             "kind": ["odd" if index % 2 else "even & <b>" for index in range(len(texts))],
         }
     )
-    zh = encoder(base, "zh")
-    [more] = zh.encode([filler])
-    ids = []
-    for texts_of_pair in texts:
-        marks = ("问:", "\n\n答:", "\n\n答:")
-        parts = [mark + text for mark, text in zip(marks, texts_of_pair, strict=True)]
-        prompt, chosen, rejected = zh.encode(parts)
-        ids.append((prompt + more + chosen + more, prompt + more + rejected))
+    shown = [(prompt + filler, chosen + filler, worse) for prompt, chosen, worse in texts]
     path = folder / "index.html"
-    page.write(path, table, ids, zh, {"kind": ["even & <b>", "odd"]})
+    page.write(path, table, shown, {"kind": ["even & <b>", "odd"]})
     return path
 
 
@@ -105,10 +59,8 @@ class Finder(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_the_page_is_whole_in_itself_and_holds_texts_as_texts(
-    tmp_path: Path, tiny_base: Path
-) -> None:
-    path = write(tmp_path, tiny_base, some(12))
+def test_the_page_is_whole_in_itself_and_holds_texts_as_texts(tmp_path: Path) -> None:
+    path = write(tmp_path, some(12))
     content = path.read_text(encoding="utf-8")
     finder = Finder()
     finder.feed(content)
@@ -127,8 +79,8 @@ def test_the_page_is_whole_in_itself_and_holds_texts_as_texts(
     assert pairs[0]["chosen"] == "冷水下锅。"
 
 
-def test_small_margins_are_no_ties(tmp_path: Path, tiny_base: Path) -> None:
-    content = write(tmp_path, tiny_base, some(12), scale=1e-9).read_text(encoding="utf-8")
+def test_small_margins_are_no_ties(tmp_path: Path) -> None:
+    content = write(tmp_path, some(12), scale=1e-9).read_text(encoding="utf-8")
     assert content.count('"margin": 0') == 1
     assert '"margin": -4e-09' in content
 
@@ -138,10 +90,10 @@ def test_small_margins_are_no_ties(tmp_path: Path, tiny_base: Path) -> None:
     [("MOST_PAIRS", 5), ("MOST_CHARACTERS", sum(len("".join(texts)) for texts in some(5)))],
 )
 def test_of_many_pairs_the_worst_are_kept(
-    name: str, limit: int, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, name, limit)
-    content = write(tmp_path, tiny_base, some(12)).read_text(encoding="utf-8")
+    content = write(tmp_path, some(12)).read_text(encoding="utf-8")
     assert '"summary": "the 5 with the lowest margins of 12 test pairs"' in content
     assert '"id4"' in content
     assert '"id5"' not in content
@@ -157,11 +109,11 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def browser(chromium: Browser, tmp_path: Path, tiny_base: Path) -> Iterator[Browser]:
+def browser(chromium: Browser, tmp_path: Path) -> Iterator[Browser]:
     """The page of 30 pairs in a browser, which must have nothing to complain of at the end."""
     chromium.errors.clear()
     chromium.requests.clear()
-    chromium.open(write(tmp_path, tiny_base, some(30)))
+    chromium.open(write(tmp_path, some(30)))
     yield chromium
     assert chromium.errors == []
     assert {url.partition(":")[0] for url in chromium.requests} <= {"file", "data"}
@@ -236,10 +188,8 @@ def test_keys_go_on_after_a_filter_was_chosen_and_leave_it_alone(browser: Browse
 
 
 @pytest.mark.browser
-def test_a_long_pair_is_scrolled_by_the_page_keys(
-    chromium: Browser, tmp_path: Path, tiny_base: Path
-) -> None:
-    chromium.open(write(tmp_path, tiny_base, [("q", "a\n" * 200, "b\n" * 200)] * 3))
+def test_a_long_pair_is_scrolled_by_the_page_keys(chromium: Browser, tmp_path: Path) -> None:
+    chromium.open(write(tmp_path, [("q", "a\n" * 200, "b\n" * 200)] * 3))
     scrolled = "document.querySelector('#pair').scrollTop"
     chromium.press("PageDown")
     assert chromium.run(scrolled) > 100
@@ -284,9 +234,9 @@ def test_it_fits_wide_and_narrow_light_and_dark(
 
 
 @pytest.mark.browser
-def test_thousands_of_pairs_stay_quick(browser: Browser, tmp_path: Path, tiny_base: Path) -> None:
+def test_thousands_of_pairs_stay_quick(browser: Browser, tmp_path: Path) -> None:
     """Texts of 5 KB a pair, 20 MB in all."""
-    path = write(tmp_path, tiny_base, some(4000), filler=" word" * 500)
+    path = write(tmp_path, some(4000), filler=" word" * 500)
     begun = time.monotonic()
     browser.open(path)
     assert time.monotonic() - begun < 5

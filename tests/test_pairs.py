@@ -17,8 +17,16 @@ import pytest
 from reward.data import reading
 from reward.data import records as pairs
 from reward.data.reading import files, read, unit
-from reward.data.records import BadRecord, check
-from reward.data.splitting import Hashes, among, contradictions, duplicates, split
+from reward.data.records import BadRecord, Messages, check
+from reward.data.splitting import (
+    Hashes,
+    Prompts,
+    among,
+    contradictions,
+    count_votes,
+    duplicates,
+    split,
+)
 from reward.process import Fault
 
 RECORDS: list[dict[str, Any]] = [
@@ -255,6 +263,72 @@ def test_broken_parquet_is_a_fault(tmp_path: Path, end: int) -> None:
     fault(path)
 
 
+# --- tables ----------------------------------------------------------------------------------
+
+CELLS = [{"prompt": 'say "hi",\nthen go', "chosen": "好", "rejected": ""}] * 2
+
+
+def as_table(separator: str, end: str) -> bytes:
+    quoted = separator.join(('"say ""hi"",\nthen go"', "好", ""))
+    return end.join([separator.join(CELLS[0]), quoted, "", quoted, ""]).encode()
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("suffix", "separator"), [(".csv", ","), (".tsv", "\t"), (".csv.gz", ","), (".tsv.gz", "\t")]
+)
+def test_tables_are_read_by_their_header(
+    tmp_path: Path, suffix: str, separator: str, end: str, mark: bytes
+) -> None:
+    path = write(tmp_path / f"p{suffix}", mark + as_table(separator, end))
+    assert list(read(path)) == [(2, CELLS[0]), (4, CELLS[1])]
+    assert unit(path) == "row"
+    assert files(tmp_path) == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"a,b\n1,2\n1,2,3\n", r"row 3 \(line 3\) has 3 cells, expected the 2 of the header"),
+        (b'a,b\n"1\n",2\n1\n', r"row 3 \(line 4\) has 1 cells"),
+        (b"a,b,a\n1,2,3\n", "row 1: the column 'a' is there twice"),
+        (b'a,b\n"1,2\n', r"row 2 \(line 2\): broken table: "),
+        (b'a,b\n"1"x,2\n', r"row 2 \(line 2\): broken table: "),
+        (b"a,b\n", "holds no record"),
+        (b"", "holds no record"),
+    ],
+)
+def test_broken_table_is_a_fault_that_says_where(
+    tmp_path: Path, content: bytes, found: str
+) -> None:
+    assert re.search(found, fault(write(tmp_path / "p.csv", content)))
+
+
+def test_a_cell_longer_than_the_librarys_limit_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", b"a,b\n" + b"x" * 200_000 + b",y\n")
+    assert contents(path) == [{"a": "x" * 200_000, "b": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("问题,好的回答,差的回答\n怎么煮鸡蛋？,八分钟。,不知道。\n", "GB18030"),
+        ("質問,よい答え,わるい答え\nたまごはどうゆでますか,八分です,しらない\n", "SHIFT_JIS"),
+        ("question,bonne réponse,autre\nOù ça ?,À côté – là.,Où\n", "WINDOWS-1252"),
+        ("问题,好,差\nWhere is it?,here,there\n", "UTF-16"),
+        ("question,good,bad\nWhere is it?,here,there ü\n", "UTF-16LE"),
+        ("question,good,bad\nWhere is it?,here,there ü\n", "UTF-16BE"),
+    ],
+)
+def test_another_encoding_is_named_with_the_way_to_convert_it(
+    tmp_path: Path, text: str, encoding: str
+) -> None:
+    path = write(tmp_path / "a b.csv", text.encode(encoding))
+    wanted = f"wanted UTF-8; it may be {encoding}: iconv -f {encoding} -t UTF-8 '{path}' > NEW"
+    assert fault(path).endswith(wanted)
+
+
 # --- forms of a record -----------------------------------------------------------------------
 
 
@@ -303,6 +377,38 @@ def test_every_form_of_a_record_gives_the_same_pair(form: str) -> None:
     assert pair.pair_hash == plain.pair_hash
 
 
+LONG = "Why is the sky blue, then?"
+
+
+@pytest.mark.parametrize("prompt", [LONG, "\n\nHuman: hi\n\nAssistant:", "怎样洗毛衣？"])
+def test_a_prompt_that_both_texts_repeat_is_there_once(prompt: str) -> None:
+    pair = check({"prompt": prompt, "chosen": f"{prompt} Good.", "rejected": f"{prompt} Bad."})
+    plain = check({"prompt": prompt, "chosen": " Good.", "rejected": " Bad."})
+    assert (pair.prompt, pair.chosen, pair.rejected) == (plain.prompt, plain.chosen, plain.rejected)
+    assert pair.pair_hash == plain.pair_hash
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        (LONG, f"{LONG} Good.", "Bad."),
+        (LONG, f"{LONG[:-1]} Good.", f"{LONG[:-1]} Bad."),
+        ("Hello!", "Hello! Welcome.", "Hello! Go."),
+        ("你好！", "你好！欢迎。", "你好！走开。"),
+    ],
+)
+def test_texts_that_do_not_both_repeat_the_prompt_stay_whole(
+    prompt: str, chosen: str, rejected: str
+) -> None:
+    pair = check({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert (pair.chosen, pair.rejected) == ((("assistant", chosen),), (("assistant", rejected),))
+
+
+def test_an_answer_that_is_the_prompt_is_empty() -> None:
+    with pytest.raises(BadRecord, match="'rejected' is empty"):
+        check({"prompt": LONG, "chosen": f"{LONG} Good.", "rejected": LONG})
+
+
 def test_text_conversations_are_cut_behind_the_last_shared_turn_marker() -> None:
     head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
     pair = check({"chosen": f"{head} Like this.", "rejected": f"{head} Like that."})
@@ -342,6 +448,79 @@ def test_shared_first_answer_is_no_part_of_the_prompt() -> None:
     assert (pair.prompt, pair.rejected) == ((USER,), (GOOD,))
 
 
+# --- what messages have besides their text -----------------------------------------------------
+
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "ü"}}}
+SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+PARTS: dict[str, Any] = {
+    "reasoning_content": "let me see",
+    "tool_calls": [LOOK],
+    "name": "Ann",
+    "tool_call_id": "7",
+}
+
+
+def with_answer(**parts: Any) -> dict[str, Any]:
+    answer = turn("assistant", "bad") | parts
+    return {"prompt": "hi", "chosen": [answer], "rejected": messages(BAD)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_answers_that_differ_in_a_part_alone_are_a_pair(part: str) -> None:
+    pair = check(with_answer(**{part: PARTS[part]}))
+    assert pair.rejected == (BAD,)
+    assert pair.chosen[0][:2] == BAD
+    assert pairs.parts_of(pair.chosen[0]) == {part: PARTS[part]}
+    assert pairs.parts_of(BAD) == {}
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+@pytest.mark.parametrize("part", PARTS)
+def test_an_empty_part_is_as_none(part: str, empty: Any) -> None:
+    with pytest.raises(BadRecord, match="are the same"):
+        check(with_answer(**{part: empty}))
+
+
+@pytest.mark.parametrize("answer", [{"content": None}, {}])
+def test_a_call_may_be_without_a_text(answer: dict[str, Any]) -> None:
+    answer = {"role": "assistant", "tool_calls": [LOOK]} | answer
+    [found] = check({"prompt": "hi", "chosen": [answer], "rejected": messages(BAD)}).chosen
+    assert found[:2] == ("assistant", "")
+    assert pairs.parts_of(found) == {"tool_calls": [LOOK], "content": None}
+
+
+def test_tools_are_the_first_message_of_the_prompt() -> None:
+    for form in FORMS.values():
+        pair = check(form | {"tools": [SCHEMA]})
+        assert [message[:2] for message in pair.prompt] == [("tools", ""), USER]
+        assert pairs.parts_of(pair.prompt[0]) == {"tools": [SCHEMA]}
+    asked = pairs.candidates({"prompt": "hi", "answer": "a", "tools": [SCHEMA]})
+    assert asked.prompt == pair.prompt
+
+
+def test_hashes_and_ids_tell_parts_and_tools_apart() -> None:
+    records: list[dict[str, Any]] = [
+        FORMS["messages"],
+        FORMS["messages"] | {"tools": [SCHEMA]},
+        FORMS["messages"] | {"tools": [SCHEMA, SCHEMA]},
+        FORMS["messages"] | {"prompt": [turn("user", "hi") | {"name": "Ann"}]},
+        FORMS["messages"] | {"prompt": [turn("user", "hi") | {"name": "Bob"}]},
+    ]
+    checked = [check(record) for record in records]
+    for name in ("id", "prompt_hash", "pair_hash", "answers_hash"):
+        assert len({getattr(pair, name) for pair in checked}) == len(records)
+    assert check(FORMS["messages"] | {"tools": []}) == checked[0]
+
+
+def test_a_prompt_is_repeated_only_with_its_parts() -> None:
+    named = turn("user", "hi") | {"name": "Ann"}
+    good, bad = messages(GOOD)[0], messages(BAD)[0]
+    record = {"prompt": [named], "chosen": [named, good], "rejected": [named, bad]}
+    assert check(record).chosen == (GOOD,)
+    with pytest.raises(BadRecord, match="begins with another message"):
+        check(record | {"chosen": messages(USER, GOOD)})
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 PLAIN = FORMS["texts"]
@@ -377,6 +556,21 @@ def without(key: str) -> dict[str, Any]:
         ("unknown_role", "the role 'human'", PLAIN | {"prompt": messages(("human", "hi"))}),
         ("unknown_role", r"the role \['user'\]",
          PLAIN | {"prompt": [{"role": ["user"], "content": "hi"}]}),
+        ("wrong_type", "'name' in 'chosen' is a number, expected a text", with_answer(name=3)),
+        ("wrong_type", "'tool_calls' in 'chosen' is a text, expected a list of objects",
+         with_answer(tool_calls="look")),
+        ("wrong_type", "one of 'tool_calls' in 'chosen' has the keys id, expected a function's",
+         with_answer(tool_calls=[LOOK, {"id": 3}])),
+        ("wrong_type", "'tools' is a text, expected a list", PLAIN | {"tools": "look"}),
+        ("wrong_type", "one of 'tools' is a text, expected a func", PLAIN | {"tools": ["look"]}),
+        ("unread", "a message of 'chosen' has 'images', which", with_answer(images=["a.png"])),
+        ("unread", "a message of 'chosen' has 'thinking', which", with_answer(thinking="so")),
+        ("not_text", "'chosen' holds what is no text",
+         with_answer(tool_calls=[{"name": "look", "arguments": b"x"}])),
+        ("not_text", "no text", PLAIN | {"tools": [{"name": "\ud800"}]}),
+        ("empty", "'chosen' is empty",
+         {"prompt": "hi", "chosen": [turn("assistant", "") | {"name": "Ann"}],
+          "rejected": messages(BAD)}),
         ("empty", "'prompt' is empty", PLAIN | {"prompt": " \n"}),
         ("empty", "'prompt' is an empty list", PLAIN | {"prompt": []}),
         ("empty", "'chosen' is empty", PLAIN | {"chosen": ""}),
@@ -442,6 +636,49 @@ def test_duplicates_and_contradictions_match_a_comparison_of_every_two_records()
     assert contradictions(found, hashes(records, "answers_hash")).tolist() == [
         (prompt, rejected, chosen) in records for prompt, chosen, rejected in records
     ]
+
+
+def test_families_match_a_search_for_what_begins_every_prompt() -> None:
+    """A prompt's family is that of the shortest prompt that it begins with, or its own."""
+    generator = np.random.default_rng(1)
+    prompts: list[Messages] = [
+        tuple(("user", str(turn)) for turn in generator.integers(0, 2, generator.integers(1, 5)))
+        for _ in range(60)
+    ]
+    found = Prompts.of(prompts)
+    shortest = [
+        min((other for other in prompts if prompt[: len(other)] == other), key=len)
+        for prompt in prompts
+    ]
+    assert found.families.tolist() == Prompts.of(shortest).own.tolist()
+    some = np.arange(60) % 3 == 0
+    others = [prompt for prompt, is_one in zip(prompts, some, strict=True) if not is_one]
+    assert found.take(some).shared_with(found.take(~some)).tolist() == [
+        any(prompt[: len(other)] == other or other[: len(prompt)] == prompt for other in others)
+        for prompt, is_one in zip(prompts, some, strict=True)
+        if is_one
+    ]
+
+
+def test_votes_match_a_count_of_every_group() -> None:
+    generator = np.random.default_rng(2)
+    answers, side, columns = (generator.integers(0, most, 200) for most in (40, 2, 3))
+    pairs = (answers * 2 + side).astype(np.uint64)
+    found = count_votes(answers.astype(np.uint64), pairs, columns.astype(np.uint64))
+    for group in range(40):
+        rows = np.flatnonzero(answers == group)
+        if len(set(columns[rows])) < 2:
+            assert not (found.cast[rows] | found.merged[rows] | found.tied[rows]).any()
+            continue
+        assert found.cast[rows].all()
+        ballots = {(side[row], columns[row]) for row in rows}
+        counts = [sum(of == each for of, _ in ballots) for each in (0, 1)]
+        assert found.tied[rows].all() == (counts[0] == counts[1])
+        if counts[0] != counts[1]:
+            standing = next(row for row in rows if side[row] == (counts[1] > counts[0]))
+            assert [row for row in rows if not found.merged[row]] == [standing]
+    none = np.array([], dtype=np.uint64)
+    assert not len(count_votes(none, none, none).cast)
 
 
 @pytest.mark.parametrize("known", [[], [3], [2**64 - 1, 0, 5, 5]])

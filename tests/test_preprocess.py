@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 from datasets import load_from_disk
+from tokenizers import Tokenizer
 
+from reward.data.records import check
+from reward.data.rows import as_json, shown
 from reward.data.tokens import Template
 from reward.outputs import digests, read_json
 from reward.process import Fault
@@ -105,8 +108,9 @@ def test_outputs_are_three_datasets_a_template_and_metrics() -> None:
             ),
         ]
     )
-    for part in written().values():
-        assert list(part[0]) == [*COLUMNS, "kind"]
+    for name, part in written().items():
+        words = ["prompt", "chosen", "rejected", "text_j", "text_k"] if name == "test" else []
+        assert list(part[0]) == [*COLUMNS, *words, "kind"]
     template = Template.load(preprocess.TOKENIZED / "template.json")
     assert template == Template.of("zh", False, 2040, preprocess.BASE)
 
@@ -205,16 +209,160 @@ def test_separate_test_set_is_the_test_split(workspace: Path, set_params: SetPar
     assert run()["pairs"] == {"train": 36, "validation": 4, "test": 3}
 
 
-@pytest.mark.parametrize("on_bad_record", ["stop", "drop"])
 @pytest.mark.parametrize("changes", [{}, {"chosen": "bad", "rejected": "good"}, {"chosen": "fine"}])
-def test_prompt_of_the_test_set_in_the_other_data_is_a_fault(
-    data: Path, workspace: Path, set_params: SetParams, on_bad_record: str, changes: dict[str, str]
+def test_training_records_with_a_prompt_of_the_test_set_are_listed_or_left_out(
+    data: Path, workspace: Path, set_params: SetParams, changes: dict[str, str]
 ) -> None:
     rewrite(data, [pair(i) for i in range(20)])
     rewrite(workspace / "test.json", [pair(30), pair(7, **changes)])
-    set_params("preprocess", test_data="test.json", on_bad_record=on_bad_record)
-    assert "1 test records have a prompt that stands in data/raw/pairs.json too" in fault()
-    assert "test.json: record 2" in fault()
+    set_params("preprocess", test_data="test.json", on_bad_record="stop")
+    said = "1 records of data/raw/pairs.json share their prompt with the test files: "
+    assert said + "data/raw/pairs.json: record 8; " in fault()
+    set_params("preprocess", on_bad_record="drop")
+    metrics = run()
+    assert metrics["dropped"] == {"in_test_set": 1}
+    assert metrics["pairs"] == {"train": 17, "validation": 2, "test": 2}
+    assert [row["prompt_id"] for row in written()["test"]] == [
+        check(each).prompt_id for each in (pair(30), pair(7))
+    ]
+
+
+def dialogue(index: int, turns: int) -> dict[str, Any]:
+    """A pair whose prompt is the first `turns` turns of dialogue `index`."""
+    messages = [
+        {"role": role, "content": f"{role} {index} {turn}"}
+        for turn in range(turns)
+        for role in ("user", "assistant")
+    ][:-1]
+    return pair(index, prompt=messages) | {
+        side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+
+
+def test_dialogues_that_go_on_stay_in_one_split(data: Path, set_params: SetParams) -> None:
+    rewrite(data, [dialogue(index, turns) for turns in (3, 1, 2) for index in range(15)])
+    set_params("preprocess", template="chat")
+    metrics = run()
+    assert metrics["largest_family"] == 3
+    assert metrics["pairs"] == {"train": 30, "validation": 6, "test": 9}
+    prompts = [{row["prompt_id"] for row in rows} for rows in written().values()]
+    for index in range(15):
+        family = {check(dialogue(index, turns)).prompt_id for turns in (1, 2, 3)}
+        assert sum(bool(family & found) for found in prompts) == 1
+
+
+def vote(index: int, annotator: str, reverse: bool = False) -> dict[str, Any]:
+    answers = ("bad", "good") if reverse else ("good", "bad")
+    return pair(index, chosen=answers[0], rejected=answers[1], annotator=annotator)
+
+
+@pytest.mark.usefixtures("data")
+def test_votes_are_counted_and_the_majority_decides(data: Path, set_params: SetParams) -> None:
+    votes = [vote(20, name, name in "de") for name in "abcde"]
+    lost = [vote(21, name, name in "bcd") for name in "abcd"]
+    even = [vote(22, "a"), vote(22, "b", reverse=True)]
+    again = [vote(23, "a"), vote(23, "a"), vote(23, "b", reverse=True)]
+    rewrite(data, [*map(pair, range(20)), *votes, *lost, *even, *again])
+    set_params("preprocess", on_bad_record="stop")
+    metrics = run()
+    assert (metrics["dropped"], metrics["votes"]) == ({"tie": 5}, 14)
+    rows = {row["prompt_id"]: row for part in written().values() for row in part}
+    assert len(rows) == 22
+    assert rows[check(vote(20, "a")).prompt_id]["id"] == check(vote(20, "a")).id
+    assert rows[check(vote(21, "b", True)).prompt_id]["id"] == check(vote(21, "b", True)).id
+
+
+def test_records_that_differ_in_no_other_column_are_no_votes(data: Path) -> None:
+    rewrite(data, [*map(pair, range(20)), pair(3), pair(4, chosen="bad", rejected="good")])
+    assert "bad records: 2 contradiction, 1 duplicate" in fault()
+
+
+def folder_of(workspace: Path, set_params: SetParams, **contents: list[dict[str, Any]]) -> Path:
+    """A folder as preprocess.data, with a file for each list of records."""
+    folder = workspace / "mine"
+    folder.mkdir()
+    for name, found in contents.items():
+        rewrite(folder / f"{name}.json", found)
+    set_params("preprocess", data="mine", test_data="mine")
+    return folder
+
+
+def test_files_called_test_and_validation_are_those_splits(
+    workspace: Path, set_params: SetParams
+) -> None:
+    parts = {"train": range(10), "validation": range(10, 12), "test": range(12, 15)}
+    contents = {name: [pair(i) for i in indices] for name, indices in parts.items()}
+    folder_of(workspace, set_params, **contents)
+    assert run()["pairs"] == {"train": 10, "validation": 2, "test": 3}
+    prompts = {name: {row["prompt_id"] for row in rows} for name, rows in written().items()}
+    assert all(
+        prompts[name] == {check(record).prompt_id for record in found}
+        for name, found in contents.items()
+    )
+
+
+def test_prompts_are_split_where_only_one_of_the_splits_is_a_file(
+    workspace: Path, set_params: SetParams
+) -> None:
+    folder_of(workspace, set_params, pairs=[*map(pair, range(20))], test=[pair(30), pair(31)])
+    assert run()["pairs"] == {"train": 18, "validation": 2, "test": 2}
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_prompt_of_a_split_file_in_the_other_data_is_a_fault(
+    workspace: Path, set_params: SetParams, name: str
+) -> None:
+    others = {"pairs": [*map(pair, range(20))], name: [pair(30), pair(7, chosen="fine")]}
+    folder_of(workspace, set_params, **others)
+    said = (
+        f"1 records of mine share their prompt with the {name} files: mine/pairs.json: record 8; "
+    )
+    assert fault() == f"{said}preprocess.on_bad_record drop leaves them out"
+
+
+def test_a_prompt_of_a_file_for_training_is_never_held_out(
+    workspace: Path, set_params: SetParams
+) -> None:
+    shared = [pair(i, chosen="better") for i in range(20)]
+    contents = {"all": [*map(pair, range(20))], "more": [*shared, *map(pair, range(20, 60))]}
+    folder = folder_of(workspace, set_params, **contents)
+    (folder / "dataset.yaml").write_text("all.json: {split: train, source: first}\n")
+    run()
+    parts = written()
+    train = {row["prompt_id"] for row in parts["train"]}
+    assert {check(record).prompt_id for record in shared} <= train
+    assert not train & {row["prompt_id"] for name in ("validation", "test") for row in parts[name]}
+    assert {row["source"] for row in parts["train"]} == {"first", "more"}
+
+
+def test_ties_never_stop_and_are_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = [
+        {"prompt": f"question {i}", "response1": "a", "response2": "b", "overall_preference": i % 3}
+        for i in range(30)
+    ]
+    rewrite(data, judged)
+    metrics = run()
+    assert metrics["dropped"] == {"tie": 10}
+    assert sum(metrics["pairs"].values()) == 20
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "read       data/raw/pairs.json as prompt, response1 and response2 with "
+    )
+    assert ", 30 records, ties left out: 10\n" in said
+    assert "\ndropped    10 tie; " in said
+
+
+def test_each_file_is_said_with_its_form(
+    workspace: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_of(workspace, set_params, a=[*map(pair, range(20))], test=[pair(30)])
+    rewrite(workspace / "data" / "sets" / "own.json", [pair(40)])
+    run()
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "read       mine/a.json as prompt, chosen and rejected, 20 records",
+        "read       mine/test.json as prompt, chosen and rejected, 1 records for test",
+        "read       data/sets/own.json as prompt, chosen and rejected, 1 records",
+    ]
 
 
 def test_too_few_prompts_for_three_splits_is_a_fault(data: Path) -> None:
@@ -392,3 +540,28 @@ def test_the_first_training_pair_is_shown_as_the_model_sees_it(
     assert rejected.startswith('rejected   "问:question ')
     assert rejected.endswith('bad\\nbad\\n<|endoftext|>"')
     assert len(rejected) == 11 + preprocess.EXAMPLE_CHARACTERS + len(" ... ")
+
+
+def test_test_pairs_keep_their_words_and_training_does_without(
+    data: Path, set_params: SetParams
+) -> None:
+    rewrite(data, [dialogue(index, 1 + index % 2) for index in range(20)])
+    set_params("preprocess", template="chat")
+    run()
+    parts = written()
+    words = ["prompt", "chosen", "rejected", "text_j", "text_k"]
+    assert not set(words) & parts["train"][0].keys()
+    records = {check(dialogue(index, 1 + index % 2)).id: index for index in range(20)}
+    tokenizer = Tokenizer.from_file(str(preprocess.BASE / "tokenizer.json"))
+    for row in parts["test"]:
+        record = dialogue(records[row["id"]], 1 + records[row["id"]] % 2)
+        assert [json.loads(row[name]) for name in words[:3]] == [record[name] for name in words[:3]]
+        for text, ids in (("text_j", "input_ids_j"), ("text_k", "input_ids_k")):
+            assert tokenizer.encode(row[text], add_special_tokens=False).ids == row[ids]
+            assert record["prompt"][-1]["content"] in row[text]
+
+
+def test_several_messages_are_shown_with_their_roles() -> None:
+    turns = (("user", "a"), ("assistant", "b", '{"tool_calls": [1]}'))
+    assert shown(as_json(turns[:1])) == "a"
+    assert shown(as_json(turns)) == "user: a\n\nassistant: b\ntool_calls: [1]"

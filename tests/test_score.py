@@ -428,7 +428,7 @@ def test_a_killed_process_loses_and_doubles_nothing(start: Callable[[str], Forke
         ),
         (
             '{"prompt": [{"role": "system", "content": "b"}], "answer": "c"}',
-            "needs_chat: has several turns, which only preprocess.template chat can render",
+            "needs_chat: has a system message, which only preprocess.template chat can render",
         ),
     ],
 )

@@ -158,11 +158,12 @@ def test_eos_is_appended_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_conversations_go_through_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = Scorer(export_with(monkeypatch, template="chat"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(EXPORT)
+    chat = {"template": "chat", "chat_template": tokenizer.chat_template}
+    scorer = Scorer(export_with(monkeypatch, **chat))
     prompt = [{"role": "system", "content": "be kind"}, {"role": USER, "content": "hi"}]
     answer = [{"role": ASSISTANT, "content": "hello"}]
     [ids], _ = scorer.encode_pairs([prompt], [answer])
-    tokenizer: Any = AutoTokenizer.from_pretrained(EXPORT)
     assert ids == tokenizer.apply_chat_template([*prompt, *answer])["input_ids"]
 
 

@@ -64,6 +64,24 @@ def test_too_long_a_prompt_is_cut_and_too_long_an_answer_left_out(
     assert max(len(row["input_ids_j"]) for row in found.rows) == 100
 
 
+def test_a_set_is_read_in_its_own_form_and_its_ties_left_out(
+    encoder: Callable[[int], Encoder],
+) -> None:
+    judged: list[dict[str, Any]] = [
+        {"prompt": "Is it raining?", "output_1": "No idea.", "output_2": "Yes.", "preference": 2},
+        {"prompt": "Is it cold?", "response": ["Yes.", "No."]},
+    ]
+    write_set(Path("data/sets/farm.jsonl"), judged[0])
+    listed = {"prompt": "Is it late?", "responses": ["Yes.", "No.", "Why?"], "ranks": [1, 2, 2]}
+    write_set(Path("data/sets/ranked.jsonl"), listed)
+    farm, ranked = read_sets(Path("data/sets"), encoder(100))
+    assert (len(farm.rows), farm.source.ties) == (1, 0)
+    assert (len(ranked.rows), ranked.source.ties) == (2, 1)
+    write_set(Path("data/sets/farm.jsonl"), judged[1])
+    with pytest.raises(Fault, match="the columns prompt, response are not a known form"):
+        read_sets(Path("data/sets"), encoder(100))
+
+
 def test_no_set_is_none_and_a_readme_no_set(encoder: Callable[[int], Encoder]) -> None:
     Path("data/sets/README.md").write_text("Sets.\n", encoding="utf-8")
     assert read_sets(Path("data/sets"), encoder(100)) == []

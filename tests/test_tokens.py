@@ -1,17 +1,27 @@
 """Text to ids: the article's ids, templates, the end of a text, the cut of a prompt."""
 
+import copy
 import dataclasses
+import datetime
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import Environment
 
-from reward.data.records import BadRecord, Messages
+from reward.data.records import BadRecord, Messages, check
+from reward.data.templates import DIRECTIVES, dated
 from reward.data.tokens import Encoder, Template, prefix_length
+from reward.exporting import portable
 from reward.process import Fault
 
 Encoders = Callable[..., Encoder]
@@ -38,6 +48,11 @@ def tokenizer(tiny_base: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def whole_encoder(tiny_base: Path) -> Encoder:
+    return Encoder(tiny_base, Template.of("chat", False, 2040, tiny_base))
 
 
 @pytest.fixture
@@ -114,6 +129,154 @@ def test_several_turns_need_the_chat_template(encoder: Encoders) -> None:
     assert caught.value.reason == "needs_chat"
 
 
+LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "ü"}}}
+SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+REPLY: dict[str, Any] = {"role": "assistant", "content": "Yes"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "record"),
+    [
+        ("tool_calls", {"rejected": [REPLY | {"tool_calls": [LOOK]}]}),
+        ("tool_calls", {"rejected": [{"role": "assistant", "tool_calls": [LOOK]}]}),
+        ("reasoning_content", {"rejected": [REPLY | {"reasoning_content": "so"}]}),
+        ("name", {"rejected": [REPLY | {"name": "Ann"}]}),
+        ("tool_call_id", {"rejected": [REPLY | {"tool_call_id": "7"}]}),
+        ("tools", {"tools": [SCHEMA], "rejected": "No"}),
+    ],
+)
+def test_what_a_text_has_no_field_for_is_refused_by_its_name(
+    encoder: Encoders, reason: str, record: dict[str, Any]
+) -> None:
+    chosen = "Yes" if record["rejected"] == "No" else [REPLY]
+    pair = check({"prompt": "Hi?", "chosen": chosen} | record)
+    with pytest.raises(BadRecord, match=f"has {reason}, which only preprocess.template chat") as e:
+        encoder("zh").render(pair.prompt, pair.rejected)
+    assert e.value.reason == reason
+
+
+CALLS = (
+    "{%- if tools %}{{ tools | tojson }}{% endif -%}"
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.name %}{{ m.name + ': ' }}{% endif -%}"
+    "{%- if m.thinking %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif -%}"
+    "{{ m.content or '' }}"
+    "{%- for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor -%}"
+    "{{ '<|im_end|>\n' }}{%- endfor -%}"
+)
+
+
+def test_parts_and_tools_go_to_the_chat_template_whole(tiny_base: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    base = changed_base(tiny_base, tmp_path, chat_template=CALLS)
+    encoder = Encoder(base, Template.of("chat", False, 10, base))
+    turns: list[Any] = [
+        {"role": "user", "content": "Hi?", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [LOOK], "reasoning_content": "so"},
+        {"role": "tool", "content": "{1}", "name": "look", "tool_call_id": "7"},
+    ]
+    pair = check({"prompt": turns, "tools": [SCHEMA], "chosen": "Yes", "rejected": "No"})
+    text = AutoTokenizer.from_pretrained(base).apply_chat_template(
+        [*turns, REPLY], tools=[SCHEMA], tokenize=False
+    )
+    assert encoder.render(pair.prompt, pair.chosen) == text
+    assert '{"name": "look", "arguments": {"at": "ü"}}' in text
+    assert "Ann: Hi?" in text
+    assert "<think>so</think>" in text
+
+
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+LOSSY = {
+    "cuts thoughts": (
+        "{%- for m in messages -%}"
+        "{{ m.role + '\n' + (m.content.split('</think>')[-1] if m.role == 'assistant'"
+        " else m.content) }}{%- endfor -%}"
+    ),
+    "no system": "{%- for m in messages if m.role != 'system' -%}" + TURN + "{%- endfor -%}",
+    "no parts": "{%- for m in messages -%}" + TURN + "{%- endfor -%}",
+    "last two": "{%- for m in messages[-2:] -%}" + TURN + "{%- endfor -%}",
+    "another order": "{%- for m in messages | reverse -%}" + TURN + "{%- endfor -%}",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "record"),
+    [
+        ("cuts thoughts", "content of message 2 (assistant): 'so 3'",
+         {"rejected": "<think>\nso 3\n</think>\n\n3"}),
+        ("cuts thoughts", "content of message 2 (assistant): 'so 3'",
+         {"prompt": [{"role": "user", "content": "A"}, REPLY | {"content": "<think>so 3</think>"},
+                     {"role": "user", "content": "Ho?"}]}),
+        ("no system", "content of message 1 (system): 'Be kind.'",
+         {"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "A"}]}),
+        ("no parts", "reasoning_content of message 2 (assistant): 'so 3'",
+         {"rejected": [REPLY | {"reasoning_content": "so 3"}]}),
+        ("no parts", "tool_calls of message 2 (assistant): 'look'",
+         {"rejected": [REPLY | {"tool_calls": [LOOK]}]}),
+        ("no parts", "name of message 1 (user): 'Ann'",
+         {"prompt": [{"role": "user", "content": "Hi?", "name": "Ann"}]}),
+        ("no parts", "name of the tools: 'look'", {"tools": [SCHEMA]}),
+        ("last two", f"content of message 1 (user): '{'Hi? ' * 10}'...",
+         {"prompt": [{"role": "user", "content": "Hi? " * 11}, REPLY,
+                     {"role": "user", "content": "Ho?"}]}),
+        ("another order", "content of message 2 (assistant): 'Bad'", {}),
+    ],
+)  # fmt: skip
+def test_what_a_chat_template_leaves_out_is_a_bad_record(
+    tiny_base: Path, tmp_path: Path, name: str, lost: str, record: dict[str, Any]
+) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template=LOSSY[name])
+    encoder = Encoder(base, Template.of("chat", False, 10, base))
+    record = {"prompt": "Hi?", "rejected": [REPLY | {"content": "Bad"}]} | record
+    if isinstance(record["rejected"], str):
+        record["rejected"] = [REPLY | {"content": record["rejected"]}]
+    pair = check({"chosen": [REPLY | {"content": "Good"}]} | record)
+    with pytest.raises(BadRecord) as caught:
+        encoder.render(pair.prompt, pair.rejected)
+    assert str(caught.value) == f"the chat template leaves out {lost}"
+    assert caught.value.reason == "not_rendered"
+
+
+REWRITES = (
+    "{%- if tools %}{{ tools | tojson }}{% endif -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'tool' -%}{{ {'output': m.content} | tojson }}{%- else -%}"
+    "{{ m.role + ':' + m.content.split('</think>')[-1] | trim }}{%- endif -%}"
+    "{%- if '</think>' in m.content -%}{{ m.content.split('</think>')[0] + '\n</think>' }}"
+    "{%- endif -%}"
+    "{%- for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}"
+    "{{ call.function.name }}{% endfor -%}{%- endfor -%}"
+)
+
+
+def test_words_may_be_trimmed_or_escaped_and_calls_written_anew(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template=REWRITES)
+    encoder = Encoder(base, Template.of("chat", False, 10, base))
+    arguments = '{"at": "a \\"b\\" \\u00fc", "n": 3, "deep": [{"x": "\\\\"}, null]}'
+    call = {"function": {"name": "look", "arguments": arguments}}
+    turns = [
+        {"role": "user", "content": "  Hi?\n"},
+        {"role": "assistant", "content": " I see.", "tool_calls": [call]},
+        {"role": "tool", "content": 'a "b"\n', "name": "look", "tool_call_id": "7"},
+    ]
+    pair = check({"prompt": turns, "tools": [SCHEMA], "chosen": "Yes", "rejected": "No"})
+    assert 'a \\"b\\"' in encoder.render(pair.prompt, pair.chosen)
+    call["function"]["arguments"] = json.loads(arguments)
+    pair = check({"prompt": turns, "chosen": "Yes", "rejected": "No"})
+    assert encoder.render(pair.prompt, pair.chosen)
+
+
+def test_an_error_within_a_chat_template_is_a_bad_record(tiny_base: Path, tmp_path: Path) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template="{{ messages[0].content + 1 }}")
+    encoder = Encoder(base, Template.of("chat", False, 10, base))
+    with pytest.raises(BadRecord, match="can only concatenate str") as caught:
+        encoder.render(user("Hi"), assistant("Hello"))
+    assert caught.value.reason == "chat_template"
+
+
 def changed_base(base: Path, folder: Path, **config: Any) -> Path:
     """A copy of the tokenizer of `base` with other values in its configuration."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -131,6 +294,54 @@ def test_conversation_that_the_chat_template_refuses_is_a_bad_record(
     with pytest.raises(BadRecord, match="no system") as caught:
         encoder.render(user("Hi"), assistant("Hello"))
     assert caught.value.reason == "chat_template"
+
+
+def chat_from(path: Path, base: Path) -> Template:
+    return Template.of("chat", False, 10, base, path)
+
+
+def test_a_chat_template_may_be_brought_to_a_base_without_one(
+    tiny_base: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    """As a Jinja file, or in the configuration of another tokenizer; either travels as a text."""
+    base = changed_base(tiny_base, tmp_path, chat_template=None)
+    brought = tmp_path / "brought.jinja"
+    brought.write_text(tokenizer.chat_template, encoding="utf-8")
+    own = Template.of("chat", False, 10, tiny_base)
+    assert chat_from(brought, base).chat_template == tokenizer.chat_template
+    assert chat_from(tiny_base / "tokenizer_config.json", base).chat_template == own.chat_template
+    chat_from(brought, base).save(tmp_path / "template.json")
+    brought.unlink()
+    encoder = Encoder(base, Template.load(tmp_path / "template.json"))
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert encoder.render(user("Hi"), assistant("Yes")) == text
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    portable.prepare_tokenizer(base, encoder.template, 4096).save(exported)
+    there = type(tokenizer).from_pretrained(exported)
+    assert there.apply_chat_template(turns, tokenize=False) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.jinja", None, "none.jinja cannot be read .*, expected a Jinja file"),
+        ("odd.jinja", b"\xff", "odd.jinja cannot be read .*, expected a Jinja file"),
+        ("odd.json", b"[]", "odd.json cannot be read .*, expected a Jinja file"),
+        ("empty.jinja", b" \n", "empty.jinja has no chat template, which preprocess.template chat"),
+        ("empty.json", b"{}", "empty.json has no chat template, which preprocess.template chat"),
+        ("bad.jinja", b"a\n{% if %}", "bad.jinja: line 2 is broken: Expected an expression"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_a_sentence(
+    tiny_base: Path, tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(Fault, match=f"params.yaml: preprocess.chat_template .*{said}"):
+        chat_from(tmp_path / name, tiny_base)
+    assert Template.of("zh", False, 10, tiny_base, tmp_path / name).chat_template is None
 
 
 def test_base_without_what_the_template_needs_is_a_fault(tiny_base: Path, tmp_path: Path) -> None:
@@ -154,6 +365,189 @@ def test_template_is_read_as_it_was_written(tiny_base: Path, tmp_path: Path) -> 
     template = Template.of("问{prompt}\n{answer}", True, 10, tiny_base)
     template.save(tmp_path / "template.json")
     assert Template.load(tmp_path / "template.json") == template
+
+
+def test_template_of_another_version_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "template.json").write_text('{"template": "zh", "append_eos": true}')
+    with pytest.raises(Fault, match=r"template.json has the keys append_eos, template, expected"):
+        Template.load(tmp_path / "template.json")
+
+
+# --- nothing vanishes ------------------------------------------------------------------------
+
+NAME = st.integers(100, 999).map("f{}".format)
+ODD = st.sampled_from(["怎么", "\n", '"x"', "\\", "<think>", "</think>"])
+TEXTS = st.lists(st.integers(100, 999).map("w{}.".format) | ODD, min_size=1, max_size=5).map(
+    " ".join
+)
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+CALL = st.builds(
+    lambda name, at, as_text: {
+        "type": "function",
+        "function": {"name": name, "arguments": as_json({"at": at}) if as_text else {"at": at}},
+    },
+    NAME,
+    TEXTS,
+    st.booleans(),
+)
+ANY_MESSAGE = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "user", "assistant", "tool"]),
+        "content": TEXTS | st.just(""),
+    },
+    optional={
+        "tool_calls": st.lists(CALL, max_size=2),
+        "reasoning_content": TEXTS,
+        "name": NAME,
+        "tool_call_id": NAME,
+    },
+)
+ANY_ANSWER = ANY_MESSAGE.map(lambda message: [message | {"role": "assistant"}])
+ANY_RECORD = st.fixed_dictionaries(
+    {
+        "prompt": TEXTS | st.lists(ANY_MESSAGE, min_size=1, max_size=3),
+        "chosen": ANY_ANSWER,
+        "rejected": ANY_ANSWER,
+    },
+    optional={"tools": st.lists(NAME.map(lambda name: {"name": name, "parameters": {}}))},
+)
+PLAIN_RECORD = st.fixed_dictionaries(dict.fromkeys(["prompt", "chosen", "rejected"], TEXTS))
+CHATS = {"calls": CALLS, "rewrites": REWRITES, "cuts thoughts": LOSSY["cuts thoughts"]}
+
+
+def words_of(value: Any) -> list[str]:
+    """The words in all texts of a record, those in a JSON text among them, in no order."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, str):
+        return re.findall(r"\w+|[^\w\s]", re.sub("</?think>", " ", value))
+    if isinstance(value, dict):
+        value = [item for key, item in value.items() if key not in ("role", "tool_call_id", "type")]
+    return [word for item in value for word in words_of(item)] if isinstance(value, list) else []
+
+
+@pytest.fixture(scope="module")
+def any_encoder(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Encoder]:
+    @cache
+    def build(name: str) -> Encoder:
+        folder = tmp_path_factory.mktemp("any")
+        base = changed_base(tiny_base, folder, chat_template=CHATS.get(name))
+        return Encoder(base, Template.of("chat" if name in CHATS else name, False, 2040, base))
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["zh", "en", "none", "<{prompt}|{answer}>", *CHATS])
+def test_no_word_of_a_kept_record_is_missing_in_its_text(
+    any_encoder: Callable[[str], Encoder], name: str
+) -> None:
+    encoder = any_encoder(name)
+    kept = 0
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(ANY_RECORD | PLAIN_RECORD)
+    def holds(record: dict[str, Any]) -> None:
+        nonlocal kept
+        try:
+            pair = check(record)
+            texts = [encoder.render(pair.prompt, side) for side in (pair.chosen, pair.rejected)]
+        except BadRecord:
+            return
+        kept += 1
+        for side, text in zip(("chosen", "rejected"), texts, strict=True):
+            said = [record["prompt"], record[side], record.get("tools", [])]
+            # A template may write a text as JSON, and JSON as a text.
+            plain = text.replace("\\", "")
+            missing = [w for w in words_of(said) if w not in (plain if w != "\\" else text)]
+            assert not missing
+
+    holds()
+    assert kept > 30
+
+
+# --- the date --------------------------------------------------------------------------------
+
+# As Llama 3.2 asks for it, as others do, and as Llama 3.1 does not.
+TODAY = {
+    "25 Dec 2031": (
+        "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        "{%- set date_string = strftime_now('%d %b %Y') %}"
+        "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}"
+        "{{- 'Today: ' + date_string + '\n' }}"
+    ),
+    "Thursday, 25. 12. 31": "Today: {{ strftime_now(format='%A, %d. %m. %y') + '\n' }}",
+    "2031-12-25 00:00": (
+        "\nToday: {% macro now() %}{{ strftime_now('%Y-%m-%d %H:%M') }}{% endmacro %}"
+        "{% for m in messages[:1] %}{{ now() + '\n' }}{% endfor %}"
+    ),
+    "1 Jan 2026": "Today: {% set date_string = '1 Jan 2026' %}{{ date_string + '\n' }}",
+}
+
+
+@pytest.fixture(params=TODAY)
+def moved_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a template is to print for today, which is another day than it was."""
+    from transformers.utils import chat_template_utils
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Later":
+            return super().now(tz).replace(year=2099)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_the_date_is_that_of_preprocess_here_and_in_the_export(
+    tiny_base: Path, tmp_path: Path, moved_clock: str, append_eos: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    text = TODAY[moved_clock] + "{%- for m in messages -%}" + TURN + "{%- endfor -%}"
+    base = changed_base(tiny_base, tmp_path, chat_template=text)
+    Template.of("chat", append_eos, 99, base, date="2031-12-25").save(tmp_path / "template.json")
+    template = Template.load(tmp_path / "template.json")
+    rendered = Encoder(base, template).render(user("Hi?"), assistant("Yes"))
+    assert f"Today: {moved_clock}\n<|im_start|>user\nHi?" in rendered
+    assert rendered.startswith("\n") == text.startswith("\n")
+    (tmp_path / "exported").mkdir()
+    prepared = portable.prepare_tokenizer(base, template, 4096)
+    prepared.save(tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    chat = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes"}]
+    eos = exported.eos_token if append_eos else ""
+    assert exported.apply_chat_template(chat, tokenize=False) == rendered + eos
+    there = Encoder(tmp_path / "exported", prepared.template)
+    assert there.render(user("Hi?"), assistant("Yes")) == rendered
+
+
+def test_a_date_that_nobody_fixed_is_a_fault(tiny_base: Path, tmp_path: Path) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template="{{ strftime_now('%Y') }}")
+    with pytest.raises(Fault, match="prints today's date"):
+        Template.of("chat", False, 10, base)
+
+
+@pytest.mark.parametrize("day", ["2026-01-01", "2031-12-25", "2028-02-29"])
+def test_a_date_is_written_as_strftime_writes_it(day: str) -> None:
+    at = datetime.datetime.fromisoformat(day)
+    for code in [
+        *(f"%{letter}" for letter in DIRECTIVES),
+        "%d/%m/%Y",
+        "%A %B%j",
+        "%-d.%-m.",
+        "100%",
+    ]:
+        text = dated("{{ strftime_now(" + json.dumps(code) + ") }}", day)
+        assert Environment(autoescape=False).from_string(text).render() == at.strftime(code)
 
 
 # --- the end of a text -----------------------------------------------------------------------
@@ -229,6 +623,59 @@ def test_cut_of_a_chat_keeps_the_head_even_if_it_holds_the_prompts_words(
         text = tokenizer.decode(side)
         assert text.startswith("<|im_start|>system\ne<|im_end|>\n<|im_start|>user\n")
         assert text.endswith(f"e <|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n")
+
+
+ROLE = st.sampled_from(["user", "assistant"])
+WORDS = st.lists(
+    st.sampled_from(["sky", "<|im_end|>", "怎么", "\n", "user"]), min_size=1, max_size=9
+)
+SOME = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@SOME
+@given(st.lists(st.tuples(ROLE, WORDS), min_size=1, max_size=6), st.booleans(), st.integers(20, 90))
+def test_cut_conversation_has_the_ids_of_its_last_turns(
+    whole_encoder: Encoder, turns: list[tuple[str, list[str]]], system: bool, most: int
+) -> None:
+    """Of all that remains when turns go from the front, the longest that fits; or the last cut."""
+    encoder = copy.copy(whole_encoder)
+    encoder.template = dataclasses.replace(encoder.template, max_length=most)
+    head: Messages = (("system", "Be kind."),) if system else ()
+    rest: Messages = (*((role, " ".join(words)) for role, words in turns), ("user", "and so on"))
+    answers = [assistant("good"), assistant("bad one")]
+    found = encoder.encode_cut(head + rest, answers)
+    for start in range(len(rest)):
+        if start and rest[start][0] != "user":
+            continue
+        left = head + rest[start:]
+        plain = encoder.encode([encoder.render(left, answer) for answer in answers])
+        if max(map(len, plain)) <= most:
+            assert found == plain
+            return
+    assert found == encoder.encode_cut(head + rest[-1:], answers)
+    for side in found or []:
+        assert encoder.decode(side).startswith("<|im_start|>system\nBe kind.<|im_end|>\n" * system)
+
+
+def test_a_cut_within_the_last_turn_leaves_what_follows_its_first_message(
+    tiny_base: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template=CALLS)
+    encoder = Encoder(base, Template.of("chat", False, 150, base))
+    call: Messages = (
+        ("user", "so " * 190),
+        ("assistant", "", json.dumps({"tool_calls": [LOOK], "content": None})),
+        ("tool", "42"),
+    )
+    prompt = (("tools", "", json.dumps({"tools": [SCHEMA]})), *user("first"), *call)
+    cut = encoder.encode_cut(prompt, [assistant("good"), assistant("bad")])
+    assert cut is not None
+    text = tokenizer.decode(cut[1])
+    assert text.startswith(json.dumps([SCHEMA]) + "<|im_start|>user\n")
+    rest = encoder.render((("tools", *prompt[0][1:]), *call), assistant("bad")).rpartition("so ")[2]
+    assert text.endswith(f"so {rest}")
+    assert "first" not in text
+    assert max(map(len, cut)) == 150
 
 
 def test_answer_too_long_by_itself_cannot_be_cut(encoder: Encoders) -> None:

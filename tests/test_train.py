@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -516,6 +516,25 @@ def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
     assert [line.split()[0] for line in printed.out.splitlines()] == [
         *("optimizer:", "trainable", "step", "step", "step", "speed", "validation", "trained")
     ]
+
+
+def test_evaluations_may_be_a_share_of_all_steps(set_params: SetParams) -> None:
+    set_params("train", max_steps=8, eval_steps=0.4)
+    train.main()
+    assert [point["step"] for point in curve("validation")] == [4, 8]
+
+
+@pytest.mark.parametrize("most", [1, 30, 31, 99, 100])
+def test_training_watches_whole_prompts_up_to_a_number_of_pairs(most: int) -> None:
+    prompts = [f"p{index // 3}" for index in range(100)]
+    rows = Dataset.from_dict({"prompt_id": prompts, "row": range(100)})
+    found = trainer.watched(rows, most, 0)
+    assert most <= len(found) < most + 3
+    assert list(found["row"]) == sorted(found["row"])
+    for prompt in set(found["prompt_id"]):
+        assert list(found["prompt_id"]).count(prompt) == prompts.count(prompt)
+    if most < 99:
+        assert list(found["row"]) != list(trainer.watched(rows, most, 1)["row"])
 
 
 def test_curves_can_be_seen_while_training_runs(

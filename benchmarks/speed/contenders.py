@@ -83,6 +83,7 @@ def ours(workload: Workload, checkpointing: bool = False) -> Measurement:
         gradient_checkpointing=checkpointing,
         deterministic=False,
         eval_steps=len(workload.pairs),
+        validation_pairs=1,
         save_steps=len(workload.pairs),
     )
     prefixes = [texts.prefix for texts in workload.pairs]

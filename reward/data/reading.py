@@ -1,10 +1,12 @@
-"""The records of preference files, one by one, with their places: JSON, JSON Lines and Parquet."""
+"""The records of preference files, one by one: JSON, JSON Lines, Parquet, CSV and TSV."""
 
 import codecs
+import csv
 import gzip
 import json
+import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -12,8 +14,15 @@ from typing import IO, Any
 from reward.data.records import FIELDS, names_of
 from reward.process import Fault
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+TABLES = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (
+    *(".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet"),
+    *(f"{table}{end}" for table in TABLES for end in ("", ".gz")),
+)
 CHUNK = 1 << 20
+LONGEST_CELL = 1 << 30
+# Of Japanese texts a good part is kana, and Chinese ones are nearly all in the smaller GB2312.
+KANA = ("\u3040", "\u30ff")
 # Characters of the longest piece of JSON, a string apart, that the end of a chunk can cut in two.
 LONGEST_TOKEN = 16
 
@@ -33,22 +42,26 @@ def files(path: Path) -> list[Path]:
     return found
 
 
+def name_of(path: Path) -> str:
+    """A file's name without its ending."""
+    return path.name.removesuffix(next(end for end in SUFFIXES if path.name.endswith(end)))
+
+
 def read(path: Path) -> Iterator[tuple[int, Any]]:
     """Position and content of the records of one file in their order, a few at a time, unchecked.
 
-    The position is what `unit` calls it, from 1. Raises a Fault where the file ends early or is
-    not what its name says.
+    The position is what `unit` calls it, from 1; the header of a table is its row 1. Raises a Fault
+    where the file ends early or is not what its name says.
     """
     position = 0
     try:
-        reader = {"row": _parquet, "record": _array, "line": _lines}[unit(path)]
-        for position, record in reader(path):
+        for position, record in _reader(path)(path):
             yield position, record
     except UnicodeDecodeError:
         place = "some byte is not UTF-8"
         with suppress(EOFError, OSError, zlib.error):  # compressed, and damaged behind that byte
             place = _undecodable(path)
-        raise Fault(f"{path}: {place}, wanted UTF-8") from None
+        raise Fault(f"{path}: {place}, wanted UTF-8{_conversion(path)}") from None
     except (EOFError, OSError, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise Fault(f"{path}: cannot be read to its end: {reason}; wanted a whole file") from None
@@ -58,10 +71,48 @@ def read(path: Path) -> Iterator[tuple[int, Any]]:
 
 def unit(path: Path) -> str:
     """What the records of a file are counted by: its rows, the records of an array, its lines."""
+    reader = _reader(path)
+    return "record" if reader is _array else "line" if reader is _lines else "row"
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[tuple[int, Any]]]:
     if path.suffix == ".parquet":
-        return "row"
+        return _parquet
+    if _separator(path):
+        return _table
     with _open(path) as file:
-        return "record" if _first(file) == "[" else "line"
+        return _array if _first(file) == "[" else _lines
+
+
+def _separator(path: Path) -> str | None:
+    """What separates the cells of a table; None for a file that is no table."""
+    return TABLES.get(Path(path.name.removesuffix(".gz")).suffix)
+
+
+def _table(path: Path) -> Iterator[tuple[int, Any]]:
+    """Records of CSV or TSV, by the names in its header; a cell may hold line breaks."""
+    csv.field_size_limit(LONGEST_CELL)
+    with _open(path) as file:
+        rows = csv.reader(file, delimiter=_separator(path) or ",", strict=True)
+        position = 1
+        try:
+            header = next(rows, [])
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise Fault(f"{path}: row 1: the column {twice[0]!r} is there twice")
+            for position, cells in enumerate(rows, start=2):
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise Fault(
+                        f"{path}: row {position} (line {rows.line_num}) has {len(cells)} cells, "
+                        f"expected the {len(header)} of the header"
+                    )
+                yield position, dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise Fault(
+                f"{path}: row {position + 1} (line {rows.line_num}): broken table: {error}; "
+                "expected cells with line breaks or quotes in double quotes"
+            ) from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -111,6 +162,51 @@ def _undecodable(path: Path) -> str:
     return "some byte is not UTF-8"
 
 
+def _conversion(path: Path) -> str:
+    """How a file in another encoding is converted, if its first bytes tell which it is."""
+    with suppress(EOFError, OSError, zlib.error):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            encoding = _encoding(file.read(CHUNK))
+        if encoding:
+            name = shlex.quote(str(path))
+            unpacked = f"gunzip -c {name} | " if path.suffix == ".gz" else ""
+            source = "" if unpacked else f" {name}"
+            return f"; it may be {encoding}: {unpacked}iconv -f {encoding} -t UTF-8{source} > NEW"
+    return ""
+
+
+def _encoding(content: bytes) -> str | None:
+    """The encoding of a text by its mark, its zeros, or the characters that it would hold."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    even, odd = content[::2].count(0), content[1::2].count(0)
+    if max(even, odd) * 5 > len(content) and min(even, odd) * 5 < max(even, odd):
+        return "UTF-16LE" if odd > even else "UTF-16BE"
+    if any(byte < 32 and byte not in b"\t\n\r" for byte in content):
+        return None
+    japanese, hanzi, usual = (
+        [character for character in content.decode(encoding, errors="ignore") if character > "\x7f"]
+        for encoding in ("shift_jis", "gb18030", "gb2312")
+    )
+    kana = sum(KANA[0] <= character <= KANA[1] for character in japanese)
+    if kana * 4 > len(japanese) and _decodes(content, "shift_jis"):
+        return "SHIFT_JIS"
+    if len(usual) * 10 >= len(hanzi) * 9 and _decodes(content, "gb18030"):
+        return "GB18030"
+    return "WINDOWS-1252" if _decodes(content, "windows-1252") else None
+
+
+def _decodes(content: bytes, encoding: str) -> bool:
+    """Whether bytes, the last of which may be half a character, are text in an encoding."""
+    try:
+        codecs.getincrementaldecoder(encoding)().decode(content)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Records of JSON Lines, with the numbers of their lines."""
     wanted, seen = "wanted one record a line, or an array of records", False
@@ -133,11 +229,10 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _is_wrapper(record: Any) -> bool:
     """Whether this is an object around a list of records, and no record itself."""
-    return (
-        isinstance(record, dict)
-        and not record.keys() & set(FIELDS)
-        and any(isinstance(value, list) for value in record.values())
-    )
+    if not isinstance(record, dict) or record.keys() & set(FIELDS):
+        return False
+    firsts = [value[0] for value in record.values() if isinstance(value, list) and value]
+    return any(isinstance(first, dict) and first.keys() & set(FIELDS) for first in firsts)
 
 
 def _array(path: Path) -> Iterator[tuple[int, Any]]:

@@ -2,12 +2,14 @@
 
 A record has `chosen` and `rejected`, texts or lists of {role, content} messages, and `prompt`: a
 text, a list of messages, or nothing, when the two conversations stand whole in `chosen` and
-`rejected`. Further columns with a single value are kept. A record that is only to be scored may
-have any number of `answers`, or one `answer`, instead.
+`rejected`. A message may have the PARTS too, and the record `tools`, a list of JSON schemas.
+Further columns with a single value are kept. A record that is only to be scored may have any
+number of `answers`, or one `answer`, instead.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,8 +19,17 @@ from reward.data.columns import RESERVED
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = ("prompt", "chosen", "rejected")
 LAST_TURN = "\n\nAssistant:"
+# Bytes of a prompt that two answers begin with by chance, as they do with a greeting.
+GREETING = 15
+# What a message may have besides role and content, for a chat template to render.
+PARTS = ("reasoning_content", "tool_calls", "name", "tool_call_id")
+# What a message may not have, because no part of this project reads it.
+UNREAD = ("audio", "function_call", "images", "reasoning", "thinking", "videos")
+TOOLS = "tools"
 
-Message = tuple[str, str]
+# Role and content, and for a message that has more a third text, the compact JSON of its parts. A
+# prompt with tools begins with a message of the role TOOLS, so no tool is lost where prompts go.
+Message = tuple[str, ...]
 Messages = tuple[Message, ...]
 
 
@@ -92,8 +103,8 @@ def hash64(content: object) -> int:
 
 
 def check(record: Any) -> Pair:
-    """A raw record as a Pair. Raises BadRecord with one of the reasons `missing_key`,
-    `wrong_type`, `unknown_role`, `not_text`, `empty`, `prompt_differs`, `identical_answers`."""
+    """A raw record as a Pair. Raises BadRecord with one of the reasons `missing_key`, `wrong_type`,
+    `unknown_role`, `unread`, `not_text`, `empty`, `prompt_differs`, `identical_answers`."""
     if not isinstance(record, dict):
         raise BadRecord("wrong_type", f"is {_kind(record)}, wanted an object")
     for key in ("chosen", "rejected"):
@@ -101,18 +112,18 @@ def check(record: Any) -> Pair:
             raise BadRecord("missing_key", f"{key!r} is missing, found {names_of(record)}")
     raw = [record.get(key) for key in FIELDS]
     prompt, chosen, rejected = _conversations(*raw)
-    columns = _columns(record)
+    tools, columns = _tools(record), _columns(record)
     try:
-        identity = _sha256(raw).hex()[:16]
+        identity = _sha256([*raw, record[TOOLS]] if tools else raw).hex()[:16]
         "".join([*columns, *columns.values()]).encode()
     except (UnicodeEncodeError, TypeError) as error:
         raise BadRecord("not_text", f"holds what is no text: {error}") from None
     for key, messages in zip(FIELDS, (prompt, chosen, rejected), strict=True):
-        if not all(content.strip() for _, content in messages):
+        if any(map(_is_empty, messages)):
             raise BadRecord("empty", f"{key!r} is empty")
     if chosen == rejected:
         raise BadRecord("identical_answers", "'chosen' and 'rejected' are the same")
-    return Pair(prompt, chosen, rejected, identity, columns)
+    return Pair(tools + prompt, chosen, rejected, identity, columns)
 
 
 def candidates(record: Any) -> Candidates:
@@ -130,11 +141,12 @@ def candidates(record: Any) -> Candidates:
     if "prompt" not in record:
         raise BadRecord("missing_key", f"'prompt' is missing, found {names_of(record)}")
     prompt = _messages("prompt", record["prompt"], "user")
-    if not all(content.strip() for _, content in prompt):
+    if any(map(_is_empty, prompt)):
         raise BadRecord("empty", "'prompt' is empty")
     answers = [
         _behind(prompt, key, _messages(key, value)) for key, value in _answers(record, given[0])
     ]
+    prompt = _tools(record) + prompt
     try:
         _sha256([prompt, answers])
     except UnicodeEncodeError as error:
@@ -159,6 +171,8 @@ def _conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, M
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             prompt, chosen, rejected = _split_texts(chosen, rejected)
+        elif isinstance(prompt, str) and _is_repeated(prompt, chosen, rejected):
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         head = _messages("prompt", prompt, "user")
         return head, (("assistant", chosen),), (("assistant", rejected),)
     for key, value, other in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
@@ -171,7 +185,7 @@ def _conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, M
         # The answers may repeat the prompt, and may begin with a system message that it lacks.
         if tuple(message for message in head if message[0] != "system") != asked:
             head = asked
-    elif not any(role == "user" for role, _ in head):
+    elif not any(message[0] == "user" for message in head):
         raise BadRecord("missing_key", "'prompt' is missing, and the first messages differ")
     return head, _behind(head, "chosen", answers[0]), _behind(head, "rejected", answers[1])
 
@@ -214,15 +228,81 @@ def _messages(key: str, value: Any, role: str = "assistant") -> Messages:
 
 
 def _message(key: str, item: Any) -> Message:
-    if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
+    parts = _parts(key, item) if isinstance(item, dict) else {}
+    optional = {"content"} if "tool_calls" in parts else set()
+    if not isinstance(item, dict) or not {"role", "content"} - optional <= item.keys():
         found = f"has {names_of(item)}" if isinstance(item, dict) else f"is {_kind(item)}"
         raise BadRecord("wrong_type", f"a message of {key!r} {found}, wanted role and content")
-    role, content = item["role"], item["content"]
+    role, content = item["role"], item.get("content")
     if role not in ROLES:
         raise BadRecord("unknown_role", f"{key!r} has the role {role!r}, known: {', '.join(ROLES)}")
+    if content is None and "tool_calls" in parts:
+        return role, "", _parts_text(key, parts | {"content": None})
     if not isinstance(content, str):
         raise BadRecord("wrong_type", f"a content in {key!r} is {_kind(content)}, wanted a text")
-    return role, content
+    return (role, content, _parts_text(key, parts)) if parts else (role, content)
+
+
+def _parts(key: str, item: dict[str, Any]) -> dict[str, Any]:
+    """The PARTS that a message has; an empty one is as none."""
+    for part in UNREAD:
+        if item.get(part):
+            raise BadRecord("unread", f"a message of {key!r} has {part!r}, which nothing reads")
+    parts = {part: item[part] for part in PARTS if item.get(part)}
+    for part, value in parts.items():
+        if part == "tool_calls":
+            _require_functions(f"'tool_calls' in {key!r}", value)
+        elif not isinstance(value, str):
+            found = f"{part!r} in {key!r} is {_kind(value)}"
+            raise BadRecord("wrong_type", f"{found}, expected a text")
+    return parts
+
+
+def _tools(record: dict[str, Any]) -> Messages:
+    """The tools of a record as the message that its prompt begins with, or no message."""
+    tools = record.get(TOOLS)
+    if not tools:
+        return ()
+    _require_functions(f"{TOOLS!r}", tools)
+    return ((TOOLS, "", _parts_text(TOOLS, {TOOLS: tools})),)
+
+
+def _require_functions(where: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise BadRecord("wrong_type", f"{where} is {_kind(value)}, expected a list of objects")
+    for item in value:
+        if not isinstance(item, dict) or not isinstance(function_of(item).get("name"), str):
+            found = f"has {names_of(item)}" if isinstance(item, dict) else f"is {_kind(item)}"
+            raise BadRecord("wrong_type", f"one of {where} {found}, expected a function's name")
+
+
+def function_of(item: dict[str, Any]) -> dict[str, Any]:
+    """The function of a tool or of a call, which may be an object of its own."""
+    inner = item.get("function")
+    return inner if isinstance(inner, dict) else item
+
+
+def _parts_text(key: str, parts: Mapping[str, Any]) -> str:
+    try:
+        return _ENCODER.encode(parts)
+    except TypeError as error:
+        raise BadRecord("not_text", f"{key!r} holds what is no text: {error}") from None
+
+
+def parts_of(message: Message) -> dict[str, Any]:
+    """What a message has besides its role and its text; a content of null is among it."""
+    parts: dict[str, Any] = json.loads(message[2]) if len(message) > 2 else {}
+    return parts
+
+
+def _is_empty(message: Message) -> bool:
+    return not message[1].strip() and "tool_calls" not in parts_of(message)
+
+
+def _is_repeated(prompt: str, chosen: str, rejected: str) -> bool:
+    """Whether both answers begin with the whole prompt, and not by chance."""
+    both = chosen.startswith(prompt) and rejected.startswith(prompt)
+    return both and len(prompt.encode(errors="replace")) > GREETING
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -246,7 +326,7 @@ def _columns(record: dict[str, Any]) -> dict[str, str]:
     return {
         f"raw_{key}" if key in RESERVED else key: str(value)
         for key, value in record.items()
-        if key not in FIELDS and isinstance(value, str | int | float)
+        if key not in (*FIELDS, TOOLS) and isinstance(value, str | int | float)
     }
 
 

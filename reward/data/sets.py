@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from reward.data import tokenized
-from reward.data.columns import ID, IDS, PREFIX, PROMPT_ID
-from reward.data.reading import SUFFIXES, read, unit
-from reward.data.records import BadRecord, Messages, Pair, check
-from reward.data.splitting import Hashes, among
-from reward.data.tokens import Encoder, prefix_length
+from reward.data.reading import SUFFIXES, name_of, unit
+from reward.data.records import BadRecord, Messages, Pair
+from reward.data.rows import as_row
+from reward.data.sources import Source, source_of, usable
+from reward.data.splitting import Prompts
+from reward.data.tokens import Encoder
 from reward.outputs import watched, write_json, writing
 from reward.process import Fault
 
@@ -22,14 +23,15 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class TestSet:
-    """The pairs of a file as rows of the scratch table, and their prompts' hashes.
+    """The pairs of a file as rows of the scratch table, and their prompts.
 
     `cut` prompts were too long and lost their left end; `left_out` pairs had an answer too long.
     """
 
+    source: Source
     name: str
     rows: list[dict[str, Any]]
-    prompts: list[int]
+    prompts: Prompts
     cut: int
     left_out: int
 
@@ -38,7 +40,8 @@ class TestSet:
 class Notes:
     """What is to be said of a set besides its figures: pairs that were cut, left out, or leaked.
 
-    A pair has leaked if its prompt is one that the model is trained on.
+    A pair has leaked if its prompt is one that the model is trained on, begins one, or goes on from
+    one.
     """
 
     cut: int
@@ -63,53 +66,41 @@ def read_sets(folder: Path, encoder: Encoder) -> list[TestSet]:
 
 def read_set(path: Path, encoder: Encoder) -> TestSet:
     rows, prompts, faults, cut, left_out = [], [], [], 0, 0
-    for position, record in watched(read(path), f"test set {path.name}", "pairs"):
+    source = source_of(path)
+    for position, record in watched(source, f"test set {path.name}", "pairs"):
         try:
-            pair = check(record)
-            sides = encoder.encode([encoder.render(pair.prompt, side) for side in answers(pair)])
+            pair = usable(record)
+            texts = [encoder.render(pair.prompt, side) for side in answers(pair)]
+            whole = encoder.encode(texts)
+            too_long = max(map(len, whole)) > encoder.template.max_length
+            sides = encoder.encode_cut(pair.prompt, answers(pair)) if too_long else whole
         except BadRecord as fault:
             faults.append(f"{path}: {unit(path)} {position}: {fault.reason}: {fault}")
             continue
-        if max(map(len, sides)) > encoder.template.max_length:
-            shorter = encoder.encode_cut(pair.prompt, answers(pair))
-            if shorter is None:
-                left_out += 1
-                continue
-            sides, cut = shorter, cut + 1
-        rows.append(as_row(pair, *sides))
-        prompts.append(pair.prompt_hash)
+        if sides is None:
+            left_out += 1
+            continue
+        cut += too_long
+        rows.append(as_row(pair, sides, list(map(encoder.decode, sides)) if too_long else texts))
+        prompts.append(pair.prompt)
     if faults:
         listed = "\n".join(faults[:SHOWN])
         raise Fault(f"{listed}\nbad records: {len(faults)} in {path}; wanted none in a test set")
     if not rows:
         raise Fault(f"{path}: no pair has answers short enough to be judged, wanted some")
-    return TestSet(name_of(path), rows, prompts, cut, left_out)
+    return TestSet(source, name_of(path), rows, Prompts.of(prompts), cut, left_out)
 
 
 def answers(pair: Pair) -> tuple[Messages, Messages]:
     return pair.chosen, pair.rejected
 
 
-def as_row(pair: Pair, chosen: list[int], rejected: list[int]) -> dict[str, Any]:
-    return {
-        ID: pair.id,
-        PROMPT_ID: pair.prompt_id,
-        **dict(zip(IDS, (chosen, rejected), strict=True)),
-        PREFIX: prefix_length(chosen, rejected),
-        tokenized.KEPT: list(pair.columns.items()),
-    }
-
-
-def name_of(path: Path) -> str:
-    return path.name.removesuffix(next(end for end in SUFFIXES if path.name.endswith(end)))
-
-
 def write_sets(
-    folder: Path, sets: Iterable[TestSet], tokenizer: str, trained_on: Hashes
+    folder: Path, sets: Iterable[TestSet], tokenizer: str, trained_on: Prompts
 ) -> dict[str, Notes]:
     """Write each set as a tokenized split, and an index of them, which is there without sets too.
 
-    `trained_on` are the hashes of the prompts of training and validation.
+    `trained_on` are the prompts of training and validation.
     """
     with writing(folder):
         folder.mkdir()
@@ -122,7 +113,7 @@ def write_sets(
         everything = np.ones(len(each.rows), dtype=bool)
         tokenized.write(folder / each.name, scratch, everything, columns, tokenizer)
         scratch.unlink()
-        leaked = among(np.array(each.prompts, dtype=np.uint64), trained_on)
+        leaked = each.prompts.shared_with(trained_on)
         index[each.name] = Notes(each.cut, each.left_out, int(leaked.sum()))
     write_json(folder / INDEX, {name: asdict(notes) for name, notes in index.items()})
     return index

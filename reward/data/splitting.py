@@ -3,12 +3,17 @@
 A record is a few 64-bit hashes here, so that millions of them fit in memory.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from reward.data.records import hash64
+from reward.data.records import Messages, hash64
 
 Hashes = npt.NDArray[np.uint64]
+Indices = npt.NDArray[np.integer]
 
 
 def among(values: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
@@ -35,6 +40,105 @@ def contradictions(pairs: Hashes, answers: Hashes) -> npt.NDArray[np.bool_]:
     left, right = order[:-1], order[1:]
     mixed = (answers[left] == answers[right]) & (pairs[left] != pairs[right])
     return among(answers, answers[right[mixed]])
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Which records are votes on one pair: outvoted or repeated by another, or tied. [records]."""
+
+    cast: npt.NDArray[np.bool_]
+    merged: npt.NDArray[np.bool_]
+    tied: npt.NDArray[np.bool_]
+
+
+def count_votes(answers: Hashes, pairs: Hashes, columns: Hashes) -> Votes:
+    """What records of one prompt and the same two answers come to that differ in another column.
+
+    Annotators judge the same two answers: such records are `cast` as votes. The majority decides,
+    its first record stands for all of them and the others are `merged` into it; where the votes are
+    even all are `tied`. A record that is the same in all its columns is one vote with the other.
+    All shapes [records]: `answers` are equal for equal prompts and answers, whichever is the chosen
+    one, and for the same names of further columns; `pairs` for equal records, `columns` for equal
+    further columns.
+    """
+    if not len(answers):
+        none = np.zeros(0, dtype=bool)
+        return Votes(none, none, none)
+    _, group, size = np.unique(answers, return_inverse=True, return_counts=True)
+    order = np.argsort(group, kind="stable")
+    starts = np.cumsum(size) - size
+
+    def each(reduce: np.ufunc, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A reduction over each record's group: [records]."""
+        return np.asarray(reduce.reduceat(values[order], starts)[group])
+
+    cast = each(np.minimum, columns) != each(np.maximum, columns)
+    repeated = duplicates(pairs ^ (columns * np.uint64(0x9E3779B97F4A7C15)))
+    one, other = each(np.minimum, pairs), each(np.maximum, pairs)
+    for_one = each(np.add, ((pairs == one) & ~repeated).astype(np.int64))
+    for_other = each(np.add, ((pairs == other) & ~repeated).astype(np.int64))
+    tied = cast & (one != other) & (for_one == for_other)
+    wins = pairs == np.where(for_one > for_other, one, other)
+    rows = np.arange(len(pairs))
+    standing = rows == each(np.minimum, np.where(wins, rows, len(pairs)))
+    return Votes(cast, cast & ~tied & ~standing, tied)
+
+
+def beginnings(prompt: Messages) -> list[int]:
+    """Hashes of all prompts that this one goes on from, the shortest first.
+
+    They are those that a Pair of such a prompt would have.
+    """
+    return [hash64([prompt[:end]]) for end in range(1, len(prompt))]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of some records: `own` is [records], `begun` are the beginnings of record `owner`."""
+
+    own: Hashes
+    owner: Indices
+    begun: Hashes
+
+    @classmethod
+    def of(cls, prompts: Sequence[Messages]) -> "Prompts":
+        begun = [(row, begun) for row, prompt in enumerate(prompts) for begun in beginnings(prompt)]
+        owners, hashes = zip(*begun, strict=True) if begun else ((), ())
+        return cls(
+            np.array([hash64([prompt]) for prompt in prompts], dtype=np.uint64),
+            np.array(owners, dtype=np.int64),
+            np.array(hashes, dtype=np.uint64),
+        )
+
+    def take(self, rows: npt.NDArray[np.bool_]) -> "Prompts":
+        """Those of some of the records."""
+        kept = rows[self.owner]
+        return Prompts(self.own[rows], (np.cumsum(rows) - 1)[self.owner[kept]], self.begun[kept])
+
+    def shared_with(self, others: "Prompts") -> npt.NDArray[np.bool_]:
+        """Which of these begin one of the others, or go on from one, or are one: [records]."""
+        found = among(self.own, np.concatenate([others.own, others.begun]))
+        found[self.owner[among(self.begun, others.own)]] = True
+        return found
+
+    @property
+    def families(self) -> Hashes:
+        return families(self.own, self.owner, self.begun)
+
+
+def families(prompts: Hashes, owners: Indices, begun: Hashes) -> Hashes:
+    """The family of every record: prompts of which one begins the other have the same.
+
+    A dialogue that goes on has its first turns in common with an earlier record: the two must not
+    be split. `prompts` and the result are [records]; `begun` are the `beginnings` of the records'
+    prompts one after the other, and `owners`, as long, the records that they are of. What begins a
+    prompt is a chain, so that a family's shortest prompt begins all of it, and stands for it.
+    """
+    known = among(begun, prompts)
+    members, first = np.unique(owners[known], return_index=True)
+    found = prompts.copy()
+    found[members] = begun[known][first]
+    return found
 
 
 def split(prompts: Hashes, validation: float, test: float, seed: int) -> npt.NDArray[np.int8]:

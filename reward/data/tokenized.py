@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reward.data.columns import ID, IDS, MASKS, PREFIX, PROMPT_ID
+from reward.data.columns import CONVERSATION, ID, IDS, MASKS, PREFIX, PROMPT_ID, TEXTS
 from reward.outputs import digest, read_json, write_json, writing
 from reward.process import Fault
 
@@ -34,6 +34,7 @@ SCRATCH = pa.schema(
         PROMPT_ID: pa.string(),
         **dict.fromkeys(IDS, pa.list_(pa.int32())),
         PREFIX: pa.int32(),
+        **dict.fromkeys((*CONVERSATION, *TEXTS), pa.string()),
         KEPT: pa.map_(pa.string(), pa.string()),
     }
 )
@@ -63,10 +64,16 @@ def batch(rows: Iterable[Row]) -> pa.RecordBatch:
 
 
 def write(
-    folder: Path, table: Path, wanted: npt.NDArray[np.bool_], columns: list[str], tokenizer: str
+    folder: Path,
+    table: Path,
+    wanted: npt.NDArray[np.bool_],
+    columns: list[str],
+    tokenizer: str,
+    texts: bool = True,
 ) -> None:
     """The wanted rows of a scratch table, with these kept columns, as a new folder.
 
+    With their `texts` people and other programs can read the pairs; training does without. The
     `tokenizer` is the SHA-256 of the tokenizer that made the ids. The folder's fingerprint begins
     the digest of its data.
     """
@@ -81,6 +88,7 @@ def write(
             PROMPT_ID: Value("string"),
             **dict(sides),
             PREFIX: Value("int32"),
+            **dict.fromkeys((*CONVERSATION, *TEXTS) if texts else (), Value("string")),
             **{name: Value("string") for name in columns},
         }
     )
@@ -134,16 +142,17 @@ def load(path: Path, base: Path) -> "Dataset":
     from datasets import Dataset
 
     try:
-        found = Dataset.load_from_disk(str(path))
         state = read_json(path / "state.json")
         whole = digest(path / DATA)[:16] == state["_fingerprint"]
+        # What is damaged may be anything, so nothing is read of it.
+        found = Dataset.load_from_disk(str(path)) if whole else None
         with pa.memory_map(str(path / DATA)) as source:
             tokenizer = pa.ipc.open_stream(source).schema.metadata[TOKENIZER].decode()
         here = digest(base / "tokenizer.json")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise Fault(f"{path} cannot be read ({reason}), wanted a split of preprocess") from None
-    if not whole:
+    if found is None:
         raise Fault(f"{path} is damaged, wanted a split as preprocess wrote it; run dvc repro")
     if tokenizer != here:
         raise Fault(

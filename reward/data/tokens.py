@@ -1,7 +1,7 @@
 """Template and tokenizer: text to ids, the same for training, evaluation and serving."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from reward.data.records import BadRecord, Messages
+from reward.data.records import TOOLS, Messages, names_of
+from reward.data.templates import dated, fill, read_chat_template, render_chat
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 
@@ -20,6 +21,9 @@ TEMPLATES = {
     "en": "Question: {prompt}\n\nAnswer: {answer}",
     "none": "{prompt}{answer}",
 }
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# The roles of messages at the head of a conversation that no cut takes away.
+KEPT = ("system", TOOLS)
 # Stands for a message where its place in a rendered text is looked for.
 MARK = "\ue000\ue001\ue000"
 
@@ -28,18 +32,32 @@ MARK = "\ue000\ue001\ue000"
 class Template:
     """How text becomes ids. Written by preprocess; every later stage reads it from here alone.
 
-    `template` is a text with the fields {prompt} and {answer}, or the word "chat" for the
-    tokenizer's own; `tokenizer` is the SHA-256 of the tokenizer.json that goes with it.
+    `template` is a text with the fields {prompt} and {answer}, or the word "chat" for the Jinja
+    text `chat_template`, which is None otherwise. `tokenizer` is the SHA-256 of the tokenizer.json
+    that goes with it.
     """
 
     template: str
+    chat_template: str | None
     append_eos: bool
     max_length: int
     tokenizer: str
 
     @classmethod
-    def of(cls, name: str, append_eos: bool, max_length: int, base: Path) -> "Template":
-        """The template called `name`, or the text `name` itself; Faults at any other."""
+    def of(
+        cls,
+        name: str,
+        append_eos: bool,
+        max_length: int,
+        base: Path,
+        chat_template: Path | None = None,
+        date: str | None = None,
+    ) -> "Template":
+        """The template called `name`, or the text `name` itself; Faults at any other.
+
+        `chat_template` is the file that "chat" is read from, the tokenizer's own if None. `date`,
+        in ISO form, is what it prints for today's.
+        """
         text = name if name == "chat" else TEMPLATES.get(name, name)
         fields = [text.count("{prompt}"), text.partition("{prompt}")[2].count("{answer}")]
         if text != "chat" and (fields != [1, 1] or text.count("{answer}") > 1):
@@ -50,14 +68,24 @@ class Template:
         path = base / "tokenizer.json"
         if not path.is_file():
             raise Fault(f"{path} is not here, wanted the tokenizer of a fetched base model")
-        return cls(text, append_eos, max_length, digest(path))
+        chat = None
+        if text == "chat":
+            chat = dated(read_chat_template(chat_template or base / TOKENIZER_CONFIG), date)
+        return cls(text, chat, append_eos, max_length, digest(path))
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "Template":
-        return cls(**read_json(path))
+        """Raises a Fault for the file of another version, which has other keys."""
+        content, names = read_json(path), {field.name for field in fields(cls)}
+        if content.keys() != names:
+            raise Fault(
+                f"{path} has {names_of(content)}, expected {', '.join(sorted(names))}: "
+                "it is of another version of this project"
+            )
+        return cls(**content)
 
 
 class Encoder:
@@ -74,12 +102,8 @@ class Encoder:
         self._tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._config: dict[str, Any] = read_json(base / "tokenizer_config.json")
-        self._chat = template.template == "chat"
-        if self._chat and not isinstance(self._config.get("chat_template"), str):
-            raise Fault(
-                f"params.yaml: preprocess.template is chat, but {base} has no chat template"
-            )
+        self._config: dict[str, Any] = read_json(base / TOKENIZER_CONFIG)
+        self._chat = template.chat_template is not None
         self._eos: int | None = None
         if template.append_eos:
             eos = token_of(self._config, "eos_token")
@@ -89,15 +113,10 @@ class Encoder:
 
     def render(self, prompt: Messages, answer: Messages) -> str:
         """One side of a pair as text. Raises BadRecord where the template cannot render it."""
-        if self._chat:
-            return self._render_chat(prompt, answer)
-        if [role for role, _ in (*prompt, *answer)] != ["user", "assistant"]:
-            raise BadRecord(
-                "needs_chat", "has several turns, which only preprocess.template chat can render"
-            )
-        head, _, rest = self.template.template.partition("{prompt}")
-        middle, _, tail = rest.partition("{answer}")
-        return head + prompt[0][1] + middle + answer[0][1] + tail
+        messages = (*prompt, *answer)
+        if self.template.chat_template is None:
+            return fill(self.template.template, messages)
+        return render_chat(self.template.chat_template, messages, self._special_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, never cut: those of a plain call of the tokenizer, and eos."""
@@ -120,28 +139,27 @@ class Encoder:
         before, after = map("".join, around(self._tokenizer))
         return before, after
 
-    def frame(self) -> tuple[str, str, str]:
-        """What the template has before a prompt of one message, behind it, and behind the answer.
-
-        Empty where a chat template makes something else of such a conversation.
-        """
-        try:
-            parts = self.render((("user", MARK),), (("assistant", MARK),)).split(MARK)
-        except BadRecord:
-            parts = []
-        return (parts[0], parts[1], parts[2]) if len(parts) == 3 else ("", "", "")
-
     def encode_cut(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
         """The ids of one prompt with each answer, at most the maximum length, or None.
 
-        The same number of ids is cut from the left of the prompt of each; what stands before the
-        prompt is kept. None if the prompt has too few ids to cut.
+        Of several turns whole ones go, the oldest first. If the last one is still too long, the
+        same number of ids is cut from the left of its first message, beside each answer. None if
+        that has too few. Raises BadRecord where the template cannot render what is left.
         """
+        shorter = prompt
+        for shorter in shortened(prompt):
+            sides = self.encode([self.render(shorter, answer) for answer in answers])
+            if max(map(len, sides)) <= self.template.max_length:
+                return sides
+        return self._cut_words(shorter, answers)
+
+    def _cut_words(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
+        """The same for a prompt of one turn; what the text has before its words is kept."""
         sides, spans = [], []
         for answer in answers:
             text = self.render(prompt, answer)
             encoding = self._tokenizer.encode(text, add_special_tokens=not self._chat)
-            first, last = self._prompt_place(prompt, answer, len(text))
+            first, last = self._place(prompt, answer, len(text))
             inside = [
                 index
                 for index, (start, end) in enumerate(encoding.offsets)
@@ -149,46 +167,45 @@ class Encoder:
             ]
             sides.append(self._finish(encoding.ids))
             spans.append((inside[0], inside[-1] + 1) if inside else (0, 0))
-        cut = max(0, max(map(len, sides)) - self.template.max_length)
+        cut = max(map(len, sides)) - self.template.max_length
         if cut > min(end - start for start, end in spans):
             return None
         return [
             ids[:start] + ids[start + cut :] for ids, (start, _) in zip(sides, spans, strict=True)
         ]
 
-    def _prompt_place(self, prompt: Messages, answer: Messages, length: int) -> tuple[int, int]:
-        """Where the prompt begins and ends in the rendered text of `length` characters.
-
-        It begins with the first message that is not the system's, and ends with the last one.
-        """
-        first = next((i for i, (role, _) in enumerate(prompt) if role != "system"), 0)
-        before, after = (
-            self.render((*prompt[:i], (prompt[i][0], MARK), *prompt[i + 1 :]), answer)
-            for i in (first, len(prompt) - 1)
-        )
-        return before.find(MARK), length - len(after.partition(MARK)[2])
+    def _place(self, prompt: Messages, answer: Messages, length: int) -> tuple[int, int]:
+        """Where the turn's first message begins and ends in its text of `length` characters."""
+        index = min(head_of(prompt), len(prompt) - 1)
+        role, _, *parts = prompt[index]
+        marked = (*prompt[:index], (role, MARK, *parts), *prompt[index + 1 :])
+        before, _, after = self.render(marked, answer).partition(MARK)
+        return len(before), length - len(after)
 
     def _finish(self, ids: list[int]) -> list[int]:
         return ids if self._eos is None or ids[-1:] == [self._eos] else [*ids, self._eos]
 
-    def _special_tokens(self) -> dict[str, Any]:
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
         names = ("bos_token", "eos_token", "pad_token")
         return {name: token_of(self._config, name) or "" for name in names}
 
-    def _render_chat(self, prompt: Messages, answer: Messages) -> str:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = [{"role": role, "content": content} for role, content in (*prompt, *answer)]
-        try:
-            rendered = render_jinja_template(
-                conversations=[messages],
-                chat_template=self._config["chat_template"],
-                **self._special_tokens(),
-            )[0]
-        except TemplateError as error:
-            raise BadRecord("chat_template", f"the chat template refuses it: {error}") from None
-        return str(rendered[0])
+def head_of(prompt: Messages) -> int:
+    """How many messages at the head of a prompt are kept whatever is cut."""
+    return len(list(takewhile(lambda message: message[0] in KEPT, prompt)))
+
+
+def shortened(prompt: Messages) -> Iterator[Messages]:
+    """A prompt, and what is left of it as its turns are taken away, until one is left.
+
+    A turn begins with a message of the user's, or at the conversation's beginning.
+    """
+    head = head_of(prompt)
+    yield prompt
+    for start in range(head + 1, len(prompt)):
+        if prompt[start][0] == "user":
+            yield prompt[:head] + prompt[start:]
 
 
 def token_of(config: dict[str, Any], name: str) -> str | None:
@@ -203,12 +220,6 @@ def around(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     whole = tokenizer.encode("a").tokens
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
-
-
-def common_start(one: str, other: str) -> str:
-    """The longest text that both begin with."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "".join(letter for letter, _ in same)
 
 
 def prefix_length(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> int:

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from reward.data import tokenized
+from reward.data.columns import CONVERSATION
 from reward.exporting.clients_trl import HEAVY
 from reward.exporting.exported import MERGED, exported_quantization, load_exported
 from reward.exporting.given import EOS, LEFT, RIGHT, SINGLE, Client, Exported, Form, Score, paired
@@ -72,8 +73,9 @@ def main() -> None:
 def find(request: Request) -> pa.Table:
     """What the clients find, and, of a quantized base, what is found on the original one."""
     folder, base = Path(request.folder), Path(request.base)
-    pairs = pairs_of(tokenized.load(Path(request.pairs), base))
-    exported = Exported(folder, pairs, base, request.tokens_per_pack)
+    dataset = tokenized.load(Path(request.pairs), base)
+    messages = list(zip(*(dataset[name] for name in CONVERSATION), strict=True))
+    exported = Exported(folder, pairs_of(dataset), messages, base, request.tokens_per_pack)
     clients = select(request.clients, merged=(folder / MERGED).is_dir())
     found = [found_by(client, exported) for client in clients]
     if exported_quantization(folder).bits == 4:

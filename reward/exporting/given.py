@@ -3,6 +3,7 @@
 A client is given pairs in several forms and finds their rewards, a table of one row a pair.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from transformers import (
 )
 
 from reward.data.columns import REWARDS
-from reward.data.tokens import common_start
 from reward.exporting.exported import ADAPTER_CONFIG, EXPORTED_BASE, exported_quantization
 from reward.model.base import device, keep_weights_unpacked
 from reward.model.packing import Texts, tokens
@@ -30,7 +30,6 @@ from reward.outputs import read_json
 BATCH = 16
 # Pairs of the forms that are slow: one text by one, and a step of training.
 SAMPLE = 32
-MARKS = "\ue000\ue001", "\ue001\ue000"
 PAIR = "pair"
 
 Pair = TypeVar("Pair")
@@ -67,11 +66,13 @@ class Conversation:
 class Exported:
     """An exported folder and the pairs to score with it.
 
-    `base` is the base as fetch left it, `tokens_per_pack` the size of the packs of evaluate.
+    `messages` are prompt, chosen and rejected of each pair, as JSON. `base` is the base as fetch
+    left it, `tokens_per_pack` the size of the packs of evaluate.
     """
 
     folder: Path
     pairs: list[Texts]
+    messages: list[tuple[str, ...]]
     base: Path
     tokens_per_pack: int
 
@@ -154,17 +155,13 @@ class Exported:
     @cached_property
     def conversations(self) -> dict[int, Conversation]:
         """The pairs as a prompt and two answers, of those that are rendered to their ids."""
-        rendered = self.render(*MARKS)
-        head, _, rest = rendered.partition(MARKS[0])
-        middle, _, tail = rest.partition(MARKS[1])
         found = {}
         for index, texts in self.texts.items():
-            shared = common_start(*texts)
-            end = shared.find(middle, len(head)) if middle else len(shared)
-            answers = [text[end + len(middle) : len(text) - len(tail)] for text in texts]
-            prompt = shared[len(head) : end]
-            if end >= 0 and [self.render(prompt, answer) for answer in answers] == texts:
-                found[index] = Conversation(prompt, (answers[0], answers[1]))
+            turns = [json.loads(side) for side in self.messages[index]]
+            if all(map(is_one_text, turns)):
+                prompt, *answers = (side[0]["content"] for side in turns)
+                if [self.render(prompt, answer) for answer in answers] == texts:
+                    found[index] = Conversation(prompt, (answers[0], answers[1]))
         return found
 
     def render(self, prompt: str, answer: str) -> str:
@@ -207,6 +204,11 @@ class Client:
     open: Callable[[Exported], Score]
     forms: tuple[Form, ...]
     merged: bool
+
+
+def is_one_text(messages: list[dict[str, Any]]) -> bool:
+    """Whether a side of a pair is a single message that has nothing but its text."""
+    return len(messages) == 1 and messages[0].keys() == {"role", "content"}
 
 
 def paired(pairs: Sequence[int], rewards: Sequence[float]) -> pa.Table:

@@ -108,7 +108,7 @@ def find_pad(tokenizer: Tokenizer, config: dict[str, Any], template: Template, r
     numbers = tokenizer.get_vocab(with_added_tokens=True)
     before, after = around(tokenizer)
     used = {token_of(config, name) for name in NO_PAD} | {*before, *after}
-    texts = [template.template, config.get("chat_template") or ""]
+    texts = [template.template, template.chat_template or "", config.get("chat_template") or ""]
     special = [
         added.content
         for number, added in sorted(tokenizer.get_added_tokens_decoder().items())
@@ -137,8 +137,8 @@ def chat_template(tokenizer: Tokenizer, config: dict[str, Any], template: Templa
     be called the assistant's or, as sentence-transformers does, a document; a prompt is the user's
     or a query.
     """
-    if template.template == "chat":
-        body = ROLES + "{{ '' }}" + config["chat_template"]
+    if template.chat_template is not None:
+        body = ROLES + "{{ '' }}" + template.chat_template
     else:
         head, _, rest = template.template.partition("{prompt}")
         middle, _, tail = rest.partition("{answer}")

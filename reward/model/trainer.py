@@ -15,6 +15,7 @@ was made for:
 - `log` adds accuracy and margin to the loss, and draws the curves while training runs.
 """
 
+import hashlib
 import math
 import resource
 import sys
@@ -40,7 +41,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from reward.data.columns import IDS, PREFIX
+from reward.data.columns import IDS, PREFIX, PROMPT_ID
 from reward.model import checkpoints
 from reward.model.base import device, head_of, trained_bytes
 from reward.model.packing import COLUMNS, Texts, into_packs, pack, pair, pairs_of, tokens
@@ -90,7 +91,14 @@ class Train:
     gradient_checkpointing: Switch
     deterministic: Switch
     logging_steps: Positive
-    eval_steps: Positive
+    eval_steps: Annotated[
+        float,
+        Rule(
+            "a positive integer, or a share of all steps above 0 and below 1",
+            lambda steps: 0 < steps < 1 or (steps >= 1 and steps == int(steps)),
+        ),
+    ]
+    validation_pairs: Positive
     save_steps: Positive
     seed: Seed
     report_to: Literal["none", "wandb", "tensorboard", "mlflow"]
@@ -126,7 +134,9 @@ class RewardTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.reward_model, self.train_pairs = model, train
-        self.validation_pairs = pairs_of(validation)
+        self.validation_pairs = pairs_of(
+            watched(validation, options.validation_pairs, options.seed)
+        )
         self.size_on_trial = options.tokens_per_pack == "auto" and device().type == "cuda"
         self.tokens_per_pack = (
             TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
@@ -377,6 +387,22 @@ def longest(dataset: Dataset, count: int) -> list[Texts]:
     chosen, rejected = (pc.list_value_length(dataset.data[name]) for name in IDS)
     size = pc.subtract(pc.add(chosen, rejected), dataset.data[PREFIX]).to_numpy()
     return pairs_of(dataset.select(np.argsort(-size, kind="stable")[:count]))
+
+
+def watched(dataset: Dataset, most: int, seed: int) -> Dataset:
+    """At most about `most` validation pairs: all those of some prompts, drawn by their hash.
+
+    Of a million pairs a tenth, scored every few steps, would take longer than the training. The
+    order of the rows stays; the last prompt that is drawn may bring a few pairs more.
+    """
+    if len(dataset) <= most:
+        return dataset
+    prompts, counts = np.unique(dataset[PROMPT_ID], return_counts=True)
+    ranks = [hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in prompts]
+    order = sorted(range(len(prompts)), key=ranks.__getitem__)
+    count = int(np.searchsorted(np.cumsum(counts[order]), most)) + 1
+    drawn = {prompts[index] for index in order[:count]}
+    return dataset.select([row for row, prompt in enumerate(dataset[PROMPT_ID]) if prompt in drawn])
 
 
 def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -> None:

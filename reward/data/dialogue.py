@@ -1,0 +1,130 @@
+"""Messages and conversations, however they are spelled, as messages with role and content.
+
+What no spelling explains is left as it is: the check of a record says what is wrong with it.
+"""
+
+import re
+import unicodedata
+from typing import Any
+
+from reward.data.records import BadRecord
+
+# The keys of a message's speaker and of its words.
+SPELLINGS = (("role", "content"), ("role", "text"), ("from", "value"))
+SPEAKERS = {
+    **{"system": "system", "user": "user", "human": "user"},
+    **{"assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant"},
+    **{"tool": "tool", "function": "tool", "observation": "tool"},
+}
+# HH has a few turns of "Hum:" where "Human:" was meant.
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Hum|Assistant):")
+FIRST_TURN = re.compile(r"\s*(?:Human|Hum):")
+SENTENCE_END = re.compile(r"[。！？!?…；][」』”’）)]*")
+
+Message = dict[str, Any]
+
+
+def spelling(item: Any) -> tuple[str, str] | None:
+    """The keys of a message's speaker and words, or None for what is not a message."""
+    if isinstance(item, dict):
+        for keys in SPELLINGS:
+            if keys[0] in item and keys[1] in item:
+                return keys
+    return None
+
+
+def are_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, however spelled."""
+    return isinstance(value, list) and bool(value) and all(spelling(item) for item in value)
+
+
+def message(key: str, item: Any) -> Any:
+    """A message by role and content; its other keys stay.
+
+    Raises BadRecord `not_text` for a part of the content that is not a text, such as an image.
+    """
+    keys = spelling(item)
+    if keys is None:
+        return item
+    role, content = (item[name] for name in keys)
+    known = SPEAKERS.get(role, role) if isinstance(role, str) else role
+    words = _joined(key, content) if isinstance(content, list) else content
+    if keys == SPELLINGS[0] and known is role and words is content:
+        return item
+    others = {name: value for name, value in item.items() if name not in keys}
+    return {"role": known, "content": words, **others}
+
+
+def messages(key: str, value: list[Any]) -> list[Any]:
+    """Messages by role and content. Raises BadRecord as `message` does."""
+    return [message(key, item) for item in value]
+
+
+def _joined(key: str, parts: list[Any]) -> Any:
+    """The text of a content in parts."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or "type" not in part:
+            return parts
+        if part["type"] != "text":
+            kind = str(part["type"])[:40]
+            raise BadRecord(
+                "not_text", f"a message of {key!r} has a part of type {kind!r}, expected texts only"
+            )
+        text = next((part[name] for name in ("text", "value") if part.get(name) is not None), None)
+        if not isinstance(text, str):
+            return parts
+        texts.append(text)
+    return "".join(texts)
+
+
+# --- texts that hold whole conversations -----------------------------------------------------
+
+
+def has_turns(text: str) -> bool:
+    """Whether a text is a conversation in the form of HH: turns after Human: and Assistant:."""
+    return bool(FIRST_TURN.match(text)) and "\n\nAssistant:" in text
+
+
+def turns(text: str) -> list[Message]:
+    """The messages of a conversation in the form of HH, without the empty last one of a prompt."""
+    _, *found = TURN.split(text)
+    speakers, contents = found[::2], found[1::2]
+    spoken = [
+        {"role": "assistant" if speaker == "Assistant" else "user", "content": content.strip()}
+        for speaker, content in zip(speakers, contents, strict=True)
+    ]
+    return spoken[:-1] if spoken and not spoken[-1]["content"] else spoken
+
+
+def shared_start(chosen: str, rejected: str) -> int:
+    """The length of the prompt with which two texts begin: up to the last word that they share.
+
+    White space after that word is no part of it, and neither text is all prompt. Chinese and
+    Japanese have no white space between words: there it is the last sentence that they share, or
+    else the last character.
+    """
+    shorter = min(len(chosen.rstrip()), len(rejected.rstrip()))
+    differ = (place for place in range(shorter) if chosen[place] != rejected[place])
+    cut = max(0, min(next(differ, shorter), shorter - 1))
+    while cut and any(_within_word(text, cut) for text in (chosen, rejected)):
+        cut -= 1
+    if cut and _is_ideographic(chosen[cut - 1]):
+        ends = [found.end() for found in SENTENCE_END.finditer(chosen, 0, cut)]
+        cut = ends[-1] if ends else cut
+    return len(chosen[:cut].rstrip())
+
+
+def _within_word(text: str, cut: int) -> bool:
+    """Whether a cut would go through a word, or between a letter and the mark on it."""
+    before, after = text[cut - 1], text[cut]
+    if unicodedata.combining(after):
+        return True
+    if before.isspace() or after.isspace():
+        return False
+    return not (_is_ideographic(before) or _is_ideographic(after))
+
+
+def _is_ideographic(character: str) -> bool:
+    """Whether a character belongs to a script without white space between words, or its marks."""
+    return unicodedata.east_asian_width(character) in "WF" and not "가" <= character <= "힣"

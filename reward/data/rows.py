@@ -1,0 +1,50 @@
+"""A checked pair with its ids, as a row of the tokenized data."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from reward.data import tokenized
+from reward.data.columns import CONVERSATION, ID, IDS, PREFIX, PROMPT_ID, TEXTS
+from reward.data.records import Message, Messages, Pair, parts_of
+from reward.data.tokens import prefix_length
+
+
+def as_row(pair: Pair, ids: Sequence[Sequence[int]], texts: Sequence[str]) -> dict[str, Any]:
+    """The row of a pair whose chosen and rejected sides have these ids, of these texts."""
+    sides = [np.array(each, dtype=np.int32) for each in ids]
+    messages = (pair.prompt, pair.chosen, pair.rejected)
+    return {
+        ID: pair.id,
+        PROMPT_ID: pair.prompt_id,
+        **dict(zip(IDS, sides, strict=True)),
+        PREFIX: prefix_length(*sides),
+        **dict(zip(CONVERSATION, map(as_json, messages), strict=True)),
+        **dict(zip(TEXTS, texts, strict=True)),
+        tokenized.KEPT: list(pair.columns.items()),
+    }
+
+
+def as_json(messages: Messages) -> str:
+    """Messages as a JSON list of objects, with all that they have."""
+    return json.dumps([as_dict(message) for message in messages], ensure_ascii=False)
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    return {"role": message[0], "content": message[1], **parts_of(message)}
+
+
+def shown(messages: str) -> str:
+    """Such a JSON list as a person reads it: one message alone, several with their roles."""
+    found = json.loads(messages)
+    if len(found) == 1 and found[0].keys() == {"role", "content"}:
+        return str(found[0]["content"])
+    return "\n\n".join(map(_with_role, found))
+
+
+def _with_role(message: dict[str, Any]) -> str:
+    parts = {key: value for key, value in message.items() if key not in ("role", "content")}
+    more = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in parts.items()]
+    return "\n".join([f"{message['role']}: {message['content']}", *more])

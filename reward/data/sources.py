@@ -1,0 +1,154 @@
+"""The preference files of a path: each with its form, its split, and the records that are taken."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from reward.data.forms import Form, Unmeant, plain, top, value_at
+from reward.data.mapping import Entry, Mapping, read_mapping
+from reward.data.reading import files, name_of, read, unit
+from reward.data.recognition import HEAD, recognize
+from reward.data.records import BadRecord, Pair, check, hash64, names_of
+from reward.process import Fault
+
+# As on the Hub: the word, and no letter behind it.
+SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
+
+
+@dataclass
+class Source:
+    """A file and what is known of it.
+
+    `name` is the value of its column `source`, where it is to have one. Counted as they are read:
+    the records `seen`, those of them that were `taken`, and the comparisons that are `ties`.
+    """
+
+    path: Path
+    form: Form
+    entry: Entry = field(default_factory=Entry)
+    name: str | None = None
+    split: str | None = None
+    seen: int = field(default=0, init=False)
+    taken: int = field(default=0, init=False)
+    ties: int = field(default=0, init=False)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """The position of each record with each of its pairs, which `usable` takes; no ties.
+
+        Raises a Fault for a verdict to which the form gives no meaning.
+        """
+        self.seen = self.taken = self.ties = 0
+        chosen = self._drawn() if self.entry.where or self.entry.take is not None else self._all()
+        for position, record in chosen:
+            self.taken += 1
+            try:
+                found = self.form.pairs(self._labelled(record))
+            except BadRecord as fault:
+                yield position, fault
+                continue
+            except Unmeant as error:
+                raise Fault(f"{self.path}: {unit(self.path)} {position}: {error}") from None
+            self.ties += found.ties
+            for pair in found.records:
+                yield position, pair
+
+    def _labelled(self, record: Any) -> Any:
+        """A record with its source. One that the entry names takes the place of the record's."""
+        if self.name is None or not isinstance(record, dict):
+            return record
+        return {"source": self.name} | record | ({"source": self.name} if self.entry.source else {})
+
+    def _all(self) -> Iterator[tuple[int, Any]]:
+        for found in read(self.path):
+            self.seen += 1
+            yield found
+
+    def _drawn(self) -> Iterator[tuple[int, Any]]:
+        """The records that are to be taken, all of them or those that were drawn."""
+        drawn = self._draw() if self.entry.take is not None else None
+        matching = 0
+        for position, record in read(self.path):
+            self.seen += 1
+            if self._matches(record):
+                matching += 1
+                if drawn is None or matching in drawn:
+                    yield position, record
+
+    def _draw(self) -> set[int]:
+        """Which of the matching records are taken: those with the least hashes of their place.
+
+        So a greater number draws the same ones and more.
+        """
+        count = sum(self._matches(record) for _, record in read(self.path))
+        take = self.entry.take or 0
+        wanted = max(1, round(take * count)) if isinstance(take, float) else take
+        if wanted > count:
+            raise Fault(f"{self.path}: take is {take}, found {count} records to draw from")
+        places = range(1, count + 1)
+        return {*sorted(places, key=lambda place: hash64([self.entry.seed, place]))[:wanted]}
+
+    def _matches(self, record: Any) -> bool:
+        return all(
+            isinstance(record, dict)
+            and plain(value_at(record, path)) in [plain(value) for value in values]
+            for path, values in self.entry.where
+        )
+
+    @property
+    def said(self) -> str:
+        """What was recognized and read, for people."""
+        of = "" if self.taken == self.seen else f" of {self.seen:,}"
+        split = f" for {self.split}" if self.split else ""
+        ties = f", ties left out: {self.ties:,}" if self.ties else ""
+        records = f"{self.taken:,}{of} records"
+        return f"read       {self.path} as {self.form.said}, {records}{split}{ties}"
+
+
+def usable(found: Any) -> Pair:
+    """A pair of a Source, checked. Raises BadRecord, that of its record too."""
+    if isinstance(found, BadRecord):
+        raise found
+    return check(found)
+
+
+def sources(path: Path) -> list[Source]:
+    """The files of a path with their forms. Raises a Fault where one cannot be read or recognized.
+
+    In a folder, files called test... and validation... are those splits, unless dataset.yaml says
+    otherwise.
+    """
+    paths, mapping = files(path), read_mapping(path if path.is_dir() else path.parent)
+    if path.is_dir() and mapping:
+        mapping.require_files([file.name for file in paths])
+    elif mapping and mapping.entry(path.name):
+        raise Fault(
+            f"{mapping.path} has an entry for {path.name}; expected the folder {path.parent} in "
+            f"params.yaml instead of {path}, so that a change of the entry is seen"
+        )
+    found = [_source(file, mapping, path.is_file()) for file in paths]
+    for source in found if path.is_dir() else []:
+        named = SPLIT.match(source.path.name)
+        source.split = source.entry.split or (named[1] if named else None)
+    return found
+
+
+def source_of(path: Path) -> Source:
+    """A file of a folder with its form. Raises a Fault where it cannot be read or recognized."""
+    return _source(path, read_mapping(path.parent), alone=False)
+
+
+def _source(path: Path, mapping: Mapping | None, alone: bool) -> Source:
+    head = [record for _, record in islice(read(path), HEAD)]
+    entry = (mapping.entry(path.name) if mapping else None) or Entry()
+    columns = {name: None for record in head if isinstance(record, dict) for name in record}
+    for key, column in entry.paths:
+        if mapping and column not in columns and top(column) not in columns:
+            found = names_of(columns) if columns else "no columns"
+            named = f"{mapping.path}: {path.name}: {key} is {column!r}"
+            raise Fault(f"{named}, expected a column; found {found}")
+    form = recognize(path, head, entry.known, alone)
+    name = (entry.source or name_of(path)) if mapping else None
+    return Source(path, form, entry, name)

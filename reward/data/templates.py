@@ -1,0 +1,176 @@
+"""Conversation to text: by a text with two fields, or by a chat template in Jinja."""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from reward.data.records import TOOLS, BadRecord, Message, Messages, function_of, parts_of
+from reward.process import Fault
+
+# What a chat template may raise besides Jinja's own errors: it is a program that meets a record.
+ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+NEEDS_CHAT = "which only preprocess.template chat can render"
+# The letters of strftime that a date, at midnight, has a value for wherever Python runs.
+DIRECTIVES = "aAbBcdHIjmMpSUwWxXyY"
+SHOWN = 40
+
+
+def fill(template: str, messages: Messages) -> str:
+    """A question and its answer in a text with the fields {prompt} and {answer}.
+
+    Raises BadRecord for any other conversation, and for what a text has no field for.
+    """
+    for message in messages:
+        for part in parts_of(message):
+            raise BadRecord(part, f"has {part}, {NEEDS_CHAT}")
+    roles = [message[0] for message in messages]
+    if roles != ["user", "assistant"]:
+        found = "a system message" if "system" in roles else "several turns"
+        raise BadRecord("needs_chat", f"has {found}, {NEEDS_CHAT}")
+    head, _, rest = template.partition("{prompt}")
+    middle, _, tail = rest.partition("{answer}")
+    return head + messages[0][1] + middle + messages[1][1] + tail
+
+
+def read_chat_template(path: Path) -> str:
+    """The chat template in a Jinja file, or in the configuration of a tokenizer, which is JSON.
+
+    Raises a Fault where there is none, or a broken one.
+    """
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    where = f"params.yaml: preprocess.chat_template {path}"
+    try:
+        text = path.read_text(encoding="utf-8")
+        template = json.loads(text).get("chat_template") if path.suffix == ".json" else text
+    except (OSError, ValueError, AttributeError) as error:
+        raise Fault(f"{where} cannot be read ({error}), expected a Jinja file") from None
+    if not isinstance(template, str) or not template.strip():
+        raise Fault(
+            f"{where} has no chat template, which preprocess.template chat needs; expected a Jinja "
+            "file of one, such as the instruction-tuned model of the same tokenizer has"
+        )
+    try:
+        _compile_jinja_template(template)
+    except TemplateSyntaxError as error:
+        raise Fault(f"{where}: line {error.lineno} is broken: {error.message}") from None
+    return template
+
+
+def render_chat(template: str, messages: Messages, tokens: Mapping[str, str]) -> str:
+    """A conversation as `apply_chat_template` of transformers renders it.
+
+    `tokens` are the special tokens by their names. Raises BadRecord where the template fails, or
+    leaves out what a message says.
+    """
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    tools = [tool for message in messages for tool in parts_of(message).get(TOOLS, [])]
+    try:
+        text = _compile_jinja_template(template).render(
+            messages=[_as_dict(message) for message in messages if message[0] != TOOLS],
+            tools=tools or None,
+            documents=None,
+            add_generation_prompt=False,
+            **tokens,
+        )
+    except (TemplateError, *ERRORS) as error:
+        raise BadRecord("chat_template", f"the chat template refuses it: {error}") from None
+    require_whole(str(text), messages)
+    return str(text)
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """A message as chat templates read it; some know the reasoning by its older name."""
+    parts = parts_of(message)
+    alias = {"thinking": parts["reasoning_content"]} if "reasoning_content" in parts else {}
+    return alias | {"role": message[0], "content": message[1]} | parts
+
+
+def dated(template: str, date: str | None) -> str:
+    """A chat template that prints `date`, in ISO form, wherever it would print today's.
+
+    Templates ask for today by `strftime_now`; a macro of that name comes before the one of
+    transformers, so every loader prints the date of training. Raises a Fault if there is none.
+    """
+    if "strftime_now" not in template:
+        return template
+    if date is None:
+        raise Fault("the chat template prints today's date, expected a fixed one for it")
+    day = datetime.date.fromisoformat(date)
+    codes = {f"%{letter}": day.strftime(f"%{letter}") for letter in DIRECTIVES}
+    codes |= {f"%-{code[1]}": value.lstrip("0") or "0" for code, value in codes.items()}
+    filters = "".join(
+        f" | replace({json.dumps(code)}, {json.dumps(value)})"
+        for code, value in codes.items()
+        if code in template
+    )
+    macro = "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}"
+    # Jinja drops a line break behind a tag, but not behind a value.
+    return macro + "{{ '' }}" + template
+
+
+def require_whole(text: str, messages: Messages) -> None:
+    """Raise BadRecord `not_rendered` for the first part of a conversation that its text lacks.
+
+    Chat templates cut thoughts out of answers, drop system messages, know no tools. What messages
+    say must come in their order, up to white space around it and to JSON's escapes; the names of
+    tools, and of who speaks, may be anywhere. The id of a tool call is a link, not looked for.
+    """
+    end = 0
+    for number, message in enumerate(messages, start=messages[0][0] != TOOLS):
+        parts, start = parts_of(message), end
+        said = {"reasoning_content": parts.get("reasoning_content", ""), "content": message[1]}
+        for part, words in said.items():
+            for piece in re.split("</?think>", words):
+                end = _end_of(piece.strip(), text, end)
+                if end < 0:
+                    raise _left_out(part, piece, number, message)
+        names = [function_of(tool)["name"] for tool in parts.get(TOOLS, [])]
+        for name in [*names, parts.get("name", "")]:
+            if name not in text:
+                raise _left_out("name", name, number, message)
+        for call in map(function_of, parts.get("tool_calls", [])):
+            for words in (call["name"], *_arguments(call, text, start)):
+                if _end_of(words, text, start) < 0:
+                    raise _left_out("tool_calls", words, number, message)
+
+
+def _end_of(words: str, text: str, start: int) -> int:
+    """Where some words end in a text, plain or escaped as in JSON once or twice; -1 for nowhere."""
+    for _ in range(3):
+        place = text.find(words, start)
+        if place >= 0:
+            return place + len(words)
+        words = json.dumps(words, ensure_ascii=False)[1:-1]
+    return -1
+
+
+def _arguments(call: dict[str, Any], text: str, start: int) -> list[str]:
+    """The texts among the arguments of a call, or a text of JSON that appears as it is."""
+    arguments = call.get("arguments")
+    if isinstance(arguments, str) and _end_of(arguments.strip(), text, start) < 0:
+        with suppress(ValueError):
+            arguments = json.loads(arguments)
+    return _texts_in(arguments)
+
+
+def _texts_in(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value.strip()]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in _texts_in(item)] if isinstance(value, list) else []
+
+
+def _left_out(part: str, words: str, number: int, message: Message) -> BadRecord:
+    who = "the tools" if message[0] == TOOLS else f"message {number} ({message[0]})"
+    shown = words.strip()
+    shown = repr(shown) if len(shown) <= SHOWN else f"{shown[:SHOWN]!r}..."
+    return BadRecord("not_rendered", f"the chat template leaves out {part} of {who}: {shown}")

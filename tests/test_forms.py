@@ -1,0 +1,415 @@
+"""The forms in which preference data is published: what is recognized, and which pairs it gives.
+
+tests/forms has a small file of each form, tests/forms/expected.yaml what becomes of it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from reward.data.forms import Form, Listed, Pairs, Unmeant, is_absent
+from reward.data.recognition import recognize
+from reward.data.records import FIELDS, BadRecord, check
+from reward.data.sources import source_of, sources, usable
+from reward.process import Fault
+
+FORMS = Path(__file__).parent / "forms"
+EXPECTED: dict[str, dict[str, Any]] = YAML(typ="safe").load(FORMS / "expected.yaml")
+
+Record = dict[str, Any]
+
+
+def form_of(*records: Record) -> Form:
+    return recognize(Path("x.jsonl"), list(records))
+
+
+def pairs_of(*records: Record) -> list[Pairs]:
+    """What each record gives under the form that all of them have."""
+    form = form_of(*records)
+    return [form.pairs(record) for record in records]
+
+
+def triples(pairs: list[Record]) -> list[list[Any]]:
+    return [[pair.get(key) for key in FIELDS] for pair in pairs]
+
+
+def write(folder: Path, *records: Any, name: str = "x.jsonl") -> Path:
+    path = folder / name
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def fault(function: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(Fault) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def user(text: str) -> Record:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> Record:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> Record:
+    return {"role": "system", "content": text}
+
+
+PLAIN = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+
+
+# --- every form ------------------------------------------------------------------------------
+
+
+def test_every_file_has_an_expectation() -> None:
+    assert {path.name for path in FORMS.iterdir()} == {*EXPECTED, "expected.yaml"}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_published_form_gives_its_pairs(name: str) -> None:
+    source, expected = source_of(FORMS / name), EXPECTED[name]
+    found = [pair for _, pair in source]
+    assert source.form.said == expected["said"]
+    assert triples(found) == expected["pairs"]
+    assert source.ties == expected.get("ties", 0)
+    checked = [usable(pair) for pair in found]
+    if "columns" in expected:
+        assert checked[0].columns == expected["columns"]
+    if "tools" in expected:
+        assert found[0]["tools"] == expected["tools"]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_one_line_says_what_was_recognized(name: str) -> None:
+    source = source_of(FORMS / name)
+    list(source)
+    said = source.said
+    assert said.startswith(f"read       {FORMS / name} as {EXPECTED[name]['said']}, ")
+    assert said.endswith(" records" if not source.ties else f", ties left out: {source.ties}")
+
+
+@pytest.mark.parametrize("name", ["canonical.jsonl", "rewardbench.jsonl"])
+def test_a_canonical_record_is_passed_on_as_it_is(name: str) -> None:
+    source = source_of(FORMS / name)
+    records = [json.loads(line) for line in (FORMS / name).read_text().splitlines()]
+    assert [pair for _, pair in source] == records
+    assert all(source.form.pairs(record).records[0] is record for record in records)
+
+
+def test_messages_that_are_canonical_keep_their_id() -> None:
+    record = {
+        "prompt": [system("s"), user("q")],
+        "chosen": [{**answer("a"), "weight": None}],
+        "rejected": [answer("b")],
+        "tools": None,
+    }
+    [[[found], _]] = pairs_of(record)
+    assert check(found) == check(record)
+
+
+# --- the conversation before the answers -----------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["human", "user"])
+@pytest.mark.parametrize("speaker", ["gpt", "assistant", "model", "bot"])
+@pytest.mark.parametrize("keys", [("role", "content"), ("role", "text"), ("from", "value")])
+def test_every_spelling_of_a_message_is_read(
+    role: str, speaker: str, keys: tuple[str, str]
+) -> None:
+    spoken = [
+        dict(zip(keys, turn, strict=True))
+        for turn in (("system", "s"), (role, "q"), (speaker, "a"), ("observation", "o"))
+    ]
+    [[[found], _]] = pairs_of({"messages": spoken, "chosen": "c", "rejected": "r"})
+    tool = {"role": "tool", "content": "o"}
+    assert found["prompt"] == [system("s"), user("q"), answer("a"), tool]
+
+
+@pytest.mark.parametrize(
+    "name", ["messages", "conversations", "conversation", "context", "dialogue"]
+)
+def test_every_name_of_a_conversation_is_a_prompt(name: str) -> None:
+    [[[found], _]] = pairs_of({name: [user("q")], "chosen": "c", "rejected": "r"})
+    assert found == {"prompt": [user("q")], "chosen": "c", "rejected": "r"}
+
+
+@pytest.mark.parametrize("name", ["question", "instruction", "query", "post", "history", "input"])
+def test_every_name_of_a_text_is_a_prompt(name: str) -> None:
+    [[[found], _]] = pairs_of({name: "q", "chosen": "c", "rejected": "r"})
+    assert found == {"prompt": "q", "chosen": "c", "rejected": "r"}
+
+
+def test_system_and_history_come_before_the_prompt_and_before_whole_conversations() -> None:
+    before = {"system": "s", "history": [["q", "a"]]}
+    head = [system("s"), user("q"), answer("a"), user("Why?")]
+    [[[found], _]] = pairs_of(PLAIN | before)
+    assert found["prompt"] == head
+    whole = {key: [user("Why?"), answer(PLAIN[key])] for key in ("chosen", "rejected")}
+    for prompt in ({}, {"prompt": "Why?"}):
+        [[[found], _]] = pairs_of(prompt | whole | before)
+        pair = check(found)
+        assert [*pair.prompt] == [(each["role"], each["content"]) for each in head]
+        assert pair.chosen == (("assistant", "Because."),)
+
+
+def test_a_system_column_that_repeats_the_system_message_is_said_once() -> None:
+    messages = {"messages": [system("s"), user("q")], "system": "s"}
+    record = {"chosen": "c", "rejected": "r"} | messages
+    [[[found], _]] = pairs_of(record)
+    assert found["prompt"] == [system("s"), user("q")]
+    with pytest.raises(BadRecord, match="'system' differs from"):
+        pairs_of(record | {"system": "t"})
+
+
+def test_columns_that_come_late_in_the_file_are_in_the_conversation() -> None:
+    form = form_of(PLAIN)
+    [found] = form.pairs(PLAIN | {"system": "s", "input": "more"}).records
+    assert found["prompt"] == [system("s"), user("Why?\nmore")]
+    with pytest.raises(BadRecord, match="has a prompt in each of prompt and question") as caught:
+        form.pairs(PLAIN | {"question": "Or that?"})
+    assert caught.value.reason == "several_kinds"
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_empty_values_are_as_good_as_no_column(empty: Any) -> None:
+    assert is_absent(empty)
+    names = ("system", "input", "history", "images", "question", "messages", "context")
+    record = PLAIN | dict.fromkeys(names, empty)
+    [[[found], ties]] = pairs_of(record)
+    assert ({key: found[key] for key in FIELDS}, ties) == (PLAIN, 0)
+
+
+@pytest.mark.parametrize("name", ["image", "images", "video", "videos", "audio", "audios"])
+def test_a_record_with_more_than_texts_is_bad(name: str) -> None:
+    with pytest.raises(BadRecord, match=f"'{name}' has a value, expected texts only") as caught:
+        pairs_of(PLAIN | {name: ["a.png"]})
+    assert caught.value.reason == "not_text"
+
+
+def test_a_part_that_is_not_a_text_is_named() -> None:
+    parts = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": "x"}]
+    with pytest.raises(BadRecord, match="'prompt' has a part of type 'image_url'") as caught:
+        pairs_of(PLAIN | {"prompt": [user("") | {"content": parts}]})
+    assert caught.value.reason == "not_text"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"system": 3}, "'system' is not a text"),
+        ({"history": ["q", "a"]}, "'history' is not a list of questions with their answers"),
+        ({"history": [["q"]]}, "'history' is not a list of questions with their answers"),
+        ({"history": [["q", None]]}, "'history' is not a list of questions with their answers"),
+        ({"input": ["x"]}, "'input' and 'prompt' are not both texts"),
+        ({"tools": "look_up"}, "'tools' is a text that is not JSON"),
+    ],
+)
+def test_a_column_before_the_answers_of_another_kind_is_bad(change: Record, sentence: str) -> None:
+    with pytest.raises(BadRecord, match=sentence) as caught:
+        form_of(PLAIN).pairs(PLAIN | change)
+    assert caught.value.reason == "wrong_type"
+
+
+# --- verdicts, ranks and scores --------------------------------------------------------------
+
+TWO = {"prompt": "Why?", "response_0": "A.", "response_1": "B."}
+
+
+@pytest.mark.parametrize(("value", "chosen"), [(0, "A."), (1, "B."), (1.0, "B."), ("0", "A.")])
+def test_a_verdict_is_read_whether_number_or_text(value: Any, chosen: str) -> None:
+    [[[found], _]] = pairs_of(TWO | {"better_response_id": value})
+    assert found["chosen"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(2, "2"), (-1, "-1"), (True, "true"), ("A", '"A"'), ([0], "[0]"), ("", '""')],
+)
+@pytest.mark.parametrize("place", [2, 200])
+def test_a_verdict_without_a_meaning_stops_and_is_named(
+    tmp_path: Path, place: int, value: Any, shown: str
+) -> None:
+    records = [TWO | {"better_response_id": 0}] * (place - 1)
+    path = write(tmp_path, *records, TWO | {"better_response_id": value})
+    found = fault(list, source_of(path))
+    assert found == (
+        f"{path}: line {place}: better_response_id is {shown}, "
+        "expected 0 for the first answer, 1 for the second"
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "inverted"),
+    [
+        ({"output_1": "A.", "output_2": "B.", "preference": 0}, "0"),
+        ({"response1": "A.", "response2": "B.", "overall_preference": 4}, "4"),
+        ({"response1": "A.", "response2": "B.", "overall_preference": -0.5}, "-0.5"),
+        ({"human_ref_A": "A.", "human_ref_B": "B.", "labels": 2}, "2"),
+    ],
+)
+def test_a_verdict_that_counts_otherwise_stops(record: Record, inverted: str) -> None:
+    with pytest.raises(Unmeant, match=f" is {inverted}, expected "):
+        pairs_of({"prompt": "Why?"} | record)
+
+
+def test_a_missing_verdict_is_a_bad_record() -> None:
+    form = form_of(TWO | {"better_response_id": 0})
+    with pytest.raises(BadRecord, match="'better_response_id' is missing") as caught:
+        form.pairs(TWO | {"better_response_id": None})
+    assert caught.value.reason == "missing_key"
+
+
+RANKED = {"prompt": "Why?", "answers": ["A.", "B.", "C."]}
+
+
+@pytest.mark.parametrize(
+    ("worths", "pairs", "ties"),
+    [
+        ({"ranks": [1, 2, 3]}, ["AB", "AC", "BC"], 0),
+        ({"ranks": [3, 2, 1]}, ["BA", "CA", "CB"], 0),
+        ({"ranks": [1, 1, 2]}, ["AC", "BC"], 1),
+        ({"ranks": [2, 2, 2]}, [], 3),
+        ({"scores": [0.5, 2, -1]}, ["BA", "AC", "BC"], 0),
+    ],
+)
+def test_a_ranking_is_read_as_all_its_comparisons(
+    worths: Record, pairs: list[str], ties: int
+) -> None:
+    [[found, tied]] = pairs_of(RANKED | worths)
+    assert [pair["chosen"][0] + pair["rejected"][0] for pair in found] == pairs
+    assert tied == ties
+
+
+@pytest.mark.parametrize(
+    ("worths", "said"),
+    [
+        ({"ranks": [0, 1, 2]}, "ranks has 0, expected whole numbers from 1"),
+        ({"ranks": [1, 1.5, 2]}, "ranks has 1.5, expected whole numbers from 1"),
+        ({"ranks": ["best", 2, 3]}, 'ranks has "best", expected'),
+        ({"scores": [1, "N/A", 2]}, 'scores has "N/A", expected numbers'),
+        ({"scores": [1, float("nan"), 2]}, "scores has NaN, expected numbers"),
+    ],
+)
+def test_a_rank_or_score_without_a_meaning_stops(worths: Record, said: str) -> None:
+    with pytest.raises(Unmeant, match=said):
+        pairs_of(RANKED | worths)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"ranks": [1, 2]}, "wrong_type"),
+        ({"ranks": [1, 2, None]}, "missing_key"),
+        ({"answers": ["A."], "ranks": [1]}, "empty"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_a_bad_record(change: Record, reason: str) -> None:
+    form = form_of(RANKED | {"ranks": [1, 2, 3]})
+    with pytest.raises(BadRecord) as caught:
+        form.pairs(RANKED | change)
+    assert caught.value.reason == reason
+
+
+def test_an_order_of_preference_is_all_comparisons() -> None:
+    order = Listed(("answers",), "best_first")
+    pairs = [("A.", "B."), ("A.", "C."), ("B.", "C.")]
+    assert order.compared(RANKED) == (pairs, 0)
+
+
+# --- whole texts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is red.", "The sky is"),
+        ("Is it so? Yes", "Is it so? Yes, it is", "Is it so?"),
+        ("Name it.\nBee", "Name it.\nBeetle", "Name it."),
+        ("好吗？很好！", "好吗？很差。", "好吗？"),
+        ("他说：“好。”对。", "他说：“好。”错。", "他说：“好。”"),
+        ("茶叶放在冰箱", "茶叶放在太阳", "茶叶放在"),
+        ("用Python写", "用Perl写", "用"),
+    ],
+)
+def test_texts_are_cut_at_the_last_word_they_share(chosen: str, rejected: str, prompt: str) -> None:
+    [[[found], _]] = pairs_of({"chosen": chosen, "rejected": rejected})
+    assert found["prompt"] == prompt
+    assert found["prompt"] + found["chosen"] == chosen
+    assert found["prompt"] + found["rejected"] == rejected
+    assert found["chosen"].strip()
+
+
+def test_a_text_that_begins_otherwise_is_a_bad_record() -> None:
+    form = form_of({"chosen": "It is blue.", "rejected": "It is red."})
+    with pytest.raises(BadRecord, match="the answers begin differently") as caught:
+        form.pairs({"chosen": "Blue.", "rejected": "Red."})
+    assert caught.value.reason == "missing_key"
+
+
+def test_a_text_without_turns_among_those_with_turns_is_a_bad_record() -> None:
+    turns = {key: f"\n\nHuman: q\n\nAssistant: {key}" for key in ("chosen", "rejected")}
+    with pytest.raises(BadRecord, match="'rejected' has no turns of Human: and Assistant:"):
+        form_of(turns).pairs(turns | {"rejected": "no"})
+
+
+def test_an_answer_that_does_not_repeat_the_prompt_among_those_that_do_is_a_bad_record() -> None:
+    repeated = {"prompt": "Why?", "chosen": "Why? A.", "rejected": "Why? B."}
+    with pytest.raises(BadRecord, match="'chosen' does not begin with the prompt"):
+        form_of(repeated).pairs(repeated | {"chosen": "A."})
+
+
+def test_a_repeated_prompt_in_turns_is_turns_once() -> None:
+    prompt = "\n\nHuman: Why?\n\nAssistant:"
+    record = {"prompt": prompt, "chosen": f"{prompt} A.", "rejected": f"{prompt} B."}
+    [[[found], _]] = pairs_of(record)
+    assert found == {"prompt": [user("Why?")], "chosen": "A.", "rejected": "B."}
+
+
+# --- what is not recognized ------------------------------------------------------------------
+
+UNKNOWN: dict[str, Any] = YAML(typ="safe").load(Path(__file__).parent / "bad" / "forms.yaml")
+
+
+def test_there_are_many_unknown_forms() -> None:
+    assert len(UNKNOWN) >= 25
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_form_is_one_sentence_with_the_entry_to_write(name: str) -> None:
+    record = UNKNOWN[name]["record"]
+    assert fault(recognize, Path("data/mine/x.jsonl"), [record]) == UNKNOWN[name]["said"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_entry_without_gaps_can_be_copied(tmp_path: Path, name: str) -> None:
+    """What is said to write is read, and where only a meaning was missing the data with it."""
+    said = UNKNOWN[name]["said"].partition(" dataset.yaml: ")[2] or UNKNOWN[name]["said"]
+    entry = said.rpartition("data/mine/dataset.yaml: ")[2].partition(" or x.jsonl: ")[0]
+    if any(gap in entry for gap in ("COLUMN", "VALUE", "KEY")) or "KTO" in entry:
+        return
+    (tmp_path / "dataset.yaml").write_text(entry, encoding="utf-8")
+    record = UNKNOWN[name]["record"]
+    source = source_of(write(tmp_path, record))
+    assert [usable(pair) for _, pair in source] or source.ties
+
+
+def test_a_file_that_is_read_alone_hears_of_its_folder(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "Where is it?", "answer": "It is here."})
+    advice = f"expected in {tmp_path}/dataset.yaml (and the folder {tmp_path} in params.yaml): "
+    assert advice in fault(sources, path)
+    assert f"expected in {tmp_path}/dataset.yaml: " in fault(sources, tmp_path)
+
+
+def test_recognition_looks_at_the_first_hundred_records(tmp_path: Path) -> None:
+    empty = {"prompt": "Why?", "chosen": None, "rejected": None}
+    path = write(tmp_path, *[empty] * 99, PLAIN)
+    assert source_of(path).form.said == "prompt, chosen and rejected"
+    path = write(tmp_path, *[empty] * 100, PLAIN)
+    assert "the columns prompt are not a known form" in fault(source_of, path)

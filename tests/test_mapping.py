@@ -1,0 +1,295 @@
+"""dataset.yaml: what columns mean, which records are taken, which split a file is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reward.data.mapping import read_mapping
+from reward.data.records import FIELDS, check
+from reward.data.sources import Source, sources
+from reward.process import Fault
+
+Record = dict[str, Any]
+TWO = {"ask": "Why?", "left": "A.", "right": "B.", "vote": "l"}
+
+
+def write(folder: Path, mapping: str, *records: Any, name: str = "x.jsonl") -> Path:
+    (folder / "dataset.yaml").write_text(mapping, encoding="utf-8")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (folder / name).write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def read(folder: Path) -> tuple[Source, list[Record]]:
+    [source] = sources(folder)
+    return source, [pair for _, pair in source]
+
+
+def triples(folder: Path) -> list[list[Any]]:
+    return [[pair[key] for key in FIELDS] for pair in read(folder)[1]]
+
+
+def fault(folder: Path) -> str:
+    with pytest.raises(Fault) as caught:
+        read(folder)
+    return str(caught.value)
+
+
+# --- columns ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "record", "expected"),
+    [
+        (
+            "{prompt: ask, answers: [left, right], verdict: vote, first: l, second: [r], tie: [s]}",
+            TWO | {"vote": "r"},
+            [["Why?", "B.", "A."]],
+        ),
+        (
+            "{prompt: ask, chosen: good, rejected: bad, system: who}",
+            {"ask": "Why?", "good": "A.", "bad": "B.", "who": "s"},
+            [
+                [
+                    [{"role": "system", "content": "s"}, {"role": "user", "content": "Why?"}],
+                    "A.",
+                    "B.",
+                ]
+            ],
+        ),
+        (
+            "{prompt: 问题, chosen: 好的回答, rejected: 差的回答}",
+            {"问题": "为什么？", "好的回答": "因为。", "差的回答": "不。"},
+            [["为什么？", "因为。", "不。"]],
+        ),
+        (
+            "{prompt: 'info.post', answers: ['texts[1].t', 'texts[0].t'], scores: [b, a]}",
+            {"info": {"post": "Why?"}, "texts": [{"t": "A."}, {"t": "B."}], "a": 1, "b": 0},
+            [["Why?", "A.", "B."]],
+        ),
+        (
+            "{prompt: ask, answers: 'out[].text', ranks: 'out[].place'}",
+            {"ask": "Why?", "out": [{"text": "A.", "place": 2}, {"text": "B.", "place": 1}]},
+            [["Why?", "B.", "A."]],
+        ),
+        (
+            "{prompt: ask, answers: out, order: best_first}",
+            {"ask": "Why?", "out": ["A.", "B.", "C."]},
+            [["Why?", "A.", "B."], ["Why?", "A.", "C."], ["Why?", "B.", "C."]],
+        ),
+        (
+            "{prompt: ask}",
+            {"ask": "Why?", "chosen": "A.", "rejected": "B."},
+            [["Why?", "A.", "B."]],
+        ),
+        (
+            "{prompt: question}",
+            {"question": "Why?", "context": "Aside.", "chosen": "A.", "rejected": "B."},
+            [["Why?", "A.", "B."]],
+        ),
+        (
+            "{system: null, input: null}",
+            {"prompt": "Why?", "system": "v1", "input": "x", "chosen": "A.", "rejected": "B."},
+            [["Why?", "A.", "B."]],
+        ),
+        (
+            "{prompt: a.b, chosen: c, rejected: r}",
+            {"a.b": "Why?", "c": "A.", "r": "B."},
+            [["Why?", "A.", "B."]],
+        ),
+    ],
+)
+def test_an_entry_says_what_columns_mean(
+    tmp_path: Path, entry: str, record: Record, expected: list[Any]
+) -> None:
+    assert triples(write(tmp_path, f"x.jsonl: {entry}\n", record)) == expected
+
+
+def test_a_mapped_verdict_without_a_meaning_stops_and_a_tie_does_not(tmp_path: Path) -> None:
+    mapping = "'*.jsonl': {prompt: ask, answers: [left, right], verdict: vote, first: l, second: r"
+    records = [TWO, TWO | {"vote": "same"}]
+    folder = write(tmp_path, f"{mapping}, tie: same}}", *records)
+    source, found = read(folder)
+    assert (len(found), source.ties) == (1, 1)
+    assert source.said.endswith(
+        " as ask, left and right with vote (l for the first answer, r for the second, "
+        "same for a tie), 2 records, ties left out: 1"
+    )
+    write(tmp_path, f"{mapping}}}", *records)
+    assert fault(folder) == (
+        f'{folder}/x.jsonl: line 2: vote is "same", '
+        "expected l for the first answer, r for the second"
+    )
+
+
+def test_yes_and_no_are_texts_and_so_are_cells_of_a_table(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "x.csv: {prompt: ask, answers: [a, b], verdict: better, first: [yes, 1], second: no}",
+    )
+    (tmp_path / "x.jsonl").unlink()
+    rows = "ask,a,b,better\nWhy?,A.,B.,yes\nHow?,A.,B.,no\nWho?,A.,B.,1\n"
+    (tmp_path / "x.csv").write_text(rows)
+    assert triples(tmp_path) == [["Why?", "A.", "B."], ["How?", "B.", "A."], ["Who?", "A.", "B."]]
+
+
+# --- which records ---------------------------------------------------------------------------
+
+
+def numbered(count: int) -> list[Record]:
+    return [
+        {"prompt": f"{n}?", "chosen": "A.", "rejected": "B.", "lang": "zh" if n % 4 else "en"}
+        for n in range(count)
+    ]
+
+
+def prompts(folder: Path) -> list[int]:
+    return [int(pair["prompt"][:-1]) for pair in read(folder)[1]]
+
+
+def test_where_takes_the_records_with_one_of_the_values(tmp_path: Path) -> None:
+    folder = write(tmp_path, "x.jsonl: {where: {lang: [en, fr]}}", *numbered(20))
+    assert prompts(folder) == [0, 4, 8, 12, 16]
+    source, _ = read(folder)
+    assert source.said.endswith(" as prompt, chosen and rejected, 5 of 20 records")
+
+
+def test_take_draws_by_seed_and_more_draws_the_same_and_more(tmp_path: Path) -> None:
+    def drawn(keys: str) -> list[int]:
+        return prompts(write(tmp_path, f"x.jsonl: {{{keys}}}", *numbered(100)))
+
+    ten, thirty = drawn("take: 10"), drawn("take: 30")
+    assert (len(ten), len(thirty)) == (10, 30)
+    assert set(ten) < set(thirty)
+    assert ten == sorted(ten) == drawn("take: 0.1, seed: 0")
+    assert drawn("take: 10, seed: 1") != ten
+    assert set(drawn("take: 5, where: {lang: en}")) < set(range(0, 100, 4))
+    write(tmp_path, "x.jsonl: {take: 30, where: {lang: en}}", *numbered(100))
+    assert fault(tmp_path) == f"{tmp_path}/x.jsonl: take is 30, found 25 records to draw from"
+
+
+def test_records_know_their_source(tmp_path: Path) -> None:
+    records = [*numbered(1), numbered(2)[1] | {"source": "web"}]
+    folder = write(tmp_path, "x.jsonl:\n", *records)
+    assert [check(pair).columns["source"] for pair in read(folder)[1]] == ["x", "web"]
+    write(tmp_path, "x.jsonl: {source: mine}", *records)
+    assert [check(pair).columns["source"] for pair in read(folder)[1]] == ["mine", "mine"]
+    (tmp_path / "dataset.yaml").unlink()
+    assert "source" not in check(read(folder)[1][0]).columns
+
+
+# --- splits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("test.jsonl", "test"),
+        ("test-00000-of-00001.jsonl", "test"),
+        ("validation_1.jsonl", "validation"),
+        ("train.jsonl", None),
+        ("testimonies.jsonl", None),
+        ("my_test.jsonl", None),
+    ],
+)
+def test_a_file_of_a_folder_is_the_split_that_it_is_called(
+    tmp_path: Path, name: str, split: str | None
+) -> None:
+    path = tmp_path / name
+    path.write_text(json.dumps(numbered(1)[0]))
+    assert [source.split for source in sources(tmp_path)] == [split]
+    assert [source.split for source in sources(path)] == [None]
+
+
+def test_an_entry_says_another_split(tmp_path: Path) -> None:
+    write(tmp_path, "test.jsonl: {split: train}", *numbered(1), name="test.jsonl")
+    source, _ = read(tmp_path)
+    assert source.split == "train"
+    assert source.said.endswith(", 1 records for train")
+
+
+# --- what is wrong with it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mapping", "said"),
+    [
+        ("x.jsonl: {promt: a}", "x.jsonl: promt is unknown, known are prompt, input, system"),
+        ("x.jsonl: [a]", "x.jsonl: is ['a'], expected keys and values"),
+        ("- a", " holds no entries, expected the name of a file with keys below it"),
+        ("", " holds no entries"),
+        ("x.jsonl: {prompt: a", " broken YAML: "),
+        ("x.jsonl: {seed: 1}\nx.jsonl: {seed: 2}", " broken YAML: "),
+        ("x.jsonl: {prompt: 3}", "prompt is 3, expected the name of a column, or null for none"),
+        ("x.jsonl: {take: 0}", "take is 0, expected a number of records, or a share above 0"),
+        ("x.jsonl: {take: 1.5}", "take is 1.5, expected a number of records, or a share above 0"),
+        ("x.jsonl: {take: true}", "take is True, expected a number of records, or a share above 0"),
+        ("x.jsonl: {split: dev}", "split is 'dev', expected train, validation or test"),
+        ("x.jsonl: {seed: a}", "seed is 'a', expected an integer"),
+        ("x.jsonl: {where: en}", "where is 'en', expected columns with the values"),
+        ("x.jsonl: {chosen: a}", "expected chosen and rejected, or answers"),
+        (
+            "x.jsonl: {answers: [a, b]}",
+            "expected answers with one of verdict, ranks, scores, order",
+        ),
+        ("x.jsonl: {verdict: a}", "expected answers with one of verdict, ranks, scores, order"),
+        (
+            "x.jsonl: {answers: [a, b], ranks: [c, d], scores: [e, f]}",
+            "expected answers with one of verdict, ranks, scores, order",
+        ),
+        (
+            "x.jsonl: {answers: [a, b, c], verdict: v, first: 1, second: 2}",
+            "verdict needs two columns in answers",
+        ),
+        ("x.jsonl: {answers: [a, b], verdict: v, first: 1}", "verdict needs first and second"),
+        (
+            "x.jsonl: {answers: [a, b], verdict: v, first: 1, second: ['1']}",
+            "first, second and tie have a value in common",
+        ),
+        ("x.jsonl: {answers: [a, b], ranks: r}", "answers and ranks are not both one column"),
+        ("x.jsonl: {answers: [a, b], ranks: [r, s, t]}", "ranks has 3 columns, answers 2"),
+        (
+            "x.jsonl: {answers: a, order: worst_first}",
+            "order is 'worst_first', expected best_first",
+        ),
+        ("y.jsonl: {prompt: a}", "y.jsonl is no file here, expected some of x.jsonl"),
+        (
+            "'x*': {prompt: ask}\n'*.jsonl': {prompt: ask}",
+            "x.jsonl has two entries, x* and *.jsonl; expected one",
+        ),
+        (
+            "x.jsonl: {prompt: aks, chosen: left, rejected: right}",
+            "prompt is 'aks', expected a column; found the keys ask, left, right, vote",
+        ),
+        ("x.jsonl: {where: {lang: en}}", "where is 'lang', expected a column; found the keys ask"),
+    ],
+)
+def test_what_is_wrong_with_an_entry_is_said(tmp_path: Path, mapping: str, said: str) -> None:
+    found = fault(write(tmp_path, mapping, TWO))
+    assert found.startswith(f"{tmp_path}/dataset.yaml")
+    assert said in found
+    assert "\n" not in found
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    found = fault(write(tmp_path, "x.jsonl: {take: 0, split: dev}\ny: {a: b}", TWO))
+    assert [line.split(": ")[2].split(" ")[0] for line in found.splitlines()] == [
+        "take",
+        "split",
+        "a",
+    ]
+
+
+def test_an_entry_for_a_file_that_is_read_alone_is_refused(tmp_path: Path) -> None:
+    """DVC sees the file that params.yaml names, and would not see dataset.yaml change."""
+    write(tmp_path, "x.jsonl: {prompt: ask, chosen: left, rejected: right}", TWO)
+    with pytest.raises(Fault, match=r"has an entry for x\.jsonl; expected the folder"):
+        sources(tmp_path / "x.jsonl")
+    write(tmp_path, "y.jsonl:\n", *numbered(1))
+    assert len(sources(tmp_path / "x.jsonl")) == 1
+
+
+def test_a_folder_without_it_has_none(tmp_path: Path) -> None:
+    assert read_mapping(tmp_path) is None
