@@ -329,6 +329,8 @@ def report(figures: dict[str, Any]) -> None:
                 f"note       {found['leaked']} of {found['pairs']} pairs of {name} have a "
                 "prompt that the model was trained on"
             )
+        if found["bad"]:
+            print(f"note       {found['bad']} records of {name} are bad, and were left out")
         if found["cut"] or found["left_out"]:
             print(
                 f"note       of {name} {found['cut']} prompts were cut, and "

@@ -196,7 +196,7 @@ def main() -> None:
         options.date,
     )
     encoder = Encoder(BASE, template)
-    sets = read_sets(Path(options.sets), encoder)
+    sets = read_sets(Path(options.sets), encoder, drop=options.on_bad_record == "drop")
     ledger = open_ledger(options)
     with whole_folder(TOKENIZED) as folder:
         table = folder / "scratch.arrow"
@@ -447,13 +447,20 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
         },
         "dropped": dict(+ledger.dropped),
         "votes": ledger.votes,
-        "largest_family": int(np.unique_counts(ledger.prompts.families[used]).counts.max()),
+        "largest_family": largest_family(ledger, used),
         "truncated": ledger.truncated,
         "tokens": tokens,
         "length": dict(zip(("q50", "q90", "q99"), quantiles, strict=True))
         | {"max": int(lengths.max())},
         "shared_prefix_share": round(2 * int(ledger.column("prefix")[used].sum()) / tokens, 4),
     }
+
+
+def largest_family(ledger: Ledger, used: npt.NDArray[np.bool_]) -> int:
+    """The most prompts that go on from each other; 1 where none does."""
+    unique, first = np.unique(ledger.column("prompt")[used], return_index=True)
+    families = ledger.prompts.families[used][first]
+    return int(np.unique_counts(families).counts.max(initial=len(unique) and 1))
 
 
 def headline(figures: dict[str, Any]) -> dict[str, int]:
@@ -469,6 +476,13 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
         print(f"{name:<11}{pairs[name]:>8} pairs of {prompts[name]:>7} prompts")
     dropped = ", ".join(f"{n} {reason}" for reason, n in figures["dropped"].items()) or "none"
     print(f"dropped    {dropped}; prompts cut: {figures['truncated']}")
+    if figures["votes"]:
+        print(f"votes      {figures['votes']} records are votes on the same two answers")
+    if figures["largest_family"] > 1:
+        print(
+            f"dialogues  up to {figures['largest_family']} prompts go on from each other, and stay "
+            "in one split"
+        )
     print(
         f"tokens     {figures['tokens']:>8}, a text {length['q50']} at the median and "
         f"{length['max']} at most; {figures['shared_prefix_share']:.0%} in shared prefixes"

@@ -49,7 +49,7 @@ def test_ids_are_those_that_preprocess_gives(
     assert {row["id"]: {name: row[name] for name in columns} for row in found} == wanted
     leaked = len(wanted) - len(load_from_disk("data/tokenized/test"))
     assert read_json(Path("data/tokenized/sets/index.json")) == {
-        "same": {"cut": 0, "leaked": leaked, "left_out": 0}
+        "same": {"bad": 0, "cut": 0, "leaked": leaked, "left_out": 0}
     }
 
 
@@ -59,7 +59,7 @@ def test_too_long_a_prompt_is_cut_and_too_long_an_answer_left_out(
     long_prompt = PAIR | {"prompt": "Is it raining? " * 60}
     long_answer = PAIR | {"chosen": "Yes, take a coat. " * 60}
     write_set(Path("data/sets/long.jsonl"), PAIR, long_prompt, long_answer)
-    [found] = read_sets(Path("data/sets"), encoder(100))
+    [found] = read_sets(Path("data/sets"), encoder(100), drop=False)
     assert (len(found.rows), found.cut, found.left_out) == (2, 1, 1)
     assert max(len(row["input_ids_j"]) for row in found.rows) == 100
 
@@ -74,17 +74,17 @@ def test_a_set_is_read_in_its_own_form_and_its_ties_left_out(
     write_set(Path("data/sets/farm.jsonl"), judged[0])
     listed = {"prompt": "Is it late?", "responses": ["Yes.", "No.", "Why?"], "ranks": [1, 2, 2]}
     write_set(Path("data/sets/ranked.jsonl"), listed)
-    farm, ranked = read_sets(Path("data/sets"), encoder(100))
+    farm, ranked = read_sets(Path("data/sets"), encoder(100), drop=False)
     assert (len(farm.rows), farm.source.ties) == (1, 0)
     assert (len(ranked.rows), ranked.source.ties) == (2, 1)
     write_set(Path("data/sets/farm.jsonl"), judged[1])
     with pytest.raises(Fault, match="the columns prompt, response are not a known form"):
-        read_sets(Path("data/sets"), encoder(100))
+        read_sets(Path("data/sets"), encoder(100), drop=False)
 
 
 def test_no_set_is_none_and_a_readme_no_set(encoder: Callable[[int], Encoder]) -> None:
     Path("data/sets/README.md").write_text("Sets.\n", encoding="utf-8")
-    assert read_sets(Path("data/sets"), encoder(100)) == []
+    assert read_sets(Path("data/sets"), encoder(100), drop=False) == []
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,15 @@ def test_what_cannot_be_judged_is_a_sentence(
 ) -> None:
     write_set(Path("data/sets/bad.jsonl"), *records)
     with pytest.raises(Fault, match=said):
-        read_sets(Path("data/sets"), encoder(100))
+        read_sets(Path("data/sets"), encoder(100), drop=False)
+
+
+def test_bad_records_are_counted_where_they_are_to_be_dropped(
+    encoder: Callable[[int], Encoder],
+) -> None:
+    write_set(Path("data/sets/some.jsonl"), PAIR, PAIR | {"chosen": " "}, {"prompt": "a"})
+    [found] = read_sets(Path("data/sets"), encoder(100), drop=True)
+    assert (len(found.rows), found.bad) == (1, 2)
 
 
 @pytest.mark.usefixtures("workspace")
@@ -107,12 +115,12 @@ def test_two_files_of_one_name_are_a_sentence(encoder: Callable[[int], Encoder])
     write_set(Path("data/sets/same.jsonl"), PAIR)
     write_set(Path("data/sets/same.json"), PAIR)
     with pytest.raises(Fault, match="data/sets has two files for the set same, wanted one"):
-        read_sets(Path("data/sets"), encoder(100))
+        read_sets(Path("data/sets"), encoder(100), drop=False)
 
 
 def test_a_folder_that_is_not_there_is_a_sentence(encoder: Callable[[int], Encoder]) -> None:
     with pytest.raises(Fault, match=r"preprocess.sets nowhere cannot be read: .*; wanted a folder"):
-        read_sets(Path("nowhere"), encoder(100))
+        read_sets(Path("nowhere"), encoder(100), drop=False)
 
 
 def test_sets_are_judged_as_slices_and_their_leaks_counted(

@@ -34,11 +34,12 @@ class TestSet:
     prompts: Prompts
     cut: int
     left_out: int
+    bad: int
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What is to be said of a set besides its figures: pairs that were cut, left out, or leaked.
+    """What is to be said of a set besides its figures: pairs cut, left out, leaked; bad records.
 
     A pair has leaked if its prompt is one that the model is trained on, begins one, or goes on from
     one.
@@ -47,10 +48,15 @@ class Notes:
     cut: int
     left_out: int
     leaked: int
+    bad: int
 
 
-def read_sets(folder: Path, encoder: Encoder) -> list[TestSet]:
-    """The sets of a folder, by the names of their files. Raises a Fault for what cannot be read."""
+def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
+    """The sets of a folder, by the names of their files.
+
+    Bad records are left out with `drop`, otherwise a Fault lists them. Raises a Fault for what
+    cannot be read.
+    """
     try:
         paths = [path for path in sorted(folder.iterdir()) if path.name.endswith(SUFFIXES)]
     except OSError as error:
@@ -61,10 +67,10 @@ def read_sets(folder: Path, encoder: Encoder) -> list[TestSet]:
     names = [name_of(path) for path in paths]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Fault(f"{folder} has two files for the set {twice[0]}, wanted one for each name")
-    return [read_set(path, encoder) for path in paths]
+    return [read_set(path, encoder, drop) for path in paths]
 
 
-def read_set(path: Path, encoder: Encoder) -> TestSet:
+def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
     rows, prompts, faults, cut, left_out = [], [], [], 0, 0
     source = source_of(path)
     for position, record in watched(source, f"test set {path.name}", "pairs"):
@@ -83,12 +89,15 @@ def read_set(path: Path, encoder: Encoder) -> TestSet:
         cut += too_long
         rows.append(as_row(pair, sides, list(map(encoder.decode, sides)) if too_long else texts))
         prompts.append(pair.prompt)
-    if faults:
+    if faults and not drop:
         listed = "\n".join(faults[:SHOWN])
-        raise Fault(f"{listed}\nbad records: {len(faults)} in {path}; wanted none in a test set")
+        raise Fault(
+            f"{listed}\nbad records: {len(faults)} in {path}; preprocess.on_bad_record drop leaves "
+            "bad records out"
+        )
     if not rows:
         raise Fault(f"{path}: no pair has answers short enough to be judged, wanted some")
-    return TestSet(source, name_of(path), rows, Prompts.of(prompts), cut, left_out)
+    return TestSet(source, name_of(path), rows, Prompts.of(prompts), cut, left_out, len(faults))
 
 
 def answers(pair: Pair) -> tuple[Messages, Messages]:
@@ -114,6 +123,6 @@ def write_sets(
         tokenized.write(folder / each.name, scratch, everything, columns, tokenizer)
         scratch.unlink()
         leaked = each.prompts.shared_with(trained_on)
-        index[each.name] = Notes(each.cut, each.left_out, int(leaked.sum()))
+        index[each.name] = Notes(each.cut, each.left_out, int(leaked.sum()), each.bad)
     write_json(folder / INDEX, {name: asdict(notes) for name, notes in index.items()})
     return index
