@@ -4,7 +4,7 @@ python -m benchmarks.defaults embedded
 python -m benchmarks.defaults confirmed --together train.learning_rate train.pairs_per_step
 python -m benchmarks.defaults real --data pairs.en.json pairs.zh.json -S base.name=models/smollm2
 
-Seven parameters, each at two levels, in eight runs for each fold of the data: a fractional
+Six parameters, each at two levels, in eight runs for each fold of the data: a fractional
 factorial design (Box, Hunter and Hunter 2005, chapter 6), in which every run says something of
 every parameter. A fold is held back and judged by the model that was trained on the others, so
 every pair is judged once a run. Without --data the pairs are those of the sample that the default
