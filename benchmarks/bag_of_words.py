@@ -1,4 +1,4 @@
-"""What a bag of words reaches on the sample: the floor that a reward model has to beat.
+"""What a bag of words reaches on the sample: the reference for a reward model.
 
 Run as ``python -m benchmarks.bag_of_words data/tokenized``. A logistic regression on the words of
 the two answers learns from the train split which answer is the better one; the table gives how

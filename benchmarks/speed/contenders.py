@@ -61,15 +61,15 @@ def contenders(hardware: Hardware) -> dict[str, Contender]:
         rows[f"trl-{batch}"] = Contender(label, partial(trl, batch=batch, checkpointing=False))
     rows |= {
         "article": Contender("the article's loop", article),
-        "floor": Contender("floor: bare matrix products", floor),
+        "floor": Contender("reference: bare matrix products", floor),
     }
     if hardware is CPU:
         rows["floor-onednn"] = Contender(
-            "the floor by oneDNN, as ours multiplies", partial(floor, multiply=by_onednn)
+            "the reference by oneDNN, as ours multiplies", partial(floor, multiply=by_onednn)
         )
     return rows | {
         "ours-scoring": Contender("ours, scoring", scoring, "floor-scoring"),
-        "floor-scoring": Contender("floor of scoring", floor_of_scoring, "floor-scoring"),
+        "floor-scoring": Contender("reference of scoring", floor_of_scoring, "floor-scoring"),
     }
 
 

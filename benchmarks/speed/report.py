@@ -73,9 +73,9 @@ def as_markdown(settings: dict[str, Any], rows: dict[str, Row]) -> str:
         ),
         table(rows),
         *compared(rows),
-        "The floor is what the matrix products of the base's linear layers take with the tokens of "
-        "our packs: forward and back to the layers' inputs, for scoring forward alone. A row's "
-        "share of it is its speed by the floor's.",
+        "The reference is what the matrix products of the base's linear layers take with the tokens"
+        " of our packs: forward and back to the layers' inputs, for scoring forward alone. A row's "
+        "share of it is its speed by the reference's.",
         HARDWARE.note,
     ]
     return "\n\n".join(lines) + "\n"
@@ -85,7 +85,7 @@ def table(rows: dict[str, Row]) -> str:
     """One line for each contender; its error, where it has no figures."""
     heads = [
         *("", "pairs/s", "range", "ours is ... times as fast", "tokens computed for a pair"),
-        *("peak memory, GB", "before the first step, GB", "share of the floor"),
+        *("peak memory, GB", "before the first step, GB", "share of the reference"),
         "loss of the last step",
     ]
     lines = [
@@ -136,7 +136,7 @@ def compared(rows: dict[str, Row]) -> list[str]:
     if fast:
         sentences += [
             "PyTorch multiplies by MKL, ours by oneDNN, which knows more processors; a share of "
-            "the floor can then exceed 100%. Of the same floor by oneDNN, ours has "
+            "the reference can then exceed 100%. Of the same reference by oneDNN, ours has "
             f"{ours.speed / fast.speed:.0%}."
         ]
     return sentences
