@@ -14,6 +14,7 @@ from reward.data.records import Messages, hash64
 
 Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.integer]
+Flags = npt.NDArray[np.bool_]
 
 
 def among(values: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
@@ -46,9 +47,9 @@ def contradictions(pairs: Hashes, answers: Hashes) -> npt.NDArray[np.bool_]:
 class Votes:
     """Which records are votes on one pair: outvoted or repeated by another, or tied. [records]."""
 
-    cast: npt.NDArray[np.bool_]
-    merged: npt.NDArray[np.bool_]
-    tied: npt.NDArray[np.bool_]
+    cast: Flags
+    merged: Flags
+    tied: Flags
 
 
 def count_votes(answers: Hashes, pairs: Hashes, columns: Hashes) -> Votes:
@@ -61,9 +62,21 @@ def count_votes(answers: Hashes, pairs: Hashes, columns: Hashes) -> Votes:
     one, and for the same names of further columns; `pairs` for equal records, `columns` for equal
     further columns.
     """
-    if not len(answers):
-        none = np.zeros(0, dtype=bool)
-        return Votes(none, none, none)
+    found = Votes(*np.zeros((3, len(answers)), dtype=bool))
+    # Few records have their answers in common with another: memory is for those alone.
+    order = np.argsort(answers, kind="stable")
+    same = answers[order[1:]] == answers[order[:-1]]
+    several = np.zeros(len(answers), dtype=bool)
+    several[order[1:][same]] = several[order[:-1][same]] = True
+    rows = np.flatnonzero(several)
+    if len(rows):
+        counted = _count(answers[rows], pairs[rows], columns[rows])
+        found.cast[rows], found.merged[rows], found.tied[rows] = counted
+    return found
+
+
+def _count(answers: Hashes, pairs: Hashes, columns: Hashes) -> tuple[Flags, Flags, Flags]:
+    """Which records are cast, merged and tied: of records that share their answers with others."""
     _, group, size = np.unique(answers, return_inverse=True, return_counts=True)
     order = np.argsort(group, kind="stable")
     starts = np.cumsum(size) - size
@@ -73,6 +86,7 @@ def count_votes(answers: Hashes, pairs: Hashes, columns: Hashes) -> Votes:
         return np.asarray(reduce.reduceat(values[order], starts)[group])
 
     cast = each(np.minimum, columns) != each(np.maximum, columns)
+    # One hash of both: an odd factor loses no bit, and keeps equal halves from cancelling out.
     repeated = duplicates(pairs ^ (columns * np.uint64(0x9E3779B97F4A7C15)))
     one, other = each(np.minimum, pairs), each(np.maximum, pairs)
     for_one = each(np.add, ((pairs == one) & ~repeated).astype(np.int64))
@@ -81,7 +95,7 @@ def count_votes(answers: Hashes, pairs: Hashes, columns: Hashes) -> Votes:
     wins = pairs == np.where(for_one > for_other, one, other)
     rows = np.arange(len(pairs))
     standing = rows == each(np.minimum, np.where(wins, rows, len(pairs)))
-    return Votes(cast, cast & ~tied & ~standing, tied)
+    return cast, cast & ~tied & ~standing, tied
 
 
 def beginnings(prompt: Messages) -> list[int]:
@@ -112,6 +126,8 @@ class Prompts:
 
     def take(self, rows: npt.NDArray[np.bool_]) -> "Prompts":
         """Those of some of the records."""
+        if not len(self.owner):
+            return Prompts(self.own[rows], self.owner, self.begun)
         kept = rows[self.owner]
         return Prompts(self.own[rows], (np.cumsum(rows) - 1)[self.owner[kept]], self.begun[kept])
 
@@ -134,6 +150,8 @@ def families(prompts: Hashes, owners: Indices, begun: Hashes) -> Hashes:
     prompts one after the other, and `owners`, as long, the records that they are of. What begins a
     prompt is a chain, so that a family's shortest prompt begins all of it, and stands for it.
     """
+    if not len(begun):
+        return prompts
     known = among(begun, prompts)
     members, first = np.unique(owners[known], return_index=True)
     found = prompts.copy()
