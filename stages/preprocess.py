@@ -128,7 +128,6 @@ class Ledger:
     prompt: array[int] = field(default_factory=hashes)
     answers: array[int] = field(default_factory=hashes)
     pair: array[int] = field(default_factory=hashes)
-    named: array[int] = field(default_factory=hashes)
     others: array[int] = field(default_factory=hashes)
     owner: array[int] = field(default_factory=numbers)
     begun: array[int] = field(default_factory=hashes)
@@ -140,6 +139,7 @@ class Ledger:
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     votes: int = 0
+    merged: int = 0
 
     def add(self, file: int, position: int, pair: Pair, lengths: tuple[int, int, int]) -> None:
         """Note a usable pair with its ids of chosen, rejected and their common prefix."""
@@ -151,8 +151,9 @@ class Ledger:
         self.prompt.append(pair.prompt_hash)
         self.answers.append(pair.answers_hash)
         self.pair.append(pair.pair_hash)
-        self.named.append(hash64(sorted(pair.columns)))
-        self.others.append(hash64(sorted(pair.columns.items())))
+        # Files of a folder that is mapped differ in their source: that is no annotator.
+        others = {name: value for name, value in pair.columns.items() if name != "source"}
+        self.others.append(hash64(sorted(others.items())))
         self.chosen.append(lengths[0])
         self.rejected.append(lengths[1])
         self.prefix.append(lengths[2])
@@ -347,16 +348,18 @@ def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
     shared = np.zeros(len(fixed), dtype=bool)
     rest = np.ones(len(fixed), dtype=bool)
     for name in ("test", "validation"):
-        held = fixed == SPLITS.index(name)
+        held = (fixed == SPLITS.index(name)) & ~shared
         rest &= ~held
         found = np.zeros(len(fixed), dtype=bool)
         found[rest] = prompts.take(rest).shared_with(prompts.take(held))
         rows = np.flatnonzero(found).tolist()
         if rows and options.on_bad_record == "stop":
-            places = [ledger.place(ledger.file[row], ledger.position[row]) for row in rows[:SHOWN]]
+            places = dict.fromkeys(
+                ledger.place(ledger.file[row], ledger.position[row]) for row in rows
+            )
             raise Fault(
-                f"{len(rows)} records of {options.data} share their prompt with the {name} files: "
-                f"{'; '.join(places)}; preprocess.on_bad_record drop leaves them out"
+                f"{len(places)} records of {options.data} share their prompt with the {name} "
+                f"files: {'; '.join([*places][:SHOWN])}; preprocess.on_bad_record drop leaves them out"
             )
         for row in rows:
             sentence = f"a {name} file has its prompt"
@@ -370,12 +373,12 @@ def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_
     """Which records of the ledger are used. Raises the Fault that lists the first bad ones."""
     usable = ~overlap(options, ledger)
     rows = np.flatnonzero(usable)
-    names = ("pair", "answers", "named", "others")
-    pairs, answers, named, others = (ledger.column(name)[rows] for name in names)
-    votes = count_votes(answers ^ named, pairs, others)
+    names = ("pair", "answers", "others")
+    pairs, answers, others = (ledger.column(name)[rows] for name in names)
+    votes = count_votes(answers, pairs, others)
     contradicted = contradictions(pairs, answers) & ~votes.cast
     repeated = duplicates(pairs) & ~contradicted & ~votes.cast
-    ledger.votes = int(votes.cast.sum())
+    ledger.votes, ledger.merged = int(votes.cast.sum()), int(votes.merged.sum())
     for reason, found, sentence in (
         ("contradiction", contradicted, "another record prefers its answers the other way round"),
         ("duplicate", repeated, "an earlier record is the same"),
@@ -447,6 +450,7 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
         },
         "dropped": dict(+ledger.dropped),
         "votes": ledger.votes,
+        "merged": ledger.merged,
         "largest_family": largest_family(ledger, used),
         "truncated": ledger.truncated,
         "tokens": tokens,
@@ -477,7 +481,10 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
     dropped = ", ".join(f"{n} {reason}" for reason, n in figures["dropped"].items()) or "none"
     print(f"dropped    {dropped}; prompts cut: {figures['truncated']}")
     if figures["votes"]:
-        print(f"votes      {figures['votes']} records are votes on the same two answers")
+        print(
+            f"votes      {figures['votes']} records are votes on pairs that others judge too; "
+            f"{figures['merged']} of them are merged into the pair of the majority"
+        )
     if figures["largest_family"] > 1:
         print(
             f"dialogues  up to {figures['largest_family']} prompts go on from each other, and stay "

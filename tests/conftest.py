@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"no {name} here"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def set_num_threads() -> Iterator[Callable[[int], None]]:
-    """PyTorch's own: stages that are run in this process leave the number of threads alone.
+@pytest.fixture(autouse=True)
+def threads_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that a test runs in this process leave the number of its threads alone.
 
-    Fixtures of a whole session run some too.
+    Those that a fixture of a module or session has run have set it, for the tests after them too.
     """
-    import torch
-
-    original = torch.set_num_threads
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.set_num_threads", lambda number: None)
-        yield original
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -95,14 +90,8 @@ def workspace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="session")
-def complete(
-    tiny_base: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    set_num_threads: Callable[[int], None],
-) -> Path:
-    """A folder in which all stages were run, with as many threads as under DVC."""
-    import torch
-
+def complete(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all stages were run."""
     from stages import evaluate, export, fetch, preprocess, train
 
     folder = tmp_path_factory.mktemp("complete")
@@ -113,14 +102,11 @@ def complete(
     yaml.dump(content, folder / "params.yaml")
     write_pairs(folder / "data" / "raw" / "pairs.json", 20)
     shutil.copytree(ROOT / "data" / "sets", folder / "data" / "sets")
-    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)
-        patch.setattr("torch.set_num_threads", set_num_threads)
         for stage in (fetch, preprocess, train, evaluate, export):
             stage.main()
-    set_num_threads(threads)
     return folder
 
 

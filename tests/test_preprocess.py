@@ -265,11 +265,40 @@ def test_votes_are_counted_and_the_majority_decides(data: Path, set_params: SetP
     rewrite(data, [*map(pair, range(20)), *votes, *lost, *even, *again])
     set_params("preprocess", on_bad_record="stop")
     metrics = run()
-    assert (metrics["dropped"], metrics["votes"]) == ({"tie": 5}, 14)
+    assert metrics["dropped"] == {"tie": 5}
+    assert (metrics["votes"], metrics["merged"]) == (14, 7)
     rows = {row["prompt_id"]: row for part in written().values() for row in part}
     assert len(rows) == 22
     assert rows[check(vote(20, "a")).prompt_id]["id"] == check(vote(20, "a")).id
     assert rows[check(vote(21, "b", True)).prompt_id]["id"] == check(vote(21, "b", True)).id
+
+
+@pytest.mark.usefixtures("data")
+def test_votes_with_an_empty_column_are_votes_on_the_same_pair(data: Path) -> None:
+    votes = [vote(20, name, name in "ab") for name in "abcde"]
+    for each in votes[2:]:
+        each["comment"] = "hm"
+    rewrite(data, [*map(pair, range(20)), *votes])
+    assert run()["merged"] == 4
+
+
+def test_what_is_called_like_a_split_is_not_trained_on(
+    workspace: Path, set_params: SetParams
+) -> None:
+    folder_of(workspace, set_params, pairs=[*map(pair, range(20))], testset=[pair(30)])
+    assert "mine/testset.json is called like a test or validation set, but would" in fault()
+    (workspace / "mine" / "dataset.yaml").write_text("testset.json: {split: test}\n")
+    assert run()["pairs"]["test"] == 1
+
+
+def test_a_condition_that_matches_nothing_is_a_fault(
+    workspace: Path, set_params: SetParams
+) -> None:
+    folder = folder_of(workspace, set_params, pairs=[*map(pair, range(20))])
+    (folder / "dataset.yml").write_text("pairs.json: {where: {prompt: nothing}}\n")
+    assert "mine/dataset.yml is not read, expected the name dataset.yaml" in fault()
+    (folder / "dataset.yml").rename(folder / "dataset.yaml")
+    assert "mine/pairs.json: where (prompt) matches none of its 20 records" in fault()
 
 
 def test_records_that_differ_in_no_other_column_are_no_votes(data: Path) -> None:

@@ -743,11 +743,12 @@ def test_run_ended_by_sigkill_resumes_in_a_new_process(
 ) -> None:
     wanted = undisturbed(-1)
     Path("driver.py").write_text(DRIVER)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
     def run(kill_at: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-W", "error", "driver.py"],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "KILL_AT": str(kill_at)},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "KILL_AT": str(kill_at)} | threads,
             capture_output=True,
             text=True,
         )

@@ -424,6 +424,9 @@ class Form:
 
     def __post_init__(self) -> None:
         used = {top(path) for path in (*self.context.columns, *self.answers.columns)}
+        if isinstance(self.answers, Judged):
+            # Once read it says nothing more: which answer came first in the file is gone.
+            used.add(top(self.answers.verdict))
         looked_at = (used | {*MEDIA, *self.context.rivals, "tools"}) - set(FIELDS)
         named = self.context.prompt == "prompt" and self.answers == CANONICAL
         object.__setattr__(self, "used", frozenset(used))

@@ -128,6 +128,9 @@ class Mapping:
 def read_mapping(folder: Path) -> Mapping | None:
     """The dataset.yaml of a folder, if it has one. Raises a Fault that lists all that is wrong."""
     path = folder / MAPPING
+    for other in (path.with_suffix(".yml"), path.with_name("Dataset.yaml")):
+        if other.exists() and not path.exists():
+            raise Fault(f"{other} is not read, expected the name {MAPPING}")
     try:
         document = read_yaml(path)
     except FileNotFoundError:

@@ -10,11 +10,15 @@ from typing import Any
 from reward.data.forms import Form, Unmeant, plain, top, value_at
 from reward.data.mapping import Entry, Mapping, read_mapping
 from reward.data.reading import files, name_of, read, unit
-from reward.data.recognition import HEAD, recognize
+from reward.data.recognition import HEAD, MAPPING, recognize
 from reward.data.records import BadRecord, Pair, check, hash64, names_of
 from reward.process import Fault
 
 # As on the Hub: the word, and no letter behind it.
+# What people also call them, which is not told apart from other words for certain.
+LIKE_A_SPLIT = re.compile(
+    r"(test|valid|dev|eval)(s|set|ing|data|ation|uation)?(?![^\W\d_])", re.IGNORECASE
+)
 SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
 
 
@@ -54,6 +58,12 @@ class Source:
             self.ties += found.ties
             for pair in found.records:
                 yield position, pair
+        if self.entry.where and not self.taken:
+            asked = ", ".join(path for path, _ in self.entry.where)
+            raise Fault(
+                f"{self.path}: where ({asked}) matches none of its {self.seen:,} records, expected "
+                "one at least"
+            )
 
     def _labelled(self, record: Any) -> Any:
         """A record with its source. One that the entry names takes the place of the record's."""
@@ -132,6 +142,11 @@ def sources(path: Path) -> list[Source]:
     for source in found if path.is_dir() else []:
         named = SPLIT.match(source.path.name)
         source.split = source.entry.split or (named[1] if named else None)
+        if source.split is None and LIKE_A_SPLIT.match(source.path.name):
+            raise Fault(
+                f"{source.path} is called like a test or validation set, but would be trained on; "
+                f"expected test or validation as its first word, or its split in {path / MAPPING}"
+            )
     return found
 
 

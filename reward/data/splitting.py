@@ -59,8 +59,7 @@ def count_votes(answers: Hashes, pairs: Hashes, columns: Hashes) -> Votes:
     its first record stands for all of them and the others are `merged` into it; where the votes are
     even all are `tied`. A record that is the same in all its columns is one vote with the other.
     All shapes [records]: `answers` are equal for equal prompts and answers, whichever is the chosen
-    one, and for the same names of further columns; `pairs` for equal records, `columns` for equal
-    further columns.
+    one, `pairs` for equal records, `columns` for equal further columns.
     """
     found = Votes(*np.zeros((3, len(answers)), dtype=bool))
     # Few records have their answers in common with another: memory is for those alone.
