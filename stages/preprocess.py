@@ -359,7 +359,8 @@ def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
             )
             raise Fault(
                 f"{len(places)} records of {options.data} share their prompt with the {name} "
-                f"files: {'; '.join([*places][:SHOWN])}; preprocess.on_bad_record drop leaves them out"
+                f"files: {'; '.join([*places][:SHOWN])}; preprocess.on_bad_record drop leaves "
+                "them out"
             )
         for row in rows:
             sentence = f"a {name} file has its prompt"
