@@ -15,9 +15,9 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -32,7 +32,7 @@ from reward.data.columns import IDS, PREFIX
 from reward.data.reading import unit
 from reward.data.records import BadRecord, Pair, hash64
 from reward.data.rows import as_row
-from reward.data.sets import read_sets, write_sets
+from reward.data.sets import Notes, read_sets, write_sets
 from reward.data.sources import Source, sources, usable
 from reward.data.splitting import (
     Prompts,
@@ -209,7 +209,7 @@ def main() -> None:
             texts = name == "test"
             tokenized.write(folder / name, table, rows, columns, template.tokenizer, texts)
         table.unlink()
-        write_sets(
+        notes = write_sets(
             folder / "sets",
             sets,
             template.tokenizer,
@@ -221,6 +221,7 @@ def main() -> None:
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
     report(ledger.sources + [each.source for each in sets], figures)
+    report_sets(notes)
     show_example(encoder)
 
 
@@ -495,6 +496,15 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
         f"tokens     {figures['tokens']:>8}, a text {length['q50']} at the median and "
         f"{length['max']} at most; {figures['shared_prefix_share']:.0%} in shared prefixes"
     )
+
+
+def report_sets(notes: Mapping[str, Notes]) -> None:
+    """Say what of the extra test sets is not as it was in the file."""
+    for name, found in notes.items():
+        counts = asdict(found)
+        if any(counts.values()):
+            said = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
+            print(f"set        {name}: {said}")
 
 
 def show_example(encoder: Encoder) -> None:

@@ -91,7 +91,10 @@ def test_no_set_is_none_and_a_readme_no_set(encoder: Callable[[int], Encoder]) -
     ("records", "said"),
     [
         ([PAIR, {"prompt": "a", "chosen": "b"}], "line 2: missing_key: 'rejected' is missing"),
-        ([PAIR | {"chosen": "far too long " * 200}], "no pair has answers short enough"),
+        (
+            [PAIR | {"chosen": "far too long " * 200}],
+            "no pair is left to judge: 1 too long, 0 bad, 0 ties",
+        ),
     ],
 )
 def test_what_cannot_be_judged_is_a_sentence(
@@ -108,6 +111,9 @@ def test_bad_records_are_counted_where_they_are_to_be_dropped(
     write_set(Path("data/sets/some.jsonl"), PAIR, PAIR | {"chosen": " "}, {"prompt": "a"})
     [found] = read_sets(Path("data/sets"), encoder(100), drop=True)
     assert (len(found.rows), found.bad) == (1, 2)
+    Path("data/sets/dataset.yaml").write_text("other.jsonl: {take: 1}\n")
+    with pytest.raises(Fault, match=r"other\.jsonl is no file here, expected some of"):
+        read_sets(Path("data/sets"), encoder(100), drop=True)
 
 
 @pytest.mark.usefixtures("workspace")

@@ -177,6 +177,8 @@ def _misfits(said: dict[str, Any]) -> list[str]:
         faults.append("verdict needs two columns in answers")
     if ("verdict" in said) != ("first" in said and "second" in said):
         faults.append("verdict needs first and second, the values that prefer each answer")
+    if "verdict" not in said and {"first", "second", "tie"} & said.keys():
+        faults.append("first, second and tie need verdict, the column that they are values of")
     meanings = [plain(value) for key in ("first", "second", "tie") for value in _listed(said, key)]
     if len({*meanings}) != len(meanings):
         faults.append("first, second and tie have a value in common, expected one meaning for each")

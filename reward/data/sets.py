@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from reward.data import tokenized
+from reward.data.mapping import read_mapping
 from reward.data.reading import SUFFIXES, name_of, unit
 from reward.data.records import BadRecord, Messages, Pair
 from reward.data.rows import as_row
@@ -64,6 +65,8 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
             f"params.yaml: preprocess.sets {folder} cannot be read: {error.strerror}; "
             "wanted a folder of test sets, which may be empty"
         ) from None
+    if mapping := read_mapping(folder):
+        mapping.require_files([path.name for path in paths])
     names = [name_of(path) for path in paths]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Fault(f"{folder} has two files for the set {twice[0]}, wanted one for each name")
@@ -96,7 +99,10 @@ def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
             "bad records out"
         )
     if not rows:
-        raise Fault(f"{path}: no pair has answers short enough to be judged, wanted some")
+        raise Fault(
+            f"{path}: no pair is left to judge: {left_out} too long, {len(faults)} bad, "
+            f"{source.ties} ties; expected one at least"
+        )
     return TestSet(source, name_of(path), rows, Prompts.of(prompts), cut, left_out, len(faults))
 
 
