@@ -256,7 +256,6 @@ def vote(index: int, annotator: str, reverse: bool = False) -> dict[str, Any]:
     return pair(index, chosen=answers[0], rejected=answers[1], annotator=annotator)
 
 
-@pytest.mark.usefixtures("data")
 def test_votes_are_counted_and_the_majority_decides(data: Path, set_params: SetParams) -> None:
     votes = [vote(20, name, name in "de") for name in "abcde"]
     lost = [vote(21, name, name in "bcd") for name in "abcd"]
@@ -273,7 +272,6 @@ def test_votes_are_counted_and_the_majority_decides(data: Path, set_params: SetP
     assert rows[check(vote(21, "b", True)).prompt_id]["id"] == check(vote(21, "b", True)).id
 
 
-@pytest.mark.usefixtures("data")
 def test_votes_with_an_empty_column_are_votes_on_the_same_pair(data: Path) -> None:
     votes = [vote(20, name, name in "ab") for name in "abcde"]
     for each in votes[2:]:
@@ -291,18 +289,29 @@ def test_what_is_called_like_a_split_is_not_trained_on(
     assert run()["pairs"]["test"] == 1
 
 
+def test_another_ending_of_dataset_yaml_is_a_fault(workspace: Path, set_params: SetParams) -> None:
+    folder = folder_of(workspace, set_params, pairs=[*map(pair, range(20))])
+    (folder / "dataset.yml").write_text("pairs.json: {seed: 1}\n")
+    assert "mine/dataset.yml is not read, expected the name dataset.yaml" in fault()
+
+
 def test_a_condition_that_matches_nothing_is_a_fault(
     workspace: Path, set_params: SetParams
 ) -> None:
     folder = folder_of(workspace, set_params, pairs=[*map(pair, range(20))])
-    (folder / "dataset.yml").write_text("pairs.json: {where: {prompt: nothing}}\n")
-    assert "mine/dataset.yml is not read, expected the name dataset.yaml" in fault()
-    (folder / "dataset.yml").rename(folder / "dataset.yaml")
+    (folder / "dataset.yaml").write_text("pairs.json: {where: {prompt: nothing}}\n")
     assert "mine/pairs.json: where (prompt) matches none of its 20 records" in fault()
 
 
 def test_records_that_differ_in_no_other_column_are_no_votes(data: Path) -> None:
     rewrite(data, [*map(pair, range(20)), pair(3), pair(4, chosen="bad", rejected="good")])
+    assert "bad records: 2 contradiction, 1 duplicate" in fault()
+
+
+def test_files_of_a_mapped_folder_are_no_annotators(workspace: Path, set_params: SetParams) -> None:
+    other = [pair(3), pair(4, chosen="bad", rejected="good")]
+    folder = folder_of(workspace, set_params, one=[*map(pair, range(20))], two=other)
+    (folder / "dataset.yaml").write_text("two.json: {source: another}\n")
     assert "bad records: 2 contradiction, 1 duplicate" in fault()
 
 
