@@ -225,14 +225,11 @@ def main() -> None:
     show_example(encoder)
 
 
-def own_test_set(options: Preprocess) -> bool:
-    return Path(options.test_data) != Path(options.data)
-
-
 def open_ledger(options: Preprocess) -> Ledger:
     """An empty ledger of the files to read, those of a test set of its own after the others."""
-    found = sources(Path(options.data))
-    tests = sources(Path(options.test_data)) if own_test_set(options) else []
+    data, test_data = Path(options.data), Path(options.test_data)
+    found = sources(data)
+    tests = sources(test_data) if test_data != data else []
     for source in tests:
         source.split = "test"
     return Ledger(found + tests)

@@ -15,11 +15,11 @@ from reward.data.records import BadRecord, Pair, check, hash64, names_of
 from reward.process import Fault
 
 # As on the Hub: the word, and no letter behind it.
+SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
 # What people also call them, which is not told apart from other words for certain.
 LIKE_A_SPLIT = re.compile(
     r"(test|valid|dev|eval)(s|set|ing|data|ation|uation)?(?![^\W\d_])", re.IGNORECASE
 )
-SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
 
 
 @dataclass
