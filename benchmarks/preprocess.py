@@ -37,6 +37,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "preprocess.md"
 BASE = Path("models/base")
 PAIRS = Path("pairs.jsonl")
+CHAT = Path("chat.jinja")
+# Turns between markers, as the chat templates of many models write them.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content | trim + '<|im_end|>\n' }}
+{%- endfor %}
+"""
+TEMPLATES = ("zh", "chat")
 STAGE = ("-m", "stages.preprocess")
 START_UP = ("-c", "import stages.preprocess")
 NONE = "–"
@@ -78,6 +86,7 @@ class Comparison:
     `batch` is the number of texts that a call of encode_batch gets.
     """
 
+    template: str
     stage: Usage
     start_up: Usage
     bare: Usage
@@ -87,7 +96,7 @@ class Comparison:
 
 def main() -> None:
     options = parse()
-    compared = compare(options)
+    compared = [compare(options, template) for template in TEMPLATES]
     grown = {count: grow(options, count) for count in sorted(options.pairs)}
     report = as_markdown(options, compared, grown)
     print(report)
@@ -115,26 +124,25 @@ def parse() -> argparse.Namespace:
 # --- measuring -------------------------------------------------------------------------------
 
 
-def compare(options: argparse.Namespace) -> Comparison:
+def compare(options: argparse.Namespace, template: str) -> Comparison:
     """The stage, its start-up and the bare tokenizer in turn, over the same pairs."""
     stage, start_up, bare = [], [], []
-    with workspace(options, options.compared, LONG) as folder:
-        tried = {batch: encoded(folder, batch) for batch in BATCHES}
+    with workspace(options, options.compared, LONG, template) as folder:
+        tried = {batch: encoded(folder, template, batch) for batch in BATCHES}
         batch = min(tried, key=lambda batch: tried[batch].processor)
         for _ in range(options.repeats):
-            bare.append(encoded(folder, batch))
+            bare.append(encoded(folder, template, batch))
             stage.append(spent(folder, *STAGE)[0])
             start_up.append(spent(folder, *START_UP)[0])
         tokens = read_json(folder / "metrics" / "preprocess.json")["tokens"]
     whole, before = middle(stage), middle(start_up)
-    return Comparison(
-        replace(whole - before, memory=whole.memory), before, middle(bare), batch, tokens
-    )
+    spent_on = replace(whole - before, memory=whole.memory)
+    return Comparison(template, spent_on, before, middle(bare), batch, tokens)
 
 
 def grow(options: argparse.Namespace, count: int) -> Usage:
     """The stage once, over `count` pairs of short texts."""
-    with workspace(options, count, SHORT) as folder:
+    with workspace(options, count, SHORT, TEMPLATES[0]) as folder:
         return spent(folder, *STAGE)[0]
 
 
@@ -163,17 +171,17 @@ def spent(folder: Path, *arguments: str) -> tuple[Usage, str]:
     return Usage(seconds, usage.ru_utime + usage.ru_stime, peak), printed
 
 
-def encoded(folder: Path, batch: int) -> Usage:
+def encoded(folder: Path, template: str, batch: int) -> Usage:
     """What encode_batch takes in a process of its own, loading not counted but for memory."""
-    call = f"from benchmarks.preprocess import encode; encode({batch})"
+    call = f"from benchmarks.preprocess import encode; encode({template!r}, {batch})"
     usage, printed = spent(folder, "-c", call)
     seconds, processor = json.loads(printed)
     return Usage(seconds, processor, usage.memory)
 
 
-def encode(batch: int) -> None:
+def encode(template: str, batch: int) -> None:
     """Print the seconds of encode_batch over the texts of the current folder's pairs."""
-    encoder = Encoder(BASE, Template.of("zh", False, 2040, BASE))
+    encoder = Encoder(BASE, Template.of(template, False, 2040, BASE, CHAT))
     pairs = (check(record) for _, record in read(PAIRS))
     texts = [encoder.render(p.prompt, side) for p in pairs for side in (p.chosen, p.rejected)]
     tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
@@ -196,13 +204,18 @@ def middle(usages: list[Usage]) -> Usage:
 
 
 @contextmanager
-def workspace(options: argparse.Namespace, count: int, most: Sentences) -> Iterator[Path]:
+def workspace(
+    options: argparse.Namespace, count: int, most: Sentences, template: str
+) -> Iterator[Path]:
     """A folder in which preprocess finds its parameters, its tokenizer and generated pairs."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         params = (ROOT / "params.yaml").read_text(encoding="utf-8")
-        params = re.sub(r"(?m)^(  (?:test_)?data: ).*", rf"\g<1>{PAIRS}", params)
+        for key, value in (("data", PAIRS), ("template", template), ("chat_template", CHAT)):
+            params = re.sub(rf"(?m)^(  {key}: ).*", rf"\g<1>{value}", params)
         (folder / "params.yaml").write_text(params, encoding="utf-8")
+        (folder / CHAT).write_text(CHAT_TEMPLATE, encoding="utf-8")
+        (folder / "data" / "sets").mkdir(parents=True)
         (folder / BASE).mkdir(parents=True)
         for part in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(options.tokenizer / part, folder / BASE)
@@ -237,8 +250,40 @@ def sentences(language: str) -> list[str]:
 # --- results ---------------------------------------------------------------------------------
 
 
-def as_markdown(options: argparse.Namespace, compared: Comparison, grown: dict[int, Usage]) -> str:
-    """Both tables with what they hold for."""
+def as_markdown(
+    options: argparse.Namespace, compared: list[Comparison], grown: dict[int, Usage]
+) -> str:
+    """All tables with what they hold for."""
+    growth = [
+        [f"{count:,}", *figures(usage), f"{1e6 * usage.seconds / count:.0f}", *step]
+        for (count, usage), step in zip(grown.items(), steps(grown), strict=True)
+    ]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "pyarrow", "numpy"))
+    paragraphs = [
+        "# Speed and memory of preprocess",
+        "Written by `python -m benchmarks.preprocess`, which says what is measured and how.",
+        f"{os.cpu_count()} processors, {versions}",
+        *(paragraph for each in compared for paragraph in beside(options, each)),
+        f"Medians of {options.repeats} turns over {options.compared:,} pairs. encode_batch has all "
+        "texts in memory, rendered; of several batch sizes it has the one that takes it the least "
+        "processor time.",
+        "## Growth, with short texts",
+        table(
+            [
+                *("pairs", "seconds", "processor seconds", "peak memory, MB", "µs a pair"),
+                *("µs an extra pair", "bytes an extra pair"),
+            ],
+            growth,
+        ),
+        "Start-up included. An extra pair is one of those that a line has beyond the line before. "
+        "Whatever the number of pairs, the first ten batches of half a million characters or so "
+        "bring the allocator's pools to their size, which shows in a line that begins below that.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def beside(options: argparse.Namespace, compared: Comparison) -> list[str]:
+    """The heading and the table of one template."""
     stage, bare, start_up = compared.stage, compared.bare, compared.start_up
     share, of_processor = bare.seconds / stage.seconds, bare.processor / stage.processor
     speeds = [
@@ -249,33 +294,12 @@ def as_markdown(options: argparse.Namespace, compared: Comparison, grown: dict[i
             ("start-up of preprocess, not counted above", start_up, NONE),
         )
     ]
-    growth = [
-        [f"{count:,}", *figures(usage), f"{1e6 * usage.seconds / count:.0f}", *step]
-        for (count, usage), step in zip(grown.items(), steps(grown), strict=True)
-    ]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "pyarrow", "numpy"))
-    paragraphs = [
-        "# Speed and memory of preprocess",
-        "Written by `python -m benchmarks.preprocess`, which says what is measured and how.",
-        f"{os.cpu_count()} processors, {versions}",
-        f"## Beside the tokenizer: {share:.0%} by the clock, {of_processor:.0%} of processor time",
+    tokens = compared.tokens / options.compared / 2
+    return [
+        f"## Beside the tokenizer, template {compared.template}, {tokens:.0f} tokens a text: "
+        f"{share:.0%} by the clock, {of_processor:.0%} of processor time",
         table(["", "seconds", "processor seconds", "peak memory, MB", "pairs/s"], speeds),
-        f"Medians of {options.repeats} turns over {options.compared:,} pairs of "
-        f"{compared.tokens / options.compared / 2:.0f} tokens a text. encode_batch has all texts "
-        "in memory; of several batch sizes it has the one that takes it the least processor time.",
-        "## Growth, with short texts",
-        table(
-            [
-                *("pairs", "seconds", "processor seconds", "peak memory, MB", "µs a pair"),
-                *("µs a further pair", "bytes a further pair"),
-            ],
-            growth,
-        ),
-        "Start-up included. A further pair is one of those that a line has beyond the line before. "
-        "Whatever the number of pairs, the first ten batches of half a million characters or so "
-        "bring the allocator's pools to their size, which shows in a line that begins below that.",
     ]
-    return "\n\n".join(paragraphs) + "\n"
 
 
 def figures(usage: Usage) -> list[str]:
