@@ -1,5 +1,6 @@
 """The preference record: what is read from files, what is refused, how it is split."""
 
+import csv
 import gzip
 import hashlib
 import json
@@ -213,8 +214,9 @@ def test_file_cut_anywhere_is_a_fault_or_reads_as_whole_records(
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b'{"data": [{"prompt": "a"}]}', "line 1: an object with the keys data; wanted one record"),
-        (b'{\n"data": []}', "line 1: broken JSON.*wanted one record a line"),
+        (b'{"data": [{"prompt": "a"}]}', "line 1: an object with the keys data .*; wanted one rec"),
+        (b'{\n"data": []}', "p.jsonl: an object with the keys data .* over several lines; wanted"),
+        (b'{\n"data": [', "line 1: broken JSON.*wanted one record a line"),
         (as_lines(RECORDS) + b"\n\n{,}", "line 6: broken JSON"),
         (as_lines(RECORDS[:1]).rstrip() * 2, "line 1: broken JSON: Extra data"),
         (b'{"prompt": "a", "prompt": "b"}', "line 1.*'prompt' stands twice"),
@@ -303,6 +305,40 @@ def test_broken_table_is_a_fault_that_says_where(
     tmp_path: Path, content: bytes, found: str
 ) -> None:
     assert re.search(found, fault(write(tmp_path / "p.csv", content)))
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_table_shows_what_separates_its_cells(tmp_path: Path, separator: str) -> None:
+    rows = [["prompt", "chosen", "rejected"], ["Why, please?", "a, b", "c"]]
+    path = tmp_path / "p.csv"
+    path.write_text("".join(separator.join(row) + "\n" for row in rows))
+    [(position, record)] = read(path)
+    assert (position, record) == (2, dict(zip(*rows, strict=True)))
+
+
+def test_a_cell_holds_messages_as_json(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": 'Say "hi", please.'}]
+    other = '[{"name": "an answer in JSON"}]'
+    path = tmp_path / "p.tsv"
+    with path.open("w", newline="") as file:
+        rows = [["prompt", "chosen"], [json.dumps(messages), other]]
+        csv.writer(file, delimiter="\t").writerows(rows)
+    assert [record for _, record in read(path)] == [{"prompt": messages, "chosen": other}]
+    path.write_text("prompt\tchosen\n\"[{'role': 'user', 'content': 'hi'}]\"\tb\n")
+    with pytest.raises(Fault, match="row 2: 'prompt' begins like messages, but is not JSON"):
+        list(read(path))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_object_around_the_records_is_named_with_the_way_to_them(
+    tmp_path: Path, indent: int | None
+) -> None:
+    path = tmp_path / "p.json"
+    wrapped = {"version": 1, "data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}
+    path.write_text(json.dumps(wrapped, indent=indent))
+    said = r"an object with the keys data, version \(jq -c '\.data\[\]' takes them out\)"
+    with pytest.raises(Fault, match=said):
+        list(read(path))
 
 
 def test_a_cell_longer_than_the_librarys_limit_is_read(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import shlex
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,11 +16,19 @@ from reward.data.records import FIELDS, names_of
 from reward.process import Fault
 
 TABLES = {".csv": ",", ".tsv": "\t"}
+# Spreadsheets of many countries write semicolons to what they call CSV.
+SEPARATORS = (",", "\t", ";")
+# How messages in a cell begin: as JSON, or as Python prints them.
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 SUFFIXES = (
     *(".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet"),
     *(f"{table}{end}" for table in TABLES for end in ("", ".gz")),
 )
+# What a folder may hold besides preference files without a word.
+OTHERS = re.compile(r"\.|(readme|license|dataset\.ya?ml)|.*\.dvc$", re.IGNORECASE)
 CHUNK = 1 << 20
+# Of a file with one object over several lines, what is read to say what it holds.
+LONGEST_OBJECT = 1 << 26
 LONGEST_CELL = 1 << 30
 # Of Japanese texts a good part is kana, and Chinese ones are nearly all in the smaller GB2312.
 KANA = ("\u3040", "\u30ff")
@@ -40,6 +49,19 @@ def files(path: Path) -> list[Path]:
     if not found or (not path.name.endswith(SUFFIXES) and path.is_file()):
         raise Fault(f"{path}: no preference file, wanted one that ends in {', '.join(SUFFIXES)}")
     return found
+
+
+def not_read(path: Path) -> list[str]:
+    """What a folder has besides preference files and notes: its names, those of folders with a /.
+
+    None of a path that is a file.
+    """
+    found = sorted(path.iterdir()) if path.is_dir() else []
+    return [
+        child.name + "/" * child.is_dir()
+        for child in found
+        if not OTHERS.match(child.name) and not (child.is_file() and child.name.endswith(SUFFIXES))
+    ]
 
 
 def name_of(path: Path) -> str:
@@ -90,10 +112,18 @@ def _separator(path: Path) -> str | None:
 
 
 def _table(path: Path) -> Iterator[tuple[int, Any]]:
-    """Records of CSV or TSV, by the names in its header; a cell may hold line breaks."""
+    """Records of CSV or TSV, by the names in its header; a cell may hold line breaks.
+
+    Or messages, as JSON. Where the header is not separated as the file's name says, it shows what
+    else separates the cells: preferences in a single column do not exist.
+    """
     csv.field_size_limit(LONGEST_CELL)
     with _open(path) as file:
-        rows = csv.reader(file, delimiter=_separator(path) or ",", strict=True)
+        first, usual = file.readline(), _separator(path) or ","
+        shown = [usual, *SEPARATORS]
+        separator = next((each for each in shown if each in first), usual)
+        file.seek(0)
+        rows = csv.reader(file, delimiter=separator, strict=True)
         position = 1
         try:
             header = next(rows, [])
@@ -107,12 +137,31 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
                         f"{path}: row {position} (line {rows.line_num}) has {len(cells)} cells, "
                         f"expected the {len(header)} of the header"
                     )
-                yield position, dict(zip(header, cells, strict=True))
+                yield (
+                    position,
+                    {
+                        name: _messages(path, position, name, cell)
+                        if MESSAGES.match(cell)
+                        else cell
+                        for name, cell in zip(header, cells, strict=True)
+                    },
+                )
         except csv.Error as error:
             raise Fault(
                 f"{path}: row {position + 1} (line {rows.line_num}): broken table: {error}; "
                 "expected cells with line breaks or quotes in double quotes"
             ) from None
+
+
+def _messages(path: Path, position: int, name: str, cell: str) -> Any:
+    """The messages that a cell holds as JSON."""
+    try:
+        return _DECODER.decode(cell)
+    except (ValueError, RecursionError) as error:
+        raise Fault(
+            f"{path}: row {position}: {name!r} begins like messages, but is not JSON "
+            f"({_why(error)}); expected messages as json.dumps writes them"
+        ) from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -217,14 +266,36 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 record = _DECODER.decode(text)
             except (ValueError, RecursionError) as error:
+                if not seen and (spread := _spread(path)):
+                    raise Fault(
+                        f"{path}: {_wrapped(spread)} over several lines; {wanted}"
+                    ) from None
                 raise Fault(
                     f"{path}: line {number}: broken JSON: {_why(error)}, found {text[:20]!r}; "
                     f"{wanted}"
                 ) from None
             if not seen and _is_wrapper(record):
-                raise Fault(f"{path}: line {number}: an object with {names_of(record)}; {wanted}")
+                raise Fault(f"{path}: line {number}: {_wrapped(record)}; {wanted}")
             seen = True
             yield number, record
+
+
+def _spread(path: Path) -> dict[str, Any] | None:
+    """The object that a file holds over several lines, if it holds nothing else."""
+    with _open(path) as file:
+        text = file.read(LONGEST_OBJECT)
+    try:
+        found = _DECODER.decode(text.strip())
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _wrapped(record: dict[str, Any]) -> str:
+    """An object around records in words, with how to take them out of it."""
+    inside = next((key for key, value in record.items() if isinstance(value, list)), None)
+    way = f" (jq -c '.{inside}[]' takes them out)" if inside and inside.isidentifier() else ""
+    return f"an object with {names_of(record)}{way}"
 
 
 def _is_wrapper(record: Any) -> bool:
