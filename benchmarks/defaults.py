@@ -167,7 +167,7 @@ def write_folds(options: argparse.Namespace, records: Sequence[dict[str, str]]) 
     for fold in range(options.folds):
         folder = FOLDS / options.name / str(fold)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, wanted in (("held", True), ("rest", False)):
+        for name, wanted in (("test", True), ("rest", False)):
             lines = [
                 json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
                 for record, pair in zip(records, pairs, strict=True)
@@ -189,8 +189,7 @@ def run(name: str, levels: Levels, row: int, fold: int, settings: Sequence[str])
         return
     folder = FOLDS / name / str(fold)
     values = {
-        "preprocess.data": f"{folder}/rest.jsonl",
-        "preprocess.test_data": f"{folder}/held.jsonl",
+        "preprocess.data": str(folder),
         "preprocess.validation_fraction": "0.01",
         "preprocess.on_bad_record": "drop",
         "train.seed": str((row + fold) % SEEDS),

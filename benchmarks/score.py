@@ -95,7 +95,7 @@ def write_params() -> None:
     yaml = YAML()
     content = yaml.load(ROOT / "params.yaml")
     content["base"]["name"] = "random"
-    content["preprocess"] |= {"data": str(TRAINED), "test_data": str(TRAINED)}
+    content["preprocess"]["data"] = str(TRAINED)
     content["train"] |= {"max_steps": 1, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}
     yaml.dump(content, Path("params.yaml"))
 

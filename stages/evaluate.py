@@ -331,11 +331,8 @@ def report(figures: dict[str, Any]) -> None:
             )
         if found["bad"]:
             print(f"note       {found['bad']} records of {name} are bad, and were left out")
-        if found["cut"] or found["left_out"]:
-            print(
-                f"note       of {name} {found['cut']} prompts were cut, and "
-                f"{found['left_out']} pairs left out: their texts are too long"
-            )
+        if found["too_long"]:
+            print(f"note       {found['too_long']} pairs of {name} are too long, and were left out")
     print(f"written    {REPORTS}, {METRICS}")
     print(f"look at    {PAGE} for the judgements themselves, dvc plots show for the curves")
 

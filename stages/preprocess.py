@@ -2,8 +2,8 @@
 
     python -m stages.preprocess
 
-Reads preprocess.data and preprocess.test_data, the further test sets of preprocess.sets, the
-tokenizer of models/base and the chat template of preprocess.chat_template. Writes the datasets
+Reads preprocess.data, the extra test sets of preprocess.sets, the tokenizer of models/base and the
+chat template of preprocess.chat_template. Writes the datasets
 data/tokenized/{train,validation,test} and data/tokenized/sets/<name> with template.json,
 reports/preprocess/figures.json and metrics/preprocess.json.
 Two passes: the files to a scratch table on disk, the scratch table to the datasets, so memory
@@ -13,11 +13,10 @@ holds a few numbers a pair, however long the texts.
 from __future__ import annotations
 
 import json
-from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -29,20 +28,13 @@ from tqdm import tqdm
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import IDS, PREFIX
-from reward.data.reading import unit
-from reward.data.records import BadRecord, Pair, hash64
+from reward.data.ledger import SHOWN, Ledger
+from reward.data.reading import not_read
+from reward.data.records import BadRecord, Pair
 from reward.data.rows import as_row
 from reward.data.sets import Notes, read_sets, write_sets
 from reward.data.sources import Source, sources, usable
-from reward.data.splitting import (
-    Prompts,
-    among,
-    beginnings,
-    contradictions,
-    count_votes,
-    duplicates,
-    split,
-)
+from reward.data.splitting import among, contradictions, count_votes, duplicates, split
 from reward.data.tokens import Encoder, Template
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
@@ -54,7 +46,6 @@ REPORTS = Path("reports/preprocess")
 METRICS = Path("metrics/preprocess.json")
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 1 << 19
-SHOWN = 10
 # No fault of the data: records that say that two answers are equally good are only left out.
 NEVER_STOP = {"tie"}
 EXAMPLE_CHARACTERS = 400
@@ -82,21 +73,11 @@ class Rendered(NamedTuple):
     texts: tuple[str, str]
 
 
-class BadPlace(NamedTuple):
-    """Where a bad record stands and why it is bad; in the order of files and positions."""
-
-    file: int
-    position: int
-    reason: str
-    sentence: str
-
-
 @dataclass(frozen=True)
 class Preprocess:
     """The group `preprocess` of params.yaml, where each key is described."""
 
     data: Text
-    test_data: Text
     sets: Text
     validation_fraction: Share
     test_fraction: Share
@@ -108,82 +89,6 @@ class Preprocess:
     max_length: Positive
     over_length: Literal["stop", "drop", "truncate_prompt"]
     on_bad_record: Literal["stop", "drop"]
-
-
-def numbers() -> array[int]:
-    return array("I")
-
-
-def hashes() -> array[int]:
-    return array("Q")
-
-
-@dataclass
-class Ledger:
-    """What was seen: a few numbers of every usable record, and what is wrong with the others."""
-
-    sources: list[Source]
-    file: array[int] = field(default_factory=numbers)
-    position: array[int] = field(default_factory=numbers)
-    prompt: array[int] = field(default_factory=hashes)
-    answers: array[int] = field(default_factory=hashes)
-    pair: array[int] = field(default_factory=hashes)
-    others: array[int] = field(default_factory=hashes)
-    owner: array[int] = field(default_factory=numbers)
-    begun: array[int] = field(default_factory=hashes)
-    chosen: array[int] = field(default_factory=numbers)
-    rejected: array[int] = field(default_factory=numbers)
-    prefix: array[int] = field(default_factory=numbers)
-    columns: set[str] = field(default_factory=set)
-    faults: list[BadPlace] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    votes: int = 0
-    merged: int = 0
-
-    def add(self, file: int, position: int, pair: Pair, lengths: tuple[int, int, int]) -> None:
-        """Note a usable pair with its ids of chosen, rejected and their common prefix."""
-        begun = beginnings(pair.prompt)
-        self.owner.extend([len(self.file)] * len(begun))
-        self.begun.extend(begun)
-        self.file.append(file)
-        self.position.append(position)
-        self.prompt.append(pair.prompt_hash)
-        self.answers.append(pair.answers_hash)
-        self.pair.append(pair.pair_hash)
-        # Files of a folder that is mapped differ in their source: that is no annotator.
-        others = {name: value for name, value in pair.columns.items() if name != "source"}
-        self.others.append(hash64(sorted(others.items())))
-        self.chosen.append(lengths[0])
-        self.rejected.append(lengths[1])
-        self.prefix.append(lengths[2])
-        self.columns.update(pair.columns)
-
-    def bad(self, file: int, position: int, reason: str, sentence: str) -> None:
-        """Count a bad record, and keep its place if it is among the first of its reason.
-
-        Those of one reason come in order, those of different reasons need not: a record is
-        checked long before its ids are.
-        """
-        self.dropped[reason] += 1
-        if self.dropped[reason] <= SHOWN:
-            self.faults.append(BadPlace(file, position, reason, sentence))
-
-    def column(self, name: str) -> npt.NDArray[Any]:
-        return np.asarray(getattr(self, name))
-
-    @property
-    def prompts(self) -> Prompts:
-        return Prompts(self.column("prompt"), self.column("owner"), self.column("begun"))
-
-    def fixed(self) -> npt.NDArray[np.int8]:
-        """The index into SPLITS that a record's file has, -1 where prompts are to be split."""
-        splits = [SPLITS.index(each.split) if each.split else -1 for each in self.sources]
-        return np.array(splits, dtype=np.int8)[self.column("file")]
-
-    def place(self, file: int, position: int) -> str:
-        path = self.sources[file].path
-        return f"{path}: {unit(path)} {position}"
 
 
 def main() -> None:
@@ -198,12 +103,12 @@ def main() -> None:
     )
     encoder = Encoder(BASE, template)
     sets = read_sets(Path(options.sets), encoder, drop=options.on_bad_record == "drop")
-    ledger = open_ledger(options)
+    ledger = Ledger(sources(Path(options.data)))
     with whole_folder(TOKENIZED) as folder:
         table = folder / "scratch.arrow"
         tokenize(options, encoder, table, ledger)
-        usable = without_repeats(options, ledger)
-        parts, columns = assign(options, ledger, usable), sorted(ledger.columns)
+        parts = assign(options, ledger, without_repeats(options, ledger))
+        columns = sorted(ledger.columns)
         for index, name in enumerate(SPLITS):
             rows = parts == index
             texts = name == "test"
@@ -221,18 +126,9 @@ def main() -> None:
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
     report(ledger.sources + [each.source for each in sets], figures)
+    report_not_read(Path(options.data), Path(options.sets))
     report_sets(notes)
     show_example(encoder)
-
-
-def open_ledger(options: Preprocess) -> Ledger:
-    """An empty ledger of the files to read, those of a test set of its own after the others."""
-    data, test_data = Path(options.data), Path(options.test_data)
-    found = sources(data)
-    tests = sources(test_data) if test_data != data else []
-    for source in tests:
-        source.split = "test"
-    return Ledger(found + tests)
 
 
 # --- first pass: files to the scratch table --------------------------------------------------
@@ -305,14 +201,12 @@ def row_of(
     file, position, pair, texts = item
     try:
         ids = within_length(options, encoder, pair, sides)
-        if ids[0] == ids[1]:
-            raise BadRecord("identical_tokens", "both answers give the same ids")
+        is_cut = ids != sides
+        row = as_row(pair, ids, [encoder.decode(each) for each in ids] if is_cut else texts)
     except BadRecord as fault:
         ledger.bad(file, position, fault.reason, str(fault))
         return None
-    is_cut = ids != sides
     ledger.truncated += is_cut
-    row = as_row(pair, ids, [encoder.decode(each) for each in ids] if is_cut else texts)
     ledger.add(file, position, pair, (len(ids[0]), len(ids[1]), row[PREFIX]))
     return row
 
@@ -342,7 +236,7 @@ def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
     Raises the Fault that lists the first ones, unless bad records are to be left out. The test
     files keep all of their records, those of validation all that the test files have not.
     """
-    prompts, fixed = ledger.prompts, ledger.fixed()
+    prompts, fixed = ledger.prompts, ledger.fixed(SPLITS)
     shared = np.zeros(len(fixed), dtype=bool)
     rest = np.ones(len(fixed), dtype=bool)
     for name in ("test", "validation"):
@@ -360,9 +254,7 @@ def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
                 f"files: {'; '.join([*places][:SHOWN])}; preprocess.on_bad_record drop leaves "
                 "them out"
             )
-        for row in rows:
-            sentence = f"a {name} file has its prompt"
-            ledger.bad(ledger.file[row], ledger.position[row], f"in_{name}_set", sentence)
+        ledger.bad_rows(rows, f"in_{name}_set", f"a {name} file has its prompt")
         shared |= found
         rest &= ~found
     return shared
@@ -370,11 +262,10 @@ def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
 
 def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
     """Which records of the ledger are used. Raises the Fault that lists the first bad ones."""
-    usable = ~overlap(options, ledger)
-    rows = np.flatnonzero(usable)
-    names = ("pair", "answers", "others")
-    pairs, answers, others = (ledger.column(name)[rows] for name in names)
-    votes = count_votes(answers, pairs, others)
+    used = ~overlap(options, ledger)
+    rows = np.flatnonzero(used)
+    pairs, answers = (ledger.column(name)[rows] for name in ("pair", "answers"))
+    votes = count_votes(answers, pairs, ledger.judges[rows])
     contradicted = contradictions(pairs, answers) & ~votes.cast
     repeated = duplicates(pairs) & ~contradicted & ~votes.cast
     ledger.votes, ledger.merged = int(votes.cast.sum()), int(votes.merged.sum())
@@ -383,53 +274,53 @@ def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_
         ("duplicate", repeated, "an earlier record is the same"),
         ("tie", votes.tied, "as many votes prefer the one answer as the other"),
     ):
-        for row in rows[found].tolist():
-            ledger.bad(ledger.file[row], ledger.position[row], reason, sentence)
-    usable[rows[contradicted | repeated | votes.merged | votes.tied]] = False
-    stopping = set(ledger.dropped) if options.on_bad_record == "stop" else {"over_length"}
-    if options.over_length == "drop":
-        stopping.discard("over_length")
-    stopping = (stopping & set(ledger.dropped)) - NEVER_STOP
-    if stopping:
-        raise Fault(fault_list(ledger, stopping))
-    if not usable.any():
-        raise Fault(f"{fault_list(ledger, set(ledger.dropped))}; wanted a record that can be used")
-    return usable
+        ledger.bad_rows(rows[found].tolist(), reason, sentence)
+    used[rows[contradicted | repeated | votes.merged | votes.tied]] = False
+    if reasons := stopping(options, ledger):
+        raise Fault(f"{ledger.listed(reasons)}; {', '.join(ways_out(options, reasons))}")
+    if not used.any():
+        reasons = set(ledger.dropped)
+        said = "; ".join([ledger.listed(reasons), *ways_out(options, reasons)])
+        raise Fault(f"{said}; wanted a record that can be used")
+    return used
 
 
-def fault_list(ledger: Ledger, reasons: set[str]) -> str:
-    """The first records that are bad for one of the reasons, their number, and what can be done."""
-    listed = sorted(fault for fault in ledger.faults if fault.reason in reasons)[:SHOWN]
-    lines = [
-        f"{ledger.place(file, position)}: {reason}: {sentence}"
-        for file, position, reason, sentence in listed
-    ]
-    counts = ", ".join(f"{ledger.dropped[reason]} {reason}" for reason in sorted(reasons))
+def stopping(options: Preprocess, ledger: Ledger) -> set[str]:
+    """The reasons for which records are bad and that are not to be left out."""
+    reasons = set(ledger.dropped) - NEVER_STOP
+    if options.on_bad_record == "drop":
+        reasons &= {"over_length"}
+    return reasons - {"over_length"} if options.over_length == "drop" else reasons
+
+
+def ways_out(options: Preprocess, reasons: set[str]) -> list[str]:
+    """Which parameters deal with records that are bad for these reasons."""
     ways = []
-    if reasons - {"over_length"}:
+    if reasons - {"over_length"} - NEVER_STOP and options.on_bad_record == "stop":
         ways.append("preprocess.on_bad_record drop leaves bad records out")
     if "over_length" in reasons:
-        ways.append("preprocess.over_length drop or truncate_prompt deals with long ones")
-    return "\n".join([*lines, f"bad records: {counts}; {', '.join(ways)}"])
+        others = ["drop", "truncate_prompt"][options.over_length == "drop" :]
+        ways.append(f"preprocess.over_length {' or '.join(others)} deals with long ones")
+    return ways
 
 
 def assign(
-    options: Preprocess, ledger: Ledger, usable: npt.NDArray[np.bool_]
+    options: Preprocess, ledger: Ledger, used: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int8]:
     """The index into SPLITS of every record of the ledger, -1 for those not used."""
-    prompts, fixed = ledger.prompts.families, ledger.fixed()
+    prompts, fixed = ledger.prompts.families, ledger.fixed(SPLITS)
     given = {source.split for source in ledger.sources}
     validation = 0 if "validation" in given else options.validation_fraction
     test = 0 if "test" in given else options.test_fraction
-    parts = np.where(usable, fixed, -1).astype(np.int8)
-    rest = usable & (fixed < 0)
+    parts = np.where(used, fixed, -1).astype(np.int8)
+    rest = used & (fixed < 0)
     parts[rest] = split(prompts[rest], validation, test, options.seed)
     # A prompt of a file that is for training is for training wherever it appears.
-    parts[rest] = np.where(among(prompts[rest], prompts[usable & (fixed == 0)]), 0, parts[rest])
+    parts[rest] = np.where(among(prompts[rest], prompts[used & (fixed == 0)]), 0, parts[rest])
     for index, name in enumerate(SPLITS):
         if not (parts == index).any():
             raise Fault(
-                f"{options.data}: no pair is left for {name} out of {usable.sum()}; wanted more "
+                f"{options.data}: no pair is left for {name} out of {used.sum()}; wanted more "
                 "prompts, or other values of preprocess.validation_fraction and test_fraction"
             )
     return parts
@@ -493,6 +384,14 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
         f"tokens     {figures['tokens']:>8}, a text {length['q50']} at the median and "
         f"{length['max']} at most; {figures['shared_prefix_share']:.0%} in shared prefixes"
     )
+
+
+def report_not_read(*folders: Path) -> None:
+    """Name what a folder has that is not read: it may be what somebody means to train on."""
+    for folder in folders:
+        if names := not_read(folder):
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            print(f"not read   {', '.join(names[:SHOWN])}{more} in {folder}")
 
 
 def report_sets(notes: Mapping[str, Notes]) -> None:

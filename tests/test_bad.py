@@ -77,7 +77,7 @@ def test_a_bad_file_gets_its_sentence(
     path = Path("data/raw") / name
     path.parent.mkdir(parents=True)
     shutil.copy(BAD / "data" / name, path)
-    set_params("preprocess", data=str(path), test_data=str(path))
+    set_params("preprocess", data=str(path))
     assert re.fullmatch(pattern(FILES[name]), said(preprocess.main), re.DOTALL)
 
 
@@ -94,7 +94,7 @@ def test_a_record_of_another_type_behind_25_mb_is_found(
     bad = json.dumps({"prompt": "a", "chosen": ["b"], "rejected": {"c": 1}})
     path.write_text("\n".join([*lines, bad]) + "\n")
     assert path.stat().st_size > 25_000_000
-    set_params("preprocess", data=str(path), test_data=str(path))
+    set_params("preprocess", data=str(path))
     assert f"{path}: line 66: wrong_type: " in said(preprocess.main)
 
 
@@ -103,10 +103,10 @@ def test_a_prompt_of_the_test_set_in_the_training_data_is_named(
 ) -> None:
     for name, answer in (("train", "b"), ("test", "c")):
         record = {"prompt": "a", "chosen": answer, "rejected": "d"}
-        (workspace / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
-    set_params("preprocess", data="train.jsonl", test_data="test.jsonl")
+        (workspace / "data" / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    set_params("preprocess", data="data")
     expected = (
-        "1 records of train.jsonl share their prompt with the test files: train.jsonl: line 1; "
+        "1 records of data share their prompt with the test files: data/train.jsonl: line 1; "
         "preprocess.on_bad_record drop leaves them out"
     )
     assert said(preprocess.main) == expected
@@ -242,7 +242,7 @@ def test_odd_texts_go_through_the_stage(set_params: SetParams) -> None:
         for index, text in enumerate(ODD.values())
     ]
     Path("odd.json").write_text(json.dumps(records))
-    set_params("preprocess", data="odd.json", test_data="odd.json", over_length="truncate_prompt")
+    set_params("preprocess", data="odd.json", over_length="truncate_prompt")
     preprocess.main()
     metrics = json.loads((preprocess.REPORTS / "figures.json").read_text())
     assert sum(metrics["pairs"].values()) == len(ODD)

@@ -156,6 +156,12 @@ def test_where_takes_the_records_with_one_of_the_values(tmp_path: Path) -> None:
     assert source.said.endswith(" as prompt, chosen and rejected, 5 of 20 records")
 
 
+def test_where_that_matches_nothing_is_named_beside_take(tmp_path: Path) -> None:
+    entry = "{prompt: ask, chosen: left, rejected: right, where: {vote: r}, take: 1}"
+    said = fault(write(tmp_path, f"x.jsonl: {entry}", TWO))
+    assert "x.jsonl: where (vote) matches none of its 1 records" in said
+
+
 def test_take_draws_by_seed_and_more_draws_the_same_and_more(tmp_path: Path) -> None:
     def drawn(keys: str) -> list[int]:
         return prompts(write(tmp_path, f"x.jsonl: {{{keys}}}", *numbered(100)))

@@ -183,7 +183,7 @@ def test_folder_of_every_format_is_one_set(
     (folder / "b.jsonl").write_text("\n".join(map(json.dumps, found[10:20])))
     (folder / "c.json.gz").write_bytes(gzip.compress(json.dumps(found[20:30]).encode()))
     pq.write_table(pa.Table.from_pylist(found[30:]), folder / "d.parquet")
-    set_params("preprocess", data="mixed", test_data="mixed")
+    set_params("preprocess", data="mixed")
     run()
     assert {name: sorted(row["id"] for row in rows) for name, rows in written().items()} == whole
 
@@ -204,8 +204,8 @@ def test_no_prompt_stands_in_two_splits_whatever_its_form(data: Path) -> None:
 
 @pytest.mark.usefixtures("data")
 def test_separate_test_set_is_the_test_split(workspace: Path, set_params: SetParams) -> None:
-    rewrite(workspace / "test.jsonl", [pair(i) for i in range(3)])
-    set_params("preprocess", test_data="test.jsonl")
+    rewrite(workspace / "data" / "raw" / "test.jsonl", [pair(i) for i in range(3)])
+    set_params("preprocess", data="data/raw", on_bad_record="drop")
     assert run()["pairs"] == {"train": 36, "validation": 4, "test": 3}
 
 
@@ -214,9 +214,9 @@ def test_training_records_with_a_prompt_of_the_test_set_are_listed_or_left_out(
     data: Path, workspace: Path, set_params: SetParams, changes: dict[str, str]
 ) -> None:
     rewrite(data, [pair(i) for i in range(20)])
-    rewrite(workspace / "test.json", [pair(30), pair(7, **changes)])
-    set_params("preprocess", test_data="test.json", on_bad_record="stop")
-    said = "1 records of data/raw/pairs.json share their prompt with the test files: "
+    rewrite(workspace / "data" / "raw" / "test.json", [pair(30), pair(7, **changes)])
+    set_params("preprocess", data="data/raw", on_bad_record="stop")
+    said = "1 records of data/raw share their prompt with the test files: "
     assert said + "data/raw/pairs.json: record 8; " in fault()
     set_params("preprocess", on_bad_record="drop")
     metrics = run()
@@ -273,11 +273,11 @@ def test_votes_are_counted_and_the_majority_decides(data: Path, set_params: SetP
 
 
 def test_votes_with_an_empty_column_are_votes_on_the_same_pair(data: Path) -> None:
-    votes = [vote(20, name, name in "ab") for name in "abcde"]
-    for each in votes[2:]:
+    votes = [vote(index, name, name in "ab") for index in (21, 20) for name in "abcde"]
+    for each in votes[7:]:
         each["comment"] = "hm"
     rewrite(data, [*map(pair, range(20)), *votes])
-    assert run()["merged"] == 4
+    assert run()["merged"] == 8
 
 
 def test_what_is_called_like_a_split_is_not_trained_on(
@@ -308,6 +308,18 @@ def test_records_that_differ_in_no_other_column_are_no_votes(data: Path) -> None
     assert "bad records: 2 contradiction, 1 duplicate" in fault()
 
 
+def test_a_number_of_the_record_is_not_an_annotator(data: Path, set_params: SetParams) -> None:
+    found = [pair(i % 20, id=str(i), kind="rude" if i % 2 else "short") for i in range(20)]
+    found += [pair(7, id="20", kind="rude", chosen="bad", rejected="good")]
+    rewrite(data, found)
+    assert "2 contradiction" in fault()
+    # A whole record that is there twice has its number twice.
+    rewrite(data, [*found, found[3], found[4]])
+    set_params("preprocess", on_bad_record="drop")
+    figures = run()
+    assert (figures["votes"], figures["dropped"]) == (0, {"contradiction": 2, "duplicate": 2})
+
+
 def test_files_of_a_mapped_folder_are_no_annotators(workspace: Path, set_params: SetParams) -> None:
     other = [pair(3), pair(4, chosen="bad", rejected="good")]
     folder = folder_of(workspace, set_params, one=[*map(pair, range(20))], two=other)
@@ -321,7 +333,7 @@ def folder_of(workspace: Path, set_params: SetParams, **contents: list[dict[str,
     folder.mkdir()
     for name, found in contents.items():
         rewrite(folder / f"{name}.json", found)
-    set_params("preprocess", data="mine", test_data="mine")
+    set_params("preprocess", data="mine")
     return folder
 
 
@@ -464,7 +476,7 @@ def test_the_ten_faults_listed_are_the_first_of_all(workspace: Path, set_params:
     first = [kinds[i % 4](i) for i in range(12)]
     (folder / "a.jsonl").write_text("\n\n".join(map(json.dumps, first)), encoding="utf-8")
     rewrite(folder / "b.json", [kinds[1](i) for i in range(100, 130)])
-    set_params("preprocess", data="many", test_data="many")
+    set_params("preprocess", data="many")
     places = [line.split(": ")[:2] for line in fault().splitlines()[:-1]]
     lines = [2 * i + 1 for i in range(12) if i % 4]
     expected = [["many/a.jsonl", f"line {number}"] for number in lines]
@@ -603,3 +615,25 @@ def test_several_messages_are_shown_with_their_roles() -> None:
     turns = (("user", "a"), ("assistant", "b", '{"tool_calls": [1]}'))
     assert shown(as_json(turns[:1])) == "a"
     assert shown(as_json(turns)) == "user: a\n\nassistant: b\ntool_calls: [1]"
+
+
+# --- what is named ---------------------------------------------------------------------------
+
+
+def test_what_a_folder_has_besides_is_named(
+    data: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("README.md", ".gitignore", "pairs.json.dvc", "notes.xlsx", "more.jsonl.zst"):
+        (data.parent / name).write_text("x")
+    (data.parent / "older").mkdir()
+    set_params("preprocess", data="data/raw")
+    run()
+    assert "not read   more.jsonl.zst, notes.xlsx, older/ in data/raw\n" in capsys.readouterr().out
+
+
+def test_a_fault_names_no_parameter_that_is_set_already(data: Path, set_params: SetParams) -> None:
+    rewrite(data, [pair(1, chosen="x " * 3000), pair(2, chosen="")])
+    set_params("preprocess", on_bad_record="drop", over_length="drop")
+    said = fault()
+    assert "preprocess.on_bad_record" not in said
+    assert "; preprocess.over_length truncate_prompt deals with long ones" in said

@@ -1,4 +1,4 @@
-"""Further test sets: read like all data, judged beside the test split, their leaks reported."""
+"""Extra test sets: read like all data, judged beside the test split, their leaks reported."""
 
 import json
 from collections.abc import Callable
@@ -49,19 +49,26 @@ def test_ids_are_those_that_preprocess_gives(
     assert {row["id"]: {name: row[name] for name in columns} for row in found} == wanted
     leaked = len(wanted) - len(load_from_disk("data/tokenized/test"))
     assert read_json(Path("data/tokenized/sets/index.json")) == {
-        "same": {"bad": 0, "cut": 0, "leaked": leaked, "left_out": 0}
+        "same": {"bad": 0, "leaked": leaked, "too_long": 0}
     }
 
 
-def test_too_long_a_prompt_is_cut_and_too_long_an_answer_left_out(
+def test_pairs_that_are_too_long_are_left_out_and_counted(
     encoder: Callable[[int], Encoder],
 ) -> None:
     long_prompt = PAIR | {"prompt": "Is it raining? " * 60}
     long_answer = PAIR | {"chosen": "Yes, take a coat. " * 60}
     write_set(Path("data/sets/long.jsonl"), PAIR, long_prompt, long_answer)
     [found] = read_sets(Path("data/sets"), encoder(100), drop=False)
-    assert (len(found.rows), found.cut, found.left_out) == (2, 1, 1)
-    assert max(len(row["input_ids_j"]) for row in found.rows) == 100
+    assert (len(found.rows), found.too_long, found.bad) == (1, 2, 0)
+
+
+def test_two_texts_with_the_same_ids_are_a_bad_record(encoder: Callable[[int], Encoder]) -> None:
+    write_set(Path("data/sets/alike.jsonl"), PAIR)
+    found = encoder(100)
+    found.encode = lambda texts: [[1, 2]] * len(texts)  # type: ignore[method-assign]
+    with pytest.raises(Fault, match="line 1: identical_tokens: both answers give the same ids"):
+        read_sets(Path("data/sets"), found, drop=False)
 
 
 def test_a_set_is_read_in_its_own_form_and_its_ties_left_out(
@@ -164,14 +171,14 @@ def test_sets_are_judged_as_slices_and_their_leaks_counted(
     right, wrong = metrics["sets"]["right"], metrics["sets"]["wrong"]
     assert (right["accuracy"], right["pairs"], right["leaked"]) == (1, 2, 1)
     assert (wrong["accuracy"], wrong["pairs"], wrong["leaked"]) == (0, 1, 0)
-    assert wrong["left_out"] == 1
+    assert wrong["too_long"] == 1
     assert wrong["by"] == {
         "depth": {"deep": {"accuracy": 0, "low": 0, "high": 1, "pairs": 1, "prompts": 1}}
     }
     said = capsys.readouterr().out
     assert "1 of 2 pairs of right have a prompt that the model was trained on" in said
-    assert "of wrong 0 prompts were cut, and 1 pairs left out" in said
-    assert "of right 0" not in said
+    assert "1 pairs of wrong are too long, and were left out" in said
+    assert "of right are too long" not in said
     assert read_json(evaluate.METRICS)["sets/right"] == 1
     assert read_json(evaluate.METRICS)["sets/wrong"] == 0
     slices = json.loads((evaluate.REPORTS / "slices.json").read_text())

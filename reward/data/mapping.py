@@ -25,8 +25,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from reward.data.forms import Answers, Context, Judged, Listed, Meaning, Order, Preferred, plain
-from reward.data.recognition import MAPPING, Known
+from reward.data.answers import Answers, Judged, Listed, Meaning, Order, Preferred
+from reward.data.forms import Context
+from reward.data.recognition import Known
+from reward.data.suggestion import MAPPING
+from reward.data.values import plain
 from reward.params import read_yaml
 from reward.process import Fault
 

@@ -8,12 +8,17 @@ import numpy as np
 
 from reward.data import tokenized
 from reward.data.columns import CONVERSATION, ID, IDS, PREFIX, PROMPT_ID, TEXTS
-from reward.data.records import Message, Messages, Pair, parts_of
+from reward.data.records import BadRecord, Message, Messages, Pair, parts_of
 from reward.data.tokens import prefix_length
 
 
 def as_row(pair: Pair, ids: Sequence[Sequence[int]], texts: Sequence[str]) -> dict[str, Any]:
-    """The row of a pair whose chosen and rejected sides have these ids, of these texts."""
+    """The row of a pair whose chosen and rejected sides have these ids, of these texts.
+
+    Raises BadRecord `identical_tokens` for a pair that no model can tell apart.
+    """
+    if ids[0] == ids[1]:
+        raise BadRecord("identical_tokens", "both answers give the same ids")
     sides = [np.array(each, dtype=np.int32) for each in ids]
     messages = (pair.prompt, pair.chosen, pair.rejected)
     return {

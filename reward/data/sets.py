@@ -1,4 +1,4 @@
-"""Further test sets: a folder with a file of preference pairs for each, tokenized as all pairs."""
+"""Extra test sets: a folder with a file of preference pairs for each, tokenized as all pairs."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ import numpy as np
 from reward.data import tokenized
 from reward.data.mapping import read_mapping
 from reward.data.reading import SUFFIXES, name_of, unit
-from reward.data.records import BadRecord, Messages, Pair
+from reward.data.records import BadRecord
 from reward.data.rows import as_row
 from reward.data.sources import Source, source_of, usable
 from reward.data.splitting import Prompts
@@ -26,28 +26,26 @@ INDEX = "index.json"
 class TestSet:
     """The pairs of a file as rows of the scratch table, and their prompts.
 
-    `cut` prompts were too long and lost their left end; `left_out` pairs had an answer too long.
+    Not among them are the pairs that are `too_long` and the records that are `bad`.
     """
 
     source: Source
     name: str
     rows: list[dict[str, Any]]
     prompts: Prompts
-    cut: int
-    left_out: int
+    too_long: int
     bad: int
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What is to be said of a set besides its figures: pairs cut, left out, leaked; bad records.
+    """What is to be said of a set besides its figures: how much of it was left out, or has leaked.
 
     A pair has leaked if its prompt is one that the model is trained on, begins one, or goes on from
     one.
     """
 
-    cut: int
-    left_out: int
+    too_long: int
     leaked: int
     bad: int
 
@@ -74,24 +72,20 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
 
 
 def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
-    rows, prompts, faults, cut, left_out = [], [], [], 0, 0
+    rows, prompts, faults, too_long = [], [], [], 0
     source = source_of(path)
     for position, record in watched(source, f"test set {path.name}", "pairs"):
         try:
             pair = usable(record)
-            texts = [encoder.render(pair.prompt, side) for side in answers(pair)]
-            whole = encoder.encode(texts)
-            too_long = max(map(len, whole)) > encoder.template.max_length
-            sides = encoder.encode_cut(pair.prompt, answers(pair)) if too_long else whole
+            texts = [encoder.render(pair.prompt, side) for side in (pair.chosen, pair.rejected)]
+            sides = encoder.encode(texts)
+            if max(map(len, sides)) > encoder.template.max_length:
+                too_long += 1
+                continue
+            rows.append(as_row(pair, sides, texts))
+            prompts.append(pair.prompt)
         except BadRecord as fault:
             faults.append(f"{path}: {unit(path)} {position}: {fault.reason}: {fault}")
-            continue
-        if sides is None:
-            left_out += 1
-            continue
-        cut += too_long
-        rows.append(as_row(pair, sides, list(map(encoder.decode, sides)) if too_long else texts))
-        prompts.append(pair.prompt)
     if faults and not drop:
         listed = "\n".join(faults[:SHOWN])
         raise Fault(
@@ -100,14 +94,10 @@ def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
         )
     if not rows:
         raise Fault(
-            f"{path}: no pair is left to judge: {left_out} too long, {len(faults)} bad, "
+            f"{path}: no pair is left to judge: {too_long} too long, {len(faults)} bad, "
             f"{source.ties} ties; expected one at least"
         )
-    return TestSet(source, name_of(path), rows, Prompts.of(prompts), cut, left_out, len(faults))
-
-
-def answers(pair: Pair) -> tuple[Messages, Messages]:
-    return pair.chosen, pair.rejected
+    return TestSet(source, name_of(path), rows, Prompts.of(prompts), too_long, len(faults))
 
 
 def write_sets(
@@ -129,6 +119,6 @@ def write_sets(
         tokenized.write(folder / each.name, scratch, everything, columns, tokenizer)
         scratch.unlink()
         leaked = each.prompts.shared_with(trained_on)
-        index[each.name] = Notes(each.cut, each.left_out, int(leaked.sum()), each.bad)
+        index[each.name] = Notes(each.too_long, int(leaked.sum()), each.bad)
     write_json(folder / INDEX, {name: asdict(notes) for name, notes in index.items()})
     return index

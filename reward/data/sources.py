@@ -7,11 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from reward.data.forms import Form, Unmeant, plain, top, value_at
+from reward.data.answers import Unmeant
+from reward.data.forms import Form
 from reward.data.mapping import Entry, Mapping, read_mapping
 from reward.data.reading import files, name_of, read, unit
-from reward.data.recognition import HEAD, MAPPING, recognize
+from reward.data.recognition import HEAD, recognize
 from reward.data.records import BadRecord, Pair, check, hash64, names_of
+from reward.data.suggestion import MAPPING
+from reward.data.values import plain, top, value_at
 from reward.process import Fault
 
 # As on the Hub: the word, and no letter behind it.
@@ -58,12 +61,6 @@ class Source:
             self.ties += found.ties
             for pair in found.records:
                 yield position, pair
-        if self.entry.where and not self.taken:
-            asked = ", ".join(path for path, _ in self.entry.where)
-            raise Fault(
-                f"{self.path}: where ({asked}) matches none of its {self.seen:,} records, expected "
-                "one at least"
-            )
 
     def _labelled(self, record: Any) -> Any:
         """A record with its source. One that the entry names takes the place of the record's."""
@@ -86,6 +83,12 @@ class Source:
                 matching += 1
                 if drawn is None or matching in drawn:
                     yield position, record
+        if not matching:
+            asked = ", ".join(path for path, _ in self.entry.where)
+            raise Fault(
+                f"{self.path}: where ({asked}) matches none of its {self.seen:,} records, expected "
+                "one at least"
+            )
 
     def _draw(self) -> set[int]:
         """Which of the matching records are taken: those with the least hashes of their place.
@@ -95,7 +98,7 @@ class Source:
         count = sum(self._matches(record) for _, record in read(self.path))
         take = self.entry.take or 0
         wanted = max(1, round(take * count)) if isinstance(take, float) else take
-        if wanted > count:
+        if count and wanted > count:
             raise Fault(f"{self.path}: take is {take}, found {count} records to draw from")
         places = range(1, count + 1)
         return {*sorted(places, key=lambda place: hash64([self.entry.seed, place]))[:wanted]}

@@ -32,15 +32,20 @@ def duplicates(pairs: Hashes) -> npt.NDArray[np.bool_]:
     return repeated
 
 
+def mixed(groups: Hashes, members: Hashes) -> npt.NDArray[np.bool_]:
+    """Which records belong to a group with different members. Shapes [records]."""
+    order = np.lexsort((members, groups))
+    left, right = order[:-1], order[1:]
+    differ = (groups[left] == groups[right]) & (members[left] != members[right])
+    return among(groups, groups[right[differ]])
+
+
 def contradictions(pairs: Hashes, answers: Hashes) -> npt.NDArray[np.bool_]:
     """Which records another one contradicts: same prompt and answers, chosen the other way round.
 
     Shapes [records]. Every record of a contradiction is named, for nothing tells which is right.
     """
-    order = np.lexsort((pairs, answers))
-    left, right = order[:-1], order[1:]
-    mixed = (answers[left] == answers[right]) & (pairs[left] != pairs[right])
-    return among(answers, answers[right[mixed]])
+    return mixed(answers, pairs)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,196 @@
+"""What dataset.yaml would have to say of columns that are not a known form."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reward.data.answers import Answers, Judged, Listed, Preferred
+from reward.data.dialogue import are_messages
+from reward.data.forms import PROMPTS
+from reward.data.values import Columns, are_labels, are_numbers, are_texts, columns_of
+from reward.process import Fault
+
+MAPPING = "dataset.yaml"
+# What only the reader of the sentence can fill in.
+COLUMN, VALUE, KEY = "COLUMN", "VALUE", "KEY"
+
+Entry = dict[str, Any]
+BETTER = ("chosen", "prefer", "better", "good", "accept", "positive", "win", "好", "优")
+WORSE = ("reject", "dispref", "worse", "bad", "negative", "lose", "loser", "差", "劣")
+ASKED = ("prompt", "question", "query", "instruction", "input", "ask", "user", "问", "题", "指令")
+VERDICTS = ("prefer", "label", "winner", "better", "choice", "verdict", "vote", "best", "选", "胜")
+RANKERS = ("rank", "score", "rating")
+TWINS: tuple[set[str], ...] = (
+    {"0", "1"},
+    {"1", "2"},
+    {"a", "b"},
+    {"A", "B"},
+    {"j", "k"},
+    {"x", "y"},
+)
+TWINS += ({"左", "右"}, {"甲", "乙"}, {"一", "二"})
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file whose form has to be said; `alone` if it is not one of a folder's."""
+
+    path: Path
+    alone: bool
+
+    def fault(self, found: str, *entries: Entry) -> Fault:
+        """What was found in it, with the entries that would do."""
+        folder = f" (and the folder {self.path.parent} in params.yaml)" if self.alone else ""
+        ways = " or ".join(flow(self.path.name, entry) for entry in entries)
+        mapping = self.path.parent / MAPPING
+        return Fault(f"{self.path}: {found}; expected in {mapping}{folder}: {ways}")
+
+
+def names_in(columns: Columns) -> str:
+    """The columns' names, for people."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in columns)
+
+
+def entry_of(answers: Answers) -> Entry:
+    """The entry that gives the answers their meaning."""
+    if isinstance(answers, Preferred):
+        return {"chosen": answers.chosen, "rejected": answers.rejected}
+    if isinstance(answers, Judged):
+        meaning = answers.meaning
+        entry: Entry = {"answers": [*answers.columns], "verdict": answers.verdict}
+        entry |= {"first": [*meaning.first], "second": [*meaning.second]}
+        return entry | ({"tie": [*meaning.tie]} if meaning.tie else {})
+    if isinstance(answers, Listed):
+        both = [
+            paths[0] if len(paths) == 1 else [*paths] for paths in (answers.answers, answers.worths)
+        ]
+        return {"answers": both[0], answers.order: both[1]}
+    return dict(zip(("chosen", "rejected"), answers.columns, strict=True))
+
+
+def flow(name: str, entry: Entry) -> str:
+    """An entry of dataset.yaml on one line, as it can be copied there."""
+    parts = ", ".join(f"{key}: {_scalar(value)}" for key, value in entry.items())
+    return f"{_scalar(name)}: {{{parts}}}"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, str):
+        safe = re.fullmatch(r"[^\W\d][\w.\[\]() /-]*", value) and "[" not in value
+        word = value.lower() not in ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+        return value if safe and word else json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, default=str)
+
+
+def unknown(columns: Columns, unread: Unread) -> Fault:
+    """What to raise for columns that are no known form."""
+    entry, notes = _guess(columns)
+    missing = [key for key, value in entry.items() if value in (COLUMN, VALUE) or key == KEY]
+    verb = "is" if len(missing) == 1 else "are"
+    lacking = f"{', '.join(missing)} {verb} missing" if missing else "their meaning must be said"
+    found = f"the columns {names_in(columns)} are not a known form: {lacking}"
+    return unread.fault("; ".join([found, *notes]), entry)
+
+
+def _guess(columns: Columns) -> tuple[Entry, list[str]]:
+    """The entry as far as the columns tell, and what their values are where that matters."""
+    texts = [name for name, values in columns.items() if _can_be_text(values)]
+    twins = _twins(texts)
+    lists = [name for name, values in columns.items() if _can_be_answers(values)]
+    if twins:
+        return _guessed_verdict(columns, {"answers": [*twins]}, texts)
+    if lists and not _like(texts, BETTER):
+        return _guessed_order(columns, lists[0])
+    entry: Entry = {"prompt": COLUMN}
+    for key, words in (("chosen", BETTER), ("rejected", WORSE)):
+        entry[key] = _like([name for name in texts if name not in entry.values()], words) or COLUMN
+    return guessed_prompt(columns, entry), []
+
+
+def guessed_prompt(columns: Columns, entry: Entry) -> Entry:
+    """The entry with the column that is called like a prompt, or is the only text left."""
+    used = set(json.dumps([*entry.values()], ensure_ascii=False).split('"'))
+    left = [name for name, values in columns.items() if name not in used and _can_be_text(values)]
+    known = [name for name in PROMPTS if name in left]
+    prompt = known[0] if known else _like(left, ASKED) or (left[0] if len(left) == 1 else COLUMN)
+    return {"prompt": prompt} | {key: value for key, value in entry.items() if key != "prompt"}
+
+
+def _guessed_verdict(columns: Columns, entry: Entry, texts: list[str]) -> tuple[Entry, list[str]]:
+    """The entry of two answers with the column that may say which is better."""
+    labels = [name for name in columns if name not in texts and are_labels(columns[name])]
+    numbers = _twins([name for name in labels if are_numbers(columns[name])])
+    verdict = _like(labels, VERDICTS) or (labels[0] if len(labels) == 1 else None)
+    notes: list[str] = []
+    if numbers and not _like(labels, VERDICTS):
+        key, notes = _guessed_key(numbers[0], " and ".join(numbers))
+        entry |= {key: [*numbers]}
+    else:
+        entry |= {"verdict": verdict or COLUMN, "first": VALUE, "second": VALUE}
+    if "verdict" in entry and verdict:
+        one, other = entry["answers"]
+        values = ", ".join(sorted({_scalar(value) for value in columns[verdict]})[:6])
+        meant = f"first takes what prefers {one}, second what prefers {other}"
+        notes = [f"{verdict} has {values}: {meant}"]
+    return guessed_prompt(columns, entry), notes
+
+
+def _guessed_key(number: str, named: str) -> tuple[str, list[str]]:
+    """What numbers with such a name are, if it says so: 1 may be the best or the worst."""
+    for key, words in (("ranks", ("rank",)), ("scores", ("score", "rating", "reward"))):
+        if any(word in number.lower() for word in words):
+            return key, []
+    return KEY, [f"{KEY} is ranks, if 1 is the best of {named}, or scores, if more is better"]
+
+
+def _guessed_order(columns: Columns, name: str) -> tuple[Entry, list[str]]:
+    """The entry of a list of answers."""
+    items = [item for value in columns[name] for item in value]
+    entry: Entry = {"answers": name}
+    number = next((key for key in columns if _like([key], RANKERS)), None)
+    if all(isinstance(item, dict) for item in items):
+        inside = columns_of(items)
+        text = next((key for key in inside if _can_be_text(inside[key])), COLUMN)
+        entry = {"answers": f"{name}[].{text}"}
+        number = next((f"{name}[].{key}" for key in inside if are_numbers(inside[key])), None)
+    if number:
+        key, notes = _guessed_key(number, number)
+        return guessed_prompt(columns, entry | {key: number}), notes
+    notes = [f"nothing says which of {name} are better (best_first, if they are in that order)"]
+    return guessed_prompt(columns, entry | {"order": VALUE}), notes
+
+
+def _like(names: list[str], words: tuple[str, ...]) -> str | None:
+    """The first column whose name has one of the words in it."""
+    return next((name for name in names if any(word in name.lower() for word in words)), None)
+
+
+def _twins(names: list[str]) -> tuple[str, str] | None:
+    """Two columns whose names differ in a number or a letter that counts them."""
+    for one in names:
+        for other in names:
+            if len(one) == len(other) and one < other:
+                differ = [{a, b} for a, b in zip(one, other, strict=True) if a != b]
+                if len(differ) == 1 and differ[0] in TWINS:
+                    return one, other
+    return None
+
+
+def _can_be_text(values: list[Any]) -> bool:
+    if all(are_messages(value) for value in values):
+        return True
+    return are_texts(values) and not are_labels(values)
+
+
+def _can_be_answers(values: list[Any]) -> bool:
+    """Whether these are lists of texts or of objects that are no messages."""
+    return all(
+        isinstance(value, list)
+        and all(isinstance(item, str | dict) for item in value)
+        and not are_messages(value)
+        for value in values
+    )

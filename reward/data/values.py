@@ -1,0 +1,94 @@
+"""What the columns of records hold: values by their paths, and what kind of values they are."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from reward.data.records import BadRecord, names_of
+
+Record = dict[str, Any]
+# The values of each column, by its name.
+Columns = dict[str, list[Any]]
+
+
+def is_absent(value: Any) -> bool:
+    """Null and what is empty count as if the column were not there."""
+    return not value and (value is None or isinstance(value, str | list | dict))
+
+
+def value_at(record: Record, path: str) -> Any:
+    """The value of a column, or of a path: `info.post`, `texts[0]`, `answers[].text` (a list).
+
+    None where there is nothing.
+    """
+    if path in record:
+        return record[path]
+    return _descend(record, re.findall(r"[^.\[\]]+|\[\d*\]", path))
+
+
+def _descend(value: Any, steps: list[str]) -> Any:
+    for place, step in enumerate(steps):
+        if step == "[]":
+            listed = value if isinstance(value, list) else []
+            return [_descend(item, steps[place + 1 :]) for item in listed] or None
+        if step.startswith("["):
+            index = int(step[1:-1])
+            value = value[index] if isinstance(value, list) and index < len(value) else None
+        else:
+            value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def top(path: str) -> str:
+    """The column of a path."""
+    return re.split(r"[.\[]", path, maxsplit=1)[0]
+
+
+def needed(record: Record, path: str) -> Any:
+    """The value at a path. Raises BadRecord where there is none."""
+    value = value_at(record, path)
+    if value is None:
+        raise BadRecord("missing_key", f"{path!r} is missing, found {names_of(record)}")
+    return value
+
+
+def plain(value: Any) -> Any:
+    """A verdict as it is compared: a number, or a text; `1`, `1.0` and `"1"` are the same."""
+    if not isinstance(value, int | float | str):
+        return repr(value).lower()
+    text = str(value).strip()
+    try:
+        return float(text)
+    except ValueError:
+        return text.lower() if text.lower() in ("true", "false") else text
+
+
+def columns_of(records: Iterable[Record]) -> Columns:
+    """The values of each column, without those that are as good as absent."""
+    columns: Columns = {}
+    for record in records:
+        for name, value in record.items():
+            if not is_absent(value):
+                columns.setdefault(name, []).append(value)
+    return columns
+
+
+def are_texts(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, str) for value in values)
+
+
+def are_labels(values: list[Any]) -> bool:
+    """Whether these are numbers, or single short words."""
+    return all(
+        isinstance(value, int | float)
+        or (isinstance(value, str) and len(value) <= 12 and re.fullmatch(r"\w[\w .-]*", value))
+        for value in values
+    )
+
+
+def are_numbers(values: list[Any]) -> bool:
+    return bool(values) and all(
+        isinstance(value, int | float)
+        or (isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value))
+        for value in values
+    )

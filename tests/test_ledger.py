@@ -1,0 +1,65 @@
+"""What preprocess notes of each record: which columns tell who judged."""
+
+import random
+from array import array
+from collections import defaultdict
+
+import pytest
+
+from reward.data import ledger
+from reward.data.ledger import Judges
+
+Row = tuple[int, int, int, dict[str, str]]
+NAMES = ("id", "annotator", "comment", "source")
+
+
+def draw(seed: int) -> list[Row]:
+    """File, position, answers and columns of some records, some of which are several pairs."""
+    random_ = random.Random(seed)
+    rows: list[Row] = []
+    for file in range(3):
+        for position in range(1, random_.randint(2, 30)):
+            values = {
+                "id": str(position),
+                "annotator": random_.choice("abc"),
+                "comment": str(random_.randint(0, 25)),
+                "source": str(file),
+            }
+            columns = {name: values[name] for name in NAMES if random_.random() < 0.8}
+            pairs = random_.randint(1, 2)
+            rows += [(file, position, random_.randint(1, 6), columns) for _ in range(pairs)]
+    return rows
+
+
+def said(rows: list[Row]) -> list[frozenset[tuple[str, str]]]:
+    """The columns of each record that say who judged, by comparing every value of a file."""
+    answers = defaultdict(set)
+    for index, (file, position, answer, columns) in enumerate(rows):
+        if index and rows[index - 1][:2] == (file, position):
+            continue
+        for name, value in columns.items():
+            answers[file, name, value].add(answer)
+    counts = {(file, name) for (file, name, _), found in answers.items() if len(found) > 1}
+    return [
+        frozenset(
+            item for item in columns.items() if item[0] != "source" and (file, item[0]) in counts
+        )
+        for file, _, _, columns in rows
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_columns_that_count_are_those_with_a_value_beside_two_comparisons(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "FIRST_LOOK", 4)
+    rows = draw(seed)
+    file, position, answers = array("I"), array("I"), array("Q")
+    judges = Judges(file, position, answers)
+    for row in rows:
+        for values, value in zip((file, position, answers), row[:3], strict=True):
+            values.append(value)
+        judges.add(row[3])
+    hashes, expected = judges.all().tolist(), said(rows)
+    assert len({*zip(hashes, expected, strict=True)}) == len({*hashes}) == len({*expected})
+    assert judges.all().tolist() == hashes
