@@ -134,7 +134,7 @@ def compare(options: argparse.Namespace, template: str) -> Comparison:
             bare.append(encoded(folder, template, batch))
             stage.append(spent(folder, *STAGE)[0])
             start_up.append(spent(folder, *START_UP)[0])
-        tokens = read_json(folder / "metrics" / "preprocess.json")["tokens"]
+        tokens = read_json(folder / "reports" / "preprocess" / "figures.json")["tokens"]
     whole, before = middle(stage), middle(start_up)
     spent_on = replace(whole - before, memory=whole.memory)
     return Comparison(template, spent_on, before, middle(bare), batch, tokens)

@@ -1,5 +1,6 @@
 """The stage preprocess: what it writes, what it counts, and when it stops."""
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -14,6 +15,7 @@ import pytest
 from datasets import load_from_disk
 from tokenizers import Tokenizer
 
+from benchmarks import preprocess as benchmark
 from reward.data.records import check
 from reward.data.rows import as_json, shown
 from reward.data.tokens import Template
@@ -637,3 +639,22 @@ def test_a_fault_names_no_parameter_that_is_set_already(data: Path, set_params: 
     said = fault()
     assert "preprocess.on_bad_record" not in said
     assert "; preprocess.over_length truncate_prompt deals with long ones" in said
+
+
+# --- its benchmark ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", benchmark.TEMPLATES)
+def test_the_benchmark_makes_a_folder_that_the_stage_reads(
+    template: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = argparse.Namespace(seed=0, tokenizer=tiny_base)
+    with benchmark.workspace(options, 40, benchmark.SHORT, template) as folder:
+        monkeypatch.chdir(folder)
+        figures = run()
+        assert sum(figures["pairs"].values()) == 40
+        assert figures["tokens"] > 0
+        assert ("<|im_start|>" in Path("data/tokenized/template.json").read_text()) == (
+            template == "chat"
+        )
+        monkeypatch.chdir(tiny_base)

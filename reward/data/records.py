@@ -84,12 +84,13 @@ class Candidates:
     answers: list[Messages]
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+# Made once: json.dumps makes an encoder at each call that is not all defaults.
+compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _sha256(content: object) -> bytes:
     """SHA-256 of the compact JSON of `content` in UTF-8."""
-    return hashlib.sha256(_ENCODER.encode(content).encode()).digest()
+    return hashlib.sha256(compact_json(content).encode()).digest()
 
 
 def _bits(digested: bytes) -> int:
@@ -284,7 +285,7 @@ def function_of(item: dict[str, Any]) -> dict[str, Any]:
 
 def _parts_text(key: str, parts: Mapping[str, Any]) -> str:
     try:
-        return _ENCODER.encode(parts)
+        return compact_json(parts)
     except TypeError as error:
         raise BadRecord("not_text", f"{key!r} holds what is no text: {error}") from None
 

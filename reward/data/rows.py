@@ -8,7 +8,7 @@ import numpy as np
 
 from reward.data import tokenized
 from reward.data.columns import CONVERSATION, ID, IDS, PREFIX, PROMPT_ID, TEXTS
-from reward.data.records import BadRecord, Message, Messages, Pair, parts_of
+from reward.data.records import BadRecord, Message, Messages, Pair, compact_json, parts_of
 from reward.data.tokens import prefix_length
 
 
@@ -34,7 +34,7 @@ def as_row(pair: Pair, ids: Sequence[Sequence[int]], texts: Sequence[str]) -> di
 
 def as_json(messages: Messages) -> str:
     """Messages as a JSON list of objects, with all that they have."""
-    return json.dumps([as_dict(message) for message in messages], ensure_ascii=False)
+    return compact_json([as_dict(message) for message in messages])
 
 
 def as_dict(message: Message) -> dict[str, Any]:
