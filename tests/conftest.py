@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from ruamel.yaml import YAML
 
+from reward.process import processors
 from tests.support import ROOT, write_pairs
 
 NEEDS = ("cuda", "browser")
@@ -30,13 +32,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"no {name} here"))
 
 
-@pytest.fixture(autouse=True)
-def threads_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages that a test runs in this process leave the number of its threads alone.
+@pytest.fixture(scope="session", autouse=True)
+def threads_of_a_stage() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Stages that are run in this process leave the number of its threads alone, but in this.
 
-    Those that a fixture of a module or session has run have set it, for the tests after them too.
+    The bytes of what they compute depend on that number. More than one waste time: passes here are
+    small, and threads that wait for each other keep the processors from other work.
     """
-    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    import torch
+
+    before, set_threads = torch.get_num_threads(), torch.set_num_threads
+
+    @contextmanager
+    def those_of_a_stage() -> Iterator[None]:
+        set_threads(processors())
+        try:
+            yield
+        finally:
+            set_threads(before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda number: None)
+        yield those_of_a_stage
 
 
 @pytest.hookimpl(wrapper=True)
@@ -90,8 +107,12 @@ def workspace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="session")
-def complete(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all stages were run."""
+def complete(
+    tiny_base: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    threads_of_a_stage: Callable[[], AbstractContextManager[None]],
+) -> Path:
+    """A folder in which all stages were run, with the bytes that they have under DVC."""
     from stages import evaluate, export, fetch, preprocess, train
 
     folder = tmp_path_factory.mktemp("complete")
@@ -102,7 +123,7 @@ def complete(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     yaml.dump(content, folder / "params.yaml")
     write_pairs(folder / "data" / "raw" / "pairs.json", 20)
     shutil.copytree(ROOT / "data" / "sets", folder / "data" / "sets")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, threads_of_a_stage():
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)
         for stage in (fetch, preprocess, train, evaluate, export):

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,15 @@ STAGES: dict[str, tuple[Main, list[str]]] = {
 pytestmark = pytest.mark.usefixtures("project")
 CAPABILITIES = 0x20080522  # _LINUX_CAPABILITY_VERSION_3 of capget(2)
 OVERRIDE = 0b1110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
+
+
+@pytest.fixture(autouse=True)
+def as_complete_was_made(
+    threads_of_a_stage: Callable[[], AbstractContextManager[None]],
+) -> Iterator[None]:
+    """What stages write is compared with it, byte by byte."""
+    with threads_of_a_stage():
+        yield
 
 
 @pytest.fixture

@@ -16,14 +16,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """Two short steps, a small vocabulary, one thread: what is said here holds at any size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Two short steps, a small vocabulary: what is said here holds at any size."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"VOCABULARY": 512, "STEPS": 2, "ROWS": 2, "LENGTH": 16}.items():
             patch.setattr(embedded, name, value)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
