@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from reward.process import processors
-from tests.support import ROOT, write_pairs
+from tests.support import ROOT, score_here, write_pairs
 
 NEEDS = ("cuda", "browser")
 
@@ -113,6 +113,7 @@ def complete(
     threads_of_a_stage: Callable[[], AbstractContextManager[None]],
 ) -> Path:
     """A folder in which all stages were run, with the bytes that they have under DVC."""
+    from reward.exporting import gate
     from stages import evaluate, export, fetch, preprocess, train
 
     folder = tmp_path_factory.mktemp("complete")
@@ -126,9 +127,16 @@ def complete(
     with pytest.MonkeyPatch.context() as patch, threads_of_a_stage():
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)
+        patch.setattr(gate, "run_clients", score_here)
         for stage in (fetch, preprocess, train, evaluate, export):
             stage.main()
     return folder
+
+
+@pytest.fixture
+def clients_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export scores through its clients in this process, not in a fresh one."""
+    monkeypatch.setattr("reward.exporting.gate.run_clients", score_here)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ STAGES: dict[str, tuple[Main, list[str]]] = {
     "evaluate": (evaluate.main, ["reports/evaluate", "metrics/evaluate.json"]),
     "export": (export.main, ["models/export", "reports/export", "metrics/export.json"]),
 }
-pytestmark = pytest.mark.usefixtures("project")
+pytestmark = pytest.mark.usefixtures("project", "clients_here")
 CAPABILITIES = 0x20080522  # _LINUX_CAPABILITY_VERSION_3 of capget(2)
 OVERRIDE = 0b1110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
 

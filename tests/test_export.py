@@ -52,7 +52,7 @@ from reward.model.scoring import score
 from reward.outputs import digests, read_json, recorded, write_json
 from reward.process import Fault
 from stages import evaluate, export, preprocess, train
-from tests.support import FAMILIES, ROOT, SHAPE, prompts_of, write_pairs
+from tests.support import FAMILIES, ROOT, SHAPE, prompts_of, score_here, write_pairs
 
 NAME, COMMIT = "Qwen/Qwen2-0.5B", "c0ffee" * 6 + "cafe"
 Change = dict[str, dict[str, Any]]
@@ -189,19 +189,6 @@ def set_export(**values: Any) -> None:
     content = YAML().load(Path("params.yaml"))
     content["export"].update(values)
     YAML().dump(content, Path("params.yaml"))
-
-
-def score_here(request: Request, elsewhere: Path) -> subprocess.CompletedProcess[str]:
-    """What a fresh process does, in this one, which has imported the libraries already."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pyarrow.parquet.write_table(clients.find(request), elsewhere / FOUND)
-    return subprocess.CompletedProcess([], 0)
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "run_clients", score_here)
 
 
 def left_over() -> list[str]:
@@ -484,7 +471,7 @@ def padded(model: Any, texts: list[Any], pad: int, left: bool) -> list[float]:
 # --- what is refused -------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("ready", "in_this_process")
+@pytest.mark.usefixtures("ready", "clients_here")
 @pytest.mark.parametrize("part", ["score", "lora_B"])
 def test_an_adapter_of_other_rewards_is_not_exported(part: str) -> None:
     path = export.ADAPTER / "adapter_model.safetensors"
@@ -513,7 +500,7 @@ def pad_is_eos(tokenizer: Tokenizer, _config: Any, _template: Any, rows: int) ->
     return portable.Pad("<|endoftext|>", tokenizer.get_vocab()["<|endoftext|>"], rows)
 
 
-@pytest.mark.usefixtures("ready", "in_this_process")
+@pytest.mark.usefixtures("ready", "clients_here")
 @pytest.mark.parametrize(
     ("place", "fault", "client"),
     [
