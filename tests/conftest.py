@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: the threads of small passes cost more than they bring.
+# Before torch is imported: the threads of small passes cost more than they bring. Where there are
+# several, here and in processes that tests start, those that wait leave the processors to others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 from ruamel.yaml import YAML
