@@ -5,7 +5,7 @@
 Writes the weights (safetensors as they are), the configuration, the tokenizer as transformers
 builds it (one tokenizer.json and one tokenizer_config.json, whatever the source has), and base.json
 with the name, the resolved revision and the SHA-256 of every file. Weights come last, after all
-else has been found good.
+else has been found good. A few models are converted to another one that computes the same.
 """
 
 import json
@@ -34,6 +34,8 @@ from reward.process import Fault, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from reward.model.converting import Conversion
 
 BASE = Path("models/base")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -205,16 +207,25 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
 
 def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     """Copy what a model needs and no more; what base.json is to say of where it came from."""
+    from reward.model.converting import conversion_of
+
     require_weights(base, source)
     for name in source.matching(CONFIGS + TOKENIZER):
         copy_file(source.path(name), folder / name)
     original = digests(folder)
-    require_decoder(base, folder)
+    config = read_config(base, folder)
+    conversion = conversion_of(config)
+    require_suitable(base, config, conversion)
     normalize_tokenizer(base, folder)
-    weights = copy_weights(base, source, folder)
     origin: dict[str, Any] = {"kind": source.kind, "revision": source.revision}
+    if conversion:
+        weights = convert_weights(base, source, folder, conversion)
+        write_json(folder / "config.json", conversion.config)
+        origin["converted"] = conversion.said
+    else:
+        weights = copy_weights(base, source, folder)
     if source.kind == "local":
-        origin["source"] = original | {name: digest(folder / name) for name in weights}
+        origin["source"] = original | {name: digest(source.path(name)) for name in weights}
     return origin
 
 
@@ -227,20 +238,61 @@ def require_weights(base: Base, source: Source) -> None:
 
 
 def copy_weights(base: Base, source: Source, folder: Path) -> list[str]:
-    """Copy the weights, bytes untouched; their names. The whole file goes before its shards."""
-    from safetensors import SafetensorError, safe_open
-
-    names = source.matching([WEIGHTS]) or shards(base, source)
+    """Copy the weights, bytes untouched; the names of their files."""
+    names = weight_files(base, source)
     for name in watched(names, "copying weights"):
         copy_file(source.path(name), folder / name)
-        if name == INDEX:
-            continue
-        try:
-            with safe_open(folder / name, framework="numpy"):
+        if name != INDEX:
+            with tensors_of(base, folder / name):
                 pass
-        except SafetensorError as error:
-            raise base.fault(f"has a broken {name} ({error}), wanted safetensors") from None
     return names
+
+
+def convert_weights(
+    base: Base, source: Source, folder: Path, conversion: "Conversion"
+) -> list[str]:
+    """Write the weights of what a base becomes, file by file; the names of those that were read."""
+    from safetensors.torch import save_file
+
+    names = weight_files(base, source)
+    places: dict[str, str] = {}
+    size = 0
+    for name in watched([name for name in names if name != INDEX], "converting weights"):
+        with tensors_of(base, source.path(name)) as file:
+            found = {
+                new: tensor.contiguous()
+                for old in filter(conversion.kept, file.keys())
+                for new, tensor in conversion.tensors(old, file.get_tensor(old)).items()
+            }
+        if found:
+            held = sum(tensor.nbytes for tensor in found.values())
+            with writing(folder, room=held):
+                save_file(found, folder / name, {"format": "pt"})
+            places |= dict.fromkeys(found, name)
+            size += held
+    if not places:
+        raise base.fault(f"has no weights of {conversion.said}, expected a whole model")
+    if INDEX in names:
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    return names
+
+
+def weight_files(base: Base, source: Source) -> list[str]:
+    """The names of the files that weights are in. The whole file goes before its shards."""
+    return source.matching([WEIGHTS]) or shards(base, source)
+
+
+@contextmanager
+def tensors_of(base: Base, path: Path) -> Iterator[Any]:
+    """The tensors of a file of weights, opened. Raises a Fault where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise base.fault(f"has a broken {path.name} ({error}), wanted safetensors") from None
+    with file:
+        yield file
 
 
 def shards(base: Base, source: Source) -> list[str]:
@@ -254,13 +306,8 @@ def shards(base: Base, source: Source) -> list[str]:
     return [INDEX, *names]
 
 
-def require_decoder(base: Base, folder: Path) -> None:
-    """Faults unless the configuration is that of a decoder language model which can be scored."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    )
-
+def read_config(base: Base, folder: Path) -> dict[str, Any]:
+    """What config.json says. Raises a Fault where there is none, or a broken one."""
     try:
         config = read_json(folder / "config.json")
     except FileNotFoundError:
@@ -269,18 +316,16 @@ def require_decoder(base: Base, folder: Path) -> None:
         raise base.fault(f"has a broken config.json ({error}), wanted JSON") from None
     if not isinstance(config, dict):
         raise base.fault(f"has a broken config.json, a {type(config).__name__}, wanted an object")
-    kind = str(config.get("model_type"))
-    classes = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind)]
-    if (
-        not set(classes) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        or config.get("is_encoder_decoder")
-        or kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    ):
-        own = " of code that comes with it and is never run" if "auto_map" in config else ""
-        raise base.fault(
-            f"is a {', '.join(map(str, classes))}{own}, wanted a decoder language model that "
-            "transformers can also build as a classifier, such as Qwen2ForCausalLM"
-        )
+    return config
+
+
+def require_suitable(base: Base, config: dict[str, Any], conversion: "Conversion | None") -> None:
+    """Faults unless the configuration is that of a base which can become a reward model."""
+    from reward.model.suitable import against_quantization, reason_against
+
+    reason = reason_against(conversion.config if conversion else config)
+    if reason := reason or against_quantization(config):
+        raise base.fault(reason)
 
 
 def normalize_tokenizer(base: Base, folder: Path) -> None:

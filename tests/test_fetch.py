@@ -255,7 +255,7 @@ def refused() -> str:
     assert list(Path("models").iterdir()) == []
     sentence = str(caught.value)
     assert sentence.startswith("params.yaml: base.name ")
-    assert ", wanted " in sentence
+    assert ", wanted " in sentence or ", expected " in sentence
     assert "\n" not in sentence
     return sentence
 
@@ -428,16 +428,81 @@ def test_code_of_the_model_neither_comes_along_nor_runs(
     assert "auto_map" not in read_json(fetch.BASE / "tokenizer_config.json")
 
 
-CONFIGS = {
-    "encoder": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
-    "encoder-decoder": (
-        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
-        "T5ForConditionalGeneration",
+def of(kind: str, name: str, **more: Any) -> dict[str, Any]:
+    return {"model_type": kind, "architectures": [name], **more}
+
+
+def quantized(**recipe: Any) -> dict[str, Any]:
+    return of("qwen2", "Qwen2ForCausalLM", quantization_config=recipe)
+
+
+# What is refused by config.json alone: what it has, and what is said of it.
+CONFIGS: dict[str, tuple[Any, str]] = {
+    "encoder": (of("bert", "BertForMaskedLM"), "is a BertForMaskedLM, expected"),
+    "encoder with a causal head": (
+        of("bert", "BertLMHeadModel"),
+        "is not a decoder: BertForSequenceClassification has no score head",
     ),
-    "no classifier": ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "Mamba"),
-    "unknown": ({"model_type": "novel", "auto_map": {"AutoModel": "x.Y"}}, "is never run"),
-    "nothing": ({}, "None"),
+    "encoder-decoder": (of("t5", "T5ForConditionalGeneration"), "is a T5ForConditionalGeneration"),
+    "vision": (of("qwen2_vl", "Qwen2VLForConditionalGeneration"), "is a Qwen2VLForConditional"),
+    "no classifier": (
+        of("cohere", "CohereForCausalLM"),
+        "is a CohereForCausalLM, which transformers has no classifier over, expected",
+    ),
+    "no classifier over experts": (of("olmoe", "OlmoeForCausalLM"), "is a OlmoeForCausalLM, which"),
+    "code of its own": (
+        {"model_type": "novel", "auto_map": {"AutoModel": "x.Y"}},
+        "is a novel of code that comes with it and is never run, expected",
+    ),
+    "nothing": ({}, "is a None, expected"),
     "a list": ([1], "broken config.json, a list"),
+    "GPTQ": (quantized(quant_method="gptq", bits=4), "is quantized already (gptq), expected"),
+    "AWQ": (quantized(quant_method="awq"), "is quantized already (awq), expected"),
+    "FP8": (quantized(quant_method="fp8"), "is quantized already (fp8), expected"),
+    "bitsandbytes": (
+        quantized(quant_method="bitsandbytes", load_in_4bit=True),
+        "is quantized already (bitsandbytes), expected",
+    ),
+    "bitsandbytes of old": (
+        quantized(load_in_8bit=True),
+        "is quantized already (quantization_config), expected",
+    ),
+    "compressed tensors": (
+        of("qwen2", "Qwen2ForCausalLM", compression_config={"quant_method": "compressed-tensors"}),
+        "is quantized already (compressed-tensors), expected",
+    ),
+    "a quantized text part": (
+        of(
+            "gemma3",
+            "Gemma3ForConditionalGeneration",
+            text_config={"quantization_config": {"quant_method": "gptq"}},
+        ),
+        "is quantized already (gptq), expected",
+    ),
+    "Gemma 2": (of("gemma2", "Gemma2ForCausalLM"), "cannot be packed: Gemma2Attention has softcap"),
+    "GPT-OSS": (
+        of("gpt_oss", "GptOssForCausalLM", quantization_config={"quant_method": "mxfp4"}),
+        "cannot be packed: GptOssAttention has s_aux in its attention",
+    ),
+    "Qwen3.5": (
+        of("qwen3_5_text", "Qwen3_5ForCausalLM"),
+        "attends 8 times in 32 layers, expected once in each; a layer without attention carries",
+    ),
+    "Jamba": (of("jamba", "JambaForCausalLM"), "attends 4 times in 32 layers, expected once in"),
+    "Falcon": (of("falcon", "FalconForCausalLM"), "takes no attention but its own, expected"),
+    "BLOOM": (of("bloom", "BloomForCausalLM"), "takes no attention but its own, expected"),
+    "StableLM": (
+        of("stablelm", "StableLmForCausalLM"),
+        "cannot be packed: StableLmAttention is not told how its row is laid out",
+    ),
+    "attention in both directions": (
+        of("gemma3_text", "Gemma3ForCausalLM", use_bidirectional_attention=True),
+        "cannot be packed: Gemma3Attention attends to later tokens as well, expected",
+    ),
+    "a shape that is impossible": (
+        of("llama", "LlamaForCausalLM", num_attention_heads=7),
+        "has a config.json that transformers cannot make a model of (",
+    ),
 }
 
 
@@ -585,14 +650,30 @@ def test_a_cache_that_is_filled_will_do_without_the_hub(
         assert said in refused()
 
 
+@pytest.mark.parametrize("case", ["encoder", "GPTQ", "Gemma 2", "a quantized text part"])
 def test_weights_are_not_downloaded_of_what_cannot_be_used(
-    source: Path, hub: Hub, set_params: SetParams
+    case: str, source: Path, hub: Hub, set_params: SetParams
 ) -> None:
-    write(source / "config.json", CONFIGS["encoder"][0])
+    config, found = CONFIGS[case]
+    write(source / "config.json", config)
     hub.add("org/model", source)
     set_params("base", name="org/model")
-    assert "is a BertForMaskedLM" in refused()
+    assert found in refused()
+    assert "config.json" in hub.downloads
     assert "model.safetensors" not in hub.downloads
+
+
+def test_what_the_cache_has_is_refused_alike(
+    here: Path, source: Path, hub: Hub, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/model", source)
+    set_params("base", name="org/model", revision=MAIN)
+    fetch.main()
+    shutil.rmtree(fetch.BASE)
+    config, found = CONFIGS["FP8"]
+    write(next((here / "cache").glob("models--*/snapshots/*/config.json")), config)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert found in refused()
 
 
 def test_pickles_on_the_hub_are_refused_before_anything_is_downloaded(

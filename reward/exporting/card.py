@@ -46,7 +46,7 @@ def render(facts: Facts) -> str:
         vars(facts),
         front_matter=front_matter(base).to_yaml(),
         name=Path(base["name"]).name if base["kind"] == "local" else base["name"],
-        revision=f"commit {base['revision']}" if base["kind"] == "hub" else base["revision"],
+        revision=revision(base),
         quantization=recipe["bnb_4bit_quant_type"].upper() if recipe else "not quantized",
         quantization_config=f"BitsAndBytesConfig({code})" if recipe else None,
         template=json.dumps(facts.reward["template"], ensure_ascii=False),
@@ -54,6 +54,12 @@ def render(facts: Facts) -> str:
             {name: training[name] for name in ("quantization", "lora", "train")}, indent=2
         ),
     )
+
+
+def revision(base: dict[str, Any]) -> str:
+    """Which state of its base it is, and what that was converted to."""
+    found = f"commit {base['revision']}" if base["kind"] == "hub" else str(base["revision"])
+    return f"{found}, {base['converted']}" if "converted" in base else found
 
 
 def front_matter(base: dict[str, Any]) -> ModelCardData:

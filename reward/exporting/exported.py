@@ -131,10 +131,10 @@ def reward_record(trained: Trained, tokenizer: PortableTokenizer) -> dict[str, A
 def adapter_config(trained: Trained, prepared: bool) -> dict[str, Any]:
     """The adapter's configuration, which names its base: the Hub's at its commit, or the folder's.
 
-    A base of the Hub that was prepared with another row is in the folder too.
+    A base of the Hub that was prepared with another row, or converted, is in the folder too.
     """
     base, config = base_record(trained.base), read_json(trained.adapter / ADAPTER_CONFIG)
-    if base["kind"] == "hub" and not prepared:
+    if base["kind"] == "hub" and not prepared and "converted" not in base:
         return config | {BASE_NAME: base["name"], "revision": base["revision"]}
     return config | {BASE_NAME: EXPORTED_BASE}
 

@@ -19,8 +19,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from reward.model.packing import Layout
+from reward.model.plain import require_plain
 from reward.model.swapping import Swapped, swap_in
-from reward.process import Fault
 
 NAME = "packs"
 FLASH_HEAD_SIZE = 256
@@ -141,19 +141,8 @@ def attend(
     they are grouped. Dropout of attention weights is not applied: adapters have their own. Raises a
     Fault for what stock attention would do besides.
     """
-    besides = {"softcap", "s_aux", "position_bias"} & {
-        name for name, value in unknown.items() if value is not None
-    }
-    if besides or attention_mask is not None:
-        raise Fault(
-            f"{type(module).__name__} has {', '.join(sorted(besides)) or 'a mask of its own'} in "
-            "its attention, wanted plain causal attention, with a sliding window or without"
-        )
-    if plan is None:
-        raise Fault(
-            f"{type(module).__name__} is not told how its row is laid out, wanted a model that "
-            "hands keyword arguments on to its attention"
-        )
+    require_plain(module, attention_mask, plan, unknown)
+    assert plan is not None
     key, value = plan.keys_and_values(key, value)
     if flashes(query, value):
         return by_flash(query, key, value, plan, scaling, sliding_window), None

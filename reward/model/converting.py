@@ -1,0 +1,130 @@
+"""Bases that are another model of transformers' in all but their names and constants.
+
+Where transformers has no classifier over a model, or one over more than its text, fetch writes the
+decoder language model that computes the same: its configuration, and its weights under the names
+and in the scale of that model. Everything after fetch knows that model alone.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+from torch import Tensor
+from transformers import GraniteConfig
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a base becomes: a configuration, and the tensors that come of each one of its own.
+
+    `said` tells people of it. A tensor that nothing comes of is left out.
+    """
+
+    said: str
+    config: dict[str, Any]
+    tensors: Callable[[str, Tensor], Tensors]
+    kept: Callable[[str], bool]
+
+
+def conversion_of(config: dict[str, Any]) -> Conversion | None:
+    """What becomes of a base of this config.json; None where it stays what it is."""
+    if config.get("architectures") == ["Gemma3ForConditionalGeneration"]:
+        return text_of_gemma3(config)
+    if config.get("model_type") == "granite":
+        return llama_of_granite(config)
+    return None
+
+
+# --- the text part of Gemma 3 ----------------------------------------------------------------
+
+# As checkpoints call it, of before and after transformers put the vision tower beside it.
+TEXT_PARTS = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
+
+
+def text_of_gemma3(config: dict[str, Any]) -> Conversion:
+    """Gemma3ForCausalLM: the language model by itself, without the vision tower."""
+    outer = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype")
+    text = {key: config[key] for key in outer if key in config} | config.get("text_config", {})
+    own = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+
+    def renamed(name: str) -> str | None:
+        for before, after in TEXT_PARTS.items():
+            if name.startswith(before):
+                return after + name.removeprefix(before)
+        return None
+
+    return Conversion(
+        "the text part of Gemma3ForConditionalGeneration",
+        text | own,
+        lambda name, tensor: {new: tensor} if (new := renamed(name)) else {},
+        lambda name: renamed(name) is not None,
+    )
+
+
+# --- Granite ---------------------------------------------------------------------------------
+
+
+def llama_of_granite(config: dict[str, Any]) -> Conversion:
+    """The Llama that computes what a Granite computes.
+
+    A Granite is a Llama with four constants, and transformers has no classifier over it. They go
+    into its weights. With embeddings e, layers' parts f and the norm n of a stream h,
+
+        h = embedding_multiplier e;  h = h + residual_multiplier f(n(h));  logits = W n(h) / scaling
+
+    A norm does not see the size of its input, but for its epsilon. So the stream, and epsilon's
+    root, are divided by residual_multiplier: then what layers add is as it is in Llama, and so are
+    all weights of layers but the queries', which bring attention_multiplier.
+    """
+    full = GraniteConfig.from_dict(deepcopy(config))
+    size = getattr(full, "head_dim", None) or full.hidden_size // full.num_attention_heads
+    stream, logits = 1 / full.residual_multiplier, 1 / full.logits_scaling
+    scales = {
+        "embed_tokens.weight": full.embedding_multiplier * stream,
+        "q_proj.weight": full.attention_multiplier * sqrt(size),
+        "q_proj.bias": full.attention_multiplier * sqrt(size),
+        "lm_head.weight": logits,
+    }
+    constants = {
+        *("embedding_multiplier", "residual_multiplier"),
+        *("attention_multiplier", "logits_scaling"),
+    }
+    own = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "rms_norm_eps": full.rms_norm_eps * stream**2,
+        # Embeddings and output are one matrix in Granite, and of different scales in this Llama.
+        "tie_word_embeddings": False,
+    }
+
+    def converted(name: str, tensor: Tensor) -> Tensors:
+        end = ".".join(name.split(".")[-2:])
+        found = {name: scaled(tensor, scales.get(end, 1.0))}
+        if full.tie_word_embeddings and name == "model.embed_tokens.weight":
+            found["lm_head.weight"] = scaled(tensor, logits)
+        return found
+
+    return Conversion(
+        "Granite as the Llama that computes the same",
+        {key: value for key, value in config.items() if key not in constants} | own,
+        converted,
+        lambda name: not (full.tie_word_embeddings and name == "lm_head.weight"),
+    )
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """A tensor times a number: in its own type where that rounds nothing, else in fp32."""
+    if scale == 1:
+        return tensor
+    found = tensor.float() * scale
+    narrow = found.to(tensor.dtype)
+    return narrow if narrow.float().equal(found) else found
