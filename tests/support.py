@@ -5,25 +5,31 @@ import random
 import resource
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet
 
 from reward.exporting import clients
 from reward.exporting.clients import FOUND, Request
 from reward.model.base import Quantization
+from reward.model.converting import conversion_of
 from reward.model.packing import Texts
 from reward.model.trainer import Train
+from reward.outputs import read_json, write_json
 from stages.evaluate import Evaluate
 from stages.export import Export
-from stages.fetch import Base
+from stages.fetch import Base, Source, convert_weights
 from stages.preprocess import Preprocess
 from stages.train import Lora
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ROOT = Path(__file__).parent.parent
+SetParams = Callable[..., None]
 GROUPS: dict[str, type[Any]] = {
     "base": Base,
     "preprocess": Preprocess,
@@ -47,16 +53,110 @@ SHAPE = {
     "eos_token_id": 2,
 }
 SEPARATE = ["q_proj", "k_proj", "v_proj"]
-FAMILIES: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "qwen2": (SEPARATE, {}),
-    "qwen3": (SEPARATE, {"head_dim": 24}),
-    "llama": (SEPARATE, {}),
-    "mistral": (SEPARATE, {"sliding_window": None}),
-    "gemma": (SEPARATE, {"head_dim": 16, "num_key_value_heads": 1}),
-    "phi": (SEPARATE, {}),
-    "phi3": (["qkv_proj"], {"sliding_window": None}),
-    "gpt_neox": (["query_key_value"], {}),
+SLIDING, FULL = "sliding_attention", "full_attention"
+LLAMA3 = {
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
 }
+# Rotates 12 of the 16 numbers of a head; by other factors where a text has more than 64 tokens.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 64,
+}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.0884,
+    "logits_scaling": 8.0,
+    "tie_word_embeddings": True,
+}
+GEMMA3 = {
+    "head_dim": 16,
+    "sliding_window": 7,
+    "layer_types": [SLIDING, FULL, SLIDING],
+    "rope_parameters": {
+        SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+        FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    },
+}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+# The rows of the table in docs/models.md: model type, shape, projections that get an adapter.
+FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "Qwen2, Qwen2.5": ("qwen2", {"tie_word_embeddings": True}, SEPARATE),
+    "Qwen3": ("qwen3", {"head_dim": 24}, SEPARATE),
+    "Llama 2": ("llama", {"num_key_value_heads": 4}, SEPARATE),
+    "Llama 3, 3.1, 3.2": (
+        "llama",
+        {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
+        SEPARATE,
+    ),
+    "Mistral": ("mistral", {"sliding_window": None}, SEPARATE),
+    "Gemma": ("gemma", {"head_dim": 16, "num_key_value_heads": 1}, SEPARATE),
+    "Gemma 3": ("gemma3", GEMMA3, SEPARATE),
+    "Phi": ("phi", {}, SEPARATE),
+    "Phi-3": ("phi3", {"sliding_window": None}, ["qkv_proj"]),
+    "Phi-4-mini": ("phi3", {"sliding_window": None, "rope_parameters": LONGROPE}, ["qkv_proj"]),
+    "OLMo 2": ("olmo2", {}, SEPARATE),
+    "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0, 1]}, SEPARATE),
+    "Granite": ("granite", GRANITE, SEPARATE),
+    "GPT-NeoX": ("gpt_neox", {"rotary_pct": 0.25}, ["query_key_value"]),
+    "OPT": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 32}, SEPARATE),
+    "GPT-2": ("gpt2", {}, ["c_attn"]),
+    "Mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None}, SEPARATE),
+    "Qwen3-MoE": ("qwen3_moe", EXPERTS | {"head_dim": 16}, SEPARATE),
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def save_family(name: str, folder: Path, **more: Any) -> "PreTrainedModel":
+    """The folder of a tiny random model of a family, as people have it; the model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, shape, _ = FAMILIES[name]
+    torch.manual_seed(0)
+    shape = SHAPE | shape | more
+    if kind == "gemma3":
+        shape = {"text_config": shape, "vision_config": VISION, "mm_tokens_per_image": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms and biases, which begin as ones and zeros
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def fetched(name: str, folder: Path, **more: Any) -> Path:
+    """A tiny random model of a family as fetch leaves it, but for the tokenizer."""
+    source = folder / "source"
+    save_family(name, source, **more)
+    config = read_json(source / "config.json")
+    if (conversion := conversion_of(config)) is None:
+        return source
+    here = folder / "fetched"
+    here.mkdir()
+    origin = Source("local", "", [path.name for path in source.iterdir()], source.joinpath)
+    convert_weights(Base("tiny", "main", 0), origin, here, conversion)
+    write_json(here / "config.json", conversion.config)
+    return here
 
 
 def write_pairs(path: Path, count: int = 40) -> Path:

@@ -19,10 +19,12 @@ from reward.model.packing import Texts, pack
 from reward.model.pairwise import chosen_and_rejected, losses
 from reward.model.scoring import as_in_transformers, evaluating, require_exact, rewards
 from reward.process import Fault
-from tests.support import FAMILIES, SEPARATE, SHAPE, VOCABULARY, prompts_of
+from tests.support import FAMILIES, SEPARATE, SHAPE, VOCABULARY, fetched, prompts_of
 
 Attention = Callable[..., Tensor]
 
+# Families whose last layer is worked on whole.
+CALLED_OTHERWISE = {"OPT", "GPT-2"}
 PLAIN = Quantization(bits="none", quant_type="nf4", double_quant=False, compute_dtype="float32")
 
 
@@ -32,13 +34,22 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 8)
 
 
+def model_of(folder: Path, family: str, **shape: Any) -> PeftModel:
+    """A tiny random model of a family of the table with adapters that are not zero."""
+    return adapted(fetched(family, folder, **shape), FAMILIES[family][2])
+
+
 def reward_model(
-    folder: Path, family: str, targets: list[str], *, of_layers: int | None = None, **shape: Any
+    folder: Path, kind: str, targets: list[str], *, of_layers: int | None = None, **shape: Any
 ) -> PeftModel:
-    """A tiny random model of a family with adapters that are not zero."""
+    """The same of a model type, whatever it is."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SHAPE | shape)
+    config = AutoConfig.for_model(kind, **SHAPE | shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return adapted(folder, targets, of_layers)
+
+
+def adapted(folder: Path, targets: list[str], of_layers: int | None = None) -> PeftModel:
     base = load_base(folder, PLAIN)
     new_head(base, 0)
     layers = list(range(of_layers)) if of_layers else None
@@ -87,8 +98,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def test_rewards_and_gradients_are_those_of_two_stock_passes(
     tmp_path: Path, family: str, checkpointing: bool
 ) -> None:
-    targets, shape = FAMILIES[family]
-    model, prompts = reward_model(tmp_path, family, targets, **shape), prompts_of(0)
+    model, prompts = model_of(tmp_path, family), prompts_of(0)
     wanted = stock_rewards(model, prompts)
     wanted_gradients = gradients(model, wanted)
     if checkpointing:
@@ -101,13 +111,12 @@ def test_rewards_and_gradients_are_those_of_two_stock_passes(
     assert found_gradients.keys() == wanted_gradients.keys()
     for name, gradient in wanted_gradients.items():
         assert gradient.norm() > 0, name
-        assert relative(found_gradients[name], gradient) < 1e-5, name
+        assert relative(found_gradients[name], gradient) < 5e-5, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - CALLED_OTHERWISE))
 def test_the_last_layer_works_on_the_last_tokens_alone(tmp_path: Path, family: str) -> None:
-    targets, shape = FAMILIES[family]
-    model, prompts = reward_model(tmp_path, family, targets, **shape), prompts_of(1)
+    model, prompts = model_of(tmp_path, family), prompts_of(1)
     layers = cast(Any, model.get_base_model()).base_model.layers
     seen: list[int] = []
     for layer in layers:
@@ -125,12 +134,6 @@ def test_adapters_on_lower_layers_alone_have_the_same_gradients(tmp_path: Path) 
     assert len(found) == 7
     for name, gradient in wanted.items():
         assert relative(found[name], gradient) < 1e-5
-
-
-def test_a_model_whose_last_layer_is_called_otherwise_is_worked_on_whole(tmp_path: Path) -> None:
-    model = reward_model(tmp_path, "opt", SEPARATE, ffn_dim=96, word_embed_proj_dim=64)
-    prompts = prompts_of(3)
-    assert relative(rewards(model, pack(prompts)), stock_rewards(model, prompts)) < 1e-5
 
 
 def test_three_texts_of_a_prompt_are_three_texts(tmp_path: Path) -> None:
@@ -414,13 +417,11 @@ def test_flash_attention_is_text_by_text_within_bf16(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
+@pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "Llama 2", "Mistral"])
 def test_bf16_rewards_and_gradients_are_those_of_fp32_within_rounding(
     tmp_path: Path, family: str, checkpointing: bool
 ) -> None:
-    targets, shape = FAMILIES[family]
-    exact = reward_model(tmp_path, family, targets, **shape)
-    half = reward_model(tmp_path, family, targets, **shape)
+    exact, half = (model_of(tmp_path / name, family) for name in ("exact", "half"))
     half.load_state_dict(exact.state_dict())
     for module in half.modules():
         if not isinstance(module, nn.Linear) or module is head_of(half.get_base_model()):

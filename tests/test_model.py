@@ -23,7 +23,7 @@ from reward.model.pairwise import chosen_and_rejected, losses
 from reward.model.scoring import as_in_transformers, rewards, score
 from reward.outputs import digests
 from reward.process import Fault
-from tests.support import ROOT
+from tests.support import FAMILIES, ROOT, SEPARATE, fetched
 
 NF4 = Quantization(bits=4, quant_type="nf4", double_quant=False, compute_dtype="float32")
 PLAIN = Quantization(bits="none", quant_type="nf4", double_quant=False, compute_dtype="float32")
@@ -179,6 +179,31 @@ def test_targets_that_the_model_lacks_are_refused_with_those_it_has(tiny_base: P
         add_lora(model, LoraConfig(target_modules=["q_proj", "query", "c_attn"]))
     assert "lora.target_modules names c_attn, query," in str(fault.value)
     assert "k_proj, o_proj, q_proj" in str(fault.value)
+
+
+@pytest.mark.parametrize("quantization", [NF4, PLAIN])
+@pytest.mark.parametrize("family", ["Phi-3", "GPT-NeoX", "GPT-2"])
+def test_three_projections_in_one_are_meant_by_the_three_names_together(
+    family: str, quantization: Quantization, tmp_path: Path
+) -> None:
+    folder, [fused] = fetched(family, tmp_path), FAMILIES[family][2]
+    model = add_lora(load_base(folder, quantization), LoraConfig(target_modules=SEPARATE))
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(adapted) == 3
+    assert all(name.endswith(fused) for name in adapted)
+
+
+@pytest.mark.parametrize("quantization", [NF4, PLAIN])
+@pytest.mark.parametrize("names", [["q_proj"], [*SEPARATE, "o_proj"], ["c_attn", "fc"]])
+def test_other_names_are_refused_with_those_of_gpt2(
+    names: list[str], quantization: Quantization, tmp_path: Path
+) -> None:
+    model = load_base(fetched("GPT-2", tmp_path), quantization)
+    with pytest.raises(
+        Fault, match=r"which GPT2For\w+ lacks; it has c_attn, c_fc, c_proj$"
+    ) as fault:
+        add_lora(model, LoraConfig(target_modules=names))
+    assert f"lora.target_modules names {names[-1]}, which" in str(fault.value)
 
 
 def test_only_adapters_and_head_are_trained(tiny_base: Path) -> None:

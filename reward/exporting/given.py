@@ -31,6 +31,8 @@ BATCH = 16
 # Pairs of the forms that are slow: one text by one, and a step of training.
 SAMPLE = 32
 PAIR = "pair"
+# Types of models that count positions from the start of a row, whatever it is padded with.
+COUNT_PADDING = {"gpt2", "gpt_bigcode"}
 
 Pair = TypeVar("Pair")
 Ids = list[list[int]]
@@ -182,8 +184,15 @@ class Exported:
             return found
         return {index: [text + eos for text in texts] for index, texts in found.items() if eos}
 
+    @cached_property
+    def counts_padding(self) -> bool:
+        """Whether plain loaders compute another reward of a text that is padded on its left."""
+        return read_json(self.base / "config.json")["model_type"] in COUNT_PADDING
+
     def taken(self, pairs: dict[int, Pair], form: Form) -> dict[int, Pair]:
-        """All of the pairs, or those of the sample."""
+        """All of the pairs, or those of the sample; none in a form that is wrong for the model."""
+        if form.side == "left" and self.counts_padding:
+            return {}
         if not form.sample:
             return pairs
         return {index: pairs[index] for index in self.sample if index in pairs}

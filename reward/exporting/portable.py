@@ -14,8 +14,9 @@ from typing import Any, cast
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from reward.data.tokens import Template, around, token_of
 from reward.model.base import ADAPTER_WEIGHTS, DTYPES, head_of, new_head, silent_peft
@@ -223,10 +224,27 @@ def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     PEFT's merge into 4 bits would quantize again, and the original weights are not what was
     trained: both change rewards. In fp32; `model` itself is used up.
     """
+    transposed = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "source_cls", None) is Conv1D
+    ]
     if "quantization_config" in model.config:
         model = model.dequantize(DTYPES["float32"])
     with silent_peft():
-        return PeftModel.from_pretrained(model.float(), adapter).merge_and_unload()
+        model = PeftModel.from_pretrained(model.float(), adapter).merge_and_unload()
+    for name in transposed:
+        model.set_submodule(name, as_conv1d(model.get_submodule(name)))
+    return model
+
+
+def as_conv1d(linear: nn.Module) -> Conv1D:
+    """A linear layer as GPT-2's own kind has it: 4 bits are turned round, and come back so."""
+    weight, bias = cast(Tensor, linear.weight), cast(nn.Parameter, linear.bias)
+    layer = Conv1D(*weight.shape)
+    layer.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    layer.bias = bias
+    return layer
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PortableTokenizer) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     logging,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from reward.model import attention, layers
 from reward.outputs import digests, read_json, recorded, require_files, write_json, writing
@@ -26,6 +27,10 @@ from reward.params import Switch
 from reward.process import Fault
 
 DIGESTS, ADAPTER_WEIGHTS = "digests.json", "adapter_model.safetensors"
+
+# The projections of attention, and what models call those that are all three in one.
+SEPARATE = {"q_proj", "k_proj", "v_proj"}
+FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -116,11 +121,19 @@ def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
             "that supports transformers' attention interface"
         )
     model.config.use_cache = False
+    switch_dropout_off(model)
+    attention.swap_last_layer(model.base_model)
+    return model.requires_grad_(False)
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Have no module of the base draw random numbers: some hold their share as a plain number."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    attention.swap_last_layer(model.base_model)
-    return model.requires_grad_(False)
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
@@ -155,22 +168,34 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
     Raises a Fault for names that the model lacks.
     """
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    wanted = set(config.target_modules or ())
-    if missing := sorted(wanted - linear):
-        raise Fault(
-            f"params.yaml: lora.target_modules names {', '.join(missing)}, which "
-            f"{type(model).__name__} lacks; it has {', '.join(sorted(linear))}"
-        )
+    found = targets(model, set(config.target_modules or ()))
+    config.target_modules = found  # type: ignore[assignment]  # of a list PEFT makes a set as well
     config.task_type = TaskType.SEQ_CLS
     with silent_peft():
         adapted = get_peft_model(model, config)
     layers.swap_layers(adapted)
     return adapted
+
+
+def targets(model: PreTrainedModel, wanted: set[str]) -> set[str]:
+    """The projections that are meant by names of params.yaml.
+
+    Where a base has the projections of its attention in one, that one is meant by the three names
+    together. Raises a Fault for names that the model lacks.
+    """
+    had = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+    if wanted >= SEPARATE and not SEPARATE & had and len(fused := FUSED & had) == 1:
+        wanted = wanted - SEPARATE | fused
+    if missing := sorted(wanted - had):
+        raise Fault(
+            f"params.yaml: lora.target_modules names {', '.join(missing)}, which "
+            f"{type(model).__name__} lacks; it has {', '.join(sorted(had))}"
+        )
+    return wanted
 
 
 def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
@@ -200,9 +225,13 @@ def adapt(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 @contextmanager
 def silent_peft() -> Iterator[None]:
-    """PEFT asks for a property that transformers has renamed, and each wrapping warns of it."""
+    """PEFT asks for a property that transformers has renamed, and each wrapping warns of it.
+
+    It also warns where it finds by itself that GPT-2's weights, of Conv1D, are transposed.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         yield
 
 

@@ -1,0 +1,166 @@
+"""The families of docs/models.md: what becomes of their bases, that they train, what is said."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from reward.model.converting import scaled
+from reward.model.suitable import reason_against
+from reward.outputs import digest, read_json, write_json
+from reward.process import Fault
+from stages import fetch
+from tests.support import FAMILIES, ROOT, SetParams, fetched, save_family
+
+CONVERTED = {
+    "Gemma 3": ("Gemma3ForCausalLM", "gemma3_text"),
+    "Granite": ("LlamaForCausalLM", "llama"),
+}
+IDS = torch.arange(5, 45)[None]
+
+
+@pytest.mark.parametrize("language", ["", ".zh"])
+def test_the_table_of_the_docs_has_the_families_that_are_tested(language: str) -> None:
+    text = (ROOT / f"docs/models{language}.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| `", text, re.MULTILINE)
+    assert rows == list(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_is_refused_by_its_configuration(family: str, tmp_path: Path) -> None:
+    assert reason_against(read_json(fetched(family, tmp_path) / "config.json")) is None
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "linear", "yarn"])
+def test_rope_that_scales_is_passed_through(rope: str) -> None:
+    scaling = {"rope_type": rope, "factor": 2.0, "original_max_position_embeddings": 64}
+    assert reason_against({"model_type": "llama", "rope_scaling": scaling}) is None
+    refused = reason_against({"model_type": "stablelm", "rope_scaling": scaling})
+    assert "is not told how its row is laid out" in str(refused)
+
+
+@pytest.fixture
+def source(tmp_path: Path, tiny_base: Path) -> Path:
+    """A folder for a model that has the embedded tokenizer."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_base / name, folder)
+    return folder
+
+
+# --- what is converted -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", CONVERTED)
+def test_a_converted_base_computes_what_it_computed(
+    family: str, source: Path, set_params: SetParams
+) -> None:
+    """Every logit, of the model that people have and of the one that fetch leaves."""
+    model = save_family(family, source)
+    set_params("base", name=str(source))
+    fetch.main()
+    here = AutoModelForCausalLM.from_pretrained(fetch.BASE).eval()
+    wanted, found = (each(input_ids=IDS).logits for each in (model, here))
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    config = read_json(fetch.BASE / "config.json")
+    assert (config["architectures"], config["model_type"]) == (
+        [CONVERTED[family][0]],
+        CONVERTED[family][1],
+    )
+
+
+@pytest.mark.parametrize("family", CONVERTED)
+def test_a_converted_base_says_so_and_its_source_is_watched(
+    family: str, source: Path, set_params: SetParams
+) -> None:
+    from stages.train import require_same_source
+
+    save_family(family, source)
+    set_params("base", name=str(source))
+    fetch.main()
+    base = read_json(fetch.BASE / "base.json")
+    assert family.replace(" ", "") in base["converted"]
+    for name in ("config.json", "model.safetensors"):
+        assert base["source"][name] == digest(source / name) != base["files"][name]
+    require_same_source()
+    (source / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(Fault, match=r"has changed since it was copied .*\(model.safetensors\)"):
+        require_same_source()
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_of_gemma_3_the_language_model_is_kept_alone(
+    prefix: str, source: Path, set_params: SetParams
+) -> None:
+    """In shards, one of them of vision alone, under the names of both generations."""
+    from safetensors.torch import save_file
+
+    save_family("Gemma 3", source)
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    text = {
+        name.replace("language_model.model.", prefix): tensor
+        for name, tensor in tensors.items()
+        if "language_model" in name
+    }
+    shards = {
+        "one.safetensors": dict(list(text.items())[::2]),
+        "two.safetensors": dict(list(text.items())[1::2]),
+        "vision.safetensors": {n: t for n, t in tensors.items() if "language_model" not in n},
+    }
+    for name, content in shards.items():
+        save_file(content, source / name)
+    places = {tensor: name for name, content in shards.items() for tensor in content}
+    write_json(source / fetch.INDEX, {"weight_map": places})
+    set_params("base", name=str(source))
+    fetch.main()
+    assert sorted(path.name for path in fetch.BASE.glob("*.safetensors")) == [
+        "one.safetensors",
+        "two.safetensors",
+    ]
+    index = read_json(fetch.BASE / fetch.INDEX)["weight_map"]
+    assert {name.removeprefix("model.") for name in index} == {
+        name.removeprefix(prefix) for name in text
+    }
+    given: Any = AutoModelForCausalLM.from_pretrained(fetch.BASE, output_loading_info=True)
+    _, loading = given
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+
+
+def test_a_model_without_its_text_part_is_refused(source: Path, set_params: SetParams) -> None:
+    from safetensors.torch import save_file
+
+    save_family("Gemma 3", source)
+    save_file({"vision_tower.weight": torch.zeros(3)}, source / "model.safetensors")
+    set_params("base", name=str(source))
+    with pytest.raises(Fault, match=r"has no weights of the text part of Gemma3For.*, expected"):
+        fetch.main()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_granite_is_converted_whether_its_output_is_its_embeddings_or_not(
+    tied: bool, tmp_path: Path
+) -> None:
+    more = {"tie_word_embeddings": tied, "attention_bias": True}
+    model = save_family("Granite", tmp_path / "other", **more)
+    here = AutoModelForCausalLM.from_pretrained(fetched("Granite", tmp_path, **more)).eval()
+    wanted, found = (each(input_ids=IDS).logits for each in (model, here))
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_a_scale_rounds_no_weight() -> None:
+    """A power of two keeps bf16, what has more digits becomes fp32."""
+    weights = torch.randn(100).to(torch.bfloat16)
+    assert scaled(weights, 1) is weights
+    assert scaled(weights, 0.125).dtype == torch.bfloat16
+    assert scaled(weights, 0.22).dtype == torch.float32
+    assert torch.equal(scaled(weights, 0.22), weights.float() * 0.22)
