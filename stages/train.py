@@ -29,8 +29,10 @@ from reward.model.base import (
     add_lora,
     base_record,
     device,
+    fused_experts,
     load_base,
     new_head,
+    precisions,
     save,
     seal,
 )
@@ -84,6 +86,7 @@ def main() -> None:
         saved.forget_if_recorded(Path("dvc.lock"), "train")
         require_files(BASE, base_record(BASE)["files"])
         model = build(options, lora, quantization)
+        tell_precisions(model, quantization)
         for dataset in (train, validation):
             require_fit(model, dataset)
             require_exact(model, longest(dataset, 1)[0])
@@ -159,6 +162,14 @@ def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
     )
 
 
+def tell_precisions(model: PeftModel, quantization: Quantization) -> None:
+    """Print in how many bits the base is, because what is asked for is not what all of it gets."""
+    bits, half, full = (f"{count:,}" for count in precisions(model).values())
+    print(f"base       {bits} parameters in 4 bits, {half} in half and {full} in full precision")
+    if quantization.bits == 4 and (experts := fused_experts(model)):
+        print(f"note       {experts:,} are in experts, which bitsandbytes does not quantize")
+
+
 def require_fit(model: PeftModel, dataset: Dataset) -> None:
     """Raises a Fault for a text longer than the base can read, or an id that it does not know."""
     config: Any = model.get_base_model().config
@@ -181,6 +192,7 @@ def require_fit(model: PeftModel, dataset: Dataset) -> None:
 def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quantization) -> None:
     """Write the adapter with what it was trained from, the curves and the metrics."""
     history = trainer.state.log_history
+    parameters = precisions(trainer.reward_model)
     with whole_folder(ADAPTER) as folder:
         save(trainer.reward_model, folder, str(BASE), quantization)
         copy_file(TOKENIZED / "template.json", folder / "template.json")
@@ -190,6 +202,7 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
                 "train": asdict(options),
                 "lora": asdict(lora),
                 "quantization": asdict(quantization),
+                "base_parameters": parameters,
                 "pairs": len(trainer.train_pairs),
                 "data": digests(TOKENIZED / "train"),
             },
@@ -199,8 +212,15 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
     steps, last = trainer.state.global_step, validation_curve(history)[-1]
     with whole_folder(REPORTS) as folder:
         write_curves(folder, history)
-        figures = {"steps": steps, "trainable_parameters": trainable, "validation": last}
-        write_json(folder / "figures.json", figures)
+        write_json(
+            folder / "figures.json",
+            {
+                "steps": steps,
+                "base_parameters": parameters,
+                "trainable_parameters": trainable,
+                "validation": last,
+            },
+        )
     # A name with a slash is left out of a short table: --drop '.*/.*'.
     validation = {f"validation/{name}": last[name] for name in ("accuracy", "loss")}
     write_json(METRICS, {"steps": steps} | validation)

@@ -853,6 +853,8 @@ def test_card_names_data_parameters_and_figures() -> None:
     files = read_json(export.BASE / "base.json")["files"] | training["data"]
     assert all(digest in card for digest in files.values())
     [parameters] = re.findall(r"```json\n(.*?)```", card, re.DOTALL)
+    bits, half, full = map(training["base_parameters"].get, ("four_bits", "half", "full"))
+    assert f"parameters {bits:,} are in 4 bits, {half:,} in half and\n{full:,} in full" in card
     assert json.loads(parameters) == {
         name: training[name] for name in ("quantization", "lora", "train")
     }

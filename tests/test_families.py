@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
+from reward.model.base import Quantization, add_lora, load_base, precisions
 from reward.model.converting import scaled
 from reward.model.suitable import reason_against
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 from stages import fetch
+from stages.train import tell_precisions
 from tests.support import FAMILIES, ROOT, SetParams, fetched, save_family
 
 CONVERTED = {
@@ -164,3 +168,37 @@ def test_a_scale_rounds_no_weight() -> None:
     assert scaled(weights, 0.125).dtype == torch.bfloat16
     assert scaled(weights, 0.22).dtype == torch.float32
     assert torch.equal(scaled(weights, 0.22), weights.float() * 0.22)
+
+
+# --- what is really quantized ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["Llama 3, 3.1, 3.2", "GPT-2", "Qwen3-MoE"])
+def test_parameters_are_counted_by_what_they_are_in(
+    family: str, dtype: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the dense model: linear layers are in 4 bits, and the fused experts are not."""
+    folder = fetched(family, tmp_path)
+    dense = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).base_model
+    linear = [each for each in dense.modules() if isinstance(each, (torch.nn.Linear, Conv1D))]
+    quantized = sum(each.weight.numel() for each in linear)
+    rest = sum(each.numel() for each in dense.parameters()) - quantized
+    quantization = Quantization(4, "nf4", False, dtype)
+    base = load_base(folder, quantization)
+    model = add_lora(base, LoraConfig(target_modules=FAMILIES[family][2]))
+    wanted = {"four_bits": quantized, "half": 0, "full": rest}
+    if dtype == "bfloat16":
+        wanted |= {"half": rest, "full": 0}
+    assert precisions(model) == wanted
+    tell_precisions(model, quantization)
+    said = capsys.readouterr().out
+    assert f"base       {quantized:,} parameters in 4 bits, {wanted['half']:,} in half and" in said
+    experts = 3 * 8 * 3 * 32 * 64  # three layers of 8 experts, each of three matrices
+    assert (f"note       {experts:,} are in experts, which" in said) == (family == "Qwen3-MoE")
+
+
+def test_without_quantization_nothing_is_in_4_bits(tmp_path: Path) -> None:
+    base = load_base(fetched("Mixtral", tmp_path), Quantization.unquantized("float32"))
+    model = add_lora(base, LoraConfig(target_modules=["q_proj"]))
+    assert precisions(model)["four_bits"] == precisions(model)["half"] == 0

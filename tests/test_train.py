@@ -505,7 +505,13 @@ def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
     assert [entry["learning_rate"] for entry in training] == pytest.approx(rates)
     figures = json.loads((train.REPORTS / "figures.json").read_text())
     assert figures["validation"] == validation[-1]
-    assert figures.keys() == {"steps", "trainable_parameters", "validation"}
+    assert figures.keys() == {"steps", "base_parameters", "trainable_parameters", "validation"}
+    adapter = json.loads((train.ADAPTER / "training.json").read_text())
+    base = load_file("models/base/model.safetensors")
+    layers = [each.numel() for name, each in base.items() if "_proj.weight" in name]
+    rest = sum(each.numel() for each in base.values()) - sum(layers)
+    assert figures["base_parameters"] == {"four_bits": sum(layers), "half": 0, "full": rest}
+    assert adapter["base_parameters"] == figures["base_parameters"]
     assert json.loads(train.METRICS.read_text()) == {
         "steps": 8,
         "validation/accuracy": validation[-1]["accuracy"],
@@ -514,7 +520,17 @@ def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
     printed = capfd.readouterr()
     assert printed.err == ""
     assert [line.split()[0] for line in printed.out.splitlines()] == [
-        *("optimizer:", "trainable", "step", "step", "step", "speed", "validation", "trained")
+        *(
+            "base",
+            "optimizer:",
+            "trainable",
+            "step",
+            "step",
+            "step",
+            "speed",
+            "validation",
+            "trained",
+        )
     ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import (
@@ -136,14 +137,33 @@ def switch_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def precisions(model: PeftModel) -> dict[str, int]:
+    """How many parameters of the frozen base are in 4 bits, in half and in full precision.
+
+    Numbers are counted that the model has, not the bytes that hold them. bitsandbytes quantizes
+    linear layers alone: embeddings, norms and the fused experts of mixtures stay as they are.
+    """
+    found = {"four_bits": 0, "half": 0, "full": 0}
+    for parameter in cast(PreTrainedModel, model.get_base_model()).base_model.parameters():
+        if isinstance(parameter, Params4bit):
+            found["four_bits"] += cast(Any, parameter).quant_state.shape.numel()
+        elif not parameter.requires_grad:
+            found["full" if parameter.dtype == torch.float32 else "half"] += parameter.numel()
+    return found
+
+
+def fused_experts(model: PeftModel) -> int:
+    """How many parameters are in the experts that transformers holds as one tensor a layer."""
+    base = cast(PreTrainedModel, model.get_base_model()).base_model
+    return sum(each.numel() for each in base.parameters() if each.dim() == 3)
+
+
 def keep_weights_unpacked(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in place at the first pass in eval mode.
 
     It does so on processors with AVX512-BF16; passes without gradient then compute in bf16, and
     training that follows reads the repacked bytes as if they were plain ones, without an error.
     """
-    from bitsandbytes.nn.modules import Linear4bit
-
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
