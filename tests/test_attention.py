@@ -1,8 +1,10 @@
 """Attention over a pack: what each text sees, and that a pack gives what its texts give alone."""
 
+import inspect
 import random
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,15 +12,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from reward.model import attention
 from reward.model.attention import Plan, attend, by_flash, text_by_text
-from reward.model.base import Quantization, add_lora, head_of, load_base, new_head
+from reward.model.base import Quantization, add_lora, device, head_of, load_base, new_head
 from reward.model.packing import Texts, pack
 from reward.model.pairwise import chosen_and_rejected, losses
 from reward.model.scoring import as_in_transformers, evaluating, require_exact, rewards
 from reward.process import Fault
+from tests import varlen
 from tests.support import FAMILIES, SEPARATE, SHAPE, VOCABULARY, fetched, prompts_of
 
 Attention = Callable[..., Tensor]
@@ -34,9 +38,22 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 8)
 
 
-def model_of(folder: Path, family: str, **shape: Any) -> PeftModel:
+@pytest.fixture(params=["text by text", "by flash"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path of a CPU, and that of a GPU with flash attention, whose kernels are emulated."""
+    if request.param == "by flash":
+        monkeypatch.setattr(attention, "flash", partial(varlen.varlen_attn, enable_gqa=True))
+        monkeypatch.setattr(attention, "has_flash", lambda device: True)
+        types = (torch.float32, torch.bfloat16)
+        monkeypatch.setattr(attention, "FLASH_DTYPES", types)
+        monkeypatch.delattr(attention, "scaled_dot_product_attention")
+    return request.param
+
+
+def model_of(folder: Path, family: str, compute_dtype: Any = "float32", **shape: Any) -> PeftModel:
     """A tiny random model of a family of the table with adapters that are not zero."""
-    return adapted(fetched(family, folder, **shape), FAMILIES[family][2])
+    targets = FAMILIES[family][2]
+    return adapted(fetched(family, folder, **shape), targets, compute_dtype=compute_dtype)
 
 
 def reward_model(
@@ -49,8 +66,13 @@ def reward_model(
     return adapted(folder, targets, of_layers)
 
 
-def adapted(folder: Path, targets: list[str], of_layers: int | None = None) -> PeftModel:
-    base = load_base(folder, PLAIN)
+def adapted(
+    folder: Path,
+    targets: list[str],
+    of_layers: int | None = None,
+    compute_dtype: Any = "float32",
+) -> PeftModel:
+    base = load_base(folder, replace(PLAIN, compute_dtype=compute_dtype))
     new_head(base, 0)
     layers = list(range(of_layers)) if of_layers else None
     lora = LoraConfig(r=4, lora_alpha=32, target_modules=targets, layers_to_transform=layers)
@@ -59,16 +81,16 @@ def adapted(folder: Path, targets: list[str], of_layers: int | None = None) -> P
 
 
 def stock_rewards(model: PeftModel, prompts: list[Texts]) -> Tensor:
-    """Every text by itself through transformers' own forward pass: no pack, no padding."""
+    """Every text by itself through transformers' own decoder: no pack, no padding. In fp32."""
     with as_in_transformers(model) as classifier:
-        classifier.config.pad_token_id = None
-        return torch.stack(
-            [
-                classifier(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 0]
-                for texts in prompts
-                for ids in texts.ids
-            ]
-        )
+        ends = [
+            classifier.base_model(
+                input_ids=torch.tensor([ids], device=device()), use_cache=False
+            ).last_hidden_state[0, -1]
+            for texts in prompts
+            for ids in texts.ids
+        ]
+    return cast(Tensor, head_of(classifier)(torch.stack(ends).float())[:, 0])
 
 
 def gradients(model: PeftModel, found: Tensor) -> dict[str, Tensor]:
@@ -95,6 +117,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("path")
 def test_rewards_and_gradients_are_those_of_two_stock_passes(
     tmp_path: Path, family: str, checkpointing: bool
 ) -> None:
@@ -126,6 +149,7 @@ def test_the_last_layer_works_on_the_last_tokens_alone(tmp_path: Path, family: s
     assert seen == [whole, whole, 2 * len(prompts)]
 
 
+@pytest.mark.usefixtures("path")
 def test_adapters_on_lower_layers_alone_have_the_same_gradients(tmp_path: Path) -> None:
     model = reward_model(tmp_path, "qwen2", SEPARATE, of_layers=1)
     prompts = prompts_of(2)
@@ -136,6 +160,7 @@ def test_adapters_on_lower_layers_alone_have_the_same_gradients(tmp_path: Path) 
         assert relative(found[name], gradient) < 1e-5
 
 
+@pytest.mark.usefixtures("path")
 def test_three_texts_of_a_prompt_are_three_texts(tmp_path: Path) -> None:
     model = reward_model(tmp_path, "llama", SEPARATE)
     draw = random.Random(4)
@@ -148,6 +173,7 @@ def test_three_texts_of_a_prompt_are_three_texts(tmp_path: Path) -> None:
     assert relative(found, stock_rewards(model, prompts)) < 1e-5
 
 
+@pytest.mark.usefixtures("path")
 def test_a_reward_depends_on_nothing_else_in_the_pack(tmp_path: Path) -> None:
     """Alone, in any order, in any company: within 1e-6 of the rewards' size, fp32 rounding."""
     model, prompts = reward_model(tmp_path, "qwen2", SEPARATE), prompts_of(5, 12)
@@ -162,6 +188,7 @@ def test_a_reward_depends_on_nothing_else_in_the_pack(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", [0, 1])
+@pytest.mark.usefixtures("path")
 def test_tokens_of_one_answer_never_touch_the_other_reward(tmp_path: Path, changed: int) -> None:
     model, prompts = reward_model(tmp_path, "qwen2", SEPARATE), prompts_of(6)
     before = rewards(model, pack(prompts)).view(-1, 2)
@@ -189,6 +216,7 @@ def test_tokens_of_one_answer_never_touch_the_other_reward(tmp_path: Path, chang
         ("gemma3_text", {"sliding_window": 7, "head_dim": 16}),
     ],
 )
+@pytest.mark.usefixtures("path")
 def test_a_sliding_window_is_honoured(tmp_path: Path, family: str, shape: dict[str, Any]) -> None:
     targets = ["qkv_proj"] if family == "phi3" else SEPARATE
     model, prompts = reward_model(tmp_path, family, targets, **shape), prompts_of(7)
@@ -292,45 +320,11 @@ def slowly(
     return torch.stack(outputs)[None]
 
 
-def flash_by_definition(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-    most_queries: int,
-    most_keys: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-) -> Tensor:
-    """What torch documents of varlen_attn: causal, aligned at the end, keys left of the query."""
-    assert cu_queries.dtype == cu_keys.dtype == torch.int32
-    assert window_size[1] == 0
-    assert query.shape[-1] % 8 == 0
-    outputs = []
-    cuts = zip(cu_queries.tolist(), cu_keys.tolist(), strict=True)
-    for (q0, k0), (q1, k1) in pairwise(cuts):
-        assert q1 - q0 <= most_queries
-        assert k1 - k0 <= most_keys
-        distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
-        unseen = distance < 0
-        if window_size[0] >= 0:
-            unseen |= distance > window_size[0]
-        groups = query.shape[1] // key.shape[1]
-        keys, values = (x[k0:k1].repeat_interleave(groups, 1) for x in (key, value))
-        scores = torch.einsum("qhd,khd->hqk", query[q0:q1], keys) * scale
-        weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", weights, values))
-    assert sum(map(len, outputs)) == len(query)
-    return torch.cat(outputs)
-
-
 @pytest.fixture(params=["in blocks", "in one block", "by flash"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attention:
-    """Both; the flash kernels, which want a GPU, by what they are documented to do."""
+    """Both; the flash kernels, which need a GPU, by what they are documented to do."""
     monkeypatch.setattr(attention, "BLOCK", 3 if request.param == "in blocks" else 64)
-    monkeypatch.setattr(attention, "flash", flash_by_definition)
+    monkeypatch.setattr(attention, "flash", partial(varlen.varlen_attn, enable_gqa=True))
     return by_flash if request.param == "by flash" else text_by_text
 
 
@@ -382,6 +376,151 @@ def test_a_plan_computes_masks_and_calls_once() -> None:
     assert plan.mask(2, 3, 2, torch.float32).exp().tolist() == [[1, 1, 0], [0, 1, 1]]
 
 
+# --- half precision --------------------------------------------------------------------------
+
+
+def require_as_near_as_stock(folder: Path, family: str, checkpointing: bool) -> None:
+    """Rewards and gradients in bf16 are as far from those in fp32 as transformers' own are.
+
+    All from the same weights. Two roundings of the same size, in another order, may be one and a
+    half times as far from the truth.
+    """
+    prompts = prompts_of(0, 20)
+    half = model_of(folder / "half", family, "bfloat16")
+    exact = model_of(folder / "exact", family)
+    exact.load_state_dict(half.state_dict())
+    wanted, stock = stock_rewards(exact, prompts), stock_rewards(half, prompts)
+    of_wanted, of_stock = gradients(exact, wanted), gradients(half, stock)
+    if checkpointing:
+        checkpoint_activations(half)
+    found = rewards(half.train(), pack(prompts))
+    of_found = gradients(half, found)
+    assert relative(found, wanted) < 1.5 * relative(stock, wanted)
+    assert of_found.keys() == of_wanted.keys()
+    for name, gradient in of_wanted.items():
+        assert relative(of_found[name], gradient) < 1.5 * relative(of_stock[name], gradient), name
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "Llama 2", "Mistral"])
+def test_half_precision_is_as_near_to_fp32_as_transformers_is(
+    tmp_path: Path, family: str, checkpointing: bool
+) -> None:
+    require_as_near_as_stock(tmp_path, family, checkpointing)
+
+
+# --- the path of a GPU -----------------------------------------------------------------------
+
+
+def test_variable_length_attention_is_called_as_each_torch_declares_it() -> None:
+    """And the one that is installed is as known, and has the names that its emulation has."""
+    version = ".".join(torch.__version__.split(".")[:2])
+    assert tuple(inspect.signature(varlen_attn).parameters) == varlen.PARAMETERS[version]
+    emulated = inspect.signature(varlen.varlen_attn).parameters
+    for names in varlen.PARAMETERS.values():
+        declared = inspect.Signature(
+            [inspect.Parameter(name, kind_of_parameter(name)) for name in names]
+        )
+        attention_of_a_version: Any = lambda: None  # noqa: E731
+        attention_of_a_version.__signature__ = declared
+        asked = attention.grouped(attention_of_a_version)
+        assert asked == ({"enable_gqa": True} if "enable_gqa" in names else {})
+        declared.bind_partial(*range(7), scale=1.0, window_size=(-1, 0), **asked)
+        assert set(names) >= set(emulated) - {"enable_gqa"}
+    for name, parameter in inspect.signature(varlen_attn).parameters.items():
+        assert parameter.kind == kind_of_parameter(name)
+        assert name not in emulated or emulated[name].default == parameter.default
+
+
+def kind_of_parameter(name: str) -> Any:
+    """The first seven are by place, the others by name."""
+    by_place = name in varlen.COMMON[:7]
+    return inspect.Parameter.POSITIONAL_OR_KEYWORD if by_place else inspect.Parameter.KEYWORD_ONLY
+
+
+def test_a_window_before_and_after_a_query_is_counted_from_the_last_key() -> None:
+    """The emulation by values that tell their places, for one text of 2 queries and 4 keys."""
+    query, key, value = torch.zeros(2, 1, 8), torch.zeros(4, 1, 8), torch.zeros(4, 1, 8)
+    value[:, 0, 0] = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    cu_queries, cu_keys = (torch.tensor([0, rows], dtype=torch.int32) for rows in (2, 4))
+    for window, seen in (
+        ((-1, -1), (1111 / 4, 1111 / 4)),
+        ((-1, 0), (111 / 3, 1111 / 4)),
+        ((1, 0), (110 / 2, 1100 / 2)),
+        ((0, 1), (1100 / 2, 1000)),
+    ):
+        found = varlen.varlen_attn(query, key, value, cu_queries, cu_keys, 2, 4, window_size=window)
+        assert found[:, 0, 0].tolist() == pytest.approx(seen)
+
+
+@pytest.mark.parametrize("path", ["by flash"], indirect=True)
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("size", [12, 16])
+def test_a_layer_makes_two_calls_of_flash_attention_in_heads_of_a_multiple_of_8(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = reward_model(tmp_path, "llama", SEPARATE, **{"head_dim": size}), prompts_of(10)
+    emulated, seen = attention.flash, []
+
+    def counted(query: Tensor, *rest: Any, **more: Any) -> Tensor:
+        seen.append((len(query), query.shape[-1]))
+        return emulated(query, *rest, **more)
+
+    monkeypatch.setattr(attention, "flash", counted)
+    found = rewards(model, pack(prompts))
+    own = pack(prompts).layout.own
+    assert seen == [(sum(own[:5]), 16), (sum(own[5:]), 16)] * 2 + [(5, 16)] * 2
+    wanted = stock_rewards(model, prompts)
+    assert relative(found, wanted) < 1e-5
+    wanted_gradients = gradients(model, wanted)
+    for name, gradient in gradients(model, rewards(model, pack(prompts))).items():
+        assert relative(gradient, wanted_gradients[name]) < 1e-5, name
+
+
+def test_only_what_the_kernels_take_goes_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(dtype: torch.dtype, size: int = 64, of_values: int = 64) -> bool:
+        return attention.flashes(
+            torch.zeros(1, dtype=dtype).expand(1, 2, 3, size), torch.zeros(1, 2, 3, of_values)
+        )
+
+    assert not taken(torch.bfloat16)
+    for number, there in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, found=number: found)
+        assert attention.has_flash.__wrapped__(torch.device("cuda")) == there
+    monkeypatch.setattr(attention, "has_flash", lambda device: True)
+    assert taken(torch.bfloat16)
+    assert taken(torch.float16, 256, 256)
+    assert not taken(torch.float32)
+    assert not taken(torch.bfloat16, 264, 264)
+    assert not taken(torch.bfloat16, 64, 32)
+
+
+def test_the_last_layer_shares_the_keys_of_the_others() -> None:
+    """So that nothing more has to be sent to a GPU that is at work."""
+    plan = Plan(pack(prompts_of(0)).layout, torch.device("cpu"))
+    x = torch.zeros(0)
+    for whole, last in zip(plan.calls, attention.AtEnds(plan, (x, x)).calls, strict=True):
+        assert last.keys is whole.keys
+        assert last.cu_keys is whole.cu_keys
+        assert (last.queries, last.most_queries, last.most_keys) == (5, 1, whole.most_keys)
+        assert last.cu_queries.tolist() == [0, 1, 2, 3, 4, 5]
+        assert last.cu_queries.dtype == torch.int32
+
+
+def test_a_mask_for_a_gpu_has_memory_of_its_own() -> None:
+    """Aligned, as its kernels need it; `meta` stands for a device that is not the CPU."""
+    layout = pack(prompts_of(0, 20)).layout
+    plan = Plan(layout, torch.device("meta"))
+    most = max(before + own for before, own in zip(layout.prefix, layout.own, strict=True))
+    assert plan.block == most
+    for queries, keys in ((3, 5), (most, most), (1, most)):
+        mask = plan.mask(queries, keys, None, torch.float32)
+        assert mask.shape == (queries, keys)
+        assert mask.storage_offset() == 0
+        assert mask.is_contiguous()
+
+
 # --- on a GPU --------------------------------------------------------------------------------
 
 
@@ -418,23 +557,7 @@ def test_flash_attention_is_text_by_text_within_bf16(
 @pytest.mark.cuda
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "Llama 2", "Mistral"])
-def test_bf16_rewards_and_gradients_are_those_of_fp32_within_rounding(
+def test_half_precision_on_a_gpu_is_as_near_to_fp32_as_transformers_is(
     tmp_path: Path, family: str, checkpointing: bool
 ) -> None:
-    exact, half = (model_of(tmp_path / name, family) for name in ("exact", "half"))
-    half.load_state_dict(exact.state_dict())
-    for module in half.modules():
-        if not isinstance(module, nn.Linear) or module is head_of(half.get_base_model()):
-            continue
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            module.to(torch.bfloat16)
-    cast(Any, half.get_base_model()).base_model.embed_tokens.to(torch.bfloat16)
-    if checkpointing:
-        checkpoint_activations(half)
-    half.train()
-    batch = pack(prompts_of(0, 20))
-    wanted, found = rewards(exact, batch), rewards(half, batch)
-    assert relative(found, wanted) < 0.02
-    wanted_gradients, found_gradients = gradients(exact, wanted), gradients(half, found)
-    for name, gradient in wanted_gradients.items():
-        assert relative(found_gradients[name], gradient) < 0.05, name
+    require_as_near_as_stock(tmp_path, family, checkpointing)

@@ -7,8 +7,8 @@ one for the others; elsewhere by PyTorch's own attention, block by block of each
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from operator import add
 from typing import Any
 
@@ -23,12 +23,18 @@ from reward.model.plain import require_plain
 from reward.model.swapping import Swapped, swap_in
 
 NAME = "packs"
-FLASH_HEAD_SIZE = 256
-# Queries of one call elsewhere. Fewer compute fewer scores that are masked, in more calls.
+# What the kernels of flash attention take, from Ampere on.
+FLASH_DTYPES, FLASH_HEAD_SIZE, FLASH_CAPABILITY = (torch.float16, torch.bfloat16), 256, (8, 0)
+# Queries of one call on a CPU. Fewer compute fewer scores that are masked, in more calls.
 BLOCK = 64
-# torch 2.11 groups heads unasked, later ones want to be asked.
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-flash: Callable[..., Any] = partial(varlen_attn, **GROUPED)  # type: ignore[arg-type]
+
+
+def grouped(function: Callable[..., Any]) -> dict[str, bool]:
+    """What asks variable-length attention to share keys between heads; torch 2.11 does unasked."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
+
+
+flash: Callable[..., Any] = partial(varlen_attn, **grouped(varlen_attn))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -52,24 +58,35 @@ class Plan:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device = layout, device
         self.masks: dict[int | None, Tensor] = {}
+        self.most = max(map(add, layout.prefix, layout.own))
+        # On a GPU it is the number of calls that costs: one a text.
+        self.block = BLOCK if device.type == "cpu" else self.most
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where in the row each text has its last token, on the device: [texts]."""
+        return sent(torch.tensor(self.layout.ends), self.device)
 
     def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Those that a layer's queries see, of those that the layer has computed."""
         return key, value
 
     def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """0 where a query sees a key and -inf elsewhere, [queries, keys], at most BLOCK queries.
+        """0 where a query sees a key, -inf elsewhere: [queries, keys], at most a block's queries.
 
-        Aligned at the end, it is a corner of the largest one, which is made once for a window.
+        Aligned at the end, it is a corner of the largest one, which is made once for a window. The
+        kernels of a GPU read masks 16 bytes at a time, from addresses that allow it; a corner may
+        begin anywhere, and PyTorch looks at its strides alone. So a GPU gets a copy.
         """
+        block, most = self.block, self.most
         if window not in self.masks:
-            most = max(map(add, self.layout.prefix, self.layout.own))
-            last = torch.arange(most - BLOCK, most, device=self.device)[:, None]
+            last = torch.arange(most - block, most, device=self.device)[:, None]
             distance = last - torch.arange(most, device=self.device)
             unseen = (distance < 0) | (distance >= (window or most))
-            mask = torch.zeros(BLOCK, most, dtype=dtype, device=self.device)
+            mask = torch.zeros(block, most, dtype=dtype, device=self.device)
             self.masks[window] = mask.masked_fill_(unseen, float("-inf"))
-        return self.masks[window][-queries:, -keys:]
+        corner = self.masks[window][-queries:, -keys:]
+        return corner if self.device.type == "cpu" else corner.clone()
 
     @cached_property
     def calls(self) -> list[Call]:
@@ -85,13 +102,13 @@ class Plan:
         seen = [len(piece) for piece in pieces]
         calls = [self._call(slice(sum(seen[:firsts])), layout.queries[:firsts], seen[:firsts])]
         if firsts < len(pieces):
-            keys = torch.cat(pieces[firsts:]).to(self.device)
+            keys = sent(torch.cat(pieces[firsts:]), self.device)
             calls.append(self._call(keys, layout.queries[firsts:], seen[firsts:]))
         return calls
 
     def _call(self, keys: slice | Tensor, queries: list[int], seen: list[int]) -> Call:
         cu_queries, cu_keys = (
-            torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(self.device)
+            sent(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), self.device)
             for lengths in (queries, seen)
         )
         return Call(sum(queries), keys, cu_queries, cu_keys, max(queries), max(seen))
@@ -117,10 +134,34 @@ class AtEnds(Plan):
 
     def __init__(self, plan: Plan, known: tuple[Tensor, Tensor]) -> None:
         super().__init__(plan.layout.at_ends(), plan.device)
-        self._known = known
+        self._plan, self._known = plan, known
 
     def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return self._known
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """Those of the other layers, with one query for each text: 0, 1, 2, ... cut them apart."""
+        return [
+            replace(
+                call,
+                queries=len(call.cu_keys) - 1,
+                cu_queries=torch.arange(len(call.cu_keys), dtype=torch.int32, device=self.device),
+                most_queries=1,
+            )
+            for call in self._plan.calls
+        ]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device.
+
+    A copy from pageable memory waits until the GPU has done all that it was told; this one, from
+    pinned memory, takes its turn.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def attend(
@@ -152,11 +193,16 @@ def attend(
 def flashes(query: Tensor, value: Tensor) -> bool:
     """Whether variable-length flash attention takes these tensors."""
     return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
+        query.dtype in FLASH_DTYPES
         and query.shape[-1] == value.shape[-1] <= FLASH_HEAD_SIZE
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and has_flash(query.device)
     )
+
+
+@cache
+def has_flash(device: torch.device) -> bool:
+    """Whether a device has the kernels: a T4 and a CPU have not."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
 def by_flash(
@@ -169,7 +215,9 @@ def by_flash(
 ) -> Tensor:
     """Two variable-length calls. Heads are filled up with zeros to a multiple of 8."""
     size = query.shape[-1]
-    query, key, value = (pad(x[0].transpose(0, 1), (0, -size % 8)) for x in (query, key, value))
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if size % 8:  # pad copies, even where it adds nothing
+        query, key, value = (pad(x, (0, -size % 8)) for x in (query, key, value))
     parts = query.split([call.queries for call in plan.calls])
     outputs = [
         flash(
@@ -200,7 +248,7 @@ def text_by_text(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """A call for each BLOCK of a text's queries, with the keys up to its end and no others.
+    """A call for each block of a text's queries, with the keys up to its end and no others.
 
     The row is split, not sliced: the gradient of each slice would be a whole row.
     """
@@ -214,7 +262,7 @@ def text_by_text(
             own_key = torch.cat([keys[owner][:, :, :prefix], own_key], 2)
             own_value = torch.cat([values[owner][:, :, :prefix], own_value], 2)
         end = own_key.shape[2] - part.shape[2]
-        for block in part.split(BLOCK, 2):
+        for block in part.split(plan.block, 2):
             queries, end = block.shape[2], end + block.shape[2]
             start = max(0, end - queries - window + 1) if window else 0
             seen, windowed = end - start, window is not None and end - start > window
@@ -253,7 +301,7 @@ class LastLayer(Swapped):
             layer(hidden_states, plan=KeysAlone(plan.layout, plan.device), **rest)
         except Known as found:
             known = found.keys_and_values
-        ends = torch.tensor(plan.layout.ends, device=plan.device)
+        ends = plan.ends
         rotations = rest.pop("position_embeddings")
         return layer(
             hidden_states[:, ends],

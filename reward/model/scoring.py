@@ -28,19 +28,19 @@ def rewards(model: PeftModel, batch: Pack) -> Tensor:
 
 def last_hidden(model: PeftModel, batch: Pack) -> Tensor:
     """The base's output at the last token of every text, prompt by prompt: [texts, hidden size]."""
+    plan = attention.Plan(batch.layout, device())
+    ids, positions, order = (
+        attention.sent(each, device())
+        for each in (batch.input_ids, batch.position_ids, batch.order)
+    )
     hidden = (
         cast(PreTrainedModel, model.get_base_model())
-        .base_model(
-            input_ids=batch.input_ids.to(device()),
-            position_ids=batch.position_ids.to(device()),
-            plan=attention.Plan(batch.layout, device()),
-            use_cache=False,
-        )
+        .base_model(input_ids=ids, position_ids=positions, plan=plan, use_cache=False)
         .last_hidden_state[0]
     )
-    if len(hidden) != len(batch.order):
-        hidden = hidden[batch.layout.ends]
-    return cast(Tensor, hidden[batch.order.to(device())])
+    if len(hidden) != len(order):
+        hidden = hidden[plan.ends]
+    return cast(Tensor, hidden[order])
 
 
 @torch.no_grad()
