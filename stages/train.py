@@ -147,7 +147,9 @@ def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
     torch.set_num_threads(processors())
     # cuBLAS reads it when it is first used.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+    # Where it may only warn, attention takes the kernels that differ from run to run.
+    torch.use_deterministic_algorithms(options.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     set_seed(options.seed)
     model = load_base(BASE, quantization)
     new_head(model, options.seed)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from reward.model import checkpoints, trainer
 from reward.model.base import Quantization, head_of
 from reward.model.packing import Texts, pairs_of, tokens
 from reward.model.pairwise import chosen_and_rejected
-from reward.model.scoring import as_in_transformers, rewards, score
+from reward.model.scoring import as_in_transformers, rewards, score, within_memory
 from reward.outputs import digest, digests, read_json
 from reward.process import Fault
 from stages import preprocess, train
@@ -325,6 +325,57 @@ def test_auto_finds_the_largest_pack_that_memory_holds(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_auto_tries_packs_as_training_will_compute_them_the_smallest_first(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    set_params("train", tokens_per_pack="auto", gradient_checkpointing=checkpointing)
+    ours = a_trainer()
+    tried, original = [], ours.attempt
+
+    def noted(pairs: list[Texts]) -> torch.Tensor | None:
+        layers = cast(Any, ours.reward_model.get_base_model()).base_model.layers
+        tried.append((ours.tokens_per_pack, {layer.gradient_checkpointing for layer in layers}))
+        return original(pairs)
+
+    monkeypatch.setattr(ours, "attempt", noted)
+    most = trainer.largest_pack(ours)
+    least = max(tokens(texts) for texts in training_pairs())
+    assert tried == [(least, {checkpointing}), (most, {checkpointing})]
+
+
+@pytest.mark.parametrize(
+    ("message", "of_memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasSgemm(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(`", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_what_the_libraries_of_cuda_say_without_memory_is_known(
+    message: str, of_memory: bool
+) -> None:
+    def work() -> torch.Tensor:
+        raise RuntimeError(message)
+
+    if of_memory:
+        assert within_memory(work) is None
+    else:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            within_memory(work)
+
+
+def test_deterministic_kernels_are_asked_for_and_not_only_warned_of(set_params: SetParams) -> None:
+    """Attention of a GPU takes others where PyTorch is told to warn."""
+    for deterministic in (True, False):
+        set_params("train", deterministic=deterministic)
+        built()
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 def test_the_size_of_packs_is_in_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch, steps: list[dict[str, Any]]
 ) -> None:
@@ -468,6 +519,17 @@ def test_optimizers_for_cuda_fall_back_with_one_line(
     found = trainer.arguments(params.load("train", trainer.Train), tmp_path)
     assert found.optim == "adamw_torch_fused"
     assert capsys.readouterr().out.startswith(f"optimizer: {optim} is for CUDA; here adamw_torch_f")
+
+
+def test_a_step_has_its_pairs_however_many_gpus_are_in_sight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    found = trainer.arguments(params.load("train", trainer.Train), tmp_path)
+    assert found.device == torch.device("cuda:0")
+    assert (found.per_device_train_batch_size, found.train_batch_size) == (4, 4)
 
 
 # --- what is written -------------------------------------------------------------------------

@@ -17,6 +17,14 @@ from reward.model.packing import Pack, Texts, into_packs, pack, tokens
 from reward.model.swapping import swapped_out
 from reward.process import Fault
 
+# What an error says where memory does not suffice, if it is not one of PyTorch's or Python's own:
+# of a CPU, of CUDA, and of cuBLAS, which takes memory of its own for every thread that uses it.
+WITHOUT_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "when calling `cublasCreate(",
+)
 # How far a pack may be from its texts alone, as a share of the hidden states' norm.
 EXACT, EXACT_IN_HALF = 1e-3, 0.05
 
@@ -92,9 +100,8 @@ def within_memory(work: Callable[..., Tensor], *arguments: Any) -> Tensor | None
     try:
         return work(*arguments)
     except (MemoryError, RuntimeError) as error:
-        # PyTorch has an error of its own for the memory of a GPU alone.
-        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+        named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not named and not any(sign in str(error) for sign in WITHOUT_MEMORY):
             raise
     torch.cuda.empty_cache()
     return None

@@ -161,10 +161,11 @@ class RewardTrainer(Trainer):
             largest = max(([lengths[index] for index in indices] for indices in packs), key=sum)
             self.tokens_per_pack = halved(largest, f"step {self.state.global_step + 1}")
             print(f"memory     does not suffice, packs have {self.tokens_per_pack} tokens from now")
-        self.sums, self.pairs = self.sums + sums.cpu(), self.pairs + len(pairs)
-        loss = sums[0] / len(pairs)
-        require_finite("loss", loss.item(), self.state.global_step + 1)
-        return loss
+        # The one wait for a GPU in a step.
+        on_cpu = sums.cpu()
+        self.sums, self.pairs = self.sums + on_cpu, self.pairs + len(pairs)
+        require_finite("loss", on_cpu[0].item(), self.state.global_step + 1)
+        return sums[0] / len(pairs)
 
     def attempt(self, pairs: list[Texts]) -> Tensor | None:
         """Sums of loss, correct pairs and margin, [3], their gradient accumulated.
@@ -285,7 +286,7 @@ def arguments(options: Train, folder: Path) -> TrainingArguments:
     optim = optimizer(options)
     if optim != options.optim:
         print(f"optimizer: {options.optim} is for CUDA; here {optim}, the same method in 32 bits")
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=options.pairs_per_step,
         num_train_epochs=options.num_train_epochs,
@@ -311,6 +312,9 @@ def arguments(options: Train, folder: Path) -> TrainingArguments:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
+    # Where it sees more GPUs than one, the Trainer hands out so many times the pairs of a step.
+    found._n_gpu = min(found.n_gpu, 1)
+    return found
 
 
 class LastStep(TrainerCallback):
@@ -436,23 +440,28 @@ def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -
 def largest_pack(trainer: RewardTrainer) -> int:
     """The most tokens of a pack that the GPU holds, by trial steps on the longest pairs.
 
-    Found to an eighth, and an eighth is left free. A step's pairs are the most that is of use.
+    Found to an eighth, and an eighth is left free. A step's pairs are the most that is of use. The
+    smallest pack comes first, so that libraries of CUDA take what they need while there is room.
     """
     pairs = longest(trainer.train_pairs, trainer.args.per_device_train_batch_size)
     trainer.reward_model.train()
+    if trainer.args.activation_checkpointing:
+        # The Trainer will do so again when it begins.
+        kwargs = trainer.args.activation_checkpointing_kwargs
+        trainer.reward_model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
 
     def is_held(size: int) -> bool:
         trainer.tokens_per_pack = size
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             found = trainer.attempt(pairs)
         trainer.reward_model.zero_grad()
         return found is not None
 
     fitting, most = tokens(pairs[0]), sum(map(tokens, pairs))
-    if is_held(most):
-        return most
     if not is_held(fitting):
         halved([fitting], "before the first step")
+    if is_held(most):
+        return most
     while most - fitting > fitting // 8:
         middle = (fitting + most) // 2
         fitting, most = (middle, most) if is_held(middle) else (fitting, middle)
