@@ -8,6 +8,7 @@ loads a copy of the folder through each client of reward.exporting.clients, and 
 finds must be those that were evaluated.
 """
 
+import gc
 import shutil
 import sys
 import tempfile
@@ -108,6 +109,8 @@ def score_elsewhere(
 
     Raises a Fault where a client ends otherwise than with rewards.
     """
+    # Quantized weights and their modules refer to each other, and would stay on the GPU till then.
+    gc.collect()
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as name:
         elsewhere = Path(name)

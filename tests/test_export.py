@@ -1,12 +1,14 @@
 """The export: complete, scored alike by every client, and usable as its card says."""
 
 import contextlib
+import gc
 import json
 import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -34,7 +36,7 @@ from reward.data.tokens import Encoder, Template
 from reward.exporting import clients, clients_trl, gate, portable
 from reward.exporting.clients import FOUND, PACKS, Request, select
 from reward.exporting.exported import Trained, load_exported, write_exported
-from reward.exporting.given import COUNT_PADDING, Client, paired
+from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
 from reward.model.base import (
     Quantization,
     add_lora,
@@ -212,6 +214,53 @@ def expected(folder: Path, prompt: str, answers: list[str]) -> list[float]:
         load_exported(folder), [Texts([ids], 0) for ids in encoder.encode(texts)], 512
     ).tolist()
     return rewards
+
+
+# --- what is held meanwhile ------------------------------------------------------------------
+
+
+class Quantized:
+    """Refers to itself, as a quantized model does: only the garbage collector lets go of it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """The garbage collector runs when it is called and not by itself."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_the_model_that_was_written_is_gone_before_clients_load_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, alive = weakref.ref(Quantized()), []
+
+    def looked_at(*_: Any) -> subprocess.CompletedProcess[str]:
+        alive.append(written())
+        return subprocess.CompletedProcess([], 1)
+
+    monkeypatch.setattr(gate, "run_clients", looked_at)
+    with pytest.raises(Fault, match="ended with status 1"):
+        export.score_elsewhere(tmp_path, "light", 4096)
+    assert alive == [None]
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_the_model_of_a_client_is_gone_before_the_next_loads_its_own() -> None:
+    before, alive = weakref.ref(Quantized()), []
+
+    def opened(_: Exported) -> Score:
+        alive.append(before())
+        return lambda form: paired([], [])
+
+    nothing: Any = None
+    clients.found_by(Client("next", opened, (clients.PACKED,), merged=False), nothing)
+    assert alive == [None]
 
 
 # --- what is written -------------------------------------------------------------------------

@@ -9,6 +9,7 @@ no packs take ids or text, right- and left-padded, one by one, ending in eos.
 """
 
 import argparse
+import gc
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ def find(request: Request) -> pa.Table:
 
 def found_by(client: Client, exported: Exported) -> pa.Table:
     """What a client finds in all its forms."""
+    # Of the client before, which refers to itself.
+    gc.collect()
+    torch.cuda.empty_cache()
     rewards = client.open(exported)
     tables = []
     for form in client.forms:
@@ -103,8 +107,9 @@ def packs(exported: Exported) -> Score:
 
 
 def original_base(exported: Exported) -> Score:
-    """The adapter on the base as it was before it was quantized."""
-    base = load_base(exported.base, Quantization.unquantized("float32"))
+    """The adapter on the base as it was before it was quantized, computed as in training."""
+    dtype = exported_quantization(exported.folder).compute_dtype
+    base = load_base(exported.base, Quantization.unquantized(dtype))
     return by_packs(exported, adapt(base, exported.folder))
 
 
@@ -159,7 +164,7 @@ def of_ids(model: Any, tokenizer: Any, texts: Sequence[list[int]], form: Form) -
     for start in range(0, len(texts), form.batch):
         some = {"input_ids": texts[start : start + form.batch]}
         rows = tokenizer.pad(some, padding_side=form.side, return_tensors="pt")
-        rewards += model(**rows.to(device())).logits[:, 0].tolist()
+        rewards += model(**rows.to(device()), use_cache=False).logits[:, 0].tolist()
     return rewards
 
 

@@ -222,8 +222,10 @@ def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """The model, whose weights are turned into the numbers that its 4 bits stand for, and LoRA's.
 
     PEFT's merge into 4 bits would quantize again, and the original weights are not what was
-    trained: both change rewards. In fp32; `model` itself is used up.
+    trained: both change rewards. In fp32, eight times the memory of 4 bits, hence on the CPU;
+    `model` itself is used up.
     """
+    model = model.cpu()
     transposed = [
         name
         for name, module in model.named_modules()
