@@ -36,6 +36,7 @@ from reward.model.base import (
     save,
     seal,
 )
+from reward.model.layers import multiplies_bf16
 from reward.model.scoring import require_exact
 from reward.model.trainer import (
     RewardTrainer,
@@ -80,6 +81,7 @@ def main() -> None:
     quantization = params.load("quantization", Quantization)
     require_possible(options)
     require_same_source()
+    report_precision(quantization)
     recorded(TOKENIZED / "template.json")
     train, validation = (tokenized.load(path, BASE) for path in SPLITS)
     with checkpoints.locked(fingerprint(options, lora, quantization)) as saved:
@@ -107,6 +109,15 @@ def require_possible(options: Train) -> None:
         raise Fault(
             f"params.yaml: train.report_to is {options.report_to}, which is not installed here; "
             f"pip install {options.report_to}, or none"
+        )
+
+
+def report_precision(quantization: Quantization) -> None:
+    """Say where `auto` computes in fp32 on a processor that is faster in bf16."""
+    if quantization.compute_dtype == "auto" and device().type == "cpu" and multiplies_bf16():
+        print(
+            "precision  fp32, as auto is on a CPU; this processor would be faster in bf16, at its "
+            "rounding: dvc exp run -S quantization.compute_dtype=bfloat16"
         )
 
 

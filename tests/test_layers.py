@@ -1,6 +1,7 @@
 """The layers of a frozen base: what they compute is what PyTorch, bitsandbytes and PEFT compute."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,16 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-def outcome(module: Any, x: Tensor, seed: int = 0) -> list[Tensor]:
-    """Output of a module, then the gradients of its input and of whatever it trains."""
+def outcome(function: Any, x: Tensor, seed: int = 0, of: Any = None) -> list[Tensor]:
+    """Output of a module, then the gradients of its input and of whatever it trains.
+
+    Or of a function that computes what a module does.
+    """
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    found = module(x)
-    weights = torch.linspace(-1, 2, found.numel()).view_as(found)
+    trained = [p for p in (of or function).parameters() if p.requires_grad]
+    found = function(x)
+    weights = torch.linspace(-1, 2, found.numel()).view_as(found).to(found)
     return [found.detach(), *torch.autograd.grad((found * weights).sum(), [x, *trained])]
 
 
@@ -192,10 +196,90 @@ def test_an_adapter_that_is_switched_off_adds_nothing(tmp_path: Path) -> None:
     assert not torch.equal(layer(x), layer.base_layer(x))
 
 
-def test_in_half_precision_nothing_is_changed(tmp_path: Path) -> None:
-    model = reward_model(tmp_path, dtype="bfloat16")
-    changed = [name for name, module in model.named_modules() if isinstance(module, Swapped)]
-    assert [name.rsplit(".", 2)[-2:] for name in changed] == [["layers", "1"]]
+# --- half precision --------------------------------------------------------------------------
+
+
+def by_definition(module: Any) -> Callable[[Tensor], Tensor]:
+    """What a linear layer, one with an adapter, or an RMS norm is, in fp64."""
+
+    def linear_layer(x: Tensor) -> Tensor:
+        base: Any = getattr(module, "base_layer", module)
+        found = x.double() @ layers.dense(base).double().T
+        if base.bias is not None:
+            found = found + base.bias.double()
+        if isinstance(module, LoraLayer):
+            lora: Any = module
+            a, b = (part["default"].weight.double() for part in (lora.lora_A, lora.lora_B))
+            found = found + lora.scaling["default"] * (x.double() @ a.T @ b.T)
+        return found
+
+    def norm(x: Tensor) -> Tensor:
+        size = x.double().square().mean(-1, keepdim=True) + module.variance_epsilon
+        return module.weight.double() * x.double() / size.sqrt()
+
+    return norm if hasattr(module, "variance_epsilon") else linear_layer
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("family", "quantization"), [("qwen2", "4"), ("llama", "none")])
+@pytest.mark.parametrize("training", [True, False])
+def test_in_half_precision_every_layer_is_as_near_to_its_definition_as_before(
+    tmp_path: Path, family: str, quantization: str, training: bool, dtype: str
+) -> None:
+    """Output, gradient of the input, and gradients of adapters, which are fp32."""
+    model = reward_model(tmp_path, family, quantization, dtype=dtype).train(training)
+    kinds = set()
+    module: Any
+    for name, module in modules(model, Swapped).items():
+        if name.endswith("layers.1"):
+            continue
+        features = module.in_features if hasattr(module, "in_features") else len(module.weight)
+        x = torch.randn(1, 40, features, generator=torch.Generator().manual_seed(2))
+        x = x.to(getattr(torch, dtype))
+        found, wanted = outcome(module, x), outcome(by_definition(module), x.double(), of=module)
+        with as_in_transformers(model):
+            stock = outcome(module, x)
+        assert [each.dtype for each in found] == [each.dtype for each in stock]
+        for ours, theirs, exact in zip(found, stock, wanted, strict=True):
+            rounding = relative(theirs.double(), exact.double())
+            assert relative(ours.double(), exact.double()) < 1.05 * rounding + 1e-6, name
+            assert rounding < 0.01, name
+        kinds.add(type(module).__mro__[1])
+    assert kinds == {layers.AdaptedLayer, layers.FrozenLayer, layers.Norm}
+
+
+def test_dropout_in_half_precision_drops_what_pefts_drops(tmp_path: Path) -> None:
+    model = reward_model(tmp_path, dropout=0.5, dtype="bfloat16").train()
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    layer = next(module for module in modules(model, LoraLayer).values())
+    found = outcome(layer, x)
+    with as_in_transformers(model):
+        wanted = outcome(layer, x)
+    for one, other in zip(found, wanted, strict=True):
+        assert relative(one, other) < 0.02
+    assert relative(outcome(layer, x, seed=1)[0], wanted[0]) > 0.1
+
+
+def test_what_half_precision_keeps_for_gradients_is_half(tmp_path: Path) -> None:
+    """But for what is small: adapters, [rank, size], and one number a row of a norm."""
+    model = reward_model(tmp_path, dtype="bfloat16").train()
+    x = torch.randn(1, 50, 64).bfloat16().requires_grad_()
+    for name, module in modules(model, Swapped).items():
+        if name.endswith("layers.1") or "down_proj" in name:
+            continue
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor, to: list[Tensor] = kept) -> Tensor:
+            to.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            module(x)
+        wide = [each for each in kept if each.dtype == torch.float32]
+        assert all(each.numel() <= 4 * 96 for each in wide), name
+
+
+# --- what is kept ----------------------------------------------------------------------------
 
 
 def test_a_frozen_layer_keeps_nothing_for_its_gradient(tmp_path: Path) -> None:

@@ -532,12 +532,34 @@ def test_a_step_has_its_pairs_however_many_gpus_are_in_sight(
     assert (found.per_device_train_batch_size, found.train_batch_size) == (4, 4)
 
 
+@pytest.mark.parametrize("compute_dtype", ["auto", "float32"])
+@pytest.mark.parametrize(
+    ("found", "faster"),
+    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_bf16": False}, False)],
+)
+def test_auto_says_in_a_line_where_bf16_would_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: dict[str, bool],
+    faster: bool,
+    compute_dtype: Any,
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found)
+    train.report_precision(Quantization.unquantized(compute_dtype))
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == ("faster in bf16" in printed)
+    assert ("faster in bf16" in printed) == (faster and compute_dtype == "auto")
+
+
 # --- what is written -------------------------------------------------------------------------
 
 
 def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
-    steps: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+    steps: list[dict[str, Any]],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {})
     train.main()
     assert set(outs()) == {
         "adapter/adapter_config.json",

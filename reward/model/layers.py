@@ -1,13 +1,17 @@
-"""The layers of a frozen base in fp32, computed in less time and memory, equal to rounding.
+"""The layers of a frozen base, computed in less time and memory, equal to rounding.
 
-Their products are oneDNN's where PyTorch has it: MKL, which PyTorch takes by itself, leaves half of
-the speed of processors that are not Intel's unused. What an adapter adds goes into the result of
-its layer in place, and nothing is kept that a frozen layer needs no gradient of.
+Their products in fp32 are oneDNN's where PyTorch has it: MKL, which PyTorch takes by itself, leaves
+half of the speed of processors that are not Intel's unused. What an adapter adds goes into the
+result of its layer in place, and nothing is kept that a frozen layer needs no gradient of.
+
+In half precision the base's numbers, what goes in and what comes out are halves. Adapters and their
+gradients are fp32, norms are computed in it, and what was kept in half is widened when it is used.
 """
 
 from typing import Any, cast
 
 import torch
+from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
@@ -24,13 +28,11 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def swap_layers(model: PeftModel) -> None:
-    """Have linear layers, adapters and RMS norms of a decoder in fp32 computed as they are here.
+    """Have linear layers, adapters and RMS norms of a decoder computed as they are here.
 
     What is not known here is computed as before.
     """
     classifier = cast(PreTrainedModel, model.get_base_model())
-    if classifier.dtype != torch.float32:
-        return
     for module in classifier.base_model.modules():
         if isinstance(module, LoraLayer):
             if type(module.base_layer) in LINEAR:
@@ -44,11 +46,20 @@ def swap_layers(model: PeftModel) -> None:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight' + bias in fp32: [..., outputs] of [..., inputs] and [outputs, inputs]."""
-    if ONEDNN and x.device.type == "cpu":
+    """x weight' + bias: [..., outputs] of [..., inputs] and [outputs, inputs].
+
+    In half precision PyTorch multiplies by oneDNN itself.
+    """
+    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return found
     return linear(x, weight, bias)
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for products of bf16, which oneDNN takes."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def dense(layer: nn.Module) -> Tensor:
@@ -57,6 +68,14 @@ def dense(layer: nn.Module) -> Tensor:
     if isinstance(layer, Linear4bit):
         return dequantize_4bit(weight.data, weight.quant_state)
     return weight
+
+
+def output(layer: Any, x: Tensor) -> Tensor:
+    """What a linear layer makes of x. On a GPU bitsandbytes has kernels that read 4 bits."""
+    if x.is_cuda and isinstance(layer, Linear4bit):
+        weight: Any = layer.weight
+        return matmul_4bit(x, weight, weight.quant_state, bias=layer.bias)
+    return product(x, dense(layer), layer.bias)
 
 
 # --- linear layers and adapters --------------------------------------------------------------
@@ -68,7 +87,7 @@ class Frozen(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
-        return product(x, dense(layer), layer.bias)
+        return output(layer, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -83,35 +102,48 @@ class FrozenLayer(Swapped):
         return cast(Tensor, Frozen.apply(x, self))
 
 
+def add_product(to: Tensor, one: Tensor, other: Tensor, scaling: float = 1.0) -> None:
+    """Add scaling * one other, in fp32, to rows that are fp32 or half."""
+    if to.dtype == one.dtype:
+        to.addmm_(one, other, alpha=scaling)
+    else:
+        to.add_(one @ other, alpha=scaling)
+
+
 class Adapted(Function):
-    """x W' + bias + s (y A') B', where y is what dropout leaves of x: None, where that is all."""
+    """x W' + bias + s (y A') B', where y is what dropout leaves of x: None, where that is all.
+
+    W and its gradient of x are in the base's numbers, A, B and all that they are multiplied with in
+    fp32. With G the gradient of the result and S = s G B, [rows, rank], that of x through A and B
+    is S A, that of A is S' y, and that of B is s G' (y A').
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scaling: float, layer: Any
     ) -> Tensor:
         kept = x if y is None else y
-        inner = kept.flatten(0, -2) @ a.T
+        inner = kept.flatten(0, -2).float() @ a.T
         ctx.save_for_backward(kept, inner, a, b)
         ctx.scaling, ctx.layer, ctx.dropped = scaling, layer, y is not None
-        found = product(x, dense(layer), layer.bias)
-        found.view(-1, len(b)).addmm_(inner, b.T, alpha=scaling)
+        found = output(layer, x)
+        add_product(found.view(-1, len(b)), inner, b.T, scaling)
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         kept, inner, a, b = ctx.saved_tensors
         [gradient] = gradients
-        rows = gradient.flatten(0, -2)
+        rows = gradient.flatten(0, -2).float()
         scaled = (rows @ b).mul_(ctx.scaling)
         of_x = of_y = None
         if ctx.needs_input_grad[0]:
             of_x = product(gradient, dense(ctx.layer).T)
             if not ctx.dropped:
-                of_x.view(-1, a.shape[1]).addmm_(scaled, a)
+                add_product(of_x.view(-1, a.shape[1]), scaled, a)
         if ctx.needs_input_grad[1]:
-            of_y = (scaled @ a).view_as(kept)
-        of_a = scaled.T @ kept.flatten(0, -2)
+            of_y = (scaled @ a).to(kept.dtype).view_as(kept)
+        of_a = scaled.T @ kept.flatten(0, -2).float()
         of_b = (rows.T @ inner).mul_(ctx.scaling)
         return of_x, of_y, of_a, of_b, None, None
 
@@ -135,22 +167,27 @@ class AdaptedLayer(Swapped):
 
 
 class RootMeanSquare(Function):
-    """w x / sqrt(mean(x^2) + eps): Zhang and Sennrich 2019, equation 4. Keeps x, and no more."""
+    """w x / sqrt(mean(x^2) + eps): Zhang and Sennrich 2019, equation 4. Keeps x, and no more.
+
+    With c = 1 / sqrt(...) and n features, the gradient of x is c w G - c^3 / n (w G . x) x. All of
+    it is computed in fp32; as in transformers, a half is rounded before its weight.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(epsilon))
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (x * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, scale = ctx.saved_tensors
-        scaled = gradients[0] * weight
-        along = (scaled * x).sum(-1, keepdim=True)
+        [gradient], wide = gradients, x.float()
+        scaled = gradient.float() * weight
+        along = (scaled * wide).sum(-1, keepdim=True)
         along.mul_(scale.pow(3)).div_(-x.shape[-1])
-        return scaled.mul_(scale).addcmul_(x, along), None, None
+        return scaled.mul_(scale).addcmul_(wide, along).to(x.dtype), None, None
 
 
 class Norm(Swapped):
@@ -170,7 +207,8 @@ def is_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not hasattr(module, "variance_epsilon") or not isinstance(weight, Tensor):
         return False
-    x = torch.linspace(-1, 3, 2 * len(weight), device=weight.device).view(2, -1)
+    x = torch.linspace(-1, 3, 2 * len(weight)).view(2, -1).to(weight)
     found, expected = root_mean_square(module, x), module(x)
-    close = (found - expected).norm() <= 1e-5 * expected.norm()
+    rounding = 1e-5 if weight.dtype == torch.float32 else 1e-2
+    close = (found - expected).norm() <= rounding * expected.norm()
     return found.shape == expected.shape and bool(close)
