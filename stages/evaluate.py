@@ -52,7 +52,7 @@ from reward.judging.metrics import (
     spread,
 )
 from reward.model.base import Quantization, load
-from reward.model.packing import pairs_of, tokens
+from reward.model.packing import extremes, pairs_of, tokens
 from reward.model.pairwise import chosen_and_rejected, margins
 from reward.model.scoring import require_exact, score
 from reward.outputs import recorded, whole_folder, write_json, writing
@@ -98,7 +98,9 @@ def main() -> None:
     model = load(BASE, ADAPTER, quantization)
     sets = load_sets()
     datasets = [test, *(each.pairs for each in sets)]
-    require_exact(model, max((pair for each in datasets for pair in pairs_of(each)), key=tokens))
+    pairs = [pair for each in datasets for pair in pairs_of(each)]
+    full = extremes([*map(tokens, pairs)], options.tokens_per_pack)
+    require_exact(model, [pairs[index] for index in full])
     table, *further = [rewards_of(model, each, options.tokens_per_pack) for each in datasets]
     judged, resampling = as_judged(table), Resampling(options.bootstrap_samples, options.seed)
     figures = measure(table, judged, resampling)

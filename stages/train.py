@@ -37,11 +37,12 @@ from reward.model.base import (
     seal,
 )
 from reward.model.layers import multiplies_bf16
+from reward.model.plain import require_length
 from reward.model.scoring import require_exact
 from reward.model.trainer import (
     RewardTrainer,
     Train,
-    longest,
+    full_pack,
     optimizer,
     validation_curve,
     write_curves,
@@ -82,17 +83,18 @@ def main() -> None:
     require_possible(options)
     require_same_source()
     report_precision(quantization)
-    recorded(TOKENIZED / "template.json")
+    most = recorded(TOKENIZED / "template.json")["max_length"]
     train, validation = (tokenized.load(path, BASE) for path in SPLITS)
     with checkpoints.locked(fingerprint(options, lora, quantization)) as saved:
         saved.forget_if_recorded(Path("dvc.lock"), "train")
         require_files(BASE, base_record(BASE)["files"])
         model = build(options, lora, quantization)
         tell_precisions(model, quantization)
+        require_length(model.get_base_model().config, BASE, most)
+        trainer = RewardTrainer(model, options, saved, train, validation, REPORTS)
         for dataset in (train, validation):
             require_fit(model, dataset)
-            require_exact(model, longest(dataset, 1)[0])
-        trainer = RewardTrainer(model, options, saved, train, validation, REPORTS)
+            require_exact(model, full_pack(dataset, trainer.tokens_per_pack))
         trainer.fit()
         write(trainer, options, lora, quantization)
         saved.finish(METRICS)
@@ -184,17 +186,9 @@ def tell_precisions(model: PeftModel, quantization: Quantization) -> None:
 
 
 def require_fit(model: PeftModel, dataset: Dataset) -> None:
-    """Raises a Fault for a text longer than the base can read, or an id that it does not know."""
+    """Raises a Fault for an id that the base does not know."""
     config: Any = model.get_base_model().config
-    columns = [dataset.data[name] for name in IDS]
-    most = max(pc.max(pc.list_value_length(column)).as_py() for column in columns)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and most > positions:
-        raise Fault(
-            f"{TOKENIZED} has texts of {most} tokens, {BASE} reads at most {positions}; "
-            "lower preprocess.max_length"
-        )
-    largest = max(pc.max(pc.list_flatten(column)).as_py() for column in columns)
+    largest = max(pc.max(pc.list_flatten(dataset.data[name])).as_py() for name in IDS)
     if largest >= config.vocab_size:
         raise Fault(
             f"{TOKENIZED} has the id {largest}, {BASE} knows {config.vocab_size} ids; "

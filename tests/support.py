@@ -67,12 +67,14 @@ LLAMA3 = {
 }
 # Rotates 12 of the 16 numbers of a head; by other factors where a text has more than 64 tokens.
 LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
+    "sliding_window": None,
     "partial_rotary_factor": 0.75,
-    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
-    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
     "original_max_position_embeddings": 64,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    },
 }
 GRANITE = {
     "embedding_multiplier": 12.0,
@@ -106,7 +108,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "Gemma 3": ("gemma3", GEMMA3, SEPARATE),
     "Phi": ("phi", {}, SEPARATE),
     "Phi-3": ("phi3", {"sliding_window": None}, ["qkv_proj"]),
-    "Phi-4-mini": ("phi3", {"sliding_window": None, "rope_parameters": LONGROPE}, ["qkv_proj"]),
+    "Phi-4-mini": ("phi3", LONGROPE, ["qkv_proj"]),
     "OLMo 2": ("olmo2", {}, SEPARATE),
     "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0, 1]}, SEPARATE),
     "Granite": ("granite", GRANITE, SEPARATE),

@@ -260,7 +260,7 @@ def test_a_mask_that_a_model_brings_is_refused() -> None:
 def test_a_model_that_a_pack_computes_otherwise_is_refused(tmp_path: Path) -> None:
     model = reward_model(tmp_path, "qwen2", SEPARATE)
     texts = prompts_of(8)[1]
-    require_exact(model.train(), texts)
+    require_exact(model.train(), [texts])
     assert model.training
     assert cast(Any, model.config)._attn_implementation == attention.NAME
     layer = cast(Any, model.get_base_model()).base_model.layers[0]
@@ -270,9 +270,26 @@ def test_a_model_that_a_pack_computes_otherwise_is_refused(tmp_path: Path) -> No
 
     layer.mlp.register_forward_hook(mixing)
     with pytest.raises(
-        Fault, match=r"^Qwen2ForSequenceClassification: a pair of \d+ tokens in one"
+        Fault,
+        match=r"^Qwen2ForSequenceClassification: a pair of \d+ tokens in a pack of \d+ differs by",
     ):
-        require_exact(model, texts)
+        require_exact(model, [texts])
+
+
+@pytest.mark.parametrize(("longer", "exact"), [(60, True), (70, False)])
+def test_a_short_pair_beside_a_long_one_is_compared_too(
+    tmp_path: Path, longer: int, exact: bool
+) -> None:
+    """LongRoPE rotates all of a row by other factors where one text has more than 64 tokens."""
+    model = model_of(tmp_path, "Phi-4-mini", initializer_range=0.3)
+    pairs = [Texts([[*range(3, 3 + size)], [5, *range(9, 8 + size)]], 0) for size in (longer, 9, 6)]
+    for pair in pairs:
+        require_exact(model, [pair])
+    if exact:
+        require_exact(model, pairs)
+        return
+    with pytest.raises(Fault, match=r": a pair of 12 tokens in a pack of \d+ differs by"):
+        require_exact(model, pairs)
 
 
 def test_dropout_of_the_base_is_off_and_that_of_adapters_on(tmp_path: Path) -> None:

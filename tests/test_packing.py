@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from reward.model.packing import Texts, into_packs, pack, pair, tokens
+from reward.model.packing import Texts, extremes, into_packs, pack, pair, tokens
 
 
 def random_lengths(seed: int) -> list[int]:
@@ -89,3 +89,22 @@ def test_every_text_can_be_read_from_the_pack_and_nothing_else_is_in_it(seed: in
     assert layout.queries == layout.own
     assert layout.at_ends().queries == [1] * len(read)
     assert found.input_ids.dtype == found.position_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "wanted"),
+    [
+        ([5], 100, [0]),
+        ([5, 9], 100, [1, 0]),
+        ([5, 9], 1, [1, 0]),
+        ([5, 9, 3, 7], 100, [1, 3, 0, 2]),
+        ([5, 9, 3, 7], 17, [1, 0, 2]),
+        ([5, 9, 3, 7], 16, [1, 2]),
+        ([4000, 5, 5000, 6], 10**6, [2, 1]),
+        ([4000, 5, 3000, 6], 10**6, [0, 3, 1]),
+    ],
+)
+def test_extremes_are_the_longest_and_the_shortest_that_fit_beside_it(
+    lengths: list[int], size: int, wanted: list[int]
+) -> None:
+    assert extremes(lengths, size) == wanted

@@ -25,7 +25,7 @@ from reward.model.base import Quantization, head_of
 from reward.model.packing import Texts, pairs_of, tokens
 from reward.model.pairwise import chosen_and_rejected
 from reward.model.scoring import as_in_transformers, rewards, score, within_memory
-from reward.outputs import digest, digests, read_json
+from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
 from tests.support import write_pairs
@@ -861,11 +861,7 @@ def test_run_ended_by_sigkill_resumes_in_a_new_process(
     assert outs() == wanted
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "sentence"),
-    [("max_position_embeddings", 20, "reads at most 20"), ("vocab_size", 300, "knows 300 ids")],
-)
-def test_pairs_that_the_base_cannot_read_are_refused(key: str, value: int, sentence: str) -> None:
+def test_ids_that_the_base_does_not_know_are_refused() -> None:
     groups = (
         params.load("train", trainer.Train),
         params.load("lora", train.Lora),
@@ -874,9 +870,40 @@ def test_pairs_that_the_base_cannot_read_are_refused(key: str, value: int, sente
     model = train.build(*groups)
     dataset = load_from_disk("data/tokenized/train")
     train.require_fit(model, dataset)
-    setattr(model.get_base_model().config, key, value)
-    with pytest.raises(Fault, match=sentence):
+    cast(Any, model.get_base_model()).config.vocab_size = 300
+    with pytest.raises(Fault, match="knows 300 ids"):
         train.require_fit(model, dataset)
+
+
+@pytest.mark.parametrize("longest", ["longrope", "positions"])
+def test_texts_that_may_be_too_long_for_the_base_are_refused_before_the_first_step(
+    longest: str, set_params: SetParams, steps: list[dict[str, Any]]
+) -> None:
+    """By the length that texts may have, because those of the test split may have it too."""
+    config = read_json(train.BASE / "config.json")
+    config["max_position_embeddings"] = 1024 if longest == "positions" else 131072
+    if longest == "longrope":
+        factors = [1.0] * 8
+        config["rope_parameters"] = {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": factors,
+            "long_factor": factors,
+            "original_max_position_embeddings": 1024,
+        }
+    write_json(train.BASE / "config.json", config)
+    base = read_json(train.BASE / "base.json")
+    base["files"]["config.json"] = digest(train.BASE / "config.json")
+    write_json(train.BASE / "base.json", base)
+    with pytest.raises(Fault) as fault:
+        train.main()
+    assert "preprocess.max_length is 2040, but models/base " in str(fault.value)
+    assert str(fault.value).endswith("; set it to at most 1024")
+    assert steps == []
+    set_params("preprocess", max_length=1024)
+    preprocess.main()
+    set_params("train", max_steps=2)
+    train.main()
 
 
 def test_the_fingerprint_stands_for_what_auto_became(set_params: SetParams) -> None:

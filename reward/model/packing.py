@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # What a row of tokenized pairs must have to become a part of a pack.
 COLUMNS = [*IDS, PREFIX]
+ENOUGH = 4096
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,18 @@ def into_packs(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
             held = length
         packs[-1].append(index)
     return packs
+
+
+def extremes(lengths: Sequence[int], tokens_per_pack: int) -> list[int]:
+    """Indices of a full pack: the longest prompt, then the shortest ones that fit beside it.
+
+    The shortest of all is the last, and is there whether it fits or not, if there are two. At most
+    ENOUGH tokens: more might not fit in memory.
+    """
+    *others, longest = sorted(range(len(lengths)), key=lengths.__getitem__)
+    held = accumulate((lengths[index] for index in others), initial=lengths[longest])
+    fitting = sum(size <= min(tokens_per_pack, ENOUGH) for size in held) - 1
+    return [longest, *reversed(others[: max(1, fitting)])]
 
 
 def pack(prompts: Sequence[Texts]) -> Pack:

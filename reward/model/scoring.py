@@ -133,29 +133,37 @@ def as_in_transformers(model: PeftModel) -> Iterator[PreTrainedModel]:
 
 
 @torch.no_grad()
-def require_exact(model: PeftModel, texts: Texts) -> None:
+def require_exact(model: PeftModel, prompts: Sequence[Texts]) -> None:
     """Raises a Fault unless texts in a pack have the hidden states that transformers gives them.
 
-    Whatever is not plain causal attention, with or without a window, shows in a text that is long
-    enough for it; so this is for the longest there is.
+    `prompts` are a full pack, of the longest first and of the shortest last. Whatever is not plain
+    causal attention, with or without a window, shows in a text that is long enough for it; and what
+    a long text does to others of its row shows in a short one.
     """
     with evaluating(model):
-        found = last_hidden(model, pack([texts])).float()
-        with as_in_transformers(model) as classifier:
-            wanted = torch.cat(
-                [
-                    classifier.base_model(
-                        input_ids=torch.tensor(np.asarray(ids)[None], device=device()),
-                        use_cache=False,
-                    ).last_hidden_state[:, -1]
-                    for ids in texts.ids
-                ]
-            ).float()
+        found = last_hidden(model, pack(prompts)).float()
+        judged = {0: found[: len(prompts[0].ids)], -1: found[-len(prompts[-1].ids) :]}
+        for place, hidden in judged.items():
+            require_alone(model, prompts[place], hidden, found_in=sum(map(tokens, prompts)))
+
+
+def require_alone(model: PeftModel, texts: Texts, found: Tensor, found_in: int) -> None:
+    """Raises a Fault unless the hidden states found are those of the texts by themselves."""
+    with as_in_transformers(model) as classifier:
+        wanted = torch.cat(
+            [
+                classifier.base_model(
+                    input_ids=torch.tensor(np.asarray(ids)[None], device=device()),
+                    use_cache=False,
+                ).last_hidden_state[:, -1]
+                for ids in texts.ids
+            ]
+        ).float()
     difference = ((found - wanted).norm() / wanted.norm()).item()
     allowed = EXACT if classifier.dtype == torch.float32 else EXACT_IN_HALF
     if difference > allowed:
         raise Fault(
-            f"{type(classifier).__name__}: a pair of {tokens(texts)} tokens in one row differs by "
-            f"{difference:.2g} from its two texts alone, at most {allowed} is allowed; wanted a "
-            "decoder with plain causal attention"
+            f"{type(classifier).__name__}: a pair of {tokens(texts)} tokens in a pack of "
+            f"{found_in} differs by {difference:.2g} from its two texts alone, at most {allowed} "
+            "is allowed; wanted a decoder with plain causal attention"
         )

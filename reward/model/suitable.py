@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from reward.model.plain import require_plain
+from reward.model.plain import require_plain, ropes
 from reward.process import Fault
 
 NAME = "suitable"
@@ -122,13 +122,6 @@ def build(config: dict[str, Any]) -> PreTrainedModel:
             found, experts_implementation="batched_mm"
         )
     return model
-
-
-def ropes(config: Any) -> list[dict[str, Any]]:
-    """The parameters of a configuration's rotary embeddings, which some have several kinds of."""
-    found = getattr(config, "rope_parameters", None) or {}
-    parts = [part for part in found.values() if isinstance(part, dict)]
-    return parts or [found]
 
 
 def go_through(model: PreTrainedModel, windows: list[int | None]) -> None:

@@ -23,9 +23,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -44,7 +45,7 @@ from transformers import (
 from reward.data.columns import IDS, PREFIX, PROMPT_ID
 from reward.model import checkpoints
 from reward.model.base import device, head_of, trained_bytes
-from reward.model.packing import COLUMNS, Texts, into_packs, pack, pair, pairs_of, tokens
+from reward.model.packing import COLUMNS, Texts, extremes, into_packs, pack, pair, pairs_of, tokens
 from reward.model.pairwise import chosen_and_rejected, correct, losses, margins
 from reward.model.scoring import halved, rewards, score, within_memory
 from reward.outputs import read_json, write_json, writing
@@ -386,11 +387,21 @@ def peak_memory() -> float:
 # --- before the first step -------------------------------------------------------------------
 
 
+def lengths_of(dataset: Dataset) -> npt.NDArray[Any]:
+    """How many tokens every pair has in a pack."""
+    chosen, rejected = (pc.list_value_length(dataset.data[name]) for name in IDS)
+    size = pc.subtract(pc.add(chosen, rejected), dataset.data[PREFIX])
+    return cast(npt.NDArray[Any], size.to_numpy())
+
+
 def longest(dataset: Dataset, count: int) -> list[Texts]:
     """The pairs with the most tokens in a pack, the longest first."""
-    chosen, rejected = (pc.list_value_length(dataset.data[name]) for name in IDS)
-    size = pc.subtract(pc.add(chosen, rejected), dataset.data[PREFIX]).to_numpy()
-    return pairs_of(dataset.select(np.argsort(-size, kind="stable")[:count]))
+    return pairs_of(dataset.select(np.argsort(-lengths_of(dataset), kind="stable")[:count]))
+
+
+def full_pack(dataset: Dataset, tokens_per_pack: int) -> list[Texts]:
+    """The longest pair and the shortest ones that fill a pack with it, the shortest last."""
+    return pairs_of(dataset.select(extremes(lengths_of(dataset).tolist(), tokens_per_pack)))
 
 
 def watched(dataset: Dataset, most: int, seed: int) -> Dataset:
