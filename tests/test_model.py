@@ -100,6 +100,53 @@ def test_quantization_follows_its_parameters(tiny_base: Path) -> None:
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        (None, torch.float32),
+        ((6, 1), torch.float32),
+        ((7, 0), torch.float16),
+        ((7, 5), torch.float16),
+        ((8, 0), torch.bfloat16),
+        ((12, 0), torch.bfloat16),
+    ],
+)
+def test_auto_is_what_the_card_is_fast_in(
+    capability: tuple[int, int] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every card says that it supports bf16, because it is emulated, unless it is asked without."""
+
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or (capability or (0, 0)) >= (8, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert Quantization(4, "nf4", False, "auto").dtype == dtype
+    assert Quantization(4, "nf4", False, "float32").dtype == torch.float32
+
+
+def test_gradients_in_float16_are_nearer_to_those_of_float32_than_in_bfloat16(
+    tiny_base: Path,
+) -> None:
+    """Without a scaler, from a head as small as it is at the first step: nothing is lost to it."""
+
+    def gradient(dtype: Any) -> torch.Tensor:
+        model = build(tiny_base, Quantization(4, "nf4", False, dtype))
+        head_of(model.get_base_model()).weight.data.mul_(0.01)
+        losses(*chosen_and_rejected(rewards(model, pack(some_pairs(4))))).mean().backward()
+        found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return torch.cat(found)
+
+    exact = gradient("float32")
+    in_fp16, in_bf16 = (
+        ((gradient(dtype) - exact).norm() / exact.norm()).item()
+        for dtype in ("float16", "bfloat16")
+    )
+    assert in_fp16 < 0.02
+    assert in_fp16 < in_bf16
+
+
 def test_bits_none_leaves_the_weights_as_they_are(tiny_base: Path) -> None:
     from safetensors.torch import load_file
 

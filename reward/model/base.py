@@ -54,11 +54,8 @@ class Quantization:
 
     @property
     def dtype(self) -> torch.dtype:
-        """`auto` is bf16 on a GPU that has it, else fp32: a CPU is exact, and fast, in it."""
-        if self.compute_dtype != "auto":
-            return DTYPES[self.compute_dtype]
-        half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if half else torch.float32
+        """That of params.yaml; `auto` is what this machine is fast in."""
+        return fast_dtype() if self.compute_dtype == "auto" else DTYPES[self.compute_dtype]
 
     @property
     def recipe(self) -> dict[str, Any] | None:
@@ -71,6 +68,21 @@ class Quantization:
             "bnb_4bit_use_double_quant": self.double_quant,
             "bnb_4bit_compute_dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+def fast_dtype() -> torch.dtype:
+    """What the GPU's tensor cores multiply; fp32 on a CPU, which is exact, and fast, in it.
+
+    That is bf16 from Ampere on. Volta and Turing have fp16 alone: they say that they support bf16,
+    but emulate it, at which they crawl. Adapters, head and loss are fp32 whatever the base is in,
+    so fp16 needs no scaled gradients: they are nearer to those of fp32 than bf16's. A base whose
+    activations have no room in it is refused before the first step.
+    """
+    if not torch.cuda.is_available():
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.get_device_capability() >= (7, 0) else torch.float32
 
 
 def device() -> torch.device:
