@@ -6,18 +6,24 @@ subprocess.Popen gives: output by pipes, signals, a status.
 
 import asyncio
 import os
+import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import chdir
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
-from typing import Any, cast
+from typing import Any, Self, cast
 
+import torch
+
+from reward.model import trainer
 from reward.process import run
 from reward.serving import score, serve
 from reward.serving.scorer import Ids, Scorer
+from stages import train
 from tests.support import ROOT
 
 FROM_SERVER = get_context("forkserver")
@@ -56,6 +62,12 @@ class Forked:
         patience.cancel()
         return found
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
     def end(self) -> None:
         self._process.kill()
         self._process.join()
@@ -74,9 +86,32 @@ def redirected(
 
 def score_files(batch: int, *arguments: str) -> None:
     """The command that scores, a few records at a time."""
+    leave_threads()
     score.BATCH_CHARACTERS = batch
     sys.argv = ["score", *arguments]
     score.main()
+
+
+def train_until(step: int) -> None:
+    """The stage train, killed before a step is taken; to its end where there is no such step."""
+    original = trainer.RewardTrainer.training_step
+
+    def deadly(self: trainer.RewardTrainer, *arguments: Any) -> Any:
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *arguments)
+
+    trainer.RewardTrainer.training_step = deadly  # type: ignore[assignment]
+    # Whose code the fingerprint covers; the server has no file.
+    sys.modules["__main__"].__file__ = train.__file__
+    warnings.simplefilter("error")
+    leave_threads()
+    train.main()
+
+
+def leave_threads() -> None:
+    """Have the process compute with the threads that it has, which are those of the tests."""
+    torch.set_num_threads = lambda nthreads: None
 
 
 def say(what: str) -> None:

@@ -396,7 +396,7 @@ def test_a_saved_model_has_the_same_rewards_and_the_same_bytes(
 
 def test_loading_the_libraries_prints_nothing() -> None:
     """A fresh process, as of a stage; bitsandbytes would complain on some processors."""
-    command = [sys.executable, "-c", "import stages.train"]
+    command = [sys.executable, "-W", "error", "-c", "import stages.train"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert (found.stdout, found.stderr) == ("", "")
 

@@ -3,11 +3,8 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -28,9 +25,9 @@ from reward.model.scoring import as_in_transformers, rewards, score, within_memo
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
+from tests.forked import Forked, train_until
 from tests.support import write_pairs
 
-ROOT = Path(__file__).parent.parent
 SetParams = Callable[..., None]
 Tensors = dict[str, torch.Tensor]
 
@@ -820,44 +817,18 @@ def test_a_run_that_goes_on_has_the_threads_that_it_began_with(
     assert read_json(last / "packs.json")["threads"] == 5
 
 
-DRIVER = """\
-import os, signal, sys, torch
-from reward.model import trainer
-from stages import train
-
-step, original = int(os.environ["KILL_AT"]), trainer.RewardTrainer.training_step
-
-def deadly(self, *arguments):
-    if self.state.global_step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, *arguments)
-
-trainer.RewardTrainer.training_step = deadly
-torch.set_num_threads = lambda number: None
-train.main()
-"""
-
-
 def test_run_ended_by_sigkill_resumes_in_a_new_process(
     undisturbed: Callable[[int], dict[str, str]],
 ) -> None:
     wanted = undisturbed(-1)
-    Path("driver.py").write_text(DRIVER)
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-
-    def run(kill_at: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-W", "error", "driver.py"],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "KILL_AT": str(kill_at)} | threads,
-            capture_output=True,
-            text=True,
-        )
-
-    assert run(5).returncode == -signal.SIGKILL
+    with Forked(train_until, 5) as killed:
+        _, errors = killed.communicate()
+        assert killed.returncode == -signal.SIGKILL, errors
     assert not train.ADAPTER.exists()
-    resumed = run(-1)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming   from step-4" in resumed.stdout
+    with Forked(train_until, -1) as resumed:
+        printed, errors = resumed.communicate()
+        assert resumed.returncode == 0, errors
+    assert "resuming   from step-4" in printed
     assert outs() == wanted
 
 
