@@ -1,0 +1,144 @@
+"""Half precision on a CPU: the stages, a resumed run, scoring and serving compute in it."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow.parquet
+import pytest
+import torch
+from aiohttp.test_utils import TestClient, TestServer
+from ruamel.yaml import YAML
+
+from reward.exporting import clients, gate
+from reward.exporting.clients import FOUND, Request
+from reward.model import trainer
+from reward.outputs import digests, read_json
+from reward.serving import score, serve
+from reward.serving.scorer import Scorer
+from stages import evaluate, export, train
+
+# The largest difference of a reward in half precision from the same one in fp32, as a share of the
+# rewards' deviation. Of bf16's 8 digits two layers leave about 6, of fp16's 11 about 9.
+PAIRS = Path("data/raw/pairs.json")
+BOUND = {"bfloat16": 0.1, "float16": 0.02}
+
+
+def set_precision(name: str) -> None:
+    content = YAML().load(Path("params.yaml"))
+    content["quantization"]["compute_dtype"] = name
+    YAML().dump(content, Path("params.yaml"))
+
+
+def found_here(request: Request, elsewhere: Path) -> Any:
+    """What the process of export's clients finds, in this one."""
+    pyarrow.parquet.write_table(clients.find(request), elsewhere / FOUND)
+    return type("Done", (), {"returncode": 0})
+
+
+@pytest.fixture(scope="module")
+def half(complete: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder in which train and evaluate, and in bf16 export, were run; each made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = folder = tmp_path_factory.mktemp("half") / "project"
+            shutil.copytree(complete, folder)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                patch.delenv("DVC_ROOT", raising=False)
+                patch.setattr(gate, "run_clients", found_here)
+                set_precision(name)
+                for stage in (train, evaluate, *([export] if name == "bfloat16" else [])):
+                    stage.main()
+        return made[name]
+
+    return make
+
+
+def rewards_of(folder: Path) -> torch.Tensor:
+    table = pyarrow.parquet.read_table(folder / evaluate.REPORTS / "rewards.parquet")
+    columns = [table[f"reward_{side}"].to_pylist() for side in ("chosen", "rejected")]
+    return torch.tensor(columns, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the clients' libraries
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_rewards_are_those_of_fp32_within_the_rounding(
+    half: Callable[[str], Path], complete: Path, name: str
+) -> None:
+    folder = half(name)
+    found, exact = rewards_of(folder), rewards_of(complete)
+    difference = (found - exact).abs().max() / exact.std()
+    assert 0 < difference <= BOUND[name]
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the clients' libraries
+def test_every_client_loads_the_export_in_its_precision(half: Callable[[str], Path]) -> None:
+    folder = half("bfloat16")
+    assert read_json(folder / export.EXPORT / "reward.json")["dtype"] == "bfloat16"
+    by_client = read_json(folder / export.REPORTS / "figures.json")["clients"]
+    assert by_client.keys() == {client.name for client in clients.select("light", merged=True)}
+    assert by_client["packs"]["packs"]["difference_max"] == 0
+
+
+def test_a_file_and_a_request_get_the_evaluated_rewards(
+    half: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Within the rounding: the company of a text, and so the order of sums, is another."""
+    folder = half("bfloat16")
+    monkeypatch.chdir(tmp_path)
+    wanted = {tuple(pair.tolist()) for pair in rewards_of(folder).T}
+    scorer = Scorer(folder / score.EXPORT)
+    monkeypatch.setattr(score, "Scorer", lambda _: scorer)
+    given = (folder / PAIRS, "--model", folder / score.EXPORT, "--output", "rewards.jsonl")
+    monkeypatch.setattr("sys.argv", ["score", *map(str, given)])
+    score.main()
+    lines = Path("rewards.jsonl").read_text(encoding="utf-8").splitlines()
+    from_file = [tuple(json.loads(line)["rewards"]) for line in lines]
+
+    async def asked() -> list[float]:
+        pairs = read_json(folder / PAIRS)
+        content = {
+            "prompts": [pair["prompt"] for pair in pairs for _ in range(2)],
+            "answers": [pair[side] for pair in pairs for side in ("chosen", "rejected")],
+        }
+        async with TestClient(TestServer(serve.Service(scorer).application())) as client:
+            response = await client.post("/get_reward", json=content)
+            return cast(list[float], (await response.json())["rewards"])
+
+    answered = asyncio.run(asked())
+    from_server = list(zip(answered[::2], answered[1::2], strict=True))
+    bound = BOUND["bfloat16"] * rewards_of(folder).std().item()
+    for found in (from_file, from_server):
+        for pair in wanted:
+            assert any(pair == pytest.approx(row, abs=bound) for row in found)
+
+
+def test_a_killed_run_in_half_precision_ends_with_the_same_bytes(
+    half: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = half("bfloat16")
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    for path in (train.ADAPTER, Path("models/checkpoints")):
+        shutil.rmtree(path)
+    original, steps = trainer.RewardTrainer.training_step, []
+
+    def killed_at_the_second(self: Any, *arguments: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(trainer.RewardTrainer, "training_step", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    train.main()
+    assert steps == [0, 1, 1]
+    assert digests(train.ADAPTER) == digests(whole / train.ADAPTER)
