@@ -1,15 +1,18 @@
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import vl_convert
 
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import measuring
-from benchmarks.speed.contenders import article, ours
-from benchmarks.speed.floor import floor, floor_of_scoring
+from benchmarks.speed.contenders import article, contenders, ours
+from benchmarks.speed.floor import by_onednn, floor, floor_of_scoring
+from benchmarks.speed.hardware import CPU, IN_BF16
 from benchmarks.speed.measuring import Contender, Measurement, Row, measure
 from benchmarks.speed.report import VEGA_LITE, chart, compared, table
 from benchmarks.speed.workload import (
@@ -101,6 +104,31 @@ def test_best_of_trl_is_named_and_the_floor_by_onednn() -> None:
     assert share.endswith("ours has 40%.")
 
 
+def test_rows_in_bf16_are_compared_with_ours_in_bf16() -> None:
+    ours, theirs, products = (
+        replace(row(label, seconds), floor="floor-bf16")
+        for label, seconds in (("ours, bf16", 1.0), ("TRL, bf16", 4.0), ("products", 0.5))
+    )
+    rows = {**ROWS, "ours-bf16": ours, "trl-1-bf16": theirs, "floor-bf16": products}
+    fp32, bf16 = compared(rows)
+    assert 'TRL\'s is "TRL, batch 8" with 2.00 pairs/s: ours is 4.00 times as fast' in fp32
+    assert 'TRL\'s in bf16 is "TRL, bf16" with 4.00 pairs/s: ours is 4.00 times as fast' in bf16
+    lines = table(rows).splitlines()
+    assert lines[6].startswith("| ours, bf16 | 16.00 | 16.00 to 16.00 | 1.00 |")
+    assert lines[7].startswith(
+        "| TRL, bf16 | 4.00 | 4.00 to 4.00 | 4.00 | 200.0 | 0.75 | 0.50 | 12%"
+    )
+    assert "TRL, bf16" in vl_convert.vegalite_to_svg(chart(rows), vl_version=VEGA_LITE)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_bf16_is_measured_beside_fp32_where_the_processor_has_it(beside: bool) -> None:
+    names = contenders(replace(CPU, bf16_beside=beside))
+    in_bf16 = {name for name, row in names.items() if "bf16" in name or row.floor == "floor-bf16"}
+    trl = {f"trl-{batch}-bf16{more}" for batch in (8, 1) for more in ("", "-checkpointing")}
+    assert in_bf16 == ({"ours-bf16", "floor-bf16", *trl} if beside else set())
+
+
 def test_chart_can_be_drawn() -> None:
     drawn = vl_convert.vegalite_to_svg(chart(ROWS), vl_version=VEGA_LITE)
     assert "TRL, batch 8" in drawn
@@ -135,7 +163,8 @@ def workload(base: Path, pairs: list[Texts]) -> Workload:
 
 def test_floor_multiplies_the_tokens_of_all_packs_but_those_of_the_first_step() -> None:
     pairs = [Texts(([1, 2, 3], [1, 2, 4, 5]), 2)] * 24
-    for products in (floor, floor_of_scoring):
+    in_half = partial(floor, multiply=by_onednn, dtype=torch.bfloat16)
+    for products in (floor, in_half, floor_of_scoring):
         found = products(workload(Path(), pairs))
         assert (found.pairs, found.tokens) == (16, 16 * 5)
         assert found.seconds > 0
@@ -170,6 +199,9 @@ def test_ours_and_the_loop_of_the_article_compute_the_same(tiny_base: Path, tmp_
     assert len(own.losses) == 3
     assert checkpointed.losses == pytest.approx(own.losses, abs=1e-5)
     assert other.losses == pytest.approx(own.losses, abs=1e-5)
-    assert own.pairs == other.pairs == 16
+    half = ours(same, quantization=IN_BF16)
+    assert half.losses == pytest.approx(own.losses, abs=0.02)
+    assert half.losses != own.losses
+    assert own.pairs == other.pairs == half.pairs == 16
     assert own.tokens == sum(sum(map(len, texts.ids)) - texts.prefix for texts in same.pairs[8:])
     assert other.tokens == sum(len(ids) for texts in same.pairs[8:] for ids in texts.ids)

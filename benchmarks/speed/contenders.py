@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from benchmarks.speed.floor import by_onednn, floor, floor_of_scoring
-from benchmarks.speed.hardware import CPU, HARDWARE, QUANTIZATION, Hardware
+from benchmarks.speed.hardware import CPU, HARDWARE, IN_BF16, QUANTIZATION, Hardware
 from benchmarks.speed.measuring import Contender, Measurement, Stopwatch
 from benchmarks.speed.workload import DENSE, PAIRS_PER_STEP, Workload, with_adapter
-from reward.model.base import head_of, load_base, stock
+from reward.model.base import Quantization, head_of, load_base, stock
 from reward.model.checkpoints import Run
 from reward.model.packing import COLUMNS
 from reward.model.pairwise import losses
@@ -59,6 +59,8 @@ def contenders(hardware: Hardware) -> dict[str, Contender]:
                 partial(trl, batch=batch, checkpointing=True),
             )
         rows[f"trl-{batch}"] = Contender(label, partial(trl, batch=batch, checkpointing=False))
+    if hardware.bf16_beside:
+        rows |= in_bf16(hardware)
     rows |= {
         "article": Contender("the article's loop", article),
         "floor": Contender("reference: bare matrix products", floor),
@@ -73,7 +75,30 @@ def contenders(hardware: Hardware) -> dict[str, Contender]:
     }
 
 
-def ours(workload: Workload, checkpointing: bool = False) -> Measurement:
+def in_bf16(hardware: Hardware) -> dict[str, Contender]:
+    """The rows in bf16 beside those in fp32: ours, TRL by all its defaults, and the products."""
+    rows = {"ours-bf16": Contender("ours, bf16", partial(ours, quantization=IN_BF16), "floor-bf16")}
+    for batch in hardware.trl_batches:
+        times = f" x {PAIRS_PER_STEP // batch}" if batch < PAIRS_PER_STEP else ""
+        label = f"TRL, batch {batch}{times}, bf16"
+        for name, checkpointing in (("-checkpointing", True), ("", False)):
+            rows[f"trl-{batch}-bf16{name}"] = Contender(
+                f"{label}, gradient checkpointing (both default)" if checkpointing else label,
+                partial(trl, batch=batch, checkpointing=checkpointing, bf16=True),
+                "floor-bf16",
+            )
+    return rows | {
+        "floor-bf16": Contender(
+            "reference: bare matrix products, bf16",
+            partial(floor, multiply=by_onednn, dtype=torch.bfloat16),
+            "floor-bf16",
+        )
+    }
+
+
+def ours(
+    workload: Workload, checkpointing: bool = False, quantization: Quantization = QUANTIZATION
+) -> Measurement:
     """The trainer of stages.train."""
     group = Train(
         **SHARED,
@@ -88,7 +113,7 @@ def ours(workload: Workload, checkpointing: bool = False) -> Measurement:
     )
     prefixes = [texts.prefix for texts in workload.pairs]
     dataset = texts_of(workload, COLUMNS[:2]).add_column(COLUMNS[2], prefixes)
-    model = with_adapter(load_base(workload.base, QUANTIZATION), workload)
+    model = with_adapter(load_base(workload.base, quantization), workload)
     with TemporaryDirectory() as name:
         folder, validation = Path(name), dataset.select([0])
         trainer = RewardTrainer(model, group, Run(folder), dataset, validation, folder)
@@ -97,7 +122,7 @@ def ours(workload: Workload, checkpointing: bool = False) -> Measurement:
         return timed(trainer, model, workload)
 
 
-def trl(workload: Workload, batch: int, checkpointing: bool) -> Measurement:
+def trl(workload: Workload, batch: int, checkpointing: bool, bf16: bool = False) -> Measurement:
     """TRL's RewardTrainer as documented, at the same pairs a step where the batch allows it."""
     from trl.trainer.reward_config import RewardConfig
     from trl.trainer.reward_trainer import RewardTrainer as TrlTrainer
@@ -112,7 +137,7 @@ def trl(workload: Workload, batch: int, checkpointing: bool) -> Measurement:
             args=RewardConfig(
                 **others(output, batch),
                 gradient_checkpointing=checkpointing,
-                bf16=QUANTIZATION.dtype == torch.bfloat16,
+                bf16=bf16 or QUANTIZATION.dtype == torch.bfloat16,
                 max_length=None,
             ),
             train_dataset=texts_of(workload),

@@ -26,10 +26,12 @@ def by_onednn(x: Tensor, weight: Tensor, _: Tensor) -> None:
     product(x, weight)
 
 
-def floor(workload: Workload, multiply: Multiply = by_torch) -> Measurement:
+def floor(
+    workload: Workload, multiply: Multiply = by_torch, dtype: torch.dtype = QUANTIZATION.dtype
+) -> Measurement:
     """The products of a training step's passes: forward, and back to the layers' inputs."""
     steps = [[tokens(texts) for texts in step] for step in workload.steps()]
-    return products(workload, steps, multiply, backward=True)
+    return products(workload, steps, multiply, backward=True, dtype=dtype)
 
 
 def floor_of_scoring(workload: Workload) -> Measurement:
@@ -37,11 +39,15 @@ def floor_of_scoring(workload: Workload) -> Measurement:
     sizes = [tokens(texts) for texts in workload.pairs]
     parts = sizes[:PAIRS_PER_STEP], sizes[PAIRS_PER_STEP:]
     steps = [sorted(part, reverse=True) for part in parts]
-    return products(workload, steps, by_torch, backward=False)
+    return products(workload, steps, by_torch, backward=False, dtype=QUANTIZATION.dtype)
 
 
 def products(
-    workload: Workload, steps: list[list[int]], multiply: Multiply, backward: bool
+    workload: Workload,
+    steps: list[list[int]],
+    multiply: Multiply,
+    backward: bool,
+    dtype: torch.dtype,
 ) -> Measurement:
     """Multiply the tokens of each step's packs with all linear layers of the decoder, no more.
 
@@ -55,7 +61,7 @@ def products(
         ]
         for sizes in steps
     ]
-    make = partial(torch.randn, dtype=QUANTIZATION.dtype, device=device())
+    make = partial(torch.randn, dtype=dtype, device=device())
     weights = [make(shape) for shape in workload.linear]
     sizes = {size for shape in workload.linear for size in shape}
     most = max(map(max, packs))

@@ -106,7 +106,7 @@ def cells(row: Row, rows: dict[str, Row]) -> list[str]:
         for name in ("memory_peak", "memory_before")
     )
     curve = row.measurements[-1].losses
-    ours, floor = rows.get("ours"), rows.get(row.floor)
+    ours, floor = rows.get(ours_of(row)), rows.get(row.floor)
     return [
         row.label,
         f"{row.speed:.2f}",
@@ -120,20 +120,27 @@ def cells(row: Row, rows: dict[str, Row]) -> list[str]:
     ]
 
 
+def ours_of(row: Row) -> str:
+    """The name of our row that another is compared with: the one that computes in its numbers."""
+    return "ours-bf16" if row.floor == "floor-bf16" else "ours"
+
+
 def compared(rows: dict[str, Row]) -> list[str]:
-    """The sentences on TRL at its best, and on the floor by oneDNN."""
+    """The sentences on TRL at its best, in each precision, and on the floor by oneDNN."""
     measured = {name: row for name, row in rows.items() if row.measurements}
-    ours, fast = measured.get("ours"), measured.get("floor-onednn")
-    if not ours:
-        return []
     sentences = []
-    if others := [row for name, row in measured.items() if name.startswith("trl")]:
-        best = max(others, key=lambda row: row.speed)
-        sentences += [
-            f'The fastest of TRL\'s is "{best.label}" with {best.speed:.2f} pairs/s: ours is '
-            f"{ours.speed / best.speed:.2f} times as fast."
+    for name, place in (("ours", ""), ("ours-bf16", " in bf16")):
+        others = [
+            row for key, row in measured.items() if key.startswith("trl") and ours_of(row) == name
         ]
-    if fast:
+        if name in measured and others:
+            best, speed = max(others, key=lambda row: row.speed), measured[name].speed
+            sentences += [
+                f'The fastest of TRL\'s{place} is "{best.label}" with {best.speed:.2f} pairs/s: '
+                f"ours is {speed / best.speed:.2f} times as fast."
+            ]
+    ours, fast = measured.get("ours"), measured.get("floor-onednn")
+    if ours and fast:
         sentences += [
             "PyTorch multiplies by MKL, ours by oneDNN, which knows more processors; a share of "
             "the reference can then exceed 100%. Of the same reference by oneDNN, ours has "
@@ -154,7 +161,7 @@ def chart(rows: dict[str, Row]) -> dict[str, Any]:
             "kind": name.partition("-")[0],
         }
         for name, row in rows.items()
-        if row.measurements and row.floor == "floor"
+        if row.measurements and row.floor in ("floor", "floor-bf16")
     ]
     across = {
         "mark": {"type": "rule", "color": INK},
