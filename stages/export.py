@@ -69,8 +69,9 @@ def main() -> None:
     with whole_folder(EXPORT) as folder:
         write_exported(folder, trained, options.merge)
         found = score_elsewhere(folder, options.clients, tokens_per_pack)
-        figures = gate.measure(found, clients, gate.rewards_of(evaluated))
-        require_alike(figures["clients"], clients, options, quantization)
+        rewards = gate.rewards_of(evaluated)
+        figures = gate.measure(found, clients, rewards)
+        require_alike(figures["clients"], clients, options, quantization, rewards.std())
     with whole_folder(REPORTS) as folder:
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
@@ -127,24 +128,29 @@ def score_elsewhere(
 
 
 def require_alike(
-    by_client: ByClient, clients: Sequence[Client], options: Export, quantization: Quantization
+    by_client: ByClient,
+    clients: Sequence[Client],
+    options: Export,
+    quantization: Quantization,
+    deviation: float,
 ) -> None:
     """Raises a Fault for the first client whose rewards are further off than is allowed.
 
     Packs are computed as in evaluation; every other client in its own way, in which half precision
-    rounds otherwise.
+    rounds otherwise, and the more the larger rewards are: where their `deviation` is above 1, what
+    is allowed is a share of it.
     """
     trained_in_half = quantization.dtype != DTYPES["float32"]
     for client in clients:
         merged_in_half = client.merged and options.merge == "bfloat16"
         allowed, key = options.tolerance, "tolerance"
         if client != PACKS and (trained_in_half or merged_in_half):
-            allowed, key = options.tolerance_in_half, "tolerance_in_half"
+            allowed, key = options.tolerance_in_half * max(1.0, deviation), "tolerance_in_half"
         for form, figures in by_client[client.name].items():
             if figures["pairs"] and not figures["difference_max"] <= allowed:
                 raise Fault(
                     f"{EXPORT}: loaded by {client.name} ({form}), its rewards differ from "
-                    f"{REWARDS} by up to {figures['difference_max']:.3g}, at most {allowed} is "
+                    f"{REWARDS} by up to {figures['difference_max']:.3g}, at most {allowed:.3g} is "
                     f"allowed (export.{key})"
                 )
 

@@ -756,12 +756,36 @@ def test_rewards_may_differ_within_the_tolerance(
     quantization = Quantization(4, "nf4", False, dtype)
     rewards = paired([0, 1], [1.0, 0.0 + shift, 0.25, 0.5])
     found = {client: {"right": gate.difference(rewards, EVALUATED)}}
+    given = (found, [CLIENTS[client]], group, quantization)
     if key is None:
-        export.require_alike(found, [CLIENTS[client]], group, quantization)
+        export.require_alike(*given, deviation=0.5)
     else:
         allowed = getattr(group, key)
         with pytest.raises(Fault, match=rf"at most {allowed} is allowed \(export\.{key}\)"):
-            export.require_alike(found, [CLIENTS[client]], group, quantization)
+            export.require_alike(*given, deviation=0.5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shift", "allowed"),
+    [
+        ("bfloat16", 0.39, None),
+        ("bfloat16", 0.41, r"0\.4 is allowed \(export\.tolerance_in_half\)"),
+        ("float32", 0.02, r"0\.01 is allowed \(export\.tolerance\)"),
+    ],
+)
+def test_half_precision_may_round_larger_rewards_by_more(
+    dtype: Any, shift: float, allowed: str | None
+) -> None:
+    """In bf16 the default run, whose rewards deviate by 4, is off by more than a quarter."""
+    group = export.Export("float32", "light", tolerance=0.01, tolerance_in_half=0.1)
+    rewards = paired([0, 1], [1.0, 0.0 + shift, 0.25, 0.5])
+    found = {"peft": {"right": gate.difference(rewards, EVALUATED)}}
+    given = (found, [CLIENTS["peft"]], group, Quantization.unquantized(dtype))
+    if allowed is None:
+        export.require_alike(*given, deviation=4.0)
+    else:
+        with pytest.raises(Fault, match=f"at most {allowed}"):
+            export.require_alike(*given, deviation=4.0)
 
 
 # --- the card --------------------------------------------------------------------------------
