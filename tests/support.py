@@ -81,6 +81,7 @@ GRANITE = {
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.0884,
     "logits_scaling": 8.0,
+    "rms_norm_eps": 1e-3,
     "tie_word_embeddings": True,
 }
 GEMMA3 = {

@@ -33,8 +33,8 @@ TOKENS = 5
 
 
 def reason_against(config: dict[str, Any]) -> str | None:
-    """Why no base of this config.json can become a reward model, said of it, or None."""
-    return against_name(config) or against_model(config) or against_quantization(config)
+    """Why no model of this config.json can become a reward model, said of it, or None."""
+    return against_name(config) or against_model(config)
 
 
 def against_name(config: dict[str, Any]) -> str | None:
