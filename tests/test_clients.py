@@ -16,6 +16,7 @@ from reward.exporting.clients_trl import Rollouts, sample_of_conversations
 from reward.exporting.given import EOS, LEFT, RIGHT, Conversation, Exported, paired
 from reward.exporting.portable import prepare_tokenizer
 from reward.model.packing import Texts, tokens
+from reward.outputs import write_json
 
 PAIRS = [
     ("怎么煮鸡蛋？", "冷水下锅，水开后煮八分钟。", "不知道。"),
@@ -70,6 +71,19 @@ def test_conversations_render_to_the_ids(given: Given, name: str, append_eos: bo
 
 def test_conversations_have_prompt_and_answers_of_the_pair(given: Given) -> None:
     assert given().conversations[0] == Conversation(PAIRS[0][0], PAIRS[0][1:])
+
+
+@pytest.mark.parametrize(("kind", "padded"), [("qwen2", 3), ("gpt2", 0)])
+def test_no_pair_is_padded_on_the_left_for_a_model_that_counts_padding(
+    given: Given, kind: str, padded: int, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    write_json(base / "config.json", {"model_type": kind})
+    found = replace(given(), base=base)
+    for pairs in (found.ids_of, found.texts_of):
+        assert len(pairs(LEFT)) == padded
+        assert len(pairs(RIGHT)) == 3
 
 
 def test_pairs_whose_text_has_other_ids_are_left_out(given: Given) -> None:
