@@ -13,7 +13,7 @@ repro: $(READY) ## Run the pipeline: what has changed since the last time, and n
 	dvc repro
 
 test: $(READY) ## Run all tests
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY) ## Lint, formatting and types
 	ruff check .

@@ -62,6 +62,14 @@ def threads_of_a_stage() -> Iterator[Callable[[], AbstractContextManager[None]]]
         yield those_of_a_stage
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_main_file() -> Iterator[None]:
+    """The fingerprint of a training covers the file that is run: pytest's, or none in a worker."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("__main__.__file__", None, raising=False)
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     """In continuous integration a skipped test is a failed one, but for what it may lack."""
