@@ -99,11 +99,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "Qwen2, Qwen2.5": ("qwen2", {"tie_word_embeddings": True}, SEPARATE),
     "Qwen3": ("qwen3", {"head_dim": 24}, SEPARATE),
     "Llama 2": ("llama", {"num_key_value_heads": 4}, SEPARATE),
-    "Llama 3, 3.1, 3.2": (
-        "llama",
-        {"rope_parameters": LLAMA3, "tie_word_embeddings": True},
-        SEPARATE,
-    ),
+    "Llama 3, 3.1, 3.2": ("llama", LLAMA3, SEPARATE),
     "Mistral": ("mistral", {"sliding_window": None}, SEPARATE),
     "Gemma": ("gemma", {"head_dim": 16, "num_key_value_heads": 1}, SEPARATE),
     "Gemma 3": ("gemma3", GEMMA3, SEPARATE),

@@ -40,6 +40,17 @@ def test_no_family_is_refused_by_its_configuration(family: str, tmp_path: Path) 
     assert reason_against(read_json(fetched(family, tmp_path) / "config.json")) is None
 
 
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [("Llama 2", "default"), ("Llama 3, 3.1, 3.2", "llama3"), ("Phi-4-mini", "longrope")],
+)
+def test_a_family_has_the_rope_that_it_is_in_the_table_for(
+    family: str, found: str, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(fetched(family, tmp_path))
+    assert model.model.rotary_emb.rope_type == found
+
+
 @pytest.mark.parametrize("rope", ["dynamic", "linear", "yarn"])
 def test_rope_that_scales_is_passed_through(rope: str) -> None:
     scaling = {"rope_type": rope, "factor": 2.0, "original_max_position_embeddings": 64}
