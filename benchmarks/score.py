@@ -35,10 +35,10 @@ from benchmarks.speed.workload import SHAPE, Workload
 from reward.data.reading import read
 from reward.data.records import candidates
 from reward.model.base import load_base
-from reward.model.packing import Texts, tokens
+from reward.model.packing import Texts, texts_of, tokens
 from reward.process import run
 from reward.serving.score import EXPORT, journal_beside, publish, score_files
-from reward.serving.scorer import TOKENS_PER_PACK, Scorer, packable
+from reward.serving.scorer import TOKENS_PER_PACK, Scorer
 from stages import evaluate, export, fetch, preprocess, train
 
 RESULT = ROOT / "benchmarks" / "results" / "score.md"
@@ -103,7 +103,7 @@ def write_params() -> None:
 def workload_of() -> Workload:
     scorer, texts = Scorer(EXPORT), list[Texts]()
     for _, record in read(SCORED):
-        texts += packable(scorer.encode(scorer.render(candidates(record))))
+        texts.append(texts_of(scorer.encode(scorer.render(candidates(record)))))
     linear = [
         (module.out_features, module.in_features)
         for module in load_base(fetch.BASE, QUANTIZATION).base_model.modules()

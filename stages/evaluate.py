@@ -52,8 +52,9 @@ from reward.judging.metrics import (
     spread,
 )
 from reward.model.base import Quantization, load
-from reward.model.packing import extremes, pairs_of, tokens
-from reward.model.pairwise import chosen_and_rejected, margins
+from reward.model.packing import Texts, extremes, pairs_of, tokens
+from reward.model.pairwise import margins
+from reward.model.rankings import rankings_of, sides
 from reward.model.scoring import require_exact, score
 from reward.outputs import recorded, whole_folder, write_json, writing
 from reward.params import Positive, Seed
@@ -98,9 +99,7 @@ def main() -> None:
     model = load(BASE, ADAPTER, quantization)
     sets = load_sets()
     datasets = [test, *(each.pairs for each in sets)]
-    pairs = [pair for each in datasets for pair in pairs_of(each)]
-    full = extremes([*map(tokens, pairs)], options.tokens_per_pack)
-    require_exact(model, [pairs[index] for index in full])
+    require_exact(model, full_pack(datasets, options.tokens_per_pack))
     table, *further = [rewards_of(model, each, options.tokens_per_pack) for each in datasets]
     judged, resampling = as_judged(table), Resampling(options.bootstrap_samples, options.seed)
     figures = measure(table, judged, resampling)
@@ -133,12 +132,22 @@ def load_sets() -> list[TestSet]:
     ]
 
 
+def full_pack(datasets: Iterable[Dataset], tokens_per_pack: int) -> list[Texts]:
+    """The longest pair of all and the shortest ones that fill a pack with it, the shortest last."""
+    pairs = [pair for each in datasets for pair in pairs_of(each)]
+    return [pairs[index] for index in extremes([*map(tokens, pairs)], tokens_per_pack)]
+
+
 def rewards_of(model: PeftModel, dataset: Dataset, tokens_per_pack: int) -> pa.Table:
     """The rewards of a dataset's pairs as a table, whose metadata has the size of the packs.
 
     In half precision packs of another size round otherwise.
     """
-    chosen, rejected = chosen_and_rejected(score(model, pairs_of(dataset), tokens_per_pack))
+    ranked = rankings_of(dataset)
+    found = score(model, [each.texts for each in ranked], tokens_per_pack)
+    j, k, rows = sides(found, ranked)
+    chosen, rejected = torch.empty(2, len(rows))
+    chosen[rows], rejected[rows] = j, k
     require_finite(chosen, rejected)
     packs = {b"tokens_per_pack": str(tokens_per_pack).encode()}
     return as_table(dataset, chosen, rejected).replace_schema_metadata(packs)

@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from reward import params
 from reward.data import tokenized
-from reward.data.columns import IDS
+from reward.data.columns import IDS, PROMPT_ID
 from reward.model import checkpoints
 from reward.model.base import (
     Quantization,
@@ -39,6 +39,7 @@ from reward.model.base import (
 from reward.model.layers import multiplies_bf16
 from reward.model.plain import require_length
 from reward.model.scoring import require_exact
+from reward.model.steps import Steps, planned
 from reward.model.trainer import (
     RewardTrainer,
     Train,
@@ -91,7 +92,7 @@ def main() -> None:
         model = build(options, lora, quantization)
         tell_precisions(model, quantization)
         require_length(model.get_base_model().config, BASE, most)
-        trainer = RewardTrainer(model, options, saved, train, validation, REPORTS)
+        trainer = RewardTrainer(model, options, saved, steps(options, train), validation, REPORTS)
         for dataset in (train, validation):
             require_fit(model, dataset)
             require_exact(model, full_pack(dataset, trainer.tokens_per_pack))
@@ -196,6 +197,19 @@ def require_fit(model: PeftModel, dataset: Dataset) -> None:
         )
 
 
+def steps(options: Train, dataset: Dataset) -> Steps:
+    """The steps of the whole training."""
+    rows = planned(
+        dataset[PROMPT_ID],
+        options.pairs_per_step,
+        options.step_of,
+        options.num_train_epochs,
+        options.max_steps,
+        options.seed,
+    )
+    return Steps(dataset, rows)
+
+
 def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quantization) -> None:
     """Write the adapter with what it was trained from, the curves and the metrics."""
     history = trainer.state.log_history
@@ -210,7 +224,7 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
                 "lora": asdict(lora),
                 "quantization": asdict(quantization),
                 "base_parameters": parameters,
-                "pairs": len(trainer.train_pairs),
+                "pairs": len(trainer.steps.dataset),
                 "data": digests(TOKENIZED / "train"),
             },
         )
@@ -233,7 +247,7 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
     write_json(METRICS, {"steps": steps} | validation)
     print(
         f"validation accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f}, "
-        f"margin {last['margin']:+.4f} of {len(trainer.validation_pairs)} pairs"
+        f"margin {last['margin']:+.4f} of {len(trainer.validation.labels)} pairs"
     )
     print(f"trained    {ADAPTER}; dvc plots show draws the curves, here and while it trains")
 

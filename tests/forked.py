@@ -102,8 +102,6 @@ def train_until(step: int) -> None:
         return original(self, *arguments)
 
     trainer.RewardTrainer.training_step = deadly  # type: ignore[assignment]
-    # Whose code the fingerprint covers; the server has no file.
-    sys.modules["__main__"].__file__ = train.__file__
     warnings.simplefilter("error")
     leave_threads()
     train.main()

@@ -17,6 +17,7 @@ from reward.exporting.clients import FOUND, Request
 from reward.model.base import Quantization
 from reward.model.converting import conversion_of
 from reward.model.packing import Texts
+from reward.model.pairwise import Labels, losses
 from reward.model.trainer import Train
 from reward.outputs import read_json, write_json
 from stages.evaluate import Evaluate
@@ -26,6 +27,7 @@ from stages.preprocess import Preprocess
 from stages.train import Lora
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
@@ -172,6 +174,17 @@ def write_pairs(path: Path, count: int = 40) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def chosen_and_rejected(rewards: "Tensor") -> "tuple[Tensor, Tensor]":
+    """Those of the first and of the second text of each pair, out of those of both in turn."""
+    chosen, rejected = rewards.view(-1, 2).unbind(1)
+    return chosen, rejected
+
+
+def pair_losses(rewards: "Tensor") -> "Tensor":
+    """The loss of each pair, out of the rewards of both texts in turn."""
+    return losses(*chosen_and_rejected(rewards), Labels.certain(len(rewards) // 2))
 
 
 def prompts_of(seed: int, count: int = 5) -> list[Texts]:

@@ -19,11 +19,10 @@ from reward.model import attention
 from reward.model.attention import Plan, attend, by_flash, text_by_text
 from reward.model.base import Quantization, add_lora, device, head_of, load_base, new_head
 from reward.model.packing import Texts, pack
-from reward.model.pairwise import chosen_and_rejected, losses
 from reward.model.scoring import as_in_transformers, evaluating, require_exact, rewards
 from reward.process import Fault
 from tests import varlen
-from tests.support import FAMILIES, SEPARATE, SHAPE, VOCABULARY, fetched, prompts_of
+from tests.support import FAMILIES, SEPARATE, SHAPE, VOCABULARY, fetched, pair_losses, prompts_of
 
 Attention = Callable[..., Tensor]
 
@@ -95,7 +94,7 @@ def stock_rewards(model: PeftModel, prompts: list[Texts]) -> Tensor:
 
 def gradients(model: PeftModel, found: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    losses(*chosen_and_rejected(found)).mean().backward()
+    pair_losses(found).mean().backward()
     return {
         name: parameter.grad.clone()
         for name, parameter in model.named_parameters()

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from reward.model.packing import Texts, extremes, into_packs, pack, pair, tokens
+from reward.model.packing import Texts, extremes, into_packs, pack, pair, texts_of, tokens, within
 
 
 def random_lengths(seed: int) -> list[int]:
@@ -58,6 +58,17 @@ def test_a_tokenized_pair_is_two_texts_of_one_prompt_chosen_first() -> None:
     texts = pair(row)
     assert (*map(list, texts.ids), texts.prefix) == ([1, 2, 3], [1, 2, 4, 5], 2)
     assert tokens(texts) == 5
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(20, [2, 2, 1]), (26, [4, 1]), (5, [1] * 5)])
+def test_the_texts_of_a_prompt_are_divided_where_a_pack_is_too_small(
+    limit: int, sizes: list[int]
+) -> None:
+    texts = [[0] * 10 + [place] * 4 for place in range(5)]
+    parts = within(texts_of(texts), limit)
+    assert [len(part.ids) for part in parts] == sizes
+    assert [ids for part in parts for ids in part.ids] == texts
+    assert limit < 14 or all(tokens(part) <= limit for part in parts)
 
 
 def test_a_pack_is_first_texts_then_the_rests_of_the_others() -> None:

@@ -17,11 +17,11 @@ from reward.data.records import BadRecord, candidates, check
 from reward.data.tokens import Template
 from reward.exporting.exported import load_exported
 from reward.model.base import head_of
-from reward.model.packing import tokens
+from reward.model.packing import texts_of, tokens
 from reward.model.scoring import as_in_transformers
 from reward.process import Fault
 from reward.serving import scorer as module
-from reward.serving.scorer import Misfit, Scorer, packable, ranks, reward_function
+from reward.serving.scorer import Misfit, Scorer, ranks, reward_function
 
 EXPORT = Path("models/export")
 pytestmark = pytest.mark.usefixtures("project")
@@ -117,20 +117,8 @@ def test_equal_texts_of_a_prompt_have_equal_rewards(scorer: Scorer) -> None:
 
 
 def test_what_texts_of_a_prompt_share_is_computed_once() -> None:
-    [texts] = packable([[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7]])
+    texts = texts_of([[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7]])
     assert (texts.prefix, tokens(texts)) == (2, 2 + 2 + 3 + 1)
-
-
-def test_the_texts_of_a_prompt_are_parted_where_a_pack_is_too_small(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    texts = [[0] * 10 + [place] * 4 for place in range(5)]
-    for most, sizes in ((20, [2, 2, 1]), (26, [4, 1]), (5, [1] * 5)):
-        monkeypatch.setattr(module, "TOKENS_PER_PACK", most)
-        parts = packable(texts)
-        assert [len(part.ids) for part in parts] == sizes
-        assert [ids for part in parts for ids in part.ids] == texts
-        assert most < 14 or all(tokens(part) <= most for part in parts)
 
 
 def test_a_reward_that_is_not_finite_is_a_fault(scorer: Scorer) -> None:

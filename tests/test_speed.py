@@ -24,7 +24,7 @@ from benchmarks.speed.workload import (
     prepare,
     usable_ids,
 )
-from reward.data.tokens import prefix_length
+from reward.data.prefixes import prefix_length
 from reward.model.packing import Texts
 from reward.process import Fault
 

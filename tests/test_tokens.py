@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
 
+from reward.data.prefixes import prefix_length
 from reward.data.records import BadRecord, Messages, check
 from reward.data.templates import DIRECTIVES, dated
-from reward.data.tokens import Encoder, Template, prefix_length
+from reward.data.tokens import Encoder, Template
 from reward.exporting import portable
 from reward.process import Fault
 

@@ -20,13 +20,13 @@ from reward import params
 from reward.model import checkpoints, trainer
 from reward.model.base import Quantization, head_of
 from reward.model.packing import Texts, pairs_of, tokens
-from reward.model.pairwise import chosen_and_rejected
 from reward.model.scoring import as_in_transformers, rewards, score, within_memory
+from reward.model.steps import Step
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
 from tests.forked import Forked, train_until
-from tests.support import write_pairs
+from tests.support import chosen_and_rejected, write_pairs
 
 SetParams = Callable[..., None]
 Tensors = dict[str, torch.Tensor]
@@ -106,7 +106,11 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def recorded(self: trainer.RewardTrainer, model: Any, inputs: Any, items: Any = None) -> Any:
         loss = original(self, model, inputs, items)
-        pairs = [[list(map(int, ids)) for ids in texts.ids] for texts in inputs["step"].pairs]
+        pairs = [
+            [list(map(int, ranking.texts.ids[side])) for side in (each.j, each.k)]
+            for ranking in inputs["step"].rankings
+            for each in ranking.comparisons
+        ]
         seen.append({"pairs": pairs, "loss": loss.item()})
         return loss
 
@@ -277,7 +281,7 @@ def test_a_repeated_step_has_the_random_numbers_of_the_first_attempt(
         return original(model, batch)
 
     monkeypatch.setattr(trainer, "rewards", once)
-    monkeypatch.setattr(trainer, "halved", lambda lengths, place: 10**6)
+    monkeypatch.setattr(trainer, "halved", lambda held, least, place: 10**6)
     train.main()
     assert len(calls) == 4
     assert distance(weights(), wanted) == 0
@@ -288,9 +292,7 @@ def test_a_pair_too_long_for_memory_stops_the_stage(monkeypatch: pytest.MonkeyPa
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(trainer, "rewards", never)
-    with pytest.raises(
-        Fault, match=r"^step 1: the texts of one prompt, \d+ tokens, need more memory than"
-    ):
+    with pytest.raises(Fault, match=r"^step 1: a pair of \d+ tokens needs more memory than"):
         train.main()
     assert not train.ADAPTER.exists()
 
@@ -330,10 +332,10 @@ def test_auto_tries_packs_as_training_will_compute_them_the_smallest_first(
     ours = a_trainer()
     tried, original = [], ours.attempt
 
-    def noted(pairs: list[Texts]) -> torch.Tensor | None:
+    def noted(step: Step) -> torch.Tensor | None:
         layers = cast(Any, ours.reward_model.get_base_model()).base_model.layers
         tried.append((ours.tokens_per_pack, {layer.gradient_checkpointing for layer in layers}))
-        return original(pairs)
+        return original(step)
 
     monkeypatch.setattr(ours, "attempt", noted)
     most = trainer.largest_pack(ours)
@@ -411,7 +413,8 @@ def a_trainer() -> trainer.RewardTrainer:
         checkpoints.Run(Path("models/checkpoints/run")),
         params.load("train", trainer.Train),
     )
-    return trainer.RewardTrainer(built(), options, run, pairs, watched, train.REPORTS)
+    steps = train.steps(options, pairs)
+    return trainer.RewardTrainer(built(), options, run, steps, watched, train.REPORTS)
 
 
 def test_training_starts_undecided_however_large_the_head_is() -> None:
@@ -488,7 +491,8 @@ def test_every_optimizer_and_schedule_that_is_offered_can_be_made(
         schedule = trainer.SCHEDULES[index % len(trainer.SCHEDULES)]
         set_params("train", optim=optim, lr_scheduler_type=schedule)
         group = params.load("train", trainer.Train)
-        ours = trainer.RewardTrainer(model, group, checkpoints.Run(tmp_path), rows, rows, tmp_path)
+        run, steps = checkpoints.Run(tmp_path), train.steps(group, rows)
+        ours = trainer.RewardTrainer(model, group, run, steps, rows, tmp_path)
         ours.create_optimizer_and_scheduler(8)
         assert ours.lr_scheduler is not None
         assert 0 <= ours.lr_scheduler.get_last_lr()[0] <= group.learning_rate
@@ -513,7 +517,7 @@ def test_optimizers_for_cuda_fall_back_with_one_line(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     set_params("train", optim=optim)
-    found = trainer.arguments(params.load("train", trainer.Train), tmp_path)
+    found = trainer.arguments(params.load("train", trainer.Train), tmp_path, 8)
     assert found.optim == "adamw_torch_fused"
     assert capsys.readouterr().out.startswith(f"optimizer: {optim} is for CUDA; here adamw_torch_f")
 
@@ -524,9 +528,9 @@ def test_a_step_has_its_pairs_however_many_gpus_are_in_sight(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
-    found = trainer.arguments(params.load("train", trainer.Train), tmp_path)
+    found = trainer.arguments(params.load("train", trainer.Train), tmp_path, 8)
     assert found.device == torch.device("cuda:0")
-    assert (found.per_device_train_batch_size, found.train_batch_size) == (4, 4)
+    assert (found.per_device_train_batch_size, found.train_batch_size) == (1, 1)
 
 
 @pytest.mark.parametrize("compute_dtype", ["auto", "float32"])

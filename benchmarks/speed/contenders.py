@@ -1,11 +1,11 @@
 """The rows of the table: ours, TRL's trainer, the article's loop, and the floor of each."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -16,11 +16,20 @@ from benchmarks.speed.floor import by_onednn, floor, floor_of_scoring
 from benchmarks.speed.hardware import CPU, HARDWARE, IN_BF16, QUANTIZATION, Hardware
 from benchmarks.speed.measuring import Contender, Measurement, Stopwatch
 from benchmarks.speed.workload import DENSE, PAIRS_PER_STEP, Workload, with_adapter
+from reward.data.columns import (
+    ANSWERS,
+    IDS,
+    PREFERENCE,
+    PREFIX,
+    PROMPT_ID,
+    TARGET_MARGIN,
+    WEIGHT,
+)
 from reward.model.base import Quantization, head_of, load_base, stock
 from reward.model.checkpoints import Run
-from reward.model.packing import COLUMNS
-from reward.model.pairwise import losses
+from reward.model.pairwise import Labels, losses
 from reward.model.scoring import score
+from reward.model.steps import Steps
 from reward.model.trainer import RewardTrainer, Train
 
 # The arguments that all trainers share, by their names in transformers. One point of the curve a
@@ -103,6 +112,8 @@ def ours(
     group = Train(
         **SHARED,
         pairs_per_step=PAIRS_PER_STEP,
+        step_of="pairs",
+        center_rewards=0.0,
         tokens_per_pack=workload.tokens_per_pack,
         max_steps=-1,
         gradient_checkpointing=checkpointing,
@@ -111,15 +122,34 @@ def ours(
         validation_pairs=1,
         save_steps=len(workload.pairs),
     )
-    prefixes = [texts.prefix for texts in workload.pairs]
-    dataset = texts_of(workload, COLUMNS[:2]).add_column(COLUMNS[2], prefixes)
+    dataset = as_tokenized(workload)
     model = with_adapter(load_base(workload.base, quantization), workload)
     with TemporaryDirectory() as name:
         folder, validation = Path(name), dataset.select([0])
-        trainer = RewardTrainer(model, group, Run(folder), dataset, validation, folder)
-        # As all others here: the steps then have the pairs of which the floor computes the packs.
-        trainer.args.train_sampling_strategy = "sequential"
+        # As all others here: the steps have the pairs of which the floor computes the packs.
+        rows = np.split(
+            np.arange(len(dataset)), range(PAIRS_PER_STEP, len(dataset), PAIRS_PER_STEP)
+        )
+        trainer = RewardTrainer(model, group, Run(folder), Steps(dataset, rows), validation, folder)
         return timed(trainer, model, workload)
+
+
+def as_tokenized(workload: Workload) -> Dataset:
+    """The pairs as preprocess leaves them, with all that training reads."""
+    pairs = workload.pairs
+    chosen, rejected = zip(*(texts.ids for texts in pairs), strict=True)
+    ones = [1.0] * len(pairs)
+    return Dataset.from_dict(
+        {
+            PROMPT_ID: [str(index) for index in range(len(pairs))],
+            **dict(zip(ANSWERS, ([0] * len(pairs), [1] * len(pairs)), strict=True)),
+            **dict(zip(IDS, (chosen, rejected), strict=True)),
+            PREFIX: [texts.prefix for texts in pairs],
+            PREFERENCE: ones,
+            WEIGHT: ones,
+            TARGET_MARGIN: [0.0] * len(pairs),
+        }
+    )
 
 
 def trl(workload: Workload, batch: int, checkpointing: bool, bf16: bool = False) -> Measurement:
@@ -140,7 +170,7 @@ def trl(workload: Workload, batch: int, checkpointing: bool, bf16: bool = False)
                 bf16=bf16 or QUANTIZATION.dtype == torch.bfloat16,
                 max_length=None,
             ),
-            train_dataset=texts_of(workload),
+            train_dataset=for_trl(workload),
             processing_class=AutoTokenizer.from_pretrained(workload.base),
         )
         return timed(trainer, model, workload)
@@ -157,7 +187,7 @@ class ArticleTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         chosen, rejected = (self.reward(inputs[side]) for side in TRL_COLUMNS)
-        return losses(chosen, rejected).mean()
+        return losses(chosen, rejected, Labels.certain(len(chosen))).mean()
 
     def reward(self, input_ids: Tensor) -> Tensor:
         """The reward of one text, [1], with the head in fp32 as it is in ours."""
@@ -174,7 +204,7 @@ def article(workload: Workload) -> Measurement:
         trainer = ArticleTrainer(
             model=model,
             args=TrainingArguments(**others(output, batch=1), remove_unused_columns=False),
-            train_dataset=texts_of(workload),
+            train_dataset=for_trl(workload),
             data_collator=lambda rows: {
                 side: torch.tensor([row[side] for row in rows]) for side in rows[0]
             },
@@ -195,10 +225,10 @@ def others(output: str, batch: int) -> dict[str, Any]:
     }
 
 
-def texts_of(workload: Workload, columns: Sequence[str] = TRL_COLUMNS) -> Dataset:
-    """The ids of chosen and rejected in columns of the given names."""
+def for_trl(workload: Workload) -> Dataset:
+    """The ids of chosen and rejected in the columns of TRL."""
     chosen, rejected = zip(*(texts.ids for texts in workload.pairs), strict=True)
-    return Dataset.from_dict(dict(zip(columns, (chosen, rejected), strict=True)))
+    return Dataset.from_dict(dict(zip(TRL_COLUMNS, (chosen, rejected), strict=True)))
 
 
 def scoring(workload: Workload) -> Measurement:
@@ -219,10 +249,8 @@ def timed(trainer: Trainer, model: PeftModel, workload: Workload) -> Measurement
     stopwatch = Stopwatch(embedding_of(model))
     trainer.add_callback(stopwatch)
     trainer.train()
-    args = trainer.args
-    first = args.per_device_train_batch_size * args.gradient_accumulation_steps
     curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return stopwatch.measurement(len(workload.pairs) - first, curve)
+    return stopwatch.measurement(len(workload.pairs) - PAIRS_PER_STEP, curve)
 
 
 def embedding_of(model: PeftModel) -> nn.Module:

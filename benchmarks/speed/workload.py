@@ -17,9 +17,9 @@ from benchmarks import random_base
 from benchmarks.speed.hardware import HARDWARE, QUANTIZATION
 from reward.data.reading import files, read
 from reward.data.records import BadRecord, check
-from reward.data.tokens import Encoder, Template, prefix_length
+from reward.data.tokens import Encoder, Template
 from reward.model.base import add_lora, load_base, new_head, stock
-from reward.model.packing import Texts
+from reward.model.packing import Texts, texts_of
 from reward.model.trainer import HEAD_PAIRS, scale_head
 from reward.outputs import read_json
 from reward.process import Fault
@@ -159,7 +159,7 @@ def drawn(options: argparse.Namespace, base: Path, longest: int) -> list[Texts]:
             continue
         chosen, rejected = encoder.encode(texts)
         if chosen != rejected and max(len(chosen), len(rejected)) <= longest:
-            pairs.append(Texts((chosen, rejected), prefix_length(chosen, rejected)))
+            pairs.append(texts_of((chosen, rejected)))
         if len(pairs) == options.pairs:
             return pairs
     raise Fault(

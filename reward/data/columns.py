@@ -4,6 +4,12 @@ ID, PROMPT_ID = "id", "prompt_id"
 IDS = ("input_ids_j", "input_ids_k")
 MASKS = ("attention_mask_j", "attention_mask_k")
 PREFIX = "prefix_length"
+# The number of an answer within its prompt, among the rows of one folder.
+ANSWERS = ("answer_j", "answer_k")
+# The probability that j is preferred, what the comparison counts, and by how much j is better.
+PREFERENCE, WEIGHT, TARGET_MARGIN = "preference", "weight", "margin"
+GRADES = (PREFERENCE, WEIGHT, TARGET_MARGIN)
+
 # Of test pairs: messages as JSON, and what the template made of them.
 CONVERSATION = ("prompt", "chosen", "rejected")
 TEXTS = ("text_j", "text_k")

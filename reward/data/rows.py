@@ -8,8 +8,8 @@ import numpy as np
 
 from reward.data import tokenized
 from reward.data.columns import CONVERSATION, ID, IDS, PREFIX, PROMPT_ID, TEXTS
+from reward.data.prefixes import prefix_length
 from reward.data.records import BadRecord, Message, Messages, Pair, compact_json, parts_of
-from reward.data.tokens import prefix_length
 
 
 def as_row(pair: Pair, ids: Sequence[Sequence[int]], texts: Sequence[str]) -> dict[str, Any]:

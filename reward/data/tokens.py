@@ -7,8 +7,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from reward.data.records import TOOLS, Messages, names_of
@@ -220,11 +218,3 @@ def around(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     whole = tokenizer.encode("a").tokens
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
-
-
-def prefix_length(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> int:
-    """How many first ids two sequences share, at most one less than the shorter has."""
-    left, right = np.asarray(chosen), np.asarray(rejected)
-    limit = max(min(len(left), len(right)) - 1, 0)
-    differs = left[:limit] != right[:limit]
-    return int(differs.argmax()) if differs.any() else limit

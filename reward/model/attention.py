@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from reward.model.packing import Layout
+from reward.model.packing import Layout, sent
 from reward.model.plain import require_plain
 from reward.model.swapping import Swapped, swap_in
 
@@ -151,17 +151,6 @@ class AtEnds(Plan):
             )
             for call in self._plan.calls
         ]
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device.
-
-    A copy from pageable memory waits until the GPU has done all that it was told; this one, from
-    pinned memory, takes its turn.
-    """
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def attend(

@@ -38,7 +38,7 @@ def fingerprint(params: dict[str, Any], inputs: list[Path]) -> str:
         for name, module in sorted(sys.modules.items())
         if name.startswith(("stages.", "reward.")) and module.__file__
     }
-    main = sys.modules["__main__"].__file__
+    main = getattr(sys.modules["__main__"], "__file__", None)
     content = {
         "params": params,
         "inputs": [digests(path) if path.is_dir() else digest(path) for path in inputs],

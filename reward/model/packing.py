@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from reward.data.columns import IDS, PREFIX
+from reward.data.prefixes import prefix_length
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,6 +81,12 @@ class Pack:
     order: Tensor
 
 
+def texts_of(ids: Sequence[Sequence[int]]) -> Texts:
+    """The texts of one prompt, with all that they begin with in common."""
+    first, *others = map(np.asarray, ids)
+    return Texts(ids, min((prefix_length(first, other) for other in others), default=0))
+
+
 def pair(row: Mapping[str, Any]) -> Texts:
     """A tokenized pair: chosen, then rejected."""
     return Texts([row[name] for name in IDS], int(row[PREFIX]))
@@ -109,6 +116,15 @@ def into_packs(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
             held = length
         packs[-1].append(index)
     return packs
+
+
+def within(texts: Texts, tokens_per_pack: int) -> list[Texts]:
+    """The texts of a prompt, as many at a time as fit into a pack, and at least one."""
+    own = [len(ids) - texts.prefix for ids in texts.ids]
+    return [
+        Texts([texts.ids[index] for index in indices], texts.prefix)
+        for indices in into_packs(own, tokens_per_pack - texts.prefix)
+    ]
 
 
 def extremes(lengths: Sequence[int], tokens_per_pack: int) -> list[int]:
@@ -147,3 +163,14 @@ def pack(prompts: Sequence[Texts]) -> Pack:
 def in_a_row(pieces: Iterable[npt.NDArray[Any]]) -> Tensor:
     """The pieces one after the other: [1, tokens], int64."""
     return torch.from_numpy(np.concatenate(list(pieces), dtype=np.int64))[None]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device.
+
+    A copy from pageable memory waits until the GPU has done all that it was told; this one, from
+    pinned memory, takes its turn.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

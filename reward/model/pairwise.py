@@ -1,32 +1,103 @@
 """The Bradley-Terry model of a preference, as pure functions of rewards. All shapes [pairs].
 
-P(chosen is preferred) = sigmoid(r_chosen - r_rejected): Bradley and Terry 1952, "Rank analysis of
-incomplete block designs"; as a loss for reward models: Ouyang et al. 2022, equation 1.
+P(j is preferred to k) = sigmoid(r_j - r_k): Bradley and Terry 1952, "Rank analysis of incomplete
+block designs"; as a loss for reward models: Ouyang et al. 2022, equation 1.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-
-def chosen_and_rejected(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards of chosen and of rejected, out of those of both sides pair by pair, [2 * pairs]."""
-    chosen, rejected = rewards.view(-1, 2).unbind(1)
-    return chosen, rejected
+from reward.data.columns import PREFERENCE, TARGET_MARGIN, WEIGHT
+from reward.model.packing import sent
 
 
-def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid(r_chosen - r_rejected) of every pair, in fp32."""
-    return -logsigmoid(margins(chosen, rejected))
+@dataclass(frozen=True)
+class Labels:
+    """What people said of pairs, fp32: [pairs] each.
+
+    `preference` is the probability that j is preferred, 0.5 for a tie. `weight` is how much a pair
+    counts. `margin` is the least difference of the rewards that is asked for.
+    """
+
+    preference: Tensor
+    weight: Tensor
+    margin: Tensor
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Any]) -> "Labels":
+        """Those of tokenized pairs, on the CPU.
+
+        Raises ValueError for a margin of an uncertain pair: its loss would be another one if the
+        two sides were swapped.
+        """
+        preference, weight, margin = (
+            torch.from_numpy(np.asarray(columns[name], dtype=np.float32))
+            for name in (PREFERENCE, WEIGHT, TARGET_MARGIN)
+        )
+        if ((margin != 0) & (preference != 1)).any():
+            raise ValueError("a margin of a pair whose preference is not 1")
+        return cls(preference, weight, margin)
+
+    @classmethod
+    def certain(cls, pairs: int) -> "Labels":
+        """Those of pairs of which nothing is said but that j is preferred."""
+        return cls(torch.ones(pairs), torch.ones(pairs), torch.zeros(pairs))
+
+    def __len__(self) -> int:
+        return len(self.preference)
+
+    @property
+    def decided(self) -> Tensor:
+        """Which pairs are not ties."""
+        return self.preference != 0.5
+
+    def take(self, rows: Tensor) -> "Labels":
+        """Those of some of the pairs, by their index."""
+        return Labels(self.preference[rows], self.weight[rows], self.margin[rows])
+
+    def sent(self, device: torch.device) -> "Labels":
+        """The same on a device."""
+        return Labels(*sent(torch.stack([self.preference, self.weight, self.margin]), device))
 
 
-def correct(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """1 where the chosen answer has the higher reward, 0 where the lower, one half at a tie."""
-    return torch.heaviside(margins(chosen, rejected), torch.tensor(0.5, device=chosen.device))
+def losses(j: Tensor, k: Tensor, labels: Labels, center: float = 0.0) -> Tensor:
+    """The weighted loss of every pair, in fp32.
+
+    With d = r_j - r_k it is -log sigmoid(d - margin) for a pair that is certain, and the cross
+    entropy -p log sigmoid(d) - (1 - p) log sigmoid(-d) for one whose preference is p. `center`
+    times (r_j + r_k)^2 is added, which keeps rewards around zero (Eisenstein et al. 2023, "Helping
+    or herding?", equation 5). Margins: Touvron et al. 2023, "Llama 2", equation 2.
+    """
+    difference = margins(j, k) - same_shape(j, labels.margin)
+    preference, weight = same_shape(j, labels.preference), same_shape(j, labels.weight)
+    likelihood = preference * logsigmoid(difference) + (1 - preference) * logsigmoid(-difference)
+    if center:
+        return weight * (center * (j.float() + k.float()).square() - likelihood)
+    return -weight * likelihood
 
 
-def margins(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """r_chosen - r_rejected in fp32. Raises ValueError unless both have one and the same shape."""
-    if chosen.shape != rejected.shape or chosen.dim() != 1:
-        raise ValueError(f"rewards of shapes {chosen.shape} and {rejected.shape}, wanted [pairs]")
-    return chosen.float() - rejected.float()
+def correct(j: Tensor, k: Tensor) -> Tensor:
+    """1 where j has the higher reward, 0 where the lower, one half where they are equal."""
+    return torch.heaviside(margins(j, k), torch.tensor(0.5, device=j.device))
+
+
+def margins(j: Tensor, k: Tensor) -> Tensor:
+    """r_j - r_k in fp32. Raises ValueError unless both are [pairs]."""
+    if j.dim() != 1:
+        raise ValueError(f"rewards of shape {tuple(j.shape)}, expected [pairs]")
+    return j.float() - same_shape(j, k).float()
+
+
+def same_shape(rewards: Tensor, other: Tensor) -> Tensor:
+    """The other tensor. Raises ValueError if it would be broadcast to the rewards' shape."""
+    if rewards.shape != other.shape:
+        raise ValueError(
+            f"shapes {tuple(rewards.shape)} and {tuple(other.shape)}, expected one for each pair"
+        )
+    return other

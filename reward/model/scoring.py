@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from reward.model import attention
 from reward.model.base import device, head_of
-from reward.model.packing import Pack, Texts, into_packs, pack, tokens
+from reward.model.packing import Pack, Texts, into_packs, pack, sent, tokens, within
 from reward.model.swapping import swapped_out
 from reward.process import Fault
 
@@ -38,8 +38,7 @@ def last_hidden(model: PeftModel, batch: Pack) -> Tensor:
     """The base's output at the last token of every text, prompt by prompt: [texts, hidden size]."""
     plan = attention.Plan(batch.layout, device())
     ids, positions, order = (
-        attention.sent(each, device())
-        for each in (batch.input_ids, batch.position_ids, batch.order)
+        sent(each, device()) for each in (batch.input_ids, batch.position_ids, batch.order)
     )
     hidden = (
         cast(PreTrainedModel, model.get_base_model())
@@ -55,33 +54,50 @@ def last_hidden(model: PeftModel, batch: Pack) -> Tensor:
 def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> Tensor:
     """The reward of every text, prompt by prompt, on the CPU: fp32, [texts].
 
-    Prompts of like length share a pack, and packs are halved where memory does not suffice. Raises
-    a Fault where it does not suffice for the texts of one prompt.
+    Prompts of like length share a pack. The texts of a prompt are divided where they do not fit
+    into one, and packs are halved where memory does not suffice. Raises a Fault where it does not
+    suffice for a single text.
     """
-    lengths = [tokens(texts) for texts in prompts]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    results = [torch.empty(0)] * len(prompts)
-    done = 0
+    found = torch.empty(sum(len(texts.ids) for texts in prompts))
+    # The texts that have no reward yet, and where the first of them has its reward.
+    waiting: list[tuple[int, Texts]] = []
+    start = 0
+    for texts in prompts:
+        waiting.append((start, texts))
+        start += len(texts.ids)
     with (
         evaluating(model),
         tqdm(
-            total=len(order), desc="scoring", unit=" prompts", delay=2, leave=None, disable=None
+            total=len(found), desc="scoring", unit=" texts", delay=2, leave=None, disable=None
         ) as bar,
     ):
-        while done < len(order):
-            rest = order[done:]
-            for places in into_packs([lengths[index] for index in rest], tokens_per_pack):
-                indices = [rest[place] for place in places]
-                found = within_memory(rewards, model, pack([prompts[index] for index in indices]))
-                if found is None:
-                    tokens_per_pack = halved([lengths[index] for index in indices], "scoring")
+        while waiting:
+            waiting = in_parts(waiting, tokens_per_pack)
+            lengths = [tokens(texts) for _, texts in waiting]
+            done = 0
+            for places in into_packs(lengths, tokens_per_pack):
+                held = [waiting[place] for place in places]
+                scored = within_memory(rewards, model, pack([texts for _, texts in held]))
+                if scored is None:
+                    tokens_per_pack = halved([texts for _, texts in held], 1, "scoring")
                     break
-                parts = found.cpu().split([len(prompts[index].ids) for index in indices])
-                for index, part in zip(indices, parts, strict=True):
-                    results[index] = part
-                done += len(indices)
-                bar.update(len(indices))
-    return torch.cat(results)
+                parts = scored.cpu().split([len(texts.ids) for _, texts in held])
+                for (start, _), part in zip(held, parts, strict=True):
+                    found[start : start + len(part)] = part
+                done += len(held)
+                bar.update(len(scored))
+            waiting = waiting[done:]
+    return found
+
+
+def in_parts(waiting: Sequence[tuple[int, Texts]], limit: int) -> list[tuple[int, Texts]]:
+    """The texts of each prompt in parts of at most `limit` tokens, the longest first."""
+    parts = []
+    for start, texts in waiting:
+        for part in within(texts, limit):
+            parts.append((start, part))
+            start += len(part.ids)
+    return sorted(parts, key=lambda each: tokens(each[1]), reverse=True)
 
 
 @contextmanager
@@ -107,17 +123,20 @@ def within_memory(work: Callable[..., Tensor], *arguments: Any) -> Tensor | None
     return None
 
 
-def halved(lengths: Sequence[int], place: str) -> int:
-    """The tokens of a pack half of the one that did not fit, which held prompts of these lengths.
+def halved(held: Sequence[Texts], least: int, place: str) -> int:
+    """The tokens of a pack half of the one that did not fit, which held these texts.
 
-    Raises a Fault for a single prompt, which names the place in the work.
+    Raises a Fault, which names the place in the work, where they are no more than the `least` that
+    must share a pack.
     """
-    if len(lengths) == 1:
+    size, count = sum(map(tokens, held)), sum(len(texts.ids) for texts in held)
+    if count <= least:
         raise Fault(
-            f"{place}: the texts of one prompt, {lengths[0]} tokens, need more memory than is "
-            "free; lower preprocess.max_length, or set train.gradient_checkpointing if in training"
+            f"{place}: {'a text' if count == 1 else 'a pair'} of {size} tokens needs more memory "
+            "than is free; lower preprocess.max_length, or set train.gradient_checkpointing if in "
+            "training"
         )
-    return sum(lengths) // 2
+    return size // 2
 
 
 @contextmanager

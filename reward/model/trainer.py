@@ -5,8 +5,9 @@ checkpoints from which it resumes to the same bytes. It is bent where pairs in p
 was made for:
 
 - A batch is one object, not padded tensors, so that no library pads it, or walks through its ids.
+  Which pairs it has was planned before: an epoch of the Trainer is the whole training.
 - `training_step` cuts the batch into packs and accumulates the gradient of the mean over the step's
-  pairs. So memory depends on `tokens_per_pack` alone and the gradient on `pairs_per_step` alone;
+  pairs. So memory depends on `tokens_per_pack` alone and the gradient on the step's pairs alone;
   the Trainer's own accumulation would set both by one number. Running out of memory begins the
   step again.
 - `evaluate` scores the validation pairs in packs, as `stages.evaluate` does.
@@ -45,9 +46,11 @@ from transformers import (
 from reward.data.columns import IDS, PREFIX, PROMPT_ID
 from reward.model import checkpoints
 from reward.model.base import device, head_of, trained_bytes
-from reward.model.packing import COLUMNS, Texts, extremes, into_packs, pack, pair, pairs_of, tokens
-from reward.model.pairwise import chosen_and_rejected, correct, losses, margins
+from reward.model.packing import Texts, extremes, into_packs, pack, pairs_of, tokens
+from reward.model.pairwise import Labels, correct, losses, margins
+from reward.model.rankings import Comparison, Ranking, divided, rankings_of, sides
 from reward.model.scoring import halved, rewards, score, within_memory
+from reward.model.steps import Step, StepOf, Steps
 from reward.outputs import read_json, write_json, writing
 from reward.params import AboveZero, Positive, Rule, Seed, Switch, ZeroOrMore
 from reward.process import Fault
@@ -75,6 +78,8 @@ class Train:
     """The group `train` of params.yaml, where each key is described."""
 
     pairs_per_step: Positive
+    step_of: StepOf
+    center_rewards: ZeroOrMore
     tokens_per_pack: Annotated[
         int | Literal["auto"],
         Rule("a positive integer, or auto", lambda tokens: tokens == "auto" or tokens > 0),
@@ -105,13 +110,6 @@ class Train:
     report_to: Literal["none", "wandb", "tensorboard", "mlflow"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """The pairs of one optimizer step, in one piece so that no library walks through their ids."""
-
-    pairs: list[Texts]
-
-
 class RewardTrainer(Trainer):
     """The Trainer for pairs: a batch is one optimizer step's pairs, worked through in packs."""
 
@@ -120,30 +118,31 @@ class RewardTrainer(Trainer):
         model: PeftModel,
         options: Train,
         run: checkpoints.Run,
-        train: Dataset,
+        steps: Steps,
         validation: Dataset,
         curves: Path,
     ) -> None:
         """`run` keeps the checkpoints, and the curves are drawn in the folder `curves`."""
         super().__init__(
             model=model,
-            args=arguments(options, run.folder),
-            train_dataset=train.select_columns(COLUMNS).with_format("numpy"),
+            args=arguments(options, run.folder, len(steps)),
+            train_dataset=steps,
             eval_dataset=validation,
-            data_collator=lambda rows: {"step": Step([pair(row) for row in rows])},
-            callbacks=[LastStep(), Progress()],
+            data_collator=lambda batch: {"step": batch[0]},
+            callbacks=[LastStep(), Progress(steps.sizes())],
         )
         self.remove_callback(PrinterCallback)
-        self.reward_model, self.train_pairs = model, train
-        self.validation_pairs = pairs_of(
-            watched(validation, options.validation_pairs, options.seed)
-        )
+        self.reward_model, self.steps = model, steps
+        self.pairs_per_step = options.pairs_per_step
+        watched_pairs = watched(validation, options.validation_pairs, options.seed)
+        self.validation = Step(rankings_of(watched_pairs), Labels.of(watched_pairs))
+        self.center_rewards = options.center_rewards
         self.size_on_trial = options.tokens_per_pack == "auto" and device().type == "cuda"
         self.tokens_per_pack = (
             TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
         )
         self.run, self.curves = run, curves
-        self.sums, self.pairs = torch.zeros(3), 0
+        self.sums = torch.zeros(4)
         self.drawn = -math.inf
 
     def training_step(
@@ -155,52 +154,66 @@ class RewardTrainer(Trainer):
         random numbers that it had.
         """
         model.train()
-        pairs = inputs["step"].pairs
-        while (sums := self.attempt(pairs)) is None:
-            lengths = [tokens(texts) for texts in pairs]
-            packs = into_packs(lengths, self.tokens_per_pack)
-            largest = max(([lengths[index] for index in indices] for indices in packs), key=sum)
-            self.tokens_per_pack = halved(largest, f"step {self.state.global_step + 1}")
+        step = inputs["step"]
+        while (sums := self.attempt(step)) is None:
+            texts = [part.texts for part in self.parts(step)]
+            packs = into_packs([*map(tokens, texts)], self.tokens_per_pack)
+            largest = max(
+                ([texts[index] for index in indices] for indices in packs),
+                key=lambda held: sum(map(tokens, held)),
+            )
+            self.tokens_per_pack = halved(largest, 2, f"step {self.state.global_step + 1}")
             print(f"memory     does not suffice, packs have {self.tokens_per_pack} tokens from now")
         # The one wait for a GPU in a step.
         on_cpu = sums.cpu()
-        self.sums, self.pairs = self.sums + on_cpu, self.pairs + len(pairs)
+        self.sums += on_cpu
         require_finite("loss", on_cpu[0].item(), self.state.global_step + 1)
-        return sums[0] / len(pairs)
+        return sums[0]
 
-    def attempt(self, pairs: list[Texts]) -> Tensor | None:
-        """Sums of loss, correct pairs and margin, [3], their gradient accumulated.
-
-        None, and all as it was before, if memory did not suffice.
-        """
+    def attempt(self, step: Step) -> Tensor | None:
+        """What `accumulate` returns; None, and all as it was before, if memory did not suffice."""
         states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        sums = within_memory(self.accumulate, pairs)
+        sums = within_memory(self.accumulate, step)
         if sums is None:
             self.reward_model.zero_grad()
             torch.set_rng_state(states[0])
             torch.cuda.set_rng_state_all(states[1])
         return sums
 
-    def accumulate(self, pairs: list[Texts]) -> Tensor:
-        sums = torch.zeros(3, device=device())
-        for indices in into_packs([tokens(texts) for texts in pairs], self.tokens_per_pack):
-            batch = pack([pairs[index] for index in indices])
-            chosen, rejected = chosen_and_rejected(rewards(self.reward_model, batch))
-            loss = losses(chosen, rejected).sum()
-            self.accelerator.backward(loss / len(pairs))
+    def accumulate(self, step: Step) -> Tensor:
+        """Accumulate the gradient of the step's loss.
+
+        Its loss, and, of the pairs that are no ties, how many are right, the sum of their margins
+        and their number: [4].
+        """
+        sums, weight = torch.zeros(4, device=device()), step.labels.weight.sum().item()
+        parts = self.parts(step)
+        for indices in into_packs([tokens(each.texts) for each in parts], self.tokens_per_pack):
+            held = [parts[index] for index in indices]
+            found = rewards(self.reward_model, pack([each.texts for each in held]))
+            j, k, rows = sides(found, held)
+            labels = step.labels.take(rows).sent(found.device)
+            loss = losses(j, k, labels, self.center_rewards).sum() / weight
+            self.accelerator.backward(loss)
             with torch.no_grad():
-                right, margin = correct(chosen, rejected).sum(), margins(chosen, rejected).sum()
-                sums += torch.stack([loss, right, margin])
+                sums += torch.stack([loss, *judged(j, k, labels)])
         return sums
+
+    def parts(self, step: Step) -> list[Ranking]:
+        """The step's rankings in parts that fit into packs."""
+        return [part for each in step.rankings for part in divided(each, self.tokens_per_pack)]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss, accuracy and mean margin on the validation pairs."""
-        found = score(self.reward_model, self.validation_pairs, self.tokens_per_pack)
-        chosen, rejected = chosen_and_rejected(found)
+        ranked = self.validation.rankings
+        found = score(self.reward_model, [each.texts for each in ranked], self.tokens_per_pack)
+        j, k, rows = sides(found, ranked)
+        labels = self.validation.labels.take(rows)
+        right, margin, decided = judged(j, k, labels)
         metrics = {
-            "eval_loss": losses(chosen, rejected).mean().item(),
-            "eval_accuracy": correct(chosen, rejected).mean().item(),
-            "eval_margin": margins(chosen, rejected).mean().item(),
+            "eval_loss": (losses(j, k, labels).sum() / labels.weight.sum()).item(),
+            "eval_accuracy": (right / decided).item(),
+            "eval_margin": (margin / decided).item(),
         }
         require_finite("validation loss", metrics["eval_loss"], self.state.global_step)
         self.log(metrics)
@@ -211,9 +224,10 @@ class RewardTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            _, accuracy, margin = (self.sums / self.pairs).tolist()
-            logs |= {"accuracy": accuracy, "margin": margin}
-            self.sums, self.pairs = torch.zeros(3), 0
+            _, right, margin, decided = self.sums.tolist()
+            # There is no accuracy where all pairs were ties.
+            logs |= {"accuracy": right / decided, "margin": margin / decided} if decided else {}
+            self.sums = torch.zeros(4)
         super().log(logs, start_time)
         if time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES:
             write_curves(self.curves, self.state.log_history)
@@ -233,8 +247,9 @@ class RewardTrainer(Trainer):
         if not checkpoint:
             if self.size_on_trial:
                 self.tokens_per_pack = largest_pack(self)
-            first = self.train_pairs.select(range(min(HEAD_PAIRS, len(self.train_pairs))))
-            scale_head(self.reward_model, pairs_of(first), self.tokens_per_pack)
+            rows = self.steps.dataset
+            first = pairs_of(rows.select(range(min(HEAD_PAIRS, len(rows)))))
+            scale_head(self.reward_model, first, self.tokens_per_pack)
             self.train()
             return
         print(f"resuming   from {checkpoint.name}")
@@ -265,6 +280,13 @@ class RewardTrainer(Trainer):
             write_json(partial / PACKS, packs)
 
 
+def judged(j: Tensor, k: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the pairs that are no ties: how many are right, the sum of their margins, their number."""
+    decided = labels.decided
+    right, margin = correct(j, k)[decided], margins(j, k)[decided]
+    return right.sum(), margin.sum(), decided.sum()
+
+
 def require_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise Fault(
@@ -282,16 +304,19 @@ def optimizer(options: Train) -> str:
     return "adamw_torch_fused" if special and not torch.cuda.is_available() else options.optim
 
 
-def arguments(options: Train, folder: Path) -> TrainingArguments:
-    """The Trainer's own arguments; those of params.yaml keep their names."""
+def arguments(options: Train, folder: Path, steps: int) -> TrainingArguments:
+    """The Trainer's own arguments; those of params.yaml keep their names.
+
+    An item of its data is a step, of which it takes each once, in their order.
+    """
     optim = optimizer(options)
     if optim != options.optim:
         print(f"optimizer: {options.optim} is for CUDA; here {optim}, the same method in 32 bits")
     found = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=options.pairs_per_step,
-        num_train_epochs=options.num_train_epochs,
-        max_steps=options.max_steps,
+        per_device_train_batch_size=1,
+        train_sampling_strategy="sequential",
+        max_steps=steps,
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.lr_scheduler_type,
         warmup_steps=options.warmup_steps,
@@ -336,6 +361,10 @@ class LastStep(TrainerCallback):
 class Progress(TrainerCallback):
     """A bar over the steps with the latest figures; a line at each evaluation."""
 
+    def __init__(self, pairs: npt.NDArray[np.int64]) -> None:
+        """`pairs` is the number of pairs of each step."""
+        self.pairs = pairs
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -358,7 +387,8 @@ class Progress(TrainerCallback):
         **_: Any,
     ) -> None:
         if logs and "loss" in logs:
-            self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("loss", "accuracy")})
+            shown = {name: logs[name] for name in ("loss", "accuracy") if name in logs}
+            self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
         elif logs and "eval_loss" in logs:
             self.bar.write(
                 f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}  "
@@ -370,8 +400,7 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.bar.close()
-        pairs = (state.global_step - self.first) * args.per_device_train_batch_size
-        if pairs:
+        if pairs := int(self.pairs[self.first : state.global_step].sum()):
             rate = pairs / (time.monotonic() - self.start)
             print(f"speed      {rate:.1f} pairs/s, peak memory {peak_memory():.2f} GB")
 
@@ -427,8 +456,12 @@ def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -
     loss within 0.03 of ln 2: training starts undecided, however large the base's activations are.
     Raises a Fault for rewards that are not finite.
     """
-    chosen, rejected = chosen_and_rejected(score(model, pairs, tokens_per_pack))
-    size = margins(chosen, rejected).square().mean().sqrt().item()
+
+    def undecided() -> tuple[Tensor, Tensor]:
+        chosen, rejected = score(model, pairs, tokens_per_pack).view(-1, 2).unbind(1)
+        return chosen, rejected
+
+    size = margins(*undecided()).square().mean().sqrt().item()
     if not math.isfinite(size):
         raise Fault(
             "the base model's rewards of the first pairs are not finite, wanted one that computes "
@@ -438,9 +471,9 @@ def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(min(1.0, HEAD_MARGIN / size) if size else 1.0)
-    chosen, rejected = chosen_and_rejected(score(model, pairs, tokens_per_pack))
-    deviation = margins(chosen, rejected).std(correction=0).item()
-    loss = losses(chosen, rejected).mean().item()
+    found = undecided()
+    deviation = margins(*found).std(correction=0).item()
+    loss = losses(*found, Labels.certain(len(pairs))).mean().item()
     if deviation > 0.1 or abs(loss - math.log(2)) > 0.05:
         raise Fault(
             f"before the first step the margins deviate by {deviation:.3f} and the loss is "
@@ -454,7 +487,11 @@ def largest_pack(trainer: RewardTrainer) -> int:
     Found to an eighth, and an eighth is left free. A step's pairs are the most that is of use. The
     smallest pack comes first, so that libraries of CUDA take what they need while there is room.
     """
-    pairs = longest(trainer.train_pairs, trainer.args.per_device_train_batch_size)
+    pairs = longest(trainer.steps.dataset, trainer.pairs_per_step)
+    step = Step(
+        [Ranking(texts, [Comparison(row, 0, 1)]) for row, texts in enumerate(pairs)],
+        Labels.certain(len(pairs)),
+    )
     trainer.reward_model.train()
     if trainer.args.activation_checkpointing:
         # The Trainer will do so again when it begins.
@@ -464,13 +501,13 @@ def largest_pack(trainer: RewardTrainer) -> int:
     def is_held(size: int) -> bool:
         trainer.tokens_per_pack = size
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            found = trainer.attempt(pairs)
+            found = trainer.attempt(step)
         trainer.reward_model.zero_grad()
         return found is not None
 
     fitting, most = tokens(pairs[0]), sum(map(tokens, pairs))
     if not is_held(fitting):
-        halved([fitting], "before the first step")
+        halved(pairs[:1], 2, "before the first step")
     if is_held(most):
         return most
     while most - fitting > fitting // 8:
@@ -486,7 +523,7 @@ def largest_pack(trainer: RewardTrainer) -> int:
 def write_curves(folder: Path, history: Sequence[dict[str, Any]]) -> None:
     """Write what the Trainer has logged so far as the curves that plots show."""
     names = ("step", "loss", "accuracy", "margin", "learning_rate", "grad_norm")
-    training = [{name: entry[name] for name in names} for entry in history if "loss" in entry]
+    training = [{name: entry.get(name) for name in names} for entry in history if "loss" in entry]
     write_json(folder / "training.json", training)
     write_json(folder / "validation.json", validation_curve(history))
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from reward.data.records import BadRecord, Candidates, Messages, candidates
-from reward.data.tokens import Encoder, Template, prefix_length
+from reward.data.tokens import Encoder, Template
 from reward.exporting.exported import load_exported
-from reward.model.packing import Texts, into_packs
+from reward.model.packing import texts_of
 from reward.model.scoring import score
 from reward.process import Fault
 
@@ -93,7 +93,7 @@ class Scorer:
         groups: dict[Hashable, dict[tuple[int, ...], list[int]]] = {}
         for place, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
             groups.setdefault(prompt, {}).setdefault(tuple(ids), []).append(place)
-        parts = [part for group in groups.values() for part in packable(list(group))]
+        parts = [texts_of(list(group)) for group in groups.values()]
         scored = score(self._model, parts, TOKENS_PER_PACK).tolist()
         if broken := sum(not math.isfinite(reward) for reward in scored):
             raise Fault(
@@ -106,17 +106,6 @@ class Scorer:
             for place in places:
                 found[place] = reward
         return found
-
-
-def packable(ids: Sequence[Sequence[int]]) -> list[Texts]:
-    """The texts of a prompt in their order, a few at a time if all are too long for one pack."""
-    first, *others = ids
-    shared = min((prefix_length(first, other) for other in others), default=0)
-    own = [len(text) - shared for text in ids]
-    return [
-        Texts([ids[index] for index in indices], shared)
-        for indices in into_packs(own, TOKENS_PER_PACK - shared)
-    ]
 
 
 def ranks(rewards: Sequence[float]) -> list[int]:

@@ -1,0 +1,100 @@
+"""Comparisons of the answers to a prompt, so that each answer is computed once.
+
+A row of the tokenized data compares two texts, j and k. A ranking is the texts of one prompt with
+the comparisons of them: n answers are n texts, where their n (n - 1) / 2 pairs have n (n - 1).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from reward.data.columns import ANSWERS, IDS, PROMPT_ID
+from reward.model.packing import Texts, sent, texts_of, tokens
+
+COLUMNS = [PROMPT_ID, *ANSWERS, *IDS]
+
+
+class Comparison(NamedTuple):
+    """The row that a comparison is from, and its two sides by their place among the texts."""
+
+    row: int
+    j: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The texts of one prompt, and the comparisons of them."""
+
+    texts: Texts
+    comparisons: Sequence[Comparison]
+
+
+def rankings(rows: Iterable[Mapping[str, Any]]) -> list[Ranking]:
+    """The rows of tokenized data by their prompt, both in the order in which they first appear."""
+    texts: dict[str, dict[int, Sequence[int]]] = {}
+    compared: dict[str, list[Comparison]] = {}
+    for index, row in enumerate(rows):
+        known = texts.setdefault(row[PROMPT_ID], {})
+        sides = [int(row[name]) for name in ANSWERS]
+        for answer, ids in zip(sides, IDS, strict=True):
+            known.setdefault(answer, row[ids])
+        places = {answer: place for place, answer in enumerate(known)}
+        found = Comparison(index, *(places[answer] for answer in sides))
+        compared.setdefault(row[PROMPT_ID], []).append(found)
+    return [Ranking(texts_of([*texts[prompt].values()]), compared[prompt]) for prompt in texts]
+
+
+def rankings_of(dataset: Dataset) -> list[Ranking]:
+    """All rankings of a tokenized dataset."""
+    return rankings(dataset.select_columns(COLUMNS).with_format("numpy"))
+
+
+def divided(ranking: Ranking, tokens_per_pack: int) -> list[Ranking]:
+    """A ranking in parts that fit into a pack; each comparison is in one of them.
+
+    A text may be in several parts. A comparison that is too long by itself is a part of its own.
+    """
+    texts, rest = ranking.texts, list(ranking.comparisons)
+    if tokens(texts) <= tokens_per_pack:
+        return [ranking]
+    own = [len(ids) - texts.prefix for ids in texts.ids]
+    # The comparisons of the first answers come before those of any further one, so that a part
+    # has many comparisons of few texts.
+    rest.sort(key=lambda each: (max(each.j, each.k), min(each.j, each.k)))
+    parts = []
+    while rest:
+        held = {rest[0].j, rest[0].k}
+        for _, j, k in rest:
+            if texts.prefix + sum(own[text] for text in held | {j, k}) <= tokens_per_pack:
+                held |= {j, k}
+        parts.append(_part(texts, sorted(held), [each for each in rest if held >= {*each[1:]}]))
+        rest = [each for each in rest if not held >= {*each[1:]}]
+    return parts
+
+
+def _part(texts: Texts, held: list[int], comparisons: Iterable[Comparison]) -> Ranking:
+    places = {text: place for place, text in enumerate(held)}
+    return Ranking(
+        Texts([texts.ids[text] for text in held], texts.prefix),
+        [Comparison(row, places[j], places[k]) for row, j, k in comparisons],
+    )
+
+
+def sides(rewards: Tensor, ranked: Sequence[Ranking]) -> tuple[Tensor, Tensor, Tensor]:
+    """The rewards of j and of k, and the row, of every comparison: [comparisons] each.
+
+    `rewards` are those of all texts, ranking by ranking. The rows are on the CPU.
+    """
+    start, found = 0, []
+    for ranking in ranked:
+        found += [(row, start + j, start + k) for row, j, k in ranking.comparisons]
+        start += len(ranking.texts.ids)
+    row, j, k = torch.tensor(found).unbind(1)
+    # index_select, because its gradient is added in one order on every device.
+    one, other = (rewards.index_select(0, sent(place, rewards.device)) for place in (j, k))
+    return one, other, row

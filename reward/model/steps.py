@@ -1,0 +1,90 @@
+"""Which rows of the tokenized data each optimizer step takes: planned before the first one."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from datasets import Dataset
+
+from reward.model.pairwise import Labels
+from reward.model.rankings import COLUMNS, Ranking, rankings
+
+Rows = npt.NDArray[np.int64]
+StepOf = Literal["pairs", "prompts"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step learns from: the labels are of the rows of the rankings."""
+
+    rankings: list[Ranking]
+    labels: Labels
+
+
+class Steps(Sequence[Step]):
+    """The steps of a tokenized dataset, each read when it is asked for."""
+
+    def __init__(self, dataset: Dataset, rows: Sequence[Rows]) -> None:
+        """`rows` are the rows of the dataset that each step takes."""
+        self.dataset = dataset
+        self._texts = dataset.select_columns(COLUMNS).with_format("numpy")
+        self._labels = Labels.of(dataset)
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = self._rows[index]
+        return Step(rankings(self._texts[int(row)] for row in rows), self._labels.take(rows))
+
+    def sizes(self) -> Rows:
+        """The number of comparisons of each step."""
+        return np.array([len(rows) for rows in self._rows])
+
+
+def planned(
+    prompts: Sequence[str],
+    pairs_per_step: int,
+    step_of: StepOf,
+    epochs: float,
+    max_steps: int,
+    seed: int,
+) -> list[Rows]:
+    """The rows of every step, of rows with the given prompts.
+
+    Of `max_steps` steps if that is positive, else of `epochs` epochs, of which the last may be a
+    share of one. An epoch takes every row once, in an order of its own.
+    """
+    _, prompt_of = np.unique(np.asarray(prompts), return_inverse=True)
+    steps: list[Rows] = []
+    epoch = 0
+    while len(steps) < max_steps if max_steps > 0 else epoch < epochs:
+        generator = np.random.default_rng([seed, epoch])
+        found = [*one_epoch(prompt_of, pairs_per_step, step_of, generator)]
+        share = 1.0 if max_steps > 0 else min(1.0, epochs - epoch)
+        steps += found[: -int(-share * len(found) // 1)]
+        epoch += 1
+    return steps[:max_steps] if max_steps > 0 else steps
+
+
+def one_epoch(
+    prompt_of: Rows, size: int, step_of: StepOf, generator: np.random.Generator
+) -> Iterator[Rows]:
+    """All rows once: `size` at a time, or whole prompts until there are so many."""
+    if step_of == "pairs":
+        rows = generator.permutation(len(prompt_of))
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+        return
+    # The rows of each prompt follow each other, in their order.
+    by_prompt = np.split(np.argsort(prompt_of, kind="stable"), np.cumsum(np.bincount(prompt_of)))
+    step: list[Rows] = []
+    for prompt in generator.permutation(len(by_prompt) - 1):
+        step.append(by_prompt[prompt])
+        if sum(map(len, step)) >= size:
+            yield np.concatenate(step)
+            step = []
+    if step:
+        yield np.concatenate(step)
