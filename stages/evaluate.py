@@ -24,7 +24,8 @@ from peft import PeftModel
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import (
-    CONVERSATION,
+    ANSWERS,
+    GRADES,
     ID,
     IDS,
     MARGIN,
@@ -33,7 +34,6 @@ from reward.data.columns import (
     PROMPT_ID,
     REWARDS,
     TEST_SET,
-    TEXTS,
     TOKENS,
 )
 from reward.data.rows import shown
@@ -168,7 +168,7 @@ def as_table(test: Dataset, chosen: torch.Tensor, rejected: torch.Tensor) -> pa.
     kept = [
         name
         for name in test.column_names
-        if name not in (ID, *IDS, *MASKS, PREFIX, *CONVERSATION, *TEXTS)
+        if name not in (ID, *ANSWERS, *IDS, *MASKS, PREFIX, *GRADES)
     ]
     return pa.table(
         {
@@ -290,10 +290,11 @@ def write_page(
         table.append_column(TEST_SET, pa.array([name] * len(table)))
         for name, table in zip(names, tables, strict=True)
     ]
+    paths = [TEST, *(SETS / each.name for each in sets)]
     texts = [
-        [*map(shown, row.values())]
-        for each in datasets
-        for row in each.select_columns([*CONVERSATION])
+        [*map(shown, messages)]
+        for path, each in zip(paths, datasets, strict=True)
+        for messages in tokenized.conversations(each, tokenized.answers(path, BASE))
     ]
     slices: dict[str, list[str]] = {TEST_SET: names} if sets else {}
     for by in (figures["by"], *(each["by"] for each in figures["sets"].values())):

@@ -31,7 +31,7 @@ from reward.data.columns import IDS, PREFIX
 from reward.data.ledger import SHOWN, Ledger
 from reward.data.reading import not_read
 from reward.data.records import BadRecord, Pair
-from reward.data.rows import as_row
+from reward.data.rows import Ids, as_row, late_columns
 from reward.data.sets import Notes, read_sets, write_sets
 from reward.data.sources import Source, sources, usable
 from reward.data.splitting import among, contradictions, count_votes, duplicates, split
@@ -61,7 +61,6 @@ def is_date(text: str) -> bool:
 
 Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
 Date = Annotated[str, Rule('a date in quotes, such as "2026-01-01"', is_date)]
-Ids = list[int]
 
 
 class Rendered(NamedTuple):
@@ -111,8 +110,13 @@ def main() -> None:
         columns = sorted(ledger.columns)
         for index, name in enumerate(SPLITS):
             rows = parts == index
-            texts = name == "test"
-            tokenized.write(folder / name, table, rows, columns, template.tokenizer, texts)
+            numbered = ledger.numbered(rows)
+            late = late_columns(numbered.numbers)
+            tokenized.write(folder / name, table, rows, late, columns, template.tokenizer)
+            if name == "test":
+                sides = 2 * np.flatnonzero(rows)[numbered.first // 2] + numbered.first % 2
+                numbers = numbered.numbers.ravel()[numbered.first]
+                tokenized.write_answers(folder / name, table, sides, numbers, template.tokenizer)
         table.unlink()
         notes = write_sets(
             folder / "sets",
@@ -207,7 +211,7 @@ def row_of(
         ledger.bad(file, position, fault.reason, str(fault))
         return None
     ledger.truncated += is_cut
-    ledger.add(file, position, pair, (len(ids[0]), len(ids[1]), row[PREFIX]))
+    ledger.add(file, position, pair, ids, row[PREFIX])
     return row
 
 
@@ -264,7 +268,7 @@ def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_
     """Which records of the ledger are used. Raises the Fault that lists the first bad ones."""
     used = ~overlap(options, ledger)
     rows = np.flatnonzero(used)
-    pairs, answers = (ledger.column(name)[rows] for name in ("pair", "answers"))
+    pairs, answers = ledger.pairs()[rows], ledger.answers()[rows]
     votes = count_votes(answers, pairs, ledger.judges[rows])
     contradicted = contradictions(pairs, answers) & ~votes.cast
     repeated = duplicates(pairs) & ~contradicted & ~votes.cast

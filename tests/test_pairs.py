@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import tracemalloc
@@ -18,14 +19,16 @@ import pytest
 from reward.data import reading
 from reward.data import records as pairs
 from reward.data.reading import files, read, unit
-from reward.data.records import BadRecord, Messages, check
+from reward.data.records import BadRecord, Messages, check, hash64
 from reward.data.splitting import (
     Hashes,
     Prompts,
     among,
+    combined,
     contradictions,
     count_votes,
     duplicates,
+    number_answers,
     split,
 )
 from reward.process import Fault
@@ -410,7 +413,6 @@ def test_every_form_of_a_record_gives_the_same_pair(form: str) -> None:
     pair, plain = check(FORMS[form]), check(FORMS["texts"])
     assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), (GOOD,), (BAD,))
     assert pair.prompt_hash == plain.prompt_hash
-    assert pair.pair_hash == plain.pair_hash
 
 
 LONG = "Why is the sky blue, then?"
@@ -421,7 +423,6 @@ def test_a_prompt_that_both_texts_repeat_is_there_once(prompt: str) -> None:
     pair = check({"prompt": prompt, "chosen": f"{prompt} Good.", "rejected": f"{prompt} Bad."})
     plain = check({"prompt": prompt, "chosen": " Good.", "rejected": " Bad."})
     assert (pair.prompt, pair.chosen, pair.rejected) == (plain.prompt, plain.chosen, plain.rejected)
-    assert pair.pair_hash == plain.pair_hash
 
 
 @pytest.mark.parametrize(
@@ -543,7 +544,7 @@ def test_hashes_and_ids_tell_parts_and_tools_apart() -> None:
         FORMS["messages"] | {"prompt": [turn("user", "hi") | {"name": "Bob"}]},
     ]
     checked = [check(record) for record in records]
-    for name in ("id", "prompt_hash", "pair_hash", "answers_hash"):
+    for name in ("id", "prompt_hash"):
         assert len({getattr(pair, name) for pair in checked}) == len(records)
     assert check(FORMS["messages"] | {"tools": []}) == checked[0]
 
@@ -656,22 +657,51 @@ def test_single_values_are_kept_as_text_and_ours_are_renamed() -> None:
 # --- all records together --------------------------------------------------------------------
 
 
-def hashes(records: list[tuple[str, str, str]], name: str) -> Hashes:
-    checked = [check(dict(zip(pairs.FIELDS, record, strict=True))) for record in records]
-    return np.array([getattr(pair, name) for pair in checked], dtype=np.uint64)
-
-
 def test_duplicates_and_contradictions_match_a_comparison_of_every_two_records() -> None:
     generator = np.random.default_rng(0)
     records = [
         (f"p{generator.integers(3)}", f"a{answers[0]}", f"a{answers[1]}")
         for answers in (generator.choice(4, 2, replace=False) for _ in range(40))
     ]
-    found = hashes(records, "pair_hash")
+    prompt, one, other = np.array([[*map(hash64, record)] for record in records], np.uint64).T
+    found = combined(prompt, one, other)
+    answers = combined(prompt, np.minimum(one, other), np.maximum(one, other))
     assert duplicates(found).tolist() == [r in records[:i] for i, r in enumerate(records)]
-    assert contradictions(found, hashes(records, "answers_hash")).tolist() == [
+    assert contradictions(found, answers).tolist() == [
         (prompt, rejected, chosen) in records for prompt, chosen, rejected in records
     ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_answers_are_numbered_in_the_order_of_their_appearance(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    prompts = generator.integers(0, 6, 50).astype(np.uint64)
+    answers = generator.integers(0, 7, (50, 2)).astype(np.uint64)
+    known: dict[int, list[int]] = {}
+    expected = []
+    for prompt, both in zip(prompts.tolist(), answers.tolist(), strict=True):
+        of_prompt = known.setdefault(prompt, [])
+        of_prompt += [answer for answer in dict.fromkeys(both) if answer not in of_prompt]
+        expected.append([of_prompt.index(answer) for answer in both])
+    numbers, first = number_answers(prompts, answers)
+    assert numbers.tolist() == expected
+    found = list(zip(prompts[first // 2], answers.ravel()[first], strict=True))
+    assert found == [(prompt, answer) for prompt, listed in known.items() for answer in listed]
+    assert first.tolist() == [
+        next(
+            place
+            for place, answer in enumerate(answers.ravel())
+            if (prompts[place // 2], answer) == each
+        )
+        for each in found
+    ]
+
+
+def test_hashes_of_several_differ_where_one_differs() -> None:
+    generator = np.random.default_rng(0)
+    triples = np.array([*itertools.product(range(12), repeat=3)], np.uint64)
+    for columns in (triples, triples << np.uint64(60), generator.permutation(triples)):
+        assert len(set(combined(*columns.T).tolist())) == len(triples)
 
 
 def test_families_match_a_search_for_what_begins_every_prompt() -> None:
@@ -732,7 +762,7 @@ def test_no_records_have_neither_duplicates_nor_contradictions() -> None:
 
 def prompts(count: int, start: int = 0) -> Hashes:
     numbers = range(start, start + count)
-    return hashes([(f"prompt {i}", "a", "b") for i in numbers], "prompt_hash")
+    return np.array([hash64(f"prompt {number}") for number in numbers], dtype=np.uint64)
 
 
 def test_records_of_one_prompt_never_fall_in_two_splits() -> None:

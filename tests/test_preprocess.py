@@ -25,8 +25,8 @@ from stages import preprocess
 from tests.support import ROOT, write_pairs
 
 SetParams = Callable[..., None]
-COLUMNS = ["id", "prompt_id", "input_ids_j", "attention_mask_j", "input_ids_k"]
-COLUMNS += ["attention_mask_k", "prefix_length"]
+COLUMNS = ["id", "prompt_id", "answer_j", "answer_k", "input_ids_j", "attention_mask_j"]
+COLUMNS += ["input_ids_k", "attention_mask_k", "prefix_length", "preference", "weight", "margin"]
 
 
 @pytest.fixture
@@ -105,14 +105,13 @@ def test_outputs_are_three_datasets_a_template_and_metrics() -> None:
             *("raw/pairs.json", "tokenized/sets/index.json", "tokenized/template.json"),
             *(
                 f"tokenized/{name}/{file}"
-                for name in preprocess.SPLITS
+                for name in (*preprocess.SPLITS, "test/answers")
                 for file in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")
             ),
         ]
     )
     for name, part in written().items():
-        words = ["prompt", "chosen", "rejected", "text_j", "text_k"] if name == "test" else []
-        assert list(part[0]) == [*COLUMNS, *words, "kind"]
+        assert list(part[0]) == [*COLUMNS, "kind"], name
     template = Template.load(preprocess.TOKENIZED / "template.json")
     assert template == Template.of("zh", False, 2040, preprocess.BASE)
 
@@ -594,23 +593,28 @@ def test_the_first_training_pair_is_shown_as_the_model_sees_it(
     assert len(rejected) == 11 + preprocess.EXAMPLE_CHARACTERS + len(" ... ")
 
 
-def test_test_pairs_keep_their_words_and_training_does_without(
+def test_answers_of_the_test_prompts_keep_their_words_and_training_does_without(
     data: Path, set_params: SetParams
 ) -> None:
     rewrite(data, [dialogue(index, 1 + index % 2) for index in range(20)])
     set_params("preprocess", template="chat")
     run()
     parts = written()
-    words = ["prompt", "chosen", "rejected", "text_j", "text_k"]
-    assert not set(words) & parts["train"][0].keys()
+    assert not (preprocess.TOKENIZED / "train" / "answers").exists()
+    texts = {
+        (row["prompt_id"], row["answer"]): row
+        for row in load_from_disk(str(preprocess.TOKENIZED / "test" / "answers"))
+    }
     records = {check(dialogue(index, 1 + index % 2)).id: index for index in range(20)}
     tokenizer = Tokenizer.from_file(str(preprocess.BASE / "tokenizer.json"))
     for row in parts["test"]:
         record = dialogue(records[row["id"]], 1 + records[row["id"]] % 2)
-        assert [json.loads(row[name]) for name in words[:3]] == [record[name] for name in words[:3]]
-        for text, ids in (("text_j", "input_ids_j"), ("text_k", "input_ids_k")):
-            assert tokenizer.encode(row[text], add_special_tokens=False).ids == row[ids]
-            assert record["prompt"][-1]["content"] in row[text]
+        for side, name in (("j", "chosen"), ("k", "rejected")):
+            answer = texts[row["prompt_id"], row[f"answer_{side}"]]
+            assert json.loads(answer["prompt"]) == record["prompt"]
+            assert json.loads(answer["response"]) == record[name]
+            ids = tokenizer.encode(answer["text"], add_special_tokens=False).ids
+            assert ids == row[f"input_ids_{side}"]
 
 
 def test_several_messages_are_shown_with_their_roles() -> None:

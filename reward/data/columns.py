@@ -10,9 +10,10 @@ ANSWERS = ("answer_j", "answer_k")
 PREFERENCE, WEIGHT, TARGET_MARGIN = "preference", "weight", "margin"
 GRADES = (PREFERENCE, WEIGHT, TARGET_MARGIN)
 
-# Of test pairs: messages as JSON, and what the template made of them.
-CONVERSATION = ("prompt", "chosen", "rejected")
-TEXTS = ("text_j", "text_k")
+# Of the answers of test prompts: messages as JSON, and what the template made of both.
+ANSWER = "answer"
+PROMPT, RESPONSE, TEXT = "prompt", "response", "text"
+CONVERSATION = (PROMPT, "chosen", "rejected")
 
 REWARDS = ("reward_chosen", "reward_rejected")
 TOKENS = ("tokens_chosen", "tokens_rejected")
@@ -21,6 +22,6 @@ TEST_SET = "test set"
 
 # A column of a record that has one of these names is kept under another.
 RESERVED = (
-    *(ID, PROMPT_ID, *IDS, *MASKS, PREFIX, *CONVERSATION, *TEXTS),
+    *(ID, PROMPT_ID, *ANSWERS, *IDS, *MASKS, PREFIX, *GRADES),
     *(*REWARDS, *TOKENS, MARGIN, TEST_SET),
 )

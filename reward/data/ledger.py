@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,8 +17,17 @@ import numpy.typing as npt
 
 from reward.data.reading import unit
 from reward.data.records import Pair, hash64
+from reward.data.rows import Ids, hash_of
 from reward.data.sources import Source
-from reward.data.splitting import Hashes, Prompts, beginnings, mixed
+from reward.data.splitting import (
+    Hashes,
+    Numbered,
+    Prompts,
+    beginnings,
+    combined,
+    mixed,
+    number_answers,
+)
 
 SHOWN = 10
 # How often a column is looked through for a value that repeats: at this many records, at twice as
@@ -51,8 +60,8 @@ class Ledger:
     file: array[int] = field(default_factory=numbers)
     position: array[int] = field(default_factory=numbers)
     prompt: array[int] = field(default_factory=hashes)
-    answers: array[int] = field(default_factory=hashes)
-    pair: array[int] = field(default_factory=hashes)
+    answer_j: array[int] = field(default_factory=hashes)
+    answer_k: array[int] = field(default_factory=hashes)
     owner: array[int] = field(default_factory=numbers)
     begun: array[int] = field(default_factory=hashes)
     chosen: array[int] = field(default_factory=numbers)
@@ -68,19 +77,19 @@ class Ledger:
     def __post_init__(self) -> None:
         self._judges = Judges(self.file, self.position, self.answers)
 
-    def add(self, file: int, position: int, pair: Pair, lengths: tuple[int, int, int]) -> None:
-        """Note a usable pair with its numbers of ids: chosen, rejected, and their common prefix."""
+    def add(self, file: int, position: int, pair: Pair, ids: Sequence[Ids], prefix: int) -> None:
+        """Note a usable pair with the ids of chosen and rejected, and how many they share."""
         begun = beginnings(pair.prompt)
         self.owner.extend([len(self.file)] * len(begun))
         self.begun.extend(begun)
         self.file.append(file)
         self.position.append(position)
         self.prompt.append(pair.prompt_hash)
-        self.answers.append(pair.answers_hash)
-        self.pair.append(pair.pair_hash)
-        self.chosen.append(lengths[0])
-        self.rejected.append(lengths[1])
-        self.prefix.append(lengths[2])
+        self.answer_j.append(hash_of(ids[0]))
+        self.answer_k.append(hash_of(ids[1]))
+        self.chosen.append(len(ids[0]))
+        self.rejected.append(len(ids[1]))
+        self.prefix.append(prefix)
         self.columns.update(pair.columns)
         self._judges.add(pair.columns)
 
@@ -101,6 +110,23 @@ class Ledger:
 
     def column(self, name: str) -> npt.NDArray[Any]:
         return np.asarray(getattr(self, name))
+
+    def pairs(self, start: int = 0) -> Hashes:
+        """Hashes that are equal for equal records, of those from `start` on."""
+        return combined(*self._compared(start))
+
+    def answers(self, start: int = 0) -> Hashes:
+        """The same, whichever answer is the chosen one."""
+        prompt, one, other = self._compared(start)
+        return combined(prompt, np.minimum(one, other), np.maximum(one, other))
+
+    def _compared(self, start: int) -> list[Hashes]:
+        return [self.column(name)[start:] for name in ("prompt", "answer_j", "answer_k")]
+
+    def numbered(self, rows: npt.NDArray[np.bool_]) -> Numbered:
+        """The answers of some of the records, numbered within their prompts."""
+        sides = [self.column(name)[rows] for name in ("answer_j", "answer_k")]
+        return number_answers(self.column("prompt")[rows], np.stack(sides, axis=1))
 
     @property
     def prompts(self) -> Prompts:
@@ -139,7 +165,9 @@ class Judges:
     back is known only at the end of a file, so the hashes of a column wait until one does.
     """
 
-    def __init__(self, file: array[int], position: array[int], answers: array[int]) -> None:
+    def __init__(
+        self, file: array[int], position: array[int], answers: Callable[[int], Hashes]
+    ) -> None:
         """`file`, `position` and `answers` are the ledger's, which it extends before `add`."""
         self._file, self._position, self._answers = file, position, answers
         self._sums = hashes()
@@ -176,9 +204,8 @@ class Judges:
 
     def _settle(self) -> None:
         """Add the columns of which a value was found beside two comparisons."""
-        sums, answers, positions = (
-            np.asarray(each)[self._start :] for each in (self._sums, self._answers, self._position)
-        )
+        sums, positions = (np.asarray(each)[self._start :] for each in (self._sums, self._position))
+        answers = self._answers(self._start)
         # The pairs of one record follow each other, and have its columns in common.
         first = np.diff(positions, prepend=0) != 0
         for name, waiting in self._waiting.items():

@@ -61,20 +61,6 @@ class Pair:
         """The prompt's hash in hex, the column of the tokenized data."""
         return f"{self.prompt_hash:016x}"
 
-    @cached_property
-    def pair_hash(self) -> int:
-        """64 bits that are equal for equal records."""
-        return _bits(self.prompt_hash.to_bytes(8) + b"".join(self._answers))
-
-    @cached_property
-    def answers_hash(self) -> int:
-        """64 bits that are equal for the same prompt and answers, whichever is the chosen one."""
-        return _bits(self.prompt_hash.to_bytes(8) + b"".join(sorted(self._answers)))
-
-    @cached_property
-    def _answers(self) -> list[bytes]:
-        return [_sha256(answer) for answer in (self.chosen, self.rejected)]
-
 
 @dataclass(frozen=True)
 class Candidates:
@@ -91,11 +77,6 @@ compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encod
 def _sha256(content: object) -> bytes:
     """SHA-256 of the compact JSON of `content` in UTF-8."""
     return hashlib.sha256(compact_json(content).encode()).digest()
-
-
-def _bits(digested: bytes) -> int:
-    """The first 64 bits of the SHA-256 of some bytes."""
-    return int.from_bytes(hashlib.sha256(digested).digest()[:8])
 
 
 def hash64(content: object) -> int:

@@ -1,15 +1,19 @@
 """A checked pair with its ids, as a row of the tokenized data."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from reward.data import tokenized
-from reward.data.columns import CONVERSATION, ID, IDS, PREFIX, PROMPT_ID, TEXTS
+from reward.data.columns import ANSWERS, CONVERSATION, GRADES, ID, IDS, PREFIX, PROMPT_ID
 from reward.data.prefixes import prefix_length
 from reward.data.records import BadRecord, Message, Messages, Pair, compact_json, parts_of
+
+Ids = list[int]
 
 
 def as_row(pair: Pair, ids: Sequence[Sequence[int]], texts: Sequence[str]) -> dict[str, Any]:
@@ -27,9 +31,21 @@ def as_row(pair: Pair, ids: Sequence[Sequence[int]], texts: Sequence[str]) -> di
         **dict(zip(IDS, sides, strict=True)),
         PREFIX: prefix_length(*sides),
         **dict(zip(CONVERSATION, map(as_json, messages), strict=True)),
-        **dict(zip(TEXTS, texts, strict=True)),
+        **dict(zip(tokenized.TEXTS, texts, strict=True)),
         tokenized.KEPT: list(pair.columns.items()),
     }
+
+
+def late_columns(numbers: npt.NDArray[np.integer]) -> dict[str, npt.NDArray[Any]]:
+    """What is known of rows only at the end: the numbers of their answers, and their grades."""
+    columns = dict(zip(ANSWERS, numbers.T, strict=True))
+    grades = dict(zip(GRADES, (1.0, 1.0, 0.0), strict=True))
+    return columns | {name: np.full(len(numbers), grade) for name, grade in grades.items()}
+
+
+def hash_of(ids: Ids) -> int:
+    """64 bits that are equal for equal ids."""
+    return int.from_bytes(hashlib.sha256(np.array(ids, dtype=np.int32).tobytes()).digest()[:8])
 
 
 def as_json(messages: Messages) -> str:

@@ -11,9 +11,9 @@ from reward.data import tokenized
 from reward.data.mapping import read_mapping
 from reward.data.reading import SUFFIXES, name_of, unit
 from reward.data.records import BadRecord
-from reward.data.rows import as_row
+from reward.data.rows import as_row, hash_of, late_columns
 from reward.data.sources import Source, source_of, usable
-from reward.data.splitting import Prompts
+from reward.data.splitting import Hashes, Prompts, number_answers
 from reward.data.tokens import Encoder
 from reward.outputs import watched, write_json, writing
 from reward.process import Fault
@@ -24,7 +24,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class TestSet:
-    """The pairs of a file as rows of the scratch table, and their prompts.
+    """The pairs of a file as rows of the scratch table, their prompts, and hashes of their answers.
 
     Not among them are the pairs that are `too_long` and the records that are `bad`.
     """
@@ -33,6 +33,7 @@ class TestSet:
     name: str
     rows: list[dict[str, Any]]
     prompts: Prompts
+    answers: Hashes
     too_long: int
     bad: int
 
@@ -72,7 +73,7 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
 
 
 def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
-    rows, prompts, faults, too_long = [], [], [], 0
+    rows, prompts, answers, faults, too_long = [], [], [], [], 0
     source = source_of(path)
     for position, record in watched(source, f"test set {path.name}", "pairs"):
         try:
@@ -84,6 +85,7 @@ def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
                 continue
             rows.append(as_row(pair, sides, texts))
             prompts.append(pair.prompt)
+            answers.append([*map(hash_of, sides)])
         except BadRecord as fault:
             faults.append(f"{path}: {unit(path)} {position}: {fault.reason}: {fault}")
     if faults and not drop:
@@ -97,7 +99,8 @@ def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
             f"{path}: no pair is left to judge: {too_long} too long, {len(faults)} bad, "
             f"{source.ties} ties; expected one at least"
         )
-    return TestSet(source, name_of(path), rows, Prompts.of(prompts), too_long, len(faults))
+    hashes = np.array(answers, dtype=np.uint64)
+    return TestSet(source, name_of(path), rows, Prompts.of(prompts), hashes, too_long, len(faults))
 
 
 def write_sets(
@@ -116,7 +119,11 @@ def write_sets(
             append(tokenized.batch(each.rows))
         columns = sorted({name for row in each.rows for name, _ in row[tokenized.KEPT]})
         everything = np.ones(len(each.rows), dtype=bool)
-        tokenized.write(folder / each.name, scratch, everything, columns, tokenizer)
+        numbered = number_answers(each.prompts.own, each.answers)
+        late = late_columns(numbered.numbers)
+        tokenized.write(folder / each.name, scratch, everything, late, columns, tokenizer)
+        numbers = numbered.numbers.ravel()[numbered.first]
+        tokenized.write_answers(folder / each.name, scratch, numbered.first, numbers, tokenizer)
         scratch.unlink()
         leaked = each.prompts.shared_with(trained_on)
         index[each.name] = Notes(each.too_long, int(leaked.sum()), each.bad)

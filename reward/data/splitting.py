@@ -5,7 +5,7 @@ A record is a few 64-bit hashes here, so that millions of them fit in memory.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,17 @@ def among(values: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
     known = np.sort(known)
     left, right = (np.searchsorted(known, values, side) for side in ("left", "right"))
     return np.asarray(left != right)
+
+
+def combined(*parts: Hashes) -> Hashes:
+    """One hash of several, in their order; by the finalizer of splitmix64 (Steele et al. 2014)."""
+    found = np.zeros_like(parts[0])
+    for part in parts:
+        found = found * np.uint64(0x9E3779B97F4A7C15) + part
+        found = (found ^ (found >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        found ^= found >> np.uint64(31)
+    return found
 
 
 def duplicates(pairs: Hashes) -> npt.NDArray[np.bool_]:
@@ -100,6 +111,42 @@ def _count(answers: Hashes, pairs: Hashes, columns: Hashes) -> tuple[Flags, Flag
     rows = np.arange(len(pairs))
     standing = rows == each(np.minimum, np.where(wins, rows, len(pairs)))
     return cast, cast & ~tied & ~standing, tied
+
+
+class Numbered(NamedTuple):
+    """The answers of some comparisons, numbered within their prompts.
+
+    `numbers` is [comparisons, 2]; `first` are the places in it, flat, at which each answer appears
+    first: prompts in the order of their appearance, and of each its answers. [answers]
+    """
+
+    numbers: Indices
+    first: Indices
+
+
+def number_answers(prompts: Hashes, answers: Hashes) -> Numbered:
+    """The answers of comparisons as 0, 1, ... of their prompt, in the order of their appearance.
+
+    Equal hashes are the same prompt, and within it the same answer. Shapes [comparisons] and
+    [comparisons, 2].
+    """
+    prompt = np.repeat(prompts, 2)
+    keys = combined(prompt, answers.ravel())
+    order = np.argsort(keys, kind="stable")
+    is_new = np.ones(len(keys), dtype=bool)
+    is_new[1:] = keys[order[1:]] != keys[order[:-1]]
+    # Where each answer appears first; there answers of one prompt are counted by their places.
+    first = np.sort(order[is_new])
+    by_prompt = np.argsort(prompt[first], kind="stable")
+    starts = np.flatnonzero(
+        np.diff(prompt[first][by_prompt], prepend=~prompt[first][by_prompt[:1]])
+    )
+    sizes = np.diff(starts, append=len(first))
+    number = np.zeros(len(keys), dtype=np.int32)
+    number[first[by_prompt]] = np.arange(len(first)) - np.repeat(starts, sizes)
+    appeared = np.repeat(first[by_prompt[starts]], sizes)
+    number[order] = number[order[is_new]][np.cumsum(is_new) - 1]
+    return Numbered(number.reshape(-1, 2), first[by_prompt][np.argsort(appeared, kind="stable")])
 
 
 def beginnings(prompt: Messages) -> list[int]:

@@ -1,7 +1,8 @@
-"""A tokenized split: a folder that `datasets.load_from_disk` reads, one row a pair.
+"""A tokenized split: a folder that `datasets.load_from_disk` reads, one row a comparison.
 
 Its rows are written in two steps, so that memory holds one batch of them: to a scratch table,
-before it is known which rows go where, and from there to the folder.
+before it is known which rows go where, and from there to the folder. Where people and other
+programs are to read the answers, the folder `answers` inside it has their texts, one row an answer.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,20 +15,38 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from reward.data.columns import CONVERSATION, ID, IDS, MASKS, PREFIX, PROMPT_ID, TEXTS
+from reward.data.columns import (
+    ANSWER,
+    ANSWERS,
+    CONVERSATION,
+    GRADES,
+    ID,
+    IDS,
+    MASKS,
+    PREFIX,
+    PROMPT,
+    PROMPT_ID,
+    RESPONSE,
+    TEXT,
+)
 from reward.outputs import digest, read_json, write_json, writing
 from reward.process import Fault
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 Row = Mapping[str, Any]
+Indices = npt.NDArray[np.integer]
 Append = Callable[[pa.RecordBatch | pa.Table], None]
 
 DATA = "data-00000-of-00001.arrow"
 # In the schema of the data: the SHA-256 of the tokenizer.json that the ids are of.
 TOKENIZER = b"tokenizer"
 KEPT = "columns"
+TEXTS = ("text_j", "text_k")
+# The folder of the texts in that of a split, and how many of its rows are gathered at once.
+ANSWERS_OF = "answers"
+GATHERED = 1000
 SCRATCH = pa.schema(
     {
         ID: pa.string(),
@@ -67,17 +86,17 @@ def write(
     folder: Path,
     table: Path,
     wanted: npt.NDArray[np.bool_],
+    late: Mapping[str, npt.NDArray[Any]],
     columns: list[str],
     tokenizer: str,
-    texts: bool = True,
 ) -> None:
     """The wanted rows of a scratch table, with these kept columns, as a new folder.
 
-    With their `texts` people and other programs can read the pairs; training does without. The
-    `tokenizer` is the SHA-256 of the tokenizer that made the ids. The folder's fingerprint begins
-    the digest of its data.
+    `late` are the columns that are known only once all rows are, ANSWERS and GRADES, of the wanted
+    rows. The `tokenizer` is the SHA-256 of the tokenizer that made the ids. The folder's
+    fingerprint begins the digest of its data.
     """
-    from datasets import DatasetInfo, Features, List, Value
+    from datasets import Features, List, Value
 
     masks = dict.fromkeys(MASKS, List(Value("int8")))
     ids = dict.fromkeys(IDS, List(Value("int32")))
@@ -86,23 +105,77 @@ def write(
         {
             ID: Value("string"),
             PROMPT_ID: Value("string"),
+            **dict.fromkeys(ANSWERS, Value("int32")),
             **dict(sides),
             PREFIX: Value("int32"),
-            **dict.fromkeys((*CONVERSATION, *TEXTS) if texts else (), Value("string")),
+            **dict.fromkeys(GRADES, Value("float64")),
             **{name: Value("string") for name in columns},
         }
     )
-    schema = features.arrow_schema
-    schema = schema.with_metadata(schema.metadata | {TOKENIZER: tokenizer.encode()})
-    with writing(folder):
-        folder.mkdir(parents=True)
-    start = 0
-    with pa.OSFile(str(table)) as source, stream(folder / DATA, schema) as append:
+    start = done = 0
+    with pa.OSFile(str(table)) as source, new_folder(folder, features, tokenizer) as append:
         for part in pa.ipc.open_stream(source):
             rows = part.filter(pa.array(wanted[start : start + len(part)]))
             start += len(part)
             if len(rows):
-                append(_widened(rows, schema, columns))
+                known = {name: each[done : done + len(rows)] for name, each in late.items()}
+                append(_widened(rows, known, features.arrow_schema, columns))
+                done += len(rows)
+
+
+def write_answers(
+    folder: Path, table: Path, sides: Indices, numbers: Indices, tokenizer: str
+) -> None:
+    """The texts of answers from a scratch table, as a new folder in that of a split.
+
+    `sides` are the places of the answers, twice the row and 1 for what is rejected in it, `numbers`
+    those within their prompts. Shapes [answers].
+    """
+    from datasets import Features, Value
+
+    texts = dict.fromkeys((PROMPT, RESPONSE, TEXT), Value("string"))
+    features = Features({PROMPT_ID: Value("string"), ANSWER: Value("int32"), **texts})
+    with (
+        pa.memory_map(str(table)) as source,
+        new_folder(folder / ANSWERS_OF, features, tokenizer) as append,
+    ):
+        parts = pa.ipc.open_stream(source).read_all().to_batches()
+        ends = np.cumsum([len(part) for part in parts])
+        for start in range(0, len(sides), GATHERED):
+            found = sides[start : start + GATHERED]
+            rows = _gathered(parts, ends, found // 2)
+            second = pa.array(found % 2 == 1)
+            response, text = (
+                pc.if_else(second, rows[k], rows[j]) for j, k in (CONVERSATION[1:], TEXTS)
+            )
+            known = rows[PROMPT_ID], numbers[start : start + GATHERED], rows[PROMPT]
+            data = dict(zip(features, (*known, response, text), strict=True))
+            append(pa.table(data).cast(features.arrow_schema))
+
+
+def _gathered(parts: list[pa.RecordBatch], ends: Indices, rows: Indices) -> pa.Table:
+    """Rows of batches, in any order; the batches end before the rows `ends`."""
+    which = np.searchsorted(ends, rows, "right")
+    order = np.argsort(which, kind="stable")
+    taken = [
+        parts[index].take(rows[order[which[order] == index]] - (ends[index] - len(parts[index])))
+        for index in np.unique(which)
+    ]
+    return pa.Table.from_batches(taken).take(np.argsort(order))
+
+
+@contextmanager
+def new_folder(folder: Path, features: "Features", tokenizer: str) -> Iterator[Append]:
+    """What appends batches to a new folder that `datasets.load_from_disk` reads."""
+    from datasets import DatasetInfo
+
+    with writing(folder):
+        folder.mkdir(parents=True)
+    schema = features.arrow_schema
+    schema = schema.with_metadata(schema.metadata | {TOKENIZER: tokenizer.encode()})
+
+    with stream(folder / DATA, schema) as append:
+        yield lambda part: append(part.replace_schema_metadata(schema.metadata))
     with writing(folder):
         DatasetInfo(features=features).write_to_directory(str(folder))
     write_json(
@@ -119,9 +192,14 @@ def write(
     )
 
 
-def _widened(part: pa.RecordBatch, schema: pa.Schema, columns: list[str]) -> pa.Table:
-    """A batch of the scratch table with the attention masks and the kept columns spelt out."""
-    data = {name: part[name] for name in SCRATCH.names if name != KEPT}
+def _widened(
+    part: pa.RecordBatch,
+    late: Mapping[str, npt.NDArray[Any]],
+    schema: pa.Schema,
+    columns: list[str],
+) -> pa.Table:
+    """A batch of the scratch table with what was not in it, and the kept columns spelt out."""
+    data = {name: part[name] for name in SCRATCH.names if name in schema.names} | dict(late)
     for ids, mask in zip(IDS, MASKS, strict=True):
         ones = np.ones(len(part[ids].values), dtype=np.int8)
         data[mask] = pa.ListArray.from_arrays(part[ids].offsets, ones)
@@ -160,3 +238,24 @@ def load(path: Path, base: Path) -> "Dataset":
             "run dvc repro"
         )
     return found
+
+
+def answers(path: Path, base: Path) -> "Dataset":
+    """The texts of a tokenized split, one row an answer. Raises a Fault as `load` does.
+
+    Its columns: `prompt_id` and `answer`, the number, as the comparisons name it in ANSWERS;
+    `prompt` and `response`, messages as JSON; `text`, what the template made of both. The answers
+    of a prompt follow each other by their numbers.
+    """
+    return load(path / ANSWERS_OF, base)
+
+
+def conversations(pairs: "Dataset", found: "Dataset") -> list[tuple[str, str, str]]:
+    """Prompt, chosen and rejected of each comparison, messages as JSON, from its `answers`."""
+    keys = zip(found[PROMPT_ID], found[ANSWER], strict=True)
+    texts = dict(zip(keys, zip(found[PROMPT], found[RESPONSE], strict=True), strict=True))
+    result = []
+    for prompt, j, k in zip(*(pairs[name] for name in (PROMPT_ID, *ANSWERS)), strict=True):
+        (asked, chosen), (_, rejected) = texts[prompt, j], texts[prompt, k]
+        result.append((asked, chosen, rejected))
+    return result

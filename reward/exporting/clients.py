@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from reward.data import tokenized
-from reward.data.columns import CONVERSATION
 from reward.exporting.clients_trl import HEAVY
 from reward.exporting.exported import MERGED, exported_quantization, load_exported
 from reward.exporting.given import EOS, LEFT, RIGHT, SINGLE, Client, Exported, Form, Score, paired
@@ -75,7 +74,7 @@ def find(request: Request) -> pa.Table:
     """What the clients find, and, of a quantized base, what is found on the original one."""
     folder, base = Path(request.folder), Path(request.base)
     dataset = tokenized.load(Path(request.pairs), base)
-    messages = list(zip(*(dataset[name] for name in CONVERSATION), strict=True))
+    messages = tokenized.conversations(dataset, tokenized.answers(Path(request.pairs), base))
     exported = Exported(folder, pairs_of(dataset), messages, base, request.tokens_per_pack)
     clients = select(request.clients, merged=(folder / MERGED).is_dir())
     found = [found_by(client, exported) for client in clients]

@@ -74,7 +74,7 @@ class Exported:
 
     folder: Path
     pairs: list[Texts]
-    messages: list[tuple[str, ...]]
+    messages: list[tuple[str, str, str]]
     base: Path
     tokens_per_pack: int
 
