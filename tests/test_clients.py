@@ -37,7 +37,8 @@ def given(tiny_base: Path, tmp_path: Path) -> Given:
         texts, messages = [], []
         for prompt, *answers in pairs:
             sides = [(("user", prompt),), *((("assistant", each),) for each in answers)]
-            messages.append(tuple(map(as_json, sides)))
+            asked, chosen, rejected = map(as_json, sides)
+            messages.append((asked, chosen, rejected))
             turns = [
                 encoder.render((("user", prompt),), (("assistant", each),)) for each in answers
             ]
@@ -109,7 +110,7 @@ def test_pairs_of_several_messages_are_texts_but_no_conversations(
     encoder = Encoder(tiny_base, Template.of("chat", False, 2040, tiny_base))
     answers = [(("assistant", each),) for each in "de"]
     found.pairs.append(Texts(encoder.encode([encoder.render(prompt, each) for each in answers]), 0))
-    found.messages.append(tuple(map(as_json, (prompt, *answers))))
+    found.messages.append((as_json(prompt), as_json(answers[0]), as_json(answers[1])))
     assert 3 in found.texts
     assert 3 not in found.conversations
 

@@ -214,7 +214,7 @@ RERUN = {
     "reward.data.reading": {"preprocess"},
     "reward.data.splitting": {"preprocess"},
     "reward.data.sets": {"preprocess"},
-    "reward.data.templates": {"preprocess", "evaluate", "export"},
+    "reward.data.templates": {"preprocess", "export"},
     "reward.model.embedded": {"fetch"},
     "reward.model.trainer": {"train"},
     "reward.model.checkpoints": {"train"},

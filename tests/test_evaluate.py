@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 
+from reward.data.columns import IDS
 from reward.model.packing import Texts
 from reward.outputs import digests
 from reward.process import Fault
@@ -34,10 +35,15 @@ def judged(
     shutil.copy("data/tokenized/template.json", evaluate.ADAPTER)
 
     def run(scorer: Scorer) -> dict[str, Any]:
-        def score(_: None, pairs: list[Texts], __: int) -> torch.Tensor:
-            rows = load_from_disk(evaluate.TEST)
-            assert [len(texts.ids[0]) for texts in pairs] == [len(x) for x in rows["input_ids_j"]]
-            return torch.tensor([reward for row in rows for reward in scorer(row)])
+        def score(_: None, prompts: list[Texts], __: int) -> torch.Tensor:
+            rewards = {
+                tuple(row[name]): reward
+                for row in load_from_disk(evaluate.TEST)
+                for name, reward in zip(IDS, scorer(row), strict=True)
+            }
+            texts = [tuple(map(int, ids)) for texts in prompts for ids in texts.ids]
+            assert sorted(texts) == sorted(rewards)
+            return torch.tensor([rewards[ids] for ids in texts])
 
         monkeypatch.setattr(evaluate, "load", lambda *_: None)
         monkeypatch.setattr(evaluate, "require_exact", lambda *_: None)
