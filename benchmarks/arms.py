@@ -1,0 +1,191 @@
+"""What a change of parameters does to a reward model: arms of an experiment, over some seeds.
+
+python -m benchmarks.arms step-of pairs: prompts:train.step_of=prompts
+python -m benchmarks.arms soft soft:preprocess.data=data/soft hard:preprocess.data=data/hard
+
+An arm is a name and its parameters, apart by commas; the first arm is what the others are compared
+with. Each is trained once with each seed, as a DVC experiment, and judged on the same test pairs.
+Intervals are over the prompts of the test pairs, of the mean over the seeds; the range over the
+seeds is beside them.
+
+Needs a clone of its own, everything committed: the experiments overwrite params.yaml. A run that is
+there already is read. The report is benchmarks/results/arms-NAME.md.
+"""
+
+import argparse
+import io
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from dvc import api
+from tqdm import tqdm
+
+from reward.judging.metrics import Floats, Resampling, correct, losses
+
+RESULTS = Path("benchmarks/results")
+LOGS = Path("data/arms")
+REWARDS = "reports/evaluate/rewards.parquet"
+RESAMPLING = Resampling(samples=10_000, seed=0)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A name, and the parameters that are other than in params.yaml."""
+
+    name: str
+    settings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, text: str) -> "Arm":
+        name, _, settings = text.partition(":")
+        return cls(name, tuple(filter(None, settings.split(","))))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an arm came to: [seeds, pairs] each, and pairs/s in training, [seeds]."""
+
+    right: Floats
+    loss: Floats
+    speed: Floats
+
+
+def main() -> None:
+    options = parse()
+    arms = [Arm.of(text) for text in options.arms]
+    runs = [(arm, seed) for seed in range(options.seeds) for arm in arms]
+    for arm, seed in tqdm(runs, desc="experiments"):
+        run(options.name, arm, seed, options.set_param)
+    tables = {arm.name: tables_of(options.name, arm, options.seeds) for arm in arms}
+    report = as_markdown(options, arms, tables)
+    print(report)
+    (RESULTS / f"arms-{options.name}.md").write_text(report, encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help="of the experiment")
+    parser.add_argument("arms", nargs="+", help="NAME:KEY=VALUE,KEY=VALUE")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
+    parser.add_argument("-S", "--set-param", action="append", default=[], help="for every run")
+    return parser.parse_args()
+
+
+def run(name: str, arm: Arm, seed: int, settings: Sequence[str]) -> None:
+    """The experiment of an arm and a seed, unless it is there."""
+    called, log = experiment(name, arm, seed), log_of(name, arm, seed)
+    listed = subprocess.run(
+        ["dvc", "exp", "list", "--name-only"], check=True, capture_output=True, text=True
+    )
+    if called in listed.stdout.split():
+        return
+    values = [f"train.seed={seed}", *settings, *arm.settings]
+    flags = [part for value in values for part in ("--set-param", value)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as output:
+        subprocess.run(
+            ["dvc", "exp", "run", "--name", called, *flags, "evaluate"], check=True, stdout=output
+        )
+
+
+def experiment(name: str, arm: Arm, seed: int) -> str:
+    return f"{name}-{arm.name}-{seed}"
+
+
+def log_of(name: str, arm: Arm, seed: int) -> Path:
+    return LOGS / f"{experiment(name, arm, seed)}.log"
+
+
+# --- what came of it -------------------------------------------------------------------------
+
+
+def tables_of(name: str, arm: Arm, seeds: int) -> list[pa.Table]:
+    """The rewards of the test pairs by each seed, sorted by the pairs' ids."""
+    return [
+        pyarrow.parquet.read_table(
+            io.BytesIO(api.read(REWARDS, rev=experiment(name, arm, seed), mode="rb"))
+        ).sort_by("id")
+        for seed in range(seeds)
+    ]
+
+
+def found(name: str, arm: Arm, tables: Sequence[pa.Table]) -> Found:
+    """Accuracy of the pairs that are no ties, and the cross-entropy of all, one seed a row."""
+    margins = np.array([table["margin"].to_numpy() for table in tables], dtype=np.float64)
+    preference = tables[0]["preference"].to_numpy()
+    loss = preference * losses(margins) + (1 - preference) * losses(-margins)
+    right = np.where(preference == 0.5, np.nan, correct(margins))
+    return Found(right, loss, np.array([speed(name, arm, seed) for seed in range(len(tables))]))
+
+
+def speed(name: str, arm: Arm, seed: int) -> float:
+    """Pairs a second, as training printed it; not a number where it is not known any more."""
+    path = log_of(name, arm, seed)
+    line = re.search(r"^speed +([\d.]+) pairs/s", path.read_text("utf-8"), re.M)
+    return float(line[1]) if line else float("nan")
+
+
+def as_markdown(
+    options: argparse.Namespace, arms: Sequence[Arm], tables: dict[str, list[pa.Table]]
+) -> str:
+    """The table of the arms, and of their differences from the first."""
+    first = tables[arms[0].name][0]
+    prompts = np.unique(first["prompt_id"].to_numpy(), return_inverse=True)[1]
+    results = {arm.name: found(options.name, arm, tables[arm.name]) for arm in arms}
+    decided = ~np.isnan(results[arms[0].name].right[0])
+    lines = [
+        f"# {options.name}: {', '.join(arm.name for arm in arms)}",
+        "",
+        "Written by `python -m benchmarks.arms`, which says what is measured and how.",
+        "",
+        f"- {len(first)} test pairs of {prompts.max() + 1} prompts, of which "
+        f"{int((~decided).sum())} are ties; {options.seeds} seeds",
+        *(f"- {arm.name}: {', '.join(arm.settings) or 'params.yaml as it is'}" for arm in arms),
+        *([f"- all: {', '.join(options.set_param)}"] if options.set_param else []),
+        "",
+        "| arm | accuracy | by seed | loss | by seed | pairs/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for arm in arms:
+        each = results[arm.name]
+        right, loss = each.right[:, decided].mean(axis=1), each.loss.mean(axis=1)
+        lines.append(
+            f"| {arm.name} | {right.mean():.4f} | {ranged(right)} | {loss.mean():.4f} | "
+            f"{ranged(loss)} | {np.median(each.speed):.1f} |"
+        )
+    base = results[arms[0].name]
+    lines += [
+        "",
+        f"| less {arms[0].name} | accuracy | 95% interval | loss | 95% interval |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for arm in arms[1:]:
+        each = results[arm.name]
+        right = (each.right - base.right)[:, decided].mean(axis=0)
+        loss = (each.loss - base.loss).mean(axis=0)
+        lines.append(
+            f"| {arm.name} | {right.mean():+.4f} | {interval(right, prompts[decided])} | "
+            f"{loss.mean():+.4f} | {interval(loss, prompts)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def ranged(values: Floats) -> str:
+    return f"{values.min():.4f} to {values.max():.4f}"
+
+
+def interval(values: Floats, prompts: np.ndarray) -> str:
+    low, high = RESAMPLING.interval(values, prompts)
+    return f"{low:+.4f} to {high:+.4f}"
+
+
+if __name__ == "__main__":
+    main()
