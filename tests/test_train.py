@@ -1,8 +1,10 @@
 """Training: the same as a plain loop, the same whatever happens to it, and all of it on record."""
 
 import hashlib
+import itertools
 import json
 import math
+import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
@@ -21,7 +24,7 @@ from reward.model import checkpoints, trainer
 from reward.model.base import Quantization, head_of
 from reward.model.packing import Texts, pairs_of, tokens
 from reward.model.scoring import as_in_transformers, rewards, score, within_memory
-from reward.model.steps import Step
+from reward.model.steps import Step, Steps
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
@@ -189,6 +192,96 @@ def test_trainer_takes_the_steps_of_a_plain_loop(
         for name, p in trained.items()
     }
     assert distance(weights(), wanted) < 1e-3
+
+
+def graded_rankings() -> Dataset:
+    """Every comparison of 5, 2 and 3 answers to three prompts, with labels of all kinds."""
+    draw = random.Random(0)
+    rows = []
+    for prompt, count in enumerate((5, 2, 3)):
+        shared = [draw.randrange(1000) for _ in range(6)]
+        answers = [[*shared, *draw.choices(range(1000), k=3 + place)] for place in range(count)]
+        for j, k in itertools.combinations(range(count), 2):
+            preference = draw.choice([1.0, 0.5, 0.8])
+            rows.append(
+                {"prompt_id": str(prompt), "answer_j": j, "answer_k": k, "prefix_length": 6}
+                | {"input_ids_j": answers[j], "input_ids_k": answers[k], "preference": preference}
+                | {"weight": draw.uniform(0.5, 2), "margin": float(preference == 1)}
+            )
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("tokens_per_pack", [20, 40, 10**6])
+def test_gradient_of_a_step_is_that_of_its_comparisons_one_by_one(
+    set_params: SetParams, tokens_per_pack: int
+) -> None:
+    """Rankings that fit into a pack and that do not, against passes of single texts."""
+    set_params("lora", lora_dropout=0.0)
+    set_params("train", step_of="prompts", center_rewards=0.01, tokens_per_pack=tokens_per_pack)
+    options, rows = params.load("train", trainer.Train), graded_rankings()
+    steps = Steps(rows, [np.arange(len(rows))])
+    run = checkpoints.Run(Path("models/checkpoints/run"))
+    ours = trainer.RewardTrainer(built(), options, run, steps, rows, train.REPORTS)
+    with torch.no_grad():
+        for name, parameter in ours.reward_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    loss, right, margin, decided = ours.accumulate(steps[0]).tolist()
+
+    trained = [each for each in ours.reward_model.parameters() if each.requires_grad]
+    expected = torch.zeros(())
+    margins = []
+    for row in rows:
+        j, k = (stock_reward(ours.reward_model, row[f"input_ids_{side}"]) for side in "jk")
+        above, below = torch.sigmoid(j - k - row["margin"]), torch.sigmoid(k - j + row["margin"])
+        p = row["preference"]
+        entropy = -p * above.log() - (1 - p) * below.log()
+        expected = expected + row["weight"] * (entropy + 0.01 * (j + k) ** 2)
+        margins += [(j - k).item()] if p != 0.5 else []
+    expected = expected / sum(rows["weight"])
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    assert (right, decided) == (sum(each > 0 for each in margins), len(margins))
+    assert margin == pytest.approx(sum(margins), abs=1e-4)
+    for parameter, gradient in zip(trained, torch.autograd.grad(expected, trained), strict=True):
+        assert parameter.grad is not None
+        assert (parameter.grad - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7
+
+
+def test_a_step_computes_each_answer_once(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_params("train", step_of="prompts", tokens_per_pack=10**6)
+    options, rows = params.load("train", trainer.Train), graded_rankings()
+    steps = Steps(rows, [np.arange(len(rows))])
+    run = checkpoints.Run(Path("models/checkpoints/run"))
+    ours = trainer.RewardTrainer(built(), options, run, steps, rows, train.REPORTS)
+    computed = []
+
+    def noted(model: Any, batch: Any) -> torch.Tensor:
+        computed.append(batch.input_ids.shape[1])
+        return rewards(model, batch)
+
+    monkeypatch.setattr(trainer, "rewards", noted)
+    ours.accumulate(steps[0])
+    # Three prompts of 6 tokens; answers of 3 to 7, 3 and 4, and 3 to 5 tokens.
+    assert computed == [3 * 6 + (3 + 4 + 5 + 6 + 7) + (3 + 4) + (3 + 4 + 5)]
+
+
+def test_curves_of_ties_alone_have_no_accuracy(set_params: SetParams, tmp_path: Path) -> None:
+    set_params("train", max_steps=2, logging_steps=1, save_steps=2, eval_steps=2)
+    rows = graded_rankings()
+    ties = rows.filter(lambda row: row["preference"] == 0.5)
+    options = params.load("train", trainer.Train)
+    steps = Steps(ties, [np.arange(len(ties))] * 2)
+    ours = trainer.RewardTrainer(
+        built(), options, checkpoints.Run(tmp_path / "run"), steps, rows, tmp_path
+    )
+    ours.train()
+    logged = [entry for entry in ours.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    assert all("accuracy" not in entry for entry in logged)
+    trainer.write_curves(tmp_path, ours.state.log_history)
+    assert read_json(tmp_path / "training.json")[0]["accuracy"] is None
 
 
 def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
