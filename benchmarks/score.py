@@ -60,7 +60,7 @@ def main() -> None:
             FLOOR: Contender("bare matrix products", floor_of_scoring, FLOOR),
         }
         rows = measure(workload, contenders, options.repeats)
-    report = as_markdown(options, sum(map(tokens, workload.pairs)), rows)
+    report = as_markdown(options, sum(map(tokens, workload.prompts)), rows)
     print(report)
     RESULT.write_text(report, encoding="utf-8")
 
@@ -117,7 +117,7 @@ def score(folder: Path, workload: Workload) -> Measurement:
     """All that reward.serving.score does once the model is loaded."""
     os.chdir(folder)
     scorer, stopwatch = Scorer(EXPORT), Stopwatch()
-    first = workload.pairs[0]
+    first = workload.prompts[0]
     scorer.rewards([list(ids) for ids in first.ids], [0] * len(first.ids))
     stopwatch.prepare()
     stopwatch.start()
@@ -125,7 +125,7 @@ def score(folder: Path, workload: Workload) -> Measurement:
         totals = score_files(scorer, [SCORED], journal)
         publish(journal, OUTPUT)
     stopwatch.stop()
-    assert totals.scored == 2 * totals.prompts == 2 * len(workload.pairs)
+    assert totals.scored == 2 * totals.prompts == 2 * len(workload.prompts)
     return stopwatch.measurement(totals.prompts)
 
 

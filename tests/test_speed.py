@@ -1,6 +1,7 @@
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import vl_convert
 
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import measuring
-from benchmarks.speed.contenders import article, contenders, ours
+from benchmarks.speed.contenders import article, contenders, ours, scoring
 from benchmarks.speed.floor import by_onednn, floor, floor_of_scoring
 from benchmarks.speed.hardware import CPU, IN_BF16
 from benchmarks.speed.measuring import Contender, Measurement, Row, measure
@@ -25,7 +26,7 @@ from benchmarks.speed.workload import (
     usable_ids,
 )
 from reward.data.prefixes import prefix_length
-from reward.model.packing import Texts
+from reward.model.packing import Texts, tokens
 from reward.process import Fault
 
 
@@ -52,7 +53,7 @@ def test_lengths_go_through_the_percentiles_and_never_fall() -> None:
 
 
 def test_generated_pairs_have_the_percentiles_of_a_preference_set() -> None:
-    pairs = generated(256, 0, range(100), longest=2040)
+    pairs = generated(256, 2, 0, range(100), longest=2040)
     answers = [len(ids) - texts.prefix for texts in pairs for ids in texts.ids]
     prefix, answer = (
         np.quantile(sizes, [0.5, 0.9, 0.99])
@@ -62,15 +63,18 @@ def test_generated_pairs_have_the_percentiles_of_a_preference_set() -> None:
     assert answer == pytest.approx([30, 95, 220], rel=0.05)
 
 
-def test_generated_pairs_share_their_prefix_and_no_more() -> None:
-    for texts in generated(300, 1, [5, 7, 11], longest=64):
-        assert prefix_length(*texts.ids) == texts.prefix > 0
+@pytest.mark.parametrize("answers", [2, 3])
+def test_generated_answers_share_their_prefix_and_no_more(answers: int) -> None:
+    for texts in generated(300, answers, 1, [5, 7, 11], longest=64):
+        assert len(texts.ids) == answers
+        for one, other in combinations(texts.ids, 2):
+            assert prefix_length(one, other) == texts.prefix > 0
         assert max(map(len, texts.ids)) <= 64
         assert {id_ for ids in texts.ids for id_ in ids} <= {5, 7, 11}
 
 
 def test_generated_pairs_are_those_of_their_seed() -> None:
-    first, same, other = (generated(8, seed, range(50), 99) for seed in (3, 3, 4))
+    first, same, other = (generated(8, 2, seed, range(50), 99) for seed in (3, 3, 4))
     assert first == same != other
 
 
@@ -123,10 +127,24 @@ def test_rows_in_bf16_are_compared_with_ours_in_bf16() -> None:
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_bf16_is_measured_beside_fp32_where_the_processor_has_it(beside: bool) -> None:
-    names = contenders(replace(CPU, bf16_beside=beside))
+    names = contenders(replace(CPU, bf16_beside=beside), answers=2)
     in_bf16 = {name for name, row in names.items() if "bf16" in name or row.floor == "floor-bf16"}
     trl = {f"trl-{batch}-bf16{more}" for batch in (8, 1) for more in ("", "-checkpointing")}
     assert in_bf16 == ({"ours-bf16", "floor-bf16", *trl} if beside else set())
+
+
+@pytest.mark.parametrize(
+    ("answers", "labels"),
+    [
+        (2, ["TRL, batch 8", "TRL, batch 1 x 8"]),
+        (4, ["TRL, batch 8 x 3", "TRL, batch 1 x 24"]),
+        (7, ["TRL, batch 7 x 12", "TRL, batch 1 x 84"]),
+    ],
+)
+def test_batches_of_trl_make_up_the_steps_of_ours(answers: int, labels: list[str]) -> None:
+    rows = contenders(CPU, answers)
+    assert [rows[name].label for name in ("trl-8", "trl-1")] == labels
+    assert ("ours-by-pairs" in rows) == (answers > 2)
 
 
 def test_chart_can_be_drawn() -> None:
@@ -173,7 +191,9 @@ def test_floor_multiplies_the_tokens_of_all_packs_but_those_of_the_first_step() 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--pairs", "20"], "--pairs is 20, wanted a multiple of 8"),
+        (["--prompts", "20"], "--prompts is 20, expected a multiple of 8"),
+        (["--prompts", "6", "--answers", "4"], "--prompts is 6, expected a multiple of 4"),
+        (["--answers", "3", "--data", "pairs.json"], "--answers is 3, expected 2 or more, and 2"),
         (["--repeats", "0"], "--repeats is 0, wanted at least 1"),
         (["--tokens-per-pack", "-1"], "--tokens-per-pack is -1, wanted at least 1"),
         (["--only", "ours", "theirs"], "--only names theirs, wanted some of ours, "),
@@ -189,10 +209,34 @@ def test_bad_arguments_are_refused(
     assert str(fault.value).startswith(sentence)
 
 
+def some(base: Path, prompts: int, answers: int) -> Namespace:
+    return Namespace(
+        base=base, data=None, prompts=prompts, answers=answers, seed=0, tokens_per_pack=512
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rankings_and_their_pairs_one_by_one_compute_the_same(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    same = prepare(some(tiny_base, prompts=8, answers=4), tmp_path)
+    whole, by_pairs = ours(same), ours(same, by_pairs=True)
+    assert len(whole.losses) == 2
+    assert by_pairs.losses == pytest.approx(whole.losses, abs=1e-5)
+    assert whole.pairs == by_pairs.pairs == 4 * 6
+    assert whole.tokens == sum(map(tokens, same.prompts[4:]))
+    assert by_pairs.tokens == sum(
+        texts.prefix + sum(len(ids) - texts.prefix for ids in pair)
+        for texts in same.prompts[4:]
+        for pair in combinations(texts.ids, 2)
+    )
+    assert scoring(same).tokens == whole.tokens
+    assert scoring(same, by_pairs=True).tokens == by_pairs.tokens
+
+
 @pytest.mark.filterwarnings("ignore")  # those of libraries, as the benchmark has them
 def test_ours_and_the_loop_of_the_article_compute_the_same(tiny_base: Path, tmp_path: Path) -> None:
-    options = Namespace(base=tiny_base, data=None, pairs=24, seed=0, tokens_per_pack=512)
-    same = prepare(options, tmp_path)
+    same = prepare(some(tiny_base, prompts=24, answers=2), tmp_path)
     own, checkpointed, other = (
         contender(same) for contender in (ours, partial(ours, checkpointing=True), article)
     )
@@ -203,5 +247,5 @@ def test_ours_and_the_loop_of_the_article_compute_the_same(tiny_base: Path, tmp_
     assert half.losses == pytest.approx(own.losses, abs=0.02)
     assert half.losses != own.losses
     assert own.pairs == other.pairs == half.pairs == 16
-    assert own.tokens == sum(sum(map(len, texts.ids)) - texts.prefix for texts in same.pairs[8:])
-    assert other.tokens == sum(len(ids) for texts in same.pairs[8:] for ids in texts.ids)
+    assert own.tokens == sum(sum(map(len, texts.ids)) - texts.prefix for texts in same.prompts[8:])
+    assert other.tokens == sum(len(ids) for texts in same.prompts[8:] for ids in texts.ids)

@@ -14,6 +14,7 @@ import os
 import sys
 from functools import partial
 from importlib.util import find_spec
+from math import comb
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +24,7 @@ from benchmarks.speed.contenders import contenders
 from benchmarks.speed.hardware import HARDWARE
 from benchmarks.speed.measuring import alone, measure
 from benchmarks.speed.report import as_markdown, describe, write
-from benchmarks.speed.workload import PAIRS_PER_STEP, prepare
+from benchmarks.speed.workload import prepare, prompts_per_step
 from reward.data.tokens import TEMPLATES
 from reward.process import Fault, run
 
@@ -35,7 +36,7 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     chosen = {
         name: contender
-        for name, contender in contenders(HARDWARE).items()
+        for name, contender in contenders(HARDWARE, options.answers).items()
         if name in (options.only or [name])
     }
     with TemporaryDirectory() as scratch:
@@ -55,9 +56,10 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = list(contenders(HARDWARE))
+    names = list(contenders(HARDWARE, answers=3))
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each contender")
-    parser.add_argument("--pairs", type=int, default=256, help="pairs, a multiple of 8")
+    parser.add_argument("--prompts", type=int, default=256, help="a multiple of those of a step")
+    parser.add_argument("--answers", type=int, default=2, help="to each prompt, if generated")
     parser.add_argument("--seed", type=int, default=0, help="of generating, or drawing, the pairs")
     parser.add_argument("--data", type=Path, help="preference pairs instead of generated ones")
     parser.add_argument("--template", default="zh", choices=[*TEMPLATES, "chat"], help="of --data")
@@ -69,10 +71,13 @@ def parse() -> argparse.Namespace:
     for name, lowest in (("repeats", 1), ("threads", 1), ("tokens_per_pack", 1), ("seed", 0)):
         if (value := getattr(options, name)) < lowest:
             raise Fault(f"--{name.replace('_', '-')} is {value}, wanted at least {lowest}")
-    least = 2 * max(HARDWARE.trl_batches)
-    if options.pairs < least or options.pairs % PAIRS_PER_STEP:
+    if options.answers < 2 or (options.data and options.answers > 2):
+        raise Fault(f"--answers is {options.answers}, expected 2 or more, and 2 with --data")
+    step = prompts_per_step(options.answers)
+    least = max(2 * step, 2 * max(HARDWARE.trl_batches) // comb(options.answers, 2))
+    if options.prompts < least or options.prompts % step:
         raise Fault(
-            f"--pairs is {options.pairs}, wanted a multiple of {PAIRS_PER_STEP} and at least "
+            f"--prompts is {options.prompts}, expected a multiple of {step} and at least "
             f"{least}: the first step of each contender is not counted"
         )
     if unknown := sorted(set(options.only or names) - set(names)):

@@ -1,6 +1,9 @@
 """The rows of the table: ours, TRL's trainer, the article's loop, and the floor of each."""
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import combinations
+from math import comb
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,18 +18,11 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from benchmarks.speed.floor import by_onednn, floor, floor_of_scoring
 from benchmarks.speed.hardware import CPU, HARDWARE, IN_BF16, QUANTIZATION, Hardware
 from benchmarks.speed.measuring import Contender, Measurement, Stopwatch
-from benchmarks.speed.workload import DENSE, PAIRS_PER_STEP, Workload, with_adapter
-from reward.data.columns import (
-    ANSWERS,
-    IDS,
-    PREFERENCE,
-    PREFIX,
-    PROMPT_ID,
-    TARGET_MARGIN,
-    WEIGHT,
-)
+from benchmarks.speed.workload import DENSE, Workload, prompts_per_step, with_adapter
+from reward.data.columns import ANSWERS, GRADES, IDS, PREFIX, PROMPT_ID
 from reward.model.base import Quantization, head_of, load_base, stock
 from reward.model.checkpoints import Run
+from reward.model.packing import Texts, texts_of
 from reward.model.pairwise import Labels, losses
 from reward.model.scoring import score
 from reward.model.steps import Steps
@@ -51,25 +47,25 @@ SHARED: dict[str, Any] = {
 TRL_COLUMNS = ("chosen_ids", "rejected_ids")
 
 
-def contenders(hardware: Hardware) -> dict[str, Contender]:
-    """All rows of the table by the names that --only takes."""
+def contenders(hardware: Hardware, answers: int) -> dict[str, Contender]:
+    """All rows of the table by the names that --only takes, for prompts with so many answers."""
     rows = {
         "ours": Contender("ours", ours),
         "ours-checkpointing": Contender(
             "ours, gradient checkpointing", partial(ours, checkpointing=True)
         ),
     }
-    for batch in hardware.trl_batches:
-        times = f" x {PAIRS_PER_STEP // batch}" if batch < PAIRS_PER_STEP else ""
-        label = f"TRL, batch {batch}{times}"
-        if batch in (1, PAIRS_PER_STEP):
-            rows[f"trl-{batch}-checkpointing"] = Contender(
+    if answers > 2:
+        rows["ours-by-pairs"] = Contender("ours, pair by pair", partial(ours, by_pairs=True))
+    for name, label, batch in trl_batches(hardware, answers):
+        if batch in (1, hardware.trl_batches[0]):
+            rows[f"{name}-checkpointing"] = Contender(
                 f"{label}, gradient checkpointing (default)",
                 partial(trl, batch=batch, checkpointing=True),
             )
-        rows[f"trl-{batch}"] = Contender(label, partial(trl, batch=batch, checkpointing=False))
+        rows[name] = Contender(label, partial(trl, batch=batch, checkpointing=False))
     if hardware.bf16_beside:
-        rows |= in_bf16(hardware)
+        rows |= in_bf16(hardware, answers)
     rows |= {
         "article": Contender("the article's loop", article),
         "floor": Contender("reference: bare matrix products", floor),
@@ -78,21 +74,33 @@ def contenders(hardware: Hardware) -> dict[str, Contender]:
         rows["floor-onednn"] = Contender(
             "the reference by oneDNN, as ours multiplies", partial(floor, multiply=by_onednn)
         )
+    rows["ours-scoring"] = Contender("ours, scoring", scoring, "floor-scoring")
+    if answers > 2:
+        rows["ours-scoring-by-pairs"] = Contender(
+            "ours, scoring pair by pair", partial(scoring, by_pairs=True), "floor-scoring"
+        )
     return rows | {
-        "ours-scoring": Contender("ours, scoring", scoring, "floor-scoring"),
         "floor-scoring": Contender("reference of scoring", floor_of_scoring, "floor-scoring"),
     }
 
 
-def in_bf16(hardware: Hardware) -> dict[str, Contender]:
+def trl_batches(hardware: Hardware, answers: int) -> Iterator[tuple[str, str, int]]:
+    """Name, label and size of TRL's batches; below those of a step they divide its pairs."""
+    pairs = prompts_per_step(answers) * comb(answers, 2)
+    for asked in hardware.trl_batches:
+        batch = max(size for size in range(1, asked + 1) if asked > pairs or pairs % size == 0)
+        times = f" x {pairs // batch}" if batch < pairs else ""
+        yield f"trl-{asked}", f"TRL, batch {batch}{times}", batch
+
+
+def in_bf16(hardware: Hardware, answers: int) -> dict[str, Contender]:
     """The rows in bf16 beside those in fp32: ours, TRL by all its defaults, and the products."""
     rows = {"ours-bf16": Contender("ours, bf16", partial(ours, quantization=IN_BF16), "floor-bf16")}
-    for batch in hardware.trl_batches:
-        times = f" x {PAIRS_PER_STEP // batch}" if batch < PAIRS_PER_STEP else ""
-        label = f"TRL, batch {batch}{times}, bf16"
-        for name, checkpointing in (("-checkpointing", True), ("", False)):
-            rows[f"trl-{batch}-bf16{name}"] = Contender(
-                f"{label}, gradient checkpointing (both default)" if checkpointing else label,
+    for name, label, batch in trl_batches(hardware, answers):
+        for suffix, checkpointing in (("-checkpointing", True), ("", False)):
+            rows[f"{name}-bf16{suffix}"] = Contender(
+                f"{label}, bf16"
+                + (", gradient checkpointing (both default)" if checkpointing else ""),
                 partial(trl, batch=batch, checkpointing=checkpointing, bf16=True),
                 "floor-bf16",
             )
@@ -106,50 +114,58 @@ def in_bf16(hardware: Hardware) -> dict[str, Contender]:
 
 
 def ours(
-    workload: Workload, checkpointing: bool = False, quantization: Quantization = QUANTIZATION
+    workload: Workload,
+    checkpointing: bool = False,
+    quantization: Quantization = QUANTIZATION,
+    by_pairs: bool = False,
 ) -> Measurement:
-    """The trainer of stages.train."""
+    """The trainer of stages.train, on rankings; or `by_pairs`, on each pair by itself."""
     group = Train(
         **SHARED,
-        pairs_per_step=PAIRS_PER_STEP,
-        step_of="pairs",
+        pairs_per_step=workload.pairs_per_step,
+        step_of="prompts",
         center_rewards=0.0,
         tokens_per_pack=workload.tokens_per_pack,
         max_steps=-1,
         gradient_checkpointing=checkpointing,
         deterministic=False,
-        eval_steps=len(workload.pairs),
+        eval_steps=len(workload.prompts),
         validation_pairs=1,
-        save_steps=len(workload.pairs),
+        save_steps=len(workload.prompts),
     )
-    dataset = as_tokenized(workload)
+    dataset = as_tokenized(workload, by_pairs)
     model = with_adapter(load_base(workload.base, quantization), workload)
     with TemporaryDirectory() as name:
         folder, validation = Path(name), dataset.select([0])
         # As all others here: the steps have the pairs of which the floor computes the packs.
-        rows = np.split(
-            np.arange(len(dataset)), range(PAIRS_PER_STEP, len(dataset), PAIRS_PER_STEP)
-        )
+        starts = range(workload.pairs_per_step, len(dataset), workload.pairs_per_step)
+        rows = np.split(np.arange(len(dataset)), starts)
         trainer = RewardTrainer(model, group, Run(folder), Steps(dataset, rows), validation, folder)
         return timed(trainer, model, workload)
 
 
-def as_tokenized(workload: Workload) -> Dataset:
-    """The pairs as preprocess leaves them, with all that training reads."""
-    pairs = workload.pairs
-    chosen, rejected = zip(*(texts.ids for texts in pairs), strict=True)
-    ones = [1.0] * len(pairs)
-    return Dataset.from_dict(
-        {
-            PROMPT_ID: [str(index) for index in range(len(pairs))],
-            **dict(zip(ANSWERS, ([0] * len(pairs), [1] * len(pairs)), strict=True)),
-            **dict(zip(IDS, (chosen, rejected), strict=True)),
-            PREFIX: [texts.prefix for texts in pairs],
-            PREFERENCE: ones,
-            WEIGHT: ones,
-            TARGET_MARGIN: [0.0] * len(pairs),
-        }
-    )
+def as_tokenized(workload: Workload, by_pairs: bool) -> Dataset:
+    """The pairs as preprocess leaves them, with all that training reads.
+
+    With `by_pairs` each has a prompt of its own, so that nothing is known of what they share.
+    """
+    rows = []
+    for prompt, (texts, j, k) in enumerate(compared(workload)):
+        shared = prompt if by_pairs else prompt // workload.pairs_per_prompt
+        rows.append(
+            {PROMPT_ID: str(shared), PREFIX: texts_of([texts.ids[j], texts.ids[k]]).prefix}
+            | dict(zip(ANSWERS, (j, k), strict=True))
+            | dict(zip(IDS, (texts.ids[j], texts.ids[k]), strict=True))
+            | dict(zip(GRADES, (1.0, 1.0, 0.0), strict=True))
+        )
+    return Dataset.from_list(rows)
+
+
+def compared(workload: Workload) -> Iterator[tuple[Texts, int, int]]:
+    """The texts of a prompt with two of them, the better one first: every pair, in order."""
+    for texts in workload.prompts:
+        for j, k in combinations(range(len(texts.ids)), 2):
+            yield texts, j, k
 
 
 def trl(workload: Workload, batch: int, checkpointing: bool, bf16: bool = False) -> Measurement:
@@ -165,7 +181,7 @@ def trl(workload: Workload, batch: int, checkpointing: bool, bf16: bool = False)
         trainer = TrlTrainer(
             model=model,
             args=RewardConfig(
-                **others(output, batch),
+                **others(workload, output, batch),
                 gradient_checkpointing=checkpointing,
                 bf16=bf16 or QUANTIZATION.dtype == torch.bfloat16,
                 max_length=None,
@@ -203,7 +219,9 @@ def article(workload: Workload) -> Measurement:
     with TemporaryDirectory() as output:
         trainer = ArticleTrainer(
             model=model,
-            args=TrainingArguments(**others(output, batch=1), remove_unused_columns=False),
+            args=TrainingArguments(
+                **others(workload, output, batch=1), remove_unused_columns=False
+            ),
             train_dataset=for_trl(workload),
             data_collator=lambda rows: {
                 side: torch.tensor([row[side] for row in rows]) for side in rows[0]
@@ -212,12 +230,12 @@ def article(workload: Workload) -> Measurement:
         return timed(trainer, model, workload)
 
 
-def others(output: str, batch: int) -> dict[str, Any]:
+def others(workload: Workload, output: str, batch: int) -> dict[str, Any]:
     """The arguments of trainers that are not ours."""
     return SHARED | {
         "output_dir": output,
         "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": max(1, PAIRS_PER_STEP // batch),
+        "gradient_accumulation_steps": max(1, workload.pairs_per_step // batch),
         "train_sampling_strategy": "sequential",
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -227,21 +245,26 @@ def others(output: str, batch: int) -> dict[str, Any]:
 
 def for_trl(workload: Workload) -> Dataset:
     """The ids of chosen and rejected in the columns of TRL."""
-    chosen, rejected = zip(*(texts.ids for texts in workload.pairs), strict=True)
-    return Dataset.from_dict(dict(zip(TRL_COLUMNS, (chosen, rejected), strict=True)))
+    pairs = [(texts.ids[j], texts.ids[k]) for texts, j, k in compared(workload)]
+    return Dataset.from_list([dict(zip(TRL_COLUMNS, pair, strict=True)) for pair in pairs])
 
 
-def scoring(workload: Workload) -> Measurement:
-    """The rewards of the same pairs, without a gradient."""
+def scoring(workload: Workload, by_pairs: bool = False) -> Measurement:
+    """The rewards of the same texts, without a gradient; or `by_pairs`, of each pair by itself."""
     model = with_adapter(load_base(workload.base, QUANTIZATION), workload)
     stopwatch = Stopwatch(embedding_of(model))
-    first, rest = workload.pairs[:PAIRS_PER_STEP], workload.pairs[PAIRS_PER_STEP:]
+    texts, count = workload.prompts, workload.prompts_per_step
+    if by_pairs:
+        pairs = compared(workload)
+        texts = [texts_of([texts.ids[j], texts.ids[k]]) for texts, j, k in pairs]
+        count = workload.pairs_per_step
+    first, rest = texts[:count], texts[count:]
     stopwatch.prepare()
     score(model, first, workload.tokens_per_pack)
     stopwatch.start()
     score(model, rest, workload.tokens_per_pack)
     stopwatch.stop()
-    return stopwatch.measurement(len(rest))
+    return stopwatch.measurement(workload.counted)
 
 
 def timed(trainer: Trainer, model: PeftModel, workload: Workload) -> Measurement:
@@ -250,7 +273,7 @@ def timed(trainer: Trainer, model: PeftModel, workload: Workload) -> Measurement
     trainer.add_callback(stopwatch)
     trainer.train()
     curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return stopwatch.measurement(len(workload.pairs) - PAIRS_PER_STEP, curve)
+    return stopwatch.measurement(workload.counted, curve)
 
 
 def embedding_of(model: PeftModel) -> nn.Module:

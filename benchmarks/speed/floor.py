@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.speed.hardware import QUANTIZATION
 from benchmarks.speed.measuring import Measurement, Stopwatch
-from benchmarks.speed.workload import PAIRS_PER_STEP, Workload
+from benchmarks.speed.workload import Workload
 from reward.model.base import device
 from reward.model.layers import product
 from reward.model.packing import into_packs, tokens
@@ -36,8 +36,8 @@ def floor(
 
 def floor_of_scoring(workload: Workload) -> Measurement:
     """The products of the passes that `scoring` makes, in its packs of pairs of like length."""
-    sizes = [tokens(texts) for texts in workload.pairs]
-    parts = sizes[:PAIRS_PER_STEP], sizes[PAIRS_PER_STEP:]
+    sizes, first = [tokens(texts) for texts in workload.prompts], workload.prompts_per_step
+    parts = sizes[:first], sizes[first:]
     steps = [sorted(part, reverse=True) for part in parts]
     return products(workload, steps, by_torch, backward=False, dtype=QUANTIZATION.dtype)
 
@@ -51,7 +51,7 @@ def products(
 ) -> Measurement:
     """Multiply the tokens of each step's packs with all linear layers of the decoder, no more.
 
-    `steps` has the tokens of each pair. What is multiplied is made before, and a place for each
+    `steps` has the tokens of each prompt. What is multiplied is made before, and a place for each
     size of result, so that no memory need be asked for meanwhile.
     """
     packs = [
@@ -77,4 +77,4 @@ def products(
                 after, before = weight.shape
                 multiply(inputs[before][:rows], weight, results[after][:rows])
     stopwatch.stop()
-    return stopwatch.measurement(sum(map(len, steps[1:])))
+    return stopwatch.measurement(workload.counted)

@@ -13,7 +13,7 @@ import vl_convert
 
 from benchmarks.speed.hardware import HARDWARE
 from benchmarks.speed.measuring import Row
-from benchmarks.speed.workload import PAIRS_PER_STEP, SHAPE, Workload
+from benchmarks.speed.workload import SHAPE, Workload
 from reward.outputs import read_json, write_json
 
 RESULTS = Path("benchmarks/results")
@@ -26,21 +26,34 @@ INK = "#222222"
 def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
     """What the figures hold for."""
     config = read_json(workload.base / "config.json")
-    answers = [len(ids) - texts.prefix for texts in workload.pairs for ids in texts.ids]
+    answers = [len(ids) - texts.prefix for texts in workload.prompts for ids in texts.ids]
     return {
         "hardware": HARDWARE.describe(),
         "threads": options.threads,
         "base": options.base.name if options.base else "random",
         "shape": {name: config[name] for name in ("model_type", *SHAPE) if name in config},
         "data": options.data.name if options.data else f"generated from seed {options.seed}",
-        "pairs": len(workload.pairs),
-        "pairs_per_step": PAIRS_PER_STEP,
-        "prefix": percentiles([texts.prefix for texts in workload.pairs]),
+        "prompts": len(workload.prompts),
+        "answers": workload.answers,
+        "pairs_per_prompt": workload.pairs_per_prompt,
+        "pairs_per_step": workload.pairs_per_step,
+        "prefix": percentiles([texts.prefix for texts in workload.prompts]),
         "answer": percentiles(answers),
         "tokens_per_pack": workload.tokens_per_pack,
         "repeats": options.repeats,
         "versions": {name: version(name) for name in LIBRARIES if find_spec(name)},
     }
+
+
+def of_rankings(settings: dict[str, Any]) -> str:
+    """What the names of the results end in where prompts have more answers than two."""
+    return f"-{settings['answers']}-answers" if settings["answers"] > 2 else ""
+
+
+def many_answers(settings: dict[str, Any]) -> list[str]:
+    """How pairs and prompts go together, where that is not the same."""
+    pairs = settings["pairs_per_prompt"]
+    return [f"- every two answers are compared: prompts/s are pairs/s / {pairs}"] * (pairs > 1)
 
 
 def percentiles(sizes: list[int]) -> list[int]:
@@ -57,13 +70,16 @@ def as_markdown(settings: dict[str, Any], rows: dict[str, Row]) -> str:
     lines = [
         f"# Speed of training on {HARDWARE.name.upper()}",
         "Written by `python -m benchmarks.speed`, which says what is measured and how.",
-        f"![Pairs per second, and tokens computed for a pair]({HARDWARE.name}.svg)",
+        "![Pairs per second, and tokens computed for a pair]"
+        f"({HARDWARE.name}{of_rankings(settings)}.svg)",
         "\n".join(
             [
                 f"- {settings['hardware']}, threads: {settings['threads']}",
                 f"- base: {settings['base']} ({shape})",
-                f"- {settings['pairs']} pairs, {settings['data']}; tokens at the 50th/90th/99th "
-                f"percentile: prefix {prefix}, answer {answer}",
+                f"- {settings['prompts']} prompts with {settings['answers']} answers, "
+                f"{settings['data']}; tokens at the 50th/90th/99th percentile: prefix {prefix}, "
+                f"answer {answer}",
+                *many_answers(settings),
                 f"- {settings['pairs_per_step']} pairs a step, the first step not counted; at most "
                 f"{settings['tokens_per_pack']} tokens in one of our packs",
                 f"- median, and range, of {settings['repeats']} measurements, each in a process of "
@@ -221,7 +237,7 @@ def panel(
 def write(settings: dict[str, Any], rows: dict[str, Row], report: str) -> None:
     """Write table, raw figures and picture."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / HARDWARE.name
+    path = RESULTS / f"{HARDWARE.name}{of_rankings(settings)}"
     raw = {name: asdict(row) for name, row in rows.items()}
     write_json(path.with_suffix(".json"), {"settings": settings, "rows": raw})
     path.with_suffix(".svg").write_text(

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from reward.model.trainer import HEAD_PAIRS, scale_head
 from reward.outputs import read_json
 from reward.process import Fault
 
-PAIRS_PER_STEP = 8
 LONGEST = 2040
 
 # Lengths in tokens of a well-known human-preference set at the 50th, 90th and 99th percentile. The
@@ -49,20 +49,47 @@ class Workload:
     """What all contenders work on.
 
     `dense` is the dequantized base where TRL needs it, `adapter` a file with the first adapter and
-    head, `linear` the [outputs, inputs] of each linear layer of the decoder.
+    head, `prompts` the texts of each prompt, all with the same number of answers, the better one
+    first, `linear` the [outputs, inputs] of each linear layer of the decoder.
     """
 
     base: Path
     dense: Path
     adapter: Path
-    pairs: list[Texts]
+    prompts: list[Texts]
     linear: list[tuple[int, int]]
     tokens_per_pack: int
 
+    @property
+    def answers(self) -> int:
+        return len(self.prompts[0].ids)
+
+    @property
+    def pairs_per_prompt(self) -> int:
+        return comb(self.answers, 2)
+
+    @property
+    def prompts_per_step(self) -> int:
+        return prompts_per_step(self.answers)
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.prompts_per_step * self.pairs_per_prompt
+
+    @property
+    def counted(self) -> int:
+        """The pairs of all steps but the first, which does not count."""
+        return (len(self.prompts) - self.prompts_per_step) * self.pairs_per_prompt
+
     def steps(self) -> Iterator[list[Texts]]:
-        """The pairs of each optimizer step."""
-        for start in range(0, len(self.pairs), PAIRS_PER_STEP):
-            yield self.pairs[start : start + PAIRS_PER_STEP]
+        """The prompts of each optimizer step."""
+        for start in range(0, len(self.prompts), self.prompts_per_step):
+            yield self.prompts[start : start + self.prompts_per_step]
+
+
+def prompts_per_step(answers: int) -> int:
+    """How many prompts a step has: fewer where a prompt has many pairs."""
+    return 8 if answers == 2 else 4
 
 
 def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
@@ -73,9 +100,11 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
         random_base.make(base, SHAPE)
     longest = min(LONGEST, read_json(base / "config.json").get("max_position_embeddings", LONGEST))
     if options.data:
-        pairs = drawn(options, base, longest)
+        prompts = drawn(options, base, longest)
     else:
-        pairs = generated(options.pairs, options.seed, usable_ids(base), longest)
+        prompts = generated(
+            options.prompts, options.answers, options.seed, usable_ids(base), longest
+        )
     packed = load_base(base, QUANTIZATION)
     linear = [
         (module.out_features, module.in_features)
@@ -83,7 +112,8 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
         if isinstance(module, nn.Linear)
     ]
     model = with_adapter(packed)
-    scale_head(model, pairs[:HEAD_PAIRS], options.tokens_per_pack)
+    first = [texts_of(texts.ids[:2]) for texts in prompts[:HEAD_PAIRS]]
+    scale_head(model, first, options.tokens_per_pack)
     save_file(
         {
             name: weight.detach()
@@ -98,14 +128,14 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
         base,
         scratch / "dense",
         scratch / "adapter.safetensors",
-        pairs,
+        prompts,
         linear,
         options.tokens_per_pack,
     )
 
 
-def generated(count: int, seed: int, ids: Sequence[int], longest: int) -> list[Texts]:
-    """Pairs of random ids, of the lengths of a human-preference set, no text over `longest`.
+def generated(count: int, answers: int, seed: int, ids: Sequence[int], longest: int) -> list[Texts]:
+    """Prompts of random ids, of the lengths of a human-preference set, no text over `longest`.
 
     Each length is drawn from a share of its own of the distribution, so that few pairs have its
     percentiles too. The answers differ in their first id: the prefix is all that they share.
@@ -114,21 +144,20 @@ def generated(count: int, seed: int, ids: Sequence[int], longest: int) -> list[T
     known = np.asarray(ids)
     sizes = [
         lengths(quantiles, (draw.permutation(count) + draw.random(count)) / count)
-        for quantiles in (PREFIX, ANSWER, ANSWER)
+        for quantiles in (PREFIX, *[ANSWER] * answers)
     ]
-    pairs = []
-    for prefix, *answers in zip(*sizes, strict=True):
-        answers = [min(answer, longest // 2) for answer in answers]
-        prefix = min(prefix, longest - max(answers))
+    prompts = []
+    for prefix, *own in zip(*sizes, strict=True):
+        own = [min(size, longest // 2) for size in own]
+        prefix = min(prefix, longest - max(own))
         shared = draw.choice(known, prefix).tolist()
-        first = draw.integers(len(known))
-        other = (first + draw.integers(1, len(known))) % len(known)
+        begins = draw.choice(known, answers, replace=False).tolist()
         texts = [
-            [*shared, int(known[begin]), *draw.choice(known, answer - 1).tolist()]
-            for begin, answer in zip((first, other), answers, strict=True)
+            [*shared, begin, *draw.choice(known, size - 1).tolist()]
+            for begin, size in zip(begins, own, strict=True)
         ]
-        pairs.append(Texts(texts, prefix))
-    return pairs
+        prompts.append(Texts(texts, prefix))
+    return prompts
 
 
 def lengths(quantiles: dict[float, int], shares: Any) -> list[int]:
@@ -160,11 +189,11 @@ def drawn(options: argparse.Namespace, base: Path, longest: int) -> list[Texts]:
         chosen, rejected = encoder.encode(texts)
         if chosen != rejected and max(len(chosen), len(rejected)) <= longest:
             pairs.append(texts_of((chosen, rejected)))
-        if len(pairs) == options.pairs:
+        if len(pairs) == options.prompts:
             return pairs
     raise Fault(
         f"{options.data} has {len(pairs)} usable pairs of at most {longest} tokens under the "
-        f"template {options.template}, wanted {options.pairs}; give another number by --pairs"
+        f"template {options.template}, expected {options.prompts}; give another number by --prompts"
     )
 
 
