@@ -87,6 +87,8 @@ def run(name: str, arm: Arm, seed: int, settings: Sequence[str]) -> None:
     )
     if called in listed.stdout.split():
         return
+    # An experiment leaves its parameters in the working tree.
+    subprocess.run(["git", "restore", "params.yaml"], check=True)
     values = [f"train.seed={seed}", *settings, *arm.settings]
     flags = [part for value in values for part in ("--set-param", value)]
     log.parent.mkdir(parents=True, exist_ok=True)
