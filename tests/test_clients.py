@@ -13,7 +13,7 @@ from reward.data.rows import as_json
 from reward.data.tokens import Encoder, Template
 from reward.exporting import given as given_to_clients
 from reward.exporting.clients_trl import Rollouts, sample_of_conversations
-from reward.exporting.given import EOS, LEFT, RIGHT, Conversation, Exported, paired
+from reward.exporting.given import EOS, LEFT, RIGHT, Conversation, Exported, once, paired
 from reward.exporting.portable import prepare_tokenizer
 from reward.model.packing import Texts, tokens
 from reward.outputs import write_json
@@ -43,7 +43,7 @@ def given(tiny_base: Path, tmp_path: Path) -> Given:
                 encoder.render((("user", prompt),), (("assistant", each),)) for each in answers
             ]
             texts.append(Texts(encoder.encode(turns), 0))
-        return Exported(tmp_path, texts, messages, tiny_base, 4096)
+        return Exported(tmp_path, texts, [], messages, tiny_base, 4096)
 
     return make
 
@@ -168,3 +168,14 @@ def test_the_folder_alone_is_read(given: Given, tmp_path: Path) -> None:
     copy = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-copy"))
     elsewhere = replace(found, folder=copy)
     assert elsewhere.conversations == found.conversations
+
+
+def test_a_text_of_several_pairs_is_scored_once() -> None:
+    asked: list[list[str]] = []
+
+    def length(texts: list[str], factor: float) -> list[float]:
+        asked.append(texts)
+        return [factor * len(text) for text in texts]
+
+    assert once(["a", "bb", "a", "ccc", "bb"], length, 2.0) == [2, 4, 2, 6, 4]
+    assert asked == [["a", "bb", "ccc"]]

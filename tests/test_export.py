@@ -48,7 +48,8 @@ from reward.model.base import (
     silent_peft,
     stock,
 )
-from reward.model.packing import Texts, pairs_of
+from reward.model.packing import Texts
+from reward.model.rankings import rankings_of, sides
 from reward.model.scoring import score
 from reward.outputs import digests, read_json, recorded, write_json
 from reward.process import Fault
@@ -450,11 +451,12 @@ def test_a_copy_in_another_folder_is_loaded_from_anywhere(
     copy = tmp_path / "elsewhere" / "copy"
     shutil.copytree(folder / export.EXPORT, copy)
     monkeypatch.chdir(tmp_path)
-    test = pairs_of(tokenized.load(folder / export.TEST, folder / export.BASE))
+    ranked = rankings_of(tokenized.load(folder / export.TEST, folder / export.BASE))
     table = pyarrow.parquet.read_table(folder / export.REWARDS)
-    found = score(load_exported(copy), test, 4096).view(-1, 2)
-    assert found[:, 0].tolist() == table["reward_chosen"].to_pylist()
-    assert found[:, 1].tolist() == table["reward_rejected"].to_pylist()
+    found = score(load_exported(copy), [each.texts for each in ranked], 4096)
+    j, k, rows = sides(found, ranked)
+    for name, rewards in (("reward_chosen", j), ("reward_rejected", k)):
+        assert rewards.tolist() == table[name].take(rows.numpy()).to_pylist()
     shutil.rmtree(copy / "merged")
     load_exported(copy)
 

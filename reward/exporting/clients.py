@@ -29,7 +29,18 @@ from transformers import (
 from reward.data import tokenized
 from reward.exporting.clients_trl import HEAVY
 from reward.exporting.exported import MERGED, exported_quantization, load_exported
-from reward.exporting.given import EOS, LEFT, RIGHT, SINGLE, Client, Exported, Form, Score, paired
+from reward.exporting.given import (
+    EOS,
+    LEFT,
+    RIGHT,
+    SINGLE,
+    Client,
+    Exported,
+    Form,
+    Score,
+    once,
+    paired,
+)
 from reward.model.base import (
     Quantization,
     adapt,
@@ -39,6 +50,7 @@ from reward.model.base import (
     silent_peft,
 )
 from reward.model.packing import Texts, pairs_of
+from reward.model.rankings import Comparison, Ranking, rankings_of, sides
 from reward.model.scoring import score
 from reward.outputs import read_json
 from reward.process import processors, run
@@ -75,7 +87,8 @@ def find(request: Request) -> pa.Table:
     folder, base = Path(request.folder), Path(request.base)
     dataset = tokenized.load(Path(request.pairs), base)
     messages = tokenized.conversations(dataset, tokenized.answers(Path(request.pairs), base))
-    exported = Exported(folder, pairs_of(dataset), messages, base, request.tokens_per_pack)
+    pairs, ranked = pairs_of(dataset), rankings_of(dataset)
+    exported = Exported(folder, pairs, ranked, messages, base, request.tokens_per_pack)
     clients = select(request.clients, merged=(folder / MERGED).is_dir())
     found = [found_by(client, exported) for client in clients]
     if exported_quantization(folder).bits == 4:
@@ -114,13 +127,17 @@ def original_base(exported: Exported) -> Score:
 
 def by_packs(exported: Exported, model: PeftModel) -> Score:
     def rewards(form: Form) -> pa.Table:
-        pairs = dict(enumerate(exported.pairs))
+        ranked = exported.rankings
         if form.ended:
-            pairs = {index: Texts(ids, 0) for index, ids in exported.ended.items()}
-        if not pairs:
+            ranked = [
+                Ranking(Texts(ids, 0), [Comparison(index, 0, 1)])
+                for index, ids in exported.ended.items()
+            ]
+        if not ranked:
             return paired([], [])
-        found = score(model, list(pairs.values()), exported.tokens_per_pack)
-        return paired(list(pairs), found.tolist())
+        found = score(model, [each.texts for each in ranked], exported.tokens_per_pack)
+        j, k, pairs = sides(found, ranked)
+        return paired(pairs.tolist(), torch.stack([j, k], 1).flatten().tolist())
 
     return rewards
 
@@ -150,18 +167,18 @@ def by_ids(exported: Exported, model: Any) -> Score:
 
     def rewards(form: Form) -> pa.Table:
         pairs = exported.ids_of(form)
-        texts = [ids for pair in pairs.values() for ids in pair]
-        return paired(list(pairs), of_ids(model, exported.tokenizer, texts, form))
+        texts = [tuple(ids) for pair in pairs.values() for ids in pair]
+        return paired(list(pairs), once(texts, of_ids, model, exported.tokenizer, form))
 
     return rewards
 
 
 @torch.no_grad()
-def of_ids(model: Any, tokenizer: Any, texts: Sequence[list[int]], form: Form) -> list[float]:
+def of_ids(texts: Sequence[tuple[int, ...]], model: Any, tokenizer: Any, form: Form) -> list[float]:
     """Rewards of texts, in padded batches."""
     rewards: list[float] = []
     for start in range(0, len(texts), form.batch):
-        some = {"input_ids": texts[start : start + form.batch]}
+        some = {"input_ids": [*map(list, texts[start : start + form.batch])]}
         rows = tokenizer.pad(some, padding_side=form.side, return_tensors="pt")
         rewards += model(**rows.to(device()), use_cache=False).logits[:, 0].tolist()
     return rewards
@@ -190,9 +207,12 @@ def by_pipeline(exported: Exported, scorer: Any) -> Score:
         if not pairs:
             return paired([], [])
         scorer.tokenizer.padding_side = form.side
-        texts = [text for pair in pairs.values() for text in pair]
-        found = scorer(texts, batch_size=form.batch, padding=True, add_special_tokens=False)
-        return paired(list(pairs), [each["score"] for each in found])
+
+        def scored(texts: Sequence[str]) -> list[float]:
+            found = scorer(texts, batch_size=form.batch, padding=True, add_special_tokens=False)
+            return [each["score"] for each in found]
+
+        return paired(list(pairs), once([text for pair in pairs.values() for text in pair], scored))
 
     return rewards
 

@@ -3,7 +3,7 @@
 They are given what the light ones are (`given.py`), and are imported when they are asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import chdir
 from importlib.util import find_spec
 from typing import Any
@@ -25,6 +25,7 @@ from reward.exporting.given import (
     Form,
     Ids,
     Score,
+    once,
     paired,
 )
 from reward.model.base import device, keep_weights_unpacked
@@ -54,8 +55,12 @@ def cross_encoder_merged(exported: Exported) -> Score:
             return paired([], [])
         model.tokenizer.padding_side = form.side
         texts = [(each.prompt, answer) for each in pairs.values() for answer in each.answers]
-        found = model.predict(texts, batch_size=form.batch, show_progress_bar=False)
-        return paired(list(pairs), found.tolist())
+
+        def predicted(texts: Sequence[tuple[str, str]]) -> list[float]:
+            found = model.predict(texts, batch_size=form.batch, show_progress_bar=False)
+            return [*map(float, found)]
+
+        return paired(list(pairs), once(texts, predicted))
 
     return rewards
 

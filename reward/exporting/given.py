@@ -4,7 +4,7 @@ A client is given pairs in several forms and finds their rewards, a table of one
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,7 @@ from reward.data.columns import REWARDS
 from reward.exporting.exported import ADAPTER_CONFIG, EXPORTED_BASE, exported_quantization
 from reward.model.base import device, keep_weights_unpacked
 from reward.model.packing import Texts, tokens
+from reward.model.rankings import Ranking
 from reward.outputs import read_json
 
 BATCH = 16
@@ -35,6 +36,7 @@ PAIR = "pair"
 COUNT_PADDING = {"gpt2", "gpt_bigcode"}
 
 Pair = TypeVar("Pair")
+Text = TypeVar("Text", bound=Hashable)
 Ids = list[list[int]]
 
 
@@ -68,12 +70,14 @@ class Conversation:
 class Exported:
     """An exported folder and the pairs to score with it.
 
-    `messages` are prompt, chosen and rejected of each pair, as JSON. `base` is the base as fetch
+    `rankings` are the same pairs by their prompts, as evaluate has them in packs. `messages` are
+    prompt, chosen and rejected of each pair, as JSON. `base` is the base as fetch
     left it, `tokens_per_pack` the size of the packs of evaluate.
     """
 
     folder: Path
     pairs: list[Texts]
+    rankings: list[Ranking]
     messages: list[tuple[str, str, str]]
     base: Path
     tokens_per_pack: int
@@ -218,6 +222,15 @@ class Client:
 def is_one_text(messages: list[dict[str, Any]]) -> bool:
     """Whether a side of a pair is a single message that has nothing but its text."""
     return len(messages) == 1 and messages[0].keys() == {"role", "content"}
+
+
+def once(
+    texts: Sequence[Text], score: Callable[..., Sequence[float]], *arguments: Any
+) -> list[float]:
+    """The rewards of texts, of which equal ones are scored once: an answer is in many pairs."""
+    distinct = list(dict.fromkeys(texts))
+    found = dict(zip(distinct, score(distinct, *arguments), strict=True))
+    return [found[text] for text in texts]
 
 
 def paired(pairs: Sequence[int], rewards: Sequence[float]) -> pa.Table:
