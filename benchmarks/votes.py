@@ -5,8 +5,9 @@ python -m benchmarks.arms votes soft:preprocess.data=data/votes/soft \\
     majority:preprocess.data=data/votes/majority untied:preprocess.data=data/votes/untied
 
 Records have `instruction`, `input`, `response1`, `response2` and `votes`, a list of 1, 2, or 0 for
-equally good. Writes a folder of preference files for each arm. All have the same test pairs, a third of
-of the prompts, with the share of the votes as their preference. The other prompts are for training:
+equally good. Writes a folder of preference files for each arm. All arms have the same test pairs,
+those of a third of the prompts, with the share of the votes as their preference. The other prompts
+are for training:
 
 - soft: with the share of the votes;
 - majority: with the answer that most votes prefer, as if it were certain, or a tie;
