@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from reward import params
 from reward.data.reading import read
-from reward.data.records import Pair, check
+from reward.data.records import check
 from reward.data.splitting import split
 from reward.judging.metrics import Floats, Resampling, correct, losses
 from stages.preprocess import Preprocess
@@ -161,7 +161,7 @@ def sample() -> list[dict[str, str]]:
 
 def write_folds(options: argparse.Namespace, records: Sequence[dict[str, str]]) -> None:
     """For each fold what is held back, and the rest; the pairs of a prompt stay together."""
-    pairs: list[Pair] = [check(record) for record in records]
+    pairs = [check(record) for record in records]
     prompts = sorted({pair.prompt_hash for pair in pairs})
     fold_of = {prompt: index % options.folds for index, prompt in enumerate(prompts)}
     for fold in range(options.folds):

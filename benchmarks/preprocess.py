@@ -183,7 +183,7 @@ def encode(template: str, batch: int) -> None:
     """Print the seconds of encode_batch over the texts of the current folder's pairs."""
     encoder = Encoder(BASE, Template.of(template, False, 2040, BASE, CHAT))
     pairs = (check(record) for _, record in read(PAIRS))
-    texts = [encoder.render(p.prompt, side) for p in pairs for side in (p.chosen, p.rejected)]
+    texts = [encoder.render(p.prompt, side) for p in pairs for side in p.answers]
     tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
     begin, processor = time.perf_counter(), time.process_time()
     for start in range(0, len(texts), batch):

@@ -27,14 +27,15 @@ from tqdm import tqdm
 
 from reward import params
 from reward.data import tokenized
-from reward.data.columns import IDS, PREFIX
+from reward.data.columns import IDS, PREFERENCE
 from reward.data.ledger import SHOWN, Ledger
 from reward.data.reading import not_read
-from reward.data.records import BadRecord, Pair
-from reward.data.rows import Ids, as_row, late_columns
+from reward.data.records import TIE, BadRecord, Record
+from reward.data.rows import as_array, as_row, compare
 from reward.data.sets import Notes, read_sets, write_sets
 from reward.data.sources import Source, sources, usable
 from reward.data.splitting import among, contradictions, count_votes, duplicates, split
+from reward.data.tokenized import Row
 from reward.data.tokens import Encoder, Template
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
@@ -46,8 +47,8 @@ REPORTS = Path("reports/preprocess")
 METRICS = Path("metrics/preprocess.json")
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 1 << 19
-# No fault of the data: records that say that two answers are equally good are only left out.
-NEVER_STOP = {"tie"}
+# No fault of the data: a weight of 0 is there to leave a comparison out.
+NEVER_STOP = {"no_weight"}
 EXAMPLE_CHARACTERS = 400
 
 
@@ -60,16 +61,17 @@ def is_date(text: str) -> bool:
 
 
 Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
+Ids = list[int]
 Date = Annotated[str, Rule('a date in quotes, such as "2026-01-01"', is_date)]
 
 
 class Rendered(NamedTuple):
-    """A pair that passed the checks, its place, and chosen and rejected as text."""
+    """A record that passed the checks, its place, and each answer of it as text."""
 
     file: int
     position: int
-    pair: Pair
-    texts: tuple[str, str]
+    record: Record
+    texts: list[str]
 
 
 @dataclass(frozen=True)
@@ -107,16 +109,9 @@ def main() -> None:
         table = folder / "scratch.arrow"
         tokenize(options, encoder, table, ledger)
         parts = assign(options, ledger, without_repeats(options, ledger))
-        columns = sorted(ledger.columns)
         for index, name in enumerate(SPLITS):
             rows = parts == index
-            numbered = ledger.numbered(rows)
-            late = late_columns(numbered.numbers)
-            tokenized.write(folder / name, table, rows, late, columns, template.tokenizer)
-            if name == "test":
-                sides = 2 * np.flatnonzero(rows)[numbered.first // 2] + numbered.first % 2
-                numbers = numbered.numbers.ravel()[numbered.first]
-                tokenized.write_answers(folder / name, table, sides, numbers, template.tokenizer)
+            ledger.write(folder / name, table, rows, template.tokenizer, texts=name == "test")
         table.unlink()
         notes = write_sets(
             folder / "sets",
@@ -142,11 +137,15 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
     """Write every usable record's ids to `table`, and what is known of it to the ledger."""
     with tokenized.stream(table) as append:
         for batch, future in encoded(encoder, batches(rendered(encoder, ledger))):
-            ids = future.result()
+            encoded_ids = iter(future.result())
             rows = [
                 row
-                for item, sides in zip(batch, zip(ids[::2], ids[1::2], strict=True), strict=True)
-                if (row := row_of(options, encoder, item, sides, ledger))
+                for item in batch
+                if (
+                    row := row_of(
+                        options, encoder, item, [next(encoded_ids) for _ in item.texts], ledger
+                    )
+                )
             ]
             if rows:
                 append(tokenized.batch(rows))
@@ -155,23 +154,22 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
 def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
     """The records that pass the checks, as text; the others are noted in the ledger."""
     for index, source in enumerate(ledger.sources):
-        bar = tqdm(source, desc=str(source.path), unit=" pairs", delay=2, disable=None)
-        for position, record in bar:
+        bar = tqdm(source, desc=str(source.path), unit=" records", delay=2, disable=None)
+        for position, raw in bar:
             try:
-                pair = usable(record)
-                chosen, rejected = (
-                    encoder.render(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)
-                )
+                record = usable(raw)
+                texts = [encoder.render(record.prompt, answer) for answer in record.answers]
             except BadRecord as fault:
                 ledger.bad(index, position, fault.reason, str(fault))
-            else:
-                yield Rendered(index, position, pair, (chosen, rejected))
-        if source.ties:
-            ledger.dropped["tie"] += source.ties
+                continue
+            for each in record.faults:
+                ledger.bad(index, position, each.reason, str(each))
+            if record.comparisons:
+                yield Rendered(index, position, record, texts)
 
 
 def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
-    """Lists of pairs of about BATCH_CHARACTERS each, which bounds memory."""
+    """Lists of records of about BATCH_CHARACTERS each, which bounds memory."""
     batch: list[Rendered] = []
     size = 0
     for item in items:
@@ -187,7 +185,7 @@ def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
 def encoded(
     encoder: Encoder, batched: Iterable[list[Rendered]]
 ) -> Iterator[tuple[list[Rendered], Future[list[Ids]]]]:
-    """Each batch with its ids, chosen and rejected in turn; the next is encoded meanwhile."""
+    """Each batch with the ids of all its texts; the next is encoded meanwhile."""
     waiting: deque[tuple[list[Rendered], Future[list[Ids]]]] = deque()
     with ThreadPoolExecutor(max_workers=1) as pool:
         for batch in batched:
@@ -199,36 +197,39 @@ def encoded(
 
 
 def row_of(
-    options: Preprocess, encoder: Encoder, item: Rendered, sides: tuple[Ids, Ids], ledger: Ledger
-) -> dict[str, Any] | None:
-    """The row of the scratch table for a pair, noted in the ledger, or None for a bad one."""
-    file, position, pair, texts = item
-    try:
-        ids = within_length(options, encoder, pair, sides)
-        is_cut = ids != sides
-        row = as_row(pair, ids, [encoder.decode(each) for each in ids] if is_cut else texts)
-    except BadRecord as fault:
-        ledger.bad(file, position, fault.reason, str(fault))
+    options: Preprocess, encoder: Encoder, item: Rendered, encoded: list[Ids], ledger: Ledger
+) -> Row | None:
+    """The row of the scratch table for a record, noted in the ledger; None if nothing is left."""
+    file, position, record, texts = item
+    ids = encoded
+    if options.over_length == "truncate_prompt" and max(map(len, ids)) > options.max_length:
+        try:
+            ids = encoder.encode_cut(record.prompt, record.answers) or ids
+        except BadRecord as fault:
+            ledger.bad(file, position, fault.reason, str(fault))
+            return None
+    is_cut = ids is not encoded
+    arrays = [*map(as_array, ids)]
+    kept = compare(record, arrays, options.max_length)
+    for each in kept.faults:
+        ledger.bad(file, position, *over_length(options, each))
+    if not kept.compared:
         return None
+    if is_cut:
+        texts = [encoder.decode(each) for each in ids]
     ledger.truncated += is_cut
-    ledger.add(file, position, pair, ids, row[PREFIX])
-    return row
+    ledger.add(file, position, record, arrays, kept)
+    return as_row(record, arrays, texts, kept.compared)
 
 
-def within_length(
-    options: Preprocess, encoder: Encoder, pair: Pair, sides: tuple[Ids, Ids]
-) -> tuple[Ids, Ids]:
-    """Both sides within the maximum length, or a BadRecord."""
-    longest = max(map(len, sides))
-    if longest <= options.max_length:
-        return sides
-    sentence = f"has {longest} tokens, at most {options.max_length} fit (preprocess.max_length)"
-    if options.over_length != "truncate_prompt":
-        raise BadRecord("over_length", sentence)
-    cut = encoder.encode_cut(pair.prompt, (pair.chosen, pair.rejected))
-    if cut is None:
-        raise BadRecord("answer_too_long", f"{sentence}, and its prompt is too short to cut")
-    return cut[0], cut[1]
+def over_length(options: Preprocess, fault: BadRecord) -> tuple[str, str]:
+    """Why a comparison is bad. Where prompts are cut, it has an answer that is too long for it."""
+    if fault.reason != "over_length":
+        return fault.reason, str(fault)
+    sentence = f"{fault} (preprocess.max_length)"
+    if options.over_length == "truncate_prompt":
+        return "answer_too_long", f"{sentence}, and its prompt is too short to cut"
+    return fault.reason, sentence
 
 
 # --- all records together --------------------------------------------------------------------
@@ -268,18 +269,18 @@ def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_
     """Which records of the ledger are used. Raises the Fault that lists the first bad ones."""
     used = ~overlap(options, ledger)
     rows = np.flatnonzero(used)
-    pairs, answers = ledger.pairs()[rows], ledger.answers()[rows]
-    votes = count_votes(answers, pairs, ledger.judges[rows])
-    contradicted = contradictions(pairs, answers) & ~votes.cast
-    repeated = duplicates(pairs) & ~contradicted & ~votes.cast
+    ballots = ledger.ballots().take(rows)
+    votes = count_votes(ballots, ledger.judges[rows])
+    contradicted = contradictions(ballots.verdicts, ballots.answers) & ~votes.cast
+    repeated = duplicates(ballots.verdicts) & ~contradicted & ~votes.cast
     ledger.votes, ledger.merged = int(votes.cast.sum()), int(votes.merged.sum())
+    ledger.grade(rows[votes.rows], votes.preference, votes.weight, votes.margin)
     for reason, found, sentence in (
-        ("contradiction", contradicted, "another record prefers its answers the other way round"),
+        ("contradiction", contradicted, "another record judges its answers otherwise"),
         ("duplicate", repeated, "an earlier record is the same"),
-        ("tie", votes.tied, "as many votes prefer the one answer as the other"),
     ):
         ledger.bad_rows(rows[found].tolist(), reason, sentence)
-    used[rows[contradicted | repeated | votes.merged | votes.tied]] = False
+    used[rows[contradicted | repeated | votes.merged]] = False
     if reasons := stopping(options, ledger):
         raise Fault(f"{ledger.listed(reasons)}; {', '.join(ways_out(options, reasons))}")
     if not used.any():
@@ -321,11 +322,13 @@ def assign(
     parts[rest] = split(prompts[rest], validation, test, options.seed)
     # A prompt of a file that is for training is for training wherever it appears.
     parts[rest] = np.where(among(prompts[rest], prompts[used & (fixed == 0)]), 0, parts[rest])
+    judged = ledger.grade_of(PREFERENCE) > TIE
     for index, name in enumerate(SPLITS):
-        if not (parts == index).any():
+        if not (judged & (parts == index)).any():
+            but_ties = " but ties" if (parts == index).any() else ""
             raise Fault(
-                f"{options.data}: no pair is left for {name} out of {used.sum()}; wanted more "
-                "prompts, or other values of preprocess.validation_fraction and test_fraction"
+                f"{options.data}: no pair is left for {name} out of {used.sum()}{but_ties}; wanted "
+                "more prompts, or other values of preprocess.validation_fraction and test_fraction"
             )
     return parts
 
@@ -336,6 +339,7 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
     prompts = ledger.column("prompt")
     lengths = np.concatenate([ledger.column(side)[used] for side in ("chosen", "rejected")])
     tokens = int(lengths.sum())
+    preference = ledger.grade_of(PREFERENCE)[used]
     quantiles = np.quantile(lengths, [0.5, 0.9, 0.99], method="nearest").tolist()
     return {
         "pairs": {name: int((parts == i).sum()) for i, name in enumerate(SPLITS)},
@@ -343,6 +347,8 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
             name: len(np.unique_counts(prompts[parts == i]).counts) for i, name in enumerate(SPLITS)
         },
         "dropped": dict(+ledger.dropped),
+        "ties": int((preference == TIE).sum()),
+        "soft": int(((preference > TIE) & (preference < 1)).sum()),
         "votes": ledger.votes,
         "merged": ledger.merged,
         "largest_family": largest_family(ledger, used),
@@ -374,10 +380,15 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
         print(f"{name:<11}{pairs[name]:>8} pairs of {prompts[name]:>7} prompts")
     dropped = ", ".join(f"{n} {reason}" for reason, n in figures["dropped"].items()) or "none"
     print(f"dropped    {dropped}; prompts cut: {figures['truncated']}")
+    if figures["ties"] or figures["soft"]:
+        print(
+            f"graded     {figures['ties']} pairs are ties, {figures['soft']} have a preference "
+            "that is not certain"
+        )
     if figures["votes"]:
         print(
             f"votes      {figures['votes']} records are votes on pairs that others judge too; "
-            f"{figures['merged']} of them are merged into the pair of the majority"
+            f"{figures['merged']} of them are merged into the first of the majority"
         )
     if figures["largest_family"] > 1:
         print(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet
 
+from reward.data.records import TIE, Raw
 from reward.exporting import clients
 from reward.exporting.clients import FOUND, Request
 from reward.model.base import Quantization
@@ -185,6 +186,20 @@ def chosen_and_rejected(rewards: "Tensor") -> "tuple[Tensor, Tensor]":
 def pair_losses(rewards: "Tensor") -> "Tensor":
     """The loss of each pair, out of the rewards of both texts in turn."""
     return losses(*chosen_and_rejected(rewards), Labels.certain(len(rewards) // 2))
+
+
+def as_pairs(raw: Raw) -> list[dict[str, Any]]:
+    """The comparisons of a record that are not ties, as canonical pairs."""
+    return [
+        raw.columns
+        | {"prompt": raw.prompt, "chosen": raw.answers[each.j], "rejected": raw.answers[each.k]}
+        for each in raw.comparisons
+        if each.preference > TIE
+    ]
+
+
+def ties_of(raw: Raw) -> int:
+    return sum(each.preference == TIE for each in raw.comparisons)
 
 
 def prompts_of(seed: int, count: int = 5) -> list[Texts]:

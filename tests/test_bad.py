@@ -219,7 +219,7 @@ def test_odd_text_is_read_as_it_is(tmp_path: Path, name: str, escaped: bool, suf
     [(position, found)] = read(path)
     assert (position, found) == (1, record)
     pair = check(found)
-    assert (pair.prompt[0][1], pair.chosen[0][1]) == (record["prompt"], record["chosen"])
+    assert (pair.prompt[0][1], pair.answers[0][0][1]) == (record["prompt"], record["chosen"])
     assert pair.columns == {"kind": ODD[name]}
 
 

@@ -12,12 +12,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from reward.data.answers import Listed, Unmeant
-from reward.data.forms import Form, Pairs
+from reward.data.forms import Form
 from reward.data.recognition import recognize
-from reward.data.records import FIELDS, BadRecord, check
-from reward.data.sources import source_of, sources, usable
+from reward.data.records import FIELDS, BadRecord, Comparison, Raw, check
+from reward.data.sources import Source, source_of, sources, usable
 from reward.data.values import is_absent
 from reward.process import Fault
+from tests.support import as_pairs, ties_of
 
 FORMS = Path(__file__).parent / "forms"
 EXPECTED: dict[str, dict[str, Any]] = YAML(typ="safe").load(FORMS / "expected.yaml")
@@ -29,10 +30,17 @@ def form_of(*records: Record) -> Form:
     return recognize(Path("x.jsonl"), list(records))
 
 
-def pairs_of(*records: Record) -> list[Pairs]:
-    """What each record gives under the form that all of them have."""
+def pairs_of(*records: Record) -> list[tuple[list[Record], int]]:
+    """The pairs of each record under the form that all of them have, and how many others tie."""
     form = form_of(*records)
-    return [form.pairs(record) for record in records]
+    read = [form.read(record) for record in records]
+    return [(as_pairs(raw), ties_of(raw)) for raw in read]
+
+
+def read_all(source: Source) -> tuple[list[Record], int]:
+    """The pairs of a source, and how many others tie."""
+    found = [raw for _, raw in source if isinstance(raw, Raw)]
+    return [pair for raw in found for pair in as_pairs(raw)], sum(map(ties_of, found))
 
 
 def triples(pairs: list[Record]) -> list[list[Any]]:
@@ -77,11 +85,11 @@ def test_every_file_has_an_expectation() -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_published_form_gives_its_pairs(name: str) -> None:
     source, expected = source_of(FORMS / name), EXPECTED[name]
-    found = [pair for _, pair in source]
+    found, ties = read_all(source)
     assert source.form.said == expected["said"]
     assert triples(found) == expected["pairs"]
-    assert source.ties == expected.get("ties", 0)
-    checked = [usable(pair) for pair in found]
+    assert ties == expected.get("ties", 0)
+    checked = [usable(raw) for _, raw in source]
     if "columns" in expected:
         assert checked[0].columns == expected["columns"]
     if "tools" in expected:
@@ -94,15 +102,15 @@ def test_one_line_says_what_was_recognized(name: str) -> None:
     list(source)
     said = source.said
     assert said.startswith(f"read       {FORMS / name} as {EXPECTED[name]['said']}, ")
-    assert said.endswith(" records" if not source.ties else f", ties left out: {source.ties}")
+    assert said.endswith(" records")
 
 
 @pytest.mark.parametrize("name", ["canonical.jsonl", "rewardbench.jsonl"])
 def test_a_canonical_record_is_passed_on_as_it_is(name: str) -> None:
     source = source_of(FORMS / name)
     records = [json.loads(line) for line in (FORMS / name).read_text().splitlines()]
-    assert [pair for _, pair in source] == records
-    assert all(source.form.pairs(record).records[0] is record for record in records)
+    assert read_all(source) == (records, 0)
+    assert all(source.form.read(record).columns is record for record in records)
 
 
 def test_messages_that_are_canonical_keep_their_id() -> None:
@@ -158,7 +166,7 @@ def test_system_and_history_come_before_the_prompt_and_before_whole_conversation
         [[[found], _]] = pairs_of(prompt | whole | before)
         pair = check(found)
         assert [*pair.prompt] == [(each["role"], each["content"]) for each in head]
-        assert pair.chosen == (("assistant", "Because."),)
+        assert pair.answers[0] == (("assistant", "Because."),)
 
 
 def test_a_system_column_that_repeats_the_system_message_is_said_once() -> None:
@@ -172,10 +180,10 @@ def test_a_system_column_that_repeats_the_system_message_is_said_once() -> None:
 
 def test_columns_that_come_late_in_the_file_are_in_the_conversation() -> None:
     form = form_of(PLAIN)
-    [found] = form.pairs(PLAIN | {"system": "s", "input": "more"}).records
+    [found] = as_pairs(form.read(PLAIN | {"system": "s", "input": "more"}))
     assert found["prompt"] == [system("s"), user("Why?\nmore")]
     with pytest.raises(BadRecord, match="has a prompt in each of prompt and question") as caught:
-        form.pairs(PLAIN | {"question": "Or that?"})
+        form.read(PLAIN | {"question": "Or that?"})
     assert caught.value.reason == "several_kinds"
 
 
@@ -215,7 +223,7 @@ def test_a_part_that_is_not_a_text_is_named() -> None:
 )
 def test_a_column_before_the_answers_of_another_kind_is_bad(change: Record, sentence: str) -> None:
     with pytest.raises(BadRecord, match=sentence) as caught:
-        form_of(PLAIN).pairs(PLAIN | change)
+        form_of(PLAIN).read(PLAIN | change)
     assert caught.value.reason == "wrong_type"
 
 
@@ -264,7 +272,7 @@ def test_a_verdict_that_counts_otherwise_stops(record: Record, inverted: str) ->
 def test_a_missing_verdict_is_a_bad_record() -> None:
     form = form_of(TWO | {"better_response_id": 0})
     with pytest.raises(BadRecord, match="'better_response_id' is missing") as caught:
-        form.pairs(TWO | {"better_response_id": None})
+        form.read(TWO | {"better_response_id": None})
     assert caught.value.reason == "missing_key"
 
 
@@ -315,14 +323,17 @@ def test_a_rank_or_score_without_a_meaning_stops(worths: Record, said: str) -> N
 def test_a_list_that_does_not_fit_is_a_bad_record(change: Record, reason: str) -> None:
     form = form_of(RANKED | {"ranks": [1, 2, 3]})
     with pytest.raises(BadRecord) as caught:
-        form.pairs(RANKED | change)
+        form.read(RANKED | change)
     assert caught.value.reason == reason
 
 
 def test_an_order_of_preference_is_all_comparisons() -> None:
     order = Listed(("answers",), "best_first")
-    pairs = [("A.", "B."), ("A.", "C."), ("B.", "C.")]
-    assert order.compared(RANKED) == (pairs, 0)
+    answers, _, comparisons = order.compared(RANKED)
+    assert (answers, comparisons) == (
+        ["A.", "B.", "C."],
+        [Comparison(0, 1), Comparison(0, 2), Comparison(1, 2)],
+    )
 
 
 # --- whole texts -----------------------------------------------------------------------------
@@ -351,20 +362,20 @@ def test_texts_are_cut_at_the_last_word_they_share(chosen: str, rejected: str, p
 def test_a_text_that_begins_otherwise_is_a_bad_record() -> None:
     form = form_of({"chosen": "It is blue.", "rejected": "It is red."})
     with pytest.raises(BadRecord, match="the answers begin differently") as caught:
-        form.pairs({"chosen": "Blue.", "rejected": "Red."})
+        form.read({"chosen": "Blue.", "rejected": "Red."})
     assert caught.value.reason == "missing_key"
 
 
 def test_a_text_without_turns_among_those_with_turns_is_a_bad_record() -> None:
     turns = {key: f"\n\nHuman: q\n\nAssistant: {key}" for key in ("chosen", "rejected")}
     with pytest.raises(BadRecord, match="'rejected' has no turns of Human: and Assistant:"):
-        form_of(turns).pairs(turns | {"rejected": "no"})
+        form_of(turns).read(turns | {"rejected": "no"})
 
 
 def test_an_answer_that_does_not_repeat_the_prompt_among_those_that_do_is_a_bad_record() -> None:
     repeated = {"prompt": "Why?", "chosen": "Why? A.", "rejected": "Why? B."}
     with pytest.raises(BadRecord, match="'chosen' does not begin with the prompt"):
-        form_of(repeated).pairs(repeated | {"chosen": "A."})
+        form_of(repeated).read(repeated | {"chosen": "A."})
 
 
 def test_a_repeated_prompt_in_turns_is_turns_once() -> None:
@@ -399,7 +410,7 @@ def test_an_entry_without_gaps_can_be_copied(tmp_path: Path, name: str) -> None:
     (tmp_path / "dataset.yaml").write_text(entry, encoding="utf-8")
     record = UNKNOWN[name]["record"]
     source = source_of(write(tmp_path, record))
-    assert [usable(pair) for _, pair in source] or source.ties
+    assert [usable(raw) for _, raw in source]
 
 
 def test_a_file_that_is_read_alone_hears_of_its_folder(tmp_path: Path) -> None:

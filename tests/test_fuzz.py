@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward.data.reading import SUFFIXES, read
-from reward.data.records import FIELDS, PARTS, ROLES, TOOLS, BadRecord, Pair, check, parts_of
+from reward.data.records import FIELDS, PARTS, ROLES, TOOLS, BadRecord, Record, check, parts_of
 from reward.process import Fault
 
 RECORDS: list[dict[str, Any]] = [
@@ -125,7 +125,7 @@ def test_any_value_is_a_pair_or_has_a_reason(record: Any) -> None:
 
 def judge(record: Any) -> None:
     """A checked record has all that later stages rely on; any other has a reason in a sentence."""
-    pair: Pair | None = None
+    pair: Record | None = None
     said = ""
     try:
         pair = check(record)
@@ -134,17 +134,17 @@ def judge(record: Any) -> None:
     if pair is None:
         assert re.fullmatch(r"[a-z_]+: .+", said)
         return
-    assert pair.chosen != pair.rejected
+    assert pair.answers[0] != pair.answers[1]
     turns = pair.prompt[1:] if pair.prompt[0][0] == TOOLS else pair.prompt
-    for messages in (turns, pair.chosen, pair.rejected):
+    for messages in (turns, pair.answers[0], pair.answers[1]):
         assert messages
         for message in messages:
             assert message[0] in ROLES
             assert message[1].strip() or "tool_calls" in parts_of(message)
-    assert pair.chosen[0][0] == pair.rejected[0][0] == "assistant"
+    assert pair.answers[0][0][0] == pair.answers[1][0][0] == "assistant"
     texts = [
         text
-        for messages in (pair.prompt, pair.chosen, pair.rejected)
+        for messages in (pair.prompt, pair.answers[0], pair.answers[1])
         for message in messages
         for text in message
     ]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from reward.data.mapping import read_mapping
-from reward.data.records import FIELDS, check
+from reward.data.records import FIELDS, Raw, check
 from reward.data.sources import Source, sources
 from reward.process import Fault
+from tests.support import as_pairs
 
 Record = dict[str, Any]
 TWO = {"ask": "Why?", "left": "A.", "right": "B.", "vote": "l"}
@@ -24,7 +25,7 @@ def write(folder: Path, mapping: str, *records: Any, name: str = "x.jsonl") -> P
 
 def read(folder: Path) -> tuple[Source, list[Record]]:
     [source] = sources(folder)
-    return source, [pair for _, pair in source]
+    return source, [pair for _, raw in source if isinstance(raw, Raw) for pair in as_pairs(raw)]
 
 
 def triples(folder: Path) -> list[list[Any]]:
@@ -112,10 +113,10 @@ def test_a_mapped_verdict_without_a_meaning_stops_and_a_tie_does_not(tmp_path: P
     records = [TWO, TWO | {"vote": "same"}]
     folder = write(tmp_path, f"{mapping}, tie: same}}", *records)
     source, found = read(folder)
-    assert (len(found), source.ties) == (1, 1)
+    assert (len(found), source.taken) == (1, 2)
     assert source.said.endswith(
         " as ask, left and right with vote (l for the first answer, r for the second, "
-        "same for a tie), 2 records, ties left out: 1"
+        "same for a tie), 2 records"
     )
     write(tmp_path, f"{mapping}}}", *records)
     assert fault(folder) == (
@@ -238,12 +239,15 @@ def test_an_entry_says_another_split(tmp_path: Path) -> None:
         ("x.jsonl: {chosen: a}", "expected chosen and rejected, or answers"),
         (
             "x.jsonl: {answers: [a, b]}",
-            "expected answers with one of verdict, ranks, scores, order",
+            "expected answers with one of verdict, ranks, scores, order, votes, preference",
         ),
-        ("x.jsonl: {verdict: a}", "expected answers with one of verdict, ranks, scores, order"),
+        (
+            "x.jsonl: {verdict: a}",
+            "expected answers with one of verdict, ranks, scores, order, vot",
+        ),
         (
             "x.jsonl: {answers: [a, b], ranks: [c, d], scores: [e, f]}",
-            "expected answers with one of verdict, ranks, scores, order",
+            "expected answers with one of verdict, ranks, scores, order, votes, preference",
         ),
         (
             "x.jsonl: {answers: [a, b, c], verdict: v, first: 1, second: 2}",

@@ -21,6 +21,7 @@ from reward.data import records as pairs
 from reward.data.reading import files, read, unit
 from reward.data.records import BadRecord, Messages, check, hash64
 from reward.data.splitting import (
+    Ballots,
     Hashes,
     Prompts,
     among,
@@ -411,7 +412,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_record_gives_the_same_pair(form: str) -> None:
     pair, plain = check(FORMS[form]), check(FORMS["texts"])
-    assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), (GOOD,), (BAD,))
+    assert (pair.prompt, pair.answers[0], pair.answers[1]) == ((USER,), (GOOD,), (BAD,))
     assert pair.prompt_hash == plain.prompt_hash
 
 
@@ -422,7 +423,11 @@ LONG = "Why is the sky blue, then?"
 def test_a_prompt_that_both_texts_repeat_is_there_once(prompt: str) -> None:
     pair = check({"prompt": prompt, "chosen": f"{prompt} Good.", "rejected": f"{prompt} Bad."})
     plain = check({"prompt": prompt, "chosen": " Good.", "rejected": " Bad."})
-    assert (pair.prompt, pair.chosen, pair.rejected) == (plain.prompt, plain.chosen, plain.rejected)
+    assert (pair.prompt, pair.answers[0], pair.answers[1]) == (
+        plain.prompt,
+        plain.answers[0],
+        plain.answers[1],
+    )
 
 
 @pytest.mark.parametrize(
@@ -438,7 +443,10 @@ def test_texts_that_do_not_both_repeat_the_prompt_stay_whole(
     prompt: str, chosen: str, rejected: str
 ) -> None:
     pair = check({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    assert (pair.chosen, pair.rejected) == ((("assistant", chosen),), (("assistant", rejected),))
+    assert (pair.answers[0], pair.answers[1]) == (
+        (("assistant", chosen),),
+        (("assistant", rejected),),
+    )
 
 
 def test_an_answer_that_is_the_prompt_is_empty() -> None:
@@ -450,15 +458,15 @@ def test_text_conversations_are_cut_behind_the_last_shared_turn_marker() -> None
     head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
     pair = check({"chosen": f"{head} Like this.", "rejected": f"{head} Like that."})
     assert pair.prompt == (("user", head),)
-    assert pair.chosen == (("assistant", " Like this."),)
-    assert pair.rejected == (("assistant", " Like that."),)
+    assert pair.answers[0] == (("assistant", " Like this."),)
+    assert pair.answers[1] == (("assistant", " Like that."),)
 
 
 def test_conversations_that_part_early_are_cut_where_they_part() -> None:
     head = "\n\nHuman: hi\n\nAssistant:"
     pair = check({"chosen": f"{head} a\n\nHuman: b\n\nAssistant: c", "rejected": f"{head} d"})
     assert pair.prompt == (("user", head),)
-    assert pair.rejected == (("assistant", " d"),)
+    assert pair.answers[1] == (("assistant", " d"),)
 
 
 def test_answers_that_begin_alike_are_no_conversation() -> None:
@@ -470,19 +478,19 @@ def test_message_conversations_keep_system_and_earlier_turns_in_the_prompt() -> 
     head = (SYSTEM, USER, GOOD, MORE)
     record = {"chosen": messages(*head, GOOD), "rejected": messages(*head, BAD)}
     pair = check(record)
-    assert (pair.prompt, pair.chosen, pair.rejected) == (head, (GOOD,), (BAD,))
+    assert (pair.prompt, pair.answers[0], pair.answers[1]) == (head, (GOOD,), (BAD,))
     assert check(record | {"prompt": messages(*head)}).prompt == head
 
 
 def test_system_message_before_the_repeated_prompt_joins_it() -> None:
     chosen, rejected = messages(SYSTEM, USER, GOOD), messages(SYSTEM, USER, BAD)
     pair = check({"prompt": "hi", "chosen": chosen, "rejected": rejected})
-    assert (pair.prompt, pair.chosen, pair.rejected) == ((SYSTEM, USER), (GOOD,), (BAD,))
+    assert (pair.prompt, pair.answers[0], pair.answers[1]) == ((SYSTEM, USER), (GOOD,), (BAD,))
 
 
 def test_shared_first_answer_is_no_part_of_the_prompt() -> None:
     pair = check({"chosen": messages(USER, GOOD, MORE, GOOD), "rejected": messages(USER, GOOD)})
-    assert (pair.prompt, pair.rejected) == ((USER,), (GOOD,))
+    assert (pair.prompt, pair.answers[1]) == ((USER,), (GOOD,))
 
 
 # --- what messages have besides their text -----------------------------------------------------
@@ -505,9 +513,9 @@ def with_answer(**parts: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("part", PARTS)
 def test_answers_that_differ_in_a_part_alone_are_a_pair(part: str) -> None:
     pair = check(with_answer(**{part: PARTS[part]}))
-    assert pair.rejected == (BAD,)
-    assert pair.chosen[0][:2] == BAD
-    assert pairs.parts_of(pair.chosen[0]) == {part: PARTS[part]}
+    assert pair.answers[1] == (BAD,)
+    assert pair.answers[0][0][:2] == BAD
+    assert pairs.parts_of(pair.answers[0][0]) == {part: PARTS[part]}
     assert pairs.parts_of(BAD) == {}
 
 
@@ -521,7 +529,7 @@ def test_an_empty_part_is_as_none(part: str, empty: Any) -> None:
 @pytest.mark.parametrize("answer", [{"content": None}, {}])
 def test_a_call_may_be_without_a_text(answer: dict[str, Any]) -> None:
     answer = {"role": "assistant", "tool_calls": [LOOK]} | answer
-    [found] = check({"prompt": "hi", "chosen": [answer], "rejected": messages(BAD)}).chosen
+    [found] = check({"prompt": "hi", "chosen": [answer], "rejected": messages(BAD)}).answers[0]
     assert found[:2] == ("assistant", "")
     assert pairs.parts_of(found) == {"tool_calls": [LOOK], "content": None}
 
@@ -544,8 +552,8 @@ def test_hashes_and_ids_tell_parts_and_tools_apart() -> None:
         FORMS["messages"] | {"prompt": [turn("user", "hi") | {"name": "Bob"}]},
     ]
     checked = [check(record) for record in records]
-    for name in ("id", "prompt_hash"):
-        assert len({getattr(pair, name) for pair in checked}) == len(records)
+    assert len({pair.ids[0] for pair in checked}) == len(records)
+    assert len({pair.prompt_hash for pair in checked}) == len(records)
     assert check(FORMS["messages"] | {"tools": []}) == checked[0]
 
 
@@ -553,7 +561,7 @@ def test_a_prompt_is_repeated_only_with_its_parts() -> None:
     named = turn("user", "hi") | {"name": "Ann"}
     good, bad = messages(GOOD)[0], messages(BAD)[0]
     record = {"prompt": [named], "chosen": [named, good], "rejected": [named, bad]}
-    assert check(record).chosen == (GOOD,)
+    assert check(record).answers[0] == (GOOD,)
     with pytest.raises(BadRecord, match="begins with another message"):
         check(record | {"chosen": messages(USER, GOOD)})
 
@@ -639,10 +647,10 @@ def test_unusable_record_is_refused_with_its_reason(
 def test_id_is_the_digest_of_the_compact_json_of_the_raw_record() -> None:
     record = {"prompt": '你"好', "chosen": "é\n", "rejected": "b", "kind": "x"}
     text = '["你\\"好","é\\n","b"]'
-    assert check(record).id == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert check(record).ids[0] == hashlib.sha256(text.encode()).hexdigest()[:16]
     text = '[null,[{"role":"user","content":"hi"},{"role":"assistant","content":"good"}],'
     text += '[{"role":"user","content":"hi"},{"role":"assistant","content":"bad"}]]'
-    assert check(FORMS["no prompt"]).id == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert check(FORMS["no prompt"]).ids[0] == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_single_values_are_kept_as_text_and_ours_are_renamed() -> None:
@@ -728,23 +736,37 @@ def test_families_match_a_search_for_what_begins_every_prompt() -> None:
 
 def test_votes_match_a_count_of_every_group() -> None:
     generator = np.random.default_rng(2)
-    answers, side, columns = (generator.integers(0, most, 200) for most in (40, 2, 3))
-    pairs = (answers * 2 + side).astype(np.uint64)
-    found = count_votes(answers.astype(np.uint64), pairs, columns.astype(np.uint64))
-    for group in range(40):
+    answers, columns = (generator.integers(0, most, 300) for most in (60, 3))
+    first = generator.choice([0, 0.25, 0.5, 1], 300, p=[0.4, 0.1, 0.1, 0.4])
+    weight, margin = generator.choice([1, 2], 300), generator.choice([0, 3], 300)
+    verdicts = combined(answers.astype(np.uint64), (first * 4).astype(np.uint64))
+    ballots = Ballots(answers.astype(np.uint64), verdicts, first, weight * 1.0, margin * 1.0)
+    found = count_votes(ballots, columns.astype(np.uint64))
+    results = dict(zip(found.rows.tolist(), zip(*found[3:], strict=True), strict=True))
+    for group in range(60):
         rows = np.flatnonzero(answers == group)
         if len(set(columns[rows])) < 2:
-            assert not (found.cast[rows] | found.merged[rows] | found.tied[rows]).any()
+            assert not (found.cast[rows] | found.merged[rows]).any()
             continue
         assert found.cast[rows].all()
-        ballots = {(side[row], columns[row]) for row in rows}
-        counts = [sum(of == each for of, _ in ballots) for each in (0, 1)]
-        assert found.tied[rows].all() == (counts[0] == counts[1])
-        if counts[0] != counts[1]:
-            standing = next(row for row in rows if side[row] == (counts[1] > counts[0]))
-            assert [row for row in rows if not found.merged[row]] == [standing]
-    none = np.array([], dtype=np.uint64)
-    assert not len(count_votes(none, none, none).cast)
+        ballots_cast: dict[tuple[float, int], int] = {}
+        for row in rows:
+            ballots_cast.setdefault((first[row], columns[row]), row)
+        votes = [*ballots_cast.values()]
+        total = sum(weight[votes])
+        share = sum(weight[votes] * first[votes]) / total
+        [standing] = [row for row in rows if not found.merged[row]]
+        agree = [row for row in rows if (first[row] - 0.5) * (share - 0.5) > 0]
+        assert standing == (rows[0] if share == 0.5 else agree[0])
+        preference, mean, agreed = results.pop(standing)
+        assert preference == pytest.approx(max(share, 1 - share))
+        assert mean == pytest.approx(total / len(votes))
+        is_sure = preference == 1
+        expected = sum(weight[votes] * margin[votes]) / total if is_sure else 0
+        assert agreed == pytest.approx(expected)
+    assert not results
+    none = Ballots(*np.zeros((2, 0), dtype=np.uint64), *np.zeros((3, 0)))
+    assert not len(count_votes(none, none.answers).cast)
 
 
 @pytest.mark.parametrize("known", [[], [3], [2**64 - 1, 0, 5, 5]])

@@ -257,7 +257,9 @@ def vote(index: int, annotator: str, reverse: bool = False) -> dict[str, Any]:
     return pair(index, chosen=answers[0], rejected=answers[1], annotator=annotator)
 
 
-def test_votes_are_counted_and_the_majority_decides(data: Path, set_params: SetParams) -> None:
+def test_votes_are_merged_into_the_share_that_prefers_the_answer_of_most(
+    data: Path, set_params: SetParams
+) -> None:
     votes = [vote(20, name, name in "de") for name in "abcde"]
     lost = [vote(21, name, name in "bcd") for name in "abcd"]
     even = [vote(22, "a"), vote(22, "b", reverse=True)]
@@ -265,12 +267,15 @@ def test_votes_are_counted_and_the_majority_decides(data: Path, set_params: SetP
     rewrite(data, [*map(pair, range(20)), *votes, *lost, *even, *again])
     set_params("preprocess", on_bad_record="stop")
     metrics = run()
-    assert metrics["dropped"] == {"tie": 5}
-    assert (metrics["votes"], metrics["merged"]) == (14, 7)
+    assert metrics["dropped"] == {}
+    assert (metrics["votes"], metrics["merged"]) == (14, 10)
+    assert (metrics["ties"], metrics["soft"]) == (2, 2)
     rows = {row["prompt_id"]: row for part in written().values() for row in part}
-    assert len(rows) == 22
-    assert rows[check(vote(20, "a")).prompt_id]["id"] == check(vote(20, "a")).id
-    assert rows[check(vote(21, "b", True)).prompt_id]["id"] == check(vote(21, "b", True)).id
+    assert len(rows) == 24
+    preferences = [rows[check(vote(20 + n, "a")).prompt_id]["preference"] for n in range(4)]
+    assert preferences == [0.6, 0.75, 0.5, 0.5]
+    assert rows[check(vote(20, "a")).prompt_id]["id"] == check(vote(20, "a")).ids[0]
+    assert rows[check(vote(21, "b", True)).prompt_id]["id"] == check(vote(21, "b", True)).ids[0]
 
 
 def test_votes_with_an_empty_column_are_votes_on_the_same_pair(data: Path) -> None:
@@ -386,21 +391,23 @@ def test_a_prompt_of_a_file_for_training_is_never_held_out(
     assert {row["source"] for row in parts["train"]} == {"first", "more"}
 
 
-def test_ties_never_stop_and_are_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ties_are_kept_and_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     judged = [
         {"prompt": f"question {i}", "response1": "a", "response2": "b", "overall_preference": i % 3}
         for i in range(30)
     ]
     rewrite(data, judged)
     metrics = run()
-    assert metrics["dropped"] == {"tie": 10}
-    assert sum(metrics["pairs"].values()) == 20
+    assert (metrics["dropped"], metrics["ties"]) == ({}, 10)
+    assert sum(metrics["pairs"].values()) == 30
+    rows = [row for part in written().values() for row in part]
+    assert sum(row["preference"] == 0.5 for row in rows) == 10
     said = capsys.readouterr().out
     assert said.startswith(
         "read       data/raw/pairs.json as prompt, response1 and response2 with "
     )
-    assert ", 30 records, ties left out: 10\n" in said
-    assert "\ndropped    10 tie; " in said
+    assert ", 30 records\n" in said
+    assert "\ngraded     10 pairs are ties, 0 have a preference that is not certain\n" in said
 
 
 def test_each_file_is_said_with_its_form(
@@ -605,7 +612,7 @@ def test_answers_of_the_test_prompts_keep_their_words_and_training_does_without(
         (row["prompt_id"], row["answer"]): row
         for row in load_from_disk(str(preprocess.TOKENIZED / "test" / "answers"))
     }
-    records = {check(dialogue(index, 1 + index % 2)).id: index for index in range(20)}
+    records = {check(dialogue(index, 1 + index % 2)).ids[0]: index for index in range(20)}
     tokenizer = Tokenizer.from_file(str(preprocess.BASE / "tokenizer.json"))
     for row in parts["test"]:
         record = dialogue(records[row["id"]], 1 + records[row["id"]] % 2)

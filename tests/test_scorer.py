@@ -95,7 +95,7 @@ def test_rewards_are_the_evaluated_ones(scorer: Scorer) -> None:
     }
     seen = 0
     for _, record in read(Path("data/raw/pairs.json")):
-        wanted = evaluated.get(check(record).id)
+        wanted = evaluated.get(check(record).ids[0])
         if wanted:
             texts = scorer.encode(scorer.render(candidates(record)))
             assert scorer.rewards(texts, [0, 0]) == pytest.approx(wanted, abs=1e-5)

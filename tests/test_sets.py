@@ -71,7 +71,7 @@ def test_two_texts_with_the_same_ids_are_a_bad_record(encoder: Callable[[int], E
         read_sets(Path("data/sets"), found, drop=False)
 
 
-def test_a_set_is_read_in_its_own_form_and_its_ties_left_out(
+def test_a_set_is_read_in_its_own_form_with_its_ties(
     encoder: Callable[[int], Encoder],
 ) -> None:
     judged: list[dict[str, Any]] = [
@@ -82,8 +82,8 @@ def test_a_set_is_read_in_its_own_form_and_its_ties_left_out(
     listed = {"prompt": "Is it late?", "responses": ["Yes.", "No.", "Why?"], "ranks": [1, 2, 2]}
     write_set(Path("data/sets/ranked.jsonl"), listed)
     farm, ranked = read_sets(Path("data/sets"), encoder(100), drop=False)
-    assert (len(farm.rows), farm.source.ties) == (1, 0)
-    assert (len(ranked.rows), ranked.source.ties) == (2, 1)
+    assert (len(farm.rows), farm.ledger.grade_of("preference").tolist()) == (1, [1])
+    assert (len(ranked.rows), ranked.ledger.grade_of("preference").tolist()) == (1, [1, 1, 0.5])
     write_set(Path("data/sets/farm.jsonl"), judged[1])
     with pytest.raises(Fault, match="the columns prompt, response are not a known form"):
         read_sets(Path("data/sets"), encoder(100), drop=False)
@@ -100,7 +100,7 @@ def test_no_set_is_none_and_a_readme_no_set(encoder: Callable[[int], Encoder]) -
         ([PAIR, {"prompt": "a", "chosen": "b"}], "line 2: missing_key: 'rejected' is missing"),
         (
             [PAIR | {"chosen": "far too long " * 200}],
-            "no pair is left to judge: 1 too long, 0 bad, 0 ties",
+            "no pair is left to judge: 1 too long, 0 bad",
         ),
     ],
 )
@@ -157,9 +157,10 @@ def test_sets_are_judged_as_slices_and_their_leaks_counted(
         PAIR | {"chosen": "Far too long. " * 2000},
     )
 
-    def score(_: None, pairs: list[Texts], __: int) -> torch.Tensor:
-        worse = len(pairs) == 1
-        return torch.tensor([0.0, 1.0] if worse else [1.0, 0.0] * len(pairs))
+    def score(_: None, prompts: list[Texts], __: int) -> torch.Tensor:
+        worse = len(prompts) == 1
+        pairs = sum(len(texts.ids) for texts in prompts) // 2
+        return torch.tensor([0.0, 1.0] if worse else [1.0, 0.0] * pairs)
 
     preprocess.main()
     monkeypatch.setattr(evaluate, "load", lambda *_: None)

@@ -152,7 +152,7 @@ def test_what_a_text_has_no_field_for_is_refused_by_its_name(
     chosen = "Yes" if record["rejected"] == "No" else [REPLY]
     pair = check({"prompt": "Hi?", "chosen": chosen} | record)
     with pytest.raises(BadRecord, match=f"has {reason}, which only preprocess.template chat") as e:
-        encoder("zh").render(pair.prompt, pair.rejected)
+        encoder("zh").render(pair.prompt, pair.answers[1])
     assert e.value.reason == reason
 
 
@@ -181,7 +181,7 @@ def test_parts_and_tools_go_to_the_chat_template_whole(tiny_base: Path, tmp_path
     text = AutoTokenizer.from_pretrained(base).apply_chat_template(
         [*turns, REPLY], tools=[SCHEMA], tokenize=False
     )
-    assert encoder.render(pair.prompt, pair.chosen) == text
+    assert encoder.render(pair.prompt, pair.answers[0]) == text
     assert '{"name": "look", "arguments": {"at": "ü"}}' in text
     assert "Ann: Hi?" in text
     assert "<think>so</think>" in text
@@ -234,7 +234,7 @@ def test_what_a_chat_template_leaves_out_is_a_bad_record(
         record["rejected"] = [REPLY | {"content": record["rejected"]}]
     pair = check({"chosen": [REPLY | {"content": "Good"}]} | record)
     with pytest.raises(BadRecord) as caught:
-        encoder.render(pair.prompt, pair.rejected)
+        encoder.render(pair.prompt, pair.answers[1])
     assert str(caught.value) == f"the chat template leaves out {lost}"
     assert caught.value.reason == "not_rendered"
 
@@ -264,10 +264,10 @@ def test_words_may_be_trimmed_or_escaped_and_calls_written_anew(
         {"role": "tool", "content": 'a "b"\n', "name": "look", "tool_call_id": "7"},
     ]
     pair = check({"prompt": turns, "tools": [SCHEMA], "chosen": "Yes", "rejected": "No"})
-    assert 'a \\"b\\"' in encoder.render(pair.prompt, pair.chosen)
+    assert 'a \\"b\\"' in encoder.render(pair.prompt, pair.answers[0])
     call["function"]["arguments"] = json.loads(arguments)
     pair = check({"prompt": turns, "chosen": "Yes", "rejected": "No"})
-    assert encoder.render(pair.prompt, pair.chosen)
+    assert encoder.render(pair.prompt, pair.answers[0])
 
 
 def test_an_error_within_a_chat_template_is_a_bad_record(tiny_base: Path, tmp_path: Path) -> None:
@@ -459,7 +459,9 @@ def test_no_word_of_a_kept_record_is_missing_in_its_text(
         nonlocal kept
         try:
             pair = check(record)
-            texts = [encoder.render(pair.prompt, side) for side in (pair.chosen, pair.rejected)]
+            texts = [
+                encoder.render(pair.prompt, side) for side in (pair.answers[0], pair.answers[1])
+            ]
         except BadRecord:
             return
         kept += 1

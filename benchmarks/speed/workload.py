@@ -183,7 +183,7 @@ def drawn(options: argparse.Namespace, base: Path, longest: int) -> list[Texts]:
     for index in np.random.default_rng(options.seed).permutation(len(records)):
         try:
             pair = check(records[index])
-            texts = [encoder.render(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+            texts = [encoder.render(pair.prompt, answer) for answer in pair.answers]
         except BadRecord:
             continue
         chosen, rejected = encoder.encode(texts)

@@ -1,18 +1,19 @@
 """Where the answers of a form are, and how it says which of them is better.
 
-A published form names columns; what its verdict means is part of it. Each gives the comparisons of
-a record: chosen and rejected, and how many of them are ties.
+A published form names columns; what its verdict means is part of it. Each gives the answers of a
+record and their comparisons.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any, Literal, NamedTuple, Protocol
 
 from reward.data.dialogue import message, messages
-from reward.data.records import BadRecord
-from reward.data.values import Record, needed, plain, top
+from reward.data.records import CERTAIN, PAIR, TIE, BadRecord, Comparison
+from reward.data.values import Columns, Record, is_absent, needed, plain, top, value_at
 
 
 class Unmeant(Exception):
@@ -20,10 +21,19 @@ class Unmeant(Exception):
 
 
 class Compared(NamedTuple):
-    """Chosen and rejected of each comparison of a record, and how many comparisons are ties."""
+    """The answers of a record, what messages call them, and their comparisons."""
 
-    pairs: list[tuple[Any, Any]]
-    ties: int
+    answers: list[Any]
+    names: Sequence[str]
+    comparisons: list[Comparison]
+
+
+def every(chosen: list[Any], rejected: list[Any]) -> Compared:
+    """Every chosen answer over every rejected one."""
+    first = len(chosen)
+    places = product(range(first), range(first, first + len(rejected)))
+    names = [PAIR[0]] * first + [PAIR[1]] * len(rejected)
+    return Compared(chosen + rejected, names, [Comparison(j, k) for j, k in places])
 
 
 class Answers(Protocol):
@@ -75,8 +85,7 @@ class Preferred:
         return f"{self.chosen} and {self.rejected}"
 
     def compared(self, record: Record) -> Compared:
-        both = [answers_in(needed(record, path)) for path in self.columns]
-        return Compared(list(product(*both)), 0)
+        return every(*(answers_in(needed(record, path)) for path in self.columns))
 
 
 CANONICAL = Preferred("chosen", "rejected")
@@ -112,7 +121,7 @@ class Continued:
             spoken[:-1] + as_messages(self.rejected, answer, "assistant")
             for answer in answers_in(rejected)
         ]
-        return Compared([(spoken, other) for other in others], 0)
+        return every([spoken], others)
 
 
 @dataclass(frozen=True)
@@ -169,9 +178,8 @@ class Judged:
         sign = self.meaning.sign(verdict)
         if sign is None:
             raise Unmeant(f"{self.verdict} is {_shown(verdict)}, expected {self.meaning.said}")
-        if sign == 0:
-            return Compared([], 1)
-        return Compared([(one, other) if sign > 0 else (other, one)], 0)
+        better = [other, one] if sign < 0 else [one, other]
+        return Compared(better, PAIR, [CERTAIN if sign else Comparison(0, 1, TIE)])
 
 
 Order = Literal["ranks", "scores", "best_first"]
@@ -209,7 +217,7 @@ class Listed:
         return f"{found} with {' and '.join(self.worths)} ({ORDERS[self.order]})"
 
     def compared(self, record: Record) -> Compared:
-        """Every two answers, the better one chosen."""
+        """Every two answers."""
         found = self._values(record, self.answers)
         if self.order == "best_first":
             worths = [-float(place) for place in range(len(found))]
@@ -220,13 +228,13 @@ class Listed:
             raise BadRecord(
                 "wrong_type", f"{name!r} has {len(found)} values and {other!r} has {len(worths)}"
             )
-        pairs, ties = [], 0
-        for (one, left), (other, right) in combinations(zip(found, worths, strict=True), 2):
-            if left == right:
-                ties += 1
-            else:
-                pairs.append((one, other) if left > right else (other, one))
-        return Compared(pairs, ties)
+        comparisons = [
+            Comparison(j, k, TIE if worths[j] == worths[k] else 1.0)
+            if worths[j] >= worths[k]
+            else Comparison(k, j)
+            for j, k in combinations(range(len(found)), 2)
+        ]
+        return Compared(found, [f"answer {place + 1}" for place in range(len(found))], comparisons)
 
     def _values(self, record: Record, paths: tuple[str, ...]) -> list[Any]:
         if len(paths) > 1:
@@ -251,6 +259,116 @@ class Listed:
         raise Unmeant(
             f"{self.worths[0]} has {_shown(value)}, expected {ORDERS[self.order]}",
         )
+
+
+# --- what is said of a comparison besides --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grades:
+    """The columns that say how sure a verdict is, and what it counts; None where there is none.
+
+    `preference` is the probability that chosen, or the first of two answers, is preferred; `votes`
+    are those for it and for the other one, or single votes with this `meaning`.
+    """
+
+    preference: str | None = None
+    votes: tuple[str, ...] = ()
+    meaning: Meaning | None = None
+    margin: str | None = None
+    weight: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        named = (self.preference, *self.votes, self.margin, self.weight)
+        return tuple(path for path in named if path)
+
+    def said(self, columns: Columns) -> str:
+        """Those of them that a file has, in words, behind its answers."""
+        votes = f" ({self.meaning.said})" if self.meaning else ""
+        found = [
+            path + votes * (path in self.votes) for path in self.columns if top(path) in columns
+        ]
+        return f" with {' and '.join(found)}" if found else ""
+
+    def of(self, record: Record, comparisons: list[Comparison]) -> list[Comparison]:
+        """Comparisons as their record grades them.
+
+        Raises BadRecord for a margin where no answer is certainly better, Unmeant for a value
+        without a meaning.
+        """
+        preference = self._preference(record)
+        margin = _number(record, self.margin, 0.0, NOT_NEGATIVE)
+        weight = _number(record, self.weight, 1.0, NOT_NEGATIVE)
+        found = []
+        for each in comparisons:
+            p = each.preference if preference is None else preference
+            j, k = (each.k, each.j) if p < TIE else (each.j, each.k)
+            found.append(Comparison(j, k, max(p, 1 - p), weight, margin))
+            if margin and found[-1].preference < 1:
+                raise BadRecord(
+                    "unsure_margin",
+                    f"{self.margin!r} is {margin:g} where no answer is certainly better, expected "
+                    "a margin of those alone that are preferred for certain",
+                )
+        return found
+
+    def _preference(self, record: Record) -> float | None:
+        if self.votes:
+            return self._share(record)
+        if self.preference is None or is_absent(value_at(record, self.preference)):
+            return None
+        return _number(record, self.preference, TIE, PROBABILITY)
+
+    def _share(self, record: Record) -> float | None:
+        """The share of the votes for the first answer; an equal one is half a vote for each."""
+        given = [value_at(record, path) for path in self.votes]
+        found = given[0] if len(given) == 1 else given
+        if is_absent(found) or found == [None, None]:
+            return None
+        counts = self._counts(found) if isinstance(found, list) else None
+        if counts is None or not sum(counts):
+            meant = f"a list of votes, {self.meaning.said}" if self.meaning else COUNTS
+            raise Unmeant(f"{' and '.join(self.votes)} is {_shown(found)}, expected {meant}")
+        first, second, equal = counts
+        return (first + equal / 2) / (first + second + equal)
+
+    def _counts(self, votes: list[Any]) -> tuple[float, float, float] | None:
+        """How many are for the first answer, for the second and for neither; None if unknown."""
+        if self.meaning:
+            signs = [self.meaning.sign(vote) for vote in votes]
+            if None in signs:
+                return None
+            return signs.count(1), signs.count(-1), signs.count(0)
+        numbers = [plain(vote) for vote in votes]
+        if len(numbers) != 2 or not all(_is_count(number) for number in numbers):
+            return None
+        return numbers[0], numbers[1], 0
+
+
+UNGRADED = Grades()
+COUNTS = "two whole numbers, the votes for each answer"
+NOT_NEGATIVE = "a number of 0 or more"
+PROBABILITY = "a number from 0 to 1, the probability that the first answer is preferred"
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, float) and number >= 0 and number == int(number)
+
+
+def _number(record: Record, path: str | None, usual: float, expected: str) -> float:
+    """The number at a path, or the usual one where there is none."""
+    value = value_at(record, path) if path else None
+    if is_absent(value):
+        return usual
+    number = plain(value)
+    most = 1.0 if expected == PROBABILITY else math.inf
+    if not isinstance(number, float) or not math.isfinite(number) or not 0 <= number <= most:
+        raise Unmeant(
+            f"{path} is {_shown(value)}, expected {expected} ({path}: null in dataset.yaml, if it "
+            "means something else)"
+        )
+    return number
 
 
 def _shown(value: Any) -> str:

@@ -1,16 +1,16 @@
-"""A form: what the columns of a file mean, and how a record of it becomes pairs.
+"""A form: what the columns of a file mean, and how a record of it is read.
 
-Whatever the form, its pairs are plain dicts as `records.check` takes them: `prompt` (a text, a list
-of messages, or none), `chosen`, `rejected` (texts or lists of messages), `tools`, and the columns
-that are neither prompt nor answer. `reward.data.recognition` finds the form of a file.
+Whatever the form, a record becomes a Raw one as `records.check` takes it: the prompt (a text, a
+list of messages, or none), the answers (texts or lists of messages), their comparisons, and the
+columns that are neither. `reward.data.recognition` finds the form of a file.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from reward.data.answers import CANONICAL, Answers, as_messages
+from reward.data.answers import CANONICAL, UNGRADED, Answers, Grades, as_messages
 from reward.data.dialogue import (
     Message,
     has_turns,
@@ -20,7 +20,7 @@ from reward.data.dialogue import (
     spelling,
     turns,
 )
-from reward.data.records import FIELDS, ROLES, BadRecord
+from reward.data.records import FIELDS, ROLES, BadRecord, Raw, raw_pair
 from reward.data.values import Record, is_absent, top, value_at
 
 # The prompt's names: those of texts, those of messages, and those of either.
@@ -31,13 +31,6 @@ PROMPTS = ("prompt", *TEXTS, *CONVERSATIONS, "history", "input")
 REPEATING = frozenset({"messages", "conversations", "conversation"})
 # Columns of which the model would see nothing: a record with a value there cannot be used.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-
-
-class Pairs(NamedTuple):
-    """The pairs of a record, and how many of its comparisons are ties."""
-
-    records: list[Any]
-    ties: int
 
 
 # --- the conversation before the answers -----------------------------------------------------
@@ -131,6 +124,7 @@ class Form:
 
     context: Context
     answers: Answers
+    grades: Grades = UNGRADED
     whole: Whole = ""
     said: str = ""
     # Derived: the columns that are prompt or answers, those that may not be passed over, and
@@ -141,7 +135,8 @@ class Form:
 
     def __post_init__(self) -> None:
         # Once read a verdict says nothing more: which answer came first in the file is gone.
-        paths = (*self.context.columns, *self.answers.columns, *self.answers.verdicts)
+        said = (*self.answers.verdicts, *self.grades.columns)
+        paths = (*self.context.columns, *self.answers.columns, *said)
         used = {top(path) for path in paths}
         looked_at = (used | {*MEDIA, *self.context.rivals, "tools"}) - set(FIELDS)
         named = self.context.prompt == "prompt" and self.answers == CANONICAL
@@ -149,25 +144,27 @@ class Form:
         object.__setattr__(self, "looked_at", frozenset(looked_at))
         object.__setattr__(self, "is_canonical", named and not self.whole)
 
-    def pairs(self, record: Any) -> Pairs:
-        """The pairs of a record, as `records.check` takes them.
+    def read(self, record: Any) -> Raw:
+        """A record whose prompt, answers and comparisons are known, for `records.check`.
 
         Raises BadRecord for a record that cannot be used, Unmeant where its verdict means nothing.
         """
         if not isinstance(record, dict):
-            return Pairs([record], 0)
+            return raw_pair(record)
         if self.is_canonical and _is_canonical(record, self.looked_at):
-            return Pairs([record], 0)
+            return raw_pair(record)
         self._refuse_rivals(record)
         before, prompt = self.context.before(record), self.context.prompt_of(record)
-        compared = self.answers.compared(record)
-        if len(compared.pairs) > 1 and isinstance(prompt, list) and not all(map(spelling, prompt)):
+        found, names, comparisons = self.answers.compared(record)
+        if len(found) > 2 and isinstance(prompt, list) and not all(map(spelling, prompt)):
             raise BadRecord("wrong_type", f"{self.context.prompt!r} is not a list of messages")
+        if self.grades.columns:
+            comparisons = self.grades.of(record, comparisons)
         kept = {name: value for name, value in record.items() if name not in self.used}
         if "tools" in kept:
             kept["tools"] = _tools(kept["tools"])
-        pairs = [kept | self._pair(before, prompt, *both) for both in compared.pairs]
-        return Pairs(pairs, compared.ties)
+        prompt, answers = self._conversation(before, prompt, found, names)
+        return Raw(prompt, answers, names, comparisons, kept)
 
     def _refuse_rivals(self, record: Record) -> None:
         for name in self.context.rivals:
@@ -177,18 +174,19 @@ class Form:
             names = [*filter(None, [self.context.prompt]), name]
             raise BadRecord("several_kinds", f"has a prompt in each of {' and '.join(names)}")
 
-    def _pair(self, before: list[Any], prompt: Any, chosen: Any, rejected: Any) -> Record:
-        """One canonical record."""
-        names = self.answers.columns[:2] if len(self.answers.columns) > 1 else ("answer",) * 2
-        both = [_answer(name, side) for name, side in zip(names, (chosen, rejected), strict=True)]
-        prompt, chosen, rejected = WHOLE_TEXTS[self.whole](prompt, *both)
+    def _conversation(
+        self, before: list[Any], prompt: Any, found: list[Any], names: Sequence[str]
+    ) -> tuple[Any, list[Any]]:
+        """Prompt and answers by role and content, with what comes before them."""
+        answers = [_answer(*each) for each in zip(names, found, strict=True)]
+        prompt, answers = WHOLE_TEXTS[self.whole](prompt, answers, names)
         if isinstance(prompt, str) and self.whole != "words" and has_turns_at_its_end(prompt):
             prompt = prompt if self.is_canonical else turns(prompt)
         if before:
-            chosen, rejected = (_behind(before, prompt, side) for side in (chosen, rejected))
+            answers = [_behind(before, prompt, answer) for answer in answers]
             if prompt is not None:
                 prompt = _joined(before, as_messages("prompt", prompt, "user"))
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return prompt, answers
 
 
 def _is_canonical(record: Record, looked_at: frozenset[str]) -> bool:
@@ -271,35 +269,38 @@ def has_turns_at_its_end(text: str) -> bool:
     return has_turns(text) and text.rstrip().endswith("\n\nAssistant:")
 
 
-def _as_is(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    return prompt, chosen, rejected
+def _as_is(prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
+    del names
+    return prompt, answers
 
 
-def _by_turns(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+def _by_turns(prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
     del prompt
-    for key, text in (("chosen", chosen), ("rejected", rejected)):
+    for key, text in zip(names, answers, strict=True):
         if not isinstance(text, str) or not has_turns(text):
             raise BadRecord("missing_key", f"{key!r} has no turns of Human: and Assistant:")
-    return None, turns(chosen), turns(rejected)
+    return None, [turns(text) for text in answers]
 
 
-def _by_words(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    del prompt
+def _by_words(prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
+    del prompt, names
+    first, *others = answers
     cut = 0
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        cut = shared_start(chosen, rejected)
+    if all(isinstance(text, str) for text in answers):
+        cut = min(shared_start(first, other) for other in others)
     if not cut:
         raise BadRecord("missing_key", "'prompt' is missing, and the answers begin differently")
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    return first[:cut], [text[cut:] for text in answers]
 
 
-def _without_prompt(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    for key, text in (("chosen", chosen), ("rejected", rejected)):
+def _without_prompt(prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
+    for key, text in zip(names, answers, strict=True):
         if not repeats(prompt, text):
             raise BadRecord("prompt_differs", f"{key!r} does not begin with the prompt")
+    rest = [text[len(prompt) :] for text in answers]
     if has_turns_at_its_end(prompt):
-        return turns(prompt), chosen[len(prompt) :].strip(), rejected[len(prompt) :].strip()
-    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+        return turns(prompt), [text.strip() for text in rest]
+    return prompt, rest
 
 
 def repeats(prompt: Any, answer: Any) -> bool:
@@ -307,7 +308,8 @@ def repeats(prompt: Any, answer: Any) -> bool:
     return isinstance(prompt, str) and isinstance(answer, str) and answer.startswith(prompt)
 
 
-WHOLE_TEXTS: dict[Whole, Callable[[Any, Any, Any], tuple[Any, Any, Any]]] = {
+Split = Callable[[Any, list[Any], Sequence[str]], tuple[Any, list[Any]]]
+WHOLE_TEXTS: dict[Whole, Split] = {
     "": _as_is,
     "turns": _by_turns,
     "words": _by_words,

@@ -1,4 +1,5 @@
-"""What preprocess knows of each record: a few numbers of the usable ones, the faults of the others.
+"""What preprocess knows of each comparison: a few numbers of the usable ones, and what is wrong
+with the others.
 
 Texts and ids are on disk, in the scratch table; memory holds these numbers alone, so a million
 pairs fit.
@@ -10,16 +11,21 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from reward.data import tokenized
+from reward.data.columns import ANSWERS, GRADES
 from reward.data.reading import unit
-from reward.data.records import Pair, hash64
-from reward.data.rows import Ids, hash_of
+from reward.data.records import CERTAIN, Record, hash64
+from reward.data.rows import Array, Kept, hash_of
 from reward.data.sources import Source
 from reward.data.splitting import (
+    Ballots,
+    Floats,
     Hashes,
     Numbered,
     Prompts,
@@ -33,6 +39,8 @@ SHOWN = 10
 # How often a column is looked through for a value that repeats: at this many records, at twice as
 # many, and so on.
 FIRST_LOOK = 1024
+# Verdicts are the same whose probabilities differ by less than about one of so many parts.
+PARTS = 1_000_000
 
 
 class BadPlace(NamedTuple):
@@ -54,7 +62,10 @@ def hashes() -> array[int]:
 
 @dataclass
 class Ledger:
-    """The numbers of every usable record, one element each, and what is wrong with the others."""
+    """The numbers of every usable comparison, one element each, and what is wrong with the others.
+
+    GRADES are noted of those alone that are not certain, by their places in `graded`.
+    """
 
     sources: list[Source]
     file: array[int] = field(default_factory=numbers)
@@ -62,6 +73,8 @@ class Ledger:
     prompt: array[int] = field(default_factory=hashes)
     answer_j: array[int] = field(default_factory=hashes)
     answer_k: array[int] = field(default_factory=hashes)
+    graded: array[int] = field(default_factory=numbers)
+    grades: dict[str, array[float]] = field(default_factory=lambda: {n: array("d") for n in GRADES})
     owner: array[int] = field(default_factory=numbers)
     begun: array[int] = field(default_factory=hashes)
     chosen: array[int] = field(default_factory=numbers)
@@ -77,21 +90,42 @@ class Ledger:
     def __post_init__(self) -> None:
         self._judges = Judges(self.file, self.position, self.answers)
 
-    def add(self, file: int, position: int, pair: Pair, ids: Sequence[Ids], prefix: int) -> None:
-        """Note a usable pair with the ids of chosen and rejected, and how many they share."""
-        begun = beginnings(pair.prompt)
-        self.owner.extend([len(self.file)] * len(begun))
-        self.begun.extend(begun)
-        self.file.append(file)
-        self.position.append(position)
-        self.prompt.append(pair.prompt_hash)
-        self.answer_j.append(hash_of(ids[0]))
-        self.answer_k.append(hash_of(ids[1]))
-        self.chosen.append(len(ids[0]))
-        self.rejected.append(len(ids[1]))
-        self.prefix.append(prefix)
-        self.columns.update(pair.columns)
-        self._judges.add(pair.columns)
+    def add(
+        self, file: int, position: int, record: Record, ids: Sequence[Array], kept: Kept
+    ) -> None:
+        """Note what is kept of a record, whose answers have these ids."""
+        begun, answers = beginnings(record.prompt), [*map(hash_of, ids)]
+        judged = self._judges.hashed(record.columns)
+        self.columns.update(record.columns)
+        for found, (_, j, k, prefix) in zip(kept.comparisons, kept.compared, strict=True):
+            if found[2:] != CERTAIN[2:]:
+                self.grade([len(self.file)], *([grade] for grade in found[2:]))
+            self.owner.extend([len(self.file)] * len(begun))
+            self.begun.extend(begun)
+            self.file.append(file)
+            self.position.append(position)
+            self.prompt.append(record.prompt_hash)
+            self.answer_j.append(answers[j])
+            self.answer_k.append(answers[k])
+            self.chosen.append(len(ids[j]))
+            self.rejected.append(len(ids[k]))
+            self.prefix.append(prefix)
+            self._judges.add(judged)
+
+    def grade(self, rows: Iterable[int], *grades: Iterable[float]) -> None:
+        """Note GRADES of some comparisons, in the place of those before."""
+        self.graded.extend(rows)
+        for noted, found in zip(self.grades.values(), grades, strict=True):
+            noted.extend(found)
+
+    def grade_of(self, name: str) -> Floats:
+        """One of GRADES: [comparisons]. Only those that differ from the usual take memory."""
+        usual = CERTAIN[2 + GRADES.index(name)]
+        if not self.graded:
+            return np.broadcast_to(np.float64(usual), len(self.file))
+        found = np.full(len(self.file), usual, dtype=np.float64)
+        found[np.asarray(self.graded)] = np.asarray(self.grades[name])
+        return found
 
     def bad(self, file: int, position: int, reason: str, sentence: str) -> None:
         """Count a bad record, and keep its place if it is among the first of its reason.
@@ -111,22 +145,43 @@ class Ledger:
     def column(self, name: str) -> npt.NDArray[Any]:
         return np.asarray(getattr(self, name))
 
-    def pairs(self, start: int = 0) -> Hashes:
-        """Hashes that are equal for equal records, of those from `start` on."""
-        return combined(*self._compared(start))
-
     def answers(self, start: int = 0) -> Hashes:
-        """The same, whichever answer is the chosen one."""
-        prompt, one, other = self._compared(start)
+        """Hashes that are equal for equal answers of one prompt, whichever is the chosen one.
+
+        Of the comparisons from `start` on.
+        """
+        prompt, one, other = (self.column(name)[start:] for name in ("prompt", *ANSWERS))
         return combined(prompt, np.minimum(one, other), np.maximum(one, other))
 
-    def _compared(self, start: int) -> list[Hashes]:
-        return [self.column(name)[start:] for name in ("prompt", "answer_j", "answer_k")]
+    def ballots(self) -> Ballots:
+        """What every comparison says of its answers."""
+        preference, weight, margin = map(self.grade_of, GRADES)
+        is_first = self.column(ANSWERS[0]) < self.column(ANSWERS[1])
+        first, answers = np.where(is_first, preference, 1 - preference), self.answers()
+        verdicts = combined(answers, np.round(first * PARTS).astype(np.uint64))
+        return Ballots(answers, verdicts, first, weight, margin)
 
     def numbered(self, rows: npt.NDArray[np.bool_]) -> Numbered:
-        """The answers of some of the records, numbered within their prompts."""
-        sides = [self.column(name)[rows] for name in ("answer_j", "answer_k")]
+        """The answers of some of the comparisons, numbered within their prompts."""
+        sides = [self.column(name)[rows] for name in ANSWERS]
         return number_answers(self.column("prompt")[rows], np.stack(sides, axis=1))
+
+    def write(
+        self,
+        folder: Path,
+        table: Path,
+        rows: npt.NDArray[np.bool_],
+        tokenizer: str,
+        texts: bool,
+    ) -> None:
+        """Some comparisons of the scratch table as a new folder, with the texts or without."""
+        numbers, first = self.numbered(rows)
+        late = dict(zip(ANSWERS, numbers.T, strict=True))
+        late |= {name: self.grade_of(name)[rows] for name in GRADES}
+        tokenized.write(folder, table, rows, late, sorted(self.columns), tokenizer)
+        if texts:
+            sides = 2 * np.flatnonzero(rows)[first // 2] + first % 2
+            tokenized.write_answers(folder, table, sides, numbers.ravel()[first], tokenizer)
 
     @property
     def prompts(self) -> Prompts:
@@ -175,24 +230,26 @@ class Judges:
         # The columns of the current file: None for one that counts.
         self._waiting: dict[str, array[int] | None] = {}
 
-    def add(self, columns: dict[str, str]) -> None:
-        """Note the columns of the ledger's last record."""
+    @staticmethod
+    def hashed(columns: dict[str, str]) -> dict[str, int]:
+        """The hash of each column of a record."""
+        # Files of a folder that is mapped differ in their source: that is not a judge.
+        return {name: hash64([name, value]) for name, value in columns.items() if name != "source"}
+
+    def add(self, hashed: dict[str, int]) -> None:
+        """Note the hashed columns of the ledger's last comparison."""
         row = len(self._sums)
         if row and self._file[row] != self._file[row - 1]:
             self._settle()
             self._start, self._waiting = row, {}
         total, row = 0, row - self._start
-        for name, value in columns.items():
-            # Files of a folder that is mapped differ in their source: that is not a judge.
-            if name == "source":
-                continue
-            hashed = hash64([name, value])
+        for name, value in hashed.items():
             waiting = self._waiting.setdefault(name, hashes())
             if waiting is None:
-                total += hashed
+                total += value
             else:
                 waiting.extend([0] * (row - len(waiting)))
-                waiting.append(hashed)
+                waiting.append(value)
         self._sums.append(total % (1 << 64))
         if row + 1 >= FIRST_LOOK and not (row + 1) & row:
             self._settle()

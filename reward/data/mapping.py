@@ -10,6 +10,7 @@ say of the columns is recognized:
       first: [A, a]                  # the values that prefer the first answer
       second: [B, b]
       tie: [same]
+      weight: trust                  # or preference, votes, margin: columns that grade a comparison
       where: {language: [en, zh]}    # only records with one of these values
       take: 5000                     # as many records, or a share such as 0.25, drawn by seed
       seed: 0
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from reward.data.answers import Answers, Judged, Listed, Meaning, Order, Preferred
+from reward.data.answers import Answers, Grades, Judged, Listed, Meaning, Order, Preferred
 from reward.data.forms import Context
 from reward.data.recognition import Known
 from reward.data.suggestion import MAPPING
@@ -34,6 +35,9 @@ from reward.params import read_yaml
 from reward.process import Fault
 
 ORDERED: tuple[Order, ...] = ("ranks", "scores")
+GRADED = ("preference", "margin", "weight")
+# What says of two answers which is better, and how surely.
+SURE = ("votes", "preference")
 BEFORE = ("prompt", "input", "system", "history")
 Scalars = tuple[Any, ...]
 
@@ -52,6 +56,10 @@ def _is_path(value: Any) -> bool:
 def _are_paths(value: Any) -> bool:
     several = isinstance(value, list) and len(value) > 1 and all(map(_is_path, value))
     return _is_path(value) or several
+
+
+def _may_be_votes(value: Any) -> bool:
+    return value is None or (_are_paths(value) and (isinstance(value, str) or len(value) == 2))
 
 
 def _is_scalar(value: Any) -> bool:
@@ -77,7 +85,8 @@ OPTIONAL = Kind("the name of a column, or null for none", lambda v: v is None or
 COLUMNS = Kind("the name of a column, or a list of such names", _are_paths)
 VALUES = Kind("a value or a list of values", _are_scalars)
 KEYS = {
-    **dict.fromkeys(BEFORE, OPTIONAL),
+    **dict.fromkeys((*BEFORE, *GRADED), OPTIONAL),
+    "votes": Kind("the name of a column, a list of two such names, or null", _may_be_votes),
     **dict.fromkeys(("chosen", "rejected", "verdict"), COLUMN),
     **dict.fromkeys(("answers", *ORDERED), COLUMNS),
     **dict.fromkeys(("first", "second", "tie"), VALUES),
@@ -169,19 +178,27 @@ def _faults(said: Any) -> list[str]:
 
 def _misfits(said: dict[str, Any]) -> list[str]:
     """Keys of an entry that do not go together."""
-    pair, ways = {"chosen", "rejected"} & said.keys(), ("verdict", *ORDERED, "order")
-    given = [way for way in ways if way in said]
+    pair, ways = {"chosen", "rejected"} & said.keys(), ("verdict", *ORDERED, "order", *SURE)
+    given = [way for way in ways if said.get(way) is not None]
+    if pair or "answers" not in said:
+        given = [way for way in given if way not in SURE]
     faults = []
     if len(pair) == 1 or (pair and "answers" in said):
         faults.append("expected chosen and rejected, or answers")
     if ("answers" in said) != (len(given) == 1):
         return [*faults, f"expected answers with one of {', '.join(ways)}"]
-    if "verdict" in said and (not isinstance(said["answers"], list) or len(said["answers"]) != 2):
-        faults.append("verdict needs two columns in answers")
-    if ("verdict" in said) != ("first" in said and "second" in said):
+    for way in ("verdict", *SURE):
+        if way in given and (not isinstance(said["answers"], list) or len(said["answers"]) != 2):
+            faults.append(f"{way} needs two columns in answers")
+    valued = {"first", "second", "tie"} & said.keys()
+    if "verdict" in said and not {"first", "second"} <= said.keys():
         faults.append("verdict needs first and second, the values that prefer each answer")
-    if "verdict" not in said and {"first", "second", "tie"} & said.keys():
-        faults.append("first, second and tie need verdict, the column that they are values of")
+    elif valued and not ("verdict" in said or _is_path(said.get("votes"))):
+        faults.append("first, second and tie need verdict or votes, of which they are values")
+    elif valued and not {"first", "second"} <= said.keys():
+        faults.append("single votes need first and second, the values that prefer each answer")
+    if said.get("votes") and said.get("preference"):
+        faults.append("votes and preference say the same, expected one of them")
     meanings = [plain(value) for key in ("first", "second", "tie") for value in _listed(said, key)]
     if len({*meanings}) != len(meanings):
         faults.append("first, second and tie have a value in common, expected one meaning for each")
@@ -201,8 +218,14 @@ def _listed(said: dict[str, Any], key: str) -> Scalars:
 
 def _entry(said: dict[str, Any]) -> Entry:
     named = {key: said[key] for key in BEFORE if key in said}
-    known = Known(Context(**named), _answers(said), frozenset(named))
-    columns = ("chosen", "rejected", "answers", "verdict", *ORDERED)
+    graded = {key: said[key] for key in GRADED if key in said}
+    known = Known(
+        Context(**named),
+        _answers(said),
+        Grades(**graded, votes=_votes(said), meaning=_meaning(said) if "votes" in said else None),
+        frozenset({*named, *graded, *(["votes"] if "votes" in said else [])}),
+    )
+    columns = ("chosen", "rejected", "answers", "verdict", *ORDERED, "votes", *graded)
     paths = [(key, path) for key in (*named, *columns) for path in _listed(said, key) if path]
     conditions = said.get("where", {})
     where = tuple((str(path), _listed(conditions, path)) for path in conditions)
@@ -211,15 +234,28 @@ def _entry(said: dict[str, Any]) -> Entry:
     return Entry(known, tuple(paths), where, **rest)
 
 
+def _votes(said: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(path for path in _listed(said, "votes") if path)
+
+
+def _meaning(said: dict[str, Any]) -> Meaning | None:
+    """Which answer the values of a verdict, or single votes, prefer."""
+    if "first" not in said:
+        return None
+    return Meaning(*(_listed(said, key) for key in ("first", "second", "tie")))
+
+
 def _answers(said: dict[str, Any]) -> Answers | None:
     if "chosen" in said:
         return Preferred(said["chosen"], said["rejected"])
     if "answers" not in said:
         return None
     if "verdict" in said:
-        meaning = Meaning(*(_listed(said, key) for key in ("first", "second", "tie")))
+        meaning = _meaning(said) or Meaning((), ())
         first, second = said["answers"]
         return Judged(first, second, said["verdict"], meaning)
+    if any(said.get(way) for way in SURE):
+        return Preferred(*said["answers"])
     for way in ORDERED:
         if way in said:
             return Listed(_listed(said, "answers"), way, _listed(said, way))

@@ -10,8 +10,10 @@ from typing import Any
 
 from reward.data.answers import (
     CANONICAL,
+    UNGRADED,
     Answers,
     Continued,
+    Grades,
     Judged,
     Listed,
     Meaning,
@@ -25,6 +27,7 @@ from reward.data.values import (
     Columns,
     Record,
     are_labels,
+    are_numbers,
     are_texts,
     columns_of,
     is_absent,
@@ -63,6 +66,9 @@ JUDGED = (
     # Chatbot Arena
     Judged("conversation_a", "conversation_b", "winner", WINNER),
 )
+# PandaLM: the votes of several people.
+VOTED = Preferred("response1", "response2")
+VOTES = Grades(votes=("votes",), meaning=Meaning((1,), (2,), (0,)))
 # WebGPT comparisons
 SCORED = (Listed(("answer_0", "answer_1"), "scores", ("score_0", "score_1")),)
 # Lists of answers: their names, the text in an answer that is an object, and what ranks it.
@@ -80,6 +86,7 @@ class Known:
 
     context: Context | None = None
     answers: Answers | None = None
+    grades: Grades = UNGRADED
     named: frozenset[str] = frozenset()
 
 
@@ -104,7 +111,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
         )
     if context.prompt is None and answers == CANONICAL:
         context = replace(context, prompt="prompt")
-    form = Form(context, answers, whole)
+    form = Form(context, answers, _grades(columns, answers, known), whole)
     return replace(form, said=_said(form, columns))
 
 
@@ -115,6 +122,8 @@ def _answers(columns: Columns, records: list[Record], unread: Unread) -> Answers
     """The answers of the only form that the columns have. Raises a Fault for none and for two."""
     known: tuple[Answers, ...] = (*PREFERRED, *JUDGED, *SCORED)
     found = [form for form in known if _is_complete(form, columns)]
+    if _are_votes(columns) and _is_complete(VOTED, columns):
+        found.append(VOTED)
     if not found:
         found = [form for form in CONTINUED if _is_complete(form, columns)][:1]
     found += _lists(columns)
@@ -176,6 +185,53 @@ def _lists(columns: Columns) -> list[Answers]:
                 if all(isinstance(value, list) for value in columns.get(key, [0]))
             ]
     return found
+
+
+def _are_votes(columns: Columns) -> bool:
+    """Whether the column of votes has lists of those that VOTES knows."""
+    signs = [
+        VOTES.meaning.sign(vote) if VOTES.meaning else None
+        for value in columns.get("votes", [None])
+        for vote in (value if isinstance(value, list) else [None])
+    ]
+    return bool(signs) and None not in signs
+
+
+def _grades(columns: Columns, answers: Answers, known: Known) -> Grades:
+    """What the file says of its comparisons besides, by the columns of these names.
+
+    What is not a number is a word for something else, and stays a column.
+    """
+    if answers == VOTED and not known.answers:
+        return VOTES
+    taken = {top(path) for path in (*answers.columns, *answers.verdicts)}
+
+    def column(name: str) -> str | None:
+        if name in known.named:
+            found: str | None = getattr(known.grades, name)
+            return found
+        is_free = name not in taken and (name not in columns or are_numbers(columns[name]))
+        return name if is_free else None
+
+    votes = known.grades.votes
+    if not votes and "votes" not in known.named and isinstance(answers, Preferred):
+        votes = ("votes",) if _are_counts(columns) else ()
+    is_pair = isinstance(answers, Preferred | Continued) and not votes
+    return Grades(
+        preference=column("preference") if is_pair else None,
+        votes=votes,
+        meaning=known.grades.meaning,
+        margin=column("margin") if not isinstance(answers, Listed) else None,
+        weight=column("weight"),
+    )
+
+
+def _are_counts(columns: Columns) -> bool:
+    """Whether the column of votes has the numbers of those for chosen and for rejected."""
+    return all(
+        isinstance(value, list) and len(value) == 2 and are_numbers(value)
+        for value in columns.get("votes", [None])
+    )
 
 
 def _is_unpaired(columns: Columns) -> bool:
@@ -335,6 +391,7 @@ def _said(form: Form, columns: Columns) -> str:
     answers = form.answers.said
     if isinstance(form.answers, Preferred):
         answers += _spelled(columns.get(form.answers.chosen, []))
+    answers += form.grades.said(columns)
     return ", ".join([*before, answers + WHOLES[form.whole]])
 
 

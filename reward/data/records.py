@@ -2,22 +2,25 @@
 
 A record has `chosen` and `rejected`, texts or lists of {role, content} messages, and `prompt`: a
 text, a list of messages, or nothing, when the two conversations stand whole in `chosen` and
-`rejected`. A message may have the PARTS too, and the record `tools`, a list of JSON schemas.
+`rejected`; or, told apart by its form, any number of answers and their comparisons. A message may
+have the PARTS too, and the record `tools`, a list of JSON schemas.
 Further columns with a single value are kept. A record that is only to be scored may have any
 number of `answers`, or one `answer`, instead.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from json.encoder import encode_basestring
+from typing import Any, NamedTuple
 
 from reward.data.columns import RESERVED
 
 ROLES = ("system", "user", "assistant", "tool")
-FIELDS = ("prompt", "chosen", "rejected")
+PAIR = ("chosen", "rejected")
+FIELDS = ("prompt", *PAIR)
 LAST_TURN = "\n\nAssistant:"
 # Bytes of a prompt that two answers begin with by chance, as they do with a greeting.
 GREETING = 15
@@ -41,20 +44,56 @@ class BadRecord(Exception):
         self.reason = reason
 
 
+class Comparison(NamedTuple):
+    """Two answers of a record by their places in it: j is preferred with this probability.
+
+    `preference` is at least 0.5, which is a tie; `weight` is what the comparison counts, and
+    `margin` by how much j is better, 0 where j is not certainly the better one.
+    """
+
+    j: int
+    k: int
+    preference: float = 1.0
+    weight: float = 1.0
+    margin: float = 0.0
+
+
+TIE = 0.5
+CERTAIN = Comparison(0, 1)
+
+
+class Raw(NamedTuple):
+    """A record whose prompt and answers are told from its other columns, and nothing is checked.
+
+    `names` are what messages call the answers; among `columns` those of FIELDS do not count.
+    """
+
+    prompt: Any
+    answers: list[Any]
+    names: Sequence[str]
+    comparisons: list[Comparison]
+    columns: dict[str, Any]
+
+
 @dataclass(frozen=True)
-class Pair:
-    """A checked record. A text is one message of the user or the assistant."""
+class Record:
+    """A checked record. A text is one message of the user or the assistant.
+
+    `ids` are those of the comparisons. What made other comparisons of the record bad is in
+    `faults`.
+    """
 
     prompt: Messages
-    chosen: Messages
-    rejected: Messages
-    id: str
-    columns: dict[str, str] = field(default_factory=dict)
+    answers: list[Messages]
+    comparisons: list[Comparison]
+    ids: list[str]
+    columns: dict[str, str]
+    faults: list[BadRecord]
 
     @cached_property
     def prompt_hash(self) -> int:
         """64 bits that are equal for equal prompts, whatever form they came in."""
-        return hash64([self.prompt])
+        return _hash(f"[{as_lists(self.prompt)}]")
 
     @property
     def prompt_id(self) -> str:
@@ -74,38 +113,70 @@ class Candidates:
 compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def _sha256(content: object) -> bytes:
-    """SHA-256 of the compact JSON of `content` in UTF-8."""
-    return hashlib.sha256(compact_json(content).encode()).digest()
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def hash64(content: object) -> int:
-    """The first 64 bits of the SHA-256 of the compact JSON of `content`."""
-    return int.from_bytes(_sha256(content)[:8])
+    """The first 64 bits of the SHA-256 of the compact JSON of `content` in UTF-8."""
+    return _hash(compact_json(content))
 
 
-def check(record: Any) -> Pair:
-    """A raw record as a Pair. Raises BadRecord with one of the reasons `missing_key`, `wrong_type`,
-    `unknown_role`, `unread`, `not_text`, `empty`, `prompt_differs`, `identical_answers`."""
+def as_lists(messages: Messages) -> str:
+    """Messages as compact JSON: lists of texts."""
+    lists = [",".join(map(encode_basestring, message)) for message in messages]
+    return f"[[{'],['.join(lists)}]]"
+
+
+def raw_pair(record: Any) -> Raw:
+    """A record with `chosen` and `rejected`. Raises BadRecord for any other."""
     if not isinstance(record, dict):
         raise BadRecord("wrong_type", f"is {_kind(record)}, wanted an object")
-    for key in ("chosen", "rejected"):
+    for key in PAIR:
         if key not in record:
             raise BadRecord("missing_key", f"{key!r} is missing, found {names_of(record)}")
-    raw = [record.get(key) for key in FIELDS]
-    prompt, chosen, rejected = _conversations(*raw)
-    tools, columns = _tools(record), _columns(record)
+    both = [record["chosen"], record["rejected"]]
+    return Raw(record.get("prompt"), both, PAIR, [CERTAIN], record)
+
+
+def check(record: Any) -> Record:
+    """A Raw record, or a raw pair, as a Record. Raises BadRecord with one of the reasons
+    `missing_key`, `wrong_type`, `unknown_role`, `unread`, `not_text`, `empty`, `prompt_differs`,
+    `identical_answers`, `no_weight`."""
+    raw = record if isinstance(record, Raw) else raw_pair(record)
+    prompt, answers = _conversations(raw)
+    tools, columns = _tools(raw.columns), _columns(raw.columns)
     try:
-        identity = _sha256([*raw, record[TOOLS]] if tools else raw).hex()[:16]
+        ids = _identities(raw, raw.columns[TOOLS] if tools else None)
         "".join([*columns, *columns.values()]).encode()
     except (UnicodeEncodeError, TypeError) as error:
         raise BadRecord("not_text", f"holds what is no text: {error}") from None
-    for key, messages in zip(FIELDS, (prompt, chosen, rejected), strict=True):
+    for key, messages in zip(("prompt", *raw.names), (prompt, *answers), strict=True):
         if any(map(_is_empty, messages)):
             raise BadRecord("empty", f"{key!r} is empty")
-    if chosen == rejected:
-        raise BadRecord("identical_answers", "'chosen' and 'rejected' are the same")
-    return Pair(tools + prompt, chosen, rejected, identity, columns)
+    kept, faults = [], []
+    for place, found in enumerate(raw.comparisons):
+        if not found.weight:
+            faults.append(BadRecord("no_weight", "has a weight of 0"))
+        elif answers[found.j] != answers[found.k]:
+            kept.append(place)
+        elif found.preference != TIE:
+            both = f"{raw.names[found.j]!r} and {raw.names[found.k]!r}"
+            faults.append(BadRecord("identical_answers", f"{both} are the same"))
+    if faults and not kept:
+        raise faults[0]
+    comparisons = [raw.comparisons[place] for place in kept]
+    return Record(
+        tools + prompt, answers, comparisons, [ids[place] for place in kept], columns, faults
+    )
+
+
+def _identities(raw: Raw, tools: Any) -> list[str]:
+    """What names each comparison: of the compact JSON of [prompt, chosen, rejected], and tools."""
+    prompt, *answers = map(compact_json, (raw.prompt, *raw.answers))
+    rest = f",{compact_json(tools)}" if tools else ""
+    texts = (f"[{prompt},{answers[each.j]},{answers[each.k]}{rest}]" for each in raw.comparisons)
+    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
 
 
 def candidates(record: Any) -> Candidates:
@@ -116,7 +187,7 @@ def candidates(record: Any) -> Candidates:
     given = [key for key in ("answer", "answers") if isinstance(record, dict) and key in record]
     if not given:
         pair = check(record)
-        return Candidates(pair.prompt, [pair.chosen, pair.rejected])
+        return Candidates(pair.prompt, pair.answers)
     if len(given) > 1 or {"chosen", "rejected"} & record.keys():
         wanted = "wanted 'answer', 'answers', or a pair"
         raise BadRecord("several_kinds", f"has {names_of(record)}, {wanted}")
@@ -130,7 +201,7 @@ def candidates(record: Any) -> Candidates:
     ]
     prompt = _tools(record) + prompt
     try:
-        _sha256([prompt, answers])
+        hash64([prompt, answers])
     except UnicodeEncodeError as error:
         raise BadRecord("not_text", f"holds what is no text: {error}") from None
     return Candidates(prompt, answers)
@@ -148,20 +219,22 @@ def _answers(record: dict[str, Any], key: str) -> list[tuple[str, Any]]:
     return [(f"answers[{index}]", value) for index, value in enumerate(found)]
 
 
-def _conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
-    """Prompt, chosen and rejected as messages, nothing of the prompt left in the answers."""
-    if isinstance(chosen, str) and isinstance(rejected, str):
+def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
+    """Prompt and answers as messages, nothing of the prompt left in the answers."""
+    prompt, answers, names, *_ = raw
+    if all(isinstance(answer, str) for answer in answers):
         if prompt is None:
-            prompt, chosen, rejected = _split_texts(chosen, rejected)
-        elif isinstance(prompt, str) and _is_repeated(prompt, chosen, rejected):
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        head = _messages("prompt", prompt, "user")
-        return head, (("assistant", chosen),), (("assistant", rejected),)
-    for key, value, other in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
-        if isinstance(value, str) and isinstance(other, list):
-            raise BadRecord("wrong_type", f"{key!r} is a text, wanted both lists, or both texts")
-    answers = _messages("chosen", chosen), _messages("rejected", rejected)
-    head = _shared_prompt(*answers)
+            prompt, answers = _split_texts(answers)
+        elif isinstance(prompt, str) and _is_repeated(prompt, answers):
+            answers = [answer[len(prompt) :] for answer in answers]
+        return _messages("prompt", prompt, "user"), [(("assistant", each),) for each in answers]
+    if any(isinstance(answer, list) for answer in answers):
+        for key, value in zip(names, answers, strict=True):
+            if isinstance(value, str):
+                found = f"{key!r} is a text"
+                raise BadRecord("wrong_type", f"{found}, wanted both lists, or both texts")
+    spoken = [_messages(key, value) for key, value in zip(names, answers, strict=True)]
+    head = _shared_prompt(spoken)
     if prompt is not None:
         asked = _messages("prompt", prompt, "user")
         # The answers may repeat the prompt, and may begin with a system message that it lacks.
@@ -169,7 +242,7 @@ def _conversations(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, M
             head = asked
     elif not any(message[0] == "user" for message in head):
         raise BadRecord("missing_key", "'prompt' is missing, and the first messages differ")
-    return head, _behind(head, "chosen", answers[0]), _behind(head, "rejected", answers[1])
+    return head, [_behind(head, *each) for each in zip(names, spoken, strict=True)]
 
 
 def _behind(prompt: Messages, key: str, messages: Messages) -> Messages:
@@ -186,15 +259,15 @@ def _behind(prompt: Messages, key: str, messages: Messages) -> Messages:
     return answer
 
 
-def _shared_prompt(chosen: Messages, rejected: Messages) -> Messages:
-    """The messages with which both begin, up to the last one that is not the assistant's."""
+def _shared_prompt(answers: list[Messages]) -> Messages:
+    """The messages with which all begin, up to the last one that is not the assistant's."""
     count = 0
-    for index, (left, right) in enumerate(zip(chosen, rejected, strict=False), start=1):
-        if left != right:
+    for index, (message, *others) in enumerate(zip(*answers, strict=False), start=1):
+        if any(other != message for other in others):
             break
-        if left[0] != "assistant":
+        if message[0] != "assistant":
             count = index
-    return chosen[:count]
+    return answers[0][:count]
 
 
 def _messages(key: str, value: Any, role: str = "assistant") -> Messages:
@@ -281,22 +354,24 @@ def _is_empty(message: Message) -> bool:
     return not message[1].strip() and "tool_calls" not in parts_of(message)
 
 
-def _is_repeated(prompt: str, chosen: str, rejected: str) -> bool:
-    """Whether both answers begin with the whole prompt, and not by chance."""
-    both = chosen.startswith(prompt) and rejected.startswith(prompt)
-    return both and len(prompt.encode(errors="replace")) > GREETING
+def _is_repeated(prompt: str, answers: list[str]) -> bool:
+    """Whether all answers begin with the whole prompt, and not by chance."""
+    for answer in answers:
+        if not answer.startswith(prompt):
+            return False
+    return len(prompt.encode(errors="replace")) > GREETING
 
 
-def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Two conversations in the form of HH, cut behind the last turn marker that they share.
+def _split_texts(answers: list[str]) -> tuple[str, list[str]]:
+    """Conversations in the form of HH, cut behind the last turn marker that they share.
 
     Without a marker nothing tells the prompt from answers that happen to begin alike.
     """
-    cut = len(chosen)
-    while (cut := chosen.rfind(LAST_TURN, 0, cut)) >= 0:
-        head = chosen[: cut + len(LAST_TURN)]
-        if rejected.startswith(head):
-            return head, chosen[len(head) :], rejected[len(head) :]
+    cut = len(answers[0])
+    while (cut := answers[0].rfind(LAST_TURN, 0, cut)) >= 0:
+        head = answers[0][: cut + len(LAST_TURN)]
+        if all(answer.startswith(head) for answer in answers):
+            return head, [answer[len(head) :] for answer in answers]
     raise BadRecord(
         "missing_key",
         f"'prompt' is missing, and the answers are no conversations that share {LAST_TURN!r}",

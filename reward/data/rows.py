@@ -1,56 +1,86 @@
-"""A checked pair with its ids, as a row of the tokenized data."""
+"""A checked record with its ids, as a row of the scratch table."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from json.encoder import encode_basestring
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from reward.data import tokenized
-from reward.data.columns import ANSWERS, CONVERSATION, GRADES, ID, IDS, PREFIX, PROMPT_ID
 from reward.data.prefixes import prefix_length
-from reward.data.records import BadRecord, Message, Messages, Pair, compact_json, parts_of
+from reward.data.records import (
+    TIE,
+    BadRecord,
+    Comparison,
+    Message,
+    Messages,
+    Record,
+    compact_json,
+    parts_of,
+)
+from reward.data.tokenized import Compared, Row
 
-Ids = list[int]
+Array = npt.NDArray[np.int32]
 
 
-def as_row(pair: Pair, ids: Sequence[Sequence[int]], texts: Sequence[str]) -> dict[str, Any]:
-    """The row of a pair whose chosen and rejected sides have these ids, of these texts.
+class Kept(NamedTuple):
+    """What is left of a record's comparisons once its ids are known, and why others are bad."""
 
-    Raises BadRecord `identical_tokens` for a pair that no model can tell apart.
+    comparisons: list[Comparison]
+    compared: list[Compared]
+    faults: list[BadRecord]
+
+
+def compare(record: Record, ids: Sequence[Array], most: int) -> Kept:
+    """The comparisons of a record whose answers have at most so many ids, and not the same ones.
+
+    Those with longer answers are bad as `over_length`, those that no model can tell apart as
+    `identical_tokens`, unless they tie.
     """
-    if ids[0] == ids[1]:
-        raise BadRecord("identical_tokens", "both answers give the same ids")
-    sides = [np.array(each, dtype=np.int32) for each in ids]
-    messages = (pair.prompt, pair.chosen, pair.rejected)
-    return {
-        ID: pair.id,
-        PROMPT_ID: pair.prompt_id,
-        **dict(zip(IDS, sides, strict=True)),
-        PREFIX: prefix_length(*sides),
-        **dict(zip(CONVERSATION, map(as_json, messages), strict=True)),
-        **dict(zip(tokenized.TEXTS, texts, strict=True)),
-        tokenized.KEPT: list(pair.columns.items()),
-    }
+    kept, compared, faults = [], [], []
+    for name, each in zip(record.ids, record.comparisons, strict=True):
+        left, right = ids[each.j], ids[each.k]
+        longest = max(len(left), len(right))
+        if longest > most:
+            faults.append(BadRecord("over_length", f"has {longest} tokens, at most {most} fit"))
+        elif len(left) != len(right) or not np.array_equal(left, right):
+            kept.append(each)
+            compared.append(Compared(name, each.j, each.k, prefix_length(left, right)))
+        elif each.preference != TIE:
+            faults.append(BadRecord("identical_tokens", "both answers give the same ids"))
+    return Kept(kept, compared, faults)
 
 
-def late_columns(numbers: npt.NDArray[np.integer]) -> dict[str, npt.NDArray[Any]]:
-    """What is known of rows only at the end: the numbers of their answers, and their grades."""
-    columns = dict(zip(ANSWERS, numbers.T, strict=True))
-    grades = dict(zip(GRADES, (1.0, 1.0, 0.0), strict=True))
-    return columns | {name: np.full(len(numbers), grade) for name, grade in grades.items()}
+def as_row(
+    record: Record, ids: Sequence[Array], texts: Sequence[str], compared: Sequence[Compared]
+) -> Row:
+    """The row of a record whose answers have these ids, of these texts."""
+    prompt, *responses = map(as_json, (record.prompt, *record.answers))
+    return Row(record.prompt_id, prompt, record.columns, ids, responses, texts, compared)
 
 
-def hash_of(ids: Ids) -> int:
+def as_array(ids: Sequence[int]) -> Array:
+    return np.array(ids, dtype=np.int32)
+
+
+def hash_of(ids: Array) -> int:
     """64 bits that are equal for equal ids."""
-    return int.from_bytes(hashlib.sha256(np.array(ids, dtype=np.int32).tobytes()).digest()[:8])
+    return int.from_bytes(hashlib.sha256(ids.tobytes()).digest()[:8])
 
 
 def as_json(messages: Messages) -> str:
     """Messages as a JSON list of objects, with all that they have."""
-    return compact_json([as_dict(message) for message in messages])
+    return f"[{','.join(map(_object, messages))}]"
+
+
+def _object(message: Message) -> str:
+    """A message as compact JSON; escaping its texts alone is what takes the time."""
+    if len(message) > 2:
+        return compact_json(as_dict(message))
+    role, content = map(encode_basestring, message)
+    return f'{{"role":{role},"content":{content}}}'
 
 
 def as_dict(message: Message) -> dict[str, Any]:

@@ -3,39 +3,42 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from reward.data import tokenized
+from reward.data.ledger import Ledger
 from reward.data.mapping import read_mapping
-from reward.data.reading import SUFFIXES, name_of, unit
+from reward.data.reading import SUFFIXES, name_of
 from reward.data.records import BadRecord
-from reward.data.rows import as_row, hash_of, late_columns
+from reward.data.rows import as_array, as_row, compare
 from reward.data.sources import Source, source_of, usable
-from reward.data.splitting import Hashes, Prompts, number_answers
+from reward.data.splitting import Prompts
+from reward.data.tokenized import Row
 from reward.data.tokens import Encoder
 from reward.outputs import watched, write_json, writing
 from reward.process import Fault
 
-SHOWN = 10
 INDEX = "index.json"
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """The pairs of a file as rows of the scratch table, their prompts, and hashes of their answers.
+    """The records of a file as rows of the scratch table, and what is known of their comparisons.
 
-    Not among them are the pairs that are `too_long` and the records that are `bad`.
+    Not among them are the comparisons that are `too_long` and the records that are `bad`.
     """
 
-    source: Source
     name: str
-    rows: list[dict[str, Any]]
-    prompts: Prompts
-    answers: Hashes
+    rows: list[Row]
+    ledger: Ledger
     too_long: int
     bad: int
+
+    @property
+    def source(self) -> Source:
+        [source] = self.ledger.sources
+        return source
 
 
 @dataclass(frozen=True)
@@ -73,34 +76,33 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
 
 
 def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
-    rows, prompts, answers, faults, too_long = [], [], [], [], 0
-    source = source_of(path)
-    for position, record in watched(source, f"test set {path.name}", "pairs"):
+    rows, ledger = [], Ledger([source_of(path)])
+    for position, raw in watched(ledger.sources[0], f"test set {path.name}", "records"):
         try:
-            pair = usable(record)
-            texts = [encoder.render(pair.prompt, side) for side in (pair.chosen, pair.rejected)]
-            sides = encoder.encode(texts)
-            if max(map(len, sides)) > encoder.template.max_length:
-                too_long += 1
-                continue
-            rows.append(as_row(pair, sides, texts))
-            prompts.append(pair.prompt)
-            answers.append([*map(hash_of, sides)])
+            record = usable(raw)
+            texts = [encoder.render(record.prompt, answer) for answer in record.answers]
         except BadRecord as fault:
-            faults.append(f"{path}: {unit(path)} {position}: {fault.reason}: {fault}")
-    if faults and not drop:
-        listed = "\n".join(faults[:SHOWN])
+            ledger.bad(0, position, fault.reason, str(fault))
+            continue
+        ids = [*map(as_array, encoder.encode(texts))]
+        kept = compare(record, ids, encoder.template.max_length)
+        for each in (*record.faults, *kept.faults):
+            ledger.bad(0, position, each.reason, str(each))
+        if kept.compared:
+            rows.append(as_row(record, ids, texts, kept.compared))
+            ledger.add(0, position, record, ids, kept)
+    reasons = ledger.dropped.keys() - {"over_length", "no_weight"}
+    too_long, bad = ledger.dropped["over_length"], sum(ledger.dropped[reason] for reason in reasons)
+    if reasons and not drop:
         raise Fault(
-            f"{listed}\nbad records: {len(faults)} in {path}; preprocess.on_bad_record drop leaves "
-            "bad records out"
+            f"{ledger.listed(reasons)}; preprocess.on_bad_record drop leaves bad records out"
         )
     if not rows:
         raise Fault(
-            f"{path}: no pair is left to judge: {too_long} too long, {len(faults)} bad, "
-            f"{source.ties} ties; expected one at least"
+            f"{path}: no pair is left to judge: {too_long} too long, {bad} bad; expected one at "
+            "least"
         )
-    hashes = np.array(answers, dtype=np.uint64)
-    return TestSet(source, name_of(path), rows, Prompts.of(prompts), hashes, too_long, len(faults))
+    return TestSet(name_of(path), rows, ledger, too_long, bad)
 
 
 def write_sets(
@@ -117,15 +119,10 @@ def write_sets(
         scratch = folder / "scratch.arrow"
         with tokenized.stream(scratch) as append:
             append(tokenized.batch(each.rows))
-        columns = sorted({name for row in each.rows for name, _ in row[tokenized.KEPT]})
-        everything = np.ones(len(each.rows), dtype=bool)
-        numbered = number_answers(each.prompts.own, each.answers)
-        late = late_columns(numbered.numbers)
-        tokenized.write(folder / each.name, scratch, everything, late, columns, tokenizer)
-        numbers = numbered.numbers.ravel()[numbered.first]
-        tokenized.write_answers(folder / each.name, scratch, numbered.first, numbers, tokenizer)
+        everything = np.ones(len(each.ledger.file), dtype=bool)
+        each.ledger.write(folder / each.name, scratch, everything, tokenizer, texts=True)
         scratch.unlink()
-        leaked = each.prompts.shared_with(trained_on)
+        leaked = each.ledger.prompts.shared_with(trained_on)
         index[each.name] = Notes(each.too_long, int(leaked.sum()), each.bad)
     write_json(folder / INDEX, {name: asdict(notes) for name, notes in index.items()})
     return index

@@ -12,7 +12,8 @@ from reward.data.forms import Form
 from reward.data.mapping import Entry, Mapping, read_mapping
 from reward.data.reading import files, name_of, read, unit
 from reward.data.recognition import HEAD, recognize
-from reward.data.records import BadRecord, Pair, check, hash64, names_of
+from reward.data.records import BadRecord, Raw, check, hash64, names_of
+from reward.data.records import Record as Checked
 from reward.data.suggestion import MAPPING
 from reward.data.values import plain, top, value_at
 from reward.process import Fault
@@ -30,7 +31,7 @@ class Source:
     """A file and what is known of it.
 
     `name` is the value of its column `source`, where it is to have one. Counted as they are read:
-    the records `seen`, those of them that were `taken`, and the comparisons that are `ties`.
+    the records `seen`, and those of them that were `taken`.
     """
 
     path: Path
@@ -40,27 +41,22 @@ class Source:
     split: str | None = None
     seen: int = field(default=0, init=False)
     taken: int = field(default=0, init=False)
-    ties: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """The position of each record with each of its pairs, which `usable` takes; no ties.
+        """The position of each record, with what `usable` takes.
 
         Raises a Fault for a verdict to which the form gives no meaning.
         """
-        self.seen = self.taken = self.ties = 0
+        self.seen = self.taken = 0
         chosen = self._drawn() if self.entry.where or self.entry.take is not None else self._all()
         for position, record in chosen:
             self.taken += 1
             try:
-                found = self.form.pairs(self._labelled(record))
+                yield position, self.form.read(self._labelled(record))
             except BadRecord as fault:
                 yield position, fault
-                continue
             except Unmeant as error:
                 raise Fault(f"{self.path}: {unit(self.path)} {position}: {error}") from None
-            self.ties += found.ties
-            for pair in found.records:
-                yield position, pair
 
     def _labelled(self, record: Any) -> Any:
         """A record with its source. One that the entry names takes the place of the record's."""
@@ -115,13 +111,12 @@ class Source:
         """What was recognized and read, for people."""
         of = "" if self.taken == self.seen else f" of {self.seen:,}"
         split = f" for {self.split}" if self.split else ""
-        ties = f", ties left out: {self.ties:,}" if self.ties else ""
         records = f"{self.taken:,}{of} records"
-        return f"read       {self.path} as {self.form.said}, {records}{split}{ties}"
+        return f"read       {self.path} as {self.form.said}, {records}{split}"
 
 
-def usable(found: Any) -> Pair:
-    """A pair of a Source, checked. Raises BadRecord, that of its record too."""
+def usable(found: Raw | BadRecord) -> Checked:
+    """A record of a Source, checked. Raises BadRecord."""
     if isinstance(found, BadRecord):
         raise found
     return check(found)

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from reward.data.records import Messages, hash64
+from reward.data.records import TIE, Messages, hash64
 
 Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.integer]
 Flags = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 
 def among(values: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
@@ -51,47 +52,73 @@ def mixed(groups: Hashes, members: Hashes) -> npt.NDArray[np.bool_]:
     return among(groups, groups[right[differ]])
 
 
-def contradictions(pairs: Hashes, answers: Hashes) -> npt.NDArray[np.bool_]:
-    """Which records another one contradicts: same prompt and answers, chosen the other way round.
+def contradictions(verdicts: Hashes, answers: Hashes) -> npt.NDArray[np.bool_]:
+    """Which records another one contradicts: same prompt and answers, with another verdict.
 
     Shapes [records]. Every record of a contradiction is named, for nothing tells which is right.
     """
-    return mixed(answers, pairs)
+    return mixed(answers, verdicts)
 
 
-@dataclass(frozen=True)
-class Votes:
-    """Which records are votes on one pair: outvoted or repeated by another, or tied. [records]."""
+class Ballots(NamedTuple):
+    """What each of some records says of its two answers. Shapes [records].
+
+    `answers` are equal for equal prompts and answers, whichever is the chosen one, and `verdicts`
+    where these are preferred alike. `first` is the probability that the answer with the lesser hash
+    is preferred.
+    """
+
+    answers: Hashes
+    verdicts: Hashes
+    first: Floats
+    weight: Floats
+    margin: Floats
+
+    def take(self, rows: Indices) -> "Ballots":
+        answers, verdicts, first, weight, margin = self
+        return Ballots(answers[rows], verdicts[rows], first[rows], weight[rows], margin[rows])
+
+
+class Votes(NamedTuple):
+    """Which records are votes on one pair, and which of them are merged into another. [records]
+
+    What comes of those that the votes are merged into, the `rows`: [pairs].
+    """
 
     cast: Flags
     merged: Flags
-    tied: Flags
+    rows: Indices
+    preference: Floats
+    weight: Floats
+    margin: Floats
 
 
-def count_votes(answers: Hashes, pairs: Hashes, columns: Hashes) -> Votes:
+def count_votes(ballots: Ballots, columns: Hashes) -> Votes:
     """What records of one prompt and the same two answers come to that differ in another column.
 
-    Annotators judge the same two answers: such records are `cast` as votes. The majority decides,
-    its first record stands for all of them and the others are `merged` into it; where the votes are
-    even all are `tied`. A record that is the same in all its columns is one vote with the other.
-    All shapes [records]: `answers` are equal for equal prompts and answers, whichever is the chosen
-    one, `pairs` for equal records, `columns` for equal further columns.
+    Annotators judge the same two answers: such records are `cast` as votes. The first one of the
+    majority stands for all, with the share of their weights that prefers its answer, and the mean
+    of the weights; with the mean of the margins where nobody disagrees. A record that is the same
+    in all its columns, which are `columns`, is one vote with the other.
     """
-    found = Votes(*np.zeros((3, len(answers)), dtype=bool))
+    answers = ballots.answers
+    cast, merged = np.zeros((2, len(answers)), dtype=bool)
     # Few records have their answers in common with another: memory is for those alone.
     order = np.argsort(answers, kind="stable")
     same = answers[order[1:]] == answers[order[:-1]]
     several = np.zeros(len(answers), dtype=bool)
     several[order[1:][same]] = several[order[:-1][same]] = True
     rows = np.flatnonzero(several)
-    if len(rows):
-        counted = _count(answers[rows], pairs[rows], columns[rows])
-        found.cast[rows], found.merged[rows], found.tied[rows] = counted
-    return found
+    if not len(rows):
+        return Votes(cast, merged, rows, *np.zeros((3, 0)))
+    counted = _count(ballots.take(rows), columns[rows])
+    cast[rows], merged[rows] = counted.cast, counted.merged
+    return counted._replace(cast=cast, merged=merged, rows=rows[counted.rows])
 
 
-def _count(answers: Hashes, pairs: Hashes, columns: Hashes) -> tuple[Flags, Flags, Flags]:
-    """Which records are cast, merged and tied: of records that share their answers with others."""
+def _count(ballots: Ballots, columns: Hashes) -> Votes:
+    """The same of records that all share their answers with others."""
+    answers, verdicts, first, weight, margin = ballots
     _, group, size = np.unique(answers, return_inverse=True, return_counts=True)
     order = np.argsort(group, kind="stable")
     starts = np.cumsum(size) - size
@@ -101,16 +128,18 @@ def _count(answers: Hashes, pairs: Hashes, columns: Hashes) -> tuple[Flags, Flag
         return np.asarray(reduce.reduceat(values[order], starts)[group])
 
     cast = each(np.minimum, columns) != each(np.maximum, columns)
-    # One hash of both: an odd factor loses no bit, and keeps equal halves from cancelling out.
-    repeated = duplicates(pairs ^ (columns * np.uint64(0x9E3779B97F4A7C15)))
-    one, other = each(np.minimum, pairs), each(np.maximum, pairs)
-    for_one = each(np.add, ((pairs == one) & ~repeated).astype(np.int64))
-    for_other = each(np.add, ((pairs == other) & ~repeated).astype(np.int64))
-    tied = cast & (one != other) & (for_one == for_other)
-    wins = pairs == np.where(for_one > for_other, one, other)
-    rows = np.arange(len(pairs))
-    standing = rows == each(np.minimum, np.where(wins, rows, len(pairs)))
-    return cast, cast & ~tied & ~standing, tied
+    is_new = ~duplicates(combined(verdicts, columns))
+    counted = weight * is_new
+    for_first, for_second = each(np.add, counted * first), each(np.add, counted * (1 - first))
+    total = for_first + for_second
+    preference = np.maximum(for_first, for_second) / total
+    fits = (for_first == for_second) | ((first > TIE) == (for_first > for_second)) & (first != TIE)
+    rows = np.arange(len(answers))
+    standing = rows == each(np.minimum, np.where(fits, rows, len(answers)))
+    agreed = np.where(preference == 1, each(np.add, counted * margin) / total, 0)
+    weight = total / each(np.add, is_new.astype(np.int64))
+    kept = np.flatnonzero(cast & standing)
+    return Votes(cast, cast & ~standing, kept, preference[kept], weight[kept], agreed[kept])
 
 
 class Numbered(NamedTuple):

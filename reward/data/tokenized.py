@@ -5,10 +5,10 @@ before it is known which rows go where, and from there to the folder. Where peop
 programs are to read the answers, the folder `answers` inside it has their texts, one row an answer.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 from reward.data.columns import (
     ANSWER,
     ANSWERS,
-    CONVERSATION,
     GRADES,
     ID,
     IDS,
@@ -35,28 +34,50 @@ from reward.process import Fault
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-Row = Mapping[str, Any]
 Indices = npt.NDArray[np.integer]
 Append = Callable[[pa.RecordBatch | pa.Table], None]
 
 DATA = "data-00000-of-00001.arrow"
 # In the schema of the data: the SHA-256 of the tokenizer.json that the ids are of.
 TOKENIZER = b"tokenizer"
-KEPT = "columns"
-TEXTS = ("text_j", "text_k")
+KEPT, COMPARED, OWN_IDS = "columns", "comparisons", "input_ids"
 # The folder of the texts in that of a split, and how many of its rows are gathered at once.
 ANSWERS_OF = "answers"
 GATHERED = 1000
+INTEGERS = pa.list_(pa.int32())
+ANSWER_TYPE = pa.struct({OWN_IDS: INTEGERS, RESPONSE: pa.string(), TEXT: pa.string()})
+COMPARISON_TYPE = pa.struct({ID: pa.string(), **dict.fromkeys((*ANSWERS, PREFIX), pa.int32())})
+# A row a record, so that what its comparisons share is there once.
 SCRATCH = pa.schema(
     {
-        ID: pa.string(),
         PROMPT_ID: pa.string(),
-        **dict.fromkeys(IDS, pa.list_(pa.int32())),
-        PREFIX: pa.int32(),
-        **dict.fromkeys((*CONVERSATION, *TEXTS), pa.string()),
+        PROMPT: pa.string(),
         KEPT: pa.map_(pa.string(), pa.string()),
+        ANSWERS_OF: pa.list_(ANSWER_TYPE),
+        COMPARED: pa.list_(COMPARISON_TYPE),
     }
 )
+
+
+class Compared(NamedTuple):
+    """A comparison: its id, its answers by their places in the record, and the ids they share."""
+
+    id: str
+    j: int
+    k: int
+    prefix: int
+
+
+class Row(NamedTuple):
+    """A row of the scratch table: the answers of a record as ids, messages in JSON, and text."""
+
+    prompt_id: str
+    prompt: str
+    columns: Mapping[str, str]
+    ids: Sequence[npt.NDArray[np.int32]]
+    responses: Sequence[str]
+    texts: Sequence[str]
+    comparisons: Sequence[Compared]
 
 
 @contextmanager
@@ -77,9 +98,43 @@ def stream(path: Path, schema: pa.Schema = SCRATCH) -> Iterator[Append]:
             writer.close()
 
 
-def batch(rows: Iterable[Row]) -> pa.RecordBatch:
-    """Rows as a batch of the scratch table; their `columns` are pairs of name and text."""
-    return pa.RecordBatch.from_pylist(list(rows), SCRATCH)
+def batch(rows: Sequence[Row]) -> pa.RecordBatch:
+    """Rows as a batch of the scratch table, which is made column by column."""
+    ids = [each for row in rows for each in row.ids]
+    answers = pa.StructArray.from_arrays(
+        [
+            pa.ListArray.from_arrays(_offsets([*map(len, ids)]), np.concatenate(ids)),
+            pa.array([text for row in rows for text in row.responses], pa.string()),
+            pa.array([text for row in rows for text in row.texts], pa.string()),
+        ],
+        fields=[*ANSWER_TYPE],
+    )
+    compared = [each for row in rows for each in row.comparisons]
+    comparisons = pa.StructArray.from_arrays(
+        [
+            pa.array(each, kind.type)
+            for each, kind in zip(zip(*compared, strict=True), COMPARISON_TYPE, strict=True)
+        ],
+        fields=[*COMPARISON_TYPE],
+    )
+    columns = [item for row in rows for item in row.columns.items()]
+    data = [
+        pa.array([row.prompt_id for row in rows]),
+        pa.array([row.prompt for row in rows]),
+        pa.MapArray.from_arrays(
+            _offsets([len(row.columns) for row in rows]),
+            pa.array([name for name, _ in columns], pa.string()),
+            pa.array([value for _, value in columns], pa.string()),
+        ),
+        pa.ListArray.from_arrays(_offsets([len(row.ids) for row in rows]), answers),
+        pa.ListArray.from_arrays(_offsets([len(row.comparisons) for row in rows]), comparisons),
+    ]
+    return pa.RecordBatch.from_arrays(data, schema=SCRATCH)
+
+
+def _offsets(lengths: Sequence[int]) -> pa.Array:
+    """Where each of several lists begins in what they hold together, and where the last ends."""
+    return pa.array(np.cumsum([0, *lengths], dtype=np.int32))
 
 
 def write(
@@ -115,11 +170,12 @@ def write(
     start = done = 0
     with pa.OSFile(str(table)) as source, new_folder(folder, features, tokenizer) as append:
         for part in pa.ipc.open_stream(source):
-            rows = part.filter(pa.array(wanted[start : start + len(part)]))
-            start += len(part)
+            count = len(part[COMPARED].values)
+            rows = np.flatnonzero(wanted[start : start + count])
+            start += count
             if len(rows):
                 known = {name: each[done : done + len(rows)] for name, each in late.items()}
-                append(_widened(rows, known, features.arrow_schema, columns))
+                append(_widened(part, rows, known, features.arrow_schema, columns))
                 done += len(rows)
 
 
@@ -128,8 +184,8 @@ def write_answers(
 ) -> None:
     """The texts of answers from a scratch table, as a new folder in that of a split.
 
-    `sides` are the places of the answers, twice the row and 1 for what is rejected in it, `numbers`
-    those within their prompts. Shapes [answers].
+    `sides` are the places of the answers, twice the comparison and 1 for what is rejected in it,
+    `numbers` those within their prompts. Shapes [answers].
     """
     from datasets import Features, Value
 
@@ -140,28 +196,43 @@ def write_answers(
         new_folder(folder / ANSWERS_OF, features, tokenizer) as append,
     ):
         parts = pa.ipc.open_stream(source).read_all().to_batches()
-        ends = np.cumsum([len(part) for part in parts])
+        ends = np.cumsum([len(part[COMPARED].values) for part in parts])
         for start in range(0, len(sides), GATHERED):
-            found = sides[start : start + GATHERED]
-            rows = _gathered(parts, ends, found // 2)
-            second = pa.array(found % 2 == 1)
-            response, text = (
-                pc.if_else(second, rows[k], rows[j]) for j, k in (CONVERSATION[1:], TEXTS)
-            )
-            known = rows[PROMPT_ID], numbers[start : start + GATHERED], rows[PROMPT]
-            data = dict(zip(features, (*known, response, text), strict=True))
-            append(pa.table(data).cast(features.arrow_schema))
+            rows = _gathered(parts, ends, sides[start : start + GATHERED])
+            rows[ANSWER] = pa.array(numbers[start : start + GATHERED])
+            append(pa.table(rows).select(list(features)).cast(features.arrow_schema))
 
 
-def _gathered(parts: list[pa.RecordBatch], ends: Indices, rows: Indices) -> pa.Table:
-    """Rows of batches, in any order; the batches end before the rows `ends`."""
-    which = np.searchsorted(ends, rows, "right")
+def _gathered(
+    parts: list[pa.RecordBatch], ends: Indices, sides: Indices
+) -> dict[str, pa.ChunkedArray]:
+    """The texts of answers by their places `sides`; batches end before the comparisons `ends`."""
+    which = np.searchsorted(ends, sides // 2, "right")
     order = np.argsort(which, kind="stable")
-    taken = [
-        parts[index].take(rows[order[which[order] == index]] - (ends[index] - len(parts[index])))
-        for index in np.unique(which)
-    ]
-    return pa.Table.from_batches(taken).take(np.argsort(order))
+    taken = []
+    for index in np.unique(which):
+        part, found = parts[index], sides[order[which[order] == index]]
+        rows = found // 2 - (ends[index] - len(part[COMPARED].values))
+        places = np.where(found % 2, *reversed(_places(part, rows)))
+        answers = part[ANSWERS_OF].values.take(pa.array(places))
+        records = _records(part)[rows]
+        data = {name: part[name].take(pa.array(records)) for name in (PROMPT_ID, PROMPT)}
+        taken.append(pa.table(data | {n: pc.struct_field(answers, n) for n in (RESPONSE, TEXT)}))
+    table = pa.concat_tables(taken).take(pa.array(np.argsort(order)))
+    return {name: table[name] for name in table.column_names}
+
+
+def _records(part: pa.RecordBatch) -> Indices:
+    """The record that each comparison of a batch is of."""
+    counts = np.diff(part[COMPARED].offsets.to_numpy())
+    return np.repeat(np.arange(len(part)), counts)
+
+
+def _places(part: pa.RecordBatch, rows: Indices) -> list[Indices]:
+    """Where both answers of some comparisons of a batch are among all its answers."""
+    starts = part[ANSWERS_OF].offsets.to_numpy()[:-1][_records(part)[rows]]
+    compared = part[COMPARED].values
+    return [starts + compared.field(side).to_numpy()[rows] for side in ANSWERS]
 
 
 @contextmanager
@@ -194,21 +265,27 @@ def new_folder(folder: Path, features: "Features", tokenizer: str) -> Iterator[A
 
 def _widened(
     part: pa.RecordBatch,
+    rows: Indices,
     late: Mapping[str, npt.NDArray[Any]],
     schema: pa.Schema,
     columns: list[str],
 ) -> pa.Table:
-    """A batch of the scratch table with what was not in it, and the kept columns spelt out."""
-    data = {name: part[name] for name in SCRATCH.names if name in schema.names} | dict(late)
-    for ids, mask in zip(IDS, MASKS, strict=True):
-        ones = np.ones(len(part[ids].values), dtype=np.int8)
-        data[mask] = pa.ListArray.from_arrays(part[ids].offsets, ones)
+    """Some comparisons of a batch of the scratch table, with all that is known of them."""
+    compared = part[COMPARED].values.take(pa.array(rows))
+    records = pa.array(_records(part)[rows])
+    data = {name: compared.field(name) for name in (ID, PREFIX)} | dict(late)
+    data[PROMPT_ID] = part[PROMPT_ID].take(records)
+    answers = part[ANSWERS_OF].values.field(OWN_IDS)
+    for ids, mask, places in zip(IDS, MASKS, _places(part, rows), strict=True):
+        data[ids] = answers.take(pa.array(places))
+        ones = np.ones(len(data[ids].values), dtype=np.int8)
+        data[mask] = pa.ListArray.from_arrays(data[ids].offsets, ones)
     for name in columns:
-        data[name] = pc.map_lookup(part[KEPT], name, "first")
+        data[name] = pc.map_lookup(part[KEPT].take(records), name, "first")
     return pa.table(data).select(schema.names).cast(schema)
 
 
-def first_row(path: Path) -> Row:
+def first_row(path: Path) -> dict[str, Any]:
     """The first row of a tokenized split."""
     with pa.memory_map(str(path / DATA)) as source:
         [row] = pa.ipc.open_stream(source).read_next_batch().slice(0, 1).to_pylist()
