@@ -24,33 +24,40 @@ from peft import PeftModel
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import (
+    ANSWER,
     ANSWERS,
     GRADES,
     ID,
     IDS,
     MARGIN,
     MASKS,
+    PREFERENCE,
     PREFIX,
+    PROMPT,
     PROMPT_ID,
+    RESPONSE,
     REWARDS,
     TEST_SET,
     TOKENS,
+    WEIGHT,
 )
 from reward.data.rows import shown
 from reward.judging import page
+from reward.judging.benchmarks import benchmark
+from reward.judging.length import by_length_difference, length_audit, length_curve
 from reward.judging.metrics import (
     Figures,
     Judged,
     Resampling,
-    by_length_difference,
     calibration,
     histogram,
-    length_audit,
     losses,
     reliability,
     roc,
     spread,
+    ties,
 )
+from reward.judging.rankings import rankings
 from reward.model.base import Quantization, load
 from reward.model.packing import Texts, extremes, pairs_of, tokens
 from reward.model.pairwise import margins
@@ -68,7 +75,8 @@ REPORTS = Path("reports/evaluate")
 JUDGED = REPORTS / "rewards.parquet"
 PAGE = REPORTS / "index.html"
 METRICS = Path("metrics/evaluate.json")
-SLICE_VALUES = 20
+# RewardBench has 23 subsets.
+SLICE_VALUES = 30
 
 Slices = dict[str, dict[str, Figures]]
 
@@ -110,15 +118,10 @@ def main() -> None:
             (folder / "sets").mkdir()
             for each, rewards in zip(sets, further, strict=True):
                 pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
-        for name, rows in (
-            ("margins", histogram(judged.margin)),
-            ("slices", slices_as_rows(figures)),
-            ("roc", roc(judged)),
-            ("reliability", reliability(judged.margin)),
-            ("length", by_length_difference(judged, resampling)),
-        ):
+        for name, rows in curves(judged, resampling).items():
             write_json(folder / f"{name}.json", rows)
-        write_page(folder / PAGE.name, sets, datasets, [table, *further], figures)
+        write_json(folder / "slices.json", slices_as_rows(figures))
+        write_page(folder / PAGE.name, sets, [table, *further], figures)
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
     report(figures)
@@ -164,12 +167,12 @@ def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:
 
 
 def as_table(test: Dataset, chosen: torch.Tensor, rejected: torch.Tensor) -> pa.Table:
-    """One row a pair: id, rewards, margin, lengths in tokens, and the kept columns."""
-    kept = [
-        name
-        for name in test.column_names
-        if name not in (ID, *ANSWERS, *IDS, *MASKS, PREFIX, *GRADES)
-    ]
+    """One row a comparison: id, rewards, margin, lengths in tokens, and what people said of it.
+
+    After its prompt_id it has the kept columns.
+    """
+    known = [PREFIX, PREFERENCE, WEIGHT, *ANSWERS, PROMPT_ID]
+    kept = [name for name in test.column_names if name not in (ID, *IDS, *MASKS, *GRADES, *known)]
     return pa.table(
         {
             ID: test[ID],
@@ -177,37 +180,77 @@ def as_table(test: Dataset, chosen: torch.Tensor, rejected: torch.Tensor) -> pa.
             MARGIN: margins(chosen, rejected).numpy(),
             **{name: list(map(len, test[ids])) for name, ids in zip(TOKENS, IDS, strict=True)},
         }
-        | {name: test[name] for name in kept}
+        | {name: test[name] for name in (*known, *kept)}
     )
 
 
+def kept_columns(table: pa.Table) -> dict[str, list[str | None]]:
+    """The columns that come from the records."""
+    first = table.column_names.index(PROMPT_ID) + 1
+    return {name: table[name].to_pylist() for name in table.column_names[first:]}
+
+
 def as_judged(table: pa.Table) -> Judged:
-    """The pairs as the figures need them."""
+    """The comparisons as the figures need them."""
     chosen, rejected = (table[name].to_numpy().astype(np.float64) for name in REWARDS)
-    tokens_chosen, tokens_rejected = (table[name].to_numpy() for name in TOKENS)
     prompts = np.unique(table[PROMPT_ID].to_numpy(), return_inverse=True)[1]
-    return Judged(chosen, rejected, tokens_chosen, tokens_rejected, prompts)
+    tokens_chosen, tokens_rejected, prefixes, answer_chosen, answer_rejected = (
+        table[name].to_numpy().astype(np.int64) for name in (*TOKENS, PREFIX, *ANSWERS)
+    )
+    # What all answers begin with is what those of each comparison do.
+    shared = np.full(prompts.max(initial=0) + 1, prefixes.max(initial=0))
+    np.minimum.at(shared, prompts, prefixes)
+    return Judged(
+        chosen,
+        rejected,
+        tokens_chosen,
+        tokens_rejected,
+        shared[prompts],
+        table[PREFERENCE].to_numpy(),
+        answer_chosen,
+        answer_rejected,
+        prompts,
+    )
 
 
 def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str, Any]:
-    """All figures of the test pairs, which docs/evaluation.md describes key by key."""
-    overall = resampling.accuracy(judged)
+    """All figures of the test pairs, which docs/evaluation.md describes key by key.
+
+    Raises a Fault if all of them are ties.
+    """
+    overall, decided = resampling.accuracy(judged), judged.decided()
+    if not len(decided):
+        raise Fault(f"{TEST}: all {len(judged)} pairs are ties, expected some that are not")
     return {
         "accuracy": overall["accuracy"],
         "accuracy_low": overall["low"],
         "accuracy_high": overall["high"],
-        "pairs": len(judged),
-        "prompts": int(judged.prompts.max()) + 1,
-        "ties": int((judged.margin == 0).sum()),
-        "loss": float(losses(judged.margin).mean()),
-        **{f"margin_{name}": value for name, value in spread(judged.margin).items()},
-        "chosen_mean": float(judged.chosen.mean()),
-        "chosen_std": float(judged.chosen.std()),
-        "rejected_mean": float(judged.rejected.mean()),
-        "rejected_std": float(judged.rejected.std()),
+        "pairs": overall["pairs"],
+        "prompts": overall["prompts"],
+        "equal_rewards": int((decided.margin == 0).sum()),
+        "loss": float(losses(judged.margin, judged.preference).mean()),
+        **{f"margin_{name}": value for name, value in spread(decided.margin).items()},
+        "chosen_mean": float(decided.chosen.mean()),
+        "chosen_std": float(decided.chosen.std()),
+        "rejected_mean": float(decided.rejected.mean()),
+        "rejected_std": float(decided.rejected.std()),
         "calibration": calibration(judged, resampling.seed),
         "length": length_audit(judged, resampling),
+        "ties": ties(judged),
+        "rankings": rankings(judged, resampling),
         "by": by_slice(table, judged, resampling),
+    }
+
+
+def curves(judged: Judged, resampling: Resampling) -> dict[str, list[Figures]]:
+    """What the plots show of the test pairs, besides their slices."""
+    decided = judged.decided()
+    return {
+        "margins": histogram(decided.margin),
+        "roc": roc(decided),
+        "reliability": reliability(decided),
+        "length": by_length_difference(decided, resampling),
+        "length_curve": length_curve(judged, resampling.seed),
     }
 
 
@@ -221,23 +264,30 @@ def measure_sets(
         result[each.name] = {
             **resampling.accuracy(judged),
             **each.notes,
+            "ties": ties(judged),
+            "rankings": rankings(judged, resampling),
+            "benchmark": benchmark(kept_columns(table), judged),
             "by": by_slice(table, judged, resampling),
         }
     return result
 
 
 def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
-    """Accuracy by every value of every kept column that has few enough values to be a slice."""
+    """Accuracy by every value of every kept column that has few enough values to be a slice.
+
+    A value that only ties have is left out.
+    """
     result: Slices = {}
-    for name in table.column_names[table.column_names.index(TOKENS[-1]) + 1 :]:
-        column = table[name].to_numpy()
+    for name, column in kept_columns(table).items():
         values = in_order({value for value in column if value is not None})
-        if name != PROMPT_ID and 0 < len(values) <= SLICE_VALUES:
-            result[name] = {
-                value: resampling.accuracy(judged.take(np.flatnonzero(column == value)))
+        if 0 < len(values) <= SLICE_VALUES:
+            places = np.array(column, dtype=object)
+            found = {
+                value: resampling.accuracy(judged.take(np.flatnonzero(places == value)))
                 for value in values
             }
-    return result
+            result[name] = {value: each for value, each in found.items() if each["pairs"]}
+    return {name: values for name, values in result.items() if values}
 
 
 def headline(figures: dict[str, Any]) -> dict[str, Any]:
@@ -245,16 +295,28 @@ def headline(figures: dict[str, Any]) -> dict[str, Any]:
 
     A name with a slash is left out of a short table: --drop '.*/.*'.
     """
+    ranked, sets = figures["rankings"], figures["sets"]
     return {
         "accuracy": figures["accuracy"],
         "low": figures["accuracy_low"],
         "high": figures["accuracy_high"],
         "loss": figures["loss"],
         "test/margin": figures["margin_mean"],
-        "test/ties": figures["ties"],
+        "test/equal_rewards": figures["equal_rewards"],
         "test/calibration_error": figures["calibration"]["expected_error"],
-        **{f"sets/{name}": found["accuracy"] for name, found in figures["sets"].items()},
+        **({"test/best_of_n": ranked["best_of_n"]["mean"]} if has_best(ranked) else {}),
+        **{f"sets/{name}": found["accuracy"] for name, found in sets.items() if found["pairs"]},
+        **{
+            f"sets/{name}/score": found["benchmark"]["score"]
+            for name, found in sets.items()
+            if found["benchmark"]
+        },
     }
+
+
+def has_best(ranked: dict[str, Any]) -> bool:
+    """Whether there are prompts with more than two answers, and a best one among them."""
+    return bool(ranked["prompts"] and ranked["best_of_n"]["prompts"])
 
 
 def in_order(values: Iterable[str]) -> list[str]:
@@ -274,34 +336,43 @@ def slices_as_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
         | {name: found[name] for name in ("accuracy", "low", "high", "pairs")}
         for column, values in (figures["by"] | {TEST_SET: figures["sets"]}).items()
         for value, found in values.items()
+        if found["pairs"]
     ]
 
 
 def write_page(
     path: Path,
     sets: list[TestSet],
-    datasets: list[Dataset],
     tables: list[pa.Table],
     figures: dict[str, Any],
 ) -> None:
     """The page of all judgements; where there are further sets, they are a slice of it."""
-    names = ["test split", *(each.name for each in sets)]
+    paths = {"test split": TEST} | {each.name: SETS / each.name for each in sets}
     marked = [
         table.append_column(TEST_SET, pa.array([name] * len(table)))
-        for name, table in zip(names, tables, strict=True)
+        for name, table in zip(paths, tables, strict=True)
     ]
-    paths = [TEST, *(SETS / each.name for each in sets)]
-    texts = [
-        [*map(shown, messages)]
-        for path, each in zip(paths, datasets, strict=True)
-        for messages in tokenized.conversations(each, tokenized.answers(path, BASE))
-    ]
-    slices: dict[str, list[str]] = {TEST_SET: names} if sets else {}
+    prompts = {
+        (name, prompt_id): prompt
+        for name, folder in paths.items()
+        for prompt_id, prompt in prompts_of(tokenized.answers(folder, BASE)).items()
+    }
+    slices: dict[str, list[str]] = {TEST_SET: [*paths]} if sets else {}
     for by in (figures["by"], *(each["by"] for each in figures["sets"].values())):
         for name, values in by.items():
             slices[name] = in_order({*slices.get(name, []), *values})
     table = pa.concat_tables(marked, promote_options="permissive")
-    page.write(path, table, texts, slices)
+    page.write(path, table, prompts, slices)
+
+
+def prompts_of(answers: Dataset) -> dict[str, page.Prompt]:
+    """The prompts of a split by their ids, as people read them."""
+    result: dict[str, page.Prompt] = {}
+    for row in answers.select_columns([PROMPT_ID, ANSWER, PROMPT, RESPONSE]):
+        if row[PROMPT_ID] not in result:
+            result[row[PROMPT_ID]] = page.Prompt(shown(row[PROMPT]), {})
+        result[row[PROMPT_ID]].answers[row[ANSWER]] = shown(row[RESPONSE])
+    return result
 
 
 def report(figures: dict[str, Any]) -> None:
@@ -309,7 +380,7 @@ def report(figures: dict[str, Any]) -> None:
     print(f"read       {TEST}, {figures['pairs']} pairs of {figures['prompts']} prompts{further}")
     print(
         f"accuracy   {figures['accuracy']:.4f} (95% interval {figures['accuracy_low']:.4f} to "
-        f"{figures['accuracy_high']:.4f}), {figures['ties']} ties"
+        f"{figures['accuracy_high']:.4f}), {figures['equal_rewards']} with equal rewards"
     )
     print(
         f"loss       {figures['loss']:.4f}, margin {figures['margin_mean']:+.4f} "
@@ -328,6 +399,10 @@ def report(figures: dict[str, Any]) -> None:
         f"length     the longer answer is right in {audit['longer_accuracy']:.4f}, correlation of "
         f"reward and length {'none' if correlation is None else f'{correlation:+.4f}'}"
     )
+    if audit["adjusted"]["pairs"]:
+        print(f"           with length taken out accuracy is {audit['adjusted']['accuracy']:.4f}")
+    report_ties(figures["ties"])
+    report_rankings(figures["rankings"])
     rows = slices_as_rows(figures)
     width = max((len(row["slice"]) for row in rows), default=0)
     for row in rows:
@@ -336,9 +411,12 @@ def report(figures: dict[str, Any]) -> None:
             f"({row['low']:.4f} to {row['high']:.4f}) of {row['pairs']} pairs"
         )
     for name, found in figures["sets"].items():
+        if found["benchmark"]:
+            report_benchmark(name, found["benchmark"])
         if found["leaked"]:
+            pairs = found["pairs"] + found["ties"]["pairs"]
             print(
-                f"note       {found['leaked']} of {found['pairs']} pairs of {name} have a "
+                f"note       {found['leaked']} of {pairs} pairs of {name} have a "
                 "prompt that the model was trained on"
             )
         if found["bad"]:
@@ -347,6 +425,33 @@ def report(figures: dict[str, Any]) -> None:
             print(f"note       {found['too_long']} pairs of {name} are too long, and were left out")
     print(f"written    {REPORTS}, {METRICS}")
     print(f"look at    {PAGE} for the judgements themselves, dvc plots show for the curves")
+
+
+def report_ties(found: dict[str, Any]) -> None:
+    if found["pairs"]:
+        print(
+            f"ties       {found['pairs']} pairs, which are neither right nor wrong; |margin| "
+            f"{found['margin']['q50']:.4f} at the median, {found['margin_of_others']['q50']:.4f} "
+            f"of others, area {found['area']:.4f}"
+        )
+
+
+def report_rankings(found: dict[str, Any]) -> None:
+    if not found["prompts"]:
+        return
+    best = ""
+    if has_best(found):
+        best = "best of n {mean:.4f} (by chance {chance:.4f}), ".format_map(found["best_of_n"])
+    print(
+        f"rankings   of {found['answers']} answers to {found['prompts']} prompts: {best}"
+        f"Kendall's tau-b {found['kendall_tau']['mean']:+.4f}, NDCG {found['ndcg']['mean']:.4f}"
+    )
+
+
+def report_benchmark(name: str, found: dict[str, Any]) -> None:
+    parts = {"score": found["score"]} | found["parts"]
+    shown = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
+    print(f"{name}: {shown}, by the rule of {found['rule']}")
 
 
 if __name__ == "__main__":

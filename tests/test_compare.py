@@ -84,9 +84,19 @@ def test_mcnemar_is_the_exact_binomial_test(better: int, worse: int) -> None:
     assert mcnemar(gain) == pytest.approx(tails if total else 1.0)
 
 
-def test_ties_count_half() -> None:
+def test_equal_rewards_count_half() -> None:
     found = compared([0.0, 1.0, -1.0], [1.0, 0.0, 0.0])
     assert found.gain.tolist() == [0.5, -0.5, 0.5]
+
+
+def test_ties_are_left_out() -> None:
+    """Of a revision of before there were ties, all pairs are taken as no ties."""
+    preference = pa.array([1.0, 0.5, 0.75])
+    first = table([1.0, -1.0, 2.0]).append_column("preference", preference)
+    second = table([-1.0, 1.0, 3.0])
+    for one, other in ((first, second), (second, first), (first, first)):
+        assert align(one, other, NAMES).ids == ["id0", "id2"]
+    assert align(second, second, NAMES).ids == ["id0", "id1", "id2"]
 
 
 def test_pairs_are_matched_by_id_and_others_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,7 +244,7 @@ def test_the_figures_are_those_of_the_committed_run(language: str) -> None:
     accuracy, low, high = (EVALUATED[name] for name in ("accuracy", "low", "high"))
     assert lines["accuracy"] == (
         f"accuracy   {accuracy:.4f} (95% interval {low:.4f} to {high:.4f}), "
-        f"{EVALUATED['test/ties']} ties"
+        f"{EVALUATED['test/equal_rewards']} with equal rewards"
     )
     loss, margin = (EVALUATED[name] for name in ("loss", "test/margin"))
     assert lines["loss"].startswith(f"loss       {loss:.4f}, margin {margin:+.4f} ")
@@ -279,23 +279,29 @@ def test_the_default_run_is_good_enough_to_show() -> None:
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_key_of_the_evaluation_is_described_and_no_other(language: str) -> None:
     figures = evaluate.measure(*measured())
-    keys = {"sets", *figures} - {"calibration", "length"}
-    keys |= {f"{group}.{key}" for group in ("calibration", "length") for key in figures[group]}
+    groups = ("calibration", "length", "ties", "rankings")
+    keys = {"sets", *figures} - {*groups}
+    keys |= {f"{group}.{key}" for group in groups for key in figures[group]}
     assert keys == described(language)
     compared = evaluate.headline(figures | {"sets": {}})
     assert all(f"`{name}`" in page("docs/evaluation", language) for name in compared)
 
 
 def measured() -> tuple[pa.Table, Any, Resampling]:
-    """Four pairs of two prompts, as `evaluate` has them."""
+    """Three comparisons of three answers to each of two prompts, as `evaluate` has them."""
     table = pa.table(
         {
-            "id": ["a", "b", "c", "d"],
-            "reward_chosen": [1.0, 0.0, 2.0, 0.5],
-            "reward_rejected": [0.0, 1.0, 1.5, 1.0],
-            "tokens_chosen": [3, 4, 5, 6],
-            "tokens_rejected": [4, 3, 5, 2],
-            "prompt_id": ["p", "p", "q", "q"],
+            "id": ["a", "b", "c", "d", "e", "f"],
+            "reward_chosen": [1.0, 1.0, 0.0, 2.0, 2.0, 0.5],
+            "reward_rejected": [0.0, -1.0, -1.0, 0.5, 1.5, 1.5],
+            "tokens_chosen": [3, 3, 4, 5, 5, 6],
+            "tokens_rejected": [4, 6, 6, 6, 2, 2],
+            "prefix_length": [1] * 6,
+            "preference": [1.0, 0.5, 0.75, 1.0, 1.0, 1.0],
+            "weight": [1.0] * 6,
+            "answer_j": [0, 0, 1, 0, 0, 1],
+            "answer_k": [1, 2, 2, 1, 2, 2],
+            "prompt_id": ["p", "p", "p", "q", "q", "q"],
         }
     )
     return table, evaluate.as_judged(table), Resampling(samples=100, seed=0)

@@ -8,18 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from reward.data.columns import IDS
+from reward.judging.benchmarks import REWARDBENCH
+from reward.judging.metrics import Resampling
 from reward.model.packing import Texts
 from reward.outputs import digests
 from reward.process import Fault
 from stages import evaluate, preprocess
 from tests.support import write_pairs
 
+KNOWN = ("prefix_length", "preference", "weight", "answer_j", "answer_k", "prompt_id")
 Scorer = Callable[[dict[str, Any]], tuple[float, float]]
 
 
@@ -67,7 +72,9 @@ def test_a_constant_scorer_is_right_half_of_the_time(
     metrics = judged(lambda row: (0.25, 0.25))
     assert metrics["accuracy"] == 0.5
     assert metrics["accuracy_low"] == metrics["accuracy_high"] == 0.5
-    assert metrics["ties"] == metrics["pairs"] == 20
+    assert metrics["equal_rewards"] == metrics["pairs"] == 20
+    assert metrics["ties"] == {"pairs": 0}
+    assert metrics["rankings"]["kendall_tau"]["mean"] == 0
     assert metrics["loss"] == pytest.approx(math.log(2))
     assert metrics["margin_mean"] == metrics["margin_std"] == 0
     assert metrics["calibration"]["expected_error"] == 0
@@ -111,7 +118,7 @@ def test_figures_are_those_of_a_plain_loop(judged: Callable[[Scorer], dict[str, 
     mean = sum(margins) / len(margins)
     assert ties > 0
     assert metrics["accuracy"] == pytest.approx(sum(figures["all"]) / len(rows))
-    assert metrics["ties"] == ties
+    assert metrics["equal_rewards"] == ties
     assert metrics["pairs"] == len(rows)
     assert metrics["prompts"] == len({row["prompt_id"] for row in rows})
     assert metrics["loss"] == pytest.approx(sum(losses) / len(rows))
@@ -145,7 +152,7 @@ def test_rewards_of_every_pair_are_kept_in_order_with_its_columns(
             "margin": by_id(row)[0] - by_id(row)[1],
             "tokens_chosen": len(row["input_ids_j"]),
             "tokens_rejected": len(row["input_ids_k"]),
-            "prompt_id": row["prompt_id"],
+            **{name: row[name] for name in KNOWN},
             "kind": row["kind"],
         }
         for row in load_from_disk("data/tokenized/test")
@@ -172,8 +179,9 @@ def test_runs_are_compared_by_few_figures(judged: Callable[[Scorer], dict[str, A
         "high": figures["accuracy_high"],
         "loss": figures["loss"],
         "test/margin": figures["margin_mean"],
-        "test/ties": figures["ties"],
+        "test/equal_rewards": figures["equal_rewards"],
         "test/calibration_error": figures["calibration"]["expected_error"],
+        "test/best_of_n": figures["rankings"]["best_of_n"]["mean"],
     }
 
 
@@ -186,9 +194,100 @@ def test_same_rewards_give_the_same_bytes(judged: Callable[[Scorer], dict[str, A
     judged(by_id)
     first = digests(evaluate.REPORTS), evaluate.METRICS.read_bytes()
     judged(by_id)
-    plots = {"length.json", "margins.json", "reliability.json", "roc.json", "slices.json"}
-    assert first[0].keys() == {"figures.json", "index.html", "rewards.parquet"} | plots
+    plots = ("length", "length_curve", "margins", "reliability", "roc", "slices")
+    assert first[0].keys() == {"figures.json", "index.html", "rewards.parquet"} | {
+        f"{name}.json" for name in plots
+    }
     assert (digests(evaluate.REPORTS), evaluate.METRICS.read_bytes()) == first
+
+
+def graded(preference: list[float], margin: list[float], **columns: list[str]) -> pa.Table:
+    """Comparisons of three answers to each prompt, as evaluate judges them."""
+    count = len(preference)
+    return pa.table(
+        {
+            "id": [f"id{row}" for row in range(count)],
+            "reward_chosen": margin,
+            "reward_rejected": [0.0] * count,
+            "margin": margin,
+            "tokens_chosen": [20 + row for row in range(count)],
+            "tokens_rejected": [20] * count,
+            "prefix_length": [8 + row % 3 for row in range(count)],
+            "preference": preference,
+            "weight": [float(1 + row) for row in range(count)],
+            "answer_j": [row % 3 for row in range(count)],
+            "answer_k": [(row + 1) % 3 for row in range(count)],
+            "prompt_id": [f"prompt{row // 3}" for row in range(count)],
+            **columns,
+        }
+    )
+
+
+def measured(table: pa.Table) -> dict[str, Any]:
+    return evaluate.measure(table, evaluate.as_judged(table), Resampling(200, 0))
+
+
+def test_ties_enter_what_is_held_against_votes_and_nothing_else() -> None:
+    preference, margin = [1.0, 0.5, 0.75] * 4, [2.0, 9.0, -1.0] * 4
+    table = graded(preference, margin, kind=["a", "b", "a"] * 4)
+    found, decided = measured(table), measured(table.filter(pc.not_equal(table["preference"], 0.5)))
+    same = ("accuracy", "pairs", "margin_mean", "chosen_mean", "by")
+    assert {name: found[name] for name in same} == {name: decided[name] for name in same}
+    assert (found["accuracy"], found["pairs"], found["ties"]["pairs"]) == (0.5, 8, 4)
+    assert found["ties"]["area"] == 0
+    assert found["by"] == {"kind": {"a": found["by"]["kind"]["a"]}}
+    losses = [math.log1p(math.exp(-2)), (math.log1p(math.exp(-9)) + math.log1p(math.exp(9))) / 2]
+    losses += [0.75 * math.log1p(math.exp(1)) + 0.25 * math.log1p(math.exp(-1))]
+    assert found["loss"] == pytest.approx(sum(losses) / 3)
+    curves, others = (
+        evaluate.curves(each, Resampling(200, 0))
+        for each in (evaluate.as_judged(table), evaluate.as_judged(table).decided())
+    )
+    assert len(curves.pop("length_curve")) > len(others.pop("length_curve"))
+    assert curves == others
+
+
+def test_weights_do_not_enter() -> None:
+    preference, margin = [1.0, 0.5, 0.75] * 4, [2.0, 9.0, -1.0] * 4
+    table = graded(preference, margin)
+    alike = table.set_column(table.column_names.index("weight"), "weight", pa.array([1.0] * 12))
+    assert measured(table) == measured(alike)
+
+
+def test_what_all_answers_begin_with_is_the_least_that_two_of_them_do() -> None:
+    judged = evaluate.as_judged(graded([1.0] * 6, [1.0] * 6))
+    assert judged.prefix.tolist() == [8] * 6
+    assert sorted(judged.answers.prompts.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+def test_ties_alone_cannot_be_judged() -> None:
+    with pytest.raises(Fault, match="data/tokenized/test: all 3 pairs are ties, expected some"):
+        measured(graded([0.5] * 3, [1.0] * 3))
+
+
+def test_a_set_of_ties_alone_has_no_accuracy() -> None:
+    table = graded([0.5] * 3, [1.0, 2.0, 3.0], kind=["a", "b", "c"])
+    each = evaluate.TestSet("even", Dataset.from_dict({}), {"leaked": 1, "bad": 0, "too_long": 0})
+    sets = evaluate.measure_sets([each], [table], Resampling(200, 0))
+    assert sets["even"]["pairs"] == 0
+    assert sets["even"]["by"] == {}
+    figures = measured(graded([1.0] * 6, [1.0] * 6)) | {"sets": sets}
+    assert not any(name.startswith("sets/") for name in evaluate.headline(figures))
+    assert evaluate.slices_as_rows(figures) == []
+    evaluate.report(figures)
+
+
+def test_rewardbench_is_a_set_with_a_score_and_a_slice_for_each_subset() -> None:
+    names = [name for section in REWARDBENCH.values() for name in section]
+    table = graded([1.0] * 23, [1.0] * 22 + [-1.0], subset=names)
+    each = evaluate.TestSet("bench", Dataset.from_dict({}), {"leaked": 0, "bad": 0, "too_long": 0})
+    sets = evaluate.measure_sets([each], [table], Resampling(200, 0))
+    assert sets["bench"]["by"]["subset"].keys() == {*names}
+    assert sets["bench"]["benchmark"]["score"] == pytest.approx(1 - 164 / 1968 / 4)
+    figures = measured(graded([1.0] * 6, [1.0] * 6)) | {"sets": sets}
+    found = evaluate.headline(figures)
+    assert found["sets/bench"] == pytest.approx(22 / 23)
+    assert found["sets/bench/score"] == sets["bench"]["benchmark"]["score"]
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

@@ -5,27 +5,35 @@ import random
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 from reward.judging import metrics as judgement
-from reward.judging.metrics import Floats, Ints, Judged, Resampling
+from reward.judging.metrics import Floats, Judged, Resampling
+from tests.judgements import pairs
 
 RESAMPLING = Resampling(samples=2000, seed=0)
 
 
-def some(count: int = 60, seed: int = 0, prompts: int = 25) -> Judged:
-    """Random pairs, some of them ties, some of equal length."""
+def some(count: int = 60, seed: int = 0, prompts: int = 25, votes: int = 1) -> Judged:
+    """Random pairs, some with equal rewards, some of equal length; ties if `votes` is even."""
     draw = random.Random(seed)
     rewards = [[float(draw.randint(-4, 4)) / 2 for _ in range(count)] for _ in range(2)]
     lengths = [[draw.randint(1, 6) for _ in range(count)] for _ in range(2)]
-    return Judged(
+    numbers = [draw.randrange(prompts) for _ in range(count)]
+    preference = [draw.randint((votes + 1) // 2, votes) / votes for _ in range(count)]
+    return pairs(
         np.array(rewards[0]) + 0.5,
         np.array(rewards[1]),
-        np.array(lengths[0]),
-        np.array(lengths[1]),
-        np.array([draw.randrange(prompts) for _ in range(count)]),
+        tokens=(np.array(lengths[0]), np.array(lengths[1])),
+        prompts=np.array(numbers),
+        preference=np.array(preference),
     )
+
+
+def of(margin: Floats) -> Judged:
+    """Certain pairs with these margins."""
+    return pairs(margin, np.zeros(len(margin)))
 
 
 def sigmoid(margin: float) -> float:
@@ -121,11 +129,29 @@ def test_accuracy_of_no_pairs_is_none() -> None:
 
 def test_losses_and_brier_score_are_those_of_scikit_learn() -> None:
     """A pair is a case of the class "the chosen answer is preferred"."""
-    margin = some().margin
-    shown = np.array([sigmoid(each) for each in margin])
-    ones = np.ones(len(margin))
-    assert judgement.losses(margin).mean() == pytest.approx(log_loss(ones, shown, labels=[0, 1]))
-    assert judgement.brier(margin) == pytest.approx(brier_score_loss(ones, shown))
+    judged = some()
+    shown = np.array([sigmoid(each) for each in judged.margin])
+    ones = np.ones(len(judged))
+    found = judgement.losses(judged.margin, judged.preference).mean()
+    assert found == judgement.losses(judged.margin).mean()
+    assert found == pytest.approx(log_loss(ones, shown, labels=[0, 1]))
+    assert judgement.brier(judged) == pytest.approx(brier_score_loss(ones, shown))
+
+
+@pytest.mark.parametrize("votes", [2, 3])
+def test_losses_and_brier_score_of_votes_are_those_of_a_plain_loop(votes: int) -> None:
+    judged = some(200, votes=votes)
+    losses, squares = [], []
+    for margin, preference in zip(judged.margin, judged.preference, strict=True):
+        chosen = sigmoid(margin)
+        losses.append(-preference * math.log(chosen) - (1 - preference) * math.log(1 - chosen))
+        squares.append((preference - chosen) ** 2)
+    found = judgement.losses(judged.margin, judged.preference)
+    assert found == pytest.approx(np.array(losses))
+    assert judgement.brier(judged) == pytest.approx(sum(squares) / 200)
+    # No model has a lower loss than one that gives every pair the share of its votes.
+    least = special.entr(judged.preference) + special.entr(1 - judged.preference)
+    assert (found >= least).all()
 
 
 def test_losses_of_large_margins_neither_overflow_nor_vanish() -> None:
@@ -135,15 +161,15 @@ def test_losses_of_large_margins_neither_overflow_nor_vanish() -> None:
     assert found[2] == pytest.approx(math.exp(-40))
 
 
-def slow_calibration_error(margins: list[float], bins: int) -> float:
+def slow_calibration_error(margins: list[float], preferences: list[float], bins: int) -> float:
     total = 0.0
     for index in range(bins):
         low, high = 0.5 + index / (2 * bins), 0.5 + (index + 1) / (2 * bins)
         inside = []
-        for margin in margins:
+        for margin, preference in zip(margins, preferences, strict=True):
             confidence = sigmoid(abs(margin))
             if low <= confidence < high or (index == bins - 1 and confidence == 1):
-                hit = 0.5 if margin == 0 else float(margin > 0)
+                hit = 0.5 if margin == 0 else preference if margin > 0 else 1 - preference
                 inside.append((confidence, hit))
         if inside:
             confidence = sum(each for each, _ in inside) / len(inside)
@@ -157,100 +183,121 @@ def test_expected_calibration_error_is_that_of_a_plain_loop(seed: int) -> None:
     margin = np.random.default_rng(seed).normal(0.5, 2, 200)
     margin[:20] = 0
     margin[20] = 800
-    found = judgement.expected_calibration_error(margin)
-    assert found == pytest.approx(slow_calibration_error(margin.tolist(), 10))
-    assert sum(each["pairs"] for each in judgement.reliability(margin)) == 200
+    preference = np.random.default_rng(seed).choice([2 / 3, 1.0], 200)
+    judged = pairs(margin, np.zeros(200), preference=preference)
+    found = judgement.expected_calibration_error(judged)
+    assert found == pytest.approx(slow_calibration_error(margin.tolist(), preference.tolist(), 10))
+    assert sum(each["pairs"] for each in judgement.reliability(judged)) == 200
 
 
 def test_calibration_error_is_small_for_true_probabilities_and_large_for_boasting() -> None:
     draw = np.random.default_rng(0)
     logits = np.abs(draw.normal(0, 1.5, 20_000))
     signs = np.where(draw.random(20_000) < 1 / (1 + np.exp(-logits)), 1, -1)
-    assert judgement.expected_calibration_error(signs * logits) < 0.01
-    assert judgement.expected_calibration_error(signs * logits * 5) > 0.1
-    assert judgement.temperature(signs * logits) == pytest.approx(1, abs=0.05)
-    assert judgement.temperature(signs * logits * 5) == pytest.approx(5, rel=0.05)
+    true, boasting = of(signs * logits), of(signs * logits * 5)
+    assert judgement.expected_calibration_error(true) < 0.01
+    assert judgement.expected_calibration_error(boasting) > 0.1
+    assert judgement.temperature(true) == pytest.approx(1, abs=0.05)
+    assert judgement.temperature(boasting) == pytest.approx(5, rel=0.05)
 
 
-def test_no_temperature_is_better_than_the_one_found() -> None:
-    margin = some(200).margin
-    found = judgement.temperature(margin)
+def test_a_model_that_tells_the_share_of_votes_is_calibrated() -> None:
+    """Every pair has the votes that its margin promises, times three."""
+    margin = np.random.default_rng(0).uniform(0.01, 3, 500)
+    honest = pairs(margin, np.zeros(500), preference=special.expit(margin))
+    boasting = pairs(3 * margin, np.zeros(500), preference=special.expit(margin))
+    assert judgement.expected_calibration_error(honest) == pytest.approx(0, abs=1e-12)
+    assert judgement.brier(honest) == pytest.approx(0, abs=1e-12)
+    assert judgement.temperature(honest) == pytest.approx(1, abs=1e-4)
+    assert judgement.temperature(boasting) == pytest.approx(3, abs=1e-3)
+
+
+@pytest.mark.parametrize("votes", [1, 2, 3])
+def test_no_temperature_is_better_than_the_one_found(votes: int) -> None:
+    judged = some(200, votes=votes)
+    found = judgement.temperature(judged)
     assert found
-    best = min(np.exp(np.linspace(-5, 5, 2001)), key=lambda t: judgement.losses(margin / t).mean())
+    best = min(
+        np.exp(np.linspace(-5, 5, 2001)),
+        key=lambda t: judgement.losses(judged.margin / t, judged.preference).mean(),
+    )
     assert found == pytest.approx(best, rel=0.01)
 
 
-def test_temperature_is_judged_on_other_prompts_than_it_is_fitted_on() -> None:
-    judged = some(200, prompts=40)
+@pytest.mark.parametrize("votes", [1, 2])
+def test_temperature_is_judged_on_other_prompts_than_it_is_fitted_on(votes: int) -> None:
+    judged = some(200, prompts=40, votes=votes)
     found = judgement.calibration(judged, seed=3)
-    assert found["temperature"] == judgement.temperature(judged.margin)
+    assert found["temperature"] == judgement.temperature(judged)
+    assert found["brier"] == judgement.brier(judged)
+    assert found["expected_error"] == judgement.expected_calibration_error(judged.decided())
     drawn = np.random.default_rng(3).permutation(40)[:20]
     inside = np.array([prompt in drawn for prompt in judged.prompts])
     losses = []
     for part in (inside, ~inside):
-        by = judgement.temperature(judged.margin[~part])
+        by = judgement.temperature(judged.take(~part))
         assert by
-        losses += [math.log1p(math.exp(-margin / by)) for margin in judged.margin[part].tolist()]
+        for margin, preference in zip(judged.margin[part], judged.preference[part], strict=True):
+            right, wrong = math.log1p(math.exp(-margin / by)), math.log1p(math.exp(margin / by))
+            losses.append(preference * right + (1 - preference) * wrong)
     assert found["loss_at_temperature"] == pytest.approx(sum(losses) / 200)
 
 
 @pytest.mark.parametrize("margins", [[], [1.0, 2.0], [0.0], [-1.0, 0.5], [-1.0, 1.0]])
 def test_where_no_finite_temperature_is_best_there_is_none(margins: list[float]) -> None:
-    assert judgement.temperature(np.array(margins)) is None
+    assert judgement.temperature(of(np.array(margins))) is None
+
+
+def test_a_vote_against_all_others_makes_a_finite_temperature_the_best() -> None:
+    right = pairs(np.ones(2), np.zeros(2), preference=np.array([1.0, 0.75]))
+    assert judgement.temperature(right) == pytest.approx(1 / special.logit(0.875), rel=1e-3)
+    tied = pairs(np.ones(2), np.zeros(2), preference=np.array([0.5, 0.5]))
+    assert judgement.temperature(tied) is None
 
 
 def test_all_right_and_a_single_prompt_have_no_loss_at_a_temperature() -> None:
-    right = Judged(np.ones(8), np.zeros(8), np.arange(8), np.arange(8), np.arange(8))
-    single = some(200, prompts=1)
+    right, single = of(np.ones(8)), some(200, prompts=1)
     assert judgement.calibration(right, 0)["loss_at_temperature"] is None
     assert judgement.calibration(single, 0)["loss_at_temperature"] is None
     assert judgement.calibration(single, 0)["temperature"] is not None
 
 
-# --- length ----------------------------------------------------------------------------------
+# --- ties ------------------------------------------------------------------------------------
 
 
-def test_length_audit_is_that_of_a_plain_loop() -> None:
-    judged = some(120)
-    found = judgement.length_audit(judged, RESAMPLING)
-    groups: dict[str, list[float]] = {"chosen_longer": [], "chosen_shorter": [], "equal": []}
-    longer = []
-    for chosen, rejected, left, right in zip(
-        judged.chosen, judged.rejected, judged.tokens_chosen, judged.tokens_rejected, strict=True
-    ):
-        hit = 0.5 if chosen == rejected else float(chosen > rejected)
-        name = "equal" if left == right else "chosen_longer" if left > right else "chosen_shorter"
-        groups[name].append(hit)
-        longer.append({"equal": 0.5, "chosen_longer": 1.0, "chosen_shorter": 0.0}[name])
-    assert found["longer_accuracy"] == pytest.approx(sum(longer) / len(longer))
-    for name, hits in groups.items():
-        assert found[name]["accuracy"] == pytest.approx(sum(hits) / len(hits))
-        assert found[name]["pairs"] == len(hits)
-        assert found[name]["low"] <= found[name]["accuracy"] <= found[name]["high"]
-    rewards, lengths = [], []
-    for pair in range(len(judged)):
-        for sign in (1, -1):
-            rewards.append(sign * (judged.chosen[pair] - judged.rejected[pair]))
-            lengths.append(sign * (judged.tokens_chosen[pair] - judged.tokens_rejected[pair]))
-    ranks = [stats.rankdata(values) for values in (rewards, lengths)]
-    assert found["correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+def test_ties_are_never_right_or_wrong() -> None:
+    judged = some(200, votes=2)
+    assert 50 < judged.tied.sum() < 150
+    found = RESAMPLING.accuracy(judged)
+    right = [
+        0.5 if margin == 0 else float(margin > 0)
+        for margin, preference in zip(judged.margin, judged.preference, strict=True)
+        if preference > 0.5
+    ]
+    assert found == RESAMPLING.accuracy(judged.decided())
+    assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert found["pairs"] == len(right)
+    assert RESAMPLING.accuracy(judged.take(judged.tied)) == {"pairs": 0}
 
 
-@pytest.mark.parametrize(("sign", "correlation"), [(1.0, 1.0), (-1.0, -1.0)])
-def test_a_model_that_likes_length_is_found_out(sign: float, correlation: float) -> None:
-    lengths: Ints = np.arange(1, 41)
-    rewards: Floats = sign * lengths.astype(float)
-    judged = Judged(rewards[:20], rewards[20:], lengths[:20], lengths[20:], np.arange(20))
-    found = judgement.length_audit(judged, RESAMPLING)
-    assert found["correlation"] == pytest.approx(correlation)
-    assert found["longer_accuracy"] == 0
-    assert found["chosen_longer"] == found["equal"] == {"pairs": 0}
-    assert found["chosen_shorter"]["accuracy"] == (0 if sign > 0 else 1)
+@pytest.mark.parametrize("seed", range(3))
+def test_ties_are_told_apart_by_the_area_that_scikit_learn_finds(seed: int) -> None:
+    judged = some(200, seed, votes=2)
+    found = judgement.ties(judged)
+    size = np.abs(judged.margin)
+    assert found["area"] == pytest.approx(roc_auc_score(~judged.tied, size))
+    assert found["pairs"] == judged.tied.sum()
+    assert found["margin"] == judgement.spread(size[judged.tied])
+    assert found["margin_of_others"] == judgement.spread(size[~judged.tied])
+    assert judgement.ties(judged.decided()) == {"pairs": 0}
+    assert judgement.ties(judged.take(judged.tied)) == {"pairs": found["pairs"]}
 
 
-def test_a_constant_has_no_correlation() -> None:
-    judged = Judged(np.zeros(4), np.zeros(4), np.arange(4), np.arange(4), np.arange(4))
-    assert judgement.length_audit(judged, RESAMPLING)["correlation"] is None
+def test_a_model_that_gives_ties_like_rewards_tells_them_apart() -> None:
+    preference = np.array([0.5, 0.5, 1.0, 1.0])
+    for margin, area in (([0.1, -0.1, -3.0, 2.0], 1), ([2.0, -2.0, 1.0, -1.0], 0)):
+        judged = pairs(np.array(margin), np.zeros(4), preference=preference)
+        assert judgement.ties(judged)["area"] == area
 
 
 # --- curves ----------------------------------------------------------------------------------
@@ -268,29 +315,12 @@ def test_roc_has_the_area_that_scikit_learn_finds(seed: int) -> None:
 
 
 def test_roc_of_many_pairs_is_a_few_points() -> None:
-    draw, ones = np.random.default_rng(0), np.ones(5000, int)
-    judged = Judged(draw.normal(1, 1, 5000), draw.normal(0, 1, 5000), ones, ones, np.arange(5000))
+    draw = np.random.default_rng(0)
+    judged = pairs(draw.normal(1, 1, 5000), draw.normal(0, 1, 5000))
     curve = judgement.roc(judged)
     assert len(curve) <= 200
     assert curve[0] == {"false_positives": 0, "true_positives": 0}
     assert curve[-1] == {"false_positives": 1, "true_positives": 1}
-
-
-def test_groups_of_length_difference_hold_every_pair_once() -> None:
-    judged = some(100)
-    rows = judgement.by_length_difference(judged, RESAMPLING)
-    assert sum(row["pairs"] for row in rows) == 100
-    differences = [row["difference"] for row in rows]
-    assert differences == sorted(differences)
-    mean = sum(row["accuracy"] * row["pairs"] for row in rows) / 100
-    assert mean == pytest.approx(judged.correct.mean())
-
-
-def test_groups_of_pairs_of_one_length_are_one() -> None:
-    ones = np.ones(9, int)
-    judged = Judged(np.arange(9.0), np.zeros(9), ones, ones, np.arange(9))
-    [row] = judgement.by_length_difference(judged, RESAMPLING)
-    assert row["pairs"] == 9
 
 
 def test_histogram_counts_every_margin() -> None:

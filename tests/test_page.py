@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from reward.judging import page
+from reward.judging.page import Prompt
 from tools.browser import Browser
 
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror="alert(1)"> & <b>'
@@ -35,12 +36,49 @@ def write(
             "margin": margins,
             "tokens_chosen": [len(chosen) for _, chosen, _ in texts],
             "tokens_rejected": [len(rejected) for *_, rejected in texts],
+            "preference": [1.0] * len(texts),
+            "answer_j": [0] * len(texts),
+            "answer_k": [1] * len(texts),
+            "prompt_id": [f"prompt{index}" for index in range(len(texts))],
             "kind": ["odd" if index % 2 else "even & <b>" for index in range(len(texts))],
+            "test set": ["mine"] * len(texts),
         }
     )
-    shown = [(prompt + filler, chosen + filler, worse) for prompt, chosen, worse in texts]
+    prompts = {
+        ("mine", f"prompt{index}"): Prompt(prompt + filler, {0: chosen + filler, 1: rejected})
+        for index, (prompt, chosen, rejected) in enumerate(texts)
+    }
     path = folder / "index.html"
-    page.write(path, table, shown, {"kind": ["even & <b>", "odd"]})
+    page.write(path, table, prompts, {"kind": ["even & <b>", "odd"]})
+    return path
+
+
+def write_ranking(folder: Path) -> Path:
+    """The page of a prompt with four answers, and of another one with the same id, of two."""
+    compared = [(2, 0, 1.0), (2, 3, 0.75), (0, 3, 1.0), (1, 3, 0.5)]
+    rewards, sizes = [1.0, -2.0, 0.5, 2.5], [10, 20, 30, 40]
+    table = pa.table(
+        {
+            "id": [f"{j}{k}" for j, k, _ in compared] + ["other"],
+            "reward_chosen": [rewards[j] for j, *_ in compared] + [7.0],
+            "reward_rejected": [rewards[k] for _, k, _ in compared] + [7.0],
+            "margin": [rewards[j] - rewards[k] for j, k, _ in compared] + [0.0],
+            "tokens_chosen": [sizes[j] for j, *_ in compared] + [1],
+            "tokens_rejected": [sizes[k] for _, k, _ in compared] + [2],
+            "preference": [preference for *_, preference in compared] + [1.0],
+            "answer_j": [j for j, *_ in compared] + [1],
+            "answer_k": [k for _, k, _ in compared] + [0],
+            "prompt_id": ["same"] * 5,
+            "test set": ["mine"] * 4 + ["yours"],
+        }
+    )
+    prompts = {
+        ("mine", "same"): Prompt("Which?", {number: f"answer {number}" for number in range(4)}),
+        ("yours", "same"): Prompt("And here?", {0: "worse", 1: "better"}),
+        ("yours", "not judged"): Prompt("Nothing?", {0: "not", 1: "shown"}),
+    }
+    path = folder / "index.html"
+    page.write(path, table, prompts, {})
     return path
 
 
@@ -73,13 +111,42 @@ def test_the_page_is_whole_in_itself_and_holds_texts_as_texts(tmp_path: Path) ->
     assert not re.search(r"https?://", content)
     data = re.search(r'id="data">(.*?)</script>', content, re.DOTALL)
     assert data
-    pairs = json.loads(data[1])["pairs"]
+    pairs, prompts = (json.loads(data[1])[name] for name in ("pairs", "prompts"))
     assert [each["id"] for each in pairs] == [f"id{index}" for index in range(12)]
-    assert pairs[1]["prompt"] == HOSTILE
-    assert pairs[0]["chosen"] == "冷水下锅。"
+    assert [each["prompt"] for each in pairs] == list(range(12))
+    assert prompts[1]["text"] == HOSTILE
+    assert prompts[0]["answers"][0] == {
+        "number": 0,
+        "text": "冷水下锅。",
+        "reward": -4,
+        "tokens": 5,
+    }
 
 
-def test_small_margins_are_no_ties(tmp_path: Path) -> None:
+def test_each_text_is_held_once_however_often_it_was_compared(tmp_path: Path) -> None:
+    content = write_ranking(tmp_path).read_text(encoding="utf-8")
+    for shown in ("Which?", *(f"answer {number}" for number in range(4)), "And here?"):
+        assert content.count(f'"{shown}"') == 1
+    assert "Nothing?" not in content
+
+
+def test_of_many_pairs_a_tie_is_kept_as_if_it_were_at_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "MOST_PAIRS", 3)
+    content = write_ranking(tmp_path).read_text(encoding="utf-8")
+    assert re.findall(r'"id": "(\w+)"', content) == ["23", "03", "20"]
+
+
+def test_a_text_counts_once_however_often_it_was_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["Which?", *(f"answer {number}" for number in range(4)), "And here?", "worse", "better"]
+    monkeypatch.setattr(page, "MOST_CHARACTERS", len("".join(texts)))
+    assert '"summary": "5 test pairs"' in write_ranking(tmp_path).read_text(encoding="utf-8")
+
+
+def test_small_margins_are_not_equal_rewards(tmp_path: Path) -> None:
     content = write(tmp_path, some(12), scale=1e-9).read_text(encoding="utf-8")
     assert content.count('"margin": 0') == 1
     assert '"margin": -4e-09' in content
@@ -149,6 +216,59 @@ def test_the_most_confidently_wrong_pair_comes_first_with_both_answers(browser: 
     assert "preferred by the model" in text(browser, ".sides .higher")
 
 
+def answers_shown(browser: Browser) -> list[list[str]]:
+    """The heading and the text of each answer, in their order on the page."""
+    found: list[list[str]] = browser.run(
+        "[...document.querySelectorAll('.sides > *')].map(e => "
+        "[e.querySelector('h2').textContent, e.querySelector('.text').textContent])"
+    )
+    return found
+
+
+@pytest.mark.browser
+def test_all_answers_to_a_prompt_are_shown_in_the_order_of_their_rewards(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    chromium.open(write_ranking(tmp_path))
+    assert (shown(chromium), text(chromium, ".row b")) == ("23", "−2.000")
+    assert text(chromium, "dl").endswith("preference0.750")
+    assert answers_shown(chromium) == [
+        ["rejected: reward +2.500, 40 tokens with the prompt · preferred by the model", "answer 3"],
+        ["another answer: reward +1.000, 10 tokens with the prompt", "answer 0"],
+        ["chosen: reward +0.500, 30 tokens with the prompt", "answer 2"],
+        ["another answer: reward −2.000, 20 tokens with the prompt", "answer 1"],
+    ]
+    assert (
+        len(
+            set(chromium.run("[...document.querySelectorAll('.sides > *')].map(e => e.offsetLeft)"))
+        )
+        > 1
+    )
+
+
+@pytest.mark.browser
+def test_a_tie_is_neither_right_nor_wrong_and_between_them(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    chromium.open(write_ranking(tmp_path))
+    margins = "[...document.querySelectorAll('.row b')].map(e => e.textContent)"
+    assert chromium.run(margins) == ["−2.000", "−1.500", "−0.500", "±4.500", "+0.000"]
+    choose(chromium, "#outcome", "tie")
+    assert (text(chromium, "#count"), shown(chromium)) == ("1 of 5 pairs", "13")
+    assert "judgeda tie" in text(chromium, "dl")
+    assert [head.split(":")[0] for head, _ in answers_shown(chromium)] == [
+        "tied",
+        *["another answer"] * 2,
+        "tied",
+    ]
+    choose(chromium, "#outcome", "equal")
+    assert shown(chromium) == "other"
+    assert answers_shown(chromium) == [
+        ["chosen: reward +7.000, 1 tokens with the prompt", "better"],
+        ["rejected: reward +7.000, 2 tokens with the prompt", "worse"],
+    ]
+
+
 @pytest.mark.browser
 def test_text_that_is_html_is_shown_as_text(browser: Browser) -> None:
     browser.press("j")
@@ -206,6 +326,8 @@ def test_search_filters_and_order_work_together(browser: Browser) -> None:
     choose(browser, "#outcome", "wrong")
     assert text(browser, "#count") == "10 of 30 pairs"
     choose(browser, "#outcome", "tie")
+    assert text(browser, "#count") == "0 of 30 pairs"
+    choose(browser, "#outcome", "equal")
     assert (text(browser, "#count"), shown(browser)) == ("1 of 30 pairs", "id10")
     choose(browser, "#outcome", "right")
     choose(browser, "#sort", "down")

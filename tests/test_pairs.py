@@ -751,7 +751,7 @@ def test_votes_match_a_count_of_every_group() -> None:
         assert found.cast[rows].all()
         ballots_cast: dict[tuple[float, int], int] = {}
         for row in rows:
-            ballots_cast.setdefault((first[row], columns[row]), row)
+            ballots_cast.setdefault((first[row], columns[row]), int(row))
         votes = [*ballots_cast.values()]
         total = sum(weight[votes])
         share = sum(weight[votes] * first[votes]) / total

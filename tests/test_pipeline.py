@@ -67,6 +67,7 @@ OUTPUTS = {
             "figures.json",
             "index.html",
             "length.json",
+            "length_curve.json",
             "margins.json",
             "reliability.json",
             "rewards.parquet",

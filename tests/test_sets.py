@@ -158,9 +158,8 @@ def test_sets_are_judged_as_slices_and_their_leaks_counted(
     )
 
     def score(_: None, prompts: list[Texts], __: int) -> torch.Tensor:
-        worse = len(prompts) == 1
-        pairs = sum(len(texts.ids) for texts in prompts) // 2
-        return torch.tensor([0.0, 1.0] if worse else [1.0, 0.0] * pairs)
+        pairs = sum(len(prompt.ids) for prompt in prompts) // 2
+        return torch.tensor([0.0, 1.0] if pairs == 1 else [1.0, 0.0] * pairs)
 
     preprocess.main()
     monkeypatch.setattr(evaluate, "load", lambda *_: None)

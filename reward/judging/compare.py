@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 from scipy import stats
 
-from reward.judging.metrics import Floats, Ints, Resampling, correct
+from reward.data.columns import PREFERENCE
+from reward.judging.metrics import TIE, Floats, Ints, Resampling, correct
 from reward.process import Fault, run
 
 REPORTS = Path("reports/evaluate")
@@ -30,7 +32,7 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two judgements of the same pairs; all shapes [pairs], `right` 1, 0 or 0.5 at a tie."""
+    """Two judgements of the same pairs, none of them a tie; all shapes [pairs]."""
 
     ids: list[str]
     prompts: Ints
@@ -38,6 +40,7 @@ class Comparison:
 
     @property
     def correct(self) -> tuple[Floats, Floats]:
+        """1 where right, 0 where wrong, 0.5 where the rewards are equal."""
         first, second = map(correct, self.margins)
         return first, second
 
@@ -91,7 +94,8 @@ def rewards_of(name: str, path: Path) -> pa.Table:
 
 
 def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparison:
-    """The pairs that both have judged, in the order of the first."""
+    """The pairs that both have judged and that are no ties, in the order of the first."""
+    first, second = map(decided, (first, second))
     places = {key: index for index, key in enumerate(second["id"].to_pylist())}
     ids = first["id"].to_pylist()
     rows = [index for index, key in enumerate(ids) if key in places]
@@ -111,6 +115,13 @@ def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparis
     )
 
 
+def decided(table: pa.Table) -> pa.Table:
+    """The rows that are no ties. A table of before there were any does not name preferences."""
+    if PREFERENCE not in table.column_names:
+        return table
+    return table.filter(pa.compute.not_equal(table[PREFERENCE], TIE))
+
+
 def margins_of(table: pa.Table, rows: list[int]) -> Floats:
     return np.asarray(table["margin"].to_numpy()[rows], dtype=np.float64)
 
@@ -118,8 +129,8 @@ def margins_of(table: pa.Table, rows: list[int]) -> Floats:
 def mcnemar(gain: Floats) -> float:
     """The exact p-value of as many changes to the better and to the worse (McNemar 1947).
 
-    A change from or to a tie counts as one by its direction. Pairs are taken as independent, which
-    those of one prompt are not: the verdict is that of the interval.
+    A change from or to equal rewards counts as one by its direction. Pairs are taken as
+    independent, which those of one prompt are not: the verdict is that of the interval.
     """
     better, changed = int((gain > 0).sum()), int((gain != 0).sum())
     return float(stats.binomtest(better, changed).pvalue) if changed else 1.0

@@ -1,10 +1,11 @@
-"""What the rewards of pairs say about a reward model, as pure functions. All shapes [pairs].
+"""What the rewards of compared answers say about a reward model, as pure functions.
 
-A pair is judged by its margin m = r_chosen - r_rejected, and P(chosen is preferred) = sigmoid(m)
-(Bradley and Terry 1952). A tie counts as half right.
+All shapes [comparisons]. A comparison is judged by its margin m = r_chosen - r_rejected, and
+P(chosen is preferred) = sigmoid(m) (Bradley and Terry 1952). Equal rewards count as half right. A
+tie, which people call neither better nor worse, is never right or wrong.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +15,10 @@ from scipy import optimize, special, stats
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 Figures = dict[str, float]
 
+TIE = 0.5
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CONFIDENCE_BINS = 10
 # What a best temperature is looked for between.
@@ -23,13 +26,37 @@ COLDEST, HOTTEST = 1e-3, 1e3
 
 
 @dataclass(frozen=True)
+class Answers:
+    """The answers that were compared, each once. Shapes [answers].
+
+    `tokens` is the length without what all answers of a prompt begin with. `chosen` and `rejected`
+    are the places of the two sides of every comparison, [comparisons].
+    """
+
+    rewards: Floats
+    tokens: Ints
+    prompts: Ints
+    chosen: Ints
+    rejected: Ints
+
+
+@dataclass(frozen=True)
 class Judged:
-    """Rewards and lengths of pairs; `prompts` numbers their prompts from 0, lengths in tokens."""
+    """Comparisons of two answers to a prompt, of which the chosen one is not the worse.
+
+    `preference` is the probability that it is preferred, from 0.5, a tie, to 1. `prompts` numbers
+    the prompts from 0, `answer_chosen` and `answer_rejected` the answers of a prompt. Lengths are
+    in tokens; `prefix` is how many all answers of the prompt begin with, the prompt among them.
+    """
 
     chosen: Floats
     rejected: Floats
     tokens_chosen: Ints
     tokens_rejected: Ints
+    prefix: Ints
+    preference: Floats
+    answer_chosen: Ints
+    answer_rejected: Ints
     prompts: Ints
 
     @cached_property
@@ -45,17 +72,32 @@ class Judged:
         """1 where the chosen answer is the longer one, -1 where the shorter, else 0."""
         return np.sign(self.tokens_chosen - self.tokens_rejected)
 
+    @cached_property
+    def tied(self) -> Bools:
+        return self.preference == TIE
+
+    @cached_property
+    def answers(self) -> Answers:
+        prompts = np.concatenate([self.prompts, self.prompts])
+        numbers = np.concatenate([self.answer_chosen, self.answer_rejected])
+        key = prompts * (numbers.max(initial=0) + 1) + numbers
+        _, first, place = np.unique(key, return_index=True, return_inverse=True)
+        chosen, rejected = np.split(place, 2)
+        tokens = np.concatenate(
+            [self.tokens_chosen - self.prefix, self.tokens_rejected - self.prefix]
+        )
+        rewards = np.concatenate([self.chosen, self.rejected])
+        return Answers(rewards[first], tokens[first], prompts[first], chosen, rejected)
+
     def __len__(self) -> int:
         return len(self.chosen)
 
     def take(self, rows: npt.NDArray[Any]) -> "Judged":
-        return Judged(
-            self.chosen[rows],
-            self.rejected[rows],
-            self.tokens_chosen[rows],
-            self.tokens_rejected[rows],
-            self.prompts[rows],
-        )
+        return Judged(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def decided(self) -> "Judged":
+        """Those that are no ties."""
+        return self.take(~self.tied)
 
 
 @dataclass(frozen=True)
@@ -99,8 +141,19 @@ class Resampling:
         bound = 0.025 ** (1 / count)
         return min(low, bound), max(high, 1 - bound)
 
+    def of_prompts(self, values: Floats, least: float = 0.0) -> Figures:
+        """Mean, with its interval, of one value a prompt, from `least` to 1."""
+        width = 1 - least
+        bounds = self.interval_of_share((values - least) / width, np.arange(len(values)))
+        low, high = (least + width * bound for bound in bounds)
+        return {"mean": float(values.mean()), "low": low, "high": high, "prompts": len(values)}
+
     def accuracy(self, judged: Judged) -> Figures:
-        """Accuracy with its interval, and what was judged; of no pairs their number alone."""
+        """Accuracy with its interval, and what was judged; of no pairs their number alone.
+
+        Ties are left out.
+        """
+        judged = judged.decided()
         if not len(judged):
             return {"pairs": 0}
         low, high = self.interval_of_share(judged.correct, judged.prompts)
@@ -114,13 +167,17 @@ class Resampling:
 
 
 def correct(margin: Floats) -> Floats:
-    """1 where the chosen answer has the higher reward, 0 where the lower, 0.5 at a tie."""
+    """1 where the chosen answer has the higher reward, 0 where the lower, 0.5 at equal ones."""
     return np.heaviside(margin, 0.5)
 
 
-def losses(margin: Floats) -> Floats:
-    """-log sigmoid(margin) (Ouyang et al. 2022, equation 1)."""
-    return -special.log_expit(margin)
+def losses(margin: Floats, preference: Floats | float = 1.0) -> Floats:
+    """The cross-entropy -p log sigmoid(m) - (1 - p) log sigmoid(-m) of preferences p.
+
+    For a certain preference it is -log sigmoid(m) (Ouyang et al. 2022, equation 1).
+    """
+    likelihood = preference * special.log_expit(margin)
+    return -(likelihood + (1 - preference) * special.log_expit(-margin))
 
 
 def spread(values: Floats) -> Figures:
@@ -139,33 +196,40 @@ def spread(values: Floats) -> Figures:
 def calibration(judged: Judged, seed: int) -> dict[str, float | None]:
     """How far probabilities can be believed, and the temperature that mends them.
 
-    `temperature` is fitted on all pairs. `loss_at_temperature` is the loss of each half of the
-    prompts at the temperature of the other. None where no finite temperature is best.
+    All but `expected_error` are of ties too, whose preference is one half. `temperature` is fitted
+    on all pairs. `loss_at_temperature` is the loss of each half of the prompts at the temperature
+    of the other. None where no finite temperature is best.
     """
-    prompts = np.unique(judged.prompts)
-    drawn = np.random.default_rng(seed).permutation(prompts)[: len(prompts) // 2]
-    inside = np.isin(judged.prompts, drawn)
-    halves = judged.margin[inside], judged.margin[~inside]
+    inside = half(judged.prompts, seed)
+    halves = judged.take(inside), judged.take(~inside)
     first, second = map(temperature, halves)
     crossed = None
     if first is not None and second is not None:
-        scaled = np.concatenate([halves[0] / second, halves[1] / first])
-        crossed = float(losses(scaled).mean())
+        scaled = np.concatenate([halves[0].margin / second, halves[1].margin / first])
+        preference = np.concatenate([each.preference for each in halves])
+        crossed = float(losses(scaled, preference).mean())
     return {
-        "expected_error": expected_calibration_error(judged.margin),
-        "brier": brier(judged.margin),
-        "temperature": temperature(judged.margin),
+        "expected_error": expected_calibration_error(judged.decided()),
+        "brier": brier(judged),
+        "temperature": temperature(judged),
         "loss_at_temperature": crossed,
     }
 
 
-def reliability(margin: Floats) -> list[Figures]:
+def half(prompts: Ints, seed: int) -> Bools:
+    """Which rows are of a half of the prompts, drawn at random."""
+    names = np.unique(prompts)
+    return np.isin(prompts, np.random.default_rng(seed).permutation(names)[: len(names) // 2])
+
+
+def reliability(judged: Judged) -> list[Figures]:
     """For each bin of confidence that has pairs: mean confidence, accuracy, pairs.
 
-    Confidence is the probability of the answer that the model prefers, from 0.5 to 1.
+    Confidence is the probability of the answer that the model prefers, from 0.5 to 1. Accuracy is
+    the mean preference for that answer, which for certain preferences is the share of right pairs.
     """
-    confidence = special.expit(np.abs(margin))
-    right = correct(margin)
+    confidence = special.expit(np.abs(judged.margin))
+    right = 0.5 + (judged.correct - 0.5) * (2 * judged.preference - 1)
     # A confidence of 1 is in the last bin.
     bins = np.minimum(((confidence - 0.5) * 2 * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
     return [
@@ -178,29 +242,34 @@ def reliability(margin: Floats) -> list[Figures]:
     ]
 
 
-def expected_calibration_error(margin: Floats) -> float:
+def expected_calibration_error(judged: Judged) -> float:
     """Mean distance of accuracy and confidence over the bins, by their pairs (Guo et al. 2017)."""
     return sum(
-        each["pairs"] / len(margin) * abs(each["accuracy"] - each["confidence"])
-        for each in reliability(margin)
+        each["pairs"] / len(judged) * abs(each["accuracy"] - each["confidence"])
+        for each in reliability(judged)
     )
 
 
-def brier(margin: Floats) -> float:
-    """Mean square of 1 - P(chosen is preferred) (Brier 1950)."""
-    return float(np.square(special.expit(-margin)).mean())
+def brier(judged: Judged) -> float:
+    """Mean square of preference - P(chosen is preferred) (Brier 1950)."""
+    # p - sigmoid(m), without the cancellation where both are near 1.
+    error = judged.preference * special.expit(-judged.margin)
+    error -= (1 - judged.preference) * special.expit(judged.margin)
+    return float(np.square(error).mean())
 
 
-def temperature(margin: Floats) -> float | None:
+def temperature(judged: Judged) -> float | None:
     """The T that minimizes the mean loss of margins / T (Guo et al. 2017, section 4.2).
 
-    The loss is convex in 1 / T. Where no pair is wrong, colder is better without end; where the
-    mean margin is not positive, hotter is. None in both cases.
+    The loss is convex in 1 / T. Where no margin goes against a vote, colder is better without end;
+    where margins and votes do not go together on average, hotter is. None in both cases.
     """
-    if not len(margin) or not margin.mean() > 0 > margin.min():
+    margin, preference = judged.margin, judged.preference
+    against = (margin < 0) | ((margin > 0) & (preference < 1))
+    if not against.any() or not ((2 * preference - 1) * margin).mean() > 0:
         return None
     result = optimize.minimize_scalar(
-        lambda logarithm: losses(margin / np.exp(logarithm)).mean(),
+        lambda logarithm: losses(margin / np.exp(logarithm), preference).mean(),
         bounds=(np.log(COLDEST), np.log(HOTTEST)),
         method="bounded",
         options={"xatol": 1e-6},
@@ -208,26 +277,27 @@ def temperature(margin: Floats) -> float | None:
     return float(np.exp(result.x))
 
 
-# --- length ----------------------------------------------------------------------------------
+# --- ties ------------------------------------------------------------------------------------
 
 
-def length_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
-    """Whether the model likes an answer, or its length.
+def ties(judged: Judged) -> dict[str, Any]:
+    """How far apart the model puts what people call a tie, beside what they do not.
 
-    `longer_accuracy` is that of preferring the longer answer. `correlation` is Spearman's rank
-    correlation (1904) of reward and length within pairs: of their differences between an answer
-    and the other one, in which the prompt has no part. None where one of them is constant.
+    `margin` and `margin_of_others` are the spreads of |margin|. `area` is that under the ROC of
+    |margin| as a score of "this is no tie": 1 where every tie has a smaller one than all others,
+    0.5 where it tells nothing (Mann and Whitney 1947). Where there are not both, the number of ties
+    alone.
     """
-    difference = judged.tokens_chosen - judged.tokens_rejected
-    rewards = np.concatenate([judged.margin, -judged.margin])
-    tokens = np.concatenate([difference, -difference])
-    varied = len(np.unique(rewards)) > 1 and len(np.unique(tokens)) > 1
+    size = np.abs(judged.margin)
+    on_ties, on_others = size[judged.tied], size[~judged.tied]
+    if not len(on_ties) or not len(on_others):
+        return {"pairs": len(on_ties)}
+    larger = stats.mannwhitneyu(on_others, on_ties).statistic
     return {
-        "longer_accuracy": float(np.heaviside(judged.longer.astype(float), 0.5).mean()),
-        "correlation": float(stats.spearmanr(rewards, tokens).statistic) if varied else None,
-        "chosen_longer": resampling.accuracy(judged.take(judged.longer > 0)),
-        "chosen_shorter": resampling.accuracy(judged.take(judged.longer < 0)),
-        "equal": resampling.accuracy(judged.take(judged.longer == 0)),
+        "pairs": len(on_ties),
+        "area": float(larger / len(on_ties) / len(on_others)),
+        "margin": spread(on_ties),
+        "margin_of_others": spread(on_others),
     }
 
 
@@ -268,16 +338,4 @@ def histogram(margin: Floats, bins: int = 30) -> list[Figures]:
             "pairs": count,
         }
         for middle, count in zip(middles, [0, *counts.tolist(), 0], strict=True)
-    ]
-
-
-def by_length_difference(judged: Judged, resampling: Resampling, groups: int = 8) -> list[Figures]:
-    """Accuracy in groups of like difference of length, chosen less rejected, in tokens."""
-    difference = judged.tokens_chosen - judged.tokens_rejected
-    edges = np.unique(np.quantile(difference, np.linspace(0, 1, groups + 1)))
-    group_of = np.searchsorted(edges[1:-1], difference, side="right")
-    return [
-        {"difference": float(np.median(difference[group_of == group]))}
-        | resampling.accuracy(judged.take(group_of == group))
-        for group in np.unique(group_of)
     ]

@@ -3,51 +3,104 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
-from reward.data.columns import CONVERSATION
+from reward.data.columns import (
+    ANSWERS,
+    ID,
+    MARGIN,
+    PREFERENCE,
+    PROMPT_ID,
+    REWARDS,
+    TEST_SET,
+    TOKENS,
+)
+from reward.judging.metrics import TIE
 from reward.outputs import watched, write_text
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_PAIRS = 10_000
 MOST_CHARACTERS = 50_000_000
-FIGURES = ("reward_chosen", "reward_rejected", "margin", "tokens_chosen", "tokens_rejected")
+
+
+class Prompt(NamedTuple):
+    """A prompt and its answers by their numbers, as people read them."""
+
+    text: str
+    answers: dict[int, str]
+
+    @property
+    def characters(self) -> int:
+        return len(self.text) + sum(map(len, self.answers.values()))
+
+
+Key = tuple[str, str]
 
 
 def write(
     path: Path,
     table: pa.Table,
-    texts: Sequence[Sequence[str]],
+    prompts: Mapping[Key, Prompt],
     slices: Mapping[str, Sequence[str]],
 ) -> None:
-    """The page of the pairs of `table`, whose prompt, chosen and rejected are `texts`.
+    """The page of the pairs of `table`, whose `prompts` are by their test set and prompt_id.
 
     `slices` are the columns to filter by, and their values. Of more than MOST_PAIRS pairs, or
-    MOST_CHARACTERS of their texts, it has those with the lowest margins.
+    MOST_CHARACTERS of their texts, it has those with the lowest margins; a tie is at zero.
     """
-    margins = table["margin"].to_pylist()
-    kept = sorted(range(len(margins)), key=margins.__getitem__)[:MOST_PAIRS]
+    keys = list(zip(table[TEST_SET].to_pylist(), table[PROMPT_ID].to_pylist(), strict=True))
+    tied = [preference == TIE for preference in table[PREFERENCE].to_pylist()]
+    margins = table[MARGIN].to_pylist()
+    kept = sorted(range(len(table)), key=lambda row: 0.0 if tied[row] else margins[row])
+    kept = kept[:MOST_PAIRS]
+    places: dict[Key, int] = {}
     pairs, characters = [], 0
     records = zip(kept, table.take(kept).to_pylist(), strict=True)
     for row, record in watched(records, "page of judgements", "pairs"):
-        characters += sum(map(len, texts[row]))
+        characters += 0 if keys[row] in places else prompts[keys[row]].characters
         if characters > MOST_CHARACTERS:
             break
-        figures = {name: record[name] for name in FIGURES}
-        slice_of = {name: record[name] for name in slices}
         pairs.append(
-            {"id": record["id"]}
-            | dict(zip(CONVERSATION, texts[row], strict=True))
-            | figures
-            | {"slices": slice_of}
+            {
+                "id": record[ID],
+                "prompt": places.setdefault(keys[row], len(places)),
+                "answers": [record[name] for name in ANSWERS],
+                "margin": record[MARGIN],
+                "preference": record[PREFERENCE],
+                "slices": {name: record[name] for name in slices},
+            }
         )
     shown = f"the {len(pairs)} with the lowest margins of " if len(pairs) < len(table) else ""
     content = {
         "summary": f"{shown}{len(table)} test pairs",
         "slices": dict(slices),
+        "prompts": judged_prompts(table, keys, {key: prompts[key] for key in places}),
         "pairs": pairs,
     }
     # Nothing in a text may end the script element that holds it.
     data = json.dumps(content, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     write_text(path, TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", data))
+
+
+def judged_prompts(
+    table: pa.Table, keys: Sequence[Key], prompts: Mapping[Key, Prompt]
+) -> list[dict[str, object]]:
+    """The prompts with all of their answers, whose rewards and lengths are in the table."""
+    figures: dict[Key, dict[int, tuple[float, int]]] = {key: {} for key in prompts}
+    for side in zip(ANSWERS, REWARDS, TOKENS, strict=True):
+        columns = (table[name].to_pylist() for name in side)
+        for key, answer, *found in zip(keys, *columns, strict=True):
+            if key in figures:
+                figures[key][answer] = (found[0], found[1])
+    return [
+        {
+            "text": prompt.text,
+            "answers": [
+                {"number": number, "text": prompt.answers[number], "reward": reward, "tokens": size}
+                for number, (reward, size) in sorted(figures[key].items())
+            ],
+        }
+        for key, prompt in prompts.items()
+    ]
