@@ -123,7 +123,7 @@ def found(name: str, arm: Arm, tables: Sequence[pa.Table]) -> Found:
     """Accuracy of the pairs that are no ties, and the cross-entropy of all, one seed a row."""
     margins = np.array([table["margin"].to_numpy() for table in tables], dtype=np.float64)
     preference = tables[0]["preference"].to_numpy()
-    loss = preference * losses(margins) + (1 - preference) * losses(-margins)
+    loss = losses(margins, preference)
     right = np.where(preference == 0.5, np.nan, correct(margins))
     return Found(right, loss, np.array([speed(name, arm, seed) for seed in range(len(tables))]))
 

@@ -309,7 +309,7 @@ def headline(figures: dict[str, Any]) -> dict[str, Any]:
         **{
             f"sets/{name}/score": found["benchmark"]["score"]
             for name, found in sets.items()
-            if found["benchmark"]
+            if found["benchmark"] and found["benchmark"]["score"] is not None
         },
     }
 

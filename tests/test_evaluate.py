@@ -288,6 +288,9 @@ def test_rewardbench_is_a_set_with_a_score_and_a_slice_for_each_subset() -> None
     found = evaluate.headline(figures)
     assert found["sets/bench"] == pytest.approx(22 / 23)
     assert found["sets/bench/score"] == sets["bench"]["benchmark"]["score"]
+    some = evaluate.measure_sets([each], [table.slice(0, 3)], Resampling(200, 0))
+    assert some["bench"]["benchmark"]["score"] is None
+    assert "sets/bench/score" not in evaluate.headline(figures | {"sets": some})
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
