@@ -336,6 +336,81 @@ def test_an_order_of_preference_is_all_comparisons() -> None:
     )
 
 
+# --- what grades a comparison ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({}, Comparison(0, 1)),
+        ({"preference": 0.7}, Comparison(0, 1, 0.7)),
+        ({"preference": "0.25"}, Comparison(1, 0, 0.75)),
+        ({"preference": 0}, Comparison(1, 0)),
+        ({"preference": 0.5}, Comparison(0, 1, 0.5)),
+        ({"preference": None}, Comparison(0, 1)),
+        ({"votes": [3, 1]}, Comparison(0, 1, 0.75)),
+        ({"votes": [1, 3]}, Comparison(1, 0, 0.75)),
+        ({"votes": [2, 2]}, Comparison(0, 1, 0.5)),
+        ({"weight": 2, "margin": "1.5"}, Comparison(0, 1, 1, 2, 1.5)),
+        ({"weight": 0}, Comparison(0, 1, 1, 0)),
+        ({"weight": "heavy", "margin": "wide", "preference": "yes"}, Comparison(0, 1)),
+        ({"votes": 17}, Comparison(0, 1)),
+    ],
+)
+def test_columns_grade_a_pair(columns: Record, expected: Comparison) -> None:
+    raw = form_of(PLAIN | columns).read(PLAIN | columns)
+    assert raw.comparisons == [expected]
+    assert raw.answers == ["Because.", "No."]
+    kept = columns.keys() & raw.columns.keys()
+    assert kept == (columns.keys() if expected == Comparison(0, 1) else set())
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"preference": 2}, "preference is 2, expected a number from 0 to 1"),
+        ({"preference": -0.1}, "preference is -0.1, expected a number from 0 to 1"),
+        ({"margin": -1}, "margin is -1, expected a number of 0 or more (margin: null in dataset"),
+        ({"weight": float("inf")}, "weight is Infinity, expected a number of 0 or more"),
+        ({"votes": [0, 0]}, "votes is [0, 0], expected two whole numbers, the votes for each"),
+        ({"votes": [1.5, 1]}, "votes is [1.5, 1], expected two whole numbers"),
+    ],
+)
+def test_a_grade_without_a_meaning_stops(columns: Record, said: str) -> None:
+    with pytest.raises(Unmeant) as caught:
+        pairs_of(PLAIN | columns)
+    assert str(caught.value).startswith(said)
+
+
+def test_grades_that_come_late_in_the_file_count_too() -> None:
+    form = form_of(PLAIN)
+    assert form.read(PLAIN | {"weight": 3}).comparisons == [Comparison(0, 1, weight=3)]
+    with pytest.raises(Unmeant, match='weight is "heavy", expected'):
+        form.read(PLAIN | {"weight": "heavy"})
+
+
+@pytest.mark.parametrize("columns", [{"preference": 0.9}, {"votes": [2, 1]}, {"preference": 0.5}])
+def test_a_margin_where_no_answer_is_certainly_better_is_bad(columns: Record) -> None:
+    with pytest.raises(BadRecord, match="'margin' is 1 where no answer is certainly") as caught:
+        pairs_of(PLAIN | columns | {"margin": 1})
+    assert caught.value.reason == "unsure_margin"
+    assert form_of(PLAIN | columns).read(PLAIN | columns | {"margin": 0}).comparisons
+
+
+def test_a_weight_is_that_of_every_comparison_of_a_ranking() -> None:
+    record = RANKED | {"ranks": [2, 1, 1], "weight": 2}
+    assert form_of(record).read(record).comparisons == [
+        Comparison(1, 0, weight=2),
+        Comparison(2, 0, weight=2),
+        Comparison(1, 2, 0.5, 2),
+    ]
+
+
+def test_a_preference_of_alpaca_farm_is_a_number_of_an_answer() -> None:
+    record = {"prompt": "Why?", "output_1": "A.", "output_2": "B.", "preference": 1, "weight": 2}
+    assert form_of(record).read(record).comparisons == [Comparison(0, 1, weight=2)]
+
+
 # --- whole texts -----------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from reward.data.mapping import read_mapping
-from reward.data.records import FIELDS, Raw, check
+from reward.data.records import FIELDS, Comparison, Raw, check
 from reward.data.sources import Source, sources
 from reward.process import Fault
 from tests.support import as_pairs
@@ -123,6 +123,36 @@ def test_a_mapped_verdict_without_a_meaning_stops_and_a_tie_does_not(tmp_path: P
         f'{folder}/x.jsonl: line 2: vote is "same", '
         "expected l for the first answer, r for the second"
     )
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns", "expected"),
+    [
+        ("answers: [left, right], preference: p", {"p": 0.2}, Comparison(1, 0, 0.8)),
+        ("answers: [left, right], votes: [for, against]", {"for": 3, "against": "1"},
+         Comparison(0, 1, 0.75)),
+        ("answers: [left, right], votes: v", {"v": [1, 3]}, Comparison(1, 0, 0.75)),
+        ("answers: [left, right], votes: v, first: l, second: r, tie: s",
+         {"v": ["l", "r", "s", "l"]}, Comparison(0, 1, 0.625)),
+        ("chosen: left, rejected: right, votes: v, first: l, second: r",
+         {"v": ["r", "r", "l", "r", "r"]}, Comparison(1, 0, 0.8)),
+        ("chosen: left, rejected: right, margin: gap, weight: w", {"gap": 2, "w": 3},
+         Comparison(0, 1, 1, 3, 2)),
+        ("answers: [left, right], verdict: vote, first: l, second: r, margin: gap", {"gap": 2},
+         Comparison(0, 1, margin=2)),
+        ("chosen: left, rejected: right, weight: null, margin: null", {"weight": 9, "margin": -9},
+         Comparison(0, 1)),
+        ("chosen: left, rejected: right, votes: null", {"votes": [0, 1]}, Comparison(0, 1)),
+    ],
+)  # fmt: skip
+def test_an_entry_says_what_grades_a_comparison(
+    tmp_path: Path, entry: str, columns: Record, expected: Comparison
+) -> None:
+    folder = write(tmp_path, f"x.jsonl: {{prompt: ask, {entry}}}", TWO | columns)
+    [source] = sources(folder)
+    [(_, raw)] = source
+    assert isinstance(raw, Raw)
+    assert raw.comparisons == [expected]
 
 
 def test_yes_and_no_are_texts_and_so_are_cells_of_a_table(tmp_path: Path) -> None:
@@ -264,6 +294,21 @@ def test_an_entry_says_another_split(tmp_path: Path) -> None:
             "x.jsonl: {answers: a, order: worst_first}",
             "order is 'worst_first', expected best_first",
         ),
+        ("x.jsonl: {answers: [a, b, c], votes: v}", "votes needs two columns in answers"),
+        ("x.jsonl: {chosen: a, rejected: b, votes: [c]}", "votes is ['c'], expected the name of a"),
+        (
+            "x.jsonl: {chosen: a, rejected: b, votes: v, preference: p}",
+            "votes and preference say the same, expected one of them",
+        ),
+        (
+            "x.jsonl: {chosen: a, rejected: b, votes: [v, w], first: 1, second: 2}",
+            "first, second and tie need verdict or votes, of which they are values",
+        ),
+        (
+            "x.jsonl: {chosen: a, rejected: b, votes: v, first: 1}",
+            "single votes need first and second",
+        ),
+        ("x.jsonl: {weight: [a]}", "weight is ['a'], expected the name of a column, or null"),
         ("y.jsonl: {prompt: a}", "y.jsonl is no file here, expected some of x.jsonl"),
         (
             "'x*': {prompt: ask}\n'*.jsonl': {prompt: ask}",

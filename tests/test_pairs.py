@@ -19,7 +19,7 @@ import pytest
 from reward.data import reading
 from reward.data import records as pairs
 from reward.data.reading import files, read, unit
-from reward.data.records import BadRecord, Messages, check, hash64
+from reward.data.records import BadRecord, Comparison, Messages, Raw, check, hash64
 from reward.data.splitting import (
     Ballots,
     Hashes,
@@ -639,6 +639,53 @@ def test_unusable_record_is_refused_with_its_reason(
     with pytest.raises(BadRecord, match=sentence) as caught:
         check(record)
     assert caught.value.reason == reason
+
+
+# --- several answers --------------------------------------------------------------------------
+
+
+def ranking(answers: list[Any], comparisons: list[Comparison], prompt: Any = "Why?") -> Raw:
+    names = [f"answer {place + 1}" for place in range(len(answers))]
+    return Raw(prompt, answers, names, comparisons, {"kind": "x"})
+
+
+def test_a_ranking_has_the_ids_of_its_pairs() -> None:
+    comparisons = [Comparison(0, 1), Comparison(2, 0), Comparison(2, 1, 0.5)]
+    answers = ["a", "b", "c"]
+    found = check(ranking(answers, comparisons))
+    pairs = [("a", "b"), ("c", "a"), ("c", "b")]
+    assert found.ids == [
+        check({"prompt": "Why?", "chosen": j, "rejected": k}).ids[0] for j, k in pairs
+    ]
+    assert (found.comparisons, found.faults) == (comparisons, [])
+    assert found.answers == [(("assistant", answer),) for answer in answers]
+
+
+def test_the_prompt_is_what_all_answers_begin_with() -> None:
+    asked = [turn("user", "q"), turn("assistant", "a"), turn("user", "more")]
+    rest = [[*asked, turn("assistant", each)] for each in "xyz"]
+    found = check(ranking(rest, [Comparison(0, 1), Comparison(1, 2)], prompt=None))
+    assert [message[1] for message in found.prompt] == ["q", "a", "more"]
+    assert [answer[0][1] for answer in found.answers] == ["x", "y", "z"]
+    with pytest.raises(BadRecord, match="'answer 2' is empty"):
+        check(ranking(["a", " ", "c"], [Comparison(0, 1)]))
+
+
+def test_equal_answers_that_tie_are_left_out_and_otherwise_are_bad() -> None:
+    tie, other = Comparison(0, 1, 0.5), Comparison(2, 0)
+    found = check(ranking(["a", "a", "c"], [tie, other]))
+    assert (found.comparisons, found.faults) == ([other], [])
+    found = check(ranking(["a", "a", "c"], [Comparison(0, 1), other]))
+    assert (found.comparisons, len(found.ids)) == ([other], 1)
+    assert [fault.reason for fault in found.faults] == ["identical_answers"]
+    assert str(found.faults[0]) == "'answer 1' and 'answer 2' are the same"
+    assert check(ranking(["a", "a"], [tie])).comparisons == []
+
+
+def test_a_comparison_without_weight_is_left_out_and_counted() -> None:
+    found = check(ranking(["a", "b", "c"], [Comparison(0, 1, weight=0), Comparison(0, 2)]))
+    assert found.comparisons == [Comparison(0, 2)]
+    assert [fault.reason for fault in found.faults] == ["no_weight"]
 
 
 # --- identity and kept columns ---------------------------------------------------------------

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from benchmarks import preprocess as benchmark
 from reward.data.records import check
 from reward.data.rows import as_json, shown
-from reward.data.tokens import Template
+from reward.data.tokens import Encoder, Template
 from reward.outputs import digests, read_json
 from reward.process import Fault
 from stages import preprocess
@@ -389,6 +389,90 @@ def test_a_prompt_of_a_file_for_training_is_never_held_out(
     assert {check(record).prompt_id for record in shared} <= train
     assert not train & {row["prompt_id"] for name in ("validation", "test") for row in parts[name]}
     assert {row["source"] for row in parts["train"]} == {"first", "more"}
+
+
+def test_a_ranking_is_a_row_for_each_comparison_and_its_answers_are_tokenized_once(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = ["first", "second", "third", "fourth"]
+    rewrite(
+        data,
+        [
+            {"prompt": f"question {i}", "answers": answers, "ranks": [1, 2, 2, 3], "kind": "x"}
+            for i in range(20)
+        ],
+    )
+    encode, encoded = Encoder.encode, []
+
+    def counting(encoder: Encoder, texts: list[str]) -> list[list[int]]:
+        encoded.extend(texts)
+        return encode(encoder, texts)
+
+    monkeypatch.setattr(Encoder, "encode", counting)
+    metrics = run()
+    assert len(encoded) == len(set(encoded)) == 80
+    assert (sum(metrics["pairs"].values()), metrics["ties"]) == (120, 20)
+    tokenizer = Tokenizer.from_file(str(preprocess.BASE / "tokenizer.json"))
+    for part in written().values():
+        for row in part:
+            texts = [answers[row[f"answer_{side}"]] for side in "jk"]
+            for side, text in zip("jk", texts, strict=True):
+                assert tokenizer.decode(row[f"input_ids_{side}"]).endswith(f"答:{text}")
+            worths = [[1, 2, 2, 3][answers.index(text)] for text in texts]
+            assert row["preference"] == (0.5 if worths[0] == worths[1] else 1)
+            assert worths[0] <= worths[1]
+            assert row["kind"] == "x"
+    rows = load_from_disk(str(preprocess.TOKENIZED / "test" / "answers"))
+    assert rows["answer"] == [0, 1, 2, 3] * 4
+    assert [json.loads(each)[0]["content"] for each in rows["response"]] == answers * 4
+
+
+def test_grades_of_records_are_those_of_the_rows(data: Path) -> None:
+    graded = [
+        pair(i, preference=i / 40, weight=1 + i % 3) | ({"margin": 2} if i in (0, 40) else {})
+        for i in range(41)
+    ]
+    rewrite(data, [*graded, pair(50, weight=0)])
+    metrics = run()
+    assert metrics["dropped"] == {"no_weight": 1}
+    assert (metrics["ties"], metrics["soft"]) == (1, 38)
+    rows = {row["prompt_id"]: row for part in written().values() for row in part}
+    texts = Encoder(preprocess.BASE, Template.load(preprocess.TOKENIZED / "template.json"))
+    for i, record in enumerate(graded):
+        row = rows[check(record).prompt_id]
+        better = "chosen" if i >= 20 else "rejected"
+        assert texts.decode(row["input_ids_j"]).endswith(record[better])
+        assert row["preference"] == max(i / 40, 1 - i / 40)
+        assert (row["weight"], row["margin"]) == (1 + i % 3, 2 if i in (0, 40) else 0)
+
+
+@pytest.mark.parametrize("other", [{"preference": 0.5}, {"preference": 0.8}, {"preference": 0}])
+def test_records_that_judge_the_same_answers_otherwise_are_contradictions(
+    data: Path, other: dict[str, Any]
+) -> None:
+    alike = {"chosen": pair(1)["rejected"], "rejected": pair(1)["chosen"], "preference": 0}
+    rewrite(data, [*map(pair, range(20)), pair(1, **other)])
+    assert "2 contradiction" in fault()
+    rewrite(data, [*map(pair, range(20)), pair(1, **alike)])
+    assert "1 duplicate" in fault()
+
+
+def test_a_split_of_ties_alone_is_a_fault(workspace: Path, set_params: SetParams) -> None:
+    ties = [pair(30 + i, preference=0.5) for i in range(3)]
+    folder_of(workspace, set_params, pairs=[*map(pair, range(20))], test=ties)
+    assert "no pair is left for test out of 23 but ties; wanted more prompts" in fault()
+
+
+def test_an_answer_that_is_too_long_takes_its_comparisons_with_it(
+    data: Path, set_params: SetParams
+) -> None:
+    ranked = {"answers": ["good", "bad", "x " * 400], "ranks": [1, 2, 3]}
+    rewrite(data, [{"prompt": f"question {i}"} | ranked for i in range(20)])
+    set_params("preprocess", max_length=100, over_length="drop")
+    metrics = run()
+    assert (sum(metrics["pairs"].values()), metrics["dropped"]) == (20, {"over_length": 40})
+    set_params("preprocess", over_length="truncate_prompt", on_bad_record="drop")
+    assert run()["dropped"] == {"answer_too_long": 40}
 
 
 def test_ties_are_kept_and_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
