@@ -4,6 +4,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from datasets import load_from_disk
 from tokenizers import Tokenizer
 
 from benchmarks import preprocess as benchmark
+from reward.data import tokenized
 from reward.data.records import check
 from reward.data.rows import as_json, shown
 from reward.data.tokens import Encoder, Template
@@ -706,6 +708,30 @@ def test_answers_of_the_test_prompts_keep_their_words_and_training_does_without(
             assert json.loads(answer["response"]) == record[name]
             ids = tokenizer.encode(answer["text"], add_special_tokens=False).ids
             assert ids == row[f"input_ids_{side}"]
+
+
+def test_answers_of_scattered_records_are_gathered_by_their_prompts(
+    data: Path, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [pair(i, chosen=f"good {n}") for n in range(8) for i in range(40)]
+    rewrite(data, random.Random(0).sample(pairs, len(pairs)))
+    set_params("preprocess", test_fraction=0.4)
+    run()
+    expected = load_from_disk(str(preprocess.TOKENIZED / "test" / "answers")).to_list()
+    monkeypatch.setattr(preprocess, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(tokenized, "GATHERED", 7)
+    run()
+    found = load_from_disk(str(preprocess.TOKENIZED / "test" / "answers")).to_list()
+    assert found == expected
+    prompts = list(dict.fromkeys(row["prompt_id"] for row in written()["test"]))
+    keys = [(row["prompt_id"], row["answer"]) for row in found]
+    assert keys == [(prompt, number) for prompt in prompts for number in range(9)]
+    texts = {key: row["text"] for key, row in zip(keys, found, strict=True)}
+    tokenizer = Tokenizer.from_file(str(preprocess.BASE / "tokenizer.json"))
+    for row in written()["test"]:
+        for side in "jk":
+            text = texts[row["prompt_id"], row[f"answer_{side}"]]
+            assert tokenizer.encode(text).ids == row[f"input_ids_{side}"]
 
 
 def test_several_messages_are_shown_with_their_roles() -> None:

@@ -43,7 +43,7 @@ TOKENIZER = b"tokenizer"
 KEPT, COMPARED, OWN_IDS = "columns", "comparisons", "input_ids"
 # The folder of the texts in that of a split, and how many of its rows are gathered at once.
 ANSWERS_OF = "answers"
-GATHERED = 1000
+GATHERED = 10_000
 INTEGERS = pa.list_(pa.int32())
 ANSWER_TYPE = pa.struct({OWN_IDS: INTEGERS, RESPONSE: pa.string(), TEXT: pa.string()})
 COMPARISON_TYPE = pa.struct({ID: pa.string(), **dict.fromkeys((*ANSWERS, PREFIX), pa.int32())})
@@ -81,11 +81,18 @@ class Row(NamedTuple):
 
 
 @contextmanager
-def stream(path: Path, schema: pa.Schema = SCRATCH) -> Iterator[Append]:
-    """What appends batches to a new stream of Arrow; one of a scratch table unless it is said."""
+def stream(
+    path: Path,
+    schema: pa.Schema = SCRATCH,
+    new: Callable[[pa.NativeFile, pa.Schema], Any] = pa.ipc.new_stream,
+) -> Iterator[Append]:
+    """What appends batches to a new stream of Arrow; one of a scratch table unless it is said.
+
+    With `pa.ipc.new_file` to a file whose batches can be read in any order.
+    """
     with writing(path):
         sink = pa.OSFile(str(path), "wb")
-        writer = pa.ipc.new_stream(sink, schema)
+        writer = new(sink, schema)
 
     def append(part: pa.RecordBatch | pa.Table) -> None:
         with writing(path):
@@ -185,41 +192,58 @@ def write_answers(
     """The texts of answers from a scratch table, as a new folder in that of a split.
 
     `sides` are the places of the answers, twice the comparison and 1 for what is rejected in it,
-    `numbers` those within their prompts. Shapes [answers].
+    `numbers` those within their prompts. Shapes [answers]. They go through a table of their own in
+    the order of the scratch table, so that memory never holds all texts.
     """
     from datasets import Features, Value
 
     texts = dict.fromkeys((PROMPT, RESPONSE, TEXT), Value("string"))
     features = Features({PROMPT_ID: Value("string"), ANSWER: Value("int32"), **texts})
-    with (
-        pa.memory_map(str(table)) as source,
-        new_folder(folder / ANSWERS_OF, features, tokenizer) as append,
-    ):
-        parts = pa.ipc.open_stream(source).read_all().to_batches()
-        ends = np.cumsum([len(part[COMPARED].values) for part in parts])
+    schema, own, order = features.arrow_schema, table.with_name(ANSWERS_OF), np.argsort(sides)
+    ends = _write_in_order(own, table, sides[order], numbers[order], schema)
+    places = np.argsort(order)
+    with pa.OSFile(str(own)) as source, new_folder(folder / ANSWERS_OF, features, tokenizer) as add:
+        reader = pa.ipc.open_file(source)
         for start in range(0, len(sides), GATHERED):
-            rows = _gathered(parts, ends, sides[start : start + GATHERED])
-            rows[ANSWER] = pa.array(numbers[start : start + GATHERED])
-            append(pa.table(rows).select(list(features)).cast(features.arrow_schema))
+            add(_gathered(reader, ends, places[start : start + GATHERED]))
+    own.unlink()
 
 
-def _gathered(
-    parts: list[pa.RecordBatch], ends: Indices, sides: Indices
-) -> dict[str, pa.ChunkedArray]:
-    """The texts of answers by their places `sides`; batches end before the comparisons `ends`."""
-    which = np.searchsorted(ends, sides // 2, "right")
+def _write_in_order(
+    path: Path, table: Path, sides: Indices, numbers: Indices, schema: pa.Schema
+) -> Indices:
+    """Answers in the order of a scratch table as a file of batches; where each batch ends."""
+    start, ends = 0, [0]
+    with pa.OSFile(str(table)) as source, stream(path, schema, pa.ipc.new_file) as append:
+        for part in pa.ipc.open_stream(source):
+            count = len(part[COMPARED].values)
+            found = slice(ends[-1], int(np.searchsorted(sides, 2 * (start + count))))
+            rows, is_second = np.divmod(sides[found] - 2 * start, 2)
+            start += count
+            if len(rows):
+                places = np.where(is_second, *reversed(_places(part, rows)))
+                records = pa.array(_records(part)[rows])
+                data = {name: part[name].take(records) for name in (PROMPT_ID, PROMPT)}
+                answers = part[ANSWERS_OF].values.take(pa.array(places))
+                data |= {name: answers.field(name) for name in (RESPONSE, TEXT)}
+                data[ANSWER] = pa.array(numbers[found], pa.int32())
+                append(
+                    pa.RecordBatch.from_arrays([data[name] for name in schema.names], schema=schema)
+                )
+                ends.append(found.stop)
+    return np.array(ends[1:])
+
+
+def _gathered(reader: pa.RecordBatchFileReader, ends: Indices, places: Indices) -> pa.Table:
+    """Rows of a file of batches, which end before the rows `ends`, by their places."""
+    which = np.searchsorted(ends, places, "right")
     order = np.argsort(which, kind="stable")
     taken = []
     for index in np.unique(which):
-        part, found = parts[index], sides[order[which[order] == index]]
-        rows = found // 2 - (ends[index] - len(part[COMPARED].values))
-        places = np.where(found % 2, *reversed(_places(part, rows)))
-        answers = part[ANSWERS_OF].values.take(pa.array(places))
-        records = _records(part)[rows]
-        data = {name: part[name].take(pa.array(records)) for name in (PROMPT_ID, PROMPT)}
-        taken.append(pa.table(data | {n: pc.struct_field(answers, n) for n in (RESPONSE, TEXT)}))
-    table = pa.concat_tables(taken).take(pa.array(np.argsort(order)))
-    return {name: table[name] for name in table.column_names}
+        part = reader.get_batch(int(index))
+        rows = places[order[which[order] == index]] - (ends[index] - len(part))
+        taken.append(part.take(pa.array(rows)))
+    return pa.Table.from_batches(taken).take(pa.array(np.argsort(order)))
 
 
 def _records(part: pa.RecordBatch) -> Indices:
