@@ -185,13 +185,17 @@ def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
 def encoded(
     encoder: Encoder, batched: Iterable[list[Rendered]]
 ) -> Iterator[tuple[list[Rendered], Future[list[Ids]]]]:
-    """Each batch with the ids of all its texts; the next is encoded meanwhile."""
+    """Each batch with the ids of all its texts; the next ones are encoded meanwhile.
+
+    There are two of them, because ids become Python's lists under its lock: while those of one
+    batch wait for it, the tokenizer's threads have the other.
+    """
     waiting: deque[tuple[list[Rendered], Future[list[Ids]]]] = deque()
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool:
         for batch in batched:
             texts = [text for item in batch for text in item.texts]
             waiting.append((batch, pool.submit(encoder.encode, texts)))
-            if len(waiting) > 1:
+            if len(waiting) > 2:
                 yield waiting.popleft()
         yield from waiting
 

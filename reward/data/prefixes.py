@@ -9,4 +9,5 @@ def prefix_length(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> int:
     left, right = np.asarray(chosen), np.asarray(rejected)
     limit = max(min(len(left), len(right)) - 1, 0)
     differs = left[:limit] != right[:limit]
-    return int(differs.argmax()) if differs.any() else limit
+    first = int(differs.argmax()) if limit else 0
+    return first if limit and differs[first] else limit
