@@ -140,6 +140,8 @@ def test_a_mapped_verdict_without_a_meaning_stops_and_a_tie_does_not(tmp_path: P
          Comparison(0, 1, 1, 3, 2)),
         ("answers: [left, right], verdict: vote, first: l, second: r, margin: gap", {"gap": 2},
          Comparison(0, 1, margin=2)),
+        ("answers: [left, right], verdict: margin, first: -1, second: 1", {"margin": -1},
+         Comparison(0, 1)),
         ("chosen: left, rejected: right, weight: null, margin: null", {"weight": 9, "margin": -9},
          Comparison(0, 1)),
         ("chosen: left, rejected: right, votes: null", {"votes": [0, 1]}, Comparison(0, 1)),

@@ -667,6 +667,10 @@ def test_the_prompt_is_what_all_answers_begin_with() -> None:
     found = check(ranking(rest, [Comparison(0, 1), Comparison(1, 2)], prompt=None))
     assert [message[1] for message in found.prompt] == ["q", "a", "more"]
     assert [answer[0][1] for answer in found.answers] == ["x", "y", "z"]
+    shorter = [asked[0], turn("assistant", "z")]
+    found = check(ranking([rest[0], rest[1], shorter], [Comparison(0, 2)], prompt=None))
+    assert [message[1] for message in found.prompt] == ["q"]
+    assert [len(answer) for answer in found.answers] == [3, 3, 1]
     with pytest.raises(BadRecord, match="'answer 2' is empty"):
         check(ranking(["a", " ", "c"], [Comparison(0, 1)]))
 
