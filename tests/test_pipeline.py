@@ -17,7 +17,10 @@ OUTPUTS = {
         "template.json",
         *(
             f"{split}/{name}"
-            for split in ("train", "validation", "test", "sets/by_hand")
+            for split in (
+                *("train", "validation", "test", "test/answers"),
+                *("sets/by_hand", "sets/by_hand/answers"),
+            )
             for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json")
         ),
         "sets/index.json",

@@ -5,8 +5,9 @@ python -m benchmarks.speed
 Ours against TRL's RewardTrainer, against the article's loop (one pair at a time, two passes), and
 against the bare matrix products of the base's linear layers. All have the same base, pairs, order
 of pairs, first adapter and head, optimizer and threads; they take turns, each time in a process of
-its own, and the median counts. Prints a table and writes it to benchmarks/results/<cpu or cuda>.md,
-with the raw figures (.json) and a picture (.svg) beside it. Needs the extra `bench`.
+its own, and the median counts. Prints a table and writes it to benchmarks/results/<cpu or
+cuda>.md, with the raw figures (.json) and a picture (.svg) beside it; the name has the base and the
+number of answers too, where they are not the default's. Needs the extra `bench`.
 """
 
 import argparse

@@ -45,9 +45,11 @@ def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def of_rankings(settings: dict[str, Any]) -> str:
-    """What the names of the results end in where prompts have more answers than two."""
-    return f"-{settings['answers']}-answers" if settings["answers"] > 2 else ""
+def name_of(settings: dict[str, Any]) -> str:
+    """What the results are called: by hardware, base if it is not random, and answers above two."""
+    base = "" if settings["base"] == "random" else f"-{settings['base']}"
+    answers = f"-{settings['answers']}-answers" if settings["answers"] > 2 else ""
+    return f"{HARDWARE.name}{base}{answers}"
 
 
 def many_answers(settings: dict[str, Any]) -> list[str]:
@@ -70,8 +72,7 @@ def as_markdown(settings: dict[str, Any], rows: dict[str, Row]) -> str:
     lines = [
         f"# Speed of training on {HARDWARE.name.upper()}",
         "Written by `python -m benchmarks.speed`, which says what is measured and how.",
-        "![Pairs per second, and tokens computed for a pair]"
-        f"({HARDWARE.name}{of_rankings(settings)}.svg)",
+        f"![Pairs per second, and tokens computed for a pair]({name_of(settings)}.svg)",
         "\n".join(
             [
                 f"- {settings['hardware']}, threads: {settings['threads']}",
@@ -237,7 +238,7 @@ def panel(
 def write(settings: dict[str, Any], rows: dict[str, Row], report: str) -> None:
     """Write table, raw figures and picture."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{HARDWARE.name}{of_rankings(settings)}"
+    path = RESULTS / f"{name_of(settings)}.md"
     raw = {name: asdict(row) for name, row in rows.items()}
     write_json(path.with_suffix(".json"), {"settings": settings, "rows": raw})
     path.with_suffix(".svg").write_text(
