@@ -13,7 +13,6 @@ there already is read. The report is benchmarks/results/arms-NAME.md.
 """
 
 import argparse
-import io
 import re
 import subprocess
 from collections.abc import Sequence
@@ -22,16 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
-from dvc import api
 from tqdm import tqdm
 
-from reward.judging.metrics import Floats, Resampling, correct, losses
+from benchmarks.defaults import RESAMPLING, RESULTS, command, is_there, rewards_of
+from reward.judging.metrics import Floats, correct, losses
 
-RESULTS = Path("benchmarks/results")
 LOGS = Path("data/arms")
-REWARDS = "reports/evaluate/rewards.parquet"
-RESAMPLING = Resampling(samples=10_000, seed=0)
 
 
 @dataclass(frozen=True)
@@ -82,20 +77,14 @@ def parse() -> argparse.Namespace:
 def run(name: str, arm: Arm, seed: int, settings: Sequence[str]) -> None:
     """The experiment of an arm and a seed, unless it is there."""
     called, log = experiment(name, arm, seed), log_of(name, arm, seed)
-    listed = subprocess.run(
-        ["dvc", "exp", "list", "--name-only"], check=True, capture_output=True, text=True
-    )
-    if called in listed.stdout.split():
+    if is_there(called):
         return
     # An experiment leaves its parameters in the working tree.
     subprocess.run(["git", "restore", "params.yaml"], check=True)
     values = [f"train.seed={seed}", *settings, *arm.settings]
-    flags = [part for value in values for part in ("--set-param", value)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as output:
-        subprocess.run(
-            ["dvc", "exp", "run", "--name", called, *flags, "evaluate"], check=True, stdout=output
-        )
+        subprocess.run(command(called, values), check=True, stdout=output)
 
 
 def experiment(name: str, arm: Arm, seed: int) -> str:
@@ -111,12 +100,7 @@ def log_of(name: str, arm: Arm, seed: int) -> Path:
 
 def tables_of(name: str, arm: Arm, seeds: int) -> list[pa.Table]:
     """The rewards of the test pairs by each seed, sorted by the pairs' ids."""
-    return [
-        pyarrow.parquet.read_table(
-            io.BytesIO(api.read(REWARDS, rev=experiment(name, arm, seed), mode="rb"))
-        ).sort_by("id")
-        for seed in range(seeds)
-    ]
+    return [rewards_of(experiment(name, arm, seed)).sort_by("id") for seed in range(seeds)]
 
 
 def found(name: str, arm: Arm, tables: Sequence[pa.Table]) -> Found:

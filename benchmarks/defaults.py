@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet
 from dvc import api
 from tokenizers import Tokenizer
@@ -182,10 +183,7 @@ def write_folds(options: argparse.Namespace, records: Sequence[dict[str, str]]) 
 def run(name: str, levels: Levels, row: int, fold: int, settings: Sequence[str]) -> None:
     """The experiment of a row of the design and a fold, unless it is there."""
     called = experiment(name, row, fold)
-    listed = subprocess.run(
-        ["dvc", "exp", "list", "--name-only"], check=True, capture_output=True, text=True
-    )
-    if called in listed.stdout.split():
+    if is_there(called):
         return
     folder = FOLDS / name / str(fold)
     values = {
@@ -197,10 +195,26 @@ def run(name: str, levels: Levels, row: int, fold: int, settings: Sequence[str])
     for factor, level in zip(FACTORS, levels, strict=True):
         values[factor.key] = factor.high if level > 0 else factor.low
     arguments = [f"{key}={value}" for key, value in values.items()] + list(settings)
-    flags = [part for argument in arguments for part in ("--set-param", argument)]
-    subprocess.run(
-        ["dvc", "exp", "run", "--quiet", "--name", called, *flags, "evaluate"], check=True
+    subprocess.run([*command(called, arguments), "--quiet"], check=True)
+
+
+def is_there(called: str) -> bool:
+    """Whether an experiment of this name was run before."""
+    listed = subprocess.run(
+        ["dvc", "exp", "list", "--name-only"], check=True, capture_output=True, text=True
     )
+    return called in listed.stdout.split()
+
+
+def command(called: str, settings: Sequence[str]) -> list[str]:
+    """What runs an experiment up to its evaluation, under a name and with these parameters."""
+    flags = [part for setting in settings for part in ("--set-param", setting)]
+    return ["dvc", "exp", "run", "--name", called, *flags, "evaluate"]
+
+
+def rewards_of(called: str) -> pa.Table:
+    """The rewards of an experiment's test pairs."""
+    return pyarrow.parquet.read_table(io.BytesIO(api.read(REWARDS, rev=called, mode="rb")))
 
 
 def experiment(name: str, row: int, fold: int) -> str:
@@ -212,9 +226,7 @@ def judged(options: argparse.Namespace, runs: int) -> tuple[Floats, npt.NDArray[
     rows = []
     for row in range(runs):
         tables = [
-            pyarrow.parquet.read_table(
-                io.BytesIO(api.read(REWARDS, rev=experiment(options.name, row, fold), mode="rb"))
-            ).select(["id", "prompt_id", "margin"])
+            rewards_of(experiment(options.name, row, fold)).select(["id", "prompt_id", "margin"])
             for fold in range(options.held)
         ]
         rows.append({record["id"]: record for table in tables for record in table.to_pylist()})
