@@ -46,7 +46,8 @@ CHAT_TEMPLATE = """\
 """
 TEMPLATES = ("zh", "chat")
 STAGE = ("-m", "stages.preprocess")
-START_UP = ("-c", "import stages.preprocess")
+# With the library that the stage imports only when it writes.
+START_UP = ("-c", "import stages.preprocess, datasets")
 NONE = "–"
 # Texts that one call of encode_batch gets; the fastest is compared.
 BATCHES = (1_000, 10_000, 100_000)

@@ -20,7 +20,7 @@ from benchmarks import preprocess as benchmark
 from reward.data import tokenized
 from reward.data.records import check
 from reward.data.rows import as_json, shown
-from reward.data.tokens import Encoder, Template
+from reward.data.tokens import Array, Encoder, Template
 from reward.outputs import digests, read_json
 from reward.process import Fault
 from stages import preprocess
@@ -404,13 +404,13 @@ def test_a_ranking_is_a_row_for_each_comparison_and_its_answers_are_tokenized_on
             for i in range(20)
         ],
     )
-    encode, encoded = Encoder.encode, []
+    encode, encoded = Encoder.encode_arrays, []
 
-    def counting(encoder: Encoder, texts: list[str]) -> list[list[int]]:
+    def counting(encoder: Encoder, texts: list[str]) -> list[Array]:
         encoded.extend(texts)
         return encode(encoder, texts)
 
-    monkeypatch.setattr(Encoder, "encode", counting)
+    monkeypatch.setattr(Encoder, "encode_arrays", counting)
     metrics = run()
     assert len(encoded) == len(set(encoded)) == 80
     assert (sum(metrics["pairs"].values()), metrics["ties"]) == (120, 20)

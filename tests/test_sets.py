@@ -12,7 +12,7 @@ from datasets import load_from_disk
 
 from reward.data.records import check
 from reward.data.sets import read_sets
-from reward.data.tokens import Encoder, Template
+from reward.data.tokens import Encoder, Template, as_array
 from reward.model.packing import Texts
 from reward.outputs import read_json
 from reward.process import Fault
@@ -66,7 +66,7 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(
 def test_two_texts_with_the_same_ids_are_a_bad_record(encoder: Callable[[int], Encoder]) -> None:
     write_set(Path("data/sets/alike.jsonl"), PAIR)
     found = encoder(100)
-    found.encode = lambda texts: [[1, 2]] * len(texts)  # type: ignore[method-assign]
+    found.encode_arrays = lambda texts: [as_array([1, 2])] * len(texts)  # type: ignore[method-assign]
     with pytest.raises(Fault, match="line 1: identical_tokens: both answers give the same ids"):
         read_sets(Path("data/sets"), found, drop=False)
 

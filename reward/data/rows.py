@@ -61,10 +61,6 @@ def as_row(
     return Row(record.prompt_id, prompt, record.columns, ids, responses, texts, compared)
 
 
-def as_array(ids: Sequence[int]) -> Array:
-    return np.array(ids, dtype=np.int32)
-
-
 def hash_of(ids: Array) -> int:
     """64 bits that are equal for equal ids."""
     return int.from_bytes(hashlib.sha256(ids.tobytes()).digest()[:8])

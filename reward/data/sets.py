@@ -11,7 +11,7 @@ from reward.data.ledger import Ledger
 from reward.data.mapping import read_mapping
 from reward.data.reading import SUFFIXES, name_of
 from reward.data.records import BadRecord
-from reward.data.rows import as_array, as_row, compare
+from reward.data.rows import as_row, compare
 from reward.data.sources import Source, source_of, usable
 from reward.data.splitting import Prompts
 from reward.data.tokenized import Row
@@ -84,7 +84,7 @@ def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
         except BadRecord as fault:
             ledger.bad(0, position, fault.reason, str(fault))
             continue
-        ids = [*map(as_array, encoder.encode(texts))]
+        ids = encoder.encode_arrays(texts)
         kept = compare(record, ids, encoder.template.max_length)
         for each in (*record.faults, *kept.faults):
             ledger.bad(0, position, each.reason, str(each))

@@ -7,12 +7,16 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
 
 from reward.data.records import TOOLS, Messages, names_of
 from reward.data.templates import dated, fill, read_chat_template, render_chat
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
+
+Array = npt.NDArray[np.int32]
 
 TEMPLATES = {
     "zh": "问:{prompt}\n\n答:{answer}",
@@ -118,8 +122,18 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, never cut: those of a plain call of the tokenizer, and eos."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=not self._chat)
-        return [self._finish(encoding.ids) for encoding in encodings]
+        return [self._finish(encoding.ids) for encoding in self._encodings(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[Array]:
+        """The same as arrays, each made before the next list of ids, which takes nine times the
+        memory."""
+        return [as_array(self._finish(encoding.ids)) for encoding in self._encodings(texts)]
+
+    def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
+        found: list[Encoding] = self._tokenizer.encode_batch_fast(
+            texts, add_special_tokens=not self._chat
+        )
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens and all."""
@@ -187,6 +201,10 @@ class Encoder:
     def _special_tokens(self) -> dict[str, str]:
         names = ("bos_token", "eos_token", "pad_token")
         return {name: token_of(self._config, name) or "" for name in names}
+
+
+def as_array(ids: Sequence[int]) -> Array:
+    return np.array(ids, dtype=np.int32)
 
 
 def head_of(prompt: Messages) -> int:
