@@ -6,7 +6,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from reward.model.packing import Texts, extremes, into_packs, pack, pair, texts_of, tokens, within
+from reward.model.packing import (
+    Texts,
+    balanced,
+    extremes,
+    into_packs,
+    pack,
+    pair,
+    texts_of,
+    tokens,
+    within,
+)
 
 
 def random_lengths(seed: int) -> list[int]:
@@ -119,3 +129,28 @@ def test_extremes_are_the_longest_and_the_shortest_that_fit_beside_it(
     lengths: list[int], size: int, wanted: list[int]
 ) -> None:
     assert extremes(lengths, size) == wanted
+
+
+def test_packs_of_a_step_have_each_prompt_once_and_are_of_nearly_equal_size() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        lengths = draw.choices(range(20, 400), k=draw.randrange(1, 200))
+        limit = draw.randrange(200, 8000)
+        packs = balanced(lengths, limit)
+        sizes = [sum(lengths[index] for index in each) for each in packs]
+        assert sorted(index for each in packs for index in each) == [*range(len(lengths))]
+        assert all(each == sorted(each) for each in packs)
+        assert sizes == sorted(sizes, reverse=True)
+        assert all(size <= limit or len(each) == 1 for size, each in zip(sizes, packs, strict=True))
+        assert len(packs) in (1, 2, 4, len(lengths)) or len(packs) % 8 == 0
+        assert sizes[0] - sizes[-1] <= max(lengths)
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_pack", "count"),
+    [(12800, 1), (12799, 2), (6400, 2), (6399, 4), (3199, 8), (1599, 16), (799, 24), (1, 128)],
+)
+def test_as_many_packs_as_are_needed_and_so_many_that_processes_share_them(
+    tokens_per_pack: int, count: int
+) -> None:
+    assert len(balanced([100] * 128, tokens_per_pack)) == count

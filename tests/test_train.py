@@ -226,7 +226,9 @@ def test_gradient_of_a_step_is_that_of_its_comparisons_one_by_one(
         for name, parameter in ours.reward_model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    loss, right, margin, decided = ours.accumulate(steps[0]).tolist()
+    sums = ours.attempt(steps[0])
+    assert sums is not None
+    loss, right, margin, decided = sums.tolist()
 
     trained = [each for each in ours.reward_model.parameters() if each.requires_grad]
     expected = torch.zeros(())
@@ -262,7 +264,7 @@ def test_a_step_computes_each_answer_once(
         return rewards(model, batch)
 
     monkeypatch.setattr(trainer, "rewards", noted)
-    ours.accumulate(steps[0])
+    ours.attempt(steps[0])
     # Three prompts of 6 tokens; answers of 3 to 7, 3 and 4, and 3 to 5 tokens.
     assert computed == [3 * 6 + (3 + 4 + 5 + 6 + 7) + (3 + 4) + (3 + 4 + 5)]
 
@@ -472,15 +474,15 @@ def test_the_size_of_packs_is_in_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch, steps: list[dict[str, Any]]
 ) -> None:
     sizes = []
-    original = trainer.RewardTrainer.accumulate
+    original = trainer.RewardTrainer.addend
 
-    def recorded(self: trainer.RewardTrainer, pairs: Any) -> torch.Tensor:
+    def recorded(self: trainer.RewardTrainer, *arguments: Any) -> torch.Tensor:
         sizes.append(self.tokens_per_pack)
         if len(sizes) == 2:
             raise torch.OutOfMemoryError
-        return original(self, pairs)
+        return original(self, *arguments)
 
-    monkeypatch.setattr(trainer.RewardTrainer, "accumulate", recorded)
+    monkeypatch.setattr(trainer.RewardTrainer, "addend", recorded)
     kill_at(5, monkeypatch)
     train.main()
     assert sizes[:2] == [4096, 4096]

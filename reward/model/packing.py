@@ -10,6 +10,7 @@ sees its prefix and itself alone has the reward, and gives the gradient, that it
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapreplace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,36 @@ def into_packs(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
             held = length
         packs[-1].append(index)
     return packs
+
+
+def balanced(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
+    """Indices of prompts in packs of nearly equal size, the largest pack first.
+
+    As many packs of at most `tokens_per_pack` tokens as are needed, but 2, 4 or a multiple of 8 if
+    they are several, so that as many processes have the same work. A prompt goes, the longest
+    first, where the fewest tokens are (Graham 1969, "Bounds on multiprocessing timing anomalies").
+    One whose texts are too long by themselves is a pack of its own.
+    """
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    needed = -(-sum(lengths) // tokens_per_pack)
+    while True:
+        count = min(len(lengths), even(needed))
+        held = [(0, number) for number in range(count)]
+        packs: list[list[int]] = [[] for _ in range(count)]
+        for index in longest_first:
+            tokens, number = held[0]
+            packs[number].append(index)
+            heapreplace(held, (tokens + lengths[index], number))
+        if all(size <= tokens_per_pack or len(packs[number]) == 1 for size, number in held):
+            return [
+                sorted(packs[number]) for _, number in sorted(held, key=lambda at: (-at[0], at[1]))
+            ]
+        needed = count + 1
+
+
+def even(count: int) -> int:
+    """The least of 1, 2, 4 and the multiples of 8 that is not below the count."""
+    return next((least for least in (1, 2, 4) if count <= least), -(-count // 8) * 8)
 
 
 def within(texts: Texts, tokens_per_pack: int) -> list[Texts]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from reward.model import attention
+from reward.model import attention, group
 from reward.model.base import device, head_of
 from reward.model.packing import Pack, Texts, into_packs, pack, sent, tokens, within
 from reward.model.swapping import swapped_out
@@ -55,10 +56,10 @@ def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> T
     """The reward of every text, prompt by prompt, on the CPU: fp32, [texts].
 
     Prompts of like length share a pack. The texts of a prompt are divided where they do not fit
-    into one, and packs are halved where memory does not suffice. Raises a Fault where it does not
-    suffice for a single text.
+    into one, and packs are halved where memory does not suffice. Several processes share the packs,
+    and all of them get all rewards. Raises a Fault where memory does not suffice for a single text.
     """
-    found = torch.empty(sum(len(texts.ids) for texts in prompts))
+    found = torch.zeros(sum(len(texts.ids) for texts in prompts))
     # The texts that have no reward yet, and where the first of them has its reward.
     waiting: list[tuple[int, Texts]] = []
     start = 0
@@ -74,20 +75,36 @@ def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> T
         while waiting:
             waiting = in_parts(waiting, tokens_per_pack)
             lengths = [tokens(texts) for _, texts in waiting]
-            done = 0
-            for places in into_packs(lengths, tokens_per_pack):
-                held = [waiting[place] for place in places]
-                scored = within_memory(rewards, model, pack([texts for _, texts in held]))
-                if scored is None:
-                    tokens_per_pack = halved([texts for _, texts in held], 1, "scoring")
-                    break
-                parts = scored.cpu().split([len(texts.ids) for _, texts in held])
-                for (start, _), part in zip(held, parts, strict=True):
-                    found[start : start + len(part)] = part
-                done += len(held)
-                bar.update(len(scored))
-            waiting = waiting[done:]
-    return found
+            packs = into_packs(lengths, tokens_per_pack)
+            held = [[waiting[place] for place in places] for places in packs]
+            done = score_packs(model, held, found, bar)
+            if done < len(held):
+                tokens_per_pack = halved([texts for _, texts in held[done]], 1, "scoring")
+            waiting = [*chain.from_iterable(held[done:])]
+    return group.summed(found)
+
+
+def score_packs(
+    model: PeftModel, packs: Sequence[Sequence[tuple[int, Texts]]], found: Tensor, bar: "tqdm[Any]"
+) -> int:
+    """Write the rewards of packs to their places in `found`; each process does some of them.
+
+    The number of packs that are done before the first for which memory does not suffice.
+    """
+    for first in range(0, len(packs), group.size()):
+        number, scored = first + group.rank(), None
+        if number < len(packs):
+            scored = within_memory(rewards, model, pack([texts for _, texts in packs[number]]))
+        failed = group.least(number if number < len(packs) and scored is None else len(packs))
+        if scored is not None and number < failed:
+            parts = scored.cpu().split([len(texts.ids) for _, texts in packs[number]])
+            for (start, _), part in zip(packs[number], parts, strict=True):
+                found[start : start + len(part)] = part
+        if failed < len(packs):
+            return failed
+        finished = chain.from_iterable(packs[first : first + group.size()])
+        bar.update(sum(len(texts.ids) for _, texts in finished))
+    return len(packs)
 
 
 def in_parts(waiting: Sequence[tuple[int, Texts]], limit: int) -> list[tuple[int, Texts]]:

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 
+from reward.model.packing import balanced, tokens
 from reward.model.pairwise import Labels
-from reward.model.rankings import COLUMNS, Ranking, rankings
+from reward.model.rankings import COLUMNS, Ranking, divided, rankings
 
 Rows = npt.NDArray[np.int64]
 StepOf = Literal["pairs", "prompts"]
@@ -21,6 +22,12 @@ class Step:
 
     rankings: list[Ranking]
     labels: Labels
+
+    def packs(self, tokens_per_pack: int) -> list[list[Ranking]]:
+        """The rankings in parts that fit into packs, pack by pack, the largest first."""
+        parts = [part for each in self.rankings for part in divided(each, tokens_per_pack)]
+        found = balanced([tokens(part.texts) for part in parts], tokens_per_pack)
+        return [[parts[index] for index in indices] for indices in found]
 
 
 class Steps(Sequence[Step]):

@@ -6,13 +6,17 @@ was made for:
 
 - A batch is one object, not padded tensors, so that no library pads it, or walks through its ids.
   Which pairs it has was planned before: an epoch of the Trainer is the whole training.
-- `training_step` cuts the batch into packs and accumulates the gradient of the mean over the step's
+- `training_step` cuts the batch into packs and adds up the gradient of the mean over the step's
   pairs. So memory depends on `tokens_per_pack` alone and the gradient on the step's pairs alone;
   the Trainer's own accumulation would set both by one number. Running out of memory begins the
   step again.
+- Where several processes train, each has a Trainer that knows of no other. They share the packs of
+  a step, and what a pack adds to the gradient, its dropout with it, is the same whoever computes
+  it: so the bytes do not depend on their number, and all of them take the same step.
 - `evaluate` scores the validation pairs in packs, as `stages.evaluate` does.
-- `_save_checkpoint` writes into a folder that takes its place when it is whole, with what the
-  Trainer does not know of: the size of packs and the number of threads, on which bytes depend.
+- `_save_checkpoint`, in the first process, writes into a folder that takes its place when it is
+  whole, with what the Trainer does not know of: the size of packs and the number of threads, on
+  which bytes depend.
 - `log` adds accuracy and margin to the loss, and draws the curves while training runs.
 """
 
@@ -21,8 +25,11 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -44,11 +51,11 @@ from transformers import (
 )
 
 from reward.data.columns import IDS, PREFIX, PROMPT_ID
-from reward.model import checkpoints
+from reward.model import checkpoints, group
 from reward.model.base import device, head_of, trained_bytes
-from reward.model.packing import Texts, extremes, into_packs, pack, pairs_of, tokens
+from reward.model.packing import Texts, extremes, pack, pairs_of, tokens
 from reward.model.pairwise import Labels, correct, losses, margins
-from reward.model.rankings import Comparison, Ranking, divided, rankings_of, sides
+from reward.model.rankings import Comparison, Ranking, rankings_of, sides
 from reward.model.scoring import halved, rewards, score, within_memory
 from reward.model.steps import Step, StepOf, Steps
 from reward.outputs import read_json, write_json, writing
@@ -129,10 +136,11 @@ class RewardTrainer(Trainer):
             train_dataset=steps,
             eval_dataset=validation,
             data_collator=lambda batch: {"step": batch[0]},
-            callbacks=[LastStep(), Progress(steps.sizes())],
+            callbacks=[LastStep(), *([Progress(steps.sizes())] if group.leads() else [])],
         )
         self.remove_callback(PrinterCallback)
         self.reward_model, self.steps = model, steps
+        self.trained = [each for each in model.parameters() if each.requires_grad]
         self.pairs_per_step = options.pairs_per_step
         watched_pairs = watched(validation, options.validation_pairs, options.seed)
         self.validation = Step(rankings_of(watched_pairs), Labels.of(watched_pairs))
@@ -148,21 +156,16 @@ class RewardTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Accumulate the gradient of the mean loss over the step's pairs, pack by pack.
+        """Compute the gradient of the mean loss over the step's pairs, pack by pack.
 
-        Where memory does not suffice, the step begins again in packs of half the size, with the
-        random numbers that it had.
+        Where memory does not suffice, the step begins again in packs of half the size.
         """
         model.train()
         step = inputs["step"]
         while (sums := self.attempt(step)) is None:
-            texts = [part.texts for part in self.parts(step)]
-            packs = into_packs([*map(tokens, texts)], self.tokens_per_pack)
-            largest = max(
-                ([texts[index] for index in indices] for indices in packs),
-                key=lambda held: sum(map(tokens, held)),
-            )
-            self.tokens_per_pack = halved(largest, 2, f"step {self.state.global_step + 1}")
+            largest, *_ = step.packs(self.tokens_per_pack)
+            place = f"step {self.state.global_step + 1}"
+            self.tokens_per_pack = halved([part.texts for part in largest], 2, place)
             print(f"memory     does not suffice, packs have {self.tokens_per_pack} tokens from now")
         # The one wait for a GPU in a step.
         on_cpu = sums.cpu()
@@ -171,37 +174,39 @@ class RewardTrainer(Trainer):
         return sums[0]
 
     def attempt(self, step: Step) -> Tensor | None:
-        """What `accumulate` returns; None, and all as it was before, if memory did not suffice."""
-        states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        sums = within_memory(self.accumulate, step)
-        if sums is None:
-            self.reward_model.zero_grad()
-            torch.set_rng_state(states[0])
-            torch.cuda.set_rng_state_all(states[1])
-        return sums
-
-    def accumulate(self, step: Step) -> Tensor:
-        """Accumulate the gradient of the step's loss.
+        """Give the parameters the gradient of the step's loss, each process computing some packs.
 
         Its loss, and, of the pairs that are no ties, how many are right, the sum of their margins
-        and their number: [4].
+        and their number: [4]. None if memory did not suffice in one of the processes.
         """
-        sums, weight = torch.zeros(4, device=device()), step.labels.weight.sum().item()
-        parts = self.parts(step)
-        for indices in into_packs([tokens(each.texts) for each in parts], self.tokens_per_pack):
-            held = [parts[index] for index in indices]
+        packs, total = step.packs(self.tokens_per_pack), group.OrderedSum()
+        for first in range(0, len(packs), group.size()):
+            found = within_memory(self.addend, step, packs, first + group.rank())
+            if not group.least(found is not None) or found is None:
+                return None
+            total.add(found, count=len(packs) - first)
+        *gradients, sums = total.total().split([*(each.numel() for each in self.trained), 4])
+        for parameter, gradient in zip(self.trained, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        return sums
+
+    def addend(self, step: Step, packs: Sequence[Sequence[Ranking]], number: int) -> Tensor:
+        """What one pack adds to the step's gradient and to what `attempt` returns of it.
+
+        Parameter by parameter, then four numbers, in a row: fp32, [numbers]. Zeros where there is
+        no pack of that number.
+        """
+        if number >= len(packs):
+            return torch.zeros(sum(each.numel() for each in self.trained) + 4, device=device())
+        held, weight = packs[number], step.labels.weight.sum().item()
+        with random_numbers(self.args.seed, self.state.global_step, number):
             found = rewards(self.reward_model, pack([each.texts for each in held]))
             j, k, rows = sides(found, held)
             labels = step.labels.take(rows).sent(found.device)
             loss = losses(j, k, labels, self.center_rewards).sum() / weight
-            self.accelerator.backward(loss)
-            with torch.no_grad():
-                sums += torch.stack([loss, *judged(j, k, labels)])
-        return sums
-
-    def parts(self, step: Step) -> list[Ranking]:
-        """The step's rankings in parts that fit into packs."""
-        return [part for each in step.rankings for part in divided(each, self.tokens_per_pack)]
+            gradients = torch.autograd.grad(loss, self.trained, materialize_grads=True)
+        sums = torch.stack([loss.detach(), *judged(j.detach(), k.detach(), labels)])
+        return torch.cat([*(each.flatten() for each in gradients), sums])
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss, accuracy and mean margin on the validation pairs."""
@@ -229,7 +234,7 @@ class RewardTrainer(Trainer):
             logs |= {"accuracy": right / decided, "margin": margin / decided} if decided else {}
             self.sums = torch.zeros(4)
         super().log(logs, start_time)
-        if time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES:
+        if group.leads() and time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES:
             write_curves(self.curves, self.state.log_history)
             self.drawn = time.monotonic()
 
@@ -243,13 +248,14 @@ class RewardTrainer(Trainer):
         """
         trainable, total = self.reward_model.get_nb_trainable_parameters()
         print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-        checkpoint = self.run.latest()
+        checkpoint = group.folder_of_first(self.run.latest(), self.run.folder)
         if not checkpoint:
             if self.size_on_trial:
                 self.tokens_per_pack = largest_pack(self)
             rows = self.steps.dataset
             first = pairs_of(rows.select(range(min(HEAD_PAIRS, len(rows)))))
             scale_head(self.reward_model, first, self.tokens_per_pack)
+            self.begin_alike()
             self.train()
             return
         print(f"resuming   from {checkpoint.name}")
@@ -263,7 +269,17 @@ class RewardTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
 
+    @torch.no_grad()
+    def begin_alike(self) -> None:
+        """Begin with the numbers of the first process."""
+        for parameter, first in zip(
+            self.trained, group.of_first([each.cpu() for each in self.trained]), strict=True
+        ):
+            parameter.copy_(first)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if not group.leads():
+            return
         folder = self.args.output_dir
         step = self.state.global_step
         with self.run.writing(step) as partial:
@@ -278,6 +294,16 @@ class RewardTrainer(Trainer):
             (partial / "training_args.bin").unlink(missing_ok=True)
             packs = {"tokens_per_pack": self.tokens_per_pack, "threads": torch.get_num_threads()}
             write_json(partial / PACKS, packs)
+
+
+@contextmanager
+def random_numbers(seed: int, step: int, pack: int) -> Iterator[None]:
+    """Those of one pack: the same wherever it is computed, and whatever was computed before."""
+    state = np.random.SeedSequence((seed, step, pack)).generate_state(1, np.uint64)
+    with torch.random.fork_rng(devices=range(min(1, torch.cuda.device_count()))):
+        torch.default_generator.manual_seed(int(state[0]))
+        torch.cuda.manual_seed(int(state[0]))
+        yield
 
 
 def judged(j: Tensor, k: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
@@ -332,7 +358,7 @@ def arguments(options: Train, folder: Path, steps: int) -> TrainingArguments:
         save_strategy="steps",
         save_steps=options.save_steps,
         seed=options.seed,
-        report_to=options.report_to,
+        report_to=options.report_to if group.leads() else "none",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
@@ -488,10 +514,7 @@ def largest_pack(trainer: RewardTrainer) -> int:
     smallest pack comes first, so that libraries of CUDA take what they need while there is room.
     """
     pairs = longest(trainer.steps.dataset, trainer.pairs_per_step)
-    step = Step(
-        [Ranking(texts, [Comparison(row, 0, 1)]) for row, texts in enumerate(pairs)],
-        Labels.certain(len(pairs)),
-    )
+    ends = [*accumulate(map(tokens, pairs))]
     trainer.reward_model.train()
     if trainer.args.activation_checkpointing:
         # The Trainer will do so again when it begins.
@@ -500,12 +523,13 @@ def largest_pack(trainer: RewardTrainer) -> int:
 
     def is_held(size: int) -> bool:
         trainer.tokens_per_pack = size
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            found = trainer.attempt(step)
+        held = pairs[: bisect_right(ends, size)]
+        ranked = [Ranking(texts, [Comparison(row, 0, 1)]) for row, texts in enumerate(held)]
+        found = trainer.attempt(Step(ranked, Labels.certain(len(held))))
         trainer.reward_model.zero_grad()
         return found is not None
 
-    fitting, most = tokens(pairs[0]), sum(map(tokens, pairs))
+    fitting, most = ends[0], ends[-1]
     if not is_held(fitting):
         halved(pairs[:1], 2, "before the first step")
     if is_held(most):

@@ -1,0 +1,174 @@
+"""The processes that work together, each with a GPU and a copy of the model of its own.
+
+A process that works alone is a group of one, and takes the same way. What is computed does not
+depend on the number of processes: each of them does some of the packs, and what comes of a pack
+has its place in the order of all packs, whoever computed it.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from reward.process import Fault
+
+Value = TypeVar("Value")
+# How long a process waits for the others: one may read, check or write large files alone.
+PATIENCE = timedelta(minutes=30)
+
+
+class Lost(Fault):
+    """Another process has ended, so that this one cannot go on: the fault is not here."""
+
+
+def size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The place of this process among them, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be one of the processes that torchrun has started, until they all are done.
+
+    Its variables are taken away, because libraries that find them would do their own part of a
+    distributed training, which this one does not need. Only the first process prints.
+    """
+    with talking():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
+        )
+    for name in [*os.environ]:
+        if name.startswith(("TORCHELASTIC_", "PET_")) or name in (
+            *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+            *("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+        ):
+            del os.environ[name]
+    if not leads():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    yield
+    least(0)
+    dist.destroy_process_group()
+
+
+@contextmanager
+def talking() -> Iterator[None]:
+    """Raises Lost where another process does not answer any more."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Lost(f"another process of the training has ended ({error})") from None
+
+
+def least(value: int) -> int:
+    """The least of the values that the processes give."""
+    if size() == 1:
+        return value
+    found = torch.tensor(value)
+    with talking():
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)
+
+
+def gathered(value: Value) -> list[Value]:
+    """What each of the processes gives, in their order."""
+    found = [value] * size()
+    if size() > 1:
+        with talking():
+            dist.all_gather_object(found, value)
+    return found
+
+
+def of_first(value: Value) -> Value:
+    """What the first process gives."""
+    found = [value]
+    if size() > 1:
+        with talking():
+            dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def folder_of_first(path: Path | None, home: Path) -> Path | None:
+    """A folder that the first process gives, if it does; the others get its files in `home`."""
+    content = None
+    if leads() and size() > 1 and path:
+        content = path.name, {each.name: each.read_bytes() for each in path.iterdir()}
+    content = of_first(content)
+    if leads() or content is None:
+        return path
+    name, files = content
+    received = home / name
+    received.mkdir()
+    for file, written in files.items():
+        (received / file).write_bytes(written)
+    return received
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of what the processes give, of which at most one is not zero at any place."""
+    if size() > 1:
+        with talking():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+class OrderedSum:
+    """The sum of numbered tensors in the order of their numbers, whichever process has which.
+
+    Sums of floats depend on the order. So no process adds up what it has: each gets the same slice
+    of all tensors, and adds that up. A process sends and receives as much as it has, and the sum.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.slice: Tensor | None = None
+
+    def add(self, tensor: Tensor, count: int) -> None:
+        """Add the next `count` tensors, one of each of the first processes: [numbers], fp32.
+
+        The other processes give one of the same length, which does not count.
+        """
+        self.length = len(tensor)
+        for part in exchanged(tensor)[:count]:
+            self.slice = part.clone() if self.slice is None else self.slice.add_(part)
+
+    def total(self) -> Tensor:
+        """The sum, in every process."""
+        if self.slice is None:
+            raise ValueError("nothing was added")
+        if size() == 1:
+            return self.slice
+        whole = self.slice.new_empty(size(), len(self.slice))
+        with talking():
+            dist.all_gather([*whole], self.slice)
+        return whole.flatten()[: self.length]
+
+
+def exchanged(tensor: Tensor) -> Tensor:
+    """This process's slice of the tensor of every process: [processes, numbers of a slice]."""
+    if size() == 1:
+        return tensor[None]
+    sliced = pad(tensor, (0, -len(tensor) % size()))
+    found = torch.empty_like(sliced)
+    with talking():
+        dist.all_to_all_single(found, sliced)
+    return found.view(size(), -1)
