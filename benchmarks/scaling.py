@@ -1,0 +1,97 @@
+"""How much of several processes is busy in training: simulated, from the packs of each step.
+
+    python -m benchmarks.scaling
+
+Steps of pairs, and of whole prompts with four ranked answers, of the lengths of a human-preference
+set are cut into packs as training cuts them. A process computes a pack in a time in proportion to
+its tokens, and waits in every round for the longest pack, which is what the code does; the time of
+the network is left out. The busy share is the work of all packs over the time of all processes. For
+comparison: packs filled in the order of the pairs, as they would be for one process, each given to
+the next process that is free. Prints the table and writes it to benchmarks/results/scaling.md.
+Takes seconds, needs no GPU.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.preprocess import table
+from benchmarks.speed.workload import LONGEST, generated
+from reward.model.packing import Texts, balanced, into_packs, tokens
+
+RESULT = Path(__file__).parent / "results" / "scaling.md"
+PROCESSES = (2, 4, 8, 64)
+PAIRS_PER_STEP = (16, 32, 64, 128, 256, 512)
+TOKENS_PER_PACK = 4096
+PROMPTS, IDS = 4096, range(1000)
+
+
+def main() -> None:
+    kinds = [
+        ("pairs", generated(PROMPTS, 2, 0, IDS, LONGEST), 1),
+        ("rankings of 4", generated(PROMPTS, 4, 0, IDS, LONGEST), 6),
+    ]
+    rows = [
+        row(name, prompts, pairs_per_step, pairs_per_step // pairs_per_prompt)
+        for name, prompts, pairs_per_prompt in kinds
+        for pairs_per_step in PAIRS_PER_STEP
+    ]
+    heads = ["", "pairs a step", "packs a step", *(f"{count} processes" for count in PROCESSES)]
+    paragraphs = [
+        "# Several processes",
+        "Written by `python -m benchmarks.scaling`, which says what is simulated and how.",
+        f"Packs of at most {TOKENS_PER_PACK} tokens. The share of the processes' time in which "
+        "they are busy; in brackets with packs filled in order; then what each process sends in a "
+        "step, in sizes of the adapter's gradient.",
+        table(heads, rows),
+    ]
+    report = "\n\n".join(paragraphs) + "\n"
+    print(report)
+    RESULT.write_text(report, encoding="utf-8")
+
+
+def row(
+    name: str, prompts: Sequence[Texts], pairs_per_step: int, prompts_per_step: int
+) -> list[str]:
+    """The line of one workload: means over all of its steps."""
+    lengths = [tokens(each) for each in prompts]
+    steps = [
+        lengths[start : start + prompts_per_step]
+        for start in range(0, len(lengths) - prompts_per_step + 1, prompts_per_step)
+    ]
+    packs = [sizes(step, balanced(step, TOKENS_PER_PACK)) for step in steps]
+    filled = [sizes(step, into_packs(step, TOKENS_PER_PACK)) for step in steps]
+    cells = []
+    for count in PROCESSES:
+        ours = busy(packs, count, [in_rounds(each, count) for each in packs])
+        other = busy(filled, count, [to_the_free(each, count) for each in filled])
+        # In each round all slices but its own, then its slice of the sum to each of the others.
+        sent = np.mean([(-(-len(each) // count) + 1) * (1 - 1 / count) for each in packs])
+        cells.append(f"{ours:.2f} ({other:.2f}), {sent:.1f}")
+    return [name, str(pairs_per_step), f"{np.mean([*map(len, packs)]):.1f}", *cells]
+
+
+def sizes(lengths: Sequence[int], packs: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(lengths[index] for index in indices) for indices in packs]
+
+
+def in_rounds(packs: Sequence[int], count: int) -> int:
+    """The time of a step in which the processes wait for each other after every pack."""
+    return sum(max(packs[start : start + count]) for start in range(0, len(packs), count))
+
+
+def to_the_free(packs: Sequence[int], count: int) -> int:
+    """The time of a step in which each pack goes to the process that is free first."""
+    ends = [0] * count
+    for size in packs:
+        ends[ends.index(min(ends))] += size
+    return max(ends)
+
+
+def busy(packs: Sequence[Sequence[int]], count: int, times: Sequence[int]) -> float:
+    return sum(map(sum, packs)) / (count * sum(times))
+
+
+if __name__ == "__main__":
+    main()
