@@ -1,5 +1,6 @@
 """How the process of a stage begins and ends: one sentence for a fault, never an orphan."""
 
+import json
 import logging
 import math
 import os
@@ -12,6 +13,9 @@ from pathlib import Path
 # Who started this process, and when.
 PARENT, BEGUN = os.getppid(), time.monotonic()
 
+# Whether torchrun has started this process, as one of several; where it reads what went wrong.
+LAUNCHED, ERRORS = "TORCHELASTIC_RUN_ID" in os.environ, os.environ.get("TORCHELASTIC_ERROR_FILE")
+
 # At its import, which happens in transformers and PEFT, bitsandbytes warns on some processors that
 # an optional package is missing. Nothing needs it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -20,25 +24,47 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 class Fault(Exception):
     """A fault of the user's: where, what was found, what is wanted; no traceback."""
 
+    # Whether another process, which went first, has the reason.
+    elsewhere = False
+
 
 def run(main: Callable[[], None]) -> None:
     """Call the `main` of a stage or command; a Fault exits with status 1 and its sentence.
 
     Ctrl-C exits with 130. Under DVC the process ends with its parent, and says how long it took.
+    One of several ends with its parent as well, which says what is to be said.
     """
     staged = "DVC_ROOT" in os.environ
-    if staged:
+    if staged or LAUNCHED:
         threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         main()
     except Fault as fault:
-        print(fault, file=sys.stderr)
+        if not ERRORS:
+            print(fault, file=sys.stderr)
+        elif not fault.elsewhere:
+            told = {"message": str(fault), "timestamp": int(time.time())}
+            Path(ERRORS).write_text(json.dumps(told), encoding="utf-8")
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if not LAUNCHED:
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
-    if staged:
+    if staged and not LAUNCHED:
         print(f"took       {time.monotonic() - BEGUN:.1f} s")
+
+
+def see_one_gpu() -> None:
+    """Have one of several processes see the GPU that is its own, before a library looks for any."""
+    if LAUNCHED and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) != "":
+        local = os.environ["LOCAL_RANK"]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)] if visible else local
+
+
+def threads() -> int:
+    """Those of OMP_NUM_THREADS, which several processes share, else one for each processor."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() else processors()
 
 
 def processors() -> int:

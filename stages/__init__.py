@@ -2,4 +2,6 @@
 
 # First of all: it notes who started this process before the libraries are imported, which takes
 # seconds in which DVC may be killed.
-import reward.process  # noqa: F401
+from reward.process import see_one_gpu
+
+see_one_gpu()

@@ -58,14 +58,16 @@ from reward.judging.metrics import (
     ties,
 )
 from reward.judging.rankings import rankings
+from reward.model import group
 from reward.model.base import Quantization, load
+from reward.model.launching import distribute
 from reward.model.packing import Texts, extremes, pairs_of, tokens
 from reward.model.pairwise import margins
 from reward.model.rankings import rankings_of, sides
 from reward.model.scoring import require_exact, score
 from reward.outputs import recorded, whole_folder, write_json, writing
 from reward.params import Positive, Seed
-from reward.process import Fault, processors, run
+from reward.process import Fault, run, threads
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -103,12 +105,14 @@ def main() -> None:
     options = params.load("evaluate", Evaluate)
     quantization = params.load("quantization", Quantization)
     test = tokenized.load(TEST, BASE)
-    torch.set_num_threads(processors())
+    torch.set_num_threads(threads())
     model = load(BASE, ADAPTER, quantization)
     sets = load_sets()
     datasets = [test, *(each.pairs for each in sets)]
     require_exact(model, full_pack(datasets, options.tokens_per_pack))
     table, *further = [rewards_of(model, each, options.tokens_per_pack) for each in datasets]
+    if not group.leads():
+        return
     judged, resampling = as_judged(table), Resampling(options.bootstrap_samples, options.seed)
     figures = measure(table, judged, resampling)
     figures["sets"] = measure_sets(sets, further, resampling)
@@ -455,4 +459,4 @@ def report_benchmark(name: str, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: distribute(main, "stages.evaluate", useful=lambda gpus: gpus))

@@ -23,7 +23,7 @@ from transformers import set_seed
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import IDS, PROMPT_ID
-from reward.model import checkpoints
+from reward.model import checkpoints, group
 from reward.model.base import (
     Quantization,
     add_lora,
@@ -36,6 +36,7 @@ from reward.model.base import (
     save,
     seal,
 )
+from reward.model.launching import distribute
 from reward.model.layers import multiplies_bf16
 from reward.model.plain import require_length
 from reward.model.scoring import require_exact
@@ -58,7 +59,7 @@ from reward.outputs import (
     write_json,
 )
 from reward.params import AboveZero, Fraction, Positive, Rule
-from reward.process import Fault, processors, run
+from reward.process import Fault, run, threads
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -86,7 +87,7 @@ def main() -> None:
     report_precision(quantization)
     most = recorded(TOKENIZED / "template.json")["max_length"]
     train, validation = (tokenized.load(path, BASE) for path in SPLITS)
-    with checkpoints.locked(fingerprint(options, lora, quantization)) as saved:
+    with checkpoints.shared(fingerprint(options, lora, quantization)) as saved:
         saved.forget_if_recorded(Path("dvc.lock"), "train")
         require_files(BASE, base_record(BASE)["files"])
         model = build(options, lora, quantization)
@@ -97,8 +98,24 @@ def main() -> None:
             require_fit(model, dataset)
             require_exact(model, full_pack(dataset, trainer.tokens_per_pack))
         trainer.fit()
-        write(trainer, options, lora, quantization)
-        saved.finish(METRICS)
+        if group.leads():
+            write(trainer, options, lora, quantization)
+            saved.finish(METRICS)
+
+
+def useful(gpus: int) -> int:
+    """Of that many GPUs, how many have work: the packs of a step, as the first one says."""
+    options = params.load("train", Train)
+    if options.tokens_per_pack == "auto":
+        return gpus
+    first = steps(options, tokenized.load(SPLITS[0], BASE))[0]
+    packs = len(first.packs(options.tokens_per_pack))
+    if packs < gpus:
+        print(
+            f"processes  {packs} on {gpus} GPUs: a step has no more packs to share; raise "
+            "train.pairs_per_step or lower train.tokens_per_pack for more"
+        )
+    return min(packs, gpus)
 
 
 def require_possible(options: Train) -> None:
@@ -158,7 +175,7 @@ def require_same_source() -> None:
 
 def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
     """The model with fresh adapters and a fresh head. Seeds the global random state."""
-    torch.set_num_threads(processors())
+    torch.set_num_threads(threads())
     # cuBLAS reads it when it is first used.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     # Where it may only warn, attention takes the kernels that differ from run to run.
@@ -253,4 +270,4 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: distribute(main, "stages.train", useful, machines=True))

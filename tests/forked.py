@@ -19,7 +19,8 @@ from typing import Any, Self, cast
 
 import torch
 
-from reward.model import trainer
+from reward.model import group, launching, trainer
+from reward.model.scoring import rewards
 from reward.process import run
 from reward.serving import score, serve
 from reward.serving.scorer import Ids, Scorer
@@ -50,8 +51,12 @@ class Forked:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
+    @property
+    def pid(self) -> int:
+        return cast(int, self._process.pid)
+
     def send_signal(self, number: int) -> None:
-        os.kill(cast(int, self._process.pid), number)
+        os.kill(self.pid, number)
 
     def communicate(self) -> tuple[str, str]:
         """What is left to read of its output and its errors, once it has ended by itself."""
@@ -105,6 +110,34 @@ def train_until(step: int) -> None:
     warnings.simplefilter("error")
     leave_threads()
     train.main()
+
+
+def train_in_group(
+    rank: int, size: int, port: int, killed: tuple[int, int] | None = None, room: int = 10**6
+) -> None:
+    """The stage train as one of several processes.
+
+    `killed` are the process that kills itself and the step that it does not take. Packs of more
+    tokens than `room` are more than memory holds.
+    """
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def limited(model: Any, batch: Any) -> torch.Tensor:
+        found = rewards(model, batch)
+        if found.requires_grad and batch.input_ids.shape[1] > room:
+            raise torch.OutOfMemoryError
+        return found
+
+    vars(trainer)["rewards"] = limited
+    with group.joined():
+        train_until(killed[1] if killed and killed[0] == rank else -1)
+
+
+def launch_train(environment: dict[str, str]) -> None:
+    """The stage train as its command starts it: in processes of their own."""
+    os.environ |= {"PYTHONPATH": str(ROOT)} | environment
+    launching.distribute(train.main, "stages.train", train.useful, machines=True)
 
 
 def leave_threads() -> None:

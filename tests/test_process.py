@@ -164,3 +164,12 @@ def test_a_child_that_may_use_one_processor_has_one(tmp_path: Path) -> None:
         "from reward.process import processors; print(processors())"
     )
     assert start(tmp_path, body).communicate() == ("begun\n1\n", "")
+
+
+@pytest.mark.parametrize(("asked", "found"), [("3", 3), ("", 5), ("4,2", 5)])
+def test_threads_are_those_that_are_asked_for_as_everywhere(
+    monkeypatch: pytest.MonkeyPatch, asked: str, found: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(process, "processors", lambda: 5)
+    assert process.threads() == found

@@ -906,10 +906,10 @@ def test_a_run_that_goes_on_has_the_threads_that_it_began_with(
     threads = [3]
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
-    monkeypatch.setattr(train, "processors", lambda: 5)
+    monkeypatch.setattr(train, "threads", lambda: 5)
     kill_at(3, monkeypatch)
     assert threads == [3, 5]
-    monkeypatch.setattr(train, "processors", lambda: 2)
+    monkeypatch.setattr(train, "threads", lambda: 2)
     train.main()
     assert threads == [3, 5, 2, 5]
     [last] = Path("models/checkpoints").glob("*/step-8")

@@ -276,12 +276,16 @@ def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) 
     with writing(folder, room=trained_bytes(model)):
         model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["target_modules"] = sorted(config["target_modules"])
-    config["base_model_name_or_path"] = base
-    write_json(path, config)
+    settle_config(folder, base_model_name_or_path=base)
     write_json(folder / "quantization.json", quantization.recipe)
+
+
+def settle_config(folder: Path, **changes: str) -> None:
+    """Change the configuration of an adapter; PEFT writes its modules in the order of a set."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | changes
+    config["target_modules"] = sorted(config["target_modules"])
+    write_json(path, config)
 
 
 def trained_bytes(model: nn.Module) -> int:

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import Timeout
 
 from reward.locks import hold
+from reward.model import group
 from reward.outputs import digest, digests, read_json, whole_folder, write_json, writing
 from reward.params import read_yaml
 from reward.process import Fault
@@ -32,7 +34,10 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def fingerprint(params: dict[str, Any], inputs: list[Path]) -> str:
-    """16 hex digits that stand for params, input files, the code in use and its libraries."""
+    """16 hex digits that stand for params, input files, the code in use and its libraries.
+
+    Raises a Fault where another process has others.
+    """
     code = {
         name: digest(Path(module.__file__))
         for name, module in sorted(sys.modules.items())
@@ -45,6 +50,7 @@ def fingerprint(params: dict[str, Any], inputs: list[Path]) -> str:
         "code": code | ({"main": digest(Path(main))} if main else {}),
         "libraries": {name: version(name) for name in LIBRARIES},
     }
+    group.require_same(content)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -101,6 +107,17 @@ class Run:
     def _steps(self) -> list[Path]:
         found = self.folder.glob("step-*[0-9]")  # a killed run leaves a step-<n>.partial
         return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+@contextmanager
+def shared(name: str) -> Iterator[Run]:
+    """The run of a fingerprint in the first process, `locked`; in the others an empty folder."""
+    if group.leads():
+        with locked(name) as run:
+            yield run
+    else:
+        with TemporaryDirectory() as folder:
+            yield Run(Path(folder))
 
 
 @contextmanager

@@ -7,15 +7,18 @@ has its place in the order of all packs, whoever computed it.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from socket import gethostname
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.functional import pad
 
 from reward.process import Fault
@@ -27,6 +30,8 @@ PATIENCE = timedelta(minutes=30)
 
 class Lost(Fault):
     """Another process has ended, so that this one cannot go on: the fault is not here."""
+
+    elsewhere = True
 
 
 def size() -> int:
@@ -52,8 +57,17 @@ def joined() -> Iterator[None]:
     distributed training, which this one does not need. Only the first process prints.
     """
     with talking():
+        store, place, count = next(rendezvous("env://", timeout=PATIENCE))
+        # DVC is at work on the machine whose process is to be the first: torchrun sorts by address.
+        store.set(f"under DVC/{place}", str("DVC_ROOT" in os.environ))
+        under_dvc = [store.get(f"under DVC/{each}") == b"True" for each in range(count)]
+        first = under_dvc.index(True) if True in under_dvc else 0
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=PrefixStore("group", store),
+            rank=(place - first) % count,
+            world_size=count,
+            timeout=PATIENCE,
         )
     for name in [*os.environ]:
         if name.startswith(("TORCHELASTIC_", "PET_")) or name in (
@@ -96,6 +110,16 @@ def gathered(value: Value) -> list[Value]:
         with talking():
             dist.all_gather_object(found, value)
     return found
+
+
+def require_same(content: Mapping[str, object]) -> None:
+    """Raises a Fault unless the processes, which may be of several machines, have equal content."""
+    for place, (host, found) in enumerate(gathered((gethostname(), content))):
+        if differing := sorted(name for name in content if found[name] != content[name]):
+            raise Fault(
+                f"process {place} on {host} has other {', '.join(differing)} than process {rank()} "
+                f"on {gethostname()}; expected the same files, code and libraries on all machines"
+            )
 
 
 def of_first(value: Value) -> Value:
@@ -145,11 +169,11 @@ class OrderedSum:
     def add(self, tensor: Tensor, count: int) -> None:
         """Add the next `count` tensors, one of each of the first processes: [numbers], fp32.
 
-        The other processes give one of the same length, which does not count.
+        The other processes give one of the same length, which does not count. It is given away.
         """
         self.length = len(tensor)
         for part in exchanged(tensor)[:count]:
-            self.slice = part.clone() if self.slice is None else self.slice.add_(part)
+            self.slice = part if self.slice is None else self.slice.add_(part)
 
     def total(self) -> Tensor:
         """The sum, in every process."""

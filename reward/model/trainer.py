@@ -52,7 +52,7 @@ from transformers import (
 
 from reward.data.columns import IDS, PREFIX, PROMPT_ID
 from reward.model import checkpoints, group
-from reward.model.base import device, head_of, trained_bytes
+from reward.model.base import device, head_of, settle_config, trained_bytes
 from reward.model.packing import Texts, extremes, pack, pairs_of, tokens
 from reward.model.pairwise import Labels, correct, losses, margins
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
@@ -292,6 +292,7 @@ class RewardTrainer(Trainer):
                 path.rename(partial / path.name)
             written.rmdir()
             (partial / "training_args.bin").unlink(missing_ok=True)
+            settle_config(partial)
             packs = {"tokens_per_pack": self.tokens_per_pack, "threads": torch.get_num_threads()}
             write_json(partial / PACKS, packs)
 
@@ -299,10 +300,12 @@ class RewardTrainer(Trainer):
 @contextmanager
 def random_numbers(seed: int, step: int, pack: int) -> Iterator[None]:
     """Those of one pack: the same wherever it is computed, and whatever was computed before."""
-    state = np.random.SeedSequence((seed, step, pack)).generate_state(1, np.uint64)
-    with torch.random.fork_rng(devices=range(min(1, torch.cuda.device_count()))):
-        torch.default_generator.manual_seed(int(state[0]))
-        torch.cuda.manual_seed(int(state[0]))
+    own = int(np.random.SeedSequence((seed, step, pack)).generate_state(1, np.uint64)[0])
+    on_gpu = device().type == "cuda"
+    with torch.random.fork_rng(devices=[0] if on_gpu else []):
+        torch.default_generator.manual_seed(own)
+        if on_gpu:
+            torch.cuda.manual_seed(own)
         yield
 
 

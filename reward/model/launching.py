@@ -1,0 +1,132 @@
+"""A stage in several processes on one machine or more, by torchrun within the stage itself.
+
+What torchrun reads from its own variables is asked for there, and is no parameter: the number of
+processes decides no byte. Without them there is a process for each GPU in sight.
+
+    CUDA_VISIBLE_DEVICES=0,1 dvc repro
+    PET_NPROC_PER_NODE=2 dvc repro
+    PET_NNODES=2 PET_RDZV_BACKEND=c10d PET_RDZV_ENDPOINT=head:29400 python -m stages.train
+"""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher.api import elastic_launch
+
+from reward.model import group
+from reward.process import LAUNCHED, Fault, processors
+
+# Seconds in which all machines must have come.
+PATIENCE = 600
+
+
+def distribute(
+    main: Callable[[], None], module: str, useful: Callable[[int], int], machines: bool = False
+) -> None:
+    """Call `main` in as many processes as are asked for, or as there are GPUs in sight.
+
+    They run `module`, which must call this again. Of a number of GPUs, `useful` says how many there
+    is work for. Only a stage that `machines` is set for runs on more than this one.
+    """
+    if LAUNCHED:
+        with group.joined():
+            main()
+        return
+    options = asked(module, machines)
+    here = options.nproc_per_node
+    if "PET_NPROC_PER_NODE" not in os.environ and here > 1:
+        here = options.nproc_per_node = useful(here)
+    if here > 1 or options.nnodes != "1":
+        launch(options)
+    else:
+        main()
+
+
+def asked(module: str, machines: bool) -> Namespace:
+    """The arguments of torchrun, as its variables set them.
+
+    Raises a Fault for a number of processes that cannot be.
+    """
+    gpus = torch.cuda.device_count()
+    options = run.parse_args(["--module", module])
+    least, most = run.parse_min_max_nnodes(options.nnodes) if machines else (1, 1)
+    if least != most:
+        raise Fault(f"PET_NNODES is {options.nnodes}, expected one number of machines, not a range")
+    options.nnodes = str(most)
+    options.max_restarts = 0
+    try:
+        wanted = os.environ.get("PET_NPROC_PER_NODE", str(max(1, gpus)))
+        options.nproc_per_node = run.determine_local_world_size(wanted)
+    except ValueError as error:
+        raise Fault(f"PET_NPROC_PER_NODE: {error}") from None
+    if 0 < gpus < options.nproc_per_node:
+        raise Fault(
+            f"PET_NPROC_PER_NODE asks for {options.nproc_per_node} processes, but {gpus} GPUs are "
+            "in sight; expected at most one process for each"
+        )
+    if options.nnodes == "1":
+        options.rdzv_backend, options.rdzv_endpoint = "c10d", "localhost:0"
+        options.rdzv_id, options.local_addr = str(uuid.uuid4()), "127.0.0.1"
+    return options
+
+
+def launch(options: Namespace) -> None:
+    """Start the processes and see them through. Raises a Fault where one of them fails."""
+    # Its warnings say in many lines what is said here in one.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, processors() // int(options.nproc_per_node)))
+    )
+    config, command, arguments = run.config_from_args(options)
+    config.rdzv_configs = {"join_timeout": PATIENCE, "read_timeout": PATIENCE} | config.rdzv_configs
+    if options.nnodes != "1":
+        print(f"processes  of {options.nnodes} machines, which meet at {options.rdzv_endpoint}")
+    with TemporaryDirectory() as logs:
+        quiet = dict.fromkeys(range(1, config.nproc_per_node), Std.ALL)
+        config.logs_specs = DefaultLogsSpecs(logs, redirects=quiet)
+        try:
+            elastic_launch(config, command)(*arguments)
+        except ChildFailedError as error:
+            raise Fault(cause(error, Path(logs))) from None
+        except RendezvousError as error:
+            raise Fault(
+                f"the {options.nnodes} machines of PET_NNODES did not come together at "
+                f"{options.rdzv_endpoint} in {config.rdzv_configs['join_timeout']} seconds "
+                f"({error}); expected the same command on each of them"
+            ) from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            sys.exit(128 + error.sigval)
+
+
+def cause(error: ChildFailedError, logs: Path) -> str:
+    """Why the processes of this machine ended, in a sentence; a traceback is printed."""
+    failures: Mapping[int, Any] = error.failures
+    told = [each for each in failures.values() if "timestamp" in each.error_file_data]
+    if told:
+        return str(min(told, key=lambda each: each.timestamp).message)
+    for each in failures.values():
+        for log in logs.rglob(f"{each.local_rank}/stderr.log"):
+            sys.stderr.write(log.read_text(encoding="utf-8", errors="replace"))
+    for rank, each in failures.items():
+        if each.exitcode < 0:
+            name = signal.Signals(-each.exitcode).name
+            return f"process {rank} was ended by {name}; the same command goes on where it was"
+    return (
+        f"process {min(failures)} ended with status 1; if nothing is said above, one of another "
+        "machine ended first"
+    )

@@ -1,0 +1,287 @@
+"""Several processes: the same bytes as one, and none is left behind or waits for ever."""
+
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, chdir
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import psutil
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from reward import process
+from reward.model import group, launching
+from reward.outputs import digest, digests, read_json, write_json
+from reward.process import Fault
+from stages import preprocess, train
+from tests.forked import Forked, launch_train, train_in_group
+from tests.support import write_pairs
+
+SetParams = Callable[..., None]
+Bytes = dict[str, str]
+
+
+@pytest.fixture(autouse=True)
+def prepared(workspace: Path, set_params: SetParams) -> None:
+    """14 pairs: an epoch has steps of 6, 6 and 2 packs, which 4 processes cannot share evenly."""
+    write_pairs(workspace / "data" / "raw" / "pairs.json", 20)
+    set_params("preprocess", validation_fraction=0.1, test_fraction=0.2)
+    preprocess.main()
+    set_params("lora", r=4, lora_dropout=0.1)
+    set_params("train", pairs_per_step=6, tokens_per_pack=400, num_train_epochs=2)
+    set_params("train", logging_steps=1, eval_steps=2, save_steps=2, optim="adamw_torch")
+
+
+def result(folder: Path = Path()) -> Bytes:
+    """Digests of the outs and of the last checkpoint, but for the list of its digests."""
+    [last] = (folder / "models" / "checkpoints").glob("*/step-6")
+    found = {
+        f"{path.name}/{name}": value
+        for path in (folder / train.ADAPTER, folder / train.REPORTS, last)
+        for name, value in digests(path).items()
+    }
+    del found[f"{last.name}/digests.json"]
+    return found | {"metrics": digest(folder / train.METRICS)}
+
+
+def forget() -> None:
+    for folder in (train.ADAPTER, train.REPORTS, Path("models/checkpoints")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def trained(size: int, *arguments: Any) -> list[tuple[int | None, str, str]]:
+    """Status, output and errors of each of so many processes that train together."""
+    port = free_port()
+    with ExitStack() as running:
+        ranks = [
+            running.enter_context(Forked(train_in_group, rank, size, port, *arguments))
+            for rank in range(size)
+        ]
+        said = [each.communicate() for each in ranks]
+        return [(each.returncode, *texts) for each, texts in zip(ranks, said, strict=True)]
+
+
+def require_trained(found: Sequence[tuple[int | None, str, str]]) -> None:
+    assert [(status, errors) for status, _, errors in found] == [(0, "")] * len(found)
+    assert [bool(output) for _, output, _ in found] == [True] + [False] * (len(found) - 1)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes() -> None:
+    """With dropout, packs that are halved twice, more packs than processes, and fewer.
+
+    One of four is killed, and two go on.
+    """
+    whole, room = None, 90
+    require_trained(trained(1, whole, room))
+    expected = result()
+    forget()
+
+    require_trained(trained(2, whole, room))
+    assert result() == expected
+    forget()
+
+    killed = trained(4, (2, 3), room)
+    assert [status for status, _, _ in killed] == [1, 1, -signal.SIGKILL, 1]
+    assert not train.ADAPTER.exists()
+    assert "does not suffice" in killed[0][1]
+    resumed = trained(2, whole, room)
+    require_trained(resumed)
+    assert "resuming   from step-2" in resumed[0][1]
+    assert result() == expected
+    forget()
+
+    require_trained(trained(4, whole, room))
+    assert result() == expected
+
+
+def test_two_machines_go_on_where_a_killed_process_ended_the_others(
+    tmp_path: Path,
+) -> None:
+    require_trained(trained(1))
+    expected = result()
+    forget()
+    with Forked(launch_train, {"PET_NPROC_PER_NODE": "2"}) as killed:
+        [launcher] = [
+            each for each in psutil.Process().children(recursive=True) if each.pid == killed.pid
+        ]
+        end = time.monotonic() + 60
+        while not [*Path("models/checkpoints").glob("*/step-2")]:
+            assert time.monotonic() < end
+            assert killed.returncode is None, killed.communicate()
+            time.sleep(0.01)
+        ranks = launcher.children()
+        ranks[1].kill()
+        _, errors = killed.communicate()
+    assert killed.returncode == 1
+    assert errors == "process 1 was ended by SIGKILL; the same command goes on where it was\n"
+    assert not any(each.is_running() for each in ranks)
+
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(".", elsewhere, ignore=shutil.ignore_patterns("checkpoints", "elsewhere"))
+    port = free_port()
+    meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_LOCAL_ADDR": "127.0.0.1"}
+    meeting |= {"PET_RDZV_ENDPOINT": f"127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
+    with (
+        Forked(launch_train, meeting | {"DVC_ROOT": os.fspath(Path.cwd())}) as head,
+        chdir(elsewhere),
+        Forked(launch_train, meeting) as other,
+    ):
+        printed, errors = head.communicate()
+        other_printed, other_errors = other.communicate()
+    assert (head.returncode, errors, other.returncode, other_errors) == (0, "", 0, "")
+    assert "resuming   from step-" in printed
+    assert re.fullmatch(r"processes  of 2 machines.*\n", other_printed)
+    assert result() == expected
+    assert not (elsewhere / "models" / "checkpoints").exists()
+
+
+# --- how many there are ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What would be launched, with two GPUs in sight."""
+    found: list[Any] = []
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(launching, "launch", found.append)
+    return found
+
+
+@pytest.mark.parametrize(("tokens", "processes"), [(400, 1), (80, 2), ("auto", 2)])
+def test_each_gpu_in_sight_gets_a_process_if_a_step_has_packs_for_it(
+    set_params: SetParams,
+    launched: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    tokens: int | str,
+    processes: int,
+) -> None:
+    set_params("train", tokens_per_pack=tokens)
+    alone: list[bool] = []
+    launching.distribute(lambda: alone.append(True), "stages.train", train.useful)
+    assert [each.nproc_per_node for each in launched] == [2] * (processes - 1)
+    assert alone == [True] * (2 - processes)
+    told = "processes  1 on 2 GPUs: a step has no more packs to share; raise train.pairs_per_step"
+    assert (told in capsys.readouterr().out) == (processes == 1)
+
+
+def test_variables_of_torchrun_say_how_many_processes_and_machines_there_are(
+    launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "1")
+    monkeypatch.setenv("PET_NNODES", "3")
+    launching.distribute(lambda: None, "stages.train", train.useful, machines=True)
+    [options] = launched
+    assert (options.nnodes, options.nproc_per_node, options.max_restarts) == ("3", 1, 0)
+    alone: list[bool] = []
+    launching.distribute(lambda: alone.append(True), "stages.evaluate", train.useful)
+    assert alone == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("PET_NPROC_PER_NODE", "3", "asks for 3 processes, but 2 GPUs are in sight"),
+        ("PET_NPROC_PER_NODE", "many", "PET_NPROC_PER_NODE: Unsupported nproc_per_node value"),
+        ("PET_NNODES", "1:4", "PET_NNODES is 1:4, expected one number of machines"),
+    ],
+)
+def test_a_number_of_processes_that_cannot_be_is_refused(
+    launched: list[Any], monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Fault, match=message):
+        launching.distribute(lambda: None, "stages.train", train.useful, machines=True)
+    assert not launched
+
+
+@pytest.mark.parametrize(
+    ("visible", "local", "seen"),
+    [(None, "1", "1"), ("2,5", "1", "5"), ("GPU-8f,GPU-3a", "0", "GPU-8f"), ("", "1", "")],
+)
+def test_a_process_sees_the_gpu_of_its_place(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, local: str, seen: str
+) -> None:
+    monkeypatch.setattr(process, "LAUNCHED", True)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    process.see_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+# --- what goes wrong -------------------------------------------------------------------------
+
+
+def failed(folder: Path, ended: dict[int, tuple[int, dict[str, Any] | None]]) -> Any:
+    """What torchrun knows of processes that ended so, each with what it told if it did."""
+    failures = {}
+    for rank, (status, told) in ended.items():
+        errors = folder / f"{rank}.json"
+        if told:
+            write_json(errors, told)
+        failures[rank] = ProcessFailure(rank, 1, status, str(errors))
+    return ChildFailedError("train", failures)
+
+
+def test_a_fault_of_several_processes_is_told_once_by_the_first(tmp_path: Path) -> None:
+    told = {rank: {"message": f"fault {rank}", "timestamp": 9 - rank} for rank in (1, 2)}
+    error = failed(tmp_path, {0: (1, None), 1: (1, told[1]), 2: (1, told[2])})
+    assert launching.cause(error, tmp_path) == "fault 2"
+
+
+def test_a_process_that_ended_by_a_signal_is_named(tmp_path: Path) -> None:
+    error = failed(tmp_path, {0: (1, None), 3: (-signal.SIGKILL, None)})
+    assert launching.cause(error, tmp_path).startswith("process 3 was ended by SIGKILL; ")
+
+
+def test_the_traceback_of_another_process_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "attempt" / "1" / "stderr.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("Traceback: a bug\n")
+    launching.cause(failed(tmp_path, {1: (1, None)}), tmp_path)
+    assert capsys.readouterr().err == "Traceback: a bug\n"
+
+
+@pytest.mark.parametrize("kind", [Fault, group.Lost])
+def test_a_fault_of_one_of_several_is_left_to_its_parent_unless_it_is_elsewhere(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: type[Fault],
+) -> None:
+    def faulty() -> None:
+        raise kind("what is wrong")
+
+    errors = tmp_path / "error.json"
+    monkeypatch.setattr(process, "ERRORS", str(errors))
+    with pytest.raises(SystemExit) as ended:
+        process.run(faulty)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == ""
+    assert errors.exists() == (kind is Fault)
+    assert kind is not Fault or read_json(errors)["message"] == "what is wrong"
+
+
+def test_machines_with_other_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [("a", {"code": 1, "inputs": [1]}), ("b", {"code": 1, "inputs": [2]})]
+    monkeypatch.setattr(group, "gathered", lambda value: others)
+    with pytest.raises(Fault, match="process 1 on b has other inputs than process 0"):
+        group.require_same(others[0][1])
