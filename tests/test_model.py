@@ -54,6 +54,25 @@ def some_pairs(count: int, seed: int = 0) -> list[Texts]:
     return pairs
 
 
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("bits", [4, "none"])
+def test_the_bytes_of_a_base_are_known_before_it_is_loaded(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, bits: Any, double: bool
+) -> None:
+    quantization = Quantization(bits, "nf4", double, "float32")
+    taken = 0
+    for name, weight in load_base(tiny_base, quantization).named_parameters():
+        if "score" not in name:
+            taken += weight.nbytes
+        if isinstance(weight, Params4bit):
+            state = weight.quant_state
+            taken += state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
+    assert base.weight_bytes(tiny_base, quantization) == pytest.approx(taken, rel=0.01)
+    monkeypatch.setattr(base, "memory", lambda: taken // 2)
+    with pytest.raises(Fault, match=r"its weights take 0\.0 GB in .*, this machine has 0\.0 GB"):
+        load_base(tiny_base, quantization)
+
+
 def quant_state(layer: Linear4bit) -> Any:
     """How a layer's weights are quantized."""
     assert isinstance(layer.weight, Params4bit)

@@ -1,6 +1,9 @@
 """The reward model: a quantized base, LoRA on it, a scalar head; its rewards of a pack."""
 
 import json
+import math
+import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -32,6 +36,9 @@ DIGESTS, ADAPTER_WEIGHTS = "digests.json", "adapter_model.safetensors"
 # The projections of attention, and what models call those that are all three in one.
 SEPARATE = {"q_proj", "k_proj", "v_proj"}
 FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
+
+# Weights with two dimensions that bitsandbytes leaves as they are.
+NOT_LINEAR = re.compile(r"embed|wte|wpe|lm_head|score")
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -100,6 +107,7 @@ def stock(base: Path, quantization: Quantization) -> PreTrainedModel:
         raise Fault(
             f"{base}: transformers has no classifier over {kind}, wanted a decoder model that has"
         )
+    require_room(base, quantization)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -118,6 +126,50 @@ def stock(base: Path, quantization: Quantization) -> PreTrainedModel:
         raise Fault(f"{base}: {type(model).__name__} has no score head, wanted a decoder model")
     keep_weights_unpacked(model)
     return model
+
+
+def require_room(base: Path, quantization: Quantization) -> None:
+    """Raises a Fault for a base whose weights alone are more than the memory of the device."""
+    room = memory()
+    needed = weight_bytes(base, quantization)
+    if needed > room:
+        place = "GPU" if device().type == "cuda" else "machine"
+        bits = 4 if quantization.bits == 4 else quantization.dtype.itemsize * 8
+        raise Fault(
+            f"{base}: its weights take {needed / 1e9:.1f} GB in {bits} bits, with embeddings and "
+            f"norms in {quantization.dtype.itemsize * 8}, this {place} has {room / 1e9:.1f} GB; "
+            "expected a smaller base.name, or more memory (docs/distributed.md has a table)"
+        )
+
+
+def weight_bytes(base: Path, quantization: Quantization) -> int:
+    """The bytes that the weights of a folder will take, as bitsandbytes quantizes them.
+
+    4 bits a number, and a scale for each 64: in fp32, or in 8 bits with a scale of its own for each
+    256 (Dettmers et al. 2023, "QLoRA"). What is stored in 4 bits stays as it is.
+    """
+    scale = (8 + 32 / 256) / 64 if quantization.double_quant else 32 / 64
+    stored = "quantization_config" in read_json(base / "config.json")
+    found = 0.0
+    for path in base.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                shape, dtype = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+                numbers = math.prod(shape)
+                if stored and dtype in ("U8", "I8"):
+                    found += numbers
+                elif quantization.bits == 4 and len(shape) == 2 and not NOT_LINEAR.search(name):
+                    found += numbers * (4 + scale) / 8
+                else:
+                    found += numbers * quantization.dtype.itemsize
+    return int(found)
+
+
+def memory() -> int:
+    """The bytes of the GPU, or of the machine where there is none."""
+    if device().type == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
