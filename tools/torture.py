@@ -3,10 +3,11 @@
 make torture
 
 In copies of a fresh clone, the training of the embedded default is killed, once in each copy: the
-trainer, DVC, or all of their process group, by SIGINT, SIGTERM or SIGKILL, under `dvc repro` and
-all kinds of `dvc exp run`, in every phase of the work. The same command is then given again, and
-must end with the bytes of a run that nobody disturbed. Prints a table and writes it to
-benchmarks/results/torture.md. Linux only; takes about 25 minutes on 2 cores.
+trainer, one of the processes that it has started, DVC, or all of their process group, by SIGINT,
+SIGTERM or SIGKILL, under `dvc repro` and all kinds of `dvc exp run`, in every phase of the work, in
+one, two or four processes. The same command is then given again, for another number of processes,
+and must end with the bytes of a run in one process that nobody disturbed. Prints a table and writes
+it to benchmarks/results/torture.md. Linux only; takes about 45 minutes on 2 cores.
 """
 
 import argparse
@@ -36,7 +37,8 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "torture.md"
 PHASES = ("loading", "steps", "checkpoint", "outs", "commit")
-VICTIMS = ("trainer", "dvc", "group")
+VICTIMS = ("trainer", "rank", "dvc", "group")
+PROCESSES = (1, 2, 4)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 # DVC passes over a SIGINT that is sent to it alone while a stage runs.
 EVERY = [
@@ -50,8 +52,9 @@ MODES = {
     "dvc exp run --temp": [["exp", "run", "--temp", "train"]],
     "dvc exp run --queue": [["exp", "run", "--queue", "train"], ["queue", "start"]],
 }
-# Short enough for many runs, long enough to be hit everywhere.
+# Short enough for many runs, long enough to be hit everywhere; several packs a step.
 TRAIN = {"max_steps": 40, "logging_steps": 5, "eval_steps": 40, "save_steps": 5}
+TRAIN |= {"pairs_per_step": 8, "tokens_per_pack": 400}
 STEPS = [*range(TRAIN["save_steps"], TRAIN["max_steps"] + 1, TRAIN["save_steps"])]
 PATIENCE = 120.0
 ATTEMPTS = 12
@@ -64,16 +67,22 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One kill: in which phase of which command, of whom, by what."""
+    """One kill: in which phase of which command, of whom, by what.
+
+    `processes` are those before it and after it.
+    """
 
     number: int
     phase: str
     mode: str
     victim: str
     signal: signal.Signals
+    processes: tuple[int, int]
 
     def __str__(self) -> str:
-        return f"{self.mode}, {self.phase}: {self.signal.name} to {self.victim}"
+        before, after = self.processes
+        who = f"{self.signal.name} to {self.victim}"
+        return f"{self.mode}, {self.phase}: {who}; {before} processes, then {after}"
 
 
 @dataclass
@@ -131,8 +140,11 @@ def cases(count: int, draw: random.Random) -> Iterator[Case]:
         range(1, count + 1), kinds, modes, strict=False
     ):
         # By the time of DVC's commit the trainer has ended.
-        who = draw.choice(VICTIMS[1:]) if phase == "commit" and victim == "trainer" else victim
-        yield Case(number, phase, mode, who, deadly)
+        ended = phase == "commit" and victim in ("trainer", "rank")
+        who = draw.choice(("dvc", "group")) if ended else victim
+        before = draw.choice(PROCESSES[1:] if who == "rank" else PROCESSES)
+        after = draw.choice([count for count in PROCESSES if count != before])
+        yield Case(number, phase, mode, who, deadly, (before, after))
 
 
 # --- a project to run ------------------------------------------------------------------------
@@ -167,9 +179,13 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def environment() -> dict[str, str]:
-    """That of a user who has activated the virtual environment."""
+def environment(processes: int = 1) -> dict[str, str]:
+    """That of a user who has activated the virtual environment.
+
+    Bytes may depend on the number of threads, so that each process has one.
+    """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "GIT_"))}
+    kept |= {"PET_NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1"}
     return kept | {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
 
 
@@ -183,7 +199,7 @@ class Project:
         self.seen: dict[Path, int] = {}
         self.command: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, processes: int = 1) -> None:
         """Give the command of the mode; its last part runs on, its output goes to the log."""
         *first, last = MODES[self.mode]
         for arguments in first:
@@ -193,7 +209,7 @@ class Project:
         self.command = subprocess.Popen(
             ["dvc", *last],
             cwd=self.folder,
-            env=environment(),
+            env=environment(processes),
             stdin=subprocess.DEVNULL,
             stdout=there,
             stderr=there,
@@ -237,6 +253,11 @@ class Project:
         return found
 
     def trainers(self) -> list[psutil.Process]:
+        """The processes that DVC has started, without those that these have started."""
+        found = self.training()
+        return [each for each in found if each.ppid() not in {other.pid for other in found}]
+
+    def training(self) -> list[psutil.Process]:
         found = []
         for process in self.processes():
             with suppress(psutil.Error):
@@ -343,7 +364,7 @@ def suffer(
         outcome = Outcome(case)
         project = Project(prepared, scratch / f"case-{case.number}-{attempt}", case.mode)
         try:
-            project.start()
+            project.start(case.processes[0])
             if kill(
                 project, outcome, {name: each * 0.8**attempt for name, each in delays.items()}, draw
             ):
@@ -368,8 +389,15 @@ def kill(project: Project, outcome: Outcome, delays: dict[str, float], draw: ran
         return False
     group = os.getpgid(dvc.pid)
     await_phase(project, case.phase, delays, draw)
+    if not in_phase(project, case.phase, trainer):
+        return False
     victim = trainer if case.victim == "trainer" else dvc
-    if not in_phase(project, case.phase, trainer) or not victim.is_running():
+    if case.victim == "rank":
+        ranks = [each for each in project.training() if each.ppid() == trainer.pid]
+        if len(ranks) < case.processes[0]:
+            return False
+        victim = draw.choice(ranks)
+    if not victim.is_running():
         return False
     if case.victim == "group":
         os.killpg(group, case.signal)
@@ -378,7 +406,7 @@ def kill(project: Project, outcome: Outcome, delays: dict[str, float], draw: ran
     outcome.at = max(project.checkpoints(), default=None)
     if reached := re.findall(r"training:.*?(\d+)/\d+ \[", project.output()):
         outcome.repeated = max(0, int(reached[-1]) - (outcome.at or 0))
-    wait(lambda: not project.trainers(), "the trainer to end: an orphan runs on", 5)
+    wait(lambda: not project.training(), "the training to end: an orphan runs on", 5)
     wait(lambda: not project.working(), "DVC to end", 30)
     return True
 
@@ -434,7 +462,7 @@ def start_again(project: Project, outcome: Outcome, wanted: str) -> None:
         project.call("git", "switch", "--quiet", "main")
         outcome.mended = True
     project.forget()
-    project.start()
+    project.start(outcome.case.processes[1])
     end = time.monotonic() + PATIENCE
     while project.working():
         if len(project.trainers()) > 1:
@@ -474,6 +502,7 @@ def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
         ("phase", lambda outcome: outcome.case.phase, PHASES),
         ("command", lambda outcome: outcome.case.mode, tuple(MODES)),
         ("victim", lambda outcome: outcome.case.victim, VICTIMS),
+        ("processes", lambda outcome: outcome.case.processes[0], PROCESSES),
         ("signal", lambda outcome: outcome.case.signal.name, tuple(s.name for s in SIGNALS)),
     ):
         lines += [
@@ -483,7 +512,7 @@ def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
         ]
         for name in names:
             group = [outcome for outcome in outcomes if key(outcome) == name]
-            lines.append(row(name, group))
+            lines.append(row(str(name), group))
         lines += [row("all", outcomes), ""]
     return "\n".join(lines)
 
