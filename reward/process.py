@@ -7,14 +7,34 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 # Who started this process, and when.
 PARENT, BEGUN = os.getppid(), time.monotonic()
 
-# Whether torchrun has started this process, as one of several; where it reads what went wrong.
-LAUNCHED, ERRORS = "TORCHELASTIC_RUN_ID" in os.environ, os.environ.get("TORCHELASTIC_ERROR_FILE")
+
+def is_command(arguments: Sequence[str]) -> bool:
+    """Whether a command line of Python runs a module of this project."""
+    module = next((named for flag, named in pairwise(arguments) if flag == "-m"), "")
+    return module.startswith(("stages.", "reward."))
+
+
+def see_one_gpu() -> None:
+    """Have one of several processes see the GPU that is its own, before a library looks for any."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) != "":
+        local = os.environ["LOCAL_RANK"]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)] if visible else local
+
+
+# Whether torchrun has started this process as one of several. Somebody else's trainer, which it may
+# have started too and which calls the reward function, goes its own way.
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ and is_command(sys.orig_argv)
+# Where torchrun reads what went wrong.
+ERRORS = os.environ.get("TORCHELASTIC_ERROR_FILE") if LAUNCHED else None
+if LAUNCHED:
+    see_one_gpu()
 
 # At its import, which happens in transformers and PEFT, bitsandbytes warns on some processors that
 # an optional package is missing. Nothing needs it.
@@ -52,13 +72,6 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     if staged and not LAUNCHED:
         print(f"took       {time.monotonic() - BEGUN:.1f} s")
-
-
-def see_one_gpu() -> None:
-    """Have one of several processes see the GPU that is its own, before a library looks for any."""
-    if LAUNCHED and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) != "":
-        local = os.environ["LOCAL_RANK"]
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)] if visible else local
 
 
 def threads() -> int:

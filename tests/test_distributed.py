@@ -6,13 +6,15 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, chdir
+from contextlib import ExitStack, chdir, suppress
 from pathlib import Path
 from socket import socket
 from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from reward import process
@@ -61,6 +63,19 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_at_work(found: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(found.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 def trained(size: int, *arguments: Any) -> list[tuple[int | None, str, str]]:
     """Status, output and errors of each of so many processes that train together."""
     port = free_port()
@@ -106,6 +121,39 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes() -> None:
     assert result() == expected
 
 
+def test_each_process_adds_up_its_own_packs_where_the_order_is_free(set_params: SetParams) -> None:
+    """Rewards come out the same but for rounding."""
+    require_trained(trained(1))
+    [weights] = train.ADAPTER.glob("*.safetensors")
+    ordered = load_file(weights)
+    forget()
+    set_params("train", sum_in_order=False)
+    require_trained(trained(2))
+    for name, found in load_file(weights).items():
+        torch.testing.assert_close(found, ordered[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "ours"),
+    [
+        ("python -u -m stages.train", True),
+        ("python -m reward.serving.score pairs.json", True),
+        ("python -m trl.scripts.grpo -m stages.train", False),
+        ("python grpo.py", False),
+    ],
+)
+def test_what_torchrun_has_started_is_known_by_its_command(command: str, ours: bool) -> None:
+    assert process.is_command(command.split()) is ours
+
+
+def test_a_group_of_somebody_else_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer of policies calls the reward function in each of its processes."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    assert (group.size(), group.rank(), group.leads()) == (1, 0, True)
+
+
 def test_two_machines_go_on_where_a_killed_process_ended_the_others(
     tmp_path: Path,
 ) -> None:
@@ -116,11 +164,7 @@ def test_two_machines_go_on_where_a_killed_process_ended_the_others(
         [launcher] = [
             each for each in psutil.Process().children(recursive=True) if each.pid == killed.pid
         ]
-        end = time.monotonic() + 60
-        while not [*Path("models/checkpoints").glob("*/step-2")]:
-            assert time.monotonic() < end
-            assert killed.returncode is None, killed.communicate()
-            time.sleep(0.01)
+        wait_for(lambda: [*Path("models/checkpoints").glob("*/step-2")])
         ranks = launcher.children()
         ranks[1].kill()
         _, errors = killed.communicate()
@@ -145,6 +189,25 @@ def test_two_machines_go_on_where_a_killed_process_ended_the_others(
     assert re.fullmatch(r"processes  of 2 machines.*\n", other_printed)
     assert result() == expected
     assert not (elsewhere / "models" / "checkpoints").exists()
+
+
+def test_processes_end_with_their_launcher() -> None:
+    with Forked(launch_train, {"PET_NPROC_PER_NODE": "2"}) as launched:
+        launcher = psutil.Process(launched.pid)
+        wait_for(lambda: len(launcher.children()) == 2)
+        ranks = launcher.children()
+        launcher.kill()
+        wait_for(lambda: not any(map(is_at_work, ranks)))
+
+
+def test_machines_that_do_not_meet_are_told_so() -> None:
+    meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_LOCAL_ADDR": "127.0.0.1"}
+    meeting |= {"PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}"}
+    meeting |= {"PET_RDZV_CONF": "join_timeout=1"}
+    with Forked(launch_train, meeting) as alone:
+        _, errors = alone.communicate()
+    assert alone.returncode == 1
+    assert re.fullmatch(r"the 2 machines of PET_NNODES did not come together .* 1 sec.*\n", errors)
 
 
 # --- how many there are ----------------------------------------------------------------------
@@ -215,7 +278,6 @@ def test_a_number_of_processes_that_cannot_be_is_refused(
 def test_a_process_sees_the_gpu_of_its_place(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, local: str, seen: str
 ) -> None:
-    monkeypatch.setattr(process, "LAUNCHED", True)
     monkeypatch.setenv("LOCAL_RANK", local)
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -34,14 +34,19 @@ class Lost(Fault):
     elsewhere = True
 
 
+# Rank and number of the processes. Those of torch.distributed may be somebody else's: of a trainer
+# that calls the reward function in each of its processes with texts of its own.
+_own: tuple[int, int] | None = None
+
+
 def size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return _own[1] if _own else 1
 
 
 def rank() -> int:
     """The place of this process among them, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return _own[0] if _own else 0
 
 
 def leads() -> bool:
@@ -56,6 +61,7 @@ def joined() -> Iterator[None]:
     Its variables are taken away, because libraries that find them would do their own part of a
     distributed training, which this one does not need. Only the first process prints.
     """
+    global _own
     with talking():
         store, place, count = next(rendezvous("env://", timeout=PATIENCE))
         # DVC is at work on the machine whose process is to be the first: torchrun sorts by address.
@@ -69,6 +75,7 @@ def joined() -> Iterator[None]:
             world_size=count,
             timeout=PATIENCE,
         )
+    _own = dist.get_rank(), count
     for name in [*os.environ]:
         if name.startswith(("TORCHELASTIC_", "PET_")) or name in (
             *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
@@ -80,6 +87,7 @@ def joined() -> Iterator[None]:
     yield
     least(0)
     dist.destroy_process_group()
+    _own = None
 
 
 @contextmanager
@@ -148,11 +156,34 @@ def folder_of_first(path: Path | None, home: Path) -> Path | None:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of what the processes give, of which at most one is not zero at any place."""
+    """The sum of what the processes give; in which order is not said."""
     if size() > 1:
         with talking():
             dist.all_reduce(tensor)
     return tensor
+
+
+class PlainSum:
+    """The sum of the tensors of all processes, each of which adds up its own first.
+
+    The order, and so the rounding, depends on their number. Only the sum travels.
+    """
+
+    def __init__(self) -> None:
+        self.own: Tensor | None = None
+
+    def add(self, tensor: Tensor, count: int) -> None:
+        """Add this process's tensor, if it is one of the first `count`: [numbers], fp32."""
+        if self.own is None:
+            self.own = torch.zeros_like(tensor)
+        if rank() < count:
+            self.own += tensor
+
+    def total(self) -> Tensor:
+        """The sum, in every process."""
+        if self.own is None:
+            raise ValueError("nothing was added")
+        return summed(self.own)
 
 
 class OrderedSum:

@@ -14,7 +14,7 @@ import signal
 import sys
 import uuid
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,18 +34,23 @@ PATIENCE = 600
 
 
 def distribute(
-    main: Callable[[], None], module: str, useful: Callable[[int], int], machines: bool = False
+    main: Callable[[], None],
+    module: str,
+    useful: Callable[[int], int],
+    machines: bool = False,
+    arguments: Sequence[str] = (),
 ) -> None:
     """Call `main` in as many processes as are asked for, or as there are GPUs in sight.
 
-    They run `module`, which must call this again. Of a number of GPUs, `useful` says how many there
-    is work for. Only a stage that `machines` is set for runs on more than this one.
+    They run `module` with `arguments`, which must call this again. Of a number of GPUs, `useful`
+    says how many there is work for. Only a stage that `machines` is set for runs on more than this
+    one.
     """
     if LAUNCHED:
         with group.joined():
             main()
         return
-    options = asked(module, machines)
+    options = asked([module, *arguments], machines)
     here = options.nproc_per_node
     if "PET_NPROC_PER_NODE" not in os.environ and here > 1:
         here = options.nproc_per_node = useful(here)
@@ -55,13 +60,13 @@ def distribute(
         main()
 
 
-def asked(module: str, machines: bool) -> Namespace:
-    """The arguments of torchrun, as its variables set them.
+def asked(command: Sequence[str], machines: bool) -> Namespace:
+    """The arguments of torchrun for a module and its arguments, as torchrun's variables set them.
 
     Raises a Fault for a number of processes that cannot be.
     """
     gpus = torch.cuda.device_count()
-    options = run.parse_args(["--module", module])
+    options = run.parse_args(["--module", *command])
     least, most = run.parse_min_max_nnodes(options.nnodes) if machines else (1, 1)
     if least != most:
         raise Fault(f"PET_NNODES is {options.nnodes}, expected one number of machines, not a range")

@@ -87,6 +87,7 @@ class Train:
     pairs_per_step: Positive
     step_of: StepOf
     center_rewards: ZeroOrMore
+    sum_in_order: Switch
     tokens_per_pack: Annotated[
         int | Literal["auto"],
         Rule("a positive integer, or auto", lambda tokens: tokens == "auto" or tokens > 0),
@@ -145,6 +146,7 @@ class RewardTrainer(Trainer):
         watched_pairs = watched(validation, options.validation_pairs, options.seed)
         self.validation = Step(rankings_of(watched_pairs), Labels.of(watched_pairs))
         self.center_rewards = options.center_rewards
+        self.sum_in_order = options.sum_in_order
         self.size_on_trial = options.tokens_per_pack == "auto" and device().type == "cuda"
         self.tokens_per_pack = (
             TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
@@ -179,7 +181,8 @@ class RewardTrainer(Trainer):
         Its loss, and, of the pairs that are no ties, how many are right, the sum of their margins
         and their number: [4]. None if memory did not suffice in one of the processes.
         """
-        packs, total = step.packs(self.tokens_per_pack), group.OrderedSum()
+        packs = step.packs(self.tokens_per_pack)
+        total = group.OrderedSum() if self.sum_in_order else group.PlainSum()
         for first in range(0, len(packs), group.size()):
             found = within_memory(self.addend, step, packs, first + group.rank())
             if not group.least(found is not None) or found is None:

@@ -8,11 +8,13 @@ answers (chosen, then rejected), and `ranks`, 1 for the best. As Parquet the col
 in its `file`, `record` as JSON text, `rewards` and `ranks`.
 
 Whatever stops it, the same command goes on where it was: rows wait in a journal beside the output.
+GPUs in sight share the work, a process each.
 """
 
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,9 +32,11 @@ from tqdm import tqdm
 from reward.data.reading import files, read, unit
 from reward.data.records import BadRecord, candidates
 from reward.locks import hold
+from reward.model import group
 from reward.model.base import DIGESTS
+from reward.model.launching import distribute
 from reward.outputs import digest, writing
-from reward.process import Fault, processors, run
+from reward.process import Fault, run, threads
 from reward.serving.scorer import Misfit, Scorer, ranks
 
 EXPORT = Path("models/export")
@@ -87,8 +91,11 @@ def main() -> None:
     options = parse()
     require_output(options.output, options.inputs)
     paths = [file for path in options.inputs for file in files(path)]
-    torch.set_num_threads(processors())
+    torch.set_num_threads(threads())
     scorer = Scorer(options.model)
+    if not group.leads():
+        score_files(scorer, paths, None)
+        return
     with journal_beside(options.output, options.model) as journal:
         totals = score_files(scorer, paths, journal)
         publish(journal, options.output)
@@ -123,16 +130,22 @@ def require_output(output: Path, inputs: list[Path]) -> None:
 # --- scoring ---------------------------------------------------------------------------------
 
 
-def score_files(scorer: Scorer, paths: list[Path], journal: "Journal") -> Totals:
-    """Have all records of the files in the journal; those that are there are left as they are."""
+def score_files(scorer: Scorer, paths: list[Path], journal: "Journal | None") -> Totals:
+    """Have all records of the files in the journal; those that are there are left as they are.
+
+    Of several processes the first one has the journal, the others help it with the packs.
+    """
     totals, start = Totals(), time.perf_counter()
     bar = tqdm(items(scorer, paths), desc="scored", unit=" prompts", disable=None)
     for batch in batches(bar):
         totals.prompts += len(batch)
         totals.texts += sum(len(item.texts) for item in batch)
-        if not journal.holds(batch):
-            journal.append(scored(scorer, batch, totals))
-    journal.require_end()
+        if not group.of_first(journal is not None and journal.holds(batch)):
+            rows = scored(scorer, batch, totals)
+            if journal:
+                journal.append(rows)
+    if journal:
+        journal.require_end()
     totals.seconds = time.perf_counter() - start
     return totals
 
@@ -334,4 +347,6 @@ def report(totals: Totals, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    parse()  # What is wrong with the command line is said before there are several processes.
+    arguments = sys.argv[1:]
+    run(lambda: distribute(main, "reward.serving.score", lambda gpus: gpus, arguments=arguments))
