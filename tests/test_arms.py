@@ -1,0 +1,67 @@
+"""The experiments in arms and seeds: what is in an arm, and what its table says."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from benchmarks import arms, votes
+from benchmarks.arms import Arm, as_markdown
+
+
+@pytest.mark.parametrize(
+    ("cast", "share", "majority"),
+    [
+        ([1, 1, 1], 1.0, 1.0),
+        ([1, 2, 2], 1 / 3, 0.0),
+        ([1, 2, 0], 0.5, 0.5),
+        ([0, 0, 1], 2 / 3, 1.0),
+    ],
+)
+def test_votes_are_a_share_and_a_majority(cast: list[int], share: float, majority: float) -> None:
+    record = {"votes": cast}
+    assert votes.share(record) == pytest.approx(share)
+    assert votes.majority(record) == majority
+
+
+def test_an_arm_of_votes_has_the_preference_for_the_first_answer() -> None:
+    record = {"instruction": "ask", "input": "", "response1": "a", "response2": "b", "votes": [2]}
+    wanted = {"instruction": "ask", "chosen": "a", "rejected": "b", "preference": 0.25}
+    assert votes.graded(record, 0.25) == wanted
+    assert votes.graded(record | {"input": "in"}, 0.25) == wanted | {"input": "in"}
+
+
+def test_an_arm_is_a_name_and_its_parameters() -> None:
+    assert Arm.of("pairs:") == Arm("pairs", ())
+    assert Arm.of("b:lora.r=8,train.seed=1") == Arm("b", ("lora.r=8", "train.seed=1"))
+
+
+def rewards(*margins: float) -> pa.Table:
+    """Four comparisons of two prompts, the last one a tie."""
+    return pa.table(
+        {"prompt_id": ["p", "p", "q", "q"], "preference": [1.0, 1, 1, 0.5], "margin": [*margins]}
+    )
+
+
+def test_arms_are_compared_with_the_first_without_ties(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right in 3 of 3 and in 2 of 3, against 1 of 3 and 2 of 3 in the first arm."""
+    monkeypatch.setattr(arms, "LOGS", tmp_path)
+    found = [Arm("first", ()), Arm("second", ("lora.r=8",))]
+    for arm in found:
+        for seed in (0, 1):
+            (tmp_path / f"x-{arm.name}-{seed}.log").write_text(f"speed      {seed + 2}.5 pairs/s\n")
+    tables = {
+        "first": [rewards(1, -1, -1, 9), rewards(1, 1, -1, 9)],
+        "second": [rewards(1, 1, 1, -9), rewards(1, -1, 1, -9)],
+    }
+    options: Any = argparse.Namespace(name="x", seeds=2, set_param=["base.name=b"])
+    report = as_markdown(options, found, tables)
+    assert "4 test pairs of 2 prompts, of which 1 are ties; 2 seeds" in report
+    assert "| first | 0.5000 | 0.3333 to 0.6667 |" in report
+    assert "| second | 0.8333 | 0.6667 to 1.0000 |" in report
+    assert "| second | +0.3333 | +0.0000 to +1.0000 |" in report
+    assert report.count("| 3.0 |") == 2
