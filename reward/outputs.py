@@ -79,16 +79,25 @@ def _probe(folder: Path, room: int) -> int:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A fresh folder to fill, which takes the place of `path` only if the block succeeds.
-
-    What the block itself raises goes on as it is: its writes are each within `writing`.
-    """
+def partial_folder(path: Path) -> Iterator[Path]:
+    """A fresh folder beside `path`, with another ending, which is gone after the block."""
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(path):
             partial.mkdir(parents=True)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A fresh folder to fill, which takes the place of `path` only if the block succeeds.
+
+    What the block itself raises goes on as it is: its writes are each within `writing`.
+    """
+    with partial_folder(path) as partial:
         yield partial
         with writing(path):
             # safetensors leaves its files readable by their owner alone.
@@ -96,8 +105,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 file.chmod(partial.stat().st_mode & 0o666)
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """A second folder of the same files, which takes no room: they are linked.
+
+    Where a file system has no hard links they are copied. Raises a Fault where neither is possible.
+    """
+
+    def link_file(file: str, place: str) -> None:
+        try:
+            os.link(file, place)
+        except OSError:
+            copy_file(Path(file), Path(place))
+
+    with writing(target):
+        shutil.copytree(source, target, copy_function=link_file)
 
 
 def copy_file(source: Path, target: Path) -> None:

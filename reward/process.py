@@ -56,7 +56,7 @@ def run(main: Callable[[], None]) -> None:
     """
     staged = "DVC_ROOT" in os.environ
     if staged or LAUNCHED:
-        threading.Thread(target=_follow_parent, daemon=True).start()
+        follow(PARENT)
     try:
         main()
     except Fault as fault:
@@ -78,6 +78,22 @@ def threads() -> int:
     """Those of OMP_NUM_THREADS, which several processes share, else one for each processor."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdecimal() else processors()
+
+
+def follow(parent: int) -> None:
+    """End this process within half a second of its parent's end, however that was killed.
+
+    DVC does not take its stages along when it gets SIGTERM or SIGKILL; the orphan would work on
+    beside the stage that the next `dvc repro` starts. `parent` is a process id that was noted while
+    the parent was there for certain.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def processors() -> int:
@@ -105,14 +121,3 @@ def _quota(root: Path = Path("/sys/fs/cgroup")) -> float:
         except OSError:
             return math.inf
     return math.inf if limit == "max" or int(limit) <= 0 else int(limit) / int(period)
-
-
-def _follow_parent() -> None:
-    """End this process within half a second of DVC's end, however DVC was killed.
-
-    DVC does not take its stages along when it gets SIGTERM or SIGKILL; the orphan would work on
-    beside the stage that the next `dvc repro` starts.
-    """
-    while os.getppid() == PARENT:
-        time.sleep(0.5)
-    os._exit(1)

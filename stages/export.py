@@ -4,14 +4,13 @@
 
 Reads models/base, models/adapter, data/tokenized/test and what evaluate wrote. Writes
 models/export, reports/export/figures.json and metrics/export.json, or nothing: a fresh process
-loads a copy of the folder through each client of reward.exporting.clients, and the rewards that it
-finds must be those that were evaluated.
+loads the folder from another place through each client of reward.exporting.clients, and the rewards
+that it finds must be those that were evaluated.
 """
 
 import gc
-import shutil
+import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from reward.exporting.exported import Trained, write_exported
 from reward.exporting.gate import ByClient, Figures
 from reward.exporting.given import Client
 from reward.model.base import DTYPES, Quantization
-from reward.outputs import recorded, whole_folder, write_json
+from reward.outputs import link_folder, partial_folder, recorded, whole_folder, write_json
 from reward.params import ZeroOrMore
 from reward.process import Fault, processors, run
 
@@ -106,18 +105,21 @@ def packs_of(evaluated: pa.Table) -> int:
 def score_elsewhere(
     folder: Path, clients: Literal["light", "all"], tokens_per_pack: int
 ) -> pa.Table:
-    """What clients find in a fresh process, in an empty folder, on a copy of what was exported.
+    """What clients find in a fresh process, in an empty folder, on the export in another place.
 
-    Raises a Fault where a client ends otherwise than with rewards.
+    That is beside `folder`, where there is room: the files are linked, and the folder for temporary
+    files, which may be small, is not used. Raises a Fault where a client ends otherwise than with
+    rewards.
     """
     # Quantized weights and their modules refer to each other, and would stay on the GPU till then.
     gc.collect()
     torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory() as name:
-        elsewhere = Path(name)
-        copy = shutil.copytree(folder, elsewhere / "reward-model")
-        paths = (str(copy), str(TEST.absolute()), str(BASE.absolute()))
-        done = gate.run_clients(Request(*paths, clients, tokens_per_pack), elsewhere)
+    with partial_folder(folder.absolute().with_name("clients")) as elsewhere:
+        linked = elsewhere / "reward-model"
+        link_folder(folder, linked)
+        paths = (str(linked), str(TEST.absolute()), str(BASE.absolute()))
+        request = Request(*paths, clients, tokens_per_pack, parent=os.getpid())
+        done = gate.run_clients(request, elsewhere)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             raise Fault(

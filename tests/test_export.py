@@ -3,13 +3,15 @@
 import contextlib
 import gc
 import json
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -148,7 +150,10 @@ def evaluated(
 
 @pytest.fixture(scope="module")
 def exported(evaluated: Callable[[Change], Path]) -> Callable[[Change], Path]:
-    """Such a folder in which export was run too; a fresh process scores for DEFAULT alone."""
+    """Such a folder in which export was run too; a fresh process scores for DEFAULT alone.
+
+    No folder for temporary files is there.
+    """
 
     def make(change: Change) -> Path:
         folder = evaluated(change)
@@ -156,6 +161,8 @@ def exported(evaluated: Callable[[Change], Path]) -> Callable[[Change], Path]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
                 patch.delenv("DVC_ROOT", raising=False)
+                patch.setenv("TMPDIR", "/none")
+                patch.setattr(tempfile, "tempdir", "/none")
                 if change != DEFAULT:
                     patch.setattr(gate, "run_clients", score_here)
                 export.main()
@@ -650,6 +657,29 @@ def test_packs_have_the_size_that_evaluate_recorded(monkeypatch: pytest.MonkeyPa
     with pytest.raises(Fault, match="ended with status 1"):
         export.main()
     assert [request.tokens_per_pack for request in requests] == [60]
+
+
+def test_the_process_of_the_clients_follows_the_one_that_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Request] = []
+
+    def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProcess[str]:
+        asked.append(request)
+        write_json(elsewhere / "request.json", asdict(request))
+        monkeypatch.setattr("sys.argv", ["clients", str(elsewhere / "request.json")])
+        clients.main()
+        return subprocess.CompletedProcess([], 0)
+
+    followed: list[int] = []
+    monkeypatch.setattr(gate, "run_clients", run_clients)
+    monkeypatch.setattr(clients, "follow", followed.append)
+    monkeypatch.setattr(clients, "find", lambda request: paired([], []))
+    (tmp_path / "export").mkdir()
+    assert export.score_elsewhere(tmp_path / "export", "light", 60) == paired([], [])
+    assert followed == [os.getpid()]
+    assert Path(asked[0].folder) == tmp_path / "clients.partial" / "reward-model"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
 # --- figures ---------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What stages write is whole or not there, and the same bytes for the same content."""
 
+import contextlib
 import errno
 import hashlib
 import math
@@ -15,6 +16,8 @@ from reward import outputs
 from reward.outputs import (
     copy_file,
     digests,
+    link_folder,
+    partial_folder,
     read_json,
     whole_folder,
     write_json,
@@ -52,6 +55,38 @@ def test_what_a_killed_stage_left_is_no_part_of_the_folder(tmp_path: Path) -> No
     with whole_folder(tmp_path / "out") as folder:
         (folder / "new").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, None])
+def test_a_partial_folder_is_empty_and_goes(
+    tmp_path: Path, error: type[BaseException] | None
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "of a killed stage").touch()
+    with contextlib.suppress(ValueError, KeyboardInterrupt), partial_folder(tmp_path / "out") as it:
+        assert [*it.iterdir()] == []
+        (it / "new").touch()
+        if error:
+            raise error
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_linked_folder_takes_no_room_where_there_are_hard_links(
+    tmp_path: Path, hard_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refused)
+    write_json(tmp_path / "from" / "deep" / "file.json", "content")
+    link_folder(tmp_path / "from", tmp_path / "to")
+    ours, theirs = (tmp_path / side / "deep" / "file.json" for side in ("from", "to"))
+    assert ours.samefile(theirs) == hard_links
+    assert ours.read_bytes() == theirs.read_bytes()
+    (tmp_path / "to" / "more").touch()
+    assert [path.name for path in (tmp_path / "from").iterdir()] == ["deep"]
 
 
 def test_files_of_a_folder_have_the_usual_modes(tmp_path: Path) -> None:

@@ -65,22 +65,42 @@ def test_an_interrupted_stage_never_exits_0(tmp_path: Path, number: signal.Signa
     assert "Traceback" not in errors
 
 
+FOLLOW = """
+import sys, time
+print("begun", flush=True)
+time.sleep(0.5)
+from reward.process import follow
+follow(int(sys.argv[1]))
+time.sleep(60)
+"""
+IMPORTING = 'import stages, time\nprint("begun", flush=True)\ntime.sleep(2)\n'
+
+
 @pytest.mark.parametrize(
-    "head", ["", 'import stages, time\nprint("begun", flush=True)\ntime.sleep(2)\n']
+    ("code", "under_dvc"),
+    [
+        (STAGE.format(body="time.sleep(60)"), True),
+        (IMPORTING + STAGE.format(body="time.sleep(60)"), True),
+        (FOLLOW, False),
+    ],
+    ids=["stage", "importing stage", "importing child"],
 )
-def test_a_stage_dies_with_its_parent(tmp_path: Path, head: str) -> None:
-    """A parent that is killed takes the stage along, as DVC does not; one still importing too."""
-    stage_code = head + STAGE.format(body="time.sleep(60)")
-    (tmp_path / "stage.py").write_text(stage_code, encoding="utf-8")
+def test_a_process_dies_with_its_parent(tmp_path: Path, code: str, under_dvc: bool) -> None:
+    """A parent that is killed takes it along, as DVC does not; one that is still importing too."""
+    (tmp_path / "stage.py").write_text(code, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(tmp_path)}
+    if not under_dvc:
+        del environment["DVC_ROOT"]
     parent = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            "import subprocess, sys; p = subprocess.Popen([sys.executable, sys.argv[1]]); "
+            "import os, subprocess, sys; "
+            "p = subprocess.Popen([sys.executable, sys.argv[1], str(os.getpid())]); "
             "print(p.pid, flush=True); p.wait()",
             str(tmp_path / "stage.py"),
         ],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(tmp_path)},
+        env=environment,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -95,7 +115,7 @@ def test_a_stage_dies_with_its_parent(tmp_path: Path, head: str) -> None:
         if not running(stage):
             return
         time.sleep(0.1)
-    pytest.fail("the stage runs on without its parent")
+    pytest.fail("the process runs on without its parent")
 
 
 def running(process: int) -> bool:

@@ -3,9 +3,9 @@
     python -m reward.exporting.clients request.json
 
 request.json is a `Request`. What the clients find is written beside it, to found.parquet: columns
-client, form, pair (the index), reward_chosen and reward_rejected. Export runs it in a fresh
-process, in a folder where nothing is, on a copy of what it is about to finish. Clients that know of
-no packs take ids or text, right- and left-padded, one by one, ending in eos.
+client, form, pair (the index), reward_chosen and reward_rejected. Export runs it in a fresh process
+that ends with export, in a folder where nothing is, on what export is about to finish. Clients that
+know of no packs take ids or text, right- and left-padded, one by one, ending in eos.
 """
 
 import argparse
@@ -52,8 +52,8 @@ from reward.model.base import (
 from reward.model.packing import Texts, pairs_of
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
 from reward.model.scoring import score
-from reward.outputs import read_json
-from reward.process import processors, run
+from reward.outputs import read_json, writing
+from reward.process import follow, processors, run
 
 CLIENT, FORM, FOUND = "client", "form", "found.parquet"
 
@@ -62,7 +62,7 @@ CLIENT, FORM, FOUND = "client", "form", "found.parquet"
 class Request:
     """What is to be scored, by whom: an exported folder, tokenized pairs and their base, as paths.
 
-    `tokens_per_pack` is that of the evaluation.
+    `tokens_per_pack` is that of the evaluation, `parent` the process that asks.
     """
 
     folder: str
@@ -70,16 +70,21 @@ class Request:
     base: str
     clients: Literal["light", "all"]
     tokens_per_pack: int
+    parent: int
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score pairs with an exported reward model.")
     parser.add_argument("request", type=Path, help="JSON; found.parquet is written beside it")
     path = parser.parse_args().request
+    request = Request(**read_json(path))
+    follow(request.parent)
     torch.set_num_threads(processors())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    pyarrow.parquet.write_table(find(Request(**read_json(path))), path.with_name(FOUND))
+    found = find(request)
+    with writing(path.with_name(FOUND)):
+        pyarrow.parquet.write_table(found, path.with_name(FOUND))
 
 
 def find(request: Request) -> pa.Table:

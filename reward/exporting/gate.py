@@ -1,6 +1,6 @@
 """The gate of export: what its clients find must be what evaluate found.
 
-`run_clients` has them score a copy of the folder in a fresh process, `measure` compares.
+`run_clients` has them score with the folder in a fresh process, `measure` compares.
 """
 
 import os
@@ -41,6 +41,7 @@ def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProces
         "PYTHONPATH": str(Path(clients.__file__).parents[2]),
         "HF_HUB_CACHE": str(elsewhere / "hub"),
         "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(elsewhere),
     }
     return subprocess.run(
         [sys.executable, "-m", clients.__name__, str(elsewhere / "request.json")],
