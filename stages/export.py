@@ -26,7 +26,7 @@ from reward.data import tokenized
 from reward.data.columns import ID
 from reward.exporting import clients_trl, gate
 from reward.exporting.clients import FOUND, ORIGINAL, PACKS, Request, select
-from reward.exporting.exported import Trained, write_exported
+from reward.exporting.exported import Trained, write_card, write_exported
 from reward.exporting.gate import ByClient, Figures
 from reward.exporting.given import Client
 from reward.model.base import DTYPES, Quantization
@@ -66,11 +66,12 @@ def main() -> None:
     trained = Trained(BASE, ADAPTER, quantization, recorded(EVALUATED))
     clients = select(options.clients, merged=options.merge != "none")
     with whole_folder(EXPORT) as folder:
-        write_exported(folder, trained, options.merge)
+        facts = write_exported(folder, trained, options.merge)
         found = score_elsewhere(folder, options.clients, tokens_per_pack)
         rewards = gate.rewards_of(evaluated)
         figures = gate.measure(found, clients, rewards)
         require_alike(figures["clients"], clients, options, quantization, rewards.std())
+        write_card(folder, facts)
     with whole_folder(REPORTS) as folder:
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))

@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Params4bit
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel
 from ruamel.yaml import YAML
@@ -31,14 +33,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from reward import params
 from reward.data import tokenized
 from reward.data.tokens import Encoder, Template
 from reward.exporting import clients, clients_trl, gate, portable
 from reward.exporting.clients import FOUND, PACKS, Request, select
-from reward.exporting.exported import Trained, load_exported, write_exported
+from reward.exporting.exported import Trained, load_exported, write_card, write_exported
 from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
+from reward.exporting.merging import merged_weight, write_merged
 from reward.model.base import (
     Quantization,
     add_lora,
@@ -210,7 +214,7 @@ def assemble_here(merge: str = "none") -> str:
     export.EXPORT.mkdir()
     quantization = params.load("quantization", Quantization)
     trained = Trained(export.BASE, export.ADAPTER, quantization, recorded(export.EVALUATED))
-    write_exported(export.EXPORT, trained, merge)
+    write_card(export.EXPORT, write_exported(export.EXPORT, trained, merge))
     return (export.EXPORT / "README.md").read_text(encoding="utf-8")
 
 
@@ -508,7 +512,7 @@ def test_every_family_is_loaded_with_its_rewards(
     rows = portable.embeddings(model)
     portable.prepare_model(model, portable.Pad("", rows, rows + 1), {})
     model.save_pretrained(tmp_path / "base")
-    portable.merged(model, tmp_path).save_pretrained(tmp_path / "merged")
+    write_merged(model, tmp_path, torch.float32, tmp_path / "merged")
     with contextlib.chdir(tmp_path), silent_peft():
         adapter = AutoPeftModelForSequenceClassification.from_pretrained(".").eval()
     keep_weights_unpacked(adapter)
@@ -518,6 +522,44 @@ def test_every_family_is_loaded_with_its_rewards(
             found = padded(loaded, [ids for texts in prompts for ids in texts.ids], rows, left)
             counts_padding = left and loaded.config.model_type in COUNT_PADDING
             assert (found == pytest.approx(wanted, rel=1e-4, abs=3e-5)) is not counts_padding
+
+
+@pytest.mark.parametrize(
+    ("family", "quantization"),
+    [
+        ("Mixtral", Quantization(4, "nf4", False, "bfloat16")),
+        ("GPT-2", Quantization(4, "fp4", True, "float32")),
+        ("GPT-2", Quantization.unquantized("bfloat16")),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merged_weight_by_weight_it_has_the_bytes_of_a_merge_in_memory(
+    family: str, quantization: Quantization, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = fetched(family, tmp_path / "of")
+    model = load_base(base, quantization)
+    new_head(model, 0)
+    lora = LoraConfig(r=4, lora_alpha=32, target_modules=FAMILIES[family][2])
+    lora.init_lora_weights = False
+    save(add_lora(model, lora), tmp_path, "base", quantization)
+
+    model = stock(base, quantization)
+    portable.take_head(model, tmp_path)
+    if quantization.recipe:
+        model = model.dequantize(torch.float32)
+    with silent_peft():
+        whole = PeftModel.from_pretrained(model.float(), tmp_path).merge_and_unload()
+    for name, module in stock(base, Quantization.unquantized("float32")).named_modules():
+        linear = whole.get_submodule(name)
+        if isinstance(module, Conv1D) and isinstance(linear, torch.nn.Linear):
+            module.weight.data, module.bias = linear.weight.T.contiguous(), linear.bias
+            whole.set_submodule(name, module)
+    whole.to(dtype).save_pretrained(tmp_path / "whole")
+
+    model = stock(base, quantization)
+    portable.take_head(model, tmp_path)
+    write_merged(model, tmp_path, dtype, tmp_path / "merged")
+    assert digests(tmp_path / "merged") == digests(tmp_path / "whole")
 
 
 @torch.no_grad()
@@ -554,13 +596,15 @@ def test_an_adapter_of_other_rewards_is_not_exported(part: str) -> None:
     assert not export.METRICS.exists()
 
 
-def into_the_original(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+def into_the_original(model: PreTrainedModel, name: str) -> torch.Tensor:
     """A merge into the weights as they were before they were quantized."""
-    unquantized = stock(export.BASE, Quantization.unquantized("float32"))
-    unquantized.resize_token_embeddings(model.config.vocab_size, mean_resizing=False)
-    unquantized.config = model.config
-    del unquantized.config.quantization_config
-    return PeftModel.from_pretrained(unquantized, adapter).merge_and_unload()
+    merged, (place, _, kind) = merged_weight(model, name), name.rpartition(".")
+    module = model.get_submodule(place)
+    weight = getattr(getattr(module, "base_layer", module), kind, None)
+    if not isinstance(weight, Params4bit):
+        return merged
+    original = load_file(export.BASE / "model.safetensors")[name]
+    return merged - dequantize_4bit(weight.data, weight.quant_state) + original
 
 
 def pad_is_eos(tokenizer: Tokenizer, _config: Any, _template: Any, rows: int) -> portable.Pad:
@@ -571,7 +615,7 @@ def pad_is_eos(tokenizer: Tokenizer, _config: Any, _template: Any, rows: int) ->
 @pytest.mark.parametrize(
     ("place", "fault", "client"),
     [
-        ("exported.merged", into_the_original, r"transformers_merged \(right\)"),
+        ("merging.merged_weight", into_the_original, r"transformers_merged \(right\)"),
         ("portable.find_pad", pad_is_eos, r"peft \(eos\)"),
     ],
 )

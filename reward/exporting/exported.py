@@ -18,10 +18,11 @@ from peft import PeftModel
 
 from reward.data.tokens import Template
 from reward.exporting import card
+from reward.exporting.merging import write_merged
 from reward.exporting.portable import (
     PortableTokenizer,
     embeddings,
-    merged,
+    finish,
     prepare_model,
     prepare_tokenizer,
     save_model,
@@ -39,7 +40,15 @@ from reward.model.base import (
     seal,
     stock,
 )
-from reward.outputs import copy_file, read_json, recorded, require_files, write_json, write_text
+from reward.outputs import (
+    copy_file,
+    digest,
+    read_json,
+    recorded,
+    require_files,
+    write_json,
+    write_text,
+)
 from reward.process import Fault
 
 EXPORTED_BASE, MERGED = "base", "merged"
@@ -65,11 +74,11 @@ class Trained:
 # --- writing ---------------------------------------------------------------------------------
 
 
-def write_exported(folder: Path, trained: Trained, merge: str) -> None:
-    """Write every file of an exported folder, which is empty so far, once.
+def write_exported(folder: Path, trained: Trained, merge: str) -> card.Facts:
+    """Write every file of an exported folder, which is empty so far, but the card of these facts.
 
-    `merge` is the type of the merged model's numbers, or none. Raises a Fault for a damaged
-    adapter.
+    `merge` is the type of the merged model's numbers, or none. Memory holds the base as it is
+    loaded, and a weight. Raises a Fault for a damaged adapter.
     """
     base, adapter = trained.base, trained.adapter
     require_sealed(adapter, base)
@@ -80,6 +89,7 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> None:
     config = adapter_config(trained, prepared=tokenizer.pad.rows > rows)
     take_head(model, adapter)
     prepare_model(model, tokenizer.pad, reward)
+    model = model.cpu()
 
     for name in AS_TRAINED:
         copy_file(adapter / name, folder / name)
@@ -90,8 +100,10 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> None:
     if has_base := config[BASE_NAME] == EXPORTED_BASE:
         save_model(model, folder / EXPORTED_BASE, tokenizer)
     if merge != "none":
-        save_model(merged(model, adapter).to(DTYPES[merge]), folder / MERGED, tokenizer)
-    facts = card.Facts(
+        write_merged(model, adapter, DTYPES[merge], folder / MERGED)
+        finish(folder / MERGED, tokenizer)
+    seal(folder, base)
+    return card.Facts(
         base=base_record(base),
         training=read_json(adapter / TRAINING),
         recipe=read_json(adapter / QUANTIZATION),
@@ -101,8 +113,14 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> None:
         has_base=has_base,
         has_merged=merge != "none",
     )
+
+
+def write_card(folder: Path, facts: card.Facts) -> None:
+    """Write the card of an exported folder, and its digest beside those of the other files."""
     write_text(folder / CARD, card.render(facts))
-    seal(folder, base)
+    sealed = read_json(folder / DIGESTS)
+    sealed["files"][CARD] = digest(folder / CARD)
+    write_json(folder / DIGESTS, sealed)
 
 
 def reward_record(trained: Trained, tokenizer: PortableTokenizer) -> dict[str, Any]:

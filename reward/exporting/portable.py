@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from reward.data.tokens import Template, around, token_of
-from reward.model.base import ADAPTER_WEIGHTS, DTYPES, head_of, new_head, silent_peft
+from reward.model.base import ADAPTER_WEIGHTS, head_of, new_head
 from reward.outputs import read_json, write_json, write_text, writing
 from reward.process import Fault
 
@@ -218,41 +216,15 @@ def take_head(model: PreTrainedModel, adapter: Path) -> None:
     head_of(model).to(model.dtype)
 
 
-def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """The model, whose weights are turned into the numbers that its 4 bits stand for, and LoRA's.
-
-    PEFT's merge into 4 bits would quantize again, and the original weights are not what was
-    trained: both change rewards. In fp32, eight times the memory of 4 bits, hence on the CPU;
-    `model` itself is used up.
-    """
-    model = model.cpu()
-    transposed = [
-        name
-        for name, module in model.named_modules()
-        if getattr(module, "source_cls", None) is Conv1D
-    ]
-    if "quantization_config" in model.config:
-        model = model.dequantize(DTYPES["float32"])
-    with silent_peft():
-        model = PeftModel.from_pretrained(model.float(), adapter).merge_and_unload()
-    for name in transposed:
-        model.set_submodule(name, as_conv1d(model.get_submodule(name)))
-    return model
-
-
-def as_conv1d(linear: nn.Module) -> Conv1D:
-    """A linear layer as GPT-2's own kind has it: 4 bits are turned round, and come back so."""
-    weight, bias = cast(Tensor, linear.weight), cast(nn.Parameter, linear.bias)
-    layer = Conv1D(*weight.shape)
-    layer.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
-    layer.bias = bias
-    return layer
-
-
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PortableTokenizer) -> None:
-    """Write a classifier with its tokenizer, without the version that transformers records."""
+    """Write a classifier as it is, with its tokenizer."""
     with writing(folder, room=sum(weight.nbytes for weight in model.parameters())):
         model.save_pretrained(folder)
+    finish(folder, tokenizer)
+
+
+def finish(folder: Path, tokenizer: PortableTokenizer) -> None:
+    """Give a classifier that was written its tokenizer, and no version of transformers."""
     path = folder / "config.json"
     config = read_json(path)
     del config["transformers_version"]

@@ -1,0 +1,94 @@
+"""How much memory the export of a model takes, beyond the base as it is loaded.
+
+    python -m benchmarks.random_base models/qwen2-0.5b-shape
+    python -m benchmarks.merging models/qwen2-0.5b-shape
+
+The base is in 4 bits, computed in fp32 and bf16, and as it is. base/ and merged/ are written to a
+folder beside the model, which is removed, each by a fresh process. Linux alone says how much memory
+a part of a process took at its most.
+"""
+
+import argparse
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from reward.exporting import portable
+from reward.exporting.merging import write_merged
+from reward.model.base import DTYPES, Quantization, add_lora, load_base, new_head, save, stock
+from reward.outputs import partial_folder
+
+STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PARTS = ("base", "float32", "bfloat16")
+QUANTIZATIONS = {
+    "nf4, fp32": Quantization(4, "nf4", False, "float32"),
+    "nf4, bf16": Quantization(4, "nf4", False, "bfloat16"),
+    "as it is, bf16": Quantization.unquantized("bfloat16"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", type=Path)
+    base = parser.parse_args().base
+    print(f"{'base':<16}{'loaded, GB':>12}{'written':>20}{'GB':>8}{'more, GB':>10}{'s':>8}")
+    with partial_folder(base) as folder:
+        for name in QUANTIZATIONS:
+            alone(write_adapter, base, folder / "adapter", name)
+            for part in PARTS:
+                loaded, more, seconds = alone(measured, base, folder, name, part)
+                size = sum(path.stat().st_size for path in (folder / part).iterdir()) / 1e9
+                kind = part if part == "base" else f"merged, {part}"
+                print(f"{name:<16}{loaded:12.2f}{kind:>20}{size:8.2f}{more:10.2f}{seconds:8.1f}")
+
+
+def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns in a fresh process, whose memory nothing was in before."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, arguments)
+
+
+def write_adapter(base: Path, folder: Path, name: str) -> None:
+    """An adapter of random numbers on all projections of attention."""
+    quantization = QUANTIZATIONS[name]
+    model = load_base(base, quantization)
+    new_head(model, seed=0)
+    lora = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj"])
+    lora.init_lora_weights = False
+    save(add_lora(model, lora), folder, "base", quantization)
+
+
+def measured(base: Path, folder: Path, name: str, part: str) -> tuple[float, float, float]:
+    """GB of the process before a part is written, GB more at its most meanwhile, seconds."""
+    model = stock(base, QUANTIZATIONS[name])
+    portable.take_head(model, folder / "adapter")
+    for weight in model.parameters():  # until it is read, a weight may be in its file alone
+        weight.data.view(torch.uint8).max()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what loading has given back, but the process kept
+    PEAK.write_text("5")
+    before, start = status("VmRSS"), time.perf_counter()
+    if part == "base":
+        model.save_pretrained(folder / part)
+    else:
+        write_merged(model, folder / "adapter", DTYPES[part], folder / part)
+    return before, status("VmHWM") - before, time.perf_counter() - start
+
+
+def status(key: str) -> float:
+    """A line of the process's status, in GB."""
+    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
+    return int(line.split()[1]) * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    main()
