@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -95,7 +96,7 @@ def test_every_record_comes_back_as_it_was_with_rewards_and_ranks(
     records = write(some_records())
     command(INPUT, "--output", OUTPUT)
     found = lines()
-    assert [list(row) for row in found] == [[*records[0], "rewards", "ranks"]] * len(records)
+    assert [list(row) for row in found] == [[*records[0], *score.ADDED]] * len(records)
     for record, row in zip(records, found, strict=True):
         answers = record["answers"]
         [*wanted] = (
@@ -104,6 +105,8 @@ def test_every_record_comes_back_as_it_was_with_rewards_and_ranks(
         )
         assert row.pop("rewards") == pytest.approx(wanted, abs=1e-5)
         assert row.pop("ranks") == [1 + sum(b > a for b in wanted) for a in wanted]
+        shares = np.exp(np.array(wanted) / scorer.temperature)
+        assert row.pop("probabilities") == pytest.approx(shares / shares.sum(), abs=1e-5)
         assert row == record
     assert not JOURNAL.exists()
 
@@ -140,12 +143,12 @@ def test_parquet_has_typed_columns_with_the_same_content(command: Callable[..., 
             ("record", pa.string()),
             ("rewards", pa.list_(pa.float32())),
             ("ranks", pa.list_(pa.int32())),
+            ("probabilities", pa.list_(pa.float32())),
         ]
     )
     rows = table.to_pylist()
     assert [
-        json.loads(row["record"]) | {"rewards": row["rewards"], "ranks": row["ranks"]}
-        for row in rows
+        json.loads(row["record"]) | {name: row[name] for name in score.ADDED} for row in rows
     ] == lines()
     assert [(row["file"], row["position"]) for row in rows] == [
         *((str(INPUT), place) for place in range(1, len(records) + 1)),

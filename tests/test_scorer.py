@@ -1,5 +1,6 @@
 """Scoring by an exported model: the rewards of a slow loop, whatever the company of a text."""
 
+import math
 import random
 import shutil
 from dataclasses import replace
@@ -21,7 +22,7 @@ from reward.model.packing import texts_of, tokens
 from reward.model.scoring import as_in_transformers
 from reward.process import Fault
 from reward.serving import scorer as module
-from reward.serving.scorer import Misfit, Scorer, ranks, reward_function
+from reward.serving.scorer import Misfit, Scorer, probabilities, ranks, reward_function
 
 EXPORT = Path("models/export")
 pytestmark = pytest.mark.usefixtures("project")
@@ -132,6 +133,17 @@ def test_a_reward_that_is_not_finite_is_a_fault(scorer: Scorer) -> None:
 def test_equal_rewards_share_the_better_rank() -> None:
     assert ranks([0.5, 2.0, 0.5, -1.0]) == [2, 1, 2, 4]
     assert ranks([]) == []
+
+
+def test_the_probability_of_being_the_best_is_that_of_bradley_and_terry() -> None:
+    temperature, rewards = 2.0, [1.0, -0.5]
+    first = 1 / (1 + math.exp(-(rewards[0] - rewards[1]) / temperature))
+    assert probabilities(rewards, temperature) == pytest.approx([first, 1 - first])
+    assert probabilities([math.log(3), 0.0, math.log(3)], 1.0) == pytest.approx(
+        [3 / 7, 1 / 7, 3 / 7]
+    )
+    assert probabilities([-200.0, 200.0], 1.0) == [0, 1]
+    assert probabilities([7.0], 1.0) == [1]
 
 
 # --- texts -----------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
 
 Reads records with `prompt` and one `answer` or a list of `answers`, or preference pairs, in all the
 files that preprocess reads. Writes each record as it came with `rewards`, in the order of its
-answers (chosen, then rejected), and `ranks`, 1 for the best. As Parquet the columns are `position`
-in its `file`, `record` as JSON text, `rewards` and `ranks`.
+answers (chosen, then rejected), `ranks`, 1 for the best, and `probabilities` to be the best. As
+Parquet the columns are `position` in its `file`, `record` as JSON text, and those three.
 
 Whatever stops it, the same command goes on where it was: rows wait in a journal beside the output.
 GPUs in sight share the work, a process each.
@@ -37,10 +37,10 @@ from reward.model.base import DIGESTS
 from reward.model.launching import distribute
 from reward.outputs import digest, writing
 from reward.process import Fault, run, threads
-from reward.serving.scorer import Misfit, Scorer, ranks
+from reward.serving.scorer import Misfit, Scorer, probabilities, ranks
 
 EXPORT = Path("models/export")
-ADDED = ("rewards", "ranks")
+ADDED = ("rewards", "ranks", "probabilities")
 # Of records and texts that are scored together; after a kill so much is done again.
 BATCH_CHARACTERS = 1 << 18
 ROWS = 1000
@@ -51,6 +51,7 @@ SCHEMA = pa.schema(
         "record": pa.string(),
         "rewards": pa.list_(pa.float32()),
         "ranks": pa.list_(pa.int32()),
+        "probabilities": pa.list_(pa.float32()),
     }
 )
 
@@ -202,7 +203,8 @@ def scored(scorer: Scorer, batch: list[Item], totals: Totals) -> list[Row]:
     rows = []
     for item in batch:
         rewards = list(islice(found, len(item.texts)))
-        rows.append(item.source | {"rewards": rewards, "ranks": ranks(rewards)})
+        added = (rewards, ranks(rewards), probabilities(rewards, scorer.temperature))
+        rows.append(item.source | dict(zip(ADDED, added, strict=True)))
     return rows
 
 

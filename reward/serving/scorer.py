@@ -16,9 +16,10 @@ import numpy as np
 
 from reward.data.records import BadRecord, Candidates, Messages, candidates
 from reward.data.tokens import Encoder, Template
-from reward.exporting.exported import load_exported
+from reward.exporting.exported import REWARD, load_exported
 from reward.model.packing import texts_of
 from reward.model.scoring import score
+from reward.outputs import recorded
 from reward.process import Fault
 
 # The most tokens of one pack: memory depends on it, rewards to rounding only.
@@ -44,6 +45,7 @@ class Scorer:
         self._model = load_exported(folder)
         self._template = Template.load(folder / "template.json")
         self._encoder = Encoder(folder, self._template)
+        self.temperature: float = recorded(folder / REWARD)["temperature"]
 
     def render(self, asked: Candidates) -> list[str]:
         """The text of a prompt with each answer. Raises BadRecord where the template cannot."""
@@ -116,6 +118,18 @@ def ranks(rewards: Sequence[float]) -> list[int]:
     from scipy.stats import rankdata
 
     found: list[int] = rankdata(-np.asarray(rewards), method="min").astype(int).tolist()
+    return found
+
+
+def probabilities(rewards: Sequence[float], temperature: float) -> list[float]:
+    """The probability of each answer to be the best of its prompt.
+
+    The softmax of rewards / temperature, the first choice of Plackett-Luce; of two answers that is
+    the probability of Bradley and Terry. [log 3, 0] gives [0.75, 0.25] at temperature 1.
+    """
+    from scipy.special import softmax
+
+    found: list[float] = softmax(np.asarray(rewards, np.float32) / temperature).tolist()
     return found
 
 
