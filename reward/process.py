@@ -8,11 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 # Who started this process, and when.
 PARENT, BEGUN = os.getppid(), time.monotonic()
+# The cgroup of a container, seen from within.
+GROUP = Path("/sys/fs/cgroup")
 
 
 def is_command(arguments: Sequence[str]) -> bool:
@@ -106,7 +109,23 @@ def processors() -> int:
     return max(1, math.ceil(min(granted, _quota())))
 
 
-def _quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+def free_memory(memory: Path = Path("/proc/meminfo"), group: Path = GROUP) -> float:
+    """Bytes that machine and cgroup, of version 2, have free; infinite where neither says so.
+
+    What files take of it that were read is free as well.
+    """
+    free = [math.inf]
+    with suppress(OSError, KeyError):
+        of_machine = dict(line.split(":") for line in memory.read_text().splitlines())
+        free.append(int(of_machine["MemAvailable"].split()[0]) * 1024)
+    with suppress(OSError, ValueError):  # "max" is no number
+        most, taken = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        of_group = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free.append(most - taken + int(of_group["active_file"]) + int(of_group["inactive_file"]))
+    return min(free)
+
+
+def _quota(root: Path = GROUP) -> float:
     """Processors' worth of time that the cgroup grants, of version 2 or 1; infinite without one.
 
     A container sees its own group at the root of the file system.

@@ -12,10 +12,12 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 import torch
@@ -30,14 +32,22 @@ from reward.exporting.exported import Trained, write_card, write_exported
 from reward.exporting.gate import ByClient, Figures
 from reward.exporting.given import Client
 from reward.model.base import DTYPES, Quantization
-from reward.outputs import link_folder, partial_folder, recorded, whole_folder, write_json
-from reward.params import ZeroOrMore
+from reward.outputs import (
+    link_folder,
+    partial_folder,
+    read_json,
+    recorded,
+    whole_folder,
+    write_json,
+)
+from reward.params import Positive, Seed, ZeroOrMore
 from reward.process import Fault, processors, run
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
 EXPORT = Path("models/export")
 TEST = Path("data/tokenized/test")
+LICENSES = Path("data/tokenized/licenses.json")
 REWARDS = Path("reports/evaluate/rewards.parquet")
 EVALUATED = Path("reports/evaluate/figures.json")
 REPORTS = Path("reports/export")
@@ -51,6 +61,8 @@ class Export:
 
     merge: Literal["float32", "bfloat16", "none"]
     clients: Literal["light", "all"]
+    pairs: Positive
+    seed: Seed
     tolerance: ZeroOrMore
     tolerance_in_half: ZeroOrMore
 
@@ -63,15 +75,16 @@ def main() -> None:
     torch.set_num_threads(processors())
     evaluated = read_evaluated(tokenized.load(TEST, BASE))
     tokens_per_pack = packs_of(evaluated)
-    trained = Trained(BASE, ADAPTER, quantization, recorded(EVALUATED))
+    trained = Trained(BASE, ADAPTER, quantization, recorded(EVALUATED), licenses())
     clients = select(options.clients, merged=options.merge != "none")
+    rewards = gate.rewards_of(evaluated)
+    compared = gate.select_pairs(longer(evaluated), rewards, options.pairs, options.seed)
     with whole_folder(EXPORT) as folder:
         facts = write_exported(folder, trained, options.merge)
-        found = score_elsewhere(folder, options.clients, tokens_per_pack)
-        rewards = gate.rewards_of(evaluated)
+        found = score_elsewhere(folder, options.clients, tokens_per_pack, compared)
         figures = gate.measure(found, clients, rewards)
         require_alike(figures["clients"], clients, options, quantization, rewards.std())
-        write_card(folder, facts)
+        write_card(folder, replace(facts, left_out=figures["left_out"]))
     with whole_folder(REPORTS) as folder:
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
@@ -89,6 +102,23 @@ def read_evaluated(test: Dataset) -> pa.Table:
     return table
 
 
+def licenses() -> list[str]:
+    """Those of the data. Raises a Fault where preprocess left none of its lists."""
+    try:
+        found: list[str] = read_json(LICENSES)
+    except (OSError, ValueError) as error:
+        raise Fault(
+            f"{LICENSES} cannot be read ({error}), expected a list; run dvc repro"
+        ) from None
+    return found
+
+
+def longer(evaluated: pa.Table) -> npt.NDArray[np.integer]:
+    """The tokens of the longer text of every pair."""
+    sides = (evaluated[f"tokens_{side}"].to_numpy() for side in ("chosen", "rejected"))
+    return np.maximum(*sides)
+
+
 def packs_of(evaluated: pa.Table) -> int:
     """The most tokens of a pack of evaluate: in half precision packs of the same size round alike.
 
@@ -104,7 +134,10 @@ def packs_of(evaluated: pa.Table) -> int:
 
 
 def score_elsewhere(
-    folder: Path, clients: Literal["light", "all"], tokens_per_pack: int
+    folder: Path,
+    clients: Literal["light", "all"],
+    tokens_per_pack: int,
+    compared: list[int],
 ) -> pa.Table:
     """What clients find in a fresh process, in an empty folder, on the export in another place.
 
@@ -119,7 +152,7 @@ def score_elsewhere(
         linked = elsewhere / "reward-model"
         link_folder(folder, linked)
         paths = (str(linked), str(TEST.absolute()), str(BASE.absolute()))
-        request = Request(*paths, clients, tokens_per_pack, parent=os.getpid())
+        request = Request(*paths, clients, tokens_per_pack, compared, parent=os.getpid())
         done = gate.run_clients(request, elsewhere)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
@@ -139,12 +172,21 @@ def require_alike(
 ) -> None:
     """Raises a Fault for the first client whose rewards are further off than is allowed.
 
+    Or where memory sufficed for none but packs.
+
     Packs are computed as in evaluation; every other client in its own way, in which half precision
     rounds otherwise, and the more the larger rewards are: where their `deviation` is above 1, what
     is allowed is a share of it.
     """
+    if by_client.keys() == {PACKS.name}:
+        raise Fault(
+            f"{EXPORT}: no client but packs fits in memory, expected one that does; compare on a "
+            "machine with more"
+        )
     trained_in_half = quantization.dtype != DTYPES["float32"]
     for client in clients:
+        if client.name not in by_client:
+            continue
         merged_in_half = client.merged and options.merge == "bfloat16"
         allowed, key = options.tolerance, "tolerance"
         if client != PACKS and (trained_in_half or merged_in_half):
@@ -169,6 +211,7 @@ def headline(figures: dict[str, Any]) -> dict[str, float]:
     return {
         "clients/difference": max(form["difference_max"] for form in compared),
         "clients/flips": max(form["flips"] for form in compared),
+        "clients/left_out": len(figures["left_out"]),
     }
 
 
@@ -177,6 +220,8 @@ def report(figures: dict[str, Any]) -> None:
     for client, forms in figures["clients"].items():
         for form, found in forms.items():
             print(f"{client:<22}{form:<8}{in_columns(found)}")
+    for name in figures["left_out"]:
+        print(f"{name:<22}left out: it does not fit in memory")
     if original := figures.get(ORIGINAL.name):
         print(f"{'on the original base':<30}{in_columns(original)}")
         print(

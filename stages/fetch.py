@@ -4,17 +4,20 @@
 
 Writes the weights (safetensors as they are), the configuration, the tokenizer as transformers
 builds it (one tokenizer.json and one tokenizer_config.json, whatever the source has), and base.json
-with the name, the resolved revision and the SHA-256 of every file. Weights come last, after all
-else has been found good. A few models are converted to another one that computes the same.
+with the name, the resolved revision, the licence where it is known, and the SHA-256 of every file.
+Weights come last, after all else has been found good. A few models are converted to another one
+that computes the same.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from reward import params
 from reward.model import embedded
@@ -75,12 +78,16 @@ class Base:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base comes from: the names of its files, and where one of them lies on this disk."""
+    """Where a base comes from: the names of its files, and where one of them lies on this disk.
+
+    `license` is what its card says of that, by the keys of the Hub.
+    """
 
     kind: str
     revision: str
     names: Sequence[str]
     path: Callable[[str], Path]
+    license: dict[str, str] = field(default_factory=dict)
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
         """Names of the top folder's files that match any of the patterns, sorted."""
@@ -97,7 +104,11 @@ def main() -> None:
         if base.name == embedded.NAME:
             embedded.build(folder, base.seed)
             normalize_tokenizer(base, folder)
-            origin: dict[str, Any] = {"kind": "embedded", "revision": f"seed {base.seed}"}
+            origin: dict[str, Any] = {
+                "kind": "embedded",
+                "revision": f"seed {base.seed}",
+                "license": {"license": "apache-2.0"},
+            }
         else:
             origin = copy(base, folder_here(base) or hub_repository(base), folder)
         files = digests(folder)
@@ -116,7 +127,7 @@ def folder_here(base: Base) -> Source | None:
     if not folder.is_dir():
         return None
     names = [path.name for path in folder.iterdir() if path.is_file()]
-    return Source("local", "local folder", names, lambda name: folder / name)
+    return Source("local", "local folder", names, lambda name: folder / name, license_in(folder))
 
 
 def hub_repository(base: Base) -> Source:
@@ -136,7 +147,9 @@ def hub_repository(base: Base) -> Source:
         with hub_faults(base, api.endpoint), writing(Path(constants.HF_HUB_CACHE)):
             return Path(api.hf_hub_download(base.name, name, revision=commit))
 
-    return Source("hub", commit, [file.rfilename for file in info.siblings or []], download)
+    names = [file.rfilename for file in info.siblings or []]
+    found = license_of(info.card_data.to_dict() if info.card_data else {})
+    return Source("hub", commit, names, download, found)
 
 
 def cached_repository(base: Base) -> Source:
@@ -153,7 +166,23 @@ def cached_repository(base: Base) -> Source:
         ) from None
     folder = Path(found)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return Source("hub", folder.name, names, lambda name: folder / name)
+    return Source("hub", folder.name, names, lambda name: folder / name, license_in(folder))
+
+
+def license_in(folder: Path) -> dict[str, str]:
+    """What the card of a model says of its licence; nothing where there is no card that can."""
+    from huggingface_hub import metadata_load
+
+    try:
+        return license_of(metadata_load(folder / "README.md") or {})
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def license_of(card: dict[str, Any]) -> dict[str, str]:
+    """The keys of a card's front matter that name its licence: of those without a name, a link."""
+    found = {name: card.get(name) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 @contextmanager
@@ -218,6 +247,8 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     require_suitable(base, config, conversion)
     normalize_tokenizer(base, folder)
     origin: dict[str, Any] = {"kind": source.kind, "revision": source.revision}
+    if source.license:
+        origin["license"] = source.license
     if conversion:
         weights = convert_weights(base, source, folder, conversion)
         write_json(folder / "config.json", conversion.config)

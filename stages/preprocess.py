@@ -4,8 +4,8 @@
 
 Reads preprocess.data, the extra test sets of preprocess.sets, the tokenizer of models/base and the
 chat template of preprocess.chat_template. Writes the datasets
-data/tokenized/{train,validation,test} and data/tokenized/sets/<name> with template.json,
-reports/preprocess/figures.json and metrics/preprocess.json.
+data/tokenized/{train,validation,test} and data/tokenized/sets/<name> with template.json and
+licenses.json, reports/preprocess/figures.json and metrics/preprocess.json.
 Two passes: the files to a scratch table on disk, the scratch table to the datasets, so memory
 holds a few numbers a pair, however long the texts.
 """
@@ -122,6 +122,7 @@ def main() -> None:
             ledger.prompts.take((parts == 0) | (parts == 1)),
         )
         template.save(folder / "template.json")
+        write_json(folder / "licenses.json", licenses(ledger.sources))
     figures = measure(ledger, parts)
     with whole_folder(REPORTS) as folder:
         write_json(folder / "figures.json", figures)
@@ -130,6 +131,11 @@ def main() -> None:
     report_not_read(Path(options.data), Path(options.sets))
     report_sets(notes)
     show_example(encoder)
+
+
+def licenses(found: Iterable[Source]) -> list[str]:
+    """The licences that dataset.yaml names for the files, once each."""
+    return sorted({source.entry.license for source in found if source.entry.license})
 
 
 # --- first pass: files to the scratch table --------------------------------------------------

@@ -43,7 +43,7 @@ def given(tiny_base: Path, tmp_path: Path) -> Given:
                 encoder.render((("user", prompt),), (("assistant", each),)) for each in answers
             ]
             texts.append(Texts(encoder.encode(turns), 0))
-        return Exported(tmp_path, texts, [], messages, tiny_base, 4096)
+        return Exported(tmp_path, texts, [], messages, tiny_base, 4096, range(len(texts)))
 
     return make
 
@@ -92,6 +92,7 @@ def test_pairs_whose_text_has_other_ids_are_left_out(given: Given) -> None:
     letters = [found.tokenizer.get_vocab()[letter] for letter in "egg"]
     found.pairs.append(Texts([letters, [*letters, 5]], 2))
     found.messages.append(found.messages[0])
+    found = replace(found, compared=range(4))
     assert sorted(found.ids) == [0, 1, 2, 3]
     assert sorted(found.texts) == sorted(found.conversations) == [0, 1, 2]
 
@@ -111,6 +112,7 @@ def test_pairs_of_several_messages_are_texts_but_no_conversations(
     answers = [(("assistant", each),) for each in "de"]
     found.pairs.append(Texts(encoder.encode([encoder.render(prompt, each) for each in answers]), 0))
     found.messages.append((as_json(prompt), as_json(answers[0]), as_json(answers[1])))
+    found = replace(found, compared=range(4))
     assert 3 in found.texts
     assert 3 not in found.conversations
 
@@ -125,6 +127,16 @@ def test_the_sample_is_spread_and_small(given: Given, monkeypatch: pytest.Monkey
     assert found.ids_of(RIGHT) == found.ids
     ended = found.tokenizer(found.texts_of(EOS)[2], add_special_tokens=False)["input_ids"]
     assert ended == found.ids_of(EOS)[2] == found.ended[2]
+
+
+def test_only_the_pairs_that_are_compared_are_given(
+    given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = replace(given(), compared=[0, 2])
+    assert sorted(found.ids) == sorted(found.texts) == sorted(found.conversations) == [0, 2]
+    assert found.sample == [0, 2]
+    monkeypatch.setattr(given_to_clients, "SAMPLE", 1)
+    assert replace(found, compared=[1, 2]).sample == [1]
 
 
 def test_a_tokenizer_without_eos_ends_nothing(given: Given) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Params4bit
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
@@ -39,7 +40,7 @@ from reward import params
 from reward.data import tokenized
 from reward.data.tokens import Encoder, Template
 from reward.exporting import clients, clients_trl, gate, portable
-from reward.exporting.clients import FOUND, PACKS, Request, select
+from reward.exporting.clients import FOUND, LEFT_OUT, PACKS, Request, fits, select
 from reward.exporting.exported import Trained, load_exported, write_card, write_exported
 from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
 from reward.exporting.merging import merged_weight, write_merged
@@ -213,7 +214,9 @@ def assemble_here(merge: str = "none") -> str:
     """The card as the stage would write it, without the gate."""
     export.EXPORT.mkdir()
     quantization = params.load("quantization", Quantization)
-    trained = Trained(export.BASE, export.ADAPTER, quantization, recorded(export.EVALUATED))
+    trained = Trained(
+        export.BASE, export.ADAPTER, quantization, recorded(export.EVALUATED), export.licenses()
+    )
     write_card(export.EXPORT, write_exported(export.EXPORT, trained, merge))
     return (export.EXPORT / "README.md").read_text(encoding="utf-8")
 
@@ -258,7 +261,7 @@ def test_the_model_that_was_written_is_gone_before_clients_load_theirs(
 
     monkeypatch.setattr(gate, "run_clients", looked_at)
     with pytest.raises(Fault, match="ended with status 1"):
-        export.score_elsewhere(tmp_path, "light", 4096)
+        export.score_elsewhere(tmp_path, "light", 4096, [])
     assert alive == [None]
 
 
@@ -309,6 +312,7 @@ def test_exports_are_compared_by_their_worst_client(exported: Callable[[Change],
     assert read_json(folder / export.METRICS) == {
         "clients/difference": max(figures["difference_max"] for figures in each),
         "clients/flips": max(figures["flips"] for figures in each),
+        "clients/left_out": 0,
     }
 
 
@@ -720,10 +724,55 @@ def test_the_process_of_the_clients_follows_the_one_that_asks(
     monkeypatch.setattr(clients, "follow", followed.append)
     monkeypatch.setattr(clients, "find", lambda request: paired([], []))
     (tmp_path / "export").mkdir()
-    assert export.score_elsewhere(tmp_path / "export", "light", 60) == paired([], [])
+    assert export.score_elsewhere(tmp_path / "export", "light", 60, [2, 5]) == paired([], [])
     assert followed == [os.getpid()]
+    assert asked[0].compared == [2, 5]
     assert Path(asked[0].folder) == tmp_path / "clients.partial" / "reward-model"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.usefixtures("ready", "clients_here")
+def test_a_client_that_does_not_fit_in_memory_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(_: Exported) -> Score:
+        raise torch.OutOfMemoryError
+
+    first, second, *_ = clients.LIGHT
+    monkeypatch.setattr(clients, "LIGHT", (replace(first, open=too_large), second))
+    set_export(pairs=3)
+    export.main()
+    figures = read_json(export.REPORTS / "figures.json")
+    assert figures["left_out"] == ["peft"]
+    assert set(figures["clients"]) == {"packs", "transformers_adapter"}
+    assert figures["clients"]["packs"]["packs"]["pairs"] == 4
+    assert {each["pairs"] for each in figures["clients"]["transformers_adapter"].values()} == {3}
+    assert read_json(export.METRICS)["clients/left_out"] == 1
+    card = (export.EXPORT / "README.md").read_text(encoding="utf-8")
+    assert "because they did not fit in memory: peft." in card
+    assert "peft                  left out" in capsys.readouterr().out
+    load_exported(export.EXPORT)
+
+
+def test_a_client_fits_in_memory_if_its_weights_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"export/base": 1, "base": 2, "export/merged": 3}
+    exported: Any = SimpleNamespace(folder=tmp_path / "export", base=tmp_path / "base")
+    for name, size in sizes.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_bytes(b"x" * size)
+
+    def fitting(free: int) -> list[str]:
+        monkeypatch.setattr(clients, "free_memory", lambda: free)
+        asked = (CLIENTS["peft"], clients.ORIGINAL, CLIENTS["transformers_merged"])
+        return [client.name for client in asked if fits(client, exported)]
+
+    names = ["peft", "original_base", "transformers_merged"]
+    assert [fitting(free) for free in (1, 2, 3, 4)] == [names[:count] for count in range(4)]
+    shutil.rmtree(exported.folder / "base")
+    assert fitting(2) == []
+    assert fitting(3) == names[:2]
 
 
 # --- figures ---------------------------------------------------------------------------------
@@ -750,7 +799,22 @@ def measured(name: str, rewards: Found, form: str = "right") -> dict[str, Any]:
     }
     client = CLIENTS[name]
     found = pa.concat_tables([found_by(PACKS, packs), found_by(client, {form: rewards})])
-    return gate.measure(found, [PACKS, client], EVALUATED)["clients"]
+    return gate.measure(without(found), [PACKS, client], EVALUATED)["clients"]
+
+
+def without(found: pa.Table, *names: str) -> pa.Table:
+    """What is found where these clients do not fit in memory."""
+    return found.replace_schema_metadata({LEFT_OUT: json.dumps(names)})
+
+
+def test_a_client_that_is_left_out_is_no_part_of_the_comparison() -> None:
+    found = found_by(PACKS, {"packs": dict(enumerate(EVALUATED.tolist()))})
+    figures = gate.measure(without(found, "peft"), [PACKS, CLIENTS["peft"]], EVALUATED)
+    assert (set(figures["clients"]), figures["left_out"]) == ({"packs"}, ["peft"])
+    group = export.Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
+    compared = (figures["clients"], [PACKS, CLIENTS["peft"]], group)
+    with pytest.raises(Fault, match="no client but packs fits in memory"):
+        export.require_alike(*compared, Quantization.unquantized("float32"), deviation=1)
 
 
 def test_figures_are_of_the_pairs_that_a_client_was_given() -> None:
@@ -779,6 +843,20 @@ def test_a_reward_that_is_not_a_number_comes_through_the_file(tmp_path: Path) ->
     assert row == {"client": "peft", "form": "left", "pair": 1, "reward_rejected": 0.5}
 
 
+def test_the_longest_pairs_are_compared_the_closest_and_some_that_are_drawn() -> None:
+    lengths = np.array([9, 1, 1, 8, 1, 1, 1, 1, 1, 8])
+    margins = np.array([0, 5, -1, 0, 2, 5, 5, 5, 5, 5])
+    rewards = np.stack([margins, np.zeros(10)], axis=1)
+    drawn = [gate.select_pairs(lengths, rewards, 8, seed) for seed in range(20)]
+    for found in drawn:
+        assert found == sorted(set(found))
+        assert len(found) == 8
+        assert {0, 3} | {2, 4} <= set(found)
+    assert set(chain(*drawn)) == set(range(10))
+    assert gate.select_pairs(lengths, rewards, 8, 3) == drawn[3]
+    assert gate.select_pairs(lengths, rewards, 10, 0) == [*range(10)]
+
+
 def test_clients_of_the_merged_model_are_left_out_without_one() -> None:
     names = {
         which: {each.name for each in select(which, merged=False)} for which in ("all", "light")
@@ -800,9 +878,14 @@ def test_figures_are_shown_as_a_table_with_a_warning(capsys: pytest.CaptureFixtu
         "accuracy": 0.75,
     }
     by_client = {"packs": {"packs": {"pairs": 0}}, "cross_encoder_merged": {"single": figures}}
-    export.report({"pairs": 277, "clients": by_client, "original_base": figures})
-    header, nothing, row, original, warning, exported = capsys.readouterr().out.splitlines()
+    export.report(
+        {"pairs": 277, "clients": by_client, "left_out": ["peft"], "original_base": figures}
+    )
+    header, nothing, row, left_out, original, warning, exported = (
+        capsys.readouterr().out.splitlines()
+    )
     assert len(header) == len(row) == len(original)
+    assert left_out.split() == ["peft", "left", "out:", "it", "does", "not", "fit", "in", "memory"]
     assert nothing.split() == ["packs", "packs", "0"]
     wanted = "cross_encoder_merged single 277 0.53 6.5e-07 4 0.7500"
     assert row.split() == wanted.split()
@@ -828,7 +911,7 @@ def test_figures_are_shown_as_a_table_with_a_warning(capsys: pytest.CaptureFixtu
 def test_rewards_may_differ_within_the_tolerance(
     client: str, merge: Any, dtype: Any, shift: float, key: str | None
 ) -> None:
-    group = export.Export(merge, "light", tolerance=0.01, tolerance_in_half=0.1)
+    group = export.Export(merge, "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     quantization = Quantization(4, "nf4", False, dtype)
     rewards = paired([0, 1], [1.0, 0.0 + shift, 0.25, 0.5])
     found = {client: {"right": gate.difference(rewards, EVALUATED)}}
@@ -853,7 +936,7 @@ def test_half_precision_may_round_larger_rewards_by_more(
     dtype: Any, shift: float, allowed: str | None
 ) -> None:
     """In bf16 the default run, whose rewards deviate by 4, is off by more than a quarter."""
-    group = export.Export("float32", "light", tolerance=0.01, tolerance_in_half=0.1)
+    group = export.Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     rewards = paired([0, 1], [1.0, 0.0 + shift, 0.25, 0.5])
     found = {"peft": {"right": gate.difference(rewards, EVALUATED)}}
     given = (found, [CLIENTS["peft"]], group, Quantization.unquantized(dtype))
@@ -992,6 +1075,29 @@ def test_the_card_is_a_model_card_of_the_hub(exported: Callable[[Change], Path])
         "pipeline_tag": "text-classification",
         "tags": ["reward-model", "lora"],
     }
+
+
+@pytest.mark.usefixtures("ready")
+def test_card_names_licences_and_how_to_cite() -> None:
+    assert "licence of the base was not recorded" in (card := assemble_here())
+    assert "licence of the data was not recorded" in card
+    shutil.rmtree(export.EXPORT)
+    base = read_json(export.BASE / "base.json")
+    found = {"license": "other", "license_name": "a_b", "license_link": "https://a.example/?b=c"}
+    write_json(export.BASE / "base.json", base | {"name": "100%_mine", "license": found})
+    write_json(export.LICENSES, ["cc-by-4.0", "mit"])
+    card = assemble_here()
+    assert "\nLicence of the base: other, a\\_b, https://a.example/?b=c.\n" in card
+    assert "\nLicences of the data: cc-by-4.0, mit.\n" in card
+    digest = read_json(export.EXPORT / "digests.json")["files"]["adapter_model.safetensors"]
+    assert f"has SHA-256 {digest}}}" in card
+    assert r"title = {Reward model over 100\%\_mine}," in card
+    data = ModelCard(card).data
+    assert data.to_dict().items() >= found.items()
+    ModelCard(card).save("card.md")
+    again = ModelCard.load("card.md")
+    assert again.content == card
+    assert ModelCardData(**again.data.to_dict()).to_yaml() == data.to_yaml()
 
 
 @pytest.mark.usefixtures("ready")

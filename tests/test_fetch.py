@@ -38,6 +38,8 @@ TEXTS = [
 ]
 
 SetParams = Callable[..., None]
+CARD = {"license": "other", "license_name": "own", "license_link": "LICENSE", "tags": ["chat"]}
+LICENSE = {name: value for name, value in CARD.items() if name != "tags"}
 
 pytestmark = pytest.mark.usefixtures("nothing_outside", "here")
 
@@ -88,7 +90,8 @@ def answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
     if kind == "revision":
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         siblings = [{"rfilename": file.relative_to(folder).as_posix()} for file in files]
-        return 200, {}, json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
+        found = {"id": name, "sha": commit, "siblings": siblings, "cardData": CARD}
+        return 200, {}, json.dumps(found).encode()
     file = folder / "/".join(parts[4:])
     return 200, {"ETag": f'"{digest(file)}"', "X-Repo-Commit": commit}, file.read_bytes()
 
@@ -278,6 +281,26 @@ def test_a_local_folder_is_copied_with_its_weights_untouched(
         name: value for name, value in digests(fetch.BASE).items() if name != "base.json"
     }
     assert digests(source) == original
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\nlicense: mit\ntags: [a]\n---\n# Model\n", {"license": "mit"}),
+        ("---\nlicense: [mit, x]\n---\n", {}),
+        ("---\nlicense: [\n---\n", {}),
+        ("---\n- license\n---\n", {}),
+        ("# Model\n", {}),
+        ("\udcff", {}),
+        (None, {}),
+    ],
+)
+def test_a_licence_is_known_where_the_card_says_it(
+    tmp_path: Path, card: str | None, found: dict[str, str]
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_bytes(card.encode(errors="surrogateescape"))
+    assert fetch.license_in(tmp_path) == found
 
 
 def test_files_have_the_usual_modes_whatever_the_source_has(
@@ -595,6 +618,7 @@ def test_a_hub_model_is_recorded_with_the_commit_of_its_revision(
     fetch.main()
     base = read_json(fetch.BASE / "base.json")
     assert (base["kind"], base["name"], base["revision"]) == ("hub", "org/model", MAIN)
+    assert base["license"] == LICENSE
     assert digest(fetch.BASE / "model.safetensors") == digest(source / "model.safetensors")
     set_params("base", revision="pr/1")
     fetch.main()

@@ -10,6 +10,7 @@ from reward.data.mapping import read_mapping
 from reward.data.records import FIELDS, Comparison, Raw, check
 from reward.data.sources import Source, sources
 from reward.process import Fault
+from stages.preprocess import licenses
 from tests.support import as_pairs
 
 Record = dict[str, Any]
@@ -217,6 +218,19 @@ def test_records_know_their_source(tmp_path: Path) -> None:
     assert [check(pair).columns["source"] for pair in read(folder)[1]] == ["mine", "mine"]
     (tmp_path / "dataset.yaml").unlink()
     assert "source" not in check(read(folder)[1][0]).columns
+
+
+def test_licences_are_those_that_are_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl"):
+        write(
+            tmp_path,
+            "{b.jsonl: {license: mit}, '[cd].jsonl': {license: 中文}}",
+            *numbered(1),
+            name=name,
+        )
+    assert licenses(sources(tmp_path)) == ["mit", "中文"]
+    write(tmp_path, "x.jsonl: {license: [mit]}", *numbered(1))
+    assert fault(tmp_path).endswith("x.jsonl: license is ['mit'], expected a text")
 
 
 # --- splits ----------------------------------------------------------------------------------

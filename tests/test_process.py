@@ -151,6 +151,31 @@ def test_the_quota_is_that_of_the_cgroup(
 
 
 @pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, math.inf),
+        ({"meminfo": "MemTotal:  9 kB\nMemAvailable:   3 kB\nHugePages_Total:   0\n"}, 3072),
+        ({"memory.max": "max\n", "memory.current": "50\n"}, math.inf),
+        ({"memory.max": "100\n", "memory.current": "50\n"}, math.inf),
+        (
+            {
+                "memory.max": "100\n",
+                "memory.current": "50\n",
+                "memory.stat": "anon 38\nactive_file 5\ninactive_file 7\n",
+            },
+            62,
+        ),
+    ],
+)
+def test_free_memory_is_that_of_machine_and_cgroup(
+    tmp_path: Path, files: dict[str, str], free: float
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert process.free_memory(tmp_path / "meminfo", tmp_path) == free
+
+
+@pytest.mark.parametrize(
     ("affinity", "quota", "granted"),
     [
         ({0, 1, 5}, math.inf, 3),

@@ -16,6 +16,7 @@ say of the columns is recognized:
       seed: 0
       split: train                   # or validation, or test
       source: ratings                # the value of the column source, the file's name otherwise
+      license: cc-by-4.0             # for the model card, by its name on the Hub
 """
 
 from collections.abc import Callable
@@ -38,6 +39,8 @@ ORDERED: tuple[Order, ...] = ("ranks", "scores")
 GRADED = ("preference", "margin", "weight")
 # What says of two answers which is better, and how surely.
 SURE = ("votes", "preference")
+# What is said of the records of a file, and not of their columns.
+RECORDS = ("take", "seed", "split", "source", "license")
 BEFORE = ("prompt", "input", "system", "history")
 Scalars = tuple[Any, ...]
 
@@ -95,7 +98,7 @@ KEYS = {
     "take": Kind("a number of records, or a share above 0 and below 1", _is_amount),
     "seed": Kind("an integer", lambda value: type(value) is int),
     "split": Kind("train, validation or test", lambda v: v in ("train", "validation", "test")),
-    "source": Kind("a text", _is_path),
+    **dict.fromkeys(("source", "license"), Kind("a text", _is_path)),
 }
 
 
@@ -110,6 +113,7 @@ class Entry:
     seed: int = 0
     split: str | None = None
     source: str | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def _entry(said: dict[str, Any]) -> Entry:
     conditions = said.get("where", {})
     where = tuple((str(path), _listed(conditions, path)) for path in conditions)
     paths += [("where", path) for path, _ in where]
-    rest = {key: said[key] for key in ("take", "seed", "split", "source") if key in said}
+    rest = {key: said[key] for key in RECORDS if key in said}
     return Entry(known, tuple(paths), where, **rest)
 
 

@@ -5,6 +5,7 @@ card.md, beside this module, is its template.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+LATEX = {mark: f"\\{mark}" for mark in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
 TEMPLATE = Path(__file__).with_suffix(".md")
 
 
@@ -20,7 +26,9 @@ class Facts:
     """What a card tells of an export.
 
     `base` is what fetch recorded, `training` what train did, `recipe` how the base was quantized,
-    `metrics` what evaluate measured. `pad` is the pad token.
+    `metrics` what evaluate measured. `pad` is the pad token, `left_out` are the clients that could
+    not be compared because they did not fit in memory. `adapter` is the SHA-256 of its weights,
+    `licenses` are those of the data.
     """
 
     base: dict[str, Any]
@@ -31,6 +39,9 @@ class Facts:
     metrics: dict[str, Any]
     has_base: bool
     has_merged: bool
+    adapter: str
+    licenses: Sequence[str]
+    left_out: Sequence[str] = ()
 
 
 def render(facts: Facts) -> str:
@@ -38,13 +49,14 @@ def render(facts: Facts) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"cell": cell, "span": span}
+    environment.filters |= {"cell": cell, "latex": latex, "span": span}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     base, recipe, training = facts.base, facts.recipe, facts.training
     code = ", ".join(f"{key}={value!r}" for key, value in (recipe or {}).items())
     return template.render(
         vars(facts),
         front_matter=front_matter(base).to_yaml(),
+        license=", ".join(licence(base).values()),
         name=Path(base["name"]).name if base["kind"] == "local" else base["name"],
         revision=revision(base),
         quantization=recipe["bnb_4bit_quant_type"].upper() if recipe else "not quantized",
@@ -63,19 +75,34 @@ def revision(base: dict[str, Any]) -> str:
 
 
 def front_matter(base: dict[str, Any]) -> ModelCardData:
-    """What the Hub reads of a card."""
+    """What the Hub reads of a card; the licence is that of the base."""
     return ModelCardData(
         base_model=base["name"] if base["kind"] == "hub" else None,
+        **licence(base),
         library_name="peft",
         pipeline_tag="text-classification",
         tags=["reward-model", "lora"],
     )
 
 
+def licence(base: dict[str, Any]) -> dict[str, Any]:
+    """What fetch found of the licence, by the keys of the Hub and in their usual order."""
+    found = base.get("license", {})
+    return {
+        name: found[name] for name in ("license", "license_name", "license_link") if name in found
+    }
+
+
 def span(text: str) -> str:
     """Text as inline code, between more backticks than it has in a row itself."""
     marks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{marks} {text} {marks}"
+
+
+def latex(text: str) -> str:
+    """Text as LaTeX shows it as it is, in a single line."""
+    escaped = "".join(LATEX.get(mark, mark) for mark in text)
+    return " ".join(escaped.split())
 
 
 def cell(text: str) -> str:

@@ -10,6 +10,7 @@ know of no packs take ids or text, right- and left-padded, one by one, ending in
 
 import argparse
 import gc
+import json
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
@@ -28,7 +29,12 @@ from transformers import (
 
 from reward.data import tokenized
 from reward.exporting.clients_trl import HEAVY
-from reward.exporting.exported import MERGED, exported_quantization, load_exported
+from reward.exporting.exported import (
+    EXPORTED_BASE,
+    MERGED,
+    exported_quantization,
+    load_exported,
+)
 from reward.exporting.given import (
     EOS,
     LEFT,
@@ -51,18 +57,19 @@ from reward.model.base import (
 )
 from reward.model.packing import Texts, pairs_of
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
-from reward.model.scoring import score
+from reward.model.scoring import score, within_memory
 from reward.outputs import read_json, writing
-from reward.process import follow, processors, run
+from reward.process import follow, free_memory, processors, run
 
-CLIENT, FORM, FOUND = "client", "form", "found.parquet"
+CLIENT, FORM, FOUND, LEFT_OUT = "client", "form", "found.parquet", b"left_out"
 
 
 @dataclass(frozen=True)
 class Request:
     """What is to be scored, by whom: an exported folder, tokenized pairs and their base, as paths.
 
-    `tokens_per_pack` is that of the evaluation, `parent` the process that asks.
+    Packs take all pairs, `tokens_per_pack` tokens at most as in the evaluation; the others take
+    those of the indices `compared`. `parent` is the process that asks.
     """
 
     folder: str
@@ -70,6 +77,7 @@ class Request:
     base: str
     clients: Literal["light", "all"]
     tokens_per_pack: int
+    compared: list[int]
     parent: int
 
 
@@ -88,17 +96,41 @@ def main() -> None:
 
 
 def find(request: Request) -> pa.Table:
-    """What the clients find, and, of a quantized base, what is found on the original one."""
+    """What the clients find, and, of a quantized base, what is found on the original one.
+
+    Clients that do not fit in memory are left out, and named in the table's metadata.
+    """
     folder, base = Path(request.folder), Path(request.base)
     dataset = tokenized.load(Path(request.pairs), base)
     messages = tokenized.conversations(dataset, tokenized.answers(Path(request.pairs), base))
     pairs, ranked = pairs_of(dataset), rankings_of(dataset)
-    exported = Exported(folder, pairs, ranked, messages, base, request.tokens_per_pack)
+    exported = Exported(
+        folder, pairs, ranked, messages, base, request.tokens_per_pack, request.compared
+    )
     clients = select(request.clients, merged=(folder / MERGED).is_dir())
-    found = [found_by(client, exported) for client in clients]
     if exported_quantization(folder).bits == 4:
-        found.append(found_by(ORIGINAL, exported))
-    return pa.concat_tables(found)
+        clients.append(ORIGINAL)
+    found, left_out = [found_by(PACKS, exported)], []
+    for client in clients[1:]:
+        table = within_memory(found_by, client, exported) if fits(client, exported) else None
+        if table is None:
+            left_out.append(client.name)
+        else:
+            found.append(table)
+    return pa.concat_tables(found).replace_schema_metadata({LEFT_OUT: json.dumps(left_out)})
+
+
+def fits(client: Client, exported: Exported) -> bool:
+    """Whether the weights of a client fit in what a CPU has free: it would be killed for them.
+
+    A GPU says so itself.
+    """
+    if device().type == "cuda":
+        return True
+    folder = exported.folder / (MERGED if client.merged else EXPORTED_BASE)
+    if client == ORIGINAL or not folder.is_dir():
+        folder = exported.base
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) < free_memory()
 
 
 def found_by(client: Client, exported: Exported) -> pa.Table:

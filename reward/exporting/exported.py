@@ -9,6 +9,7 @@ base/, merged/                                        the base and the merged mo
 digests.json                                          SHA-256 of the files and of the base's
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,16 @@ NAMING_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "megatron_config"
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained reward model: its base, the adapter on it, and the metrics of its evaluation."""
+    """A trained reward model: its base, the adapter on it, the metrics of its evaluation.
+
+    `licenses` are those of the data that it was trained on, as far as they are known.
+    """
 
     base: Path
     adapter: Path
     quantization: Quantization
     metrics: dict[str, Any]
+    licenses: Sequence[str] = ()
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -112,6 +117,8 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> card.Facts:
         metrics=trained.metrics,
         has_base=has_base,
         has_merged=merge != "none",
+        adapter=digest(folder / ADAPTER_WEIGHTS),
+        licenses=trained.licenses,
     )
 
 

@@ -3,7 +3,9 @@
 `run_clients` has them score with the folder in a fresh process, `measure` compares.
 """
 
+import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ import pyarrow.compute as pc
 
 from reward.data.columns import REWARDS
 from reward.exporting import clients
-from reward.exporting.clients import CLIENT, FORM, ORIGINAL, PACKED, PACKS, Request
+from reward.exporting.clients import CLIENT, FORM, LEFT_OUT, ORIGINAL, PACKED, PACKS, Request
 from reward.exporting.given import EOS, PAIR, Client, Form
 from reward.model.base import base_record
 from reward.outputs import write_json
@@ -67,6 +69,25 @@ def hub_cache(cache: Path, base: Path) -> None:
         (snapshot / name).symlink_to(base.absolute() / name)
 
 
+def select_pairs(
+    lengths: npt.NDArray[np.integer], evaluated: Rewards, most: int, seed: int
+) -> list[int]:
+    """The indices of at most `most` pairs, in ascending order, in which clients may well differ.
+
+    A quarter are the longest, a quarter the closest in reward, and the rest are drawn. `lengths` is
+    [pairs], `evaluated` [pairs, 2].
+    """
+    if len(lengths) <= most:
+        return [*range(len(lengths))]
+    longest = np.argsort(-lengths, kind="stable")
+    closest = np.argsort(np.abs(evaluated[:, 0] - evaluated[:, 1]), kind="stable")
+    found = dict.fromkeys(longest[: most // 4].tolist())
+    others = [index for index in closest.tolist() if index not in found]
+    found |= dict.fromkeys(others[: most // 4])
+    rest = [index for index in range(len(lengths)) if index not in found]
+    return sorted([*found, *random.Random(seed).sample(rest, most - len(found))])
+
+
 def rewards_of(table: pa.Table) -> Rewards:
     """Both rewards of every row: [rows, 2]."""
     return np.stack([table[name].to_numpy() for name in REWARDS], axis=1).astype(np.float64)
@@ -76,11 +97,12 @@ def measure(found: pa.Table, selected: Sequence[Client], evaluated: Rewards) -> 
     """Figures of each client by the form of what it was given.
 
     Rewards of texts that end in eos are compared with those of packs of such texts. `evaluated` is
-    [pairs, 2].
+    [pairs, 2]. Clients that did not fit in memory are listed as left out.
     """
     of_ended = rows(found, PACKS, EOS)
     ended = np.full_like(evaluated, np.nan)
     ended[of_ended[PAIR].to_numpy()] = rewards_of(of_ended)
+    left_out = json.loads(found.schema.metadata[LEFT_OUT])
     by_client = {
         client.name: {
             form.name: difference(rows(found, client, form), ended if form.ended else evaluated)
@@ -88,8 +110,13 @@ def measure(found: pa.Table, selected: Sequence[Client], evaluated: Rewards) -> 
             if (client, form) != (PACKS, EOS)
         }
         for client in selected
+        if client.name not in left_out
     }
-    metrics: dict[str, Any] = {"pairs": len(evaluated), "clients": by_client}
+    metrics: dict[str, Any] = {
+        "pairs": len(evaluated),
+        "clients": by_client,
+        "left_out": left_out,
+    }
     original = rows(found, ORIGINAL, PACKED)
     if len(original):
         metrics[ORIGINAL.name] = difference(original, evaluated)

@@ -72,7 +72,8 @@ class Exported:
 
     `rankings` are the same pairs by their prompts, as evaluate has them in packs. `messages` are
     prompt, chosen and rejected of each pair, as JSON. `base` is the base as fetch
-    left it, `tokens_per_pack` the size of the packs of evaluate.
+    left it, `tokens_per_pack` the size of the packs of evaluate. Clients that know of no packs are
+    given `compared`, the indices of some pairs or of all, in ascending order.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class Exported:
     messages: list[tuple[str, str, str]]
     base: Path
     tokens_per_pack: int
+    compared: Sequence[int]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -123,7 +125,7 @@ class Exported:
     @cached_property
     def ids(self) -> dict[int, Ids]:
         """Ids of chosen and rejected, in the order of their length, which saves padding."""
-        order = sorted(range(len(self.pairs)), key=lambda index: tokens(self.pairs[index]))
+        order = sorted(self.compared, key=lambda index: tokens(self.pairs[index]))
         return {index: [list(map(int, ids)) for ids in self.pairs[index].ids] for index in order}
 
     @property
@@ -133,9 +135,10 @@ class Exported:
 
     @cached_property
     def sample(self) -> list[int]:
-        """The indices of at most SAMPLE pairs, evenly spread."""
-        count = min(SAMPLE, len(self.pairs))
-        return np.linspace(0, len(self.pairs) - 1, count).round().astype(int).tolist()
+        """The indices of at most SAMPLE of the pairs, evenly spread."""
+        count = min(SAMPLE, len(self.compared))
+        places = np.linspace(0, len(self.compared) - 1, count).round().astype(int)
+        return [self.compared[place] for place in places]
 
     @cached_property
     def ended(self) -> dict[int, Ids]:

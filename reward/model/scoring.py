@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ WITHOUT_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "when calling `cublasCreate(",
 )
+Result = TypeVar("Result")
 # How far a pack may be from its texts alone, as a share of the hidden states' norm.
 EXACT, EXACT_IN_HALF = 1e-3, 0.05
 
@@ -128,7 +129,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def within_memory(work: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
+def within_memory(work: Callable[..., Result], *arguments: Any) -> Result | None:
     """What `work` returns, or None if memory did not suffice; what it held is let go."""
     try:
         return work(*arguments)
