@@ -3,7 +3,8 @@
 python -m benchmarks.serve
 
 Starts reward.serving.serve, sends it pairs of a preference file from more and more clients at
-once, each of which asks again as soon as it is answered, and last from twice as many as it accepts.
+once, each of which asks again as soon as it is answered. Last come as many clients at once as there
+are requests, each on a connection of its own with one text and its prompt, as OpenRLHF sends them.
 Every reward is compared with the one that the model gives in this process. Prints a table and
 writes it to benchmarks/results/serve.md.
 """
@@ -32,7 +33,7 @@ from reward.data.reading import files, read
 from reward.data.records import Candidates, Messages, candidates
 from reward.process import Fault, run
 from reward.serving.scorer import Scorer
-from reward.serving.serve import EXPORT, MOST
+from reward.serving.serve import EXPORT, raise_descriptors
 
 RESULT = Path("benchmarks/results/serve.md")
 DATA = Path("data/raw/pairs.json")
@@ -42,7 +43,7 @@ CLOSE = 1e-5
 
 @dataclass(frozen=True)
 class Question:
-    """The body of a request, and the rewards that are right."""
+    """The body of a request, and the expected rewards."""
 
     body: dict[str, Any]
     rewards: list[float]
@@ -60,11 +61,25 @@ class Load:
     seconds: float = 0.0
 
 
+@dataclass
+class Measured:
+    """What clients saw of a server, the most memory that it took, and how it ended.
+
+    Bytes of memory: before and after the last load.
+    """
+
+    loads: list[Load]
+    before: int
+    after: int
+    status: int
+
+
 def main() -> None:
     options = parse()
-    questions = prepare(options)
-    loads, status = asyncio.run(measure(options, questions))
-    report = as_markdown(options, questions, loads, status)
+    raise_descriptors()
+    questions, single = prepare(options)
+    measured = asyncio.run(measure(options, questions, single))
+    report = as_markdown(options, questions, measured)
     print(report)
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(report, encoding="utf-8")
@@ -84,12 +99,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(options: argparse.Namespace) -> list[Question]:
-    """Pairs drawn from the data, with the rewards that the model gives them here."""
+def prepare(options: argparse.Namespace) -> tuple[list[Question], list[Question]]:
+    """Pairs drawn from the data and their texts one by one, with the rewards of the model here."""
     records = [record for path in files(options.data) for _, record in read(path)]
     drawn = random.Random(options.seed).sample(records, min(options.pairs, len(records)))
     scorer = Scorer(options.model)
-    return [question(scorer, candidates(record)) for record in drawn]
+    asked = [candidates(record) for record in drawn]
+    questions = [question(scorer, each) for each in asked]
+    single = [
+        Question({"query": [text], "prompts": [as_json(each.prompt)], "labels": [None]}, [reward])
+        for each, both in zip(asked, questions, strict=True)
+        for text, reward in zip(scorer.render(each), both.rewards, strict=True)
+    ]
+    return questions, single
 
 
 def question(scorer: Scorer, asked: Candidates) -> Question:
@@ -106,14 +128,24 @@ def as_json(messages: Messages) -> list[dict[str, str]]:
 # --- load ------------------------------------------------------------------------------------
 
 
-async def measure(options: argparse.Namespace, questions: list[Question]) -> tuple[list[Load], int]:
-    """What each number of clients saw, and the status with which the server ended."""
+async def measure(
+    options: argparse.Namespace, questions: list[Question], single: list[Question]
+) -> Measured:
+    """What each number of clients saw, and what became of the server."""
     async with server(options.model) as (url, process):
         await put(url, options, questions[:8], clients=1)
-        loads = [
-            await put(url, options, questions, clients) for clients in (*options.clients, 2 * MOST)
-        ]
-    return loads, process.returncode
+        loads = [await put(url, options, questions, clients) for clients in options.clients]
+        before = peak(process.pid)
+        loads.append(await put(url, options, single, options.requests))
+        after = peak(process.pid)
+    return Measured(loads, before, after, process.returncode)
+
+
+def peak(process: int) -> int:
+    """The most bytes of memory that a process has taken so far."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    [line] = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10
 
 
 @asynccontextmanager
@@ -174,15 +206,14 @@ async def client(
 # --- results ---------------------------------------------------------------------------------
 
 
-def as_markdown(
-    options: argparse.Namespace, questions: list[Question], loads: list[Load], status: int
-) -> str:
+def as_markdown(options: argparse.Namespace, questions: list[Question], measured: Measured) -> str:
     heads = [
         *("clients", "requests/s", "latency ms, median", "95%", "99%", "answered", "sent away"),
         *("no or another answer", "wrong rewards"),
     ]
-    lines = [heads, ["---:"] * len(heads), *(cells(load) for load in loads)]
+    lines = [heads, ["---:"] * len(heads), *(cells(load) for load in measured.loads)]
     texts = sum(len(asked.rewards) for asked in questions)
+    before, after = (f"{size / 1e9:.2f}" for size in (measured.before, measured.after))
     paragraphs = [
         "# The server under load",
         "Written by `python -m benchmarks.serve`, which says what is measured and how.",
@@ -191,10 +222,11 @@ def as_markdown(
         f"most {options.requests} requests and {options.seconds:g} s for each line; aiohttp "
         f"{version('aiohttp')}, torch {version('torch')}",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        f"The server accepts {MOST} requests at once and sends others away with status {BUSY}; a "
-        "client that is sent away waits a tenth of a second. Rewards are wrong that are further "
-        f"than {CLOSE:g} from those of the model in a process of its own. At the end the server "
-        f"got SIGTERM and ended with status {status}.",
+        f"In the last line each of {options.requests} clients sends one text on a connection of "
+        f"its own, all at once. The server's memory was {before} GB at most before them, and "
+        f"{after} GB after. Requests that find the queue full are sent away with status {BUSY}. "
+        f"Rewards are wrong that are further than {CLOSE:g} from those of the model in a process "
+        f"of its own. At the end the server got SIGTERM and ended with status {measured.status}.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 

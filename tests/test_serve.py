@@ -18,7 +18,7 @@ from aiohttp.web import Application, Request
 
 from benchmarks import serve as load
 from reward.process import Fault
-from reward.serving import serve
+from reward.serving import queue, serve
 from reward.serving.scorer import Ids, Scorer
 from tests.forked import PATIENCE, Forked, serve_slowly
 
@@ -108,6 +108,17 @@ def test_the_request_of_openrlhf_gets_what_it_reads(scorer: Scorer) -> None:
     assert alone["rewards"] == pytest.approx(wanted, abs=1e-5)
 
 
+def test_the_request_of_llama_factory_gets_the_scores_that_it_reads(scorer: Scorer) -> None:
+    """As get_rewards_from_server in its train/ppo/ppo_utils.py builds it."""
+    messages = ["问:hi\n\n答:yes", "问:hi\n\n答:no"]
+    status, found = served(
+        scorer, lambda client: post(client, {"model": "model", "messages": messages})
+    )
+    wanted = scorer.rewards(scorer.encode(messages), [0, 1])
+    assert status == 200
+    assert found["scores"] == pytest.approx(wanted, abs=1e-5)
+
+
 def test_requests_at_once_get_each_their_own(scorer: Scorer) -> None:
     requests = [
         {
@@ -130,7 +141,7 @@ def test_requests_at_once_get_each_their_own(scorer: Scorer) -> None:
 def test_what_comes_while_others_are_scored_is_scored_together(
     held: Held, most: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "TOKENS_PER_PACK", most)
+    monkeypatch.setattr(queue, "TOKENS_PER_PACK", most)
 
     async def work(client: Client) -> list[tuple[int, Any]]:
         first = asyncio.create_task(post(client, {"query": ["0"]}))
@@ -149,10 +160,32 @@ def test_what_comes_while_others_are_scored_is_scored_together(
 # --- limits ----------------------------------------------------------------------------------
 
 
-def test_more_requests_than_may_wait_are_sent_away_and_nothing_is_lost(
+def test_hundreds_of_requests_at_once_are_all_answered(held: Held) -> None:
+    """Each on a connection of its own, as OpenRLHF sends its samples."""
+    held.may.set()
+    count = 500
+    serve.raise_descriptors()
+
+    async def work(client: Client) -> list[tuple[int, Any]]:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def one(number: int) -> tuple[int, Any]:
+                content = {"query": [f"{number}"], "prompts": ["p"], "labels": [None]}
+                async with session.post(client.make_url(REWARD), json=content) as response:
+                    return response.status, await response.json()
+
+            return await asyncio.gather(*map(one, range(count)))
+
+    found = served(held, work)
+    assert [(status, answer["rewards"]) for status, answer in found] == [
+        (200, [float(number)]) for number in range(count)
+    ]
+
+
+def test_more_tokens_than_may_wait_are_sent_away_and_nothing_is_lost(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "MOST", 3)
+    monkeypatch.setattr(queue, "MOST", 3)
 
     async def work(client: Client) -> None:
         accepted = [asyncio.create_task(post(client, {"query": [str(n)]})) for n in range(3)]
@@ -161,7 +194,7 @@ def test_more_requests_than_may_wait_are_sent_away_and_nothing_is_lost(
             async with client.post(REWARD, json={"query": ["9"]}) as response:
                 assert (response.status, response.headers["Retry-After"]) == (503, "1")
                 assert await response.json() == {
-                    "error": "3 requests are waiting, wanted fewer; try again"
+                    "error": "3 tokens are waiting, at most 3 may; try again in 1 s"
                 }
         assert (await client.get("/health")).status == 200
         held.may.set()
@@ -172,16 +205,72 @@ def test_more_requests_than_may_wait_are_sent_away_and_nothing_is_lost(
     served(held, work)
 
 
+def test_retry_after_is_when_what_waits_is_scored(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token takes 0.12 s: nine take 1.08 s."""
+    monkeypatch.setattr(queue, "TOKENS_PER_PACK", 2)
+    monkeypatch.setattr(queue, "MOST", 9)
+
+    def rewards(texts: list[Ids], _: Sequence[Hashable]) -> list[float]:
+        time.sleep(0.12 * len(texts))
+        return [0.0] * len(texts)
+
+    monkeypatch.setattr(held, "rewards", rewards)
+
+    async def work(client: Client) -> tuple[str, float, int]:
+        await post(client, {"query": ["0", "0"]})
+        begin = time.monotonic()
+        waiting = [asyncio.create_task(post(client, {"query": ["1"] * 3})) for _ in range(3)]
+        await until(lambda: held.encoded == 11)
+        async with client.post(REWARD, json={"query": ["9"]}) as response:
+            assert response.status == 503
+            said = response.headers["Retry-After"]
+        await asyncio.gather(*waiting)
+        return said, time.monotonic() - begin, (await post(client, {"query": ["9"]}))[0]
+
+    said, took, after = served(held, work)
+    assert (said, after) == ("2", 200)
+    assert took < 2
+
+
+def test_bodies_that_are_being_read_are_bounded_together(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "READING", 40)
+    held.may.set()
+
+    async def work(client: Client) -> None:
+        _, writer = await asyncio.open_connection(client.host, client.port)
+        writer.write(
+            b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n" + b" " * 30
+        )
+        await asyncio.sleep(0.1)
+        async with client.post(REWARD, json={"query": ["7"]}) as response:
+            assert (response.status, response.headers["Retry-After"]) == (503, "1")
+            assert await response.json() == {
+                "error": "30 bytes are being read, at most 40 may be; try again in 1 s"
+            }
+        writer.close()
+        await writer.wait_closed()
+        await asyncio.sleep(0.1)
+        assert (await post(client, {"query": ["7"]}))[0] == 200
+
+    served(held, work)
+
+
 def test_a_body_that_does_not_end_takes_no_place_for_ever(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "MOST", 1)
+    monkeypatch.setattr(serve, "READING", 40)
     monkeypatch.setattr(serve, "PATIENCE", 0.2)
     held.may.set()
 
     async def work(client: Client) -> None:
         reader, writer = await asyncio.open_connection(client.host, client.port)
-        writer.write(b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n{")
+        writer.write(
+            b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n" + b" " * 30
+        )
         assert (await reader.readline()).split()[1] == b"408"
         writer.close()
         assert (await post(client, {"query": ["7"]}))[0] == 200
@@ -200,6 +289,23 @@ def test_a_client_that_goes_away_takes_nothing_from_the_others(held: Held) -> No
         assert (await other)[1]["rewards"] == [2.0]
 
     served(held, work)
+
+
+def test_what_nobody_waits_for_any_more_leaves_the_queue(held: Held) -> None:
+    async def work() -> None:
+        waiting = queue.Queue(cast(Scorer, held))
+        gone = asyncio.create_task(waiting.rewards([[1, 2]], ["p"]))
+        await asyncio.sleep(0)
+        assert waiting.tokens == 2
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert waiting.tokens == 0
+        held.may.set()
+        async with waiting.working():
+            assert await waiting.rewards([[3]], ["p"]) == [3.0]
+
+    asyncio.run(work())
+    assert held.calls == [[[3]]]
 
 
 def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
@@ -233,14 +339,19 @@ def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
         (b"{", "the body is no JSON: "),
         (b"[" * 100_000, "the body is no JSON: "),
         (b'{"query": ["\xff"]}', "the body is no JSON: "),
-        (b"[1]", "the body has no query and no answers, or both; wanted an object with one"),
-        (b'{"prompts": ["a"]}', "the body has no query and no answers, or both; wanted an"),
+        (b"[1]", "the body has none of query, messages and answers, or several; expected an"),
+        (b'{"prompts": ["a"]}', "the body has none of query, messages and answers, or several;"),
         (
             b'{"query": ["a"], "prompts": ["a"], "answers": ["a"]}',
-            "the body has no query and no answers, or both; wanted an object with one",
+            "the body has none of query, messages and answers, or several; expected an object",
         ),
+        (b'{"messages": [{"role": "user"}]}', "messages[0]: is no text, wanted one"),
         (b'{"query": "a"}', "query is no list, or an empty one; wanted one of texts"),
         (b'{"query": []}', "query is no list, or an empty one; wanted one of texts"),
+        (
+            b'{"query": [' + b"0," * 65_536 + b"0]}",
+            "query has 65537 texts, at most 65536 may come at once",
+        ),
         (b'{"query": ["a", null]}', "query[1]: is no text, wanted one"),
         (b'{"query": ["a", "\\ud800"]}', "query[1]: is no text, wanted one"),
         (b'{"query": ["a", ""]}', "query[1]: the text has no token"),
@@ -281,7 +392,7 @@ def test_a_request_that_is_too_large_is_refused_while_it_is_read(
 ) -> None:
     monkeypatch.setattr(serve, "LARGEST", 1000)
     found = served(held, lambda client: post(client, {"query": ["1" * 1000]}))
-    assert found == (413, {"error": "Maximum request body size 1000 exceeded."})
+    assert found == (413, {"error": "the body has more than 1000 bytes"})
 
 
 def test_other_routes_and_methods_are_none(held: Held) -> None:
@@ -358,7 +469,7 @@ def test_the_load_test_sees_what_is_wrong_and_what_is_sent_away(
     async def work(client: Client) -> tuple[load.Load, load.Load]:
         url = str(client.make_url(REWARD))
         seen = await load.put(url, options, questions, clients=1)
-        monkeypatch.setattr(serve, "MOST", 0)
+        monkeypatch.setattr(queue, "MOST", 0)
         return seen, await load.put(url, options, questions, clients=3)
 
     seen, away = served(held, work)

@@ -15,60 +15,42 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import signal
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from aiohttp import web
 
-from reward.model.packing import into_packs
 from reward.process import Fault, processors, run
-from reward.serving.scorer import TOKENS_PER_PACK, Ids, Misfit, Scorer
+from reward.serving.queue import Full, Queue, Unscored
+from reward.serving.scorer import Ids, Misfit, Scorer
 
 EXPORT = Path("models/export")
-# Bytes of a request, and requests that are accepted at once.
-LARGEST, MOST = 1 << 23, 256
+# Bytes and texts of a request, and bytes of all requests whose texts have no ids yet.
+LARGEST, TEXTS, READING = 1 << 23, 1 << 16, 1 << 28
+# Requests whose texts are turned into ids at the same time.
+READERS = 2
+# Connections that may wait to be accepted; the system grants as many as it allows.
+BACKLOG = (1 << 16) - 1
 # Seconds in which a body has to arrive, and in which all that was accepted is answered at the end.
 PATIENCE, GRACE = 30.0, 3600.0
 
+# The keys of a request that may hold its texts.
+NAMES = ("query", "messages", "answers")
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """The texts of a request, and where their rewards are awaited."""
-
-    texts: list[Ids]
-    prompts: Sequence[Hashable]
-    rewards: asyncio.Future[list[float]]
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.texts))
-
-    def succeed(self, rewards: list[float]) -> None:
-        """Hand over the rewards, unless nobody waits for them any more."""
-        if not self.rewards.done():
-            self.rewards.set_result(rewards)
-
-    def fail(self) -> None:
-        """Have the request answered by an error that says nothing of this machine."""
-        if not self.rewards.done():
-            self.rewards.set_exception(
-                web.HTTPInternalServerError(text="the texts cannot be scored")
-            )
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(processors())
+    raise_descriptors()
     scorer = Scorer(options.model)
     asyncio.run(serve(Service(scorer), options.host, options.port))
 
@@ -91,6 +73,13 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def raise_descriptors() -> None:
+    """Have this process open as many files, and so connections, as the system lets it."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # on macOS, where none may be unlimited
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 async def serve(service: "Service", host: str, port: int) -> None:
     """Answer until a signal comes. Raises a Fault where the address cannot be had."""
     # With cancellation what a client that is gone has asked for is not scored.
@@ -99,7 +88,7 @@ async def serve(service: "Service", host: str, port: int) -> None:
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
     except (OSError, UnicodeError) as error:  # no address, or a name that none can have
         raise Fault(
             f"{host}:{port} cannot be had: {getattr(error, 'strerror', error)}; wanted a free "
@@ -136,12 +125,12 @@ class Service:
     def __init__(self, scorer: Scorer) -> None:
         self.requests = self.texts = 0
         self._scorer = scorer
-        self._open = 0
-        self._waiting: list[Job] = []
-        self._arrived = asyncio.Event()
+        self._queue = Queue(scorer)
+        self._reading = 0
+        self._readers = ThreadPoolExecutor(max_workers=READERS)
 
     def application(self) -> web.Application:
-        application = web.Application(client_max_size=LARGEST, middlewares=[errors_as_json])
+        application = web.Application(middlewares=[errors_as_json])
         application.add_routes(
             [web.post("/get_reward", self.get_reward), web.get("/health", self.health)]
         )
@@ -152,74 +141,56 @@ class Service:
         return web.json_response({"status": "ok"})
 
     async def get_reward(self, request: web.Request) -> web.Response:
-        if self._open >= MOST:
-            raise web.HTTPServiceUnavailable(
-                text=f"{MOST} requests are waiting, wanted fewer; try again",
-                headers={"Retry-After": "1"},
-            )
-        self._open += 1
         try:
-            async with asyncio.timeout(PATIENCE):
-                body = await request.read()
-            texts, prompts = await asyncio.to_thread(read, self._scorer, body)
-            rewards = await self._scored(texts, prompts)
-        except TimeoutError:
-            raise web.HTTPRequestTimeout(text=f"no whole body came in {PATIENCE:g} s") from None
-        except web.RequestPayloadError as error:
-            raise web.HTTPBadRequest(text=f"the body cannot be read: {error}") from None
+            self._queue.require_room()
+            async with self._body(request) as body:
+                loop = asyncio.get_running_loop()
+                texts, prompts = await loop.run_in_executor(self._readers, read, self._scorer, body)
+            rewards = await self._queue.rewards(texts, prompts)
         except Refused as refused:
             raise web.HTTPBadRequest(text=str(refused)) from None
-        finally:
-            self._open -= 1
+        except Full as full:
+            raise web.HTTPServiceUnavailable(
+                text=str(full), headers={"Retry-After": f"{full.seconds}"}
+            ) from None
+        except Unscored as unscored:
+            raise web.HTTPInternalServerError(text=str(unscored)) from None
         self.requests += 1
         self.texts += len(texts)
         return web.json_response({"rewards": rewards, "scores": rewards, "extra_logs": {}})
 
-    async def _scored(self, texts: list[Ids], prompts: Sequence[Hashable]) -> list[float]:
-        job = Job(texts, prompts, asyncio.get_running_loop().create_future())
-        self._waiting.append(job)
-        self._arrived.set()
-        return await job.rewards
+    @asynccontextmanager
+    async def _body(self, request: web.Request) -> AsyncIterator[bytearray]:
+        """The body of a request, whose bytes count as long as the context lasts.
+
+        Raises Full, Refused and the errors of HTTP for what does not arrive, or is too large.
+        """
+        body = bytearray()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                async for part in request.content.iter_any():
+                    if len(body) + len(part) > LARGEST:
+                        raise web.HTTPRequestEntityTooLarge(
+                            LARGEST, text=f"the body has more than {LARGEST} bytes"
+                        )
+                    if self._reading + len(part) > READING:
+                        sentence = f"{self._reading} bytes are being read, at most {READING} may be"
+                        raise Full(sentence, self._queue.seconds())
+                    body += part
+                    self._reading += len(part)
+        except TimeoutError:
+            raise web.HTTPRequestTimeout(text=f"no whole body came in {PATIENCE:g} s") from None
+        except web.RequestPayloadError as error:
+            raise Refused(f"the body cannot be read: {error}") from None
+        else:
+            yield body
+        finally:
+            self._reading -= len(body)
 
     async def _working(self, application: web.Application) -> AsyncIterator[None]:
-        """One thread that scores, as long as the server runs."""
-        pool = ThreadPoolExecutor(max_workers=1)
-        task = asyncio.create_task(self._work(pool))
-        yield
-        task.cancel()
-        # Beside this thread, which has to hear of a second signal.
-        await asyncio.to_thread(pool.shutdown)
-
-    async def _work(self, pool: ThreadPoolExecutor) -> None:
-        """Score what has come while the last texts were scored, as much as a pack holds."""
-        while True:
-            await self._arrived.wait()
-            waiting = [job for job in self._waiting if not job.rewards.done()]
-            packs = into_packs([job.tokens for job in waiting], TOKENS_PER_PACK)
-            count = len(packs[0]) if packs else 0
-            self._waiting = waiting[count:]
-            if not self._waiting:
-                self._arrived.clear()
-            if count:
-                await self._score(pool, waiting[:count])
-
-    async def _score(self, pool: ThreadPoolExecutor, jobs: list[Job]) -> None:
-        """Score jobs together, and one by one where that fails: one must not fail the others."""
-        texts = [ids for job in jobs for ids in job.texts]
-        prompts = [prompt for job in jobs for prompt in job.prompts]
-        loop = asyncio.get_running_loop()
-        try:
-            rewards = iter(await loop.run_in_executor(pool, self._scorer.rewards, texts, prompts))
-        except Exception as error:  # of a model, or a bug
-            if len(jobs) > 1:
-                for job in jobs:
-                    await self._score(pool, [job])
-                return
-            traceback.print_exception(error, limit=0 if isinstance(error, Fault) else None)
-            jobs[0].fail()
-            return
-        for job in jobs:
-            job.succeed(list(islice(rewards, len(job.texts))))
+        async with self._queue.working():
+            yield
+        self._readers.shutdown(wait=False)
 
 
 @web.middleware
@@ -234,30 +205,37 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return web.json_response({"error": error.text}, status=error.status, headers=kept)
 
 
-def read(scorer: Scorer, body: bytes) -> tuple[list[Ids], Sequence[Hashable]]:
+def read(scorer: Scorer, body: bytearray) -> tuple[list[Ids], Sequence[Hashable]]:
     """The ids of a request's texts, and what is equal for those that begin alike.
 
-    Raises Refused.
+    It is a hash of the prompt, so that the length of prompts takes no memory of the queue: where
+    two had the same, less would be computed once, and the rewards were right. Raises Refused.
     """
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refused(f"the body is no JSON: {error}") from None
-    keys = set(content) if isinstance(content, dict) else set()
-    if ("query" in keys) == ("answers" in keys):
-        raise Refused("the body has no query and no answers, or both; wanted an object with one")
-    name = "query" if "query" in keys else "answers"
-    texts, prompts = content[name], content.get("prompts")
+    if not isinstance(content, dict) or len(names := [key for key in NAMES if key in content]) != 1:
+        raise Refused(
+            "the body has none of query, messages and answers, or several; expected an object "
+            "with one of them"
+        )
+    [name] = names
+    texts: Any = content[name]
+    prompts: Any = content.get("prompts")
     if not isinstance(texts, list) or not texts:
         raise Refused(f"{name} is no list, or an empty one; wanted one of texts")
-    free = name == "query" and prompts is None
+    if len(texts) > TEXTS:
+        raise Refused(f"{name} has {len(texts)} texts, at most {TEXTS} may come at once")
+    free = name != "answers" and prompts is None
     if not free and not (isinstance(prompts, list) and len(prompts) == len(texts)):
         raise Refused(f"prompts is no list of {len(texts)} prompts, wanted one for each text")
     try:
         if name == "answers":
-            return scorer.encode_pairs(prompts, texts)
-        alike = [object() for _ in texts] if free else [json.dumps(prompt) for prompt in prompts]
-        return scorer.encode_rendered(whole_texts(texts)), alike
+            ids, asked = scorer.encode_pairs(prompts, texts)
+            return ids, [hash(prompt) for prompt in asked]
+        ids = scorer.encode_rendered(whole_texts(texts))
+        return ids, [object() if free else hash(json.dumps(prompt)) for prompt in prompts or texts]
     except Misfit as error:
         raise Refused(f"{name}[{error.index}]: {error}") from None
 

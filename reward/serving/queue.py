@@ -1,0 +1,147 @@
+"""What waits for its rewards: bounded by tokens, scored in packs, in the order in which it came."""
+
+import asyncio
+import math
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from itertools import islice
+
+from reward.process import Fault
+from reward.serving.scorer import TOKENS_PER_PACK, Ids, Scorer
+
+# Tokens that wait at most, but for the last request: those of 2,000 texts of 2,048 tokens.
+MOST = 1 << 22
+# What a pack's share of the measured rate is multiplied by at each later pack.
+FADING = 0.9
+
+
+class Full(Exception):
+    """No more may wait, in a sentence, and in how many seconds it may."""
+
+    def __init__(self, sentence: str, seconds: int) -> None:
+        super().__init__(f"{sentence}; try again in {seconds} s")
+        self.seconds = seconds
+
+
+class Unscored(Exception):
+    """The model cannot score the texts."""
+
+
+class Job:
+    """The texts of a request, and where their rewards are awaited."""
+
+    def __init__(self, texts: list[Ids], prompts: Sequence[Hashable]) -> None:
+        self.texts, self.prompts = texts, prompts
+        self.tokens = sum(map(len, texts))
+        self.rewards: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+
+    def succeed(self, rewards: list[float]) -> None:
+        """Hand over the rewards, unless nobody waits for them any more."""
+        if not self.rewards.done():
+            self.rewards.set_result(rewards)
+
+    def fail(self) -> None:
+        """The same with an error that says nothing of this machine."""
+        if not self.rewards.done():
+            self.rewards.set_exception(Unscored("the texts cannot be scored"))
+
+
+class Queue:
+    """Jobs, and the one thread that scores them."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        # Of all jobs that have no rewards yet.
+        self.tokens = 0
+        self._scorer = scorer
+        self._waiting: OrderedDict[Job, None] = OrderedDict()
+        self._arrived = asyncio.Event()
+        # Tokens, and seconds that they took, of the last packs.
+        self._scored, self._took = 0.0, 0.0
+
+    def require_room(self) -> None:
+        """Raises Full."""
+        if self.tokens >= MOST:
+            raise Full(f"{self.tokens} tokens are waiting, at most {MOST} may", self.seconds())
+
+    def seconds(self) -> int:
+        """In how many seconds what waits now will be scored, at the rate of the last packs.
+
+        At least 1, which it also is as long as no pack was scored.
+        """
+        pace = self._took / self._scored if self._scored else 0.0
+        return max(1, math.ceil(self.tokens * pace))
+
+    async def rewards(self, texts: list[Ids], prompts: Sequence[Hashable]) -> list[float]:
+        """The reward of each text, in turn; what texts of equal prompts share is computed once.
+
+        Shapes [texts]. Raises Full, and Unscored. A caller that is cancelled leaves nothing behind.
+        """
+        self.require_room()
+        job = Job(texts, prompts)
+        self.tokens += job.tokens
+        self._waiting[job] = None
+        self._arrived.set()
+        try:
+            return await job.rewards
+        finally:
+            self.tokens -= job.tokens
+            self._waiting.pop(job, None)
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """Score what waits, as long as the context lasts."""
+        pool = ThreadPoolExecutor(max_workers=1)
+        task = asyncio.create_task(self._work(pool))
+        try:
+            yield
+        finally:
+            task.cancel()
+            # Beside this thread, which has to hear of a second signal.
+            await asyncio.to_thread(pool.shutdown)
+
+    async def _work(self, pool: ThreadPoolExecutor) -> None:
+        """Score what has come while the last texts were scored, as much as a pack holds."""
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while jobs := self._next():
+                begin = time.monotonic()
+                await self._score(pool, jobs)
+                tokens = sum(job.tokens for job in jobs)
+                self._scored = FADING * self._scored + tokens
+                self._took = FADING * self._took + time.monotonic() - begin
+
+    def _next(self) -> list[Job]:
+        """Take the jobs that have waited longest, as many as a pack holds, and at least one."""
+        jobs: list[Job] = []
+        room = TOKENS_PER_PACK
+        while self._waiting:
+            job = next(iter(self._waiting))
+            room -= job.tokens
+            if jobs and room < 0:
+                break
+            jobs.append(job)
+            self._waiting.popitem(last=False)
+        return jobs
+
+    async def _score(self, pool: ThreadPoolExecutor, jobs: list[Job]) -> None:
+        """Score jobs together, and one by one where that fails: one must not fail the others."""
+        texts = [ids for job in jobs for ids in job.texts]
+        prompts = [prompt for job in jobs for prompt in job.prompts]
+        loop = asyncio.get_running_loop()
+        try:
+            rewards = iter(await loop.run_in_executor(pool, self._scorer.rewards, texts, prompts))
+        except Exception as error:  # of a model, or a bug
+            if len(jobs) > 1:
+                for job in jobs:
+                    await self._score(pool, [job])
+                return
+            traceback.print_exception(error, limit=0 if isinstance(error, Fault) else None)
+            jobs[0].fail()
+            return
+        for job in jobs:
+            job.succeed(list(islice(rewards, len(job.texts))))
