@@ -61,11 +61,11 @@ def held() -> Iterator[Held]:
     scorer.may.set()
 
 
-def served(scorer: Any, work: Callable[[Client], Awaitable[T]]) -> T:
+def served(scorer: Any, work: Callable[[Client], Awaitable[T]], key: str | None = None) -> T:
     """What `work` returns beside a server in this process."""
 
     async def beside() -> T:
-        application = serve.Service(cast(Scorer, scorer)).application()
+        application = serve.Service(cast(Scorer, scorer), key).application()
         async with TestClient(TestServer(application)) as client:
             return await asyncio.wait_for(work(client), 60)
 
@@ -476,6 +476,115 @@ def test_the_load_test_sees_what_is_wrong_and_what_is_sent_away(
     assert (seen.statuses, seen.wrong, seen.unanswered) == ({200: 5, 400: 2}, 2, 0)
     assert len(seen.latencies) == 5
     assert (away.statuses, away.latencies) == ({503: 7}, [])
+
+
+# --- the key ---------------------------------------------------------------------------------
+
+
+KEY = "sesame-1+2"
+
+
+def basic(password: str) -> str:
+    return aiohttp.encode_basic_auth("any", password)
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (None, 401),
+        ("Bearer", 401),
+        ("Bearer open", 401),
+        ("Bearer sesame-1+", 401),
+        (f"Token {KEY}", 401),
+        (KEY, 401),
+        ("Bearer \u00e9\u4e2d", 401),
+        ("Basic !", 401),
+        (basic("open"), 401),
+        (f"Bearer {KEY}", 200),
+        (f"bearer  {KEY}", 200),
+        (basic(KEY), 200),
+    ],
+)
+def test_only_who_has_the_key_is_answered(held: Held, header: str | None, status: int) -> None:
+    held.may.set()
+    headers = {} if header is None else {"Authorization": header}
+
+    async def work(client: Client) -> tuple[int, Any, int]:
+        response = await client.post(REWARD, json={"query": ["7"]}, headers=headers)
+        challenge = response.headers.get("WWW-Authenticate")
+        assert (challenge == "Bearer") == (status == 401)
+        return response.status, await response.json(), (await client.get("/health")).status
+
+    found, answer, health = served(held, work, KEY)
+    assert (found, health) == (status, 200)
+    assert answer == (
+        {"error": "no API key, or another one; expected Authorization: Bearer KEY"}
+        if status == 401
+        else {"rewards": [7.0], "scores": [7.0], "extra_logs": {}}
+    )
+
+
+def test_trainers_send_the_key_in_their_url(held: Held) -> None:
+    """OpenRLHF and LLaMA-Factory send no headers of one's own."""
+    held.may.set()
+
+    async def work(client: Client) -> int:
+        url = client.make_url(REWARD).with_user("any").with_password(KEY)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(url, json={"query": ["7"]}) as r,
+        ):
+            return r.status
+
+    assert served(held, work, KEY) == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "key"),
+    [
+        ([], None, None),
+        (["--host", "::1"], None, None),
+        (["--host", "localhost"], None, None),
+        (["--host", "0.0.0.0", "--without-api-key"], None, None),
+        (["--host", "0.0.0.0"], "of the environment", "of-the-environment"),
+        (["--host", "0.0.0.0", "--api-key", "given"], "of the environment", "given"),
+    ],
+)
+def test_the_key_comes_from_the_environment_or_the_command_line(
+    arguments: list[str], variable: str | None, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["serve", *arguments])
+    if variable is not None:
+        monkeypatch.setenv("REWARD_API_KEY", variable.replace(" ", "-"))
+    assert serve.parse().api_key == key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--host", "0.0.0.0"],
+            "--host is 0.0.0.0, which others may reach; expected an API key in",
+        ),
+        (
+            ["--host", "::"],
+            "--host is ::, which others may reach; expected an API key in REWARD_AP",
+        ),
+        (["--host", ""], "--host is , which others may reach; expected an API key in REWARD_API_K"),
+        (["--host", "box"], "--host is box, which others may reach; expected an API key in"),
+        (
+            ["--api-key", ""],
+            "the API key is empty, or has spaces or more than ASCII; expected visible",
+        ),
+        (["--api-key", "a b"], "the API key is empty, or has spaces or more than ASCII; expected"),
+    ],
+)
+def test_a_key_that_is_missing_or_none_gets_its_sentence(
+    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["serve", *arguments])
+    with pytest.raises(Fault, match=f"^{sentence}"):
+        serve.main()
 
 
 # --- the process -----------------------------------------------------------------------------

@@ -7,16 +7,23 @@ whose `prompts`, if they are given too, say which of them begin alike. Or with `
 `answers`, texts or lists of messages, which the model's own template renders. It answers with
 `rewards`, one a text. GET /health answers as long as the server does.
 
+With an API key, in the environment variable REWARD_API_KEY or as --api-key, it answers those alone
+who send it: as `Authorization: Bearer KEY`, or as the password of `http://any:KEY@host`.
+
 What several clients ask for at once is scored together. The first SIGTERM or SIGINT ends the
 server when all that was accepted is answered, the second one at once.
 """
 
 import argparse
 import asyncio
+import hmac
+import ipaddress
 import json
 import os
+import re
 import resource
 import signal
+from base64 import b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -41,8 +48,14 @@ BACKLOG = (1 << 16) - 1
 # Seconds in which a body has to arrive, and in which all that was accepted is answered at the end.
 PATIENCE, GRACE = 30.0, 3600.0
 
+# The environment variable of the API key: others on this machine see arguments.
+KEY = "REWARD_API_KEY"
+HEALTH = "/health"
 # The keys of a request that may hold its texts.
 NAMES = ("query", "messages", "answers")
+
+# Headers of an error that say what to do about it.
+KEPT = ("Allow", "Retry-After", "WWW-Authenticate")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -52,11 +65,11 @@ def main() -> None:
     torch.set_num_threads(processors())
     raise_descriptors()
     scorer = Scorer(options.model)
-    asyncio.run(serve(Service(scorer), options.host, options.port))
+    asyncio.run(serve(Service(scorer, options.api_key), options.host, options.port))
 
 
 def parse() -> argparse.Namespace:
-    """The command line. Raises a Fault for what is no port."""
+    """The command line. Raises a Fault for what is no port or no key, and where one is needed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,10 +80,36 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--port", type=int, default=5000, help="port; 0 for any that is free (5000)"
     )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get(KEY),
+        help=f"what clients have to send; better in {KEY}, because others here see arguments",
+    )
+    parser.add_argument(
+        "--without-api-key", action="store_true", help="answer anyone, on other addresses too"
+    )
     options = parser.parse_args()
     if not 0 <= options.port < 1 << 16:
         raise Fault(f"--port is {options.port}, wanted a number from 0 to 65535")
+    if options.api_key is not None and not re.fullmatch("[!-~]+", options.api_key):
+        raise Fault(
+            "the API key is empty, or has spaces or more than ASCII; expected visible ASCII"
+        )
+    if options.api_key is None and not options.without_api_key and not is_local(options.host):
+        raise Fault(
+            f"--host is {options.host}, which others may reach; expected an API key in {KEY}, or "
+            "--without-api-key"
+        )
     return options
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def raise_descriptors() -> None:
@@ -122,20 +161,33 @@ class Refused(Exception):
 class Service:
     """The routes, and the queue behind them."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, key: str | None = None) -> None:
+        """Without a key everyone is answered."""
         self.requests = self.texts = 0
         self._scorer = scorer
+        self._key = key
         self._queue = Queue(scorer)
         self._reading = 0
         self._readers = ThreadPoolExecutor(max_workers=READERS)
 
     def application(self) -> web.Application:
-        application = web.Application(middlewares=[errors_as_json])
+        application = web.Application(middlewares=[errors_as_json, self.authorized])
         application.add_routes(
-            [web.post("/get_reward", self.get_reward), web.get("/health", self.health)]
+            [web.post("/get_reward", self.get_reward), web.get(HEALTH, self.health)]
         )
         application.cleanup_ctx.append(self._working)
         return application
+
+    @web.middleware
+    async def authorized(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer those alone who have the key, where there is one; health is everyone's."""
+        sent = sent_key(request.headers.get("Authorization", ""))
+        if self._key is None or request.path == HEALTH or equal(sent, self._key):
+            return await handler(request)
+        raise web.HTTPUnauthorized(
+            text="no API key, or another one; expected Authorization: Bearer KEY",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
     async def health(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -193,15 +245,32 @@ class Service:
         self._readers.shutdown(wait=False)
 
 
+def sent_key(header: str) -> str:
+    """The key that an Authorization header holds; empty where it holds none.
+
+    Trainers that send no header of their own send the password of their URL, as Basic.
+    """
+    scheme, _, content = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return content.strip()
+    if scheme.lower() == "basic":
+        with suppress(ValueError):
+            return b64decode(content).decode().partition(":")[2]
+    return ""
+
+
+def equal(sent: str, key: str) -> bool:
+    """Whether two keys are equal, in a time that tells nothing of where they differ."""
+    return hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), key.encode())
+
+
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     """What went wrong as {"error": sentence}."""
     try:
         return await handler(request)
     except web.HTTPException as error:
-        kept = {
-            name: error.headers[name] for name in ("Allow", "Retry-After") if name in error.headers
-        }
+        kept = {name: error.headers[name] for name in KEPT if name in error.headers}
         return web.json_response({"error": error.text}, status=error.status, headers=kept)
 
 
