@@ -15,10 +15,12 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web import Application, Request
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import serve as load
 from reward.process import Fault
 from reward.serving import queue, serve
+from reward.serving.metrics import Metrics
 from reward.serving.scorer import Ids, Scorer
 from tests.forked import PATIENCE, Forked, serve_slowly
 
@@ -293,7 +295,7 @@ def test_a_client_that_goes_away_takes_nothing_from_the_others(held: Held) -> No
 
 def test_what_nobody_waits_for_any_more_leaves_the_queue(held: Held) -> None:
     async def work() -> None:
-        waiting = queue.Queue(cast(Scorer, held))
+        waiting = queue.Queue(cast(Scorer, held), Metrics())
         gone = asyncio.create_task(waiting.rewards([[1, 2]], ["p"]))
         await asyncio.sleep(0)
         assert waiting.tokens == 2
@@ -478,6 +480,47 @@ def test_the_load_test_sees_what_is_wrong_and_what_is_sent_away(
     assert (away.statuses, away.latencies) == ({503: 7}, [])
 
 
+# --- metrics ---------------------------------------------------------------------------------
+
+
+def test_prometheus_reads_what_was_asked_and_what_waits(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "MOST", 3)
+
+    async def scrape(client: Client) -> dict[str, float]:
+        async with client.get("/metrics") as response:
+            assert response.content_type == "text/plain"
+            families = text_string_to_metric_families(await response.text())
+        return {
+            sample.name + "".join(sample.labels.values()): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    async def work(client: Client) -> None:
+        waiting = asyncio.create_task(post(client, {"query": ["1", "2", "3"]}))
+        await until(lambda: len(held.calls) == 1)
+        assert (await post(client, {"query": ["4"]}))[0] == 503
+        assert (await scrape(client))["reward_queue_tokens"] == 3
+        held.may.set()
+        await waiting
+        assert (await post(client, {"query": []}))[0] == 400
+        found = await scrape(client)
+        wanted = {
+            "reward_requests_total200": 1,
+            "reward_requests_total400": 1,
+            "reward_requests_total503": 1,
+            "reward_texts_total": 3,
+            "reward_tokens_total": 3,
+            "reward_queue_tokens": 0,
+            "reward_request_seconds_count": 1,
+        }
+        assert {name: found[name] for name in wanted} == wanted
+
+    served(held, work)
+
+
 # --- the key ---------------------------------------------------------------------------------
 
 
@@ -511,6 +554,7 @@ def test_only_who_has_the_key_is_answered(held: Held, header: str | None, status
 
     async def work(client: Client) -> tuple[int, Any, int]:
         response = await client.post(REWARD, json={"query": ["7"]}, headers=headers)
+        assert (await client.get("/metrics", headers=headers)).status == response.status
         challenge = response.headers.get("WWW-Authenticate")
         assert (challenge == "Bearer") == (status == 401)
         return response.status, await response.json(), (await client.get("/health")).status

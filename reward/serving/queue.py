@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from itertools import islice
 
 from reward.process import Fault
+from reward.serving.metrics import Metrics
 from reward.serving.scorer import TOKENS_PER_PACK, Ids, Scorer
 
 # Tokens that wait at most, but for the last request: those of 2,000 texts of 2,048 tokens.
@@ -53,10 +54,11 @@ class Job:
 class Queue:
     """Jobs, and the one thread that scores them."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, metrics: Metrics) -> None:
         # Of all jobs that have no rewards yet.
         self.tokens = 0
         self._scorer = scorer
+        self._metrics = metrics
         self._waiting: OrderedDict[Job, None] = OrderedDict()
         self._arrived = asyncio.Event()
         # Tokens, and seconds that they took, of the last packs.
@@ -82,14 +84,18 @@ class Queue:
         """
         self.require_room()
         job = Job(texts, prompts)
-        self.tokens += job.tokens
+        self._count(job.tokens)
         self._waiting[job] = None
         self._arrived.set()
         try:
             return await job.rewards
         finally:
-            self.tokens -= job.tokens
+            self._count(-job.tokens)
             self._waiting.pop(job, None)
+
+    def _count(self, tokens: int) -> None:
+        self.tokens += tokens
+        self._metrics.waiting.inc(tokens)
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -143,5 +149,7 @@ class Queue:
             traceback.print_exception(error, limit=0 if isinstance(error, Fault) else None)
             jobs[0].fail()
             return
+        self._metrics.texts.inc(len(texts))
+        self._metrics.tokens.inc(sum(map(len, texts)))
         for job in jobs:
             job.succeed(list(islice(rewards, len(job.texts))))

@@ -5,7 +5,8 @@
 POST /get_reward takes a JSON object with `query`: whole texts, which are scored as they are, and
 whose `prompts`, if they are given too, say which of them begin alike. Or with `prompts` and
 `answers`, texts or lists of messages, which the model's own template renders. It answers with
-`rewards`, one a text. GET /health answers as long as the server does.
+`rewards`, one a text. GET /health answers as long as the server does, GET /metrics tells Prometheus
+what was asked.
 
 With an API key, in the environment variable REWARD_API_KEY or as --api-key, it answers those alone
 who send it: as `Authorization: Bearer KEY`, or as the password of `http://any:KEY@host`.
@@ -23,6 +24,7 @@ import os
 import re
 import resource
 import signal
+import time
 from base64 import b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +35,10 @@ from typing import Any
 
 import torch
 from aiohttp import web
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from reward.process import Fault, processors, run
+from reward.serving.metrics import Metrics
 from reward.serving.queue import Full, Queue, Unscored
 from reward.serving.scorer import Ids, Misfit, Scorer
 
@@ -50,7 +54,7 @@ PATIENCE, GRACE = 30.0, 3600.0
 
 # The environment variable of the API key: others on this machine see arguments.
 KEY = "REWARD_API_KEY"
-HEALTH = "/health"
+REWARD, HEALTH = "/get_reward", "/health"
 # The keys of a request that may hold its texts.
 NAMES = ("query", "messages", "answers")
 
@@ -138,7 +142,7 @@ async def serve(service: "Service", host: str, port: int) -> None:
         loop.add_signal_handler(number, partial(end, ended, number))
     address, found = runner.addresses[0][:2]
     place = f"[{address}]" if ":" in address else address
-    print(f"serving    http://{place}:{found}/get_reward", flush=True)
+    print(f"serving    http://{place}:{found}{REWARD}", flush=True)
     await ended.wait()
     await runner.cleanup()
     print(f"stopped    {service.requests} requests with {service.texts} texts were answered")
@@ -166,17 +170,33 @@ class Service:
         self.requests = self.texts = 0
         self._scorer = scorer
         self._key = key
-        self._queue = Queue(scorer)
+        self._metrics = Metrics()
+        self._queue = Queue(scorer, self._metrics)
         self._reading = 0
         self._readers = ThreadPoolExecutor(max_workers=READERS)
 
     def application(self) -> web.Application:
-        application = web.Application(middlewares=[errors_as_json, self.authorized])
+        application = web.Application(middlewares=[self.counted, errors_as_json, self.authorized])
         application.add_routes(
-            [web.post("/get_reward", self.get_reward), web.get(HEALTH, self.health)]
+            [
+                web.post(REWARD, self.get_reward),
+                web.get(HEALTH, self.health),
+                web.get("/metrics", self.metrics),
+            ]
         )
         application.cleanup_ctx.append(self._working)
         return application
+
+    @web.middleware
+    async def counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Have requests for rewards in the metrics."""
+        begin = time.monotonic()
+        response = await handler(request)
+        if request.path == REWARD:
+            self._metrics.requests.labels(response.status).inc()
+            if response.status == web.HTTPOk.status_code:
+                self._metrics.seconds.observe(time.monotonic() - begin)
+        return response
 
     @web.middleware
     async def authorized(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -191,6 +211,10 @@ class Service:
 
     async def health(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        headers = {"Content-Type": CONTENT_TYPE_PLAIN_0_0_4}
+        return web.Response(body=self._metrics.exposition(), headers=headers)
 
     async def get_reward(self, request: web.Request) -> web.Response:
         try:
