@@ -46,7 +46,6 @@ from reward.model.trainer import (
     Train,
     full_pack,
     optimizer,
-    validation_curve,
     write_curves,
 )
 from reward.outputs import (
@@ -247,7 +246,7 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
         )
         seal(folder, BASE)
     trainable, _ = trainer.reward_model.get_nb_trainable_parameters()
-    steps, last = trainer.state.global_step, validation_curve(history)[-1]
+    steps, kept = trainer.state.global_step, trainer.kept
     with whole_folder(REPORTS) as folder:
         write_curves(folder, history)
         write_json(
@@ -256,15 +255,17 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
                 "steps": steps,
                 "base_parameters": parameters,
                 "trainable_parameters": trainable,
-                "validation": last,
+                "validation": kept,
             },
         )
     # A name with a slash is left out of a short table: --drop '.*/.*'.
-    validation = {f"validation/{name}": last[name] for name in ("accuracy", "loss")}
+    validation = {f"validation/{name}": kept[name] for name in ("accuracy", "loss", "step")}
     write_json(METRICS, {"steps": steps} | validation)
+    if options.keep == "best":
+        print(f"kept       the adapter of step {kept['step']} of {steps}")
     print(
-        f"validation accuracy {last['accuracy']:.4f}, loss {last['loss']:.4f}, "
-        f"margin {last['margin']:+.4f} of {len(trainer.validation.labels)} pairs"
+        f"validation accuracy {kept['accuracy']:.4f}, loss {kept['loss']:.4f}, "
+        f"margin {kept['margin']:+.4f} of {len(trainer.validation.labels)} pairs"
     )
     print(f"trained    {ADAPTER}; dvc plots show draws the curves, here and while it trains")
 

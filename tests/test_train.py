@@ -696,6 +696,7 @@ def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
         "steps": 8,
         "validation/accuracy": validation[-1]["accuracy"],
         "validation/loss": validation[-1]["loss"],
+        "validation/step": 8,
     }
     printed = capfd.readouterr()
     assert printed.err == ""
@@ -751,6 +752,49 @@ def test_first_figures_are_those_of_an_undecided_model(set_params: SetParams) ->
     assert curve("training")[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
 
 
+@pytest.fixture
+def overtrained(set_params: SetParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation pairs whose loss is smallest at a margin of 1.39, which training goes beyond."""
+    set_params("train", keep="best", learning_rate=5e-3, lr_scheduler_type="constant")
+    set_params("train", eval_steps=1, save_steps=1, logging_steps=1)
+
+    def uncertain(dataset: Dataset, *_: Any) -> Dataset:
+        return dataset.remove_columns("preference").add_column("preference", [0.8] * len(dataset))
+
+    monkeypatch.setattr(trainer, "watched", uncertain)
+
+
+@pytest.mark.usefixtures("overtrained")
+def test_the_best_adapter_is_that_of_the_smallest_validation_loss(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[int, list[torch.Tensor]] = {}
+    original = trainer.RewardTrainer.evaluate
+
+    def noted(self: trainer.RewardTrainer, *arguments: Any, **named: Any) -> dict[str, float]:
+        seen[self.state.global_step] = [each.detach().clone() for each in self.trained]
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(trainer.RewardTrainer, "evaluate", noted)
+    train.main()
+    points = curve("validation")
+    losses = [point["loss"] for point in points]
+    best = losses.index(min(losses))
+    assert 0 < best < len(losses) - 1
+    step = int(points[best]["step"])
+    kept = {digest_of(each) for each in weights().values()}
+    assert kept == {digest_of(each) for each in seen[step]}
+    assert read_json(train.METRICS) == {"steps": 8} | {
+        f"validation/{name}": points[best][name] for name in ("accuracy", "loss", "step")
+    }
+    assert read_json(train.REPORTS / "figures.json")["validation"] == points[best]
+    assert f"kept       the adapter of step {step} of 8\n" in capsys.readouterr().out
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
 # --- interruptions ---------------------------------------------------------------------------
 
 
@@ -796,6 +840,21 @@ def test_killed_run_ends_with_the_bytes_of_one_that_was_not(
     steps.clear()
     train.main()
     assert len(steps) == left
+    assert outs() == wanted
+
+
+@pytest.mark.usefixtures("overtrained")
+def test_the_best_adapter_outlives_a_kill_and_the_checkpoint_of_its_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train.main()
+    wanted, best = outs(), read_json(train.METRICS)["validation/step"]
+    forget()
+    kill_at(7, monkeypatch)
+    kept = {path.name for path in Path("models/checkpoints").glob("*/step-*")}
+    assert best < 6
+    assert kept == {"step-6", "step-7"}
+    train.main()
     assert outs() == wanted
 
 

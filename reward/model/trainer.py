@@ -16,7 +16,7 @@ was made for:
 - `evaluate` scores the validation pairs in packs, as `stages.evaluate` does.
 - `_save_checkpoint`, in the first process, writes into a folder that takes its place when it is
   whole, with what the Trainer does not know of: the size of packs and the number of threads, on
-  which bytes depend.
+  which bytes depend, and the weights of the best step so far where those are kept.
 - `log` adds accuracy and margin to the loss, and draws the curves while training runs.
 """
 
@@ -39,6 +39,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -67,7 +68,7 @@ HEAD_MARGIN, HEAD_PAIRS = 0.05, 32
 TOKENS_ON_A_CPU = 4096
 SECONDS_BETWEEN_CURVES = 2.0
 # In a checkpoint, beside what the Trainer writes there.
-PACKS = "packs.json"
+PACKS, BEST = "packs.json", "best.safetensors"
 
 # Those of transformers that need no package and no argument beyond the keys of params.yaml.
 OPTIMIZERS = (
@@ -113,6 +114,7 @@ class Train:
         ),
     ]
     validation_pairs: Positive
+    keep: Literal["last", "best"]
     save_steps: Positive
     seed: Seed
     report_to: Literal["none", "wandb", "tensorboard", "mlflow"]
@@ -141,7 +143,10 @@ class RewardTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.reward_model, self.steps = model, steps
+        self.names = [name for name, each in model.named_parameters() if each.requires_grad]
         self.trained = [each for each in model.parameters() if each.requires_grad]
+        self.keeps_best = options.keep == "best"
+        self.best: list[Tensor] = []
         self.pairs_per_step = options.pairs_per_step
         watched_pairs = watched(validation, options.validation_pairs, options.seed)
         self.validation = Step(rankings_of(watched_pairs), Labels.of(watched_pairs))
@@ -225,10 +230,18 @@ class RewardTrainer(Trainer):
         }
         require_finite("validation loss", metrics["eval_loss"], self.state.global_step)
         self.log(metrics)
+        if self.keeps_best and self.kept["step"] == self.state.global_step:
+            self.best = [each.detach().cpu().clone() for each in self.trained]
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """The point of the validation curve whose weights are kept, of all evaluations so far."""
+        curve = validation_curve(self.state.log_history)
+        return min(curve, key=lambda point: point["loss"]) if self.keeps_best else curve[-1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -245,26 +258,43 @@ class RewardTrainer(Trainer):
         return 0
 
     def fit(self) -> None:
-        """Train to the end, from the last whole checkpoint if there is one.
+        """Train to the end, and have the model take the weights that are kept.
 
-        A run that goes on computes with the threads that it began with, so with the same bytes.
+        It goes on from the last whole checkpoint if there is one.
         """
         trainable, total = self.reward_model.get_nb_trainable_parameters()
         print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
         checkpoint = group.folder_of_first(self.run.latest(), self.run.folder)
-        if not checkpoint:
-            if self.size_on_trial:
-                self.tokens_per_pack = largest_pack(self)
-            rows = self.steps.dataset
-            first = pairs_of(rows.select(range(min(HEAD_PAIRS, len(rows)))))
-            scale_head(self.reward_model, first, self.tokens_per_pack)
-            self.begin_alike()
-            self.train()
-            return
+        if checkpoint:
+            self.resume(checkpoint)
+        else:
+            self.begin()
+        if self.keeps_best:
+            self.take(self.best)
+
+    def begin(self) -> None:
+        """Train from the first step."""
+        if self.size_on_trial:
+            self.tokens_per_pack = largest_pack(self)
+        rows = self.steps.dataset
+        first = pairs_of(rows.select(range(min(HEAD_PAIRS, len(rows)))))
+        scale_head(self.reward_model, first, self.tokens_per_pack)
+        # All processes begin with the numbers of the first one.
+        self.take(group.of_first([each.detach().cpu() for each in self.trained]))
+        self.train()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Train from a checkpoint.
+
+        A run that goes on computes with the threads that it began with, so with the same bytes.
+        """
         print(f"resuming   from {checkpoint.name}")
         packs = read_json(checkpoint / PACKS)
         self.tokens_per_pack = packs["tokens_per_pack"]
         torch.set_num_threads(packs["threads"])
+        if (checkpoint / BEST).exists():
+            best = load_file(checkpoint / BEST)
+            self.best = [best[name] for name in self.names]
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < state.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint))
@@ -273,12 +303,10 @@ class RewardTrainer(Trainer):
             self.state = state
 
     @torch.no_grad()
-    def begin_alike(self) -> None:
-        """Begin with the numbers of the first process."""
-        for parameter, first in zip(
-            self.trained, group.of_first([each.cpu() for each in self.trained]), strict=True
-        ):
-            parameter.copy_(first)
+    def take(self, weights: Sequence[Tensor]) -> None:
+        """Give the trained parameters other numbers."""
+        for parameter, weight in zip(self.trained, weights, strict=True):
+            parameter.copy_(weight)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         if not group.leads():
@@ -289,6 +317,8 @@ class RewardTrainer(Trainer):
             self.args.output_dir = str(partial)
             with writing(partial, room=trained_bytes(self.reward_model)):
                 super()._save_checkpoint(model, trial)
+                if self.best:
+                    save_file(dict(zip(self.names, self.best, strict=True)), partial / BEST)
             self.args.output_dir = folder
             written = partial / f"checkpoint-{step}"
             for path in written.iterdir():
