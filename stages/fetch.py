@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from reward.model.converting import Conversion
 
 BASE = Path("models/base")
+EXPORT = BASE.with_name("export")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = (
@@ -119,11 +120,19 @@ def main() -> None:
 
 
 def folder_here(base: Base) -> Source | None:
-    """The local folder that base.name is the path of, if there is one."""
+    """The local folder that base.name is the path of, if there is one.
+
+    Raises a Fault for one in the exported folder, which is made of models/base.
+    """
     try:
         folder = Path(base.name).expanduser()
     except RuntimeError:  # the home of a user who does not exist
         return None
+    if folder.resolve().is_relative_to(EXPORT.resolve()):
+        raise base.fault(
+            f"is in {EXPORT}, which the pipeline makes of its base: a cycle; expected a copy of it "
+            f"elsewhere: dvc get . {EXPORT} --rev main -o {EXPORT.with_name('mine')}"
+        )
     if not folder.is_dir():
         return None
     names = [path.name for path in folder.iterdir() if path.is_file()]
@@ -237,6 +246,7 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
 def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     """Copy what a model needs and no more; what base.json is to say of where it came from."""
     from reward.model.converting import conversion_of
+    from reward.model.head import against_head, is_classifier
 
     require_weights(base, source)
     for name in source.matching(CONFIGS + TOKENIZER):
@@ -255,6 +265,8 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
         origin["converted"] = conversion.said
     else:
         weights = copy_weights(base, source, folder)
+        if is_classifier(config) and (reason := against_head(shapes_of(base, folder))):
+            raise base.fault(reason)
     if source.kind == "local":
         origin["source"] = original | {name: digest(source.path(name)) for name in weights}
     return origin
@@ -277,6 +289,15 @@ def copy_weights(base: Base, source: Source, folder: Path) -> list[str]:
             with tensors_of(base, folder / name):
                 pass
     return names
+
+
+def shapes_of(base: Base, folder: Path) -> dict[str, list[int]]:
+    """The shape of every tensor of a folder's weights, by its name."""
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with tensors_of(base, path) as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def convert_weights(

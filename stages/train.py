@@ -8,6 +8,7 @@ trains, and metrics/train.json. Progress is kept in models/checkpoints: a run th
 on where it was, and ends with the same bytes.
 """
 
+import gc
 import os
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -30,22 +31,29 @@ from reward.model.base import (
     base_record,
     device,
     fused_experts,
+    has_head,
+    head_of,
     load_base,
     new_head,
     precisions,
     save,
     seal,
+    set_head,
 )
 from reward.model.launching import distribute
 from reward.model.layers import multiplies_bf16
 from reward.model.plain import require_length
-from reward.model.scoring import require_exact
+from reward.model.scoring import require_exact, within_memory
 from reward.model.steps import Steps, planned
 from reward.model.trainer import (
+    TOKENS_ON_A_CPU,
     RewardTrainer,
     Train,
+    figures,
     full_pack,
+    line_of,
     optimizer,
+    validation_step,
     write_curves,
 )
 from reward.outputs import (
@@ -89,6 +97,8 @@ def main() -> None:
     with checkpoints.shared(fingerprint(options, lora, quantization)) as saved:
         saved.forget_if_recorded(Path("dvc.lock"), "train")
         require_files(BASE, base_record(BASE)["files"])
+        if goes_on(options) and group.of_first(saved.latest() is None):
+            tell_unquantized(options, lora, quantization, validation)
         model = build(options, lora, quantization)
         tell_precisions(model, quantization)
         require_length(model.get_base_model().config, BASE, most)
@@ -96,7 +106,7 @@ def main() -> None:
         for dataset in (train, validation):
             require_fit(model, dataset)
             require_exact(model, full_pack(dataset, trainer.tokens_per_pack))
-        trainer.fit()
+        trainer.fit(new_head=not goes_on(options))
         if group.leads():
             write(trainer, options, lora, quantization)
             saved.finish(METRICS)
@@ -172,8 +182,13 @@ def require_same_source() -> None:
         )
 
 
+def goes_on(options: Train) -> bool:
+    """Whether training goes on from the head of a base that is a reward model already."""
+    return options.head == "auto" and has_head(BASE)
+
+
 def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
-    """The model with fresh adapters and a fresh head. Seeds the global random state."""
+    """The model with fresh adapters, and a fresh head or the base's. Seeds the random state."""
     torch.set_num_threads(threads())
     # cuBLAS reads it when it is first used.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -182,7 +197,10 @@ def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     set_seed(options.seed)
     model = load_base(BASE, quantization)
-    new_head(model, options.seed)
+    if goes_on(options):
+        set_head(model, head_of(model).weight)
+    else:
+        new_head(model, options.seed)
     return add_lora(
         model,
         LoraConfig(
@@ -192,6 +210,29 @@ def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
             target_modules=sorted(lora.target_modules),
         ),
     )
+
+
+def tell_unquantized(
+    options: Train, lora: Lora, quantization: Quantization, validation: Dataset
+) -> None:
+    """Print the figures of a base that is a reward model, to be held beside those in 4 bits.
+
+    It is loaded for that as it is stored, and let go again.
+    """
+    if quantization.bits == "none":
+        return
+    plain = Quantization.unquantized(quantization.compute_dtype)
+    model = within_memory(build, options, lora, plain)
+    if group.least(model is not None) and model:
+        size = TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
+        print(line_of("unquantized", figures(model, validation_step(validation, options), size)))
+    else:
+        print(
+            "note       memory does not hold the base unquantized, so its own figures are not here"
+        )
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def tell_precisions(model: PeftModel, quantization: Quantization) -> None:

@@ -755,7 +755,7 @@ def test_first_figures_are_those_of_an_undecided_model(set_params: SetParams) ->
 @pytest.fixture
 def overtrained(set_params: SetParams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation pairs whose loss is smallest at a margin of 1.39, which training goes beyond."""
-    set_params("train", keep="best", learning_rate=5e-3, lr_scheduler_type="constant")
+    set_params("train", keep="best", learning_rate=8e-3, lr_scheduler_type="constant")
     set_params("train", eval_steps=1, save_steps=1, logging_steps=1)
 
     def uncertain(dataset: Dataset, *_: Any) -> Dataset:
@@ -765,8 +765,8 @@ def overtrained(set_params: SetParams, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("overtrained")
-def test_the_best_adapter_is_that_of_the_smallest_validation_loss(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_best_adapter_is_that_of_the_smallest_validation_loss_and_outlives_a_kill(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: dict[int, list[torch.Tensor]] = {}
     original = trainer.RewardTrainer.evaluate
@@ -776,19 +776,28 @@ def test_the_best_adapter_is_that_of_the_smallest_validation_loss(
         return original(self, *arguments, **named)
 
     monkeypatch.setattr(trainer.RewardTrainer, "evaluate", noted)
+    set_params("train", max_steps=6)
     train.main()
     points = curve("validation")
     losses = [point["loss"] for point in points]
     best = losses.index(min(losses))
-    assert 0 < best < len(losses) - 1
+    assert 0 < best < 3
     step = int(points[best]["step"])
     kept = {digest_of(each) for each in weights().values()}
     assert kept == {digest_of(each) for each in seen[step]}
-    assert read_json(train.METRICS) == {"steps": 8} | {
+    assert read_json(train.METRICS) == {"steps": 6} | {
         f"validation/{name}": points[best][name] for name in ("accuracy", "loss", "step")
     }
     assert read_json(train.REPORTS / "figures.json")["validation"] == points[best]
-    assert f"kept       the adapter of step {step} of 8\n" in capsys.readouterr().out
+    assert f"kept       the adapter of step {step} of 6\n" in capsys.readouterr().out
+
+    expected = outs()
+    forget()
+    kill_at(5, monkeypatch)
+    left = {path.name for path in Path("models/checkpoints").glob("*/step-*")}
+    assert left == {"step-4", "step-5"}  # that of the best step is gone
+    train.main()
+    assert outs() == expected
 
 
 def digest_of(tensor: torch.Tensor) -> str:
@@ -840,21 +849,6 @@ def test_killed_run_ends_with_the_bytes_of_one_that_was_not(
     steps.clear()
     train.main()
     assert len(steps) == left
-    assert outs() == wanted
-
-
-@pytest.mark.usefixtures("overtrained")
-def test_the_best_adapter_outlives_a_kill_and_the_checkpoint_of_its_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    train.main()
-    wanted, best = outs(), read_json(train.METRICS)["validation/step"]
-    forget()
-    kill_at(7, monkeypatch)
-    kept = {path.name for path in Path("models/checkpoints").glob("*/step-*")}
-    assert best < 6
-    assert kept == {"step-6", "step-7"}
-    train.main()
     assert outs() == wanted
 
 

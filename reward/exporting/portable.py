@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reward.data.tokens import Template, around, token_of
-from reward.model.base import ADAPTER_WEIGHTS, head_of, new_head
+from reward.model.base import ADAPTER_WEIGHTS, head_of, set_head
 from reward.outputs import read_json, write_json, write_text, writing
 from reward.process import Fault
 
@@ -211,8 +211,7 @@ def take_head(model: PreTrainedModel, adapter: Path) -> None:
     """
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     [head] = [tensor for name, tensor in tensors.items() if name.endswith("score.weight")]
-    new_head(model, seed=0)
-    head_of(model).weight.data.copy_(head)
+    set_head(model, head)
     head_of(model).to(model.dtype)
 
 

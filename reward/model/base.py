@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from transformers.pytorch_utils import Conv1D
 
 from reward.model import attention, layers
+from reward.model.head import is_classifier
 from reward.outputs import digests, read_json, recorded, require_files, write_json, writing
 from reward.params import Switch
 from reward.process import Fault
@@ -234,11 +235,21 @@ def keep_weights_unpacked(model: nn.Module) -> None:
 
 
 def new_head(model: PreTrainedModel, seed: int) -> None:
-    """Give the model a fresh scalar head: fp32, unquantized, from a seed of its own."""
+    """Give the model a fresh scalar head from a seed of its own."""
     features = head_of(model).in_features
-    head = nn.Linear(features, 1, bias=False, dtype=torch.float32)
     weight = torch.randn(1, features, generator=torch.Generator().manual_seed(seed))
-    head.weight.data = weight / features**0.5
+    set_head(model, weight / features**0.5)
+
+
+def has_head(base: Path) -> bool:
+    """Whether a base is a reward model already, which `stock` loads with its head."""
+    return is_classifier(read_json(base / "config.json"))
+
+
+def set_head(model: PreTrainedModel, weight: torch.Tensor) -> None:
+    """Give the model a scalar head in fp32, which is not quantized: the weight is [1, features]."""
+    head = nn.Linear(weight.shape[1], 1, bias=False, dtype=torch.float32)
+    head.weight.data = weight.detach().float()
     model.score = head.to(device())
 
 

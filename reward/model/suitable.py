@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from reward.model.head import against_labels, is_classifier
 from reward.model.plain import require_plain, ropes
 from reward.process import Fault
 
@@ -34,15 +35,19 @@ TOKENS = 5
 
 def reason_against(config: dict[str, Any]) -> str | None:
     """Why no model of this config.json can become a reward model, said of it, or None."""
-    return against_name(config) or against_model(config)
+    return against_name(config) or against_labels(config) or against_model(config)
 
 
 def against_name(config: dict[str, Any]) -> str | None:
-    """Why it is no decoder that transformers has the code of, and a classifier over."""
+    """Why it is no decoder that transformers has the code of, and a classifier over.
+
+    It may be that classifier already, but not one that sees.
+    """
     kind = str(config.get("model_type"))
     classes = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind)]
     named = ", ".join(map(str, classes))
-    known = set(classes) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    known: Any = set(classes) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    known = known or (is_classifier(config) and "vision_config" not in config)
     if known and not config.get("is_encoder_decoder"):
         if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
             return None

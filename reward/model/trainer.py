@@ -85,6 +85,7 @@ SCHEDULES = (
 class Train:
     """The group `train` of params.yaml, where each key is described."""
 
+    head: Literal["auto", "new"]
     pairs_per_step: Positive
     step_of: StepOf
     center_rewards: ZeroOrMore
@@ -148,8 +149,7 @@ class RewardTrainer(Trainer):
         self.keeps_best = options.keep == "best"
         self.best: list[Tensor] = []
         self.pairs_per_step = options.pairs_per_step
-        watched_pairs = watched(validation, options.validation_pairs, options.seed)
-        self.validation = Step(rankings_of(watched_pairs), Labels.of(watched_pairs))
+        self.validation = validation_step(validation, options)
         self.center_rewards = options.center_rewards
         self.sum_in_order = options.sum_in_order
         self.size_on_trial = options.tokens_per_pack == "auto" and device().type == "cuda"
@@ -218,16 +218,8 @@ class RewardTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss, accuracy and mean margin on the validation pairs."""
-        ranked = self.validation.rankings
-        found = score(self.reward_model, [each.texts for each in ranked], self.tokens_per_pack)
-        j, k, rows = sides(found, ranked)
-        labels = self.validation.labels.take(rows)
-        right, margin, decided = judged(j, k, labels)
-        metrics = {
-            "eval_loss": (losses(j, k, labels).sum() / labels.weight.sum()).item(),
-            "eval_accuracy": (right / decided).item(),
-            "eval_margin": (margin / decided).item(),
-        }
+        found = figures(self.reward_model, self.validation, self.tokens_per_pack)
+        metrics = {f"eval_{name}": value for name, value in found.items()}
         require_finite("validation loss", metrics["eval_loss"], self.state.global_step)
         self.log(metrics)
         if self.keeps_best and self.kept["step"] == self.state.global_step:
@@ -257,7 +249,7 @@ class RewardTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
 
-    def fit(self) -> None:
+    def fit(self, new_head: bool) -> None:
         """Train to the end, and have the model take the weights that are kept.
 
         It goes on from the last whole checkpoint if there is one.
@@ -268,17 +260,21 @@ class RewardTrainer(Trainer):
         if checkpoint:
             self.resume(checkpoint)
         else:
-            self.begin()
+            self.begin(new_head)
         if self.keeps_best:
             self.take(self.best)
 
-    def begin(self) -> None:
-        """Train from the first step."""
+    def begin(self, new_head: bool) -> None:
+        """Train from the first step; a head that is not new is left as it is, and evaluated."""
         if self.size_on_trial:
             self.tokens_per_pack = largest_pack(self)
         rows = self.steps.dataset
         first = pairs_of(rows.select(range(min(HEAD_PAIRS, len(rows)))))
-        scale_head(self.reward_model, first, self.tokens_per_pack)
+        if new_head:
+            scale_head(self.reward_model, first, self.tokens_per_pack)
+        else:
+            first_margins(self.reward_model, first, self.tokens_per_pack)
+            self.args.eval_on_start = True
         # All processes begin with the numbers of the first one.
         self.take(group.of_first([each.detach().cpu() for each in self.trained]))
         self.train()
@@ -347,6 +343,19 @@ def judged(j: Tensor, k: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor
     decided = labels.decided
     right, margin = correct(j, k)[decided], margins(j, k)[decided]
     return right.sum(), margin.sum(), decided.sum()
+
+
+def figures(model: PeftModel, step: Step, tokens_per_pack: int) -> dict[str, float]:
+    """Loss, and accuracy and mean margin of the pairs that are no ties, by their names."""
+    found = score(model, [each.texts for each in step.rankings], tokens_per_pack)
+    j, k, rows = sides(found, step.rankings)
+    labels = step.labels.take(rows)
+    right, margin, decided = judged(j, k, labels)
+    return {
+        "loss": (losses(j, k, labels).sum() / labels.weight.sum()).item(),
+        "accuracy": (right / decided).item(),
+        "margin": (margin / decided).item(),
+    }
 
 
 def require_finite(name: str, value: float, step: int) -> None:
@@ -452,11 +461,8 @@ class Progress(TrainerCallback):
             shown = {name: logs[name] for name in ("loss", "accuracy") if name in logs}
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
         elif logs and "eval_loss" in logs:
-            self.bar.write(
-                f"step {state.global_step:>5}  validation loss {logs['eval_loss']:.4f}  "
-                f"accuracy {logs['eval_accuracy']:.4f}  margin {logs['eval_margin']:+.4f}",
-                file=sys.stdout,
-            )
+            found = {name: logs[f"eval_{name}"] for name in ("loss", "accuracy", "margin")}
+            self.bar.write(line_of(f"step {state.global_step:>5}", found), file=sys.stdout)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -465,6 +471,14 @@ class Progress(TrainerCallback):
         if pairs := int(self.pairs[self.first : state.global_step].sum()):
             rate = pairs / (time.monotonic() - self.start)
             print(f"speed      {rate:.1f} pairs/s, peak memory {peak_memory():.2f} GB")
+
+
+def line_of(place: str, found: dict[str, float]) -> str:
+    """A line of figures of the validation pairs."""
+    return (
+        f"{place:<11} validation loss {found['loss']:.4f}  accuracy {found['accuracy']:.4f}  "
+        f"margin {found['margin']:+.4f}"
+    )
 
 
 def peak_memory() -> float:
@@ -495,6 +509,12 @@ def full_pack(dataset: Dataset, tokens_per_pack: int) -> list[Texts]:
     return pairs_of(dataset.select(extremes(lengths_of(dataset).tolist(), tokens_per_pack)))
 
 
+def validation_step(dataset: Dataset, options: Train) -> Step:
+    """The validation pairs that training watches, as if they were those of a step."""
+    pairs = watched(dataset, options.validation_pairs, options.seed)
+    return Step(rankings_of(pairs), Labels.of(pairs))
+
+
 def watched(dataset: Dataset, most: int, seed: int) -> Dataset:
     """At most about `most` validation pairs: all those of some prompts, drawn by their hash.
 
@@ -511,6 +531,17 @@ def watched(dataset: Dataset, most: int, seed: int) -> Dataset:
     return dataset.select([row for row, prompt in enumerate(dataset[PROMPT_ID]) if prompt in drawn])
 
 
+def first_margins(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -> Tensor:
+    """The margins of the first pairs: [pairs]. Raises a Fault for those that are not finite."""
+    found = margins(*score(model, pairs, tokens_per_pack).view(-1, 2).unbind(1))
+    if not found.isfinite().all():
+        raise Fault(
+            "the base model's rewards of the first pairs are not finite, wanted one that computes "
+            "in quantization.compute_dtype; try float32"
+        )
+    return found
+
+
 def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -> None:
     """Scale the head so that the first pairs' margins are small.
 
@@ -518,24 +549,14 @@ def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -
     loss within 0.03 of ln 2: training starts undecided, however large the base's activations are.
     Raises a Fault for rewards that are not finite.
     """
-
-    def undecided() -> tuple[Tensor, Tensor]:
-        chosen, rejected = score(model, pairs, tokens_per_pack).view(-1, 2).unbind(1)
-        return chosen, rejected
-
-    size = margins(*undecided()).square().mean().sqrt().item()
-    if not math.isfinite(size):
-        raise Fault(
-            "the base model's rewards of the first pairs are not finite, wanted one that computes "
-            "in quantization.compute_dtype; try float32"
-        )
+    size = first_margins(model, pairs, tokens_per_pack).square().mean().sqrt().item()
     head = head_of(model.get_base_model())
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(min(1.0, HEAD_MARGIN / size) if size else 1.0)
-    found = undecided()
-    deviation = margins(*found).std(correction=0).item()
-    loss = losses(*found, Labels.certain(len(pairs))).mean().item()
+    found = first_margins(model, pairs, tokens_per_pack)
+    deviation = found.std(correction=0).item()
+    loss = losses(found, torch.zeros_like(found), Labels.certain(len(pairs))).mean().item()
     if deviation > 0.1 or abs(loss - math.log(2)) > 0.05:
         raise Fault(
             f"before the first step the margins deviate by {deviation:.3f} and the loss is "

@@ -1,0 +1,231 @@
+"""A base that is a reward model already: what is kept of it, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
+
+from reward import params
+from reward.data.columns import IDS
+from reward.model import checkpoints, trainer
+from reward.model.base import Quantization, head_of
+from reward.model.packing import pairs_of
+from reward.model.scoring import score
+from reward.outputs import read_json
+from reward.process import Fault
+from stages import fetch, preprocess, train
+from tests.support import write_pairs
+
+SetParams = Callable[..., None]
+WEIGHTS = "adapter_model.safetensors"
+KINDS = {"qwen2": Qwen2Config, "llama": LlamaConfig}
+
+
+def save_classifier(folder: Path, tokenizer: Path, kind: str = "qwen2", labels: int = 1) -> Path:
+    """A small random classifier as people have them, whose rewards are far from zero."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    torch.manual_seed(0)
+    config = KINDS[kind](
+        vocab_size=read_json(tokenizer / "config.json")["vocab_size"],
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        num_labels=labels,
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        model.score.weight.mul_(10)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def reward_model(
+    workspace: Path, tiny_base: Path, set_params: SetParams, request: pytest.FixtureRequest
+) -> Path:
+    """A classifier that is fetched as the base of 14 tokenized training pairs."""
+    kind = getattr(request, "param", "qwen2")
+    folder = save_classifier(workspace / "classifier", tiny_base, kind)
+    set_params("base", name="classifier")
+    set_params("quantization", bits="none")
+    set_params("train", max_steps=1, warmup_steps=0, logging_steps=1, save_steps=1)
+    fetch.main()
+    write_pairs(workspace / "data" / "raw" / "pairs.json", 20)
+    preprocess.main()
+    return folder
+
+
+def own_rewards(folder: Path, split: str) -> torch.Tensor:
+    """What transformers gives to the texts of each pair, one by one: [pairs, 2]."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = load_from_disk(f"data/tokenized/{split}")
+    with torch.no_grad():
+        return torch.tensor(
+            [[model(torch.tensor([row[name]])).logits.item() for name in IDS] for row in rows]
+        )
+
+
+def head_in(path: Path) -> torch.Tensor:
+    [found] = [each for name, each in load_file(path).items() if name.endswith("score.weight")]
+    return found
+
+
+def built() -> Any:
+    return train.build(
+        params.load("train", trainer.Train),
+        params.load("lora", train.Lora),
+        params.load("quantization", Quantization),
+    )
+
+
+def validation_loss(rewards: torch.Tensor) -> float:
+    return float(-torch.nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean())
+
+
+@pytest.mark.parametrize("reward_model", KINDS, indirect=True)
+def test_training_begins_with_the_rewards_of_the_base(reward_model: Path) -> None:
+    own = own_rewards(reward_model, "train")
+    found = score(built(), pairs_of(load_from_disk("data/tokenized/train")), 4096).view(-1, 2)
+    assert own.std() > 0.2
+    assert (found - own).abs().max() < 1e-4
+
+
+def test_the_first_validation_figures_are_those_of_the_base(
+    reward_model: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = validation_loss(own_rewards(reward_model, "validation"))
+    train.main()
+    first, *_ = read_json(train.REPORTS / "validation.json")
+    assert first["step"] == 0
+    assert first["loss"] == pytest.approx(loss, abs=1e-4)
+    assert "unquantized" not in capsys.readouterr().out
+
+    set_params("quantization", bits=4)
+    train.main()
+    beside = f"unquantized validation loss {loss:.4f}  accuracy"
+    printed = capsys.readouterr().out
+    assert f"\n{beside}" in printed
+    assert printed.index(beside) < printed.index("step     0  validation loss")
+    own, adapter = head_in(reward_model / "model.safetensors"), head_in(train.ADAPTER / WEIGHTS)
+    assert torch.equal(head_of(built().get_base_model()).weight, own)
+    assert 0 < (adapter - own).norm() < 0.1 * own.norm()  # it trains on
+
+
+def test_a_new_head_takes_the_place_of_the_own_one(
+    reward_model: Path, set_params: SetParams
+) -> None:
+    own = head_in(reward_model / "model.safetensors")
+    heads = []
+    for head in ("auto", "new"):
+        set_params("train", head=head)
+        heads.append(head_of(built().get_base_model()).weight)
+        assert train.goes_on(params.load("train", trainer.Train)) == (head == "auto")
+    assert torch.equal(heads[0], own)
+    assert not torch.equal(heads[1], own)
+
+
+@pytest.mark.usefixtures("reward_model")
+def test_own_rewards_that_are_not_finite_stop_the_stage() -> None:
+    model, options = built(), params.load("train", trainer.Train)
+    with torch.no_grad():
+        for parameter in head_of(model.get_base_model()).parameters():
+            parameter.fill_(torch.inf)
+    rows = load_from_disk("data/tokenized/train")
+    run = checkpoints.Run(Path("models/checkpoints/run"))
+    ours = trainer.RewardTrainer(model, options, run, train.steps(options, rows), rows, Path("x"))
+    with pytest.raises(Fault, match="rewards of the first pairs are not finite"):
+        ours.fit(new_head=False)
+
+
+@pytest.mark.usefixtures("project")
+def test_an_export_is_gone_on_with_from_a_copy() -> None:
+    """Its merged model has the rewards that were evaluated, and so has what is made of it."""
+    shutil.copytree("models/export/merged", "models/mine")
+    text = Path("params.yaml").read_text()
+    name = json.loads(Path("models/base/base.json").read_text())["name"]
+    assert name in text
+    Path("params.yaml").write_text(
+        text.replace(name, "models/mine").replace("bits: 4", "bits: none")
+    )
+    fetch.main()
+    preprocess.main()
+    test = load_from_disk("data/tokenized/test")
+    found = score(built(), pairs_of(test), 4096).view(-1, 2)
+    evaluated = pyarrow.parquet.read_table("reports/evaluate/rewards.parquet")
+    assert evaluated["id"].to_pylist() == list(test["id"])
+    expected = torch.tensor(
+        [evaluated["reward_chosen"].to_pylist(), evaluated["reward_rejected"].to_pylist()]
+    ).T
+    assert (found - expected).abs().max() < 1e-4
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def biased(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"score.bias": torch.ones(1)}, folder / "model.safetensors")
+
+
+def headless(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["score.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def two_rows(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["score.weight"] = torch.ones(2, 64)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "labels", "found"),
+    [
+        (None, 2, "is a classifier of 2 labels, expected one label, which is the reward"),
+        (None, 3, "is a classifier of 3 labels, expected one label, which is the reward"),
+        (biased, 1, "has a head with a bias, score.bias, expected score.weight alone"),
+        (headless, 1, "is a classifier without a head, expected score.weight among its weights"),
+        (two_rows, 1, "has a head of 2 labels, expected one label, which is the reward"),
+    ],
+)
+def test_a_head_that_gives_no_single_reward_is_refused(
+    workspace: Path,
+    tiny_base: Path,
+    set_params: SetParams,
+    change: Callable[[Path], None] | None,
+    labels: int,
+    found: str,
+) -> None:
+    shutil.rmtree("models/base")
+    folder = save_classifier(workspace / "classifier", tiny_base, labels=labels)
+    if change:
+        change(folder)
+    set_params("base", name="classifier")
+    with pytest.raises(Fault) as fault:
+        fetch.main()
+    assert str(fault.value) == f"params.yaml: base.name classifier {found}"
+    assert not Path("models/base").exists()
+
+
+@pytest.mark.parametrize("name", ["models/export", "models/export/merged", "mine"])
+def test_a_base_in_the_exported_folder_is_refused(
+    workspace: Path, set_params: SetParams, name: str
+) -> None:
+    (workspace / "mine").symlink_to("models/export/merged")
+    set_params("base", name=name)
+    with pytest.raises(Fault, match=r"is in models/export, .*: a cycle; expected a copy of it"):
+        fetch.main()
