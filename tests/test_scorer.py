@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -36,11 +37,18 @@ def scorer() -> Scorer:
 
 def export_with(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> Path:
     """A copy of the export with another template; the model stays."""
-    shutil.copytree(EXPORT, "changed")
+    shutil.copytree(EXPORT, "changed", dirs_exist_ok=True)
     path = Path("changed/template.json")
     replace(Template.load(path), **changed).save(path)
     monkeypatch.setattr(module, "load_exported", lambda _: load_exported(EXPORT))
     return path.parent
+
+
+def scorer_of(monkeypatch: pytest.MonkeyPatch, name: str, append_eos: bool = False) -> Scorer:
+    """A scorer whose model was trained with another template."""
+    made = Template.of(name, append_eos, 2040, Path("models/base"))
+    changed = {"template": made.template, "chat_template": made.chat_template}
+    return Scorer(export_with(monkeypatch, append_eos=append_eos, **changed))
 
 
 @torch.no_grad()
@@ -180,6 +188,74 @@ def test_a_text_without_a_token_is_named(scorer: Scorer) -> None:
     assert found.value.index == 1
 
 
+@pytest.mark.parametrize("append_eos", [False, True])
+@pytest.mark.parametrize(
+    ("name", "tail"),
+    [
+        ("zh", ""),
+        ("chat", "<|im_end|>\n"),
+        ("Q: {prompt}\nA: {answer}\nEnd\n", "\nEnd\n"),
+        ("{prompt}[{answer} ]<|im_end|>", " ]<|im_end|>"),
+    ],
+)
+def test_a_whole_text_has_the_ids_of_training_whatever_it_ends_in(
+    name: str, tail: str, append_eos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(monkeypatch, name, append_eos)
+    for answer in ("yes, of course", "好", "two\nlines", "- \n"):
+        text = scorer.render(candidates({"prompt": "hi", "answer": answer}))[0]
+        wanted = scorer.encode([text])
+        body = text.removesuffix(tail)
+        endings = [tail, "", tail.rstrip(), "<|im_end|>", "<|im_end|>\n", "<|endoftext|>"]
+        endings += [
+            f"{tail}<|endoftext|>",
+            f"{tail}<|endoftext|>\n<|endoftext|>",
+            f"{tail}<|im_end|>",
+        ]
+        for ending in endings:
+            assert scorer.encode_rendered([body + ending]) == wanted, ending
+        assert scorer.encode_pairs(["hi"], [f"{answer}<|im_end|>\n<|endoftext|>"])[0] == wanted
+
+
+def test_a_chat_template_that_trims_answers_trims_those_of_whole_texts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jinja = "{% for m in messages %}<|im_start|>{{ m.content | trim }} <|im_end|>\n{% endfor %}"
+    chat = {"template": "chat", "chat_template": jinja}
+    scorer = Scorer(export_with(monkeypatch, **chat))
+    wanted = scorer.encode(["<|im_start|>hi <|im_end|>\n<|im_start|>yes <|im_end|>\n"])
+    for text in ("yes", "yes \n", "yes\n<|im_end|>", "yes <|im_end|>\n"):
+        assert scorer.encode_rendered([f"<|im_start|>hi <|im_end|>\n<|im_start|>{text}"]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("ending", "token"),
+    [("<|eot_id|>", "<|eot_id|>"), ("<｜end▁of▁sentence｜>\n", "<｜end▁of▁sentence｜>")],
+)
+def test_a_token_of_another_model_at_the_end_is_refused(
+    scorer: Scorer, ending: str, token: str
+) -> None:
+    with pytest.raises(Misfit) as found:
+        scorer.encode_rendered(["问:hi\n\n答:yes", f"问:hi\n\n答:yes{ending}"])
+    assert (found.value.index, found.value.reason) == (1, "ending")
+    assert str(found.value) == (
+        f"the text ends in {token!r}, expected the end of an answer, or a special token with "
+        "which the reward model's own tokenizer ends one"
+    )
+
+
+def test_a_token_that_begins_a_message_ends_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = scorer_of(monkeypatch, "chat")
+    [text] = scorer.render(candidates({"prompt": "hi", "answer": "yes"}))
+    with pytest.raises(Misfit, match=r"^the text ends in '<\|im_start\|>', expected the end"):
+        scorer.encode_rendered([f"{text}<|im_start|>\n"])
+    with pytest.raises(Misfit, match=r"^the text has no token$"):
+        scorer.encode_rendered(["<|im_end|>\n"])
+    empty = scorer_of(monkeypatch, "{prompt}<|im_start|>\n{answer}<|im_end|>")
+    wanted = empty.encode(["hi<|im_start|>\n<|im_end|>"])
+    assert empty.encode_rendered(["hi<|im_start|>\n"]) == wanted
+
+
 # --- records ---------------------------------------------------------------------------------
 
 U = {"role": USER, "content": "hi"}
@@ -257,12 +333,12 @@ def test_half_a_character_is_no_text() -> None:
 
 def test_the_reward_function_takes_texts_and_messages() -> None:
     reward = reward_function(EXPORT)
-    texts = reward(["hi", "hi", "you"], ["yes", "", "no"], completion_ids=[[1], [2], [3]])
+    texts = reward(["hi", "hi", "you"], ["yes", "1", "no<|im_end|>"], completion_ids=[[1], [2]])
     messages = reward(
         [[{"role": USER, "content": prompt}] for prompt in ("hi", "hi", "you")],
-        [[{"role": ASSISTANT, "content": answer}] for answer in ("yes", "", "no")],
+        [[{"role": ASSISTANT, "content": answer}] for answer in ("yes", "1", "no<|im_end|>\n")],
     )
-    wanted = one_by_one(["问:hi\n\n答:yes", "问:hi\n\n答:", "问:you\n\n答:no"])
+    wanted = one_by_one(["问:hi\n\n答:yes", "问:hi\n\n答:1", "问:you\n\n答:no"])
     assert texts == messages == pytest.approx(wanted, abs=1e-5)
 
 
@@ -271,16 +347,46 @@ def test_the_reward_function_says_what_it_cannot_score() -> None:
         reward_function(EXPORT)(["a", ""], ["b", "c"])
 
 
+TOOL = {"role": "tool", "content": "4"}
+
+
+def test_a_completion_that_cannot_be_scored_has_no_reward_and_the_first_one_a_warning() -> None:
+    reward, lenient = reward_function(EXPORT, strict=True), reward_function(EXPORT)
+    cases: list[tuple[Any, str]] = [
+        ("1" * 3000, "the text has 3008 tokens, at most 2040 fit the model"),
+        (" ", "the completion is empty"),
+        ("<|im_end|>", "the completion is empty"),
+        ([], "the completion is empty"),
+        ([{"role": ASSISTANT, "content": None}], "the completion is empty"),
+        ([A, TOOL], "the completion ends in a message of the role 'tool'"),
+    ]
+    bad = [completion for completion, _ in cases]
+    once = (
+        r"^prompts\[1\] with its completion: the text has 3008 tokens, at most 2040 fit the model; "
+        "it has no reward, like later ones, of which nothing is said$"
+    )
+    with pytest.warns(UserWarning, match=once) as warned:
+        found = lenient(["hi"] * (len(bad) + 2), ["yes", *bad, "no"])
+    assert len(warned) == 1
+    assert lenient(["hi"], [""]) == [None]
+    assert found[1:-1] == [None] * len(bad)
+    assert [found[0], found[-1]] == reward(["hi", "hi"], ["yes", "no"])
+    for completion, sentence in cases:
+        said = re.escape(f"prompts[0] with its completion: {sentence}")
+        with pytest.raises(Fault, match=f"^{said}$"):
+            reward(["hi"], [completion])
+
+
 @pytest.mark.filterwarnings("ignore")  # TRL warns of itself
 @pytest.mark.parametrize("conversational", [False, True])
 def test_a_step_of_grpo_has_the_rewards_of_the_export(conversational: bool) -> None:
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    seen: list[tuple[str, str, float]] = []
+    seen: list[tuple[str, str, float | None]] = []
     reward = reward_function(EXPORT)
 
-    def watched(prompts: list[Any], completions: list[Any], **others: Any) -> list[float]:
+    def watched(prompts: list[Any], completions: list[Any], **others: Any) -> list[float | None]:
         found = reward(prompts, completions, **others)
         contents = [
             [side if isinstance(side, str) else side[-1]["content"] for side in sides]

@@ -108,8 +108,7 @@ class Encoder:
         self._chat = template.chat_template is not None
         self._eos: int | None = None
         if template.append_eos:
-            eos = token_of(self._config, "eos_token")
-            self._eos = self._tokenizer.token_to_id(eos) if eos else None
+            self._eos = self._tokenizer.token_to_id(self.eos) if self.eos else None
             if self._eos is None:
                 raise Fault(f"params.yaml: preprocess.append_eos is true, but {base} has no eos")
 
@@ -150,6 +149,17 @@ class Encoder:
     def _around(self) -> tuple[str, str]:
         before, after = map("".join, around(self._tokenizer))
         return before, after
+
+    @property
+    def eos(self) -> str | None:
+        """The tokenizer's end-of-sequence token, if it has one."""
+        return token_of(self._config, "eos_token")
+
+    @cached_property
+    def special(self) -> set[str]:
+        """The tokenizer's special tokens."""
+        tokens = self._tokenizer.get_added_tokens_decoder().values()
+        return {token.content for token in tokens if token.special}
 
     def encode_cut(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
         """The ids of one prompt with each answer, at most the maximum length, or None.

@@ -8,6 +8,7 @@ Template, ids, packs and passes are those of training and evaluation.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from reward.model.packing import texts_of
 from reward.model.scoring import score
 from reward.outputs import recorded
 from reward.process import Fault
+from reward.serving.endings import Endings
 
 # The most tokens of one pack: memory depends on it, rewards to rounding only.
 TOKENS_PER_PACK = 4096
+# Why TRL's reward function may leave out a completion.
+UNSCORABLE = {"no_answer", "over_length"}
 
 Ids = list[int]
 
@@ -46,6 +50,7 @@ class Scorer:
         self._template = Template.load(folder / "template.json")
         self._encoder = Encoder(folder, self._template)
         self.temperature: float = recorded(folder / REWARD)["temperature"]
+        self._endings = Endings(self._encoder)
 
     def render(self, asked: Candidates) -> list[str]:
         """The text of a prompt with each answer. Raises BadRecord where the template cannot."""
@@ -66,25 +71,44 @@ class Scorer:
         return found
 
     def encode_rendered(self, texts: Sequence[str]) -> list[Ids]:
-        """The same for whole texts, which may have the tokenizer's special tokens around them."""
-        return self.encode([self._encoder.bare(text) for text in texts])
+        """The same for whole texts, with or without the tokenizer's special tokens around them.
+
+        Each gets what the template puts after an answer, whatever it ends in.
+        """
+        whole = []
+        for index, text in enumerate(texts):
+            try:
+                whole.append(self._endings.complete(self._encoder.bare(text)))
+            except BadRecord as error:
+                raise Misfit(index, error.reason, str(error)) from None
+        return self.encode(whole)
 
     def encode_pairs(
         self, prompts: Sequence[Any], answers: Sequence[Any]
     ) -> tuple[list[Ids], list[Messages]]:
         """The ids of each prompt with its answer, and the prompt as messages.
 
-        Prompts and answers are texts or lists of messages. Raises Misfit for the first bad one.
+        Prompts and answers are texts or lists of messages; special tokens at the end of an answer
+        do not belong to it. Raises Misfit for the first bad one.
         """
         texts, asked = [], []
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             try:
-                found = candidates({"prompt": prompt, "answer": answer})
+                found = candidates({"prompt": prompt, "answer": self.without_ending(answer)})
                 texts += self.render(found)
             except BadRecord as error:
                 raise Misfit(index, error.reason, str(error)) from None
             asked.append(found.prompt)
         return self.encode(texts), asked
+
+    def without_ending(self, answer: Any) -> Any:
+        """An answer, a text or a list of messages, without the special tokens at its end."""
+        match answer:
+            case str():
+                return self._endings.without(answer)
+            case [*others, {"content": str(content)} as last]:
+                return [*others, last | {"content": self._endings.without(content)}]
+        return answer
 
     def rewards(self, texts: Sequence[Ids], prompts: Sequence[Hashable]) -> list[float]:
         """The reward of each text; what texts of equal prompts begin with is computed once.
@@ -133,18 +157,49 @@ def probabilities(rewards: Sequence[float], temperature: float) -> list[float]:
     return found
 
 
-def reward_function(folder: str | Path) -> Callable[..., list[float]]:
+def reward_function(
+    folder: str | Path, *, strict: bool = False
+) -> Callable[..., list[float | None]]:
     """An exported reward model as a function for TRL's `reward_funcs`.
 
     Prompts and completions are texts or lists of messages, which the model's own template renders.
-    The function raises a Fault for what that cannot render, and for texts that are too long.
+    A completion that is empty, too long, or ends in another message than the assistant's gets None,
+    which TRL leaves out, and the first one a warning; it is a Fault if `strict`. The function
+    raises a Fault for whatever else it cannot render.
     """
-    scorer = Scorer(Path(folder))
+    scorer, warned = Scorer(Path(folder)), False
 
-    def reward_model(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        try:
-            return scorer.rewards(*scorer.encode_pairs(prompts, completions))
-        except Misfit as error:
-            raise Fault(f"prompts[{error.index}] with its completion: {error}") from None
+    def reward_model(prompts: list[Any], completions: list[Any], **_: Any) -> list[float | None]:
+        nonlocal warned
+        rewards: list[float | None] = [None] * len(prompts)
+        kept: dict[int, tuple[Ids, Messages]] = {}
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                require_answer(scorer.without_ending(completion))
+                [ids], [asked] = scorer.encode_pairs([prompt], [completion])
+                kept[index] = ids, asked
+            except BadRecord as error:
+                said = f"prompts[{index}] with its completion: {error}"
+                if strict or error.reason not in UNSCORABLE:
+                    raise Fault(said) from None
+                if not warned:
+                    others = "it has no reward, like later ones, of which nothing is said"
+                    warnings.warn(f"{said}; {others}", stacklevel=2)
+                    warned = True
+        found = scorer.rewards(*zip(*kept.values(), strict=True)) if kept else []
+        for index, reward in zip(kept, found, strict=True):
+            rewards[index] = reward
+        return rewards
 
     return reward_model
+
+
+def require_answer(completion: Any) -> None:
+    """Raises BadRecord `no_answer` for a completion without words, or calls, of the assistant's."""
+    last = completion[-1] if isinstance(completion, list) and completion else completion
+    if isinstance(last, dict) and last.get("role") != "assistant":
+        role = last.get("role")
+        raise BadRecord("no_answer", f"the completion ends in a message of the role {role!r}")
+    said = (last.get("content") or last.get("tool_calls")) if isinstance(last, dict) else last
+    if not said or (isinstance(said, str) and not said.strip()):
+        raise BadRecord("no_answer", "the completion is empty")

@@ -2,11 +2,11 @@
 
     python -m reward.serving.serve --port 5000
 
-POST /get_reward takes a JSON object with `query`: whole texts, which are scored as they are, and
-whose `prompts`, if they are given too, say which of them begin alike. Or with `prompts` and
-`answers`, texts or lists of messages, which the model's own template renders. It answers with
-`rewards`, one a text. GET /health answers as long as the server does, GET /metrics tells Prometheus
-what was asked.
+POST /get_reward takes a JSON object with `query`: whole texts, which are scored with the ending of
+training, and whose `prompts`, if they are given too, say which of them begin alike. Or with
+`prompts` and `answers`, texts or lists of messages, which the model's own template renders. It
+answers with `rewards`, one a text. GET /health answers as long as the server does, GET /metrics
+tells Prometheus what was asked.
 
 With an API key, in the environment variable REWARD_API_KEY or as --api-key, it answers those alone
 who send it: as `Authorization: Bearer KEY`, or as the password of `http://any:KEY@host`.

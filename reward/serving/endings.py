@@ -1,0 +1,100 @@
+"""What follows an answer in a whole text: exactly what followed it in training.
+
+A reward is read at the last token, and trainers send texts that end otherwise than those of
+training: as a policy samples them, with its end-of-sequence token or cut off before it, and without
+the line break that a chat template puts after it.
+"""
+
+import re
+from functools import cached_property
+
+from reward.data.records import BadRecord
+from reward.data.tokens import MARK, Encoder
+
+# A special token as most tokenizers write theirs.
+CONTROL = re.compile(r"<[|｜][^\s<>|｜]{1,80}[|｜]>\Z")
+
+
+class Endings:
+    """The endings of whole texts under a template.
+
+    The special tokens that may end a text are those of the tokenizer, except those that the
+    template has only before an answer.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def complete(self, text: str) -> str:
+        """A whole text with what the template puts after an answer, however the text ends.
+
+        A text of nothing but endings is empty, and stays so. Raises BadRecord for one that ends in
+        a special token that ends no text of training.
+        """
+        body = self.without(text)
+        self._require_ending(body.rstrip())
+        after = self.without(self._after)
+        known = [ending for ending in (after, after.rstrip()) if ending and body.endswith(ending)]
+        if known:
+            body = body.removesuffix(known[0])
+        if self._trims:
+            body = body.rstrip()
+        return body and body + self._after
+
+    def without(self, text: str) -> str:
+        """A text without the special tokens at its end, and the white space after each of them."""
+        start = end = len(text)
+        while True:
+            while end and text[end - 1].isspace():
+                end -= 1
+            token = next((token for token in self._ends if text.endswith(token, 0, end)), None)
+            if token is None:
+                return text[:start]
+            start = end = end - len(token)
+
+    def _require_ending(self, text: str) -> None:
+        """Raises BadRecord for a text that ends in a special token that is not among the ends.
+
+        It may be the template's own where the answer is empty.
+        """
+        others = self._encoder.special - self._ends
+        found = next((token for token in others if text.endswith(token)), None)
+        if found is None and (foreign := CONTROL.search(text, max(0, len(text) - 100))):
+            found = foreign[0]
+        if found and not self._before.rstrip().endswith(found):
+            raise BadRecord(
+                "ending",
+                f"the text ends in {found!r}, expected the end of an answer, or a special token "
+                "with which the reward model's own tokenizer ends one",
+            )
+
+    @cached_property
+    def _ends(self) -> set[str]:
+        special, eos = self._encoder.special, self._encoder.eos
+        return {
+            token
+            for token in special
+            if token == eos or token in self._after or token not in self._before
+        }
+
+    @property
+    def _before(self) -> str:
+        return self._around[0]
+
+    @property
+    def _after(self) -> str:
+        return self._around[1]
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        """What the template puts before an answer, and after it."""
+        before, _, after = self._rendered(MARK).rpartition(MARK)
+        return before, after
+
+    @cached_property
+    def _trims(self) -> bool:
+        """Whether the template leaves out the white space at the end of an answer."""
+        return self._rendered(f"{MARK} ") == self._rendered(MARK)
+
+    def _rendered(self, answer: str) -> str:
+        return self._encoder.render((("user", "a"),), (("assistant", answer),))
