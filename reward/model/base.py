@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 import warnings
@@ -30,7 +29,7 @@ from reward.model import attention, layers
 from reward.model.head import is_classifier
 from reward.outputs import digests, read_json, recorded, require_files, write_json, writing
 from reward.params import Switch
-from reward.process import Fault
+from reward.process import Fault, free_memory
 
 DIGESTS, ADAPTER_WEIGHTS = "digests.json", "adapter_model.safetensors"
 
@@ -131,15 +130,15 @@ def stock(base: Path, quantization: Quantization) -> PreTrainedModel:
 
 def require_room(base: Path, quantization: Quantization) -> None:
     """Raises a Fault for a base whose weights alone are more than the memory of the device."""
-    room = memory()
-    needed = weight_bytes(base, quantization)
+    needed, room = weight_bytes(base, quantization), memory()
     if needed > room:
-        place = "GPU" if device().type == "cuda" else "machine"
-        bits = 4 if quantization.bits == 4 else quantization.dtype.itemsize * 8
+        here = "the GPU has" if device().type == "cuda" else "the machine has free"
+        width = quantization.dtype.itemsize * 8
+        bits = 4 if quantization.bits == 4 else width
         raise Fault(
             f"{base}: its weights take {needed / 1e9:.1f} GB in {bits} bits, with embeddings and "
-            f"norms in {quantization.dtype.itemsize * 8}, this {place} has {room / 1e9:.1f} GB; "
-            "expected a smaller base.name, or more memory (docs/distributed.md has a table)"
+            f"norms in {width}, more than the {room / 1e9:.1f} GB that {here}; expected a smaller "
+            "base.name, or more memory (docs/distributed.md has a table)"
         )
 
 
@@ -166,11 +165,11 @@ def weight_bytes(base: Path, quantization: Quantization) -> int:
     return int(found)
 
 
-def memory() -> int:
-    """The bytes of the GPU, or of the machine where there is none."""
+def memory() -> float:
+    """The bytes of the GPU, or, where there is none, those that the machine has free."""
     if device().type == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free_memory()
 
 
 def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:

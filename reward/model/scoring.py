@@ -18,7 +18,6 @@ from reward.model.packing import Pack, Texts, into_packs, pack, sent, tokens, wi
 from reward.model.swapping import swapped_out
 from reward.process import Fault
 
-
 # What an error says where memory does not suffice, if it is not one of PyTorch's or Python's own:
 # of a CPU, of CUDA, and of cuBLAS, which takes memory of its own for every thread that uses it.
 WITHOUT_MEMORY = (
