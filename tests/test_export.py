@@ -40,7 +40,7 @@ from reward import params
 from reward.data import tokenized
 from reward.data.tokens import Encoder, Template
 from reward.exporting import clients, clients_trl, gate, portable
-from reward.exporting.clients import FOUND, LEFT_OUT, PACKS, Request, fits, select
+from reward.exporting.clients import CLIENT, FOUND, LEFT_OUT, PACKS, Request, fits, select
 from reward.exporting.exported import Trained, load_exported, write_card, write_exported
 from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
 from reward.exporting.merging import merged_weight, write_merged
@@ -705,6 +705,16 @@ def test_packs_have_the_size_that_evaluate_recorded(monkeypatch: pytest.MonkeyPa
     with pytest.raises(Fault, match="ended with status 1"):
         export.main()
     assert [request.tokens_per_pack for request in requests] == [60]
+
+
+def test_other_processes_share_the_packs_and_no_other_client(
+    exported: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported(DEFAULT)
+    monkeypatch.setattr("reward.model.group.leads", lambda: False)
+    paths = [str(folder / each) for each in (export.EXPORT, export.TEST, export.BASE)]
+    found = clients.find(Request(*paths, "light", 4096, [0], parent=os.getpid()))
+    assert set(found[CLIENT].to_pylist()) == {PACKS.name}
 
 
 def test_the_process_of_the_clients_follows_the_one_that_asks(

@@ -11,6 +11,7 @@ know of no packs take ids or text, right- and left-padded, one by one, ending in
 import argparse
 import gc
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from reward.exporting.given import (
     once,
     paired,
 )
+from reward.model import group
 from reward.model.base import (
     Quantization,
     adapt,
@@ -55,11 +57,12 @@ from reward.model.base import (
     load_base,
     silent_peft,
 )
+from reward.model.launching import distribute
 from reward.model.packing import Texts, pairs_of
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
 from reward.model.scoring import score, within_memory
 from reward.outputs import read_json, writing
-from reward.process import follow, free_memory, processors, run
+from reward.process import LAUNCHED, follow, free_memory, run, threads
 
 CLIENT, FORM, FOUND, LEFT_OUT = "client", "form", "found.parquet", b"left_out"
 
@@ -82,23 +85,37 @@ class Request:
 
 
 def main() -> None:
+    """Have the request done, on several GPUs by a process for each."""
     parser = argparse.ArgumentParser(description="Score pairs with an exported reward model.")
     parser.add_argument("request", type=Path, help="JSON; found.parquet is written beside it")
     path = parser.parse_args().request
     request = Request(**read_json(path))
-    follow(request.parent)
-    torch.set_num_threads(processors())
+    if not LAUNCHED:
+        follow(request.parent)
+    distribute(
+        lambda: do(request, path.with_name(FOUND)),
+        "reward.exporting.clients",
+        useful=lambda gpus: gpus,
+        arguments=sys.argv[1:],
+    )
+
+
+def do(request: Request, output: Path) -> None:
+    """Write what the clients find."""
+    torch.set_num_threads(threads())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     found = find(request)
-    with writing(path.with_name(FOUND)):
-        pyarrow.parquet.write_table(found, path.with_name(FOUND))
+    if group.leads():
+        with writing(output):
+            pyarrow.parquet.write_table(found, output)
 
 
 def find(request: Request) -> pa.Table:
     """What the clients find, and, of a quantized base, what is found on the original one.
 
-    Clients that do not fit in memory are left out, and named in the table's metadata.
+    Clients that do not fit in memory are left out, and named in the table's metadata. Of several
+    processes all share the packs, and the first one alone sees to the other clients.
     """
     folder, base = Path(request.folder), Path(request.base)
     dataset = tokenized.load(Path(request.pairs), base)
@@ -111,7 +128,7 @@ def find(request: Request) -> pa.Table:
     if exported_quantization(folder).bits == 4:
         clients.append(ORIGINAL)
     found, left_out = [found_by(PACKS, exported)], []
-    for client in clients[1:]:
+    for client in clients[1:] if group.leads() else []:
         table = within_memory(found_by, client, exported) if fits(client, exported) else None
         if table is None:
             left_out.append(client.name)
