@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
+from reward.data.records import BadRecord, candidates
 from reward.data.tokens import TEMPLATES, Encoder, Template
 from reward.exporting import portable
 from reward.exporting.portable import PAD, Pad, find_pad, prepare_tokenizer
@@ -24,6 +26,7 @@ TEXTS = [
     ("", "answer alone"),
     ("prompt alone", ""),
 ]
+SYSTEM = "<{system}>\n\n问:{prompt}\n\n答:{answer}"
 Made = Callable[..., Path]
 
 
@@ -119,7 +122,9 @@ def test_a_row_that_the_embeddings_lack_is_no_pad(tokenizer_of: Made) -> None:
 # --- what loaders read -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["zh", "none", "chat", 'a "{prompt}" \\ {{ b }}\n{answer} end\n'])
+@pytest.mark.parametrize(
+    "name", ["zh", "none", "chat", SYSTEM, 'a "{prompt}" \\ {{ b }}\n{answer} end\n']
+)
 @pytest.mark.parametrize("append_eos", [False, True])
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("roles", [("user", "assistant"), ("query", "document")])
@@ -138,6 +143,75 @@ def test_the_chat_template_gives_the_ids_of_training(
         assert [found] == encoder.encode([rendered])
         whole = tokenizer.apply_chat_template(chat, tokenize=False)
         assert encoder.encode([encoder.bare(str(whole))]) == [found]
+
+
+S, U, A = ({"role": role, "content": role[0]} for role in ("system", "user", "assistant"))
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+CONVERSATIONS: list[tuple[list[Any], dict[str, Any]]] = [
+    ([U, A], {}),
+    ([S, U, A], {}),
+    ([U, A | {"content": ""}], {}),
+    ([S, S, U, A], {}),
+    ([U, S, A], {}),
+    ([S, A], {}),
+    ([U, A, U, A], {}),
+    ([S, U, A, U, A], {}),
+    ([U, U, A], {}),
+    ([U, A, A], {}),
+    ([U, A, {"role": "tool", "content": "4"}, A], {}),
+    ([U, A | {"tool_calls": [CALL]}], {}),
+    ([U, {"role": "assistant", "content": None, "tool_calls": [CALL]}], {}),
+    ([U, A | {"reasoning_content": "so"}], {}),
+    ([U, A | {"reasoning_content": "", "tool_calls": [], "name": None}], {}),
+    ([U | {"name": "Ann"}, A], {}),
+    ([U | {"images": ["a"]}, A], {}),
+    ([U | {"content": [{"type": "text", "text": "u"}]}, A], {}),
+    ([U, A], {"tools": [CALL]}),
+]
+
+
+@pytest.mark.parametrize("name", ["zh", SYSTEM, "{system}\n{prompt}{answer}", "chat"])
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_the_chat_template_renders_and_refuses_what_training_does(
+    tokenizer_of: Made, name: str, append_eos: bool
+) -> None:
+    source = tokenizer_of(bos=name == SYSTEM)
+    template = template_of(source, name, append_eos)
+    encoder = Encoder(source, template)
+    folder, _ = dressed(source, template, 4096)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def trained(messages: list[Any], more: dict[str, Any]) -> Any:
+        try:
+            found = candidates({"prompt": messages[:-1], "answer": messages[-1:]} | more)
+            return encoder.encode([encoder.render(found.prompt, found.answers[0])])[0]
+        except BadRecord:
+            return None
+
+    def exported(messages: list[Any], more: dict[str, Any]) -> Any:
+        try:
+            return tokenizer.apply_chat_template(messages, return_dict=False, **more)
+        except TemplateError:
+            return None
+
+    rendered = 0
+    for messages, more in CONVERSATIONS:
+        # What records refuse whatever the template is not the chat template's to refuse.
+        if (wanted := trained(messages, more)) is not None or name != "chat":
+            assert exported(messages, more) == wanted, messages
+            rendered += wanted is not None
+    assert rendered == {"zh": 3, "chat": 12}.get(name, 4)
+
+
+def test_a_prompt_without_an_answer_is_rendered_for_a_policy_alone(tokenizer_of: Made) -> None:
+    source = tokenizer_of()
+    folder, _ = dressed(source, template_of(source, SYSTEM), 4096)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for prompt, text in (([U], "问:u\n\n答:"), ([S, U], "<s>\n\n问:u\n\n答:")):
+        asked = {"tokenize": False, "add_generation_prompt": True}
+        assert tokenizer.apply_chat_template(prompt, **asked) == text
+        with pytest.raises(TemplateError, match="user, assistant and perhaps system before them"):
+            tokenizer.apply_chat_template(prompt, tokenize=False)
 
 
 def with_spaces(folder: Path) -> Tokenizer:

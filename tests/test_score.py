@@ -431,7 +431,8 @@ def test_a_killed_process_loses_and_doubles_nothing(start: Callable[[str], Forke
         ),
         (
             '{"prompt": [{"role": "system", "content": "b"}], "answer": "c"}',
-            "needs_chat: has a system message, which only preprocess.template chat can render",
+            "needs_chat: has a system message, which only preprocess.template chat, or "
+            "one with {system}, can render",
         ),
     ],
 )

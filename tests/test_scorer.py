@@ -166,9 +166,8 @@ def test_eos_is_appended_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_conversations_go_through_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer: Any = AutoTokenizer.from_pretrained(EXPORT)
-    chat = {"template": "chat", "chat_template": tokenizer.chat_template}
-    scorer = Scorer(export_with(monkeypatch, **chat))
+    tokenizer: Any = AutoTokenizer.from_pretrained("models/base")
+    scorer = scorer_of(monkeypatch, "chat")
     prompt = [{"role": "system", "content": "be kind"}, {"role": USER, "content": "hi"}]
     answer = [{"role": ASSISTANT, "content": "hello"}]
     [ids], _ = scorer.encode_pairs([prompt], [answer])

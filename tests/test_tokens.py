@@ -117,16 +117,57 @@ def test_chat_is_what_the_tokenizer_makes_of_the_conversation(
 @pytest.mark.parametrize(
     "name",
     ["german", "{prompt}", "{answer}", "{answer}{prompt}", "{prompt}{prompt}{answer}",
-     "{prompt}{answer}{answer}"],
+     "{prompt}{answer}{answer}", "{system}{prompt}{answer}", "{system} {prompt}\n{answer}",
+     "{prompt}\n{system}\n{answer}", "{system}\n{system}\n{prompt}{answer}",
+     "{system}\n{prompt}{answer}{prompt}"],
 )  # fmt: skip
-def test_template_without_the_two_fields_is_a_fault(tiny_base: Path, name: str) -> None:
+def test_template_without_its_fields_is_a_fault(tiny_base: Path, name: str) -> None:
     with pytest.raises(Fault, match=r"preprocess.template is '.*must be one of zh, en, none, chat"):
         Template.of(name, False, 10, tiny_base)
 
 
-def test_several_turns_need_the_chat_template(encoder: Encoders) -> None:
-    with pytest.raises(BadRecord, match=r"preprocess\.template chat") as caught:
-        encoder("zh").render((("system", "Be kind."), *user("Hi")), assistant("Hello"))
+@pytest.mark.parametrize(
+    ("name", "with_system", "without"),
+    [
+        ("{system}\n{prompt}|{answer}", "Be {prompt}.\nHi|Yes", "Hi|Yes"),
+        (
+            "S: {system} .\n\n\nQ: {prompt}|{answer}",
+            "S: Be {prompt}. .\n\n\nQ: Hi|Yes",
+            "Q: Hi|Yes",
+        ),
+        (
+            "# S\n{system}\n\n# Q\n{prompt}|{answer}",
+            "# S\nBe {prompt}.\n\n# Q\nHi|Yes",
+            "# Q\nHi|Yes",
+        ),
+    ],
+)
+def test_a_system_message_has_its_line_and_without_one_the_text_begins_after_it(
+    encoder: Encoders, name: str, with_system: str, without: str
+) -> None:
+    ours = encoder(name)
+    system = (("system", "Be {prompt}."),)
+    assert ours.render((*system, *user("Hi")), assistant("Yes")) == with_system
+    assert ours.render(user("Hi"), assistant("Yes")) == without
+    for prompt in ((*system, *system, *user("Hi")), (*user("Hi"), *system), system):
+        with pytest.raises(BadRecord, match=r"which only preprocess\.template chat can") as caught:
+            ours.render(prompt, assistant("Yes"))
+        assert caught.value.reason == "needs_chat"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ((("system", "Be kind."), *user("Hi")), "a system message, which only preprocess.template"),
+        ((*user("Hi"), *assistant("Ho"), *user("Ha")), "several turns, which only preprocess"),
+        (assistant("Ho"), "no message of the user's, which only preprocess"),
+    ],
+)
+def test_what_needs_the_chat_template_is_said(
+    encoder: Encoders, prompt: Messages, found: str
+) -> None:
+    with pytest.raises(BadRecord, match=f"^has {found}") as caught:
+        encoder("zh").render(prompt, assistant("Hello"))
     assert caught.value.reason == "needs_chat"
 
 

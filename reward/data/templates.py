@@ -1,12 +1,13 @@
-"""Conversation to text: by a text with two fields, or by a chat template in Jinja."""
+"""Conversation to text: by a text with fields, or by a chat template in Jinja."""
 
 import datetime
 import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reward.data.records import TOOLS, BadRecord, Message, Messages, function_of, parts_of
 from reward.process import Fault
@@ -14,26 +15,70 @@ from reward.process import Fault
 # What a chat template may raise besides Jinja's own errors: it is a program that meets a record.
 ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 NEEDS_CHAT = "which only preprocess.template chat can render"
+NEEDS_SYSTEM = "which only preprocess.template chat, or one with {system}, can render"
 # The letters of strftime that a date, at midnight, has a value for wherever Python runs.
 DIRECTIVES = "aAbBcdHIjmMpSUwWxXyY"
 SHOWN = 40
+# A text template: a prompt and its answer, and before them perhaps a line with a system message.
+FIELDS = re.compile(
+    r"(?:(?P<before>.*)\{system\}(?P<after>[^\n]*\n+))?"
+    r"(?P<head>.*)\{prompt\}(?P<middle>.*)\{answer\}(?P<tail>.*)",
+    re.DOTALL,
+)
+FIELD = re.compile(r"\{(system|prompt|answer)\}")
+
+
+class Around(NamedTuple):
+    """What a text template has around its fields.
+
+    `before` and `after` are around {system}, both None where the template has no such field: the
+    text up to it, and the rest of its line with the line breaks. `head` is what comes then.
+    """
+
+    before: str | None
+    after: str | None
+    head: str
+    middle: str
+    tail: str
+
+    def opening(self, system: str | None) -> str:
+        """What a text has before its prompt; without a system message its line is left out."""
+        if system is None or self.before is None or self.after is None:
+            return self.head
+        return self.before + system + self.after + self.head
+
+
+@cache
+def divide(template: str) -> Around:
+    """What a text template has around its fields.
+
+    It has {prompt} and then {answer}, and perhaps {system} on a line before them, each once. Raises
+    ValueError for any other text.
+    """
+    found = FIELDS.fullmatch(template)
+    if found is None or len(FIELD.findall(template)) > 2 + (found["before"] is not None):
+        raise ValueError(template)
+    return Around(**found.groupdict())
 
 
 def fill(template: str, messages: Messages) -> str:
-    """A question and its answer in a text with the fields {prompt} and {answer}.
+    """A question and its answer, and perhaps a system message, in the fields of a text template.
 
-    Raises BadRecord for any other conversation, and for what a text has no field for.
+    Raises BadRecord for any other conversation, and for what the text has no field for.
     """
+    around = divide(template)
     for message in messages:
         for part in parts_of(message):
             raise BadRecord(part, f"has {part}, {NEEDS_CHAT}")
     roles = [message[0] for message in messages]
-    if roles != ["user", "assistant"]:
-        found = "a system message" if "system" in roles else "several turns"
+    system = messages[0][1] if roles[0] == "system" and around.before is not None else None
+    if roles[system is not None :] != ["user", "assistant"]:
+        if around.before is None and "system" in roles:
+            raise BadRecord("needs_chat", f"has a system message, {NEEDS_SYSTEM}")
+        found = "several turns" if "user" in roles else "no message of the user's"
         raise BadRecord("needs_chat", f"has {found}, {NEEDS_CHAT}")
-    head, _, rest = template.partition("{prompt}")
-    middle, _, tail = rest.partition("{answer}")
-    return head + messages[0][1] + middle + messages[1][1] + tail
+    (_, prompt, *_), (_, answer, *_) = messages[-2:]
+    return around.opening(system) + prompt + around.middle + answer + around.tail
 
 
 def read_chat_template(path: Path) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from reward.data.records import TOOLS, Messages, names_of
-from reward.data.templates import dated, fill, read_chat_template, render_chat
+from reward.data.templates import dated, divide, fill, read_chat_template, render_chat
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 
@@ -34,9 +34,9 @@ MARK = "\ue000\ue001\ue000"
 class Template:
     """How text becomes ids. Written by preprocess; every later stage reads it from here alone.
 
-    `template` is a text with the fields {prompt} and {answer}, or the word "chat" for the Jinja
-    text `chat_template`, which is None otherwise. `tokenizer` is the SHA-256 of the tokenizer.json
-    that goes with it.
+    `template` is a text with the fields {prompt} and {answer}, and perhaps {system}, or the word
+    "chat" for the Jinja text `chat_template`, which is None otherwise. `tokenizer` is the SHA-256
+    of the tokenizer.json that goes with it.
     """
 
     template: str
@@ -61,12 +61,15 @@ class Template:
         in ISO form, is what it prints for today's.
         """
         text = name if name == "chat" else TEMPLATES.get(name, name)
-        fields = [text.count("{prompt}"), text.partition("{prompt}")[2].count("{answer}")]
-        if text != "chat" and (fields != [1, 1] or text.count("{answer}") > 1):
-            raise Fault(
-                f"params.yaml: preprocess.template is {name!r}, must be one of "
-                f"{', '.join([*TEMPLATES, 'chat'])}, or a text with {{prompt}} and then {{answer}}"
-            )
+        if text != "chat":
+            try:
+                divide(text)
+            except ValueError:
+                raise Fault(
+                    f"params.yaml: preprocess.template is {name!r}, must be one of "
+                    f"{', '.join([*TEMPLATES, 'chat'])}, or a text with {{prompt}} and then "
+                    "{answer}, and perhaps {system} on a line before them, each once"
+                ) from None
         path = base / "tokenizer.json"
         if not path.is_file():
             raise Fault(f"{path} is not here, wanted the tokenizer of a fetched base model")

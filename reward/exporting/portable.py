@@ -7,6 +7,7 @@ what is not called a regression.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,8 @@ from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
+from reward.data.records import PARTS, UNREAD
+from reward.data.templates import Around, divide
 from reward.data.tokens import Template, around, token_of
 from reward.model.base import ADAPTER_WEIGHTS, head_of, set_head
 from reward.outputs import read_json, write_json, write_text, writing
@@ -33,14 +36,38 @@ ROLES = """\
 {%- endfor -%}
 {%- set messages = ns.turns -%}
 """
-TURNS = """\
+# What a text template has no field for is refused here as in training.
+FIELDS = """\
+{%- set ns = namespace(roles=[]) -%}
 {%- for message in messages -%}
-{%- if message['role'] in ['assistant', 'document'] -%}
-{{ message['content'] + __TAIL__ }}
-{%- else -%}
-{{ __HEAD__ + message['content'] + __MIDDLE__ }}
+{%- for part in __PARTS__ -%}
+{%- if message[part] -%}
+{{ raise_exception('the reward model was trained on texts without ' + part) }}
 {%- endif -%}
 {%- endfor -%}
+{%- if message['content'] is not string -%}
+{{ raise_exception('the content of a message must be a text') }}
+{%- endif -%}
+{%- set ns.roles = ns.roles + [message['role']] -%}
+{%- endfor -%}
+{%- set first = 1 if __SYSTEM__ and ns.roles[:1] == ['system'] else 0 -%}
+{%- set turns = messages[first:] -%}
+{%- set whole = ns.roles[first:] == ['user', 'assistant'] -%}
+{%- if tools or not whole and not (ns.roles[first:] == ['user'] and add_generation_prompt) -%}
+{{ raise_exception('the reward model was trained on texts of the roles __ROLES__, found '
+                   + (ns.roles + (['tools'] if tools else [])) | join(', ')) }}
+{%- endif -%}
+{%- if first -%}
+{{ __BEFORE__ + messages[0]['content'] + __AFTER__ }}
+{%- else -%}
+{{ __HEAD__ }}
+{%- endif -%}
+{%- set rest = turns[0]['content'] + __MIDDLE__ -%}
+{%- set rest = rest + turns[1]['content'] + __TAIL__ if whole else rest -%}
+{{ rest }}
+{%- if whole and not rest.endswith(__EOS__) -%}
+{{ __EOS__ }}
+{%- endif -%}
 """
 ENDED = """\
 {%- set text %}{{ '' }}__BODY__{{ '' }}{% endset -%}
@@ -134,23 +161,35 @@ def chat_template(tokenizer: Tokenizer, config: dict[str, Any], template: Templa
 
     Tokenized without special tokens, as chats are, the text has the ids of training. An answer may
     be called the assistant's or, as sentence-transformers does, a document; a prompt is the user's
-    or a query.
+    or a query. What a text template cannot render is an exception.
     """
-    if template.chat_template is not None:
-        body = ROLES + "{{ '' }}" + template.chat_template
-    else:
-        head, _, rest = template.template.partition("{prompt}")
-        middle, _, tail = rest.partition("{answer}")
-        start, end = opening(tokenizer, f"{head}a{middle}b{tail}")
-        body = (
-            TURNS.replace("__HEAD__", literal(start + head))
-            .replace("__MIDDLE__", literal(middle))
-            .replace("__TAIL__", literal(tail + end))
-        )
-    if not template.append_eos:
-        return body
-    eos = literal(token_of(config, "eos_token") or "")
-    return ENDED.replace("__BODY__", body).replace("__EOS__", eos)
+    eos = token_of(config, "eos_token") or "" if template.append_eos else ""
+    if template.chat_template is None:
+        return ROLES + in_jinja(tokenizer, divide(template.template), eos)
+    body = ROLES + "{{ '' }}" + template.chat_template
+    return ENDED.replace("__BODY__", body).replace("__EOS__", literal(eos)) if eos else body
+
+
+def in_jinja(tokenizer: Tokenizer, around: Around, eos: str) -> str:
+    """A text template as a chat template that renders, and refuses, what `fill` does."""
+    start, end = opening(tokenizer, f"{around.opening(None)}a{around.middle}b{around.tail}")
+    before, after, roles = "", "", "user, assistant"
+    if around.before is not None and around.after is not None:
+        text = f"{around.opening('a')}b{around.middle}c{around.tail}"
+        before = opening(tokenizer, text)[0] + around.before
+        after, roles = around.after + around.head, f"{roles} and perhaps system before them"
+    values = {
+        "PARTS": json.dumps([*PARTS, *UNREAD]),
+        "SYSTEM": json.dumps(around.before is not None),
+        "ROLES": roles,
+        "BEFORE": literal(before),
+        "AFTER": literal(after),
+        "HEAD": literal(start + around.head),
+        "MIDDLE": literal(around.middle),
+        "TAIL": literal(around.tail + end),
+        "EOS": literal(eos),
+    }
+    return re.sub("__([A-Z]+)__", lambda name: values[name[1]], FIELDS)
 
 
 def opening(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
