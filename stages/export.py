@@ -172,17 +172,12 @@ def require_alike(
 ) -> None:
     """Raises a Fault for the first client whose rewards are further off than is allowed.
 
-    Or where memory sufficed for none but packs.
+    Or where memory sufficed for none but packs, or none was given a pair: that proves nothing.
 
     Packs are computed as in evaluation; every other client in its own way, in which half precision
     rounds otherwise, and the more the larger rewards are: where their `deviation` is above 1, what
     is allowed is a share of it.
     """
-    if by_client.keys() == {PACKS.name}:
-        raise Fault(
-            f"{EXPORT}: no client but packs fits in memory, expected one that does; compare on a "
-            "machine with more"
-        )
     trained_in_half = quantization.dtype != DTYPES["float32"]
     for client in clients:
         if client.name not in by_client:
@@ -198,6 +193,14 @@ def require_alike(
                     f"{REWARDS} by up to {figures['difference_max']:.3g}, at most {allowed:.3g} is "
                     f"allowed (export.{key})"
                 )
+    if by_client.keys() == {PACKS.name}:
+        raise Fault(
+            f"{EXPORT}: no client but packs fits in memory, expected one that does; compare on a "
+            "machine with more"
+        )
+    others = [forms for name, forms in by_client.items() if name != PACKS.name]
+    if not any(figures["pairs"] for forms in others for figures in forms.values()):
+        raise Fault(f"{EXPORT}: no client was given a pair of {TEST}, expected one at least")
 
 
 def headline(figures: dict[str, Any]) -> dict[str, float]:
@@ -222,6 +225,12 @@ def report(figures: dict[str, Any]) -> None:
             print(f"{client:<22}{form:<8}{in_columns(found)}")
     for name in figures["left_out"]:
         print(f"{name:<22}left out: it does not fit in memory")
+    for client, forms in figures["clients"].items():
+        if not any(found["pairs"] for found in forms.values()):
+            print(
+                f"warning    nothing was compared in {client}: it takes text, and no test pair can "
+                "be given to it as text with the ids of training"
+            )
     if original := figures.get(ORIGINAL.name):
         print(f"{'on the original base':<30}{in_columns(original)}")
         print(

@@ -32,7 +32,7 @@ from reward.data import tokenized
 from reward.data.columns import IDS, PREFERENCE
 from reward.data.ledger import SHOWN, Ledger
 from reward.data.reading import not_read
-from reward.data.records import TIE, BadRecord, Record
+from reward.data.records import PARTS, TIE, TOOLS, BadRecord, Record
 from reward.data.rows import as_row, compare
 from reward.data.sets import Notes, read_sets, write_sets
 from reward.data.sources import Source, sources, usable
@@ -425,6 +425,7 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
         print(f"{name:<11}{pairs[name]:>8} pairs of {prompts[name]:>7} prompts")
     dropped = ", ".join(f"{n} {reason}" for reason, n in figures["dropped"].items()) or "none"
     print(f"dropped    {dropped}; prompts cut: {figures['truncated']}")
+    report_clients(figures)
     if figures["ties"] or figures["soft"]:
         print(
             f"graded     {figures['ties']} pairs are ties, {figures['soft']} have a preference "
@@ -444,6 +445,22 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
         f"tokens     {figures['tokens']:>8}, a text {length['q50']} at the median and "
         f"{length['max']} at most; {figures['shared_prefix_share']:.0%} in shared prefixes"
     )
+
+
+def report_clients(figures: dict[str, Any]) -> None:
+    """Say which texts clients of the trained model cannot be given as they were trained on."""
+    if cut := figures["truncated"]:
+        print(
+            f"clients    the whole texts of {cut} records whose prompts were cut are too long for "
+            "them: score and serve refuse such texts, others cut off the template's beginning"
+        )
+    if refused := sum(
+        figures["dropped"].get(reason, 0) for reason in ("needs_chat", TOOLS, *PARTS)
+    ):
+        print(
+            f"clients    conversations like {refused} of the records have no reward in any of "
+            "them, because preprocess.template cannot render these"
+        )
 
 
 def report_not_read(*folders: Path) -> None:

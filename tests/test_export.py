@@ -891,9 +891,9 @@ def test_figures_are_shown_as_a_table_with_a_warning(capsys: pytest.CaptureFixtu
     export.report(
         {"pairs": 277, "clients": by_client, "left_out": ["peft"], "original_base": figures}
     )
-    header, nothing, row, left_out, original, warning, exported = (
-        capsys.readouterr().out.splitlines()
-    )
+    lines = capsys.readouterr().out.splitlines()
+    header, nothing, row, left_out, unproven, original, warning, exported = lines
+    assert unproven.startswith("warning    nothing was compared in packs: it takes text, ")
     assert len(header) == len(row) == len(original)
     assert left_out.split() == ["peft", "left", "out:", "it", "does", "not", "fit", "in", "memory"]
     assert nothing.split() == ["packs", "packs", "0"]
@@ -955,6 +955,17 @@ def test_half_precision_may_round_larger_rewards_by_more(
     else:
         with pytest.raises(Fault, match=f"at most {allowed}"):
             export.require_alike(*given, deviation=4.0)
+
+
+def test_a_gate_that_compared_nothing_is_no_success() -> None:
+    group = export.Export("float32", "all", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
+    alike = gate.difference(paired([0, 1], [1.0, 0.0, 0.25, 0.5]), EVALUATED)
+    found: gate.ByClient = {"packs": {"packs": alike}, "peft": {"right": {"pairs": 0}}}
+    given = ([CLIENTS[name] for name in found], group, Quantization.unquantized("float32"))
+    with pytest.raises(Fault, match=r"no client was given a pair of data/tokenized/test, expected"):
+        export.require_alike(found, *given, deviation=1.0)
+    found["peft"]["left"] = alike
+    export.require_alike(found, *given, deviation=1.0)
 
 
 # --- the card --------------------------------------------------------------------------------

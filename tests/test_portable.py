@@ -208,7 +208,7 @@ def test_a_prompt_without_an_answer_is_rendered_for_a_policy_alone(tokenizer_of:
     folder, _ = dressed(source, template_of(source, SYSTEM), 4096)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for prompt, text in (([U], "问:u\n\n答:"), ([S, U], "<s>\n\n问:u\n\n答:")):
-        asked = {"tokenize": False, "add_generation_prompt": True}
+        asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
         assert tokenizer.apply_chat_template(prompt, **asked) == text
         with pytest.raises(TemplateError, match="user, assistant and perhaps system before them"):
             tokenizer.apply_chat_template(prompt, tokenize=False)

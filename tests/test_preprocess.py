@@ -546,7 +546,9 @@ def test_bad_records_stop_the_stage_and_are_listed_in_order(data: Path) -> None:
     assert lines[-1].endswith("preprocess.on_bad_record drop leaves bad records out")
 
 
-def test_bad_records_are_dropped_and_counted_by_reason(data: Path, set_params: SetParams) -> None:
+def test_bad_records_are_dropped_and_counted_by_reason(
+    data: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
     rewrite(data, bad_records())
     set_params("preprocess", on_bad_record="drop")
     metrics = run()
@@ -555,6 +557,11 @@ def test_bad_records_are_dropped_and_counted_by_reason(data: Path, set_params: S
         **{"contradiction": 2, "duplicate": 1, "empty": 1, "identical_answers": 1},
         **{"identical_tokens": 1, "missing_key": 1, "needs_chat": 1, "wrong_type": 1},
     }
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("clients ")]
+    assert said == [
+        "clients    conversations like 1 of the records have no reward in any of them, because "
+        "preprocess.template cannot render these"
+    ]
 
 
 def test_the_ten_faults_listed_are_the_first_of_all(workspace: Path, set_params: SetParams) -> None:
@@ -627,7 +634,9 @@ def test_dropped_long_texts_take_no_place_among_the_faults(
     assert "record 16: identical_answers" in lines[0]
 
 
-def test_long_prompts_are_cut_and_counted(data: Path, set_params: SetParams) -> None:
+def test_long_prompts_are_cut_and_counted(
+    data: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
     rewrite(data, long_records())
     set_params("preprocess", max_length=40, over_length="truncate_prompt", on_bad_record="drop")
     metrics = run()
@@ -635,6 +644,9 @@ def test_long_prompts_are_cut_and_counted(data: Path, set_params: SetParams) -> 
     assert metrics["truncated"] == 1
     assert metrics["length"]["max"] == 40
     assert sum(metrics["pairs"].values()) == 21
+    assert "\nclients    the whole texts of 1 records whose prompts were cut are too long for " in (
+        capsys.readouterr().out
+    )
 
 
 def test_answer_too_long_by_itself_stops_the_stage(data: Path, set_params: SetParams) -> None:
