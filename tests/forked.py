@@ -169,3 +169,15 @@ class Slow:
 def serve_slowly(seconds: float) -> None:
     service = serve.Service(cast(Scorer, Slow(seconds)))
     asyncio.run(serve.serve(service, "127.0.0.1", 0))
+
+
+class Named(Slow):
+    """A scorer that gives each text the number of its process."""
+
+    def rewards(self, texts: Sequence[Ids], prompts: Sequence[Hashable]) -> list[float]:
+        return [float(os.getpid())] * len(texts)
+
+
+def serve_named(port: int) -> None:
+    service = serve.Service(cast(Scorer, Named(0)))
+    asyncio.run(serve.serve(service, "127.0.0.1", port, shared=True))

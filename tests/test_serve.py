@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from argparse import Namespace
@@ -22,7 +25,7 @@ from reward.process import Fault
 from reward.serving import queue, serve
 from reward.serving.metrics import Metrics
 from reward.serving.scorer import Ids, Scorer
-from tests.forked import PATIENCE, Forked, serve_slowly
+from tests.forked import PATIENCE, Forked, serve_named, serve_slowly
 
 T = TypeVar("T")
 Client = TestClient[Request, Application]
@@ -727,3 +730,94 @@ def test_a_port_that_is_none_gets_its_sentence(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sys.argv", ["serve", "--port", "70000"])
     with pytest.raises(Fault, match="--port is 70000, wanted a number from 0 to 65535"):
         serve.main()
+
+
+# --- processes -------------------------------------------------------------------------------
+
+COUNT = """
+from reward.serving.metrics import Metrics
+
+metrics = Metrics()
+metrics.texts.inc(2)
+print(metrics.exposition().decode())
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def test_processes_share_a_port_and_its_requests() -> None:
+    port = free_port()
+    with Forked(serve_named, port) as first, Forked(serve_named, port) as second:
+        for process in (first, second):
+            assert process.stdout.readline() == f"serving    http://127.0.0.1:{port}/get_reward\n"
+
+        async def one() -> float:
+            url = f"http://127.0.0.1:{port}{REWARD}"
+            content = {"query": ["a"]}
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(url, json=content) as answer,
+            ):
+                return float((await answer.json())["rewards"][0])
+
+        async def work() -> set[float]:
+            return set(await asyncio.gather(*(one() for _ in range(40))))
+
+        assert asyncio.run(work()) == {first.pid, second.pid}
+        for process in (first, second):
+            process.send_signal(signal.SIGTERM)
+            assert "stopped" not in process.communicate()[0]
+            assert process.returncode == 0
+
+
+def test_processes_count_together(tmp_path: Path) -> None:
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for total in (2, 4):
+        printed = subprocess.run(
+            [sys.executable, "-c", COUNT],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert f"reward_texts_total {total}.0\n" in printed
+
+
+def test_several_processes_begin_with_a_folder_and_time_to_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: dict[str, Any] = {}
+
+    def distribute(*_: Any, **options: Any) -> None:
+        folder = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+        begun.update(options, folder=folder, there=folder.is_dir())
+
+    port = free_port()
+    for name in ("PROMETHEUS_MULTIPROC_DIR", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "to be restored")
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
+    monkeypatch.setattr(serve, "distribute", distribute)
+    monkeypatch.setattr("sys.argv", ["serve", "--port", f"{port}"])
+    serve.start()
+    assert (begun["arguments"], begun["together"]) == (["--port", f"{port}"], False)
+    assert begun["there"]
+    assert not begun["folder"].exists()
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "3600"
+
+
+def test_processes_cannot_share_a_port_that_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
+    monkeypatch.setattr("sys.argv", ["serve", "--port", "0"])
+    with pytest.raises(Fault, match=r"^--port is 0 for several processes, expected the port"):
+        serve.start()
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("sys.argv", ["serve", "--port", f"{port}"])
+        with pytest.raises(Fault, match=rf"^127\.0\.0\.1:{port} cannot be had: .*in use"):
+            serve.start()

@@ -58,8 +58,7 @@ def leads() -> bool:
 def joined() -> Iterator[None]:
     """Be one of the processes that torchrun has started, until they all are done.
 
-    Its variables are taken away, because libraries that find them would do their own part of a
-    distributed training, which this one does not need. Only the first process prints.
+    Only the first process prints.
     """
     global _own
     with talking():
@@ -76,18 +75,28 @@ def joined() -> Iterator[None]:
             timeout=PATIENCE,
         )
     _own = dist.get_rank(), count
+    with alone():
+        if not leads():
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        yield
+        least(0)
+    dist.destroy_process_group()
+    _own = None
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Take away the variables of torchrun.
+
+    Libraries that find them would do their own part of a distributed training, which is not needed.
+    """
     for name in [*os.environ]:
         if name.startswith(("TORCHELASTIC_", "PET_")) or name in (
             *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
             *("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
         ):
             del os.environ[name]
-    if not leads():
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     yield
-    least(0)
-    dist.destroy_process_group()
-    _own = None
 
 
 @contextmanager

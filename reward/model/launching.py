@@ -39,15 +39,16 @@ def distribute(
     useful: Callable[[int], int],
     machines: bool = False,
     arguments: Sequence[str] = (),
+    together: bool = True,
 ) -> None:
     """Call `main` in as many processes as are asked for, or as there are GPUs in sight.
 
     They run `module` with `arguments`, which must call this again. Of a number of GPUs, `useful`
     says how many there is work for. Only a stage that `machines` is set for runs on more than this
-    one.
+    one. Unless they work `together`, each of them is a group of one.
     """
     if LAUNCHED:
-        with group.joined():
+        with group.joined() if together else group.alone():
             main()
         return
     options = asked([module, *arguments], machines)

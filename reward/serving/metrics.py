@@ -5,8 +5,10 @@ import os
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-# The environment variable by which the library sums over processes; it reads it at its import.
-SHARED = "PROMETHEUS_MULTIPROC_DIR"
+# The folder in which several processes count together, and whether this one does: the library
+# looks for it at its import.
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+SHARED = FOLDER in os.environ
 # Seconds; OpenRLHF waits for 180.
 BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 180)
 
@@ -39,7 +41,7 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
-        if SHARED not in os.environ:
+        if not SHARED:
             return generate_latest(self._registry)
         every = CollectorRegistry()
         MultiProcessCollector(every)

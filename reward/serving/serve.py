@@ -11,6 +11,8 @@ tells Prometheus what was asked.
 With an API key, in the environment variable REWARD_API_KEY or as --api-key, it answers those alone
 who send it: as `Authorization: Bearer KEY`, or as the password of `http://any:KEY@host`.
 
+GPUs in sight have a process each, all behind the one port.
+
 What several clients ask for at once is scored together. The first SIGTERM or SIGINT ends the
 server when all that was accepted is answered, the second one at once.
 """
@@ -24,21 +26,24 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 from base64 import b64decode
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from reward.process import Fault, processors, run
-from reward.serving.metrics import Metrics
+from reward.model.launching import asked, distribute
+from reward.process import LAUNCHED, Fault, run, threads
+from reward.serving.metrics import FOLDER, Metrics
 from reward.serving.queue import Full, Queue, Unscored
 from reward.serving.scorer import Ids, Misfit, Scorer
 
@@ -65,11 +70,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def main() -> None:
+    """Serve, in this process."""
     options = parse()
-    torch.set_num_threads(processors())
+    torch.set_num_threads(threads())
     raise_descriptors()
     scorer = Scorer(options.model)
-    asyncio.run(serve(Service(scorer, options.api_key), options.host, options.port))
+    asyncio.run(serve(Service(scorer, options.api_key), options.host, options.port, LAUNCHED))
 
 
 def parse() -> argparse.Namespace:
@@ -123,20 +129,18 @@ def raise_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def serve(service: "Service", host: str, port: int) -> None:
-    """Answer until a signal comes. Raises a Fault where the address cannot be had."""
+async def serve(service: "Service", host: str, port: int, shared: bool = False) -> None:
+    """Answer until a signal comes, at an address that may be shared with other processes.
+
+    Raises a Fault where the address cannot be had.
+    """
     # With cancellation what a client that is gone has asked for is not scored.
     runner = web.AppRunner(
         service.application(), access_log=None, shutdown_timeout=GRACE, handler_cancellation=True
     )
     await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
-    except (OSError, UnicodeError) as error:  # no address, or a name that none can have
-        raise Fault(
-            f"{host}:{port} cannot be had: {getattr(error, 'strerror', error)}; wanted a free "
-            "address of this machine"
-        ) from None
+    with had(host, port):
+        await web.TCPSite(runner, host, port, backlog=BACKLOG, reuse_port=shared or None).start()
     ended, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, partial(end, ended, number))
@@ -145,7 +149,28 @@ async def serve(service: "Service", host: str, port: int) -> None:
     print(f"serving    http://{place}:{found}{REWARD}", flush=True)
     await ended.wait()
     await runner.cleanup()
-    print(f"stopped    {service.requests} requests with {service.texts} texts were answered")
+    if not shared:  # it knows nothing of the others
+        print(f"stopped    {service.requests} requests with {service.texts} texts were answered")
+
+
+@contextmanager
+def had(host: str, port: int) -> Iterator[None]:
+    """Raises a Fault where an address cannot be had."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:  # no address, or a name that none can have
+        raise Fault(
+            f"{host}:{port} cannot be had: {getattr(error, 'strerror', error)}; wanted a free "
+            "address of this machine"
+        ) from None
+
+
+async def require_free(host: str, port: int) -> None:
+    """Raises a Fault for an address in use, which processes that share it would not notice."""
+    with had(host, port):
+        server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
+    server.close()
+    await server.wait_closed()
 
 
 def end(ended: asyncio.Event, number: int) -> None:
@@ -343,5 +368,28 @@ def whole_texts(texts: list[Any]) -> list[str]:
     return texts
 
 
+# --- processes -------------------------------------------------------------------------------
+
+
+def start() -> None:
+    """Serve in this process, or in one for each GPU in sight, which count in a common folder.
+
+    Raises a Fault for an address that several processes cannot share.
+    """
+    options, module = parse(), "reward.serving.serve"
+    go = partial(
+        distribute, main, module, lambda gpus: gpus, arguments=sys.argv[1:], together=False
+    )
+    if LAUNCHED or asked([module], machines=False).nproc_per_node == 1:
+        go()
+        return
+    if options.port == 0:
+        raise Fault("--port is 0 for several processes, expected the port that they share")
+    asyncio.run(require_free(options.host, options.port))
+    with TemporaryDirectory() as folder:
+        os.environ |= {FOLDER: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{GRACE:.0f}"}
+        go()
+
+
 if __name__ == "__main__":
-    run(main)
+    run(start)
