@@ -76,6 +76,15 @@ time.sleep(60)
 IMPORTING = 'import stages, time\nprint("begun", flush=True)\ntime.sleep(2)\n'
 
 
+def test_a_process_ends_whose_launcher_is_gone_before_it_looks(tmp_path: Path) -> None:
+    gone = start(tmp_path, "pass")
+    gone.communicate()
+    environment = {"DVC_ROOT": str(tmp_path), "REWARD_LAUNCHER": f"{gone.pid}"}
+    stage = start(tmp_path, "time.sleep(60)", **environment)
+    stage.communicate(timeout=30)
+    assert stage.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("code", "under_dvc"),
     [

@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.functional import pad
 
-from reward.process import Fault
+from reward.process import LAUNCHER, Fault
 
 Value = TypeVar("Value")
 # How long a process waits for the others: one may read, check or write large files alone.
@@ -94,6 +94,7 @@ def alone() -> Iterator[None]:
         if name.startswith(("TORCHELASTIC_", "PET_")) or name in (
             *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
             *("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+            LAUNCHER,
         ):
             del os.environ[name]
     yield

@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import elastic_launch
 
 from reward.model import group
-from reward.process import LAUNCHED, Fault, processors
+from reward.process import LAUNCHED, LAUNCHER, Fault, processors
 
 # Seconds in which all machines must have come.
 PATIENCE = 600
@@ -96,6 +96,7 @@ def launch(options: Namespace) -> None:
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(max(1, processors() // int(options.nproc_per_node)))
     )
+    os.environ[LAUNCHER] = str(os.getpid())
     config, command, arguments = run.config_from_args(options)
     config.rdzv_configs = {"join_timeout": PATIENCE, "read_timeout": PATIENCE} | config.rdzv_configs
     if options.nnodes != "1":
