@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow.compute as pc
 import torch
@@ -65,7 +65,7 @@ from reward.outputs import (
     whole_folder,
     write_json,
 )
-from reward.params import AboveZero, Fraction, Positive, Rule
+from reward.params import AboveZero, Fraction, Positive, Rule, Switch
 from reward.process import Fault, run, threads
 
 BASE = Path("models/base")
@@ -83,7 +83,11 @@ class Lora:
     r: Positive
     lora_alpha: AboveZero
     lora_dropout: Fraction
-    target_modules: Annotated[list[str], Rule("a list of at least one module name", bool)]
+    use_rslora: Switch
+    target_modules: Annotated[
+        list[str] | Literal["all-linear"],
+        Rule("a list of at least one module name, or all-linear", bool),
+    ]
 
 
 def main() -> None:
@@ -207,7 +211,8 @@ def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
             r=lora.r,
             lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # scaling is alpha / r, a float
             lora_dropout=lora.lora_dropout,
-            target_modules=sorted(lora.target_modules),
+            use_rslora=lora.use_rslora,
+            target_modules=lora.target_modules,
         ),
     )
 

@@ -45,6 +45,7 @@ from reward.exporting.exported import Trained, load_exported, write_card, write_
 from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
 from reward.exporting.merging import merged_weight, write_merged
 from reward.model.base import (
+    ALL_LINEAR,
     Quantization,
     add_lora,
     keep_weights_unpacked,
@@ -500,11 +501,16 @@ def test_a_damaged_folder_is_not_loaded(
 def test_every_family_is_loaded_with_its_rewards(
     family: str, quantization: Quantization, tmp_path: Path
 ) -> None:
-    """A copy of its adapter, prepared base and merged model; texts are padded on either side."""
+    """A copy of its adapter, prepared base and merged model; texts are padded on either side.
+
+    Those quantized twice have all of their layers adapted, and rank-stabilized LoRA.
+    """
     base = fetched(family, tmp_path / "of")
     model = load_base(base, quantization)
     new_head(model, 0)
-    lora = LoraConfig(r=4, lora_alpha=32, target_modules=FAMILIES[family][2])
+    everything: bool = quantization.double_quant
+    targets = ALL_LINEAR if everything else FAMILIES[family][2]
+    lora = LoraConfig(r=4, lora_alpha=32, use_rslora=everything, target_modules=targets)
     lora.init_lora_weights = False
     trained = add_lora(model, lora)
     prompts = prompts_of(0)

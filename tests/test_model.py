@@ -13,11 +13,21 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from reward.model import base, scoring
-from reward.model.base import Quantization, add_lora, head_of, load, load_base, new_head, save, seal
+from reward.model.base import (
+    Quantization,
+    add_lora,
+    head_of,
+    load,
+    load_base,
+    new_head,
+    save,
+    seal,
+    stock,
+)
 from reward.model.packing import Pack, Texts, pack, tokens
 from reward.model.scoring import as_in_transformers, rewards, score
 from reward.outputs import digests
@@ -256,6 +266,19 @@ def test_three_projections_in_one_are_meant_by_the_three_names_together(
     adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
     assert len(adapted) == 3
     assert all(name.endswith(fused) for name in adapted)
+
+
+@pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "OPT", "GPT-2", "Mixtral"])
+def test_all_linear_are_the_layers_that_peft_means_by_it(family: str, tmp_path: Path) -> None:
+    def adapted(model: torch.nn.Module) -> set[str]:
+        return {name for name, _ in model.named_parameters() if "lora_" in name}
+
+    folder = fetched(family, tmp_path)
+    lora = LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
+    expected = adapted(get_peft_model(stock(folder, PLAIN), lora))
+    model = add_lora(load_base(folder, NF4), LoraConfig(target_modules="all-linear"))
+    assert adapted(model) == expected
+    assert not any("score" in name for name in expected)
 
 
 @pytest.mark.parametrize("quantization", [NF4, PLAIN])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from reward import params
@@ -510,6 +511,15 @@ def a_trainer() -> trainer.RewardTrainer:
     )
     steps = train.steps(options, pairs)
     return trainer.RewardTrainer(built(), options, run, steps, watched, train.REPORTS)
+
+
+def test_all_layers_may_be_adapted_and_scaled_by_the_root_of_the_rank(
+    set_params: SetParams,
+) -> None:
+    set_params("lora", r=4, lora_alpha=32, use_rslora=True, target_modules="all-linear")
+    layers = [each for each in built().modules() if isinstance(each, LoraLayer)]
+    assert len(layers) == 2 * 7
+    assert {each.scaling["default"] for each in layers} == {32 / 2}
 
 
 def test_training_starts_undecided_however_large_the_head_is() -> None:

@@ -33,6 +33,8 @@ from reward.process import Fault, free_memory
 
 DIGESTS, ADAPTER_WEIGHTS = "digests.json", "adapter_model.safetensors"
 
+# PEFT's word for all linear layers but the head.
+ALL_LINEAR = "all-linear"
 # The projections of attention, and what models call those that are all three in one.
 SEPARATE = {"q_proj", "k_proj", "v_proj"}
 FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
@@ -258,11 +260,12 @@ def head_of(model: nn.Module) -> nn.Linear:
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """LoRA in fp32 on the named projections of a base that load_base has loaded.
+    """LoRA in fp32 on the named projections of a base that load_base has loaded, or on all.
 
     Raises a Fault for names that the model lacks.
     """
-    found = targets(model, set(config.target_modules or ()))
+    wanted = config.target_modules or ()
+    found = linear(model) if wanted == ALL_LINEAR else targets(model, set(wanted))
     config.target_modules = found  # type: ignore[assignment]  # of a list PEFT makes a set as well
     config.task_type = TaskType.SEQ_CLS
     with silent_peft():
@@ -277,11 +280,7 @@ def targets(model: PreTrainedModel, wanted: set[str]) -> set[str]:
     Where a base has the projections of its attention in one, that one is meant by the three names
     together. Raises a Fault for names that the model lacks.
     """
-    had = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
+    had = linear(model)
     if wanted >= SEPARATE and not SEPARATE & had and len(fused := FUSED & had) == 1:
         wanted = wanted - SEPARATE | fused
     if missing := sorted(wanted - had):
@@ -290,6 +289,15 @@ def targets(model: PreTrainedModel, wanted: set[str]) -> set[str]:
             f"{type(model).__name__} lacks; it has {', '.join(sorted(had))}"
         )
     return wanted
+
+
+def linear(model: PreTrainedModel) -> set[str]:
+    """The names of all linear layers of the base, without the head."""
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
 
 
 def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
