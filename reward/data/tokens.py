@@ -70,6 +70,12 @@ class Template:
                     f"{', '.join([*TEMPLATES, 'chat'])}, or a text with {{prompt}} and then "
                     "{answer}, and perhaps {system} on a line before them, each once"
                 ) from None
+        if "\\n" in text:
+            raise Fault(
+                f"params.yaml: preprocess.template is {name!r}, which has a backslash and an n, "
+                'expected a line break: in params.yaml "{prompt}\\n{answer}" in double quotes, in '
+                "a shell -S $'preprocess.template=\"{prompt}\\n{answer}\"'"
+            )
         path = base / "tokenizer.json"
         if not path.is_file():
             raise Fault(f"{path} is not here, wanted the tokenizer of a fetched base model")
