@@ -14,6 +14,7 @@ from tests.support import ROOT
 
 OUTPUTS = {
     "data/tokenized": {
+        "licenses.json",
         "template.json",
         *(
             f"{split}/{name}"
@@ -39,6 +40,7 @@ OUTPUTS = {
         "adapter_model.safetensors",
         "digests.json",
         "quantization.json",
+        "licenses.json",
         "template.json",
         "training.json",
     },
@@ -49,6 +51,7 @@ OUTPUTS = {
         "digests.json",
         "quantization.json",
         "reward.json",
+        "licenses.json",
         "template.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -180,6 +183,12 @@ def names(folder: Path) -> set[str]:
 
 def test_the_outputs_are_exactly_these(project: Project) -> None:
     assert {name: tree(project.folder / name) for name in OUTPUTS} == OUTPUTS
+
+
+def test_an_edit_of_an_output_leaves_the_cache_alone(project: Project) -> None:
+    """A superuser may write to files that are read-only: none is the cache's own."""
+    files = [path for name in OUTPUTS for path in (project.folder / name).rglob("*")]
+    assert {path.stat().st_nlink for path in files if path.is_file()} == {1}
 
 
 def test_nothing_is_left_beside_the_outputs(project: Project) -> None:
