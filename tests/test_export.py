@@ -1116,8 +1116,9 @@ def test_card_names_licences_and_how_to_cite() -> None:
     card = assemble_here()
     assert "\nLicence of the base: other, a\\_b, https://a.example/?b=c.\n" in card
     assert "\nLicences of the data: cc-by-4.0, mit.\n" in card
-    digest = read_json(export.EXPORT / "digests.json")["files"]["adapter_model.safetensors"]
-    assert f"has SHA-256 {digest}}}" in card
+    sealed = read_json(export.EXPORT / "digests.json")["files"]
+    assert sealed == {k: v for k, v in digests(export.EXPORT).items() if k != "digests.json"}
+    assert f"has SHA-256 {sealed['adapter_model.safetensors']}}}" in card
     assert r"title = {Reward model over 100\%\_mine}," in card
     data = ModelCard(card).data
     assert data.to_dict().items() >= found.items()
