@@ -275,6 +275,20 @@ def test_a_model_that_a_pack_computes_otherwise_is_refused(tmp_path: Path) -> No
         require_exact(model, [texts])
 
 
+def test_rounding_that_trained_adapters_multiply_is_no_inexactness(tmp_path: Path) -> None:
+    """In half precision they make much of what a pack and its texts alone round differently."""
+    model = reward_model(tmp_path, "qwen2", SEPARATE)
+    texts = prompts_of(8)[1]
+
+    def mixing(_: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + given[0].mean(1, keepdim=True)
+
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(mixing)
+    require_exact(model, [texts])
+
+
 @pytest.mark.parametrize(("longer", "exact"), [(60, True), (70, False)])
 def test_a_short_pair_beside_a_long_one_is_compared_too(
     tmp_path: Path, longer: int, exact: bool

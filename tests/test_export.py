@@ -718,8 +718,8 @@ def test_other_processes_share_the_packs_and_no_other_client(
 ) -> None:
     folder = exported(DEFAULT)
     monkeypatch.setattr("reward.model.group.leads", lambda: False)
-    paths = [str(folder / each) for each in (export.EXPORT, export.TEST, export.BASE)]
-    found = clients.find(Request(*paths, "light", 4096, [0], parent=os.getpid()))
+    where, pairs, base = (str(folder / each) for each in (export.EXPORT, export.TEST, export.BASE))
+    found = clients.find(Request(where, pairs, base, "light", 4096, [0], parent=os.getpid()))
     assert set(found[CLIENT].to_pylist()) == {PACKS.name}
 
 
