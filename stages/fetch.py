@@ -157,7 +157,8 @@ def hub_repository(base: Base) -> Source:
             return Path(api.hf_hub_download(base.name, name, revision=commit))
 
     names = [file.rfilename for file in info.siblings or []]
-    found = license_of(info.card_data.to_dict() if info.card_data else {})
+    # From the card itself, which the cache then has where there is no Hub to ask.
+    found = license_in(download("README.md").parent) if "README.md" in names else {}
     return Source("hub", commit, names, download, found)
 
 

@@ -90,7 +90,7 @@ def answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
     if kind == "revision":
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         siblings = [{"rfilename": file.relative_to(folder).as_posix()} for file in files]
-        found = {"id": name, "sha": commit, "siblings": siblings, "cardData": CARD}
+        found = {"id": name, "sha": commit, "siblings": siblings}
         return 200, {}, json.dumps(found).encode()
     file = folder / "/".join(parts[4:])
     return 200, {"ETag": f'"{digest(file)}"', "X-Repo-Commit": commit}, file.read_bytes()
@@ -611,6 +611,7 @@ def test_a_shard_outside_the_folder_is_refused(llama: Path, set_params: SetParam
 def test_a_hub_model_is_recorded_with_the_commit_of_its_revision(
     source: Path, llama: Path, hub: Hub, set_params: SetParams
 ) -> None:
+    (source / "README.md").write_text(f"---\n{json.dumps(CARD)}\n---\n")
     repository = hub.add("org/model", source)
     repository.commits[SIDE] = llama
     repository.branches |= {"pr/1": SIDE, "pr%2F1": SIDE, SIDE: SIDE}
