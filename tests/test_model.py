@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -268,14 +269,15 @@ def test_three_projections_in_one_are_meant_by_the_three_names_together(
     assert all(name.endswith(fused) for name in adapted)
 
 
-@pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "OPT", "GPT-2", "Mixtral"])
+@pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "OPT", "GPT-2"])
 def test_all_linear_are_the_layers_that_peft_means_by_it(family: str, tmp_path: Path) -> None:
     def adapted(model: torch.nn.Module) -> set[str]:
         return {name for name, _ in model.named_parameters() if "lora_" in name}
 
     folder = fetched(family, tmp_path)
     lora = LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
-    expected = adapted(get_peft_model(stock(folder, PLAIN), lora))
+    with warnings.catch_warnings(action="ignore"):
+        expected = adapted(get_peft_model(stock(folder, PLAIN), lora))
     model = add_lora(load_base(folder, NF4), LoraConfig(target_modules="all-linear"))
     assert adapted(model) == expected
     assert not any("score" in name for name in expected)

@@ -329,11 +329,13 @@ def adapt(model: PreTrainedModel, adapter: Path) -> PeftModel:
 def silent_peft() -> Iterator[None]:
     """PEFT asks for a property that transformers has renamed, and each wrapping warns of it.
 
-    It also warns where it finds by itself that GPT-2's weights, of Conv1D, are transposed.
+    It also warns where it finds by itself that GPT-2's weights, of Conv1D, are transposed, and of a
+    pattern of its own for the fused experts of mixtures, which are left as they are.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         yield
 
 
