@@ -104,7 +104,8 @@ def test_outputs_are_three_datasets_a_template_and_metrics() -> None:
     files = sorted(str(path.relative_to("data")) for path in Path("data").rglob("*.*"))
     assert files == sorted(
         [
-            *("raw/pairs.json", "tokenized/sets/index.json", "tokenized/template.json"),
+            *("raw/pairs.json", "tokenized/licenses.json", "tokenized/sets/index.json"),
+            "tokenized/template.json",
             *(
                 f"tokenized/{name}/{file}"
                 for name in (*preprocess.SPLITS, "test/answers")

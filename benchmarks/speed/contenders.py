@@ -122,6 +122,9 @@ def ours(
     """The trainer of stages.train, on rankings; or `by_pairs`, on each pair by itself."""
     group = Train(
         **SHARED,
+        head="new",
+        keep="last",
+        sum_in_order=True,
         pairs_per_step=workload.pairs_per_step,
         step_of="prompts",
         center_rewards=0.0,
