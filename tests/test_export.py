@@ -527,12 +527,13 @@ def test_every_family_is_loaded_with_its_rewards(
         adapter = AutoPeftModelForSequenceClassification.from_pretrained(".").eval()
     keep_weights_unpacked(adapter)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    rounding = {"rel": 4e-4, "abs": 2e-4} if everything else {"rel": 1e-4, "abs": 3e-5}
+    # More adapters, and larger ones, round more.
+    share, most = (4e-4, 2e-4) if everything else (1e-4, 3e-5)
     for loaded in (adapter, merged):
         for left in (False, True):
             found = padded(loaded, [ids for texts in prompts for ids in texts.ids], rows, left)
             counts_padding = left and loaded.config.model_type in COUNT_PADDING
-            assert (found == pytest.approx(wanted, **rounding)) is not counts_padding
+            assert (found == pytest.approx(wanted, rel=share, abs=most)) is not counts_padding
 
 
 @pytest.mark.parametrize(
