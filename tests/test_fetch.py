@@ -631,8 +631,9 @@ def test_a_hub_model_is_recorded_with_the_commit_of_its_revision(
 def test_nothing_is_downloaded_that_is_not_needed(
     llama: Path, hub: Hub, set_params: SetParams
 ) -> None:
+    (llama / "README.md").write_text("---\nlicense: mit\n---\n")
     needed = names(llama)
-    for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md", "own.py", "x.gguf"):
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "own.py", "x.gguf"):
         (llama / name).write_bytes(b"large")
     (llama / "onnx").mkdir()
     (llama / "onnx" / "model.safetensors").write_bytes(b"large")
