@@ -20,7 +20,7 @@ check: $(READY) ## Lint, formatting and types
 	ruff format --check .
 	mypy
 
-torture: $(READY) ## Kill and resume the training at 40 random moments; 25 minutes
+torture: $(READY) ## Kill and resume the training at 55 random moments
 	python -m tools.torture
 
 $(READY): pyproject.toml constraints.txt .dvc/plots/make_page.py

@@ -7,7 +7,7 @@ trainer, one of the processes that it has started, DVC, or all of their process 
 SIGTERM or SIGKILL, under `dvc repro` and all kinds of `dvc exp run`, in every phase of the work, in
 one, two or four processes. The same command is then given again, for another number of processes,
 and must end with the bytes of a run in one process that nobody disturbed. Prints a table and writes
-it to benchmarks/results/torture.md. Linux only; takes about 45 minutes on 2 cores.
+it to benchmarks/results/torture.md. Linux only; 40 kills in one process took 25 minutes on 2 cores.
 """
 
 import argparse
