@@ -40,6 +40,9 @@ ERRORS = os.environ.get("TORCHELASTIC_ERROR_FILE") if LAUNCHED else None
 if LAUNCHED:
     see_one_gpu()
 
+# Before torch is imported: where another process has ended, its C++ code prints a stack trace. What
+# that means for the work is said by whoever catches the error.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # At its import, which happens in transformers and PEFT, bitsandbytes warns on some processors that
 # an optional package is missing. Nothing needs it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -12,12 +12,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from typing import Any, Self, cast
 
 import torch
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistNetworkError
 
 from reward.model import group, launching, trainer
 from reward.model.scoring import rewards
@@ -138,6 +140,15 @@ def launch_train(environment: dict[str, str]) -> None:
     """The stage train as its command starts it: in processes of their own."""
     os.environ |= {"PYTHONPATH": str(ROOT)} | environment
     launching.distribute(train.main, "stages.train", train.useful, machines=True)
+
+
+def lose_a_machine(port: int) -> None:
+    """Meet at a machine that has gone by the time of the goodbye."""
+    head = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    other = TCPStore("127.0.0.1", port, wait_for_workers=False)
+    del head
+    with suppress(DistNetworkError):
+        other.compare_set("state", "open", "closed")
 
 
 def leave_threads() -> None:

@@ -22,7 +22,7 @@ from reward.model import group, launching
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
-from tests.forked import Forked, launch_train, train_in_group
+from tests.forked import Forked, launch_train, lose_a_machine, train_in_group
 from tests.support import write_pairs
 
 SetParams = Callable[..., None]
@@ -199,6 +199,12 @@ def test_processes_end_with_their_launcher() -> None:
         ranks = launcher.children()
         launcher.kill()
         wait_for(lambda: not any(map(is_at_work, ranks)))
+
+
+def test_a_machine_that_ends_first_leaves_no_stack_trace_on_the_others() -> None:
+    with Forked(lose_a_machine, free_port()) as left:
+        _, errors = left.communicate()
+    assert (left.returncode, errors) == (0, "")
 
 
 def test_machines_that_do_not_meet_are_told_so() -> None:
