@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from ruamel.yaml import YAML
 
+from reward.judging import evaluation
 from reward.judging.metrics import Resampling
 from stages import evaluate
 
@@ -278,7 +279,7 @@ def test_the_default_run_is_good_enough_to_show() -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_key_of_the_evaluation_is_described_and_no_other(language: str) -> None:
-    figures = evaluate.measure(*measured())
+    figures = evaluation.measure(*measured())
     groups = ("calibration", "length", "ties", "rankings")
     keys = {"sets", *figures} - {*groups}
     keys |= {f"{group}.{key}" for group in groups for key in figures[group]}
@@ -304,7 +305,7 @@ def measured() -> tuple[pa.Table, Any, Resampling]:
             "prompt_id": ["p", "p", "p", "q", "q", "q"],
         }
     )
-    return table, evaluate.as_judged(table), Resampling(samples=100, seed=0)
+    return table, evaluation.as_judged(table), Resampling(samples=100, seed=0)
 
 
 def described(language: str) -> set[str]:

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from reward.data.columns import IDS
+from reward.judging import evaluation
 from reward.judging.benchmarks import REWARDBENCH
 from reward.judging.metrics import Resampling
 from reward.model.packing import Texts
@@ -187,7 +188,7 @@ def test_runs_are_compared_by_few_figures(judged: Callable[[Scorer], dict[str, A
 
 def test_values_of_a_slice_are_in_the_order_of_numbers() -> None:
     values = {"10", "2", "-1", "b", "a", "1.5", "1e3", "nan"}
-    assert evaluate.in_order(values) == ["-1", "1.5", "2", "10", "1e3", "a", "b", "nan"]
+    assert evaluation.in_order(values) == ["-1", "1.5", "2", "10", "1e3", "a", "b", "nan"]
 
 
 def test_same_rewards_give_the_same_bytes(judged: Callable[[Scorer], dict[str, Any]]) -> None:
@@ -224,7 +225,7 @@ def graded(preference: list[float], margin: list[float], **columns: list[str]) -
 
 
 def measured(table: pa.Table) -> dict[str, Any]:
-    return evaluate.measure(table, evaluate.as_judged(table), Resampling(200, 0))
+    return evaluation.measure(table, evaluation.as_judged(table), Resampling(200, 0))
 
 
 def test_ties_enter_what_is_held_against_votes_and_nothing_else() -> None:
@@ -241,7 +242,7 @@ def test_ties_enter_what_is_held_against_votes_and_nothing_else() -> None:
     assert found["loss"] == pytest.approx(sum(losses) / 3)
     curves, others = (
         evaluate.curves(each, Resampling(200, 0))
-        for each in (evaluate.as_judged(table), evaluate.as_judged(table).decided())
+        for each in (evaluation.as_judged(table), evaluation.as_judged(table).decided())
     )
     assert len(curves.pop("length_curve")) > len(others.pop("length_curve"))
     assert curves == others
@@ -255,40 +256,42 @@ def test_weights_do_not_enter() -> None:
 
 
 def test_what_all_answers_begin_with_is_the_least_that_two_of_them_do() -> None:
-    judged = evaluate.as_judged(graded([1.0] * 6, [1.0] * 6))
+    judged = evaluation.as_judged(graded([1.0] * 6, [1.0] * 6))
     assert judged.prefix.tolist() == [8] * 6
     assert sorted(judged.answers.prompts.tolist()) == [0, 0, 0, 1, 1, 1]
 
 
 def test_ties_alone_cannot_be_judged() -> None:
-    with pytest.raises(Fault, match="data/tokenized/test: all 3 pairs are ties, expected some"):
+    with pytest.raises(Fault, match="all 3 test pairs are ties, expected some"):
         measured(graded([0.5] * 3, [1.0] * 3))
 
 
 def test_a_set_of_ties_alone_has_no_accuracy() -> None:
     table = graded([0.5] * 3, [1.0, 2.0, 3.0], kind=["a", "b", "c"])
-    each = evaluate.TestSet("even", Dataset.from_dict({}), {"leaked": 1, "bad": 0, "too_long": 0})
-    sets = evaluate.measure_sets([each], [table], Resampling(200, 0))
+    each = evaluation.TestSet("even", Dataset.from_dict({}), {"leaked": 1, "bad": 0, "too_long": 0})
+    sets = evaluation.measure_sets([each], [table], Resampling(200, 0))
     assert sets["even"]["pairs"] == 0
     assert sets["even"]["by"] == {}
     figures = measured(graded([1.0] * 6, [1.0] * 6)) | {"sets": sets}
     assert not any(name.startswith("sets/") for name in evaluate.headline(figures))
-    assert evaluate.slices_as_rows(figures) == []
-    evaluate.report(figures)
+    assert evaluation.slices_as_rows(figures) == []
+    evaluation.report(figures, evaluate.TEST)
 
 
 def test_rewardbench_is_a_set_with_a_score_and_a_slice_for_each_subset() -> None:
     names = [name for section in REWARDBENCH.values() for name in section]
     table = graded([1.0] * 23, [1.0] * 22 + [-1.0], subset=names)
-    each = evaluate.TestSet("bench", Dataset.from_dict({}), {"leaked": 0, "bad": 0, "too_long": 0})
-    sets = evaluate.measure_sets([each], [table], Resampling(200, 0))
+    each = evaluation.TestSet(
+        "bench", Dataset.from_dict({}), {"leaked": 0, "bad": 0, "too_long": 0}
+    )
+    sets = evaluation.measure_sets([each], [table], Resampling(200, 0))
     assert sets["bench"]["by"]["subset"].keys() == {*names}
     assert sets["bench"]["benchmark"]["score"] == pytest.approx(1 - 164 / 1968 / 4)
     figures = measured(graded([1.0] * 6, [1.0] * 6)) | {"sets": sets}
     found = evaluate.headline(figures)
     assert found["sets/bench"] == pytest.approx(22 / 23)
     assert found["sets/bench/score"] == sets["bench"]["benchmark"]["score"]
-    some = evaluate.measure_sets([each], [table.slice(0, 3)], Resampling(200, 0))
+    some = evaluation.measure_sets([each], [table.slice(0, 3)], Resampling(200, 0))
     assert some["bench"]["benchmark"]["score"] is None
     assert "sets/bench/score" not in evaluate.headline(figures | {"sets": some})
 

@@ -3,8 +3,8 @@
     python -m reward.judging.compare main my-experiment
 
 Takes two revisions of this repository: branches, tags, commits, names of experiments, or
-"workspace". Reads the rewards that evaluate wrote there, pair by pair: those of the test pairs, or
-of a further test set.
+"workspace"; or folders that reward.serving.judge wrote. Reads the rewards that evaluate wrote
+there, pair by pair: those of the test pairs, or of a further test set.
 """
 
 import argparse
@@ -54,8 +54,8 @@ class Comparison:
 def main() -> None:
     options = parse()
     names = (options.first, options.second)
-    path = REPORTS / (f"sets/{options.set}.parquet" if options.set else "rewards.parquet")
-    first, second = (rewards_of(name, path) for name in names)
+    file = f"sets/{options.set}.parquet" if options.set else "rewards.parquet"
+    first, second = (rewards_of(name, file) for name in names)
     found = align(first, second, names)
     print(report(found, names, options.all))
 
@@ -64,16 +64,19 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("first", help="a revision, the name of an experiment, or workspace")
+    parser.add_argument("first", help="a revision, an experiment, workspace, or a folder")
     parser.add_argument("second", help="another one; is it better?")
     parser.add_argument("--set", metavar="NAME", help="compare on this further test set")
     parser.add_argument("--all", action="store_true", help="list all pairs that changed sides")
     return parser.parse_args()
 
 
-def rewards_of(name: str, path: Path) -> pa.Table:
-    """The table of rewards at a revision. Raises a Fault where there is none."""
-    if name == "workspace":
+def rewards_of(name: str, file: str) -> pa.Table:
+    """The table of rewards at a revision, or in a folder. Raises a Fault where there is none."""
+    judged = Path(name)
+    is_judged = (judged / "figures.json").is_file()
+    path = (judged if is_judged else REPORTS) / file
+    if is_judged or name == "workspace":
         try:
             return pyarrow.parquet.read_table(path)
         except (OSError, pa.ArrowException) as error:

@@ -1,0 +1,283 @@
+"""What a model makes of test sets: the table of its rewards, all figures of it, what is printed."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from datasets import Dataset
+
+from reward.data import tokenized
+from reward.data.columns import (
+    ANSWERS,
+    GRADES,
+    ID,
+    IDS,
+    MARGIN,
+    MASKS,
+    PREFERENCE,
+    PREFIX,
+    PROMPT_ID,
+    REWARDS,
+    TEST_SET,
+    TOKENS,
+    WEIGHT,
+)
+from reward.judging.benchmarks import benchmark
+from reward.judging.length import length_audit
+from reward.judging.metrics import (
+    Figures,
+    Judged,
+    Resampling,
+    calibration,
+    losses,
+    spread,
+    ties,
+)
+from reward.judging.rankings import rankings
+from reward.outputs import recorded
+from reward.process import Fault
+
+# RewardBench has 23 subsets.
+SLICE_VALUES = 30
+
+Slices = dict[str, dict[str, Figures]]
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A further test set; `notes` are how many of its pairs were cut, left out, and have leaked."""
+
+    name: str
+    pairs: Dataset
+    notes: dict[str, int]
+
+
+def load_sets(folder: Path, base: Path) -> list[TestSet]:
+    """The further test sets that preprocess has tokenized, in the order of their names."""
+    return [
+        TestSet(name, tokenized.load(folder / name, base), notes)
+        for name, notes in recorded(folder / "index.json").items()
+    ]
+
+
+def as_table(
+    test: Dataset, chosen: npt.NDArray[np.float32], rejected: npt.NDArray[np.float32]
+) -> pa.Table:
+    """One row a comparison: id, rewards, margin, lengths in tokens, and what people said of it.
+
+    After its prompt_id it has the kept columns.
+    """
+    known = [PREFIX, PREFERENCE, WEIGHT, *ANSWERS, PROMPT_ID]
+    kept = [name for name in test.column_names if name not in (ID, *IDS, *MASKS, *GRADES, *known)]
+    return pa.table(
+        {
+            ID: test[ID],
+            **dict(zip(REWARDS, (chosen, rejected), strict=True)),
+            MARGIN: chosen - rejected,
+            **{name: list(map(len, test[ids])) for name, ids in zip(TOKENS, IDS, strict=True)},
+        }
+        | {name: test[name] for name in (*known, *kept)}
+    )
+
+
+def as_judged(table: pa.Table) -> Judged:
+    """The comparisons as the figures need them."""
+    chosen, rejected = (table[name].to_numpy().astype(np.float64) for name in REWARDS)
+    prompts = np.unique(table[PROMPT_ID].to_numpy(), return_inverse=True)[1]
+    tokens_chosen, tokens_rejected, prefixes, answer_chosen, answer_rejected = (
+        table[name].to_numpy().astype(np.int64) for name in (*TOKENS, PREFIX, *ANSWERS)
+    )
+    # What all answers begin with is what those of each comparison do.
+    shared = np.full(prompts.max(initial=0) + 1, prefixes.max(initial=0))
+    np.minimum.at(shared, prompts, prefixes)
+    return Judged(
+        chosen,
+        rejected,
+        tokens_chosen,
+        tokens_rejected,
+        shared[prompts],
+        table[PREFERENCE].to_numpy(),
+        answer_chosen,
+        answer_rejected,
+        prompts,
+    )
+
+
+def kept_columns(table: pa.Table) -> dict[str, list[str | None]]:
+    """The columns that come from the records."""
+    first = table.column_names.index(PROMPT_ID) + 1
+    return {name: table[name].to_pylist() for name in table.column_names[first:]}
+
+
+def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str, Any]:
+    """All figures of the test pairs, which docs/evaluation.md describes key by key.
+
+    Raises a Fault if all of them are ties.
+    """
+    overall, decided = resampling.accuracy(judged), judged.decided()
+    if not len(decided):
+        raise Fault(f"all {len(judged)} test pairs are ties, expected some that are not")
+    return {
+        "accuracy": overall["accuracy"],
+        "accuracy_low": overall["low"],
+        "accuracy_high": overall["high"],
+        "pairs": overall["pairs"],
+        "prompts": overall["prompts"],
+        "equal_rewards": int((decided.margin == 0).sum()),
+        "loss": float(losses(judged.margin, judged.preference).mean()),
+        **{f"margin_{name}": value for name, value in spread(decided.margin).items()},
+        "chosen_mean": float(decided.chosen.mean()),
+        "chosen_std": float(decided.chosen.std()),
+        "rejected_mean": float(decided.rejected.mean()),
+        "rejected_std": float(decided.rejected.std()),
+        "calibration": calibration(judged, resampling.seed),
+        "length": length_audit(judged, resampling),
+        "ties": ties(judged),
+        "rankings": rankings(judged, resampling),
+        "by": by_slice(table, judged, resampling),
+    }
+
+
+def measure_sets(
+    sets: list[TestSet], tables: list[pa.Table], resampling: Resampling
+) -> dict[str, dict[str, Any]]:
+    """Accuracy on every further set; which of its pairs were cut, left out, or have leaked."""
+    result = {}
+    for each, table in zip(sets, tables, strict=True):
+        judged = as_judged(table)
+        result[each.name] = {
+            **resampling.accuracy(judged),
+            **each.notes,
+            "ties": ties(judged),
+            "rankings": rankings(judged, resampling),
+            "benchmark": benchmark(kept_columns(table), judged),
+            "by": by_slice(table, judged, resampling),
+        }
+    return result
+
+
+def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
+    """Accuracy by every value of every kept column that has few enough values to be a slice.
+
+    A value that only ties have is left out.
+    """
+    result: Slices = {}
+    for name, column in kept_columns(table).items():
+        values = in_order({value for value in column if value is not None})
+        if 0 < len(values) <= SLICE_VALUES:
+            places = np.array(column, dtype=object)
+            found = {
+                value: resampling.accuracy(judged.take(np.flatnonzero(places == value)))
+                for value in values
+            }
+            result[name] = {value: each for value, each in found.items() if each["pairs"]}
+    return {name: values for name, values in result.items() if values}
+
+
+def in_order(values: Iterable[str]) -> list[str]:
+    """Numbers by their size, then all other texts by their letters."""
+
+    def place(value: str) -> tuple[bool, float, str]:
+        number = re.fullmatch(r"-?\d+(\.\d+)?", value)
+        return number is None, float(value) if number else 0.0, value
+
+    return sorted(values, key=place)
+
+
+def slices_as_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each slice of the test pairs, and for each further set."""
+    return [
+        {"slice": f"{column}: {value}"}
+        | {name: found[name] for name in ("accuracy", "low", "high", "pairs")}
+        for column, values in (figures["by"] | {TEST_SET: figures["sets"]}).items()
+        for value, found in values.items()
+        if found["pairs"]
+    ]
+
+
+def has_best(ranked: dict[str, Any]) -> bool:
+    """Whether there are prompts with more than two answers, and a best one among them."""
+    return bool(ranked["prompts"] and ranked["best_of_n"]["prompts"])
+
+
+def report(figures: dict[str, Any], read: Path) -> None:
+    """Print what a person wants to know of the figures of the split `read`, and of further sets."""
+    further = f"; {', '.join(figures['sets'])}" if figures["sets"] else ""
+    print(f"read       {read}, {figures['pairs']} pairs of {figures['prompts']} prompts{further}")
+    print(
+        f"accuracy   {figures['accuracy']:.4f} (95% interval {figures['accuracy_low']:.4f} to "
+        f"{figures['accuracy_high']:.4f}), {figures['equal_rewards']} with equal rewards"
+    )
+    print(
+        f"loss       {figures['loss']:.4f}, margin {figures['margin_mean']:+.4f} "
+        f"with deviation {figures['margin_std']:.4f}"
+    )
+    fit, audit = figures["calibration"], figures["length"]
+    mended = "no temperature is best"
+    if fit["loss_at_temperature"] is not None:
+        mended = f"loss {fit['loss_at_temperature']:.4f} at temperature {fit['temperature']:.3g}"
+    print(
+        f"confidence off by {fit['expected_error']:.4f} on average, Brier score "
+        f"{fit['brier']:.4f}, {mended}"
+    )
+    correlation = audit["correlation"]
+    print(
+        f"length     the longer answer is right in {audit['longer_accuracy']:.4f}, correlation of "
+        f"reward and length {'none' if correlation is None else f'{correlation:+.4f}'}"
+    )
+    if audit["adjusted"]["pairs"]:
+        print(f"           with length taken out accuracy is {audit['adjusted']['accuracy']:.4f}")
+    report_ties(figures["ties"])
+    report_rankings(figures["rankings"])
+    rows = slices_as_rows(figures)
+    width = max((len(row["slice"]) for row in rows), default=0)
+    for row in rows:
+        print(
+            f"  {row['slice']:<{width}}  {row['accuracy']:.4f} "
+            f"({row['low']:.4f} to {row['high']:.4f}) of {row['pairs']} pairs"
+        )
+    for name, found in figures["sets"].items():
+        if found["benchmark"]:
+            report_benchmark(name, found["benchmark"])
+        if found["leaked"]:
+            pairs = found["pairs"] + found["ties"]["pairs"]
+            print(
+                f"note       {found['leaked']} of {pairs} pairs of {name} have a "
+                "prompt that the model was trained on"
+            )
+        if found["bad"]:
+            print(f"note       {found['bad']} records of {name} are bad, and were left out")
+        if found["too_long"]:
+            print(f"note       {found['too_long']} pairs of {name} are too long, and were left out")
+
+
+def report_ties(found: dict[str, Any]) -> None:
+    if found["pairs"]:
+        print(
+            f"ties       {found['pairs']} pairs, which are neither right nor wrong; |margin| "
+            f"{found['margin']['q50']:.4f} at the median, {found['margin_of_others']['q50']:.4f} "
+            f"of others, area {found['area']:.4f}"
+        )
+
+
+def report_rankings(found: dict[str, Any]) -> None:
+    if not found["prompts"]:
+        return
+    best = ""
+    if has_best(found):
+        best = "best of n {mean:.4f} (by chance {chance:.4f}), ".format_map(found["best_of_n"])
+    print(
+        f"rankings   of {found['answers']} answers to {found['prompts']} prompts: {best}"
+        f"Kendall's tau-b {found['kendall_tau']['mean']:+.4f}, NDCG {found['ndcg']['mean']:.4f}"
+    )
+
+
+def report_benchmark(name: str, found: dict[str, Any]) -> None:
+    parts = {"score": found["score"]} | found["parts"]
+    shown = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
+    print(f"{name}: {shown}, by the rule of {found['rule']}")

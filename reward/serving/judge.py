@@ -1,0 +1,225 @@
+"""Judge any reward model on the test pairs and the test sets of this pipeline.
+
+    python -m reward.serving.judge models/skywork data/tokenized
+    python -m reward.judging.compare reports/judged/skywork workspace
+
+Takes the folder of a sequence classifier of one label, and what preprocess has made of the test
+sets. transformers loads the model, whose code never runs, and gives a reward to one text after the
+other, which the model's own chat template makes. Writes rewards and figures as evaluate does.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+
+from reward.data import tokenized
+from reward.data.columns import ANSWER, ANSWERS, PREFIX, PROMPT, PROMPT_ID, RESPONSE, TOKENS
+from reward.data.prefixes import prefix_length
+from reward.data.records import TOOLS
+from reward.data.templates import dated
+from reward.judging.evaluation import as_judged, as_table, load_sets, measure, measure_sets, report
+from reward.judging.metrics import Resampling
+from reward.model.base import device, fast_dtype, keep_weights_unpacked
+from reward.model.head import against_labels, is_classifier
+from reward.outputs import recorded, watched, whole_folder, write_json, writing
+from reward.process import Fault, processors, run
+
+BASE = Path("models/base")
+TOKENIZED = Path("data/tokenized")
+REPORTS = Path("reports/judged")
+FIGURES = "figures.json"
+# Those of params.yaml.
+RESAMPLING = Resampling(samples=2000, seed=0)
+# What a chat template prints for today's date.
+DATE = "2026-01-01"
+EXPECTED = "expected the folder of a sequence classifier, such as Qwen2ForSequenceClassification"
+
+
+class Judged(NamedTuple):
+    """The ids of a text as the model reads it, [tokens], and its reward."""
+
+    ids: npt.NDArray[np.int32]
+    reward: float
+
+
+Answers = dict[tuple[str, int], Judged]
+
+
+class Judge:
+    """A reward model with its tokenizer and its chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises a Fault for what is not a classifier of one label that transformers loads."""
+        require_classifier(folder)
+        logging.set_verbosity_error()
+        try:
+            self.model, loading = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                dtype=fast_dtype(),
+                device_map={"": device()},
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise Fault(f"{folder} cannot be loaded ({reason}), {EXPECTED}") from None
+        if missing := sorted(loading["missing_keys"]):
+            raise Fault(f"{folder} lacks {', '.join(missing[:3])}, {EXPECTED}")
+        keep_weights_unpacked(self.model.eval())
+        self.folder, self.template = folder, chat_template(folder, self.tokenizer)
+
+    def judge(self, answers: Dataset) -> Answers:
+        """The answers of a split, each once, by their prompt and number.
+
+        Raises a Fault for one that the chat template cannot render, that is too long for the model,
+        or whose reward is not finite.
+        """
+        found = {}
+        for row in watched(answers, f"judging by {self.folder}", "answers"):
+            key = row[PROMPT_ID], row[ANSWER]
+            ids = self.ids(key, json.loads(row[PROMPT]) + json.loads(row[RESPONSE]))
+            found[key] = Judged(np.array(ids, dtype=np.int32), self.reward(ids))
+        if broken := sum(not np.isfinite(each.reward) for each in found.values()):
+            raise Fault(
+                f"{self.folder}: the rewards of {broken} of {len(found)} answers are not finite, "
+                f"expected a model that computes in {fast_dtype()}"
+            )
+        return found
+
+    def ids(self, key: tuple[str, int], messages: list[dict[str, Any]]) -> list[int]:
+        """A conversation as the model's users give it, as ids."""
+        tools = [tool for each in messages for tool in each.get(TOOLS, [])]
+        try:
+            found = self.tokenizer.apply_chat_template(
+                [each for each in messages if each["role"] != TOOLS],
+                tools=tools or None,
+                chat_template=self.template,
+                return_dict=False,
+            )
+        except Exception as error:  # a template is a program, which may raise anything
+            reason = " ".join(str(error).split())[:200]
+            raise Fault(
+                f"{self.folder}: its chat template refuses answer {key[1]} of prompt {key[0]} "
+                f"({reason}), expected one that renders the test sets"
+            ) from None
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most and len(found) > most:
+            raise Fault(
+                f"{self.folder} reads at most {most} tokens, answer {key[1]} of prompt {key[0]} "
+                f"has {len(found)}; lower preprocess.max_length"
+            )
+        return list(found)
+
+    @torch.no_grad()
+    def reward(self, ids: list[int]) -> float:
+        """The reward of a text by itself, so that padding has no part in it."""
+        row = torch.tensor([ids], device=device())
+        return float(self.model(input_ids=row).logits[0, 0])
+
+
+def main() -> None:
+    options = parse()
+    output = options.output or REPORTS / options.model.resolve().name
+    require_output(output)
+    torch.set_num_threads(processors())
+    pairs = {options.sets / "test": tokenized.load(options.sets / "test", BASE)}
+    # Whether their prompts were trained on is known of the pipeline's own model alone.
+    sets = [
+        replace(each, notes=each.notes | {"leaked": 0})
+        for each in load_sets(options.sets / "sets", BASE)
+    ]
+    pairs |= {options.sets / "sets" / each.name: each.pairs for each in sets}
+    judge = Judge(options.model)
+    table, *further = [
+        table_of(each, judge.judge(tokenized.answers(path, BASE))) for path, each in pairs.items()
+    ]
+    figures = measure(table, as_judged(table), RESAMPLING)
+    figures["sets"] = measure_sets(sets, further, RESAMPLING)
+    with whole_folder(output) as folder:
+        with writing(folder):
+            pyarrow.parquet.write_table(table, folder / "rewards.parquet")
+            (folder / "sets").mkdir()
+            for each, rewards in zip(sets, further, strict=True):
+                pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
+        write_json(folder / FIGURES, figures)
+    report(figures, options.sets / "test")
+    print(f"written    {output}; python -m reward.judging.compare {output} workspace")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="FOLDER", help="folder of a reward model")
+    parser.add_argument(
+        "sets",
+        type=Path,
+        metavar="SETS",
+        nargs="?",
+        default=TOKENIZED,
+        help=f"what preprocess has made of the test sets ({TOKENIZED})",
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"folder for rewards and figures ({REPORTS}/NAME)"
+    )
+    return parser.parse_args()
+
+
+def require_output(output: Path) -> None:
+    """Raises a Fault for a folder that would be overwritten, and that was not written here."""
+    if output.exists() and not (output / FIGURES).is_file():
+        raise Fault(f"--output is {output}, which has other files, expected a new folder")
+
+
+def require_classifier(folder: Path) -> None:
+    """Raises a Fault unless a folder's configuration is that of a classifier of one label."""
+    config = recorded(folder / "config.json")
+    if not is_classifier(config):
+        raise Fault(f"{folder} is a {', '.join(config.get('architectures') or ['?'])}, {EXPECTED}")
+    if reason := against_labels(config):
+        raise Fault(f"{folder} {reason}")
+
+
+def chat_template(folder: Path, tokenizer: Any) -> str:
+    """The chat template of a tokenizer, of several the default one."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict):
+        found = found.get("default")
+    if not found:
+        raise Fault(f"{folder} has no chat template, expected one, which makes texts of answers")
+    return dated(found, DATE)
+
+
+def table_of(pairs: Dataset, answers: Mapping[tuple[str, int], Judged]) -> pa.Table:
+    """The rewards of comparisons as evaluate has them; lengths are in tokens of the model."""
+    j, k = (
+        [answers[key] for key in zip(pairs[PROMPT_ID], pairs[name], strict=True)]
+        for name in ANSWERS
+    )
+    sides = (np.array([each.reward for each in side], dtype=np.float32) for side in (j, k))
+    table = as_table(pairs, *sides)
+    own = {
+        name: [len(each.ids) for each in side] for name, side in zip(TOKENS, (j, k), strict=True)
+    }
+    own[PREFIX] = [prefix_length(one.ids, other.ids) for one, other in zip(j, k, strict=True)]
+    for name, values in own.items():
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array(values, table[name].type))
+    return table
+
+
+if __name__ == "__main__":
+    run(main)

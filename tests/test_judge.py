@@ -1,0 +1,113 @@
+"""Any reward model on the pipeline's test pairs: its own rewards, the figures of evaluate."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reward.judging import compare
+from reward.outputs import read_json, write_json
+from reward.params import read_yaml
+from reward.process import Fault
+from reward.serving import judge
+from tests.support import ROOT
+
+OUTPUT = Path("reports/judged/merged")
+
+pytestmark = pytest.mark.usefixtures("project")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["judge", *arguments])
+    judge.main()
+
+
+def test_an_exported_model_is_judged_as_it_was_evaluated_and_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By transformers and its own chat template, which make the rewards of the evaluation."""
+    run(monkeypatch, "models/export/merged")
+    evaluated = Path("reports/evaluate")
+    for file in ("rewards.parquet", "sets/by_hand.parquet"):
+        found, expected = (
+            pyarrow.parquet.read_table(folder / file) for folder in (OUTPUT, evaluated)
+        )
+        assert found.column_names == expected.column_names
+        for name in found.column_names:
+            one, other = found[name].to_pylist(), expected[name].to_pylist()
+            rewards = name.startswith("reward_") or name == "margin"
+            assert one == (pytest.approx(other, abs=1e-4) if rewards else other), name
+    found, expected = (read_json(folder / "figures.json") for folder in (OUTPUT, evaluated))
+    for name in ("accuracy", "accuracy_low", "accuracy_high", "pairs"):
+        assert found[name] == pytest.approx(expected[name])
+    assert found["sets"]["by_hand"]["accuracy"] == expected["sets"]["by_hand"]["accuracy"]
+    assert found["sets"]["by_hand"]["leaked"] == 0  # what it was trained on is not known
+
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["compare", str(OUTPUT), "workspace"])
+    compare.main()
+    said = capsys.readouterr().out
+    assert "workspace cannot be told from noise" in said
+    assert f"for {OUTPUT}, " in said
+
+
+def test_the_intervals_are_those_of_the_parameters() -> None:
+    options = read_yaml(ROOT / "params.yaml")["evaluate"]
+    found = judge.RESAMPLING
+    assert (found.samples, found.seed) == (options["bootstrap_samples"], options["seed"])
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"]}, "mine is a Qwen2ForCausalLM, expected the fold"),
+        ({"id2label": {"0": "a", "1": "b"}}, "mine is a classifier of 2 labels, expected one"),
+        ({"max_position_embeddings": 10}, "mine reads at most 10 tokens, answer "),
+    ],
+)
+def test_what_is_no_reward_model_is_refused(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, object], found: str
+) -> None:
+    shutil.copytree("models/export/merged", "mine")
+    config = read_json(Path("mine/config.json"))
+    write_json(Path("mine/config.json"), config | change)
+    with pytest.raises(Fault) as fault:
+        run(monkeypatch, "mine")
+    assert found in str(fault.value)
+
+
+def test_weights_that_would_be_random_are_refused() -> None:
+    shutil.copytree("models/export/merged", "mine")
+    tensors = load_file("mine/model.safetensors")
+    del tensors["score.weight"]
+    save_file(tensors, "mine/model.safetensors", {"format": "pt"})
+    with pytest.raises(Fault, match=r"mine lacks score\.weight, expected the folder of a sequence"):
+        judge.Judge(Path("mine"))
+
+
+def test_rewards_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree("models/export/merged", "mine")
+    tensors = load_file("mine/model.safetensors")
+    tensors["score.weight"] = torch.full_like(tensors["score.weight"], torch.inf)
+    save_file(tensors, "mine/model.safetensors", {"format": "pt"})
+    with pytest.raises(Fault, match="answers are not finite, expected a model that computes in"):
+        run(monkeypatch, "mine")
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+    shutil.copytree("models/export/merged", "mine")
+    config = read_json(Path("mine/tokenizer_config.json"))
+    del config["chat_template"]
+    write_json(Path("mine/tokenizer_config.json"), config)
+    with pytest.raises(Fault, match="mine has no chat template, expected one"):
+        judge.Judge(Path("mine"))
+
+
+def test_a_folder_with_other_files_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Fault, match="--output is data, which has other files, expected a new"):
+        run(monkeypatch, "models/export/merged", "--output", "data")
+    assert Path("data/raw/pairs.json").exists()
