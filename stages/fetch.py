@@ -184,13 +184,10 @@ def license_in(folder: Path) -> dict[str, str]:
     from huggingface_hub import metadata_load
 
     try:
-        return license_of(metadata_load(folder / "README.md") or {})
+        card = metadata_load(folder / "README.md") or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-
-
-def license_of(card: dict[str, Any]) -> dict[str, str]:
-    """The keys of a card's front matter that name its licence: of those without a name, a link."""
+    # A licence without a name has a link.
     found = {name: card.get(name) for name in ("license", "license_name", "license_link")}
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
