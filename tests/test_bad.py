@@ -1,14 +1,19 @@
 """Bad input: each gets its sentence and status 1, and nothing is written; odd input is read.
 
-tests/bad/data has one bad file each, tests/bad/data.yaml what is said of it; tests/bad/params.yaml
-has bad values of every key of params.yaml. An ellipsis stands for words of Python or a library.
+In tests/bad, data has one bad file each, params.yaml bad values of every key of params.yaml, and
+forms.yaml records of unknown forms. The cases pin where the fault is, the words of the reason and
+what was found; messages.txt has the whole of what is said. After a change of wording, write it
+anew and read its diff:
+
+    ACCEPT=1 python -m pytest tests/test_bad.py
 """
 
 import gzip
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +21,19 @@ import pytest
 from ruamel.yaml import YAML
 
 from reward.data.reading import read
+from reward.data.recognition import recognize
 from reward.data.records import check
-from reward.process import run
+from reward.process import Fault, run
 from stages import evaluate, export, fetch, preprocess, train
 from tests.support import ROOT
 
 BAD = Path(__file__).parent / "bad"
+MESSAGES = BAD / "messages.txt"
+HOW = "if the new wording is right: ACCEPT=1 python -m pytest tests/test_bad.py"
 SetParams = Callable[..., None]
-FILES: dict[str, str] = YAML(typ="safe").load(BAD / "data.yaml")
-VALUES: dict[str, list[tuple[Any, str]]] = YAML(typ="safe").load(BAD / "params.yaml")
+FILES: dict[str, list[str]] = YAML(typ="safe").load(BAD / "data.yaml")
+VALUES: dict[str, dict[str, list[Any]]] = YAML(typ="safe").load(BAD / "params.yaml")
+FORMS: dict[str, dict[str, Any]] = YAML(typ="safe").load(BAD / "forms.yaml")
 PARAMS: dict[str, dict[str, Any]] = YAML(typ="safe").load(ROOT / "params.yaml")
 BLANKS = "," + " " * 200_000
 KEYS = [f"{group}.{key}" for group, keys in PARAMS.items() for key in keys]
@@ -58,8 +67,32 @@ def said(
     return run_it
 
 
-def pattern(sentence: str) -> str:
-    return ".+?".join(map(re.escape, sentence.rstrip("\n").split("…")))
+# --- the whole wording -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worded() -> Iterator[Callable[[str, str], None]]:
+    """Compares what is said of a case with messages.txt, or accepts it."""
+    head, *sections = MESSAGES.read_text(encoding="utf-8").rstrip("\n").split("\n\n")
+    messages = {case: said for case, _, said in (each.partition("\n") for each in sections)}
+    accept = bool(os.environ.get("ACCEPT"))
+    assert accept or list(messages) == CASES, HOW
+
+    def compare(case: str, said: str) -> None:
+        said = "\n".join(f"  {line}" for line in without_library_words(said).split("\n"))
+        if accept:
+            messages[case] = said
+        assert messages[case] == said, HOW
+
+    yield compare
+    if accept:
+        kept = [f"{case}\n{messages[case]}" for case in CASES if case in messages]
+        MESSAGES.write_text("\n\n".join([head, *kept]) + "\n", encoding="utf-8")
+
+
+def without_library_words(said: str) -> str:
+    """What was said with an ellipsis for words of Python and of libraries, which change."""
+    return re.sub(r"(broken \w+|to its end): ([A-Z]|while ).+?(, found|; |$)", r"\1: …\3", said)
 
 
 # --- preference files ------------------------------------------------------------------------
@@ -72,13 +105,34 @@ def test_every_bad_file_has_a_sentence() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_bad_file_gets_its_sentence(
-    name: str, set_params: SetParams, said: Callable[..., str]
+    name: str, set_params: SetParams, said: Callable[..., str], worded: Callable[..., None]
 ) -> None:
     path = Path("data/raw") / name
     path.parent.mkdir(parents=True)
     shutil.copy(BAD / "data" / name, path)
     set_params("preprocess", data=str(path))
-    assert re.fullmatch(pattern(FILES[name]), said(preprocess.main), re.DOTALL)
+    found = said(preprocess.main)
+    assert found.startswith(str(path))
+    assert [word for word in FILES[name] if word not in found] == []
+    worded(f"data/{name}", found)
+
+
+def test_there_are_many_unknown_forms() -> None:
+    assert len(FORMS) >= 25
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_unknown_form_is_one_sentence_with_the_entry_to_write(
+    name: str, worded: Callable[..., None]
+) -> None:
+    with pytest.raises(Fault) as caught:
+        recognize(Path("data/mine/x.jsonl"), [FORMS[name]["record"]])
+    found = str(caught.value)
+    assert found.startswith("data/mine/x.jsonl: ")
+    assert [word for word in FORMS[name]["words"] if word not in found] == []
+    assert found.endswith(FORMS[name].get("entry", ""))
+    assert ("dataset.yaml" in found) == ("entry" in FORMS[name])
+    worded(f"forms/{name}", found)
 
 
 def test_a_record_of_another_type_behind_25_mb_is_found(
@@ -117,19 +171,24 @@ def test_a_prompt_of_the_test_set_in_the_training_data_is_named(
 
 def test_every_key_has_bad_values() -> None:
     assert list(VALUES) == KEYS
-    assert all(len(values) >= 2 for values in VALUES.values())
+    assert all(sum(map(len, words.values())) >= 2 for words in VALUES.values())
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "sentence"),
-    [(key, value, sentence) for key, values in VALUES.items() for value, sentence in values],
-)
-def test_a_bad_value_gets_its_sentence(
-    key: str, value: Any, sentence: str, set_params: SetParams, said: Callable[..., str]
+@pytest.mark.parametrize("key", KEYS)
+def test_bad_values_get_their_sentences(
+    key: str, set_params: SetParams, said: Callable[..., str], worded: Callable[..., None]
 ) -> None:
     group, _, name = key.partition(".")
-    set_params(group, **{name: value})
-    assert re.fullmatch(pattern(sentence), said(READERS[group]), re.DOTALL)
+    lines = []
+    for word, values in VALUES[key].items():
+        for value in values:
+            set_params(group, **{name: value})
+            found = said(READERS[group])
+            assert found.startswith((f"params.yaml: {key} ", f"{value} ", f"{value}: ")), found
+            assert str(value) in found
+            assert word in found
+            lines.append(found)
+    worded(f"params/{key}", "\n".join(lines))
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -160,29 +219,42 @@ def test_a_group_that_is_none_is_named(
         assert found.endswith(", must be a list of keys and values")
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (b"train: [1, 2", "params.yaml: broken YAML: …"),
-        (b"train:\n\tr: 4\n", "params.yaml: broken YAML: …"),
-        (b"base: {}\nbase: {}\n", "params.yaml: broken YAML: …duplicate key…"),
-        (b"base: &a [*a]\nbase2: *b\n", "params.yaml: broken YAML: …undefined alias…"),
-        (b"\xff\xfe\xfd", "params.yaml: broken YAML: …"),
-        (b"base: \x00\n", "params.yaml: broken YAML: …"),
-        (b"", "params.yaml: the group base is None, must be a list of keys and values"),
-        (b"- base\n", "params.yaml: the group base is None, must be a list of keys and values"),
-        (b"base: !!python/object/apply:os.system [ls]\n", "params.yaml: broken YAML: …"),
-        (None, "params.yaml is not here, wanted in the folder …"),
-    ],
-)
+BROKEN: dict[str, tuple[bytes | None, str]] = {
+    "a list that is cut": (b"train: [1, 2", "broken YAML"),
+    "a tab": (b"train:\n\tr: 4\n", "broken YAML"),
+    "a key twice": (b"base: {}\nbase: {}\n", "duplicate key"),
+    "an alias of nothing": (b"base: &a [*a]\nbase2: *b\n", "undefined alias"),
+    "not UTF-8": (b"\xff\xfe\xfd", "broken YAML"),
+    "a null byte": (b"base: \x00\n", "broken YAML"),
+    "nothing inside": (b"", "the group base is None"),
+    "a list": (b"- base\n", "the group base is None"),
+    "a call": (b"base: !!python/object/apply:os.system [ls]\n", "broken YAML"),
+    "no file": (None, "is not here"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_params_file_gets_its_sentence(
-    content: bytes | None, sentence: str, workspace: Path, said: Callable[..., str]
+    name: str, workspace: Path, said: Callable[..., str], worded: Callable[..., None]
 ) -> None:
     path = workspace / "params.yaml"
+    content, word = BROKEN[name]
     path.unlink() if content is None else path.write_bytes(content)
     found = said(fetch.main)
-    assert re.fullmatch(pattern(sentence), found)
+    assert found.startswith("params.yaml")
+    assert word in found
     assert "\n" not in found
+    worded(f"params.yaml/{name}", found.replace(str(workspace), "…"))
+
+
+CASES = sorted(
+    [
+        *(f"data/{name}" for name in FILES),
+        *(f"forms/{name}" for name in FORMS),
+        *(f"params/{key}" for key in VALUES),
+        *(f"params.yaml/{name}" for name in BROKEN),
+    ]
+)
 
 
 # --- odd, and right --------------------------------------------------------------------------
