@@ -24,7 +24,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from benchmarks.defaults import RESAMPLING, RESULTS, command, is_there, rewards_of
-from reward.judging.metrics import Floats, correct, losses
+from reward.judging.evaluation import as_judged
+from reward.judging.metrics import Floats, calibration, correct, losses
 
 LOGS = Path("data/arms")
 
@@ -44,10 +45,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Found:
-    """What an arm came to: [seeds, pairs] each, and pairs/s in training, [seeds]."""
+    """What an arm came to: [seeds, pairs] each; loss at temperature and pairs/s, [seeds]."""
 
     right: Floats
     loss: Floats
+    calibrated: Floats
     speed: Floats
 
 
@@ -109,7 +111,9 @@ def found(name: str, arm: Arm, tables: Sequence[pa.Table]) -> Found:
     preference = tables[0]["preference"].to_numpy()
     loss = losses(margins, preference)
     right = np.where(preference == 0.5, np.nan, correct(margins))
-    return Found(right, loss, np.array([speed(name, arm, seed) for seed in range(len(tables))]))
+    fitted = [calibration(as_judged(table), seed=0)["loss_at_temperature"] for table in tables]
+    speeds = [speed(name, arm, seed) for seed in range(len(tables))]
+    return Found(right, loss, np.array(fitted, dtype=np.float64), np.array(speeds))
 
 
 def speed(name: str, arm: Arm, seed: int) -> float:
@@ -137,15 +141,15 @@ def as_markdown(
         *(f"- {arm.name}: {', '.join(arm.settings) or 'params.yaml as it is'}" for arm in arms),
         *([f"- all: {', '.join(options.set_param)}"] if options.set_param else []),
         "",
-        "| arm | accuracy | by seed | loss | by seed | pairs/s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| arm | accuracy | by seed | loss | by seed | loss at its best temperature | pairs/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for arm in arms:
         each = results[arm.name]
         right, loss = each.right[:, decided].mean(axis=1), each.loss.mean(axis=1)
         lines.append(
             f"| {arm.name} | {right.mean():.4f} | {ranged(right)} | {loss.mean():.4f} | "
-            f"{ranged(loss)} | {np.median(each.speed):.1f} |"
+            f"{ranged(loss)} | {each.calibrated.mean():.4f} | {np.median(each.speed):.1f} |"
         )
     base = results[arms[0].name]
     lines += [

@@ -1,6 +1,7 @@
 """The experiments in arms and seeds: what is in an arm, and what its table says."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks import arms, votes
 from benchmarks.arms import Arm, as_markdown
+from reward.data.columns import ANSWERS, PREFIX, TOKENS
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,8 @@ def rewards(*margins: float) -> pa.Table:
     """Four comparisons of two prompts, the last one a tie."""
     return pa.table(
         {"prompt_id": ["p", "p", "q", "q"], "preference": [1.0, 1, 1, 0.5], "margin": [*margins]}
+        | {"reward_chosen": [*margins], "reward_rejected": [0.0] * 4}
+        | {name: [1, 1, 2, 2] for name in (*TOKENS, PREFIX, *ANSWERS)}
     )
 
 
@@ -64,4 +68,17 @@ def test_arms_are_compared_with_the_first_without_ties(
     assert "| first | 0.5000 | 0.3333 to 0.6667 |" in report
     assert "| second | 0.8333 | 0.6667 to 1.0000 |" in report
     assert "| second | +0.3333 | +0.0000 to +1.0000 |" in report
-    assert report.count("| 3.0 |") == 2
+    # No temperature is best for margins of which one half of the prompts has none against it.
+    assert report.count("| nan | 3.0 |") == 2
+
+
+def test_the_loss_at_temperature_is_that_of_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arms, "LOGS", tmp_path)
+    (tmp_path / "x-only-0.log").write_text("")
+    # In both prompts 3 votes of 4 are for what wins by 1: best is 1 / ln 3 as T, its loss known.
+    table = rewards(1, 1, 1, 1)
+    table = table.set_column(1, "preference", pa.array([0.75] * 4))
+    [loss] = arms.found("x", Arm("only", ()), [table]).calibrated
+    assert loss == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), abs=1e-6)
