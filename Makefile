@@ -1,4 +1,4 @@
-# Everything below runs in .venv, which the first target that needs it makes.
+# All targets run in .venv, which is created when it is first needed.
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -9,18 +9,18 @@ READY := .venv/ready
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-repro: $(READY) ## Run the pipeline: what has changed since the last time, and nothing else
+repro: $(READY) ## Run the pipeline; stages that have not changed are skipped
 	dvc repro
 
 test: $(READY) ## Run all tests
 	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-check: $(READY) ## Lint, formatting and types
+check: $(READY) ## Check lint, formatting and types
 	ruff check .
 	ruff format --check .
 	mypy
 
-torture: $(READY) ## Kill and resume the training at 55 random moments
+torture: $(READY) ## Kill training at 55 random moments and check that it resumes
 	python -m tools.torture
 
 $(READY): pyproject.toml constraints.txt .dvc/plots/make_page.py
