@@ -203,7 +203,7 @@ def test_a_second_run_runs_nothing(project: Project) -> None:
 def test_elsewhere_the_bytes_are_the_same_and_nothing_tells_of_the_place(
     project: Project, complete: Path, tmp_path: Path
 ) -> None:
-    """Another folder, home, token, hash seed and number of threads, and processes of their own."""
+    """Another folder, home, token and hash seed, and processes of their own."""
     here = Project(tmp_path / "here")
     here.folder.mkdir()
     fill(here, complete)
