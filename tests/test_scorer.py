@@ -4,6 +4,7 @@ import math
 import random
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from reward.exporting.exported import load_exported
 from reward.model.base import head_of
 from reward.model.packing import texts_of, tokens
 from reward.model.scoring import as_in_transformers
+from reward.outputs import read_json, write_json
 from reward.process import Fault
 from reward.serving import scorer as module
 from reward.serving.scorer import Misfit, Scorer, probabilities, ranks, reward_function
@@ -249,10 +251,97 @@ def test_a_token_that_begins_a_message_ends_none(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Misfit, match=r"^the text ends in '<\|im_start\|>', expected the end"):
         scorer.encode_rendered([f"{text}<|im_start|>\n"])
     with pytest.raises(Misfit, match=r"^the text has no token$"):
-        scorer.encode_rendered(["<|im_end|>\n"])
+        scorer_of(monkeypatch, "none").encode_rendered(["<|im_end|>\n"])
     empty = scorer_of(monkeypatch, "{prompt}<|im_start|>\n{answer}<|im_end|>")
     wanted = empty.encode(["hi<|im_start|>\n<|im_end|>"])
     assert empty.encode_rendered(["hi<|im_start|>\n"]) == wanted
+
+
+CHATML = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes"
+SYSTEM = "<{system}>\n\n问:{prompt}\n\n答:{answer}"
+SPACED = " {prompt}\n{answer}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "shown"),
+    [
+        ("zh", CHATML, "'问:...\\n\\n答:...'"),
+        ("zh", "hi yes", "'问:...\\n\\n答:...'"),
+        ("zh", "问:hi yes", "'问:...\\n\\n答:...'"),
+        ("问:{prompt}问:{answer}", "问:hi yes", "'问:...问:...'"),
+        ("{prompt}\n{answer}", "hi yes", "'...\\n...'"),
+        (SPACED, "hi\nyes", "' ...\\n...'"),
+        (SYSTEM, "<s>\n\nhi\n\n答:yes", "'问:...\\n\\n答:...' or '<...>\\n\\n问:...\\n\\n答:...'"),
+        ("chat", "问:hi\n\n答:yes", "'<|im_start|>...<|im_start|>assistant...'"),
+        (
+            "chat",
+            "<|im_start|>user\nhi<|im_end|>\nyes",
+            "'<|im_start|>...<|im_start|>assistant...'",
+        ),
+    ],
+)
+def test_a_whole_text_of_another_template_is_refused(
+    name: str, text: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(monkeypatch, name)
+    [known] = scorer.render(candidates({"prompt": "hi", "answer": "yes"}))
+    with pytest.raises(Misfit) as found:
+        scorer.encode_rendered([known, text])
+    assert (found.value.index, found.value.reason) == (1, "template")
+    assert str(found.value) == (
+        f"the text begins with {text[:40]!r}, expected one that the reward model's own template "
+        f"has rendered, as {shown}"
+    )
+
+
+CALLING = {"type": "function", "function": {"name": "add", "arguments": {"a": "1"}}}
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [{"role": USER, "content": "<|im_start|>hi"}],
+    [{"role": "system", "content": "kind"}, {"role": USER, "content": "\n\n答:"}],
+    [
+        {"role": USER, "content": "1"},
+        {"role": ASSISTANT, "content": "", "tool_calls": [CALLING]},
+        {"role": "tool", "content": "2"},
+    ],
+    [
+        {"role": USER, "content": "1"},
+        {"role": ASSISTANT, "content": "2"},
+        {"role": USER, "content": "3"},
+    ],
+]
+
+
+@pytest.mark.parametrize("name", ["none", "{prompt}\n{answer}", SPACED, SYSTEM, "en", "chat"])
+def test_what_a_template_renders_is_never_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, rendered = scorer_of(monkeypatch, name), 0
+    for prompt in CONVERSATIONS:
+        for answer in ("yes", "", "a\nb"):
+            with suppress(BadRecord):  # a text template has no field for some
+                texts = scorer.render(candidates({"prompt": prompt, "answer": answer}))
+                rendered += 1
+                assert scorer.encode_rendered(texts) == scorer.encode(texts)
+    assert rendered >= 3
+
+
+def test_a_whole_text_begins_as_those_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder may leave a space where the tokenizer had bos, and clients leave bos out."""
+    plain = scorer_of(monkeypatch, "zh")
+    assert plain.encode_rendered([" 问:hi\n\n答:yes"]) == plain.encode(["问:hi\n\n答:yes"])
+    kept = scorer_of(monkeypatch, SPACED)
+    assert kept.encode_rendered([" \n\nyes"]) == kept.encode([" \n\nyes"])
+    folder = export_with(
+        monkeypatch,
+        template="chat",
+        chat_template="{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}",
+    )
+    path = folder / "tokenizer_config.json"
+    write_json(path, read_json(path) | {"bos_token": "<|endoftext|>"})
+    chat = Scorer(folder)
+    wanted = chat.encode(["<|endoftext|>[hi][yes]"])
+    for text in ("<|endoftext|>[hi][yes]", "[hi][yes]"):
+        assert chat.encode_rendered([text]) == wanted
 
 
 # --- records ---------------------------------------------------------------------------------

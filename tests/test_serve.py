@@ -102,8 +102,8 @@ def test_prompts_with_answers_get_the_rewards_of_the_model(scorer: Scorer) -> No
 
 def test_the_request_of_openrlhf_gets_what_it_reads(scorer: Scorer) -> None:
     """Whole texts with their prompts and labels; rewards, scores and extra_logs."""
-    query = ["问:hi\n\n答:yes", "问:hi\n\n答:no", "一 text of its own"]
-    content = {"query": query, "prompts": ["问:hi", "问:hi", "一"], "labels": [None, "a", 3]}
+    query = ["问:hi\n\n答:yes", "问:hi\n\n答:no", "问:一\n\n答:yes"]
+    content = {"query": query, "prompts": ["问:hi", "问:hi", "问:一"], "labels": [None, "a", 3]}
     status, found = served(scorer, lambda client: post(client, content))
     wanted = scorer.rewards(scorer.encode(query), [0, 1, 2])
     assert (status, found.keys()) == (200, {"rewards", "scores", "extra_logs"})
@@ -359,7 +359,11 @@ def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
         ),
         (b'{"query": ["a", null]}', "query[1]: is no text, wanted one"),
         (b'{"query": ["a", "\\ud800"]}', "query[1]: is no text, wanted one"),
-        (b'{"query": ["a", ""]}', "query[1]: the text has no token"),
+        (
+            b'{"query": ["", "a"]}',
+            "query[1]: the text begins with 'a', expected one that the reward",
+        ),
+        (b'{"query": [""]}', "query[0]: the text has no token"),
         (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts is no list of 1 prompts, wanted"),
         (b'{"answers": ["a"]}', "prompts is no list of 1 prompts, wanted one for each text"),
         (b'{"prompts": [" "], "answers": ["a"]}', "answers[0]: 'prompt' is empty"),

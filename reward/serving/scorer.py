@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from reward.data.records import BadRecord, Candidates, Messages, candidates
-from reward.data.tokens import Encoder, Template
+from reward.data.tokens import TOKENIZER_CONFIG, Encoder, Template, token_of
 from reward.exporting.exported import REWARD, load_exported
 from reward.model.packing import texts_of
 from reward.model.scoring import score
-from reward.outputs import recorded
+from reward.outputs import read_json, recorded
 from reward.process import Fault
 from reward.serving.endings import Endings
+from reward.serving.openings import Openings
 
 # The most tokens of one pack: memory depends on it, rewards to rounding only.
 TOKENS_PER_PACK = 4096
@@ -50,7 +51,8 @@ class Scorer:
         self._template = Template.load(folder / "template.json")
         self._encoder = Encoder(folder, self._template)
         self.temperature: float = recorded(folder / REWARD)["temperature"]
-        self._endings = Endings(self._encoder)
+        bos = token_of(read_json(folder / TOKENIZER_CONFIG), "bos_token")
+        self._openings, self._endings = Openings(self._encoder, bos), Endings(self._encoder)
 
     def render(self, asked: Candidates) -> list[str]:
         """The text of a prompt with each answer. Raises BadRecord where the template cannot."""
@@ -73,12 +75,14 @@ class Scorer:
     def encode_rendered(self, texts: Sequence[str]) -> list[Ids]:
         """The same for whole texts, with or without the tokenizer's special tokens around them.
 
-        Each gets what the template puts after an answer, whatever it ends in.
+        Each gets what the template puts after an answer, whatever it ends in. Raises Misfit also
+        for the first one that the template cannot have rendered.
         """
         whole = []
         for index, text in enumerate(texts):
             try:
-                whole.append(self._endings.complete(self._encoder.bare(text)))
+                begun = self._openings.complete(self._encoder.bare(text))
+                whole.append(self._endings.complete(begun))
             except BadRecord as error:
                 raise Misfit(index, error.reason, str(error)) from None
         return self.encode(whole)
