@@ -43,7 +43,7 @@ from reward.exporting import clients, clients_trl, gate, portable
 from reward.exporting.clients import CLIENT, FOUND, LEFT_OUT, PACKS, Request, fits, select
 from reward.exporting.exported import Trained, load_exported, write_card, write_exported
 from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
-from reward.exporting.merging import merged_weight, write_merged
+from reward.exporting.merging import SHARD, merged_weight, write_merged
 from reward.model.base import (
     ALL_LINEAR,
     Quantization,
@@ -66,6 +66,8 @@ from tests.support import FAMILIES, ROOT, fetched, prompts_of, score_here, write
 
 NAME, COMMIT = "Qwen/Qwen2-0.5B", "c0ffee" * 6 + "cafe"
 Change = dict[str, dict[str, Any]]
+# The most bytes of a file, of which the weights of a small model have several times as many.
+FILE = 1 << 14
 DEFAULT: Change = {
     "preprocess": {"template": "zh", "append_eos": False, "test_fraction": 0.2},
     "quantization": {"bits": 4},
@@ -522,7 +524,8 @@ def test_every_family_is_loaded_with_its_rewards(
     rows = portable.embeddings(model)
     portable.prepare_model(model, portable.Pad("", rows, rows + 1), {})
     model.save_pretrained(tmp_path / "base")
-    write_merged(model, tmp_path, torch.float32, tmp_path / "merged")
+    write_merged(model, tmp_path, torch.float32, tmp_path / "merged", shard=FILE)
+    assert len([*(tmp_path / "merged").glob("model-*.safetensors")]) > 1
     with contextlib.chdir(tmp_path), silent_peft():
         adapter = AutoPeftModelForSequenceClassification.from_pretrained(".").eval()
     keep_weights_unpacked(adapter)
@@ -537,16 +540,16 @@ def test_every_family_is_loaded_with_its_rewards(
 
 
 @pytest.mark.parametrize(
-    ("family", "quantization"),
+    ("family", "quantization", "shard"),
     [
-        ("Mixtral", Quantization(4, "nf4", False, "bfloat16")),
-        ("GPT-2", Quantization(4, "fp4", True, "float32")),
-        ("GPT-2", Quantization.unquantized("bfloat16")),
+        ("Mixtral", Quantization(4, "nf4", False, "bfloat16"), SHARD),
+        ("GPT-2", Quantization(4, "fp4", True, "float32"), FILE),
+        ("GPT-2", Quantization.unquantized("bfloat16"), FILE),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merged_weight_by_weight_it_has_the_bytes_of_a_merge_in_memory(
-    family: str, quantization: Quantization, dtype: torch.dtype, tmp_path: Path
+    family: str, quantization: Quantization, shard: int | str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     base = fetched(family, tmp_path / "of")
     model = load_base(base, quantization)
@@ -566,11 +569,11 @@ def test_merged_weight_by_weight_it_has_the_bytes_of_a_merge_in_memory(
         if isinstance(module, Conv1D) and isinstance(linear, torch.nn.Linear):
             module.weight.data, module.bias = linear.weight.T.contiguous(), linear.bias
             whole.set_submodule(name, module)
-    whole.to(dtype).save_pretrained(tmp_path / "whole")
+    whole.to(dtype).save_pretrained(tmp_path / "whole", max_shard_size=shard)
 
     model = stock(base, quantization)
     portable.take_head(model, tmp_path)
-    write_merged(model, tmp_path, dtype, tmp_path / "merged")
+    write_merged(model, tmp_path, dtype, tmp_path / "merged", shard)
     assert digests(tmp_path / "merged") == digests(tmp_path / "whole")
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Params4bit
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -22,18 +23,26 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from reward.model.base import head_of, silent_peft
-from reward.outputs import writing
+from reward.outputs import write_json, writing
 
-WEIGHTS = "model.safetensors"
+# The names of weights and index, and the most bytes of a file, as save_pretrained has them.
+WEIGHTS, INDEX, SHARD = "model{suffix}.safetensors", "model.safetensors.index.json", "50GB"
 FORMAT = {torch.float32: "F32", torch.bfloat16: "BF16"}
 # Numbers that are converted to another type at a time.
 CHUNK = 1 << 22
 
 
-def write_merged(model: PreTrainedModel, adapter: Path, dtype: torch.dtype, folder: Path) -> None:
+def write_merged(
+    model: PreTrainedModel,
+    adapter: Path,
+    dtype: torch.dtype,
+    folder: Path,
+    shard: int | str = SHARD,
+) -> None:
     """Write configuration and weights of a classifier with LoRA and the head of an adapter in it.
 
-    The files are those of save_pretrained. The weights are merged on the CPU; `model` is used up.
+    The files are those of save_pretrained, which begins another one where one would have more than
+    `shard` bytes. The weights are merged on the CPU; `model` is used up.
     """
     plain, model = skeleton(model, dtype), model.cpu()
     # PEFT reads the trained head in the type of the one that is there.
@@ -49,7 +58,18 @@ def write_merged(model: PreTrainedModel, adapter: Path, dtype: torch.dtype, fold
     with writing(folder):
         plain.config.save_pretrained(folder)
         layout = revert_weight_conversion(plain, plain.state_dict())
-        write_weights(folder / WEIGHTS, layout, dtype, weights())
+        split = split_torch_state_dict_into_shards(
+            layout, filename_pattern=WEIGHTS, max_shard_size=shard
+        )
+        if split.is_sharded:
+            sizes = {"total_parameters": plain.num_parameters(), **split.metadata}
+            index = {"metadata": sizes, "weight_map": split.tensor_to_filename}
+            write_json(folder / INDEX, index)
+        shapes = {
+            folder / name: {each: layout[each].shape for each in names}
+            for name, names in split.filename_to_tensors.items()
+        }
+        write_weights(shapes, dtype, weights())
 
 
 def skeleton(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -84,24 +104,36 @@ def merged_weight(model: nn.Module, name: str) -> Tensor:
 
 
 def write_weights(
-    path: Path, layout: dict[str, Tensor], dtype: torch.dtype, weights: Iterable[tuple[str, Tensor]]
+    shapes: dict[Path, dict[str, torch.Size]],
+    dtype: torch.dtype,
+    weights: Iterable[tuple[str, Tensor]],
 ) -> None:
-    """Write weights as they come, in any order, to a file of safetensors.
+    """Write weights as they come, in any order, to the files of safetensors that have their shapes.
 
-    Of `layout` the names and shapes count; the bytes are those of safetensors.torch.save_file
+    The bytes are those of safetensors.torch.save_file
     (https://github.com/huggingface/safetensors#format), which needs all weights at once.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places, end = {}, 0
-    for name, tensor in sorted(layout.items()):
-        places[name], end = end, end + tensor.numel() * dtype.itemsize
-        offsets = {"data_offsets": [places[name], end]}
-        header[name] = {"dtype": FORMAT[dtype], "shape": list(tensor.shape)} | offsets
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, weight in weights:
-            file.seek(8 + len(text) + places[name])
+    places = {}
+    for path, those in shapes.items():
+        for name, place in write_header(path, dtype, those).items():
+            places[name] = path, place
+    for name, weight in weights:
+        path, place = places[name]
+        with path.open("r+b") as file:
+            file.seek(place)
             for part in weight.flatten().split(CHUNK):
                 file.write(part.to(dtype).view(torch.uint8).numpy().data)
+
+
+def write_header(path: Path, dtype: torch.dtype, shapes: dict[str, torch.Size]) -> dict[str, int]:
+    """Begin a file of safetensors; at which of its bytes each weight is to be written."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for name, shape in sorted(shapes.items()):
+        places[name], end = end, end + shape.numel() * dtype.itemsize
+        offsets = {"data_offsets": [places[name], end]}
+        header[name] = {"dtype": FORMAT[dtype], "shape": list(shape)} | offsets
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return {name: 8 + len(text) + place for name, place in places.items()}
