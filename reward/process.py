@@ -35,6 +35,8 @@ def see_one_gpu() -> None:
 # Whether torchrun has started this process as one of several. Somebody else's trainer, which it may
 # have started too and which calls the reward function, goes its own way.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ and is_command(sys.orig_argv)
+# Whether DVC has started this process, or another one that DVC has.
+STAGED = "DVC_ROOT" in os.environ
 # Where torchrun reads what went wrong.
 ERRORS = os.environ.get("TORCHELASTIC_ERROR_FILE") if LAUNCHED else None
 if LAUNCHED:
@@ -58,12 +60,9 @@ class Fault(Exception):
 def run(main: Callable[[], None]) -> None:
     """Call the `main` of a stage or command; a Fault exits with status 1 and its sentence.
 
-    Ctrl-C exits with 130. Under DVC the process ends with its parent, and says how long it took.
-    One of several ends with its parent as well, which says what is to be said.
+    Ctrl-C exits with 130. Under DVC it says how long it took. One of several leaves to its parent
+    what is to be said.
     """
-    staged = "DVC_ROOT" in os.environ
-    if staged or LAUNCHED:
-        follow(PARENT)
     try:
         main()
     except Fault as fault:
@@ -77,7 +76,7 @@ def run(main: Callable[[], None]) -> None:
         if not LAUNCHED:
             print("interrupted", file=sys.stderr)
         sys.exit(130)
-    if staged and not LAUNCHED:
+    if STAGED and not LAUNCHED:
         print(f"took       {time.monotonic() - BEGUN:.1f} s")
 
 
@@ -92,7 +91,8 @@ def follow(parent: int) -> None:
 
     DVC does not take its stages along when it gets SIGTERM or SIGKILL; the orphan would work on
     beside the stage that the next `dvc repro` starts. `parent` is a process id that was noted while
-    the parent was there for certain.
+    the parent was there for certain. While a library's code is loaded, which may take two seconds,
+    no thread of Python runs, nor this one.
     """
 
     def watch() -> None:
@@ -144,3 +144,8 @@ def _quota(root: Path = GROUP) -> float:
         except OSError:
             return math.inf
     return math.inf if limit == "max" or int(limit) <= 0 else int(limit) / int(period)
+
+
+# From the first moment: the imports of libraries take seconds, in which who started it may be gone.
+if is_command(sys.orig_argv) and (STAGED or LAUNCHED or LAUNCHER in os.environ):
+    follow(PARENT)

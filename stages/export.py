@@ -9,7 +9,6 @@ that it finds must be those that were evaluated.
 """
 
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -152,7 +151,7 @@ def score_elsewhere(
         linked = elsewhere / "reward-model"
         link_folder(folder, linked)
         paths = (str(linked), str(TEST.absolute()), str(BASE.absolute()))
-        request = Request(*paths, clients, tokens_per_pack, compared, parent=os.getpid())
+        request = Request(*paths, clients, tokens_per_pack, compared)
         done = gate.run_clients(request, elsewhere)
         if done.returncode:
             print(done.stderr, file=sys.stderr)

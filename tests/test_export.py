@@ -724,11 +724,11 @@ def test_other_processes_share_the_packs_and_no_other_client(
     folder = exported(DEFAULT)
     monkeypatch.setattr("reward.model.group.leads", lambda: False)
     where, pairs, base = (str(folder / each) for each in (export.EXPORT, export.TEST, export.BASE))
-    found = clients.find(Request(where, pairs, base, "light", 4096, [0], parent=os.getpid()))
+    found = clients.find(Request(where, pairs, base, "light", 4096, [0]))
     assert set(found[CLIENT].to_pylist()) == {PACKS.name}
 
 
-def test_the_process_of_the_clients_follows_the_one_that_asks(
+def test_the_clients_are_asked_beside_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Request] = []
@@ -740,16 +740,28 @@ def test_the_process_of_the_clients_follows_the_one_that_asks(
         clients.main()
         return subprocess.CompletedProcess([], 0)
 
-    followed: list[int] = []
     monkeypatch.setattr(gate, "run_clients", run_clients)
-    monkeypatch.setattr(clients, "follow", followed.append)
     monkeypatch.setattr(clients, "find", lambda request: paired([], []))
     (tmp_path / "export").mkdir()
     assert export.score_elsewhere(tmp_path / "export", "light", 60, [2, 5]) == paired([], [])
-    assert followed == [os.getpid()]
     assert asked[0].compared == [2, 5]
     assert Path(asked[0].folder) == tmp_path / "clients.partial" / "reward-model"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_the_process_of_the_clients_follows_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed: list[str] = []
+
+    def started(_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[str]:
+        followed.append(env["REWARD_LAUNCHER"])
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr(gate, "hub_cache", lambda *_: None)
+    gate.run_clients(Request("export", "test", "base", "light", 60, []), tmp_path)
+    assert followed == [str(os.getpid())]
 
 
 @pytest.mark.usefixtures("ready", "clients_here")

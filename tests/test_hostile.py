@@ -1,6 +1,5 @@
 """A folder from a stranger: no code of it runs, whichever way it comes in."""
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -78,7 +77,7 @@ def test_no_code_of_an_exported_folder_runs(
     spoil(export.EXPORT / "base", canary, model_type=model_type)
     seal_again(export.EXPORT)
     folder, pairs, base = map(str, (export.EXPORT, export.TEST, export.BASE))
-    request = clients.Request(folder, pairs, base, "light", 4096, [], parent=os.getppid())
+    request = clients.Request(folder, pairs, base, "light", 4096, [])
     write_json(Path("request.json"), asdict(request))
     run, arguments = WAYS[way]
     monkeypatch.setattr("asyncio.run", lambda server: server.close())

@@ -23,12 +23,14 @@ def main():
 
 run(main)
 """
+# What `python -m stages.stage` has on its command line, by which a command of ours is known.
+AS_COMMAND = ("-m", "stages.stage")
 
 
 def start(tmp_path: Path, body: str, **environment: str) -> "subprocess.Popen[str]":
     (tmp_path / "stage.py").write_text(STAGE.format(body=body), encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, str(tmp_path / "stage.py")],
+        [sys.executable, str(tmp_path / "stage.py"), *AS_COMMAND],
         preexec_fn=interruptible,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         stdout=subprocess.PIPE,
@@ -65,15 +67,8 @@ def test_an_interrupted_stage_never_exits_0(tmp_path: Path, number: signal.Signa
     assert "Traceback" not in errors
 
 
-FOLLOW = """
-import sys, time
-print("begun", flush=True)
-time.sleep(0.5)
-from reward.process import follow
-follow(int(sys.argv[1]))
-time.sleep(60)
-"""
-IMPORTING = 'import stages, time\nprint("begun", flush=True)\ntime.sleep(2)\n'
+# The first package that is imported for `python -m`, and a long import after it.
+IMPORTING = 'import {package}, time\nprint("begun", flush=True)\ntime.sleep(60)\n'
 
 
 def test_a_process_ends_whose_launcher_is_gone_before_it_looks(tmp_path: Path) -> None:
@@ -89,8 +84,8 @@ def test_a_process_ends_whose_launcher_is_gone_before_it_looks(tmp_path: Path) -
     ("code", "under_dvc"),
     [
         (STAGE.format(body="time.sleep(60)"), True),
-        (IMPORTING + STAGE.format(body="time.sleep(60)"), True),
-        (FOLLOW, False),
+        (IMPORTING.format(package="stages"), True),
+        (IMPORTING.format(package="reward"), False),
     ],
     ids=["stage", "importing stage", "importing child"],
 )
@@ -105,9 +100,11 @@ def test_a_process_dies_with_its_parent(tmp_path: Path, code: str, under_dvc: bo
             sys.executable,
             "-c",
             "import os, subprocess, sys; "
-            "p = subprocess.Popen([sys.executable, sys.argv[1], str(os.getpid())]); "
+            f"launcher = dict() if {under_dvc} else dict(REWARD_LAUNCHER=str(os.getpid())); "
+            "p = subprocess.Popen([sys.executable, *sys.argv[1:]], env=os.environ | launcher); "
             "print(p.pid, flush=True); p.wait()",
             str(tmp_path / "stage.py"),
+            *AS_COMMAND,
         ],
         env=environment,
         stdout=subprocess.PIPE,

@@ -62,7 +62,7 @@ from reward.model.packing import Texts, pairs_of
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
 from reward.model.scoring import score, within_memory
 from reward.outputs import read_json, writing
-from reward.process import LAUNCHED, follow, free_memory, run, threads
+from reward.process import free_memory, run, threads
 
 CLIENT, FORM, FOUND, LEFT_OUT = "client", "form", "found.parquet", b"left_out"
 
@@ -72,7 +72,7 @@ class Request:
     """What is to be scored, by whom: an exported folder, tokenized pairs and their base, as paths.
 
     Packs take all pairs, `tokens_per_pack` tokens at most as in the evaluation; the others take
-    those of the indices `compared`. `parent` is the process that asks.
+    those of the indices `compared`.
     """
 
     folder: str
@@ -81,7 +81,6 @@ class Request:
     clients: Literal["light", "all"]
     tokens_per_pack: int
     compared: list[int]
-    parent: int
 
 
 def main() -> None:
@@ -90,8 +89,6 @@ def main() -> None:
     parser.add_argument("request", type=Path, help="JSON; found.parquet is written beside it")
     path = parser.parse_args().request
     request = Request(**read_json(path))
-    if not LAUNCHED:
-        follow(request.parent)
     distribute(
         lambda: do(request, path.with_name(FOUND)),
         "reward.exporting.clients",

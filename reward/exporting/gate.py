@@ -24,6 +24,7 @@ from reward.exporting.clients import CLIENT, FORM, LEFT_OUT, ORIGINAL, PACKED, P
 from reward.exporting.given import EOS, PAIR, Client, Form
 from reward.model.base import base_record
 from reward.outputs import write_json
+from reward.process import LAUNCHER
 
 # Rewards of pairs, [pairs, 2]: chosen, rejected.
 Rewards = npt.NDArray[np.float64]
@@ -44,6 +45,7 @@ def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProces
         "HF_HUB_CACHE": str(elsewhere / "hub"),
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(elsewhere),
+        LAUNCHER: str(os.getpid()),
     }
     return subprocess.run(
         [sys.executable, "-m", clients.__name__, str(elsewhere / "request.json")],
