@@ -1,5 +1,6 @@
 """Several processes: the same bytes as one, and none is left behind or waits for ever."""
 
+import logging
 import os
 import re
 import shutil
@@ -314,9 +315,31 @@ def test_a_fault_of_several_processes_is_told_once_by_the_first(tmp_path: Path) 
     assert launching.cause(error, tmp_path) == "fault 2"
 
 
-def test_a_process_that_ended_by_a_signal_is_named(tmp_path: Path) -> None:
-    error = failed(tmp_path, {0: (1, None), 3: (-signal.SIGKILL, None)})
-    assert launching.cause(error, tmp_path).startswith("process 3 was ended by SIGKILL; ")
+@pytest.mark.parametrize(("status", "name"), [(-signal.SIGKILL, "SIGKILL"), (130, "SIGINT")])
+def test_a_process_that_ended_by_a_signal_is_named(tmp_path: Path, status: int, name: str) -> None:
+    """And not one that the launcher has ended after it."""
+    error = failed(tmp_path, {0: (1, None), 2: (-signal.SIGTERM, None), 3: (status, None)})
+    assert launching.cause(error, tmp_path).startswith(f"process 3 was ended by {name}; ")
+
+
+def test_warnings_of_torch_distributed_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C, of which the command says "interrupted"."""
+
+    def elastic_launch(*_: Any) -> Callable[..., None]:
+        logging.getLogger("torch.distributed.elastic.agent.server.api").warning("shutting down")
+        return lambda *_: None
+
+    logger = logging.getLogger("torch.distributed")
+    for name in ("handlers", "propagate"):
+        monkeypatch.setattr(logger, name, getattr(logger, name))
+    monkeypatch.setenv(process.LAUNCHER, "")
+    monkeypatch.setattr(launching, "elastic_launch", elastic_launch)
+    launching.launch(launching.asked(["stages.train"], machines=False))
+    assert caplog.text + capsys.readouterr().err == ""
 
 
 def test_the_traceback_of_another_process_is_shown(

@@ -91,8 +91,10 @@ def asked(command: Sequence[str], machines: bool) -> Namespace:
 
 def launch(options: Namespace) -> None:
     """Start the processes and see them through. Raises a Fault where one of them fails."""
-    # Its warnings say in many lines what is said here in one.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # The warnings of torch.distributed say in many lines what is said here in one. Each of its
+    # modules sets its own level, so they are stopped where they all pass.
+    logger = logging.getLogger("torch.distributed")
+    logger.handlers, logger.propagate = [logging.NullHandler()], False
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(max(1, processors() // int(options.nproc_per_node)))
     )
@@ -129,11 +131,19 @@ def cause(error: ChildFailedError, logs: Path) -> str:
     for each in failures.values():
         for log in logs.rglob(f"{each.local_rank}/stderr.log"):
             sys.stderr.write(log.read_text(encoding="utf-8", errors="replace"))
-    for rank, each in failures.items():
-        if each.exitcode < 0:
-            name = signal.Signals(-each.exitcode).name
+    # The first is named, not those that the launcher ends after it, by SIGTERM.
+    ended = {rank: signal_of(each.exitcode) for rank, each in failures.items()}
+    for rank, name in sorted(ended.items(), key=lambda item: item[1] == "SIGTERM"):
+        if name:
             return f"process {rank} was ended by {name}; the same command goes on where it was"
     return (
         f"process {min(failures)} ended with status 1; if nothing is said above, one of another "
         "machine ended first"
     )
+
+
+def signal_of(status: int) -> str | None:
+    """The name of the signal that a process with this status was ended by, if it was."""
+    if status < 0:
+        return signal.Signals(-status).name
+    return "SIGINT" if status == 128 + signal.SIGINT else None
