@@ -406,7 +406,7 @@ def kill(project: Project, outcome: Outcome, delays: dict[str, float], draw: ran
     outcome.at = max(project.checkpoints(), default=None)
     if reached := re.findall(r"training:.*?(\d+)/\d+ \[", project.output()):
         outcome.repeated = max(0, int(reached[-1]) - (outcome.at or 0))
-    wait(lambda: not project.training(), "the training to end: an orphan runs on", 5)
+    wait(lambda: not project.training(), "the training to end: an orphan runs on", 20)
     wait(lambda: not project.working(), "DVC to end", 30)
     return True
 
