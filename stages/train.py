@@ -84,6 +84,7 @@ class Lora:
     lora_alpha: AboveZero
     lora_dropout: Fraction
     use_rslora: Switch
+    use_dora: Switch
     target_modules: Annotated[
         list[str] | Literal["all-linear"],
         Rule("a list of at least one module name, or all-linear", bool),
@@ -212,6 +213,7 @@ def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
             lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # scaling is alpha / r, a float
             lora_dropout=lora.lora_dropout,
             use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
             target_modules=lora.target_modules,
         ),
     )

@@ -77,7 +77,8 @@ DEFAULT: Change = {
 CHAT: Change = {
     "preprocess": {"template": "chat", "append_eos": True, "test_fraction": 0.2},
     "quantization": {"bits": "none"},
-    "train": {"max_steps": 1},
+    "lora": {"use_dora": True},
+    "train": {"max_steps": 2, "learning_rate": 3e-3},
     "export": {"merge": "bfloat16", "clients": "all", "tolerance_in_half": 0.02},
 }
 IN_HALF: Change = {
@@ -505,7 +506,8 @@ def test_every_family_is_loaded_with_its_rewards(
 ) -> None:
     """A copy of its adapter, prepared base and merged model; texts are padded on either side.
 
-    Those quantized twice have all of their layers adapted, and rank-stabilized LoRA.
+    Those quantized twice have all of their layers adapted, and rank-stabilized LoRA; those that are
+    quantized once have DoRA.
     """
     base = fetched(family, tmp_path / "of")
     model = load_base(base, quantization)
@@ -513,8 +515,10 @@ def test_every_family_is_loaded_with_its_rewards(
     everything: bool = quantization.double_quant
     targets = ALL_LINEAR if everything else FAMILIES[family][2]
     lora = LoraConfig(r=4, lora_alpha=32, use_rslora=everything, target_modules=targets)
+    lora.use_dora = quantization.bits == 4 and not everything
     lora.init_lora_weights = False
     trained = add_lora(model, lora)
+    change_magnitudes(trained)
     prompts = prompts_of(0)
     wanted = score(trained, prompts, 4096).tolist()
     save(trained, tmp_path, "base", quantization)
@@ -539,24 +543,39 @@ def test_every_family_is_loaded_with_its_rewards(
             assert (found == pytest.approx(wanted, rel=share, abs=most)) is not counts_padding
 
 
+def change_magnitudes(model: PeftModel) -> None:
+    """As training does: at first DoRA's magnitudes are the lengths that the rows have anyway."""
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
+
+
 @pytest.mark.parametrize(
-    ("family", "quantization", "shard"),
+    ("family", "quantization", "shard", "use_dora"),
     [
-        ("Mixtral", Quantization(4, "nf4", False, "bfloat16"), SHARD),
-        ("GPT-2", Quantization(4, "fp4", True, "float32"), FILE),
-        ("GPT-2", Quantization.unquantized("bfloat16"), FILE),
+        ("Mixtral", Quantization(4, "nf4", False, "bfloat16"), SHARD, True),
+        ("GPT-2", Quantization(4, "fp4", True, "float32"), FILE, False),
+        ("GPT-2", Quantization.unquantized("bfloat16"), FILE, False),
+        ("GPT-2", Quantization.unquantized("bfloat16"), FILE, True),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merged_weight_by_weight_it_has_the_bytes_of_a_merge_in_memory(
-    family: str, quantization: Quantization, shard: int | str, dtype: torch.dtype, tmp_path: Path
+    family: str,
+    quantization: Quantization,
+    shard: int | str,
+    use_dora: bool,
+    dtype: torch.dtype,
+    tmp_path: Path,
 ) -> None:
     base = fetched(family, tmp_path / "of")
     model = load_base(base, quantization)
     new_head(model, 0)
-    lora = LoraConfig(r=4, lora_alpha=32, target_modules=FAMILIES[family][2])
+    lora = LoraConfig(r=4, lora_alpha=32, use_dora=use_dora, target_modules=FAMILIES[family][2])
     lora.init_lora_weights = False
-    save(add_lora(model, lora), tmp_path, "base", quantization)
+    trained = add_lora(model, lora)
+    change_magnitudes(trained)
+    save(trained, tmp_path, "base", quantization)
 
     model = stock(base, quantization)
     portable.take_head(model, tmp_path)

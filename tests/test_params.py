@@ -104,10 +104,6 @@ class OfToday:
         ("base.trust_remote_code", "was removed: code that comes with a model never runs"),
         ("evaluate.sets", "was renamed to preprocess.sets"),
         ("export.tokens_per_pack", "was removed: export takes that of evaluate"),
-        (
-            "lora.use_dora",
-            "is not supported: layers and merged weights are computed as W + s B A",
-        ),
         ("train.head_margin", "was removed: the head is always scaled to 0.05"),
         ("train.head_seed", "was removed: the head has train.seed"),
     ],

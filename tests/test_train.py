@@ -140,16 +140,16 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what is learned -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pairs_per_step", [1, 4])
+@pytest.mark.parametrize(("pairs_per_step", "use_dora"), [(1, False), (4, True)])
 def test_trainer_takes_the_steps_of_a_plain_loop(
-    set_params: SetParams, steps: list[dict[str, Any]], pairs_per_step: int
+    set_params: SetParams, steps: list[dict[str, Any]], pairs_per_step: int, use_dora: bool
 ) -> None:
     """AdamW by hand, one text a forward pass, the learning rate and the clipping spelt out.
 
     With one pair a step it is the article's loop: batch 1, nothing padded, nothing packed.
     """
     rate, decay, norm = 3e-3, 0.1, 0.3
-    set_params("lora", lora_dropout=0.0)
+    set_params("lora", lora_dropout=0.0, use_dora=use_dora)
     set_params("train", learning_rate=rate, weight_decay=decay, max_grad_norm=norm)
     set_params("train", warmup_steps=3, logging_steps=1, optim="adamw_torch", tokens_per_pack=200)
     set_params("train", pairs_per_step=pairs_per_step, num_train_epochs=3, max_steps=10)
@@ -192,6 +192,7 @@ def test_trainer_takes_the_steps_of_a_plain_loop(
         name.replace(".default", "").replace(".modules_to_save", ""): p.detach()
         for name, p in trained.items()
     }
+    assert any("lora_magnitude_vector" in name for name in wanted) == use_dora
     assert distance(weights(), wanted) < 1e-3
 
 
@@ -778,6 +779,7 @@ def overtrained(set_params: SetParams, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_best_adapter_is_that_of_the_smallest_validation_loss_and_outlives_a_kill(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With DoRA: its magnitudes are kept, and are in checkpoints, as all that is trained."""
     seen: dict[int, list[torch.Tensor]] = {}
     original = trainer.RewardTrainer.evaluate
 
@@ -786,6 +788,7 @@ def test_the_best_adapter_is_that_of_the_smallest_validation_loss_and_outlives_a
         return original(self, *arguments, **named)
 
     monkeypatch.setattr(trainer.RewardTrainer, "evaluate", noted)
+    set_params("lora", use_dora=True)
     set_params("train", max_steps=6)
     train.main()
     points = curve("validation")
@@ -794,6 +797,7 @@ def test_the_best_adapter_is_that_of_the_smallest_validation_loss_and_outlives_a
     assert 0 < best < 3
     step = int(points[best]["step"])
     kept = {digest_of(each) for each in weights().values()}
+    assert any("lora_magnitude_vector" in name for name in weights())
     assert kept == {digest_of(each) for each in seen[step]}
     assert read_json(train.METRICS) == {"steps": 6} | {
         f"validation/{name}": points[best][name] for name in ("accuracy", "loss", "step")
@@ -952,7 +956,7 @@ def test_other_parameters_have_other_checkpoints_and_a_run_has_one_trainer(
     with checkpoints.locked(first.name), pytest.raises(Fault, match="in use: another trainer"):
         train.main()
     for group, change in (
-        ("lora", {"r": 2}),
+        ("lora", {"use_dora": True}),
         ("train", {"seed": 1}),
         ("quantization", {"double_quant": True}),
     ):

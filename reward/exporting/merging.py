@@ -97,10 +97,22 @@ def merged_weight(model: nn.Module, name: str) -> Tensor:
     if isinstance(stored, Params4bit):
         weight = dequantize_4bit(stored.data, cast(Any, stored).quant_state)
     if isinstance(module, LoraLayer) and kind == "weight":
-        weight = weight.float() + cast(Any, module).get_delta_weight("default")
+        weight = with_adapter(module, weight.float())
     if isinstance(stored, Params4bit) and getattr(base, "source_cls", None) is Conv1D:
         return weight.T  # GPT-2's own kind of linear layer, which 4 bits turn round
     return weight
+
+
+def with_adapter(layer: Any, weight: Tensor) -> Tensor:
+    """The weights of a layer, in fp32, with its adapter in them.
+
+    LoRA is added; DoRA, which PEFT calls a variant of it, also scales the rows (Liu et al. 2024,
+    equation 5).
+    """
+    variant = layer.lora_variant.get("default")
+    if variant:
+        return cast(Tensor, variant.merge_safe(layer, "default", weight))
+    return weight + cast(Tensor, layer.get_delta_weight("default"))
 
 
 def write_weights(

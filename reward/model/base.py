@@ -15,6 +15,8 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -347,9 +349,24 @@ def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) 
     """
     with writing(folder, room=trained_bytes(model)):
         model.save_pretrained(str(folder), safe_serialization=True)
+        if model.peft_config["default"].use_dora:  # type: ignore[attr-defined]
+            name_magnitudes(folder / ADAPTER_WEIGHTS)
     (folder / "README.md").unlink(missing_ok=True)
     settle_config(folder, base_model_name_or_path=base)
     write_json(folder / "quantization.json", quantization.recipe)
+
+
+def name_magnitudes(path: Path) -> None:
+    """Give DoRA's magnitudes the names of their parameters, in an adapter that PEFT has written.
+
+    PEFT leaves out `.weight` and reads either name. transformers looks for the whole name alone,
+    and without an error takes the lengths of the base's rows instead.
+    """
+    tensors = {
+        f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
+        for name, tensor in tensors_of(path.read_bytes()).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def settle_config(folder: Path, **changes: str) -> None:

@@ -30,12 +30,12 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 def swap_layers(model: PeftModel) -> None:
     """Have linear layers, adapters and RMS norms of a decoder computed as they are here.
 
-    What is not known here is computed as before.
+    What is not known here is computed as before, as are PEFT's variants of LoRA, such as DoRA.
     """
     classifier = cast(PreTrainedModel, model.get_base_model())
     for module in classifier.base_model.modules():
         if isinstance(module, LoraLayer):
-            if type(module.base_layer) in LINEAR:
+            if type(module.base_layer) in LINEAR and not module.lora_variant:
                 swap_in(module, AdaptedLayer)
         elif any(parameter.requires_grad for parameter in module.parameters()):
             continue
