@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from reward.outputs import digests
-from tests.support import ROOT
+from reward.outputs import digests, read_json
+from tests.support import ROOT, write_pairs
 
 OUTPUTS = {
     "data/tokenized": {
@@ -261,3 +262,42 @@ def test_a_registered_model_is_had_by_its_version(project: Project, tmp_path: Pa
         command = ("dvc", "artifacts", "get", str(project.folder), "reward-model")
         project.call(*command, *which, "--out", str(tmp_path / name))
         assert digests(tmp_path / name) == digests(project.folder / "models" / "export")
+
+
+def test_the_commands_of_a_sweep_do_what_the_documents_say(project: Project) -> None:
+    """Each line of the section, in its order; no model is trained, and `gc` is not asked."""
+    page = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
+    section = page[page.index("\n## Sweeps\n") : page.index("\n## Results\n")]
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", section, re.S)
+        for line in block.splitlines()
+    ]
+    queue, start, listed, remove, collect, other_data, chinese, line_break = lines
+    for name in ("data/mine.jsonl", "数据/我的 偏好.jsonl"):
+        (project.folder / name).parent.mkdir(exist_ok=True)
+        write_pairs(project.folder / name, 20)
+
+    def shell(line: str) -> str:
+        return project.call("bash", "-c", line)
+
+    assert shell(queue).count("Queued experiment") == 3
+    project.call("dvc", "queue", "remove", "--all")
+    shell(start)
+    for name in ("rank-eight", "rank-sixteen"):
+        project.call("dvc", "exp", "save", "--name", name)
+    assert {"rank-eight", "rank-sixteen"} <= set(shell(listed).split())
+    shell(remove)
+    assert "rank-" not in shell(listed)
+    shell(f"{collect} --force")
+    assert project.ran("dvc", "checkout") == []
+
+    only = "dvc exp run preprocess"
+    elsewhere = other_data.replace("dvc exp run --queue", f"{only} --temp")
+    assert stages_in(shell(elsewhere)) == ["preprocess"]
+    assert stages_in(shell(chinese.replace("dvc exp run", only))) == ["preprocess"]
+    assert stages_in(shell(line_break.replace("dvc exp run", only))) == ["preprocess"]
+    recorded = read_json(project.folder / "data" / "tokenized" / "template.json")
+    assert "问：{prompt}\n答：{answer}" in recorded.values()
+    project.call("git", "checkout", "--quiet", "--", ".")
+    project.call("dvc", "checkout", "--quiet")
