@@ -22,7 +22,7 @@ from peft import LoraConfig
 
 from reward.exporting import portable
 from reward.exporting.merging import write_merged
-from reward.model.base import DTYPES, Quantization, add_lora, load_base, new_head, save, stock
+from reward.model.base import DTYPES, Quantization, add_lora, load_base, load_stock, new_head, save
 from reward.outputs import partial_folder
 
 STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -69,7 +69,7 @@ def write_adapter(base: Path, folder: Path, name: str) -> None:
 
 def measured(base: Path, folder: Path, name: str, part: str) -> tuple[float, float, float]:
     """GB of the process before a part is written, GB more at its most meanwhile, seconds."""
-    model = stock(base, QUANTIZATIONS[name])
+    model = load_stock(base, QUANTIZATIONS[name])
     portable.take_head(model, folder / "adapter")
     for weight in model.parameters():  # until it is read, a weight may be in its file alone
         weight.data.view(torch.uint8).max()

@@ -244,7 +244,7 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
 def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     """Copy what a model needs and no more; what base.json is to say of where it came from."""
     from reward.model.converting import conversion_of
-    from reward.model.head import against_head, is_classifier
+    from reward.model.head import is_classifier, problem_with_head
 
     require_weights(base, source)
     for name in source.matching(CONFIGS + TOKENIZER):
@@ -260,10 +260,10 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     if conversion:
         weights = convert_weights(base, source, folder, conversion)
         write_json(folder / "config.json", conversion.config)
-        origin["converted"] = conversion.said
+        origin["converted"] = conversion.description
     else:
         weights = copy_weights(base, source, folder)
-        if is_classifier(config) and (reason := against_head(shapes_of(base, folder))):
+        if is_classifier(config) and (reason := problem_with_head(shapes_of(base, folder))):
             raise base.fault(reason)
     if source.kind == "local":
         origin["source"] = original | {name: digest(source.path(name)) for name in weights}
@@ -321,7 +321,7 @@ def convert_weights(
             places |= dict.fromkeys(found, name)
             size += held
     if not places:
-        raise base.fault(f"has no weights of {conversion.said}, expected a whole model")
+        raise base.fault(f"has no weights of {conversion.description}, expected a whole model")
     if INDEX in names:
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     return names
@@ -371,10 +371,10 @@ def read_config(base: Base, folder: Path) -> dict[str, Any]:
 
 def require_suitable(base: Base, config: dict[str, Any], conversion: "Conversion | None") -> None:
     """Faults unless the configuration is that of a base which can become a reward model."""
-    from reward.model.suitable import against_quantization, reason_against
+    from reward.model.suitable import problem_with, problem_with_quantization
 
-    reason = reason_against(conversion.config if conversion else config)
-    if reason := reason or against_quantization(config):
+    reason = problem_with(conversion.config if conversion else config)
+    if reason := reason or problem_with_quantization(config):
         raise base.fault(reason)
 
 

@@ -102,7 +102,7 @@ def main() -> None:
     with checkpoints.shared(fingerprint(options, lora, quantization)) as saved:
         saved.forget_if_recorded(Path("dvc.lock"), "train")
         require_files(BASE, base_record(BASE)["files"])
-        if goes_on(options) and group.of_first(saved.latest() is None):
+        if goes_on(options) and group.from_first(saved.latest() is None):
             tell_unquantized(options, lora, quantization, validation)
         model = build(options, lora, quantization)
         tell_precisions(model, quantization)
@@ -230,7 +230,7 @@ def tell_unquantized(
         return
     plain = Quantization.unquantized(quantization.compute_dtype)
     model = within_memory(build, options, lora, plain)
-    if group.least(model is not None) and model:
+    if group.minimum(model is not None) and model:
         size = TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
         print(line_of("unquantized", figures(model, validation_step(validation, options), size)))
     else:

@@ -16,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from reward.model import attention
-from reward.model.attention import Plan, attend, by_flash, text_by_text
+from reward.model.attention import Plan, attend, flash_attention, text_by_text
 from reward.model.base import Quantization, add_lora, device, head_of, load_base, new_head
 from reward.model.packing import Texts, pack
 from reward.model.scoring import as_in_transformers, evaluating, require_exact, rewards
@@ -234,12 +234,12 @@ def test_a_sliding_window_is_honoured(tmp_path: Path, family: str, shape: dict[s
 @pytest.mark.parametrize(
     ("family", "fault"),
     [
-        ("gemma2", "Gemma2Attention has softcap in its attention, wanted plain causal"),
-        ("gpt_oss", "GptOssAttention has s_aux in its attention"),
-        ("stablelm", "StableLmAttention is not told how its row is laid out"),
-        ("falcon", "FalconForSequenceClassification takes no attention but its own"),
-        ("bloom", "BloomForSequenceClassification takes no attention but its own"),
-        ("cohere", "transformers has no classifier over cohere"),
+        ("gemma2", "Gemma2Attention uses softcap in its attention, expected plain causal"),
+        ("gpt_oss", "GptOssAttention uses s_aux in its attention"),
+        ("stablelm", "StableLmAttention does not receive the layout of its row"),
+        ("falcon", "FalconForSequenceClassification does not allow its attention"),
+        ("bloom", "BloomForSequenceClassification does not allow its attention"),
+        ("cohere", "transformers has no sequence classifier for cohere"),
     ],
 )
 def test_other_attention_is_refused_by_name(tmp_path: Path, family: str, fault: str) -> None:
@@ -252,7 +252,7 @@ def test_other_attention_is_refused_by_name(tmp_path: Path, family: str, fault: 
 def test_a_mask_that_a_model_brings_is_refused() -> None:
     x = torch.zeros(1, 1, 3, 4)
     plan = Plan(pack([Texts([[1, 2], [1, 3]], 1)]).layout, x.device)
-    with pytest.raises(Fault, match="Identity has a mask of its own in its attention"):
+    with pytest.raises(Fault, match="Identity uses its own mask in its attention"):
         attend(nn.Identity(), x, x, x, torch.zeros(1, 1, 3, 3), plan=plan)
 
 
@@ -355,7 +355,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Atte
     """Both; the flash kernels, which need a GPU, by what they are documented to do."""
     monkeypatch.setattr(attention, "BLOCK", 3 if request.param == "in blocks" else 64)
     monkeypatch.setattr(attention, "flash", partial(varlen.varlen_attn, enable_gqa=True))
-    return by_flash if request.param == "by flash" else text_by_text
+    return flash_attention if request.param == "by flash" else text_by_text
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
@@ -454,7 +454,7 @@ def test_variable_length_attention_is_called_as_each_torch_declares_it() -> None
         )
         attention_of_a_version: Any = lambda: None  # noqa: E731
         attention_of_a_version.__signature__ = declared
-        asked = attention.grouped(attention_of_a_version)
+        asked = attention.gqa_flag(attention_of_a_version)
         assert asked == ({"enable_gqa": True} if "enable_gqa" in names else {})
         declared.bind_partial(*range(7), scale=1.0, window_size=(-1, 0), **asked)
         assert set(names) >= set(emulated) - {"enable_gqa"}
@@ -510,7 +510,7 @@ def test_a_layer_makes_two_calls_of_flash_attention_in_heads_of_a_multiple_of_8(
 
 def test_only_what_the_kernels_take_goes_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(dtype: torch.dtype, size: int = 64, of_values: int = 64) -> bool:
-        return attention.flashes(
+        return attention.uses_flash(
             torch.zeros(1, dtype=dtype).expand(1, 2, 3, size), torch.zeros(1, 2, 3, of_values)
         )
 
@@ -530,10 +530,10 @@ def test_the_last_layer_shares_the_keys_of_the_others() -> None:
     """So that nothing more has to be sent to a GPU that is at work."""
     plan = Plan(pack(prompts_of(0)).layout, torch.device("cpu"))
     x = torch.zeros(0)
-    for whole, last in zip(plan.calls, attention.AtEnds(plan, (x, x)).calls, strict=True):
+    for whole, last in zip(plan.calls, attention.LastTokens(plan, (x, x)).calls, strict=True):
         assert last.keys is whole.keys
         assert last.cu_keys is whole.cu_keys
-        assert (last.queries, last.most_queries, last.most_keys) == (5, 1, whole.most_keys)
+        assert (last.queries, last.max_queries, last.max_keys) == (5, 1, whole.max_keys)
         assert last.cu_queries.tolist() == [0, 1, 2, 3, 4, 5]
         assert last.cu_queries.dtype == torch.int32
 
@@ -572,7 +572,7 @@ def test_flash_attention_is_text_by_text_within_bf16(
     exact = [x.float().requires_grad_() for x in tensors]
     half = [x.requires_grad_() for x in tensors]
     (q, k, v), (exact_q, exact_k, exact_v) = half, exact
-    found = by_flash(q, k, v, plan, None, window)
+    found = flash_attention(q, k, v, plan, None, window)
     wanted = text_by_text(exact_q, exact_k, exact_v, plan, None, window)
     assert relative(found.float(), wanted) < 0.01
     direction = torch.randn_like(wanted)

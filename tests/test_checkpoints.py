@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     else:
         path.write_text(content)
     assert run.latest() == tmp_path / "step-2"
-    said = "checkpoint step-4 is damaged, or of another run; passed over\n"
+    said = "checkpoint step-4 is damaged or belongs to another run; it is ignored\n"
     assert capsys.readouterr().out == said
 
 
@@ -191,7 +191,7 @@ def test_fingerprint_stands_for_the_code_in_use(tmp_path: Path, edited: str | No
 def test_a_second_trainer_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "PATIENCE", 2)
     with locked("busy"):
-        with pytest.raises(Fault, match="busy is in use: another trainer"), locked("busy"):
+        with pytest.raises(Fault, match="busy is in use by another trainer"), locked("busy"):
             pass
         with locked("free") as run:
             assert run.folder == root / "free"
@@ -253,7 +253,7 @@ def test_a_lock_dies_with_its_process(
     )
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(Fault, match="busy is in use: another trainer"), locked("busy"):
+    with pytest.raises(Fault, match="busy is in use by another trainer"), locked("busy"):
         pass
     holder.kill()
     holder.communicate()

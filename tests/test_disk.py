@@ -316,7 +316,7 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "adapter of another base": (
         another_base,
         ["evaluate", "export"],
-        "models/adapter was trained on another base than models/base: model.safetensors differ",
+        "models/adapter was trained on a different base than models/base: model.safetensors differ",
     ),
     "adapter cut": (
         lambda: cut("models/adapter/adapter_model.safetensors"),

@@ -111,7 +111,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes() -> None:
     killed = trained(4, (2, 3), room)
     assert [status for status, _, _ in killed] == [1, 1, -signal.SIGKILL, 1]
     assert not train.ADAPTER.exists()
-    assert "does not suffice" in killed[0][1]
+    assert "memory     ran out" in killed[0][1]
     resumed = trained(2, whole, room)
     require_trained(resumed)
     assert "resuming   from step-2" in resumed[0][1]
@@ -171,7 +171,7 @@ def test_two_machines_go_on_where_a_killed_process_ended_the_others(
         ranks[1].kill()
         _, errors = killed.communicate()
     assert killed.returncode == 1
-    assert errors == "process 1 was ended by SIGKILL; the same command goes on where it was\n"
+    assert errors == "process 1 was ended by SIGKILL; run the same command again to continue\n"
     assert not any(each.is_running() for each in ranks)
 
     elsewhere = tmp_path / "elsewhere"
@@ -215,7 +215,7 @@ def test_machines_that_do_not_meet_are_told_so() -> None:
     with Forked(launch_train, meeting) as alone:
         _, errors = alone.communicate()
     assert alone.returncode == 1
-    assert re.fullmatch(r"the 2 machines of PET_NNODES did not come together .* 1 sec.*\n", errors)
+    assert re.fullmatch(r"the 2 machines of PET_NNODES did not meet at .* 1 sec.*\n", errors)
 
 
 # --- how many there are ----------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_variables_of_torchrun_say_how_many_processes_and_machines_there_are(
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("PET_NPROC_PER_NODE", "3", "asks for 3 processes, but 2 GPUs are in sight"),
+        ("PET_NPROC_PER_NODE", "3", "is 3, but 2 GPUs are visible, expected"),
         ("PET_NPROC_PER_NODE", "many", "PET_NPROC_PER_NODE: Unsupported nproc_per_node value"),
         ("PET_NNODES", "1:4", "PET_NNODES is 1:4, expected one number of machines"),
     ],
@@ -338,7 +338,7 @@ def test_warnings_of_torch_distributed_are_not_shown(
         monkeypatch.setattr(logger, name, getattr(logger, name))
     monkeypatch.setenv(process.LAUNCHER, "")
     monkeypatch.setattr(launching, "elastic_launch", elastic_launch)
-    launching.launch(launching.asked(["stages.train"], machines=False))
+    launching.launch(launching.torchrun_options(["stages.train"], machines=False))
     assert caplog.text + capsys.readouterr().err == ""
 
 
@@ -375,5 +375,5 @@ def test_a_fault_of_one_of_several_is_left_to_its_parent_unless_it_is_elsewhere(
 def test_machines_with_other_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     others = [("a", {"code": 1, "inputs": [1]}), ("b", {"code": 1, "inputs": [2]})]
     monkeypatch.setattr(group, "gathered", lambda value: others)
-    with pytest.raises(Fault, match="process 1 on b has other inputs than process 0"):
+    with pytest.raises(Fault, match="process 1 on b has different inputs than process 0"):
         group.require_same(others[0][1])

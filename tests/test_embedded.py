@@ -132,5 +132,5 @@ def test_batches_read_every_paragraph_once_before_any_twice(
 def test_a_corpus_without_text_is_a_fault(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "en.txt").write_text(content)
-    with pytest.raises(Fault, match=r"holds no text in .txt files, wanted the corpus"):
+    with pytest.raises(Fault, match=r"has no .txt files with text, expected the corpus"):
         embedded.paragraphs(tmp_path)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from reward.model.base import Quantization, add_lora, load_base, precisions
 from reward.model.converting import scaled
-from reward.model.suitable import reason_against
+from reward.model.suitable import problem_with
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 from stages import fetch
@@ -37,7 +37,7 @@ def test_the_table_of_the_docs_has_the_families_that_are_tested(language: str) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_is_refused_by_its_configuration(family: str, tmp_path: Path) -> None:
-    assert reason_against(read_json(fetched(family, tmp_path) / "config.json")) is None
+    assert problem_with(read_json(fetched(family, tmp_path) / "config.json")) is None
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_a_family_has_the_rope_that_it_is_in_the_table_for(
 @pytest.mark.parametrize("rope", ["dynamic", "linear", "yarn"])
 def test_rope_that_scales_is_passed_through(rope: str) -> None:
     scaling = {"rope_type": rope, "factor": 2.0, "original_max_position_embeddings": 64}
-    assert reason_against({"model_type": "llama", "rope_scaling": scaling}) is None
-    refused = reason_against({"model_type": "stablelm", "rope_scaling": scaling})
-    assert "is not told how its row is laid out" in str(refused)
+    assert problem_with({"model_type": "llama", "rope_scaling": scaling}) is None
+    refused = problem_with({"model_type": "stablelm", "rope_scaling": scaling})
+    assert "does not receive the layout of its row" in str(refused)
 
 
 @pytest.fixture

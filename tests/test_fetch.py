@@ -470,29 +470,29 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "vision": (of("qwen2_vl", "Qwen2VLForConditionalGeneration"), "is a Qwen2VLForConditional"),
     "no classifier": (
         of("cohere", "CohereForCausalLM"),
-        "is a CohereForCausalLM, which transformers has no classifier over, expected",
+        "is a CohereForCausalLM, for which transformers has no sequence classifier, expected",
     ),
-    "no classifier over experts": (of("olmoe", "OlmoeForCausalLM"), "is a OlmoeForCausalLM, which"),
+    "no classifier over experts": (of("olmoe", "OlmoeForCausalLM"), "is a OlmoeForCausalLM, for"),
     "code of its own": (
         {"model_type": "novel", "auto_map": {"AutoModel": "x.Y"}},
-        "is a novel of code that comes with it and is never run, expected",
+        "is a novel whose own code would have to run, expected",
     ),
     "nothing": ({}, "is a None, expected"),
     "a list": ([1], "broken config.json, a list"),
-    "GPTQ": (quantized(quant_method="gptq", bits=4), "is quantized already (gptq), expected"),
-    "AWQ": (quantized(quant_method="awq"), "is quantized already (awq), expected"),
-    "FP8": (quantized(quant_method="fp8"), "is quantized already (fp8), expected"),
+    "GPTQ": (quantized(quant_method="gptq", bits=4), "is already quantized (gptq), expected"),
+    "AWQ": (quantized(quant_method="awq"), "is already quantized (awq), expected"),
+    "FP8": (quantized(quant_method="fp8"), "is already quantized (fp8), expected"),
     "bitsandbytes": (
         quantized(quant_method="bitsandbytes", load_in_4bit=True),
-        "is quantized already (bitsandbytes), expected",
+        "is already quantized (bitsandbytes), expected",
     ),
     "bitsandbytes of old": (
         quantized(load_in_8bit=True),
-        "is quantized already (quantization_config), expected",
+        "is already quantized (quantization_config), expected",
     ),
     "compressed tensors": (
         of("qwen2", "Qwen2ForCausalLM", compression_config={"quant_method": "compressed-tensors"}),
-        "is quantized already (compressed-tensors), expected",
+        "is already quantized (compressed-tensors), expected",
     ),
     "a quantized text part": (
         of(
@@ -500,31 +500,31 @@ CONFIGS: dict[str, tuple[Any, str]] = {
             "Gemma3ForConditionalGeneration",
             text_config={"quantization_config": {"quant_method": "gptq"}},
         ),
-        "is quantized already (gptq), expected",
+        "is already quantized (gptq), expected",
     ),
     "Gemma 2": (of("gemma2", "Gemma2ForCausalLM"), "cannot be packed: Gemma2Attention has softcap"),
     "GPT-OSS": (
         of("gpt_oss", "GptOssForCausalLM", quantization_config={"quant_method": "mxfp4"}),
-        "cannot be packed: GptOssAttention has s_aux in its attention",
+        "cannot be packed: GptOssAttention uses s_aux in its attention",
     ),
     "Qwen3.5": (
         of("qwen3_5_text", "Qwen3_5ForCausalLM"),
-        "attends 8 times in 32 layers, expected once in each; a layer without attention carries",
+        "calls attention 8 times in 32 layers, expected once in each; other layers carry state",
     ),
-    "Jamba": (of("jamba", "JambaForCausalLM"), "attends 4 times in 32 layers, expected once in"),
-    "Falcon": (of("falcon", "FalconForCausalLM"), "takes no attention but its own, expected"),
-    "BLOOM": (of("bloom", "BloomForCausalLM"), "takes no attention but its own, expected"),
+    "Jamba": (of("jamba", "JambaForCausalLM"), "calls attention 4 times in 32 layers, expected"),
+    "Falcon": (of("falcon", "FalconForCausalLM"), "does not allow its attention"),
+    "BLOOM": (of("bloom", "BloomForCausalLM"), "does not allow its attention"),
     "StableLM": (
         of("stablelm", "StableLmForCausalLM"),
-        "cannot be packed: StableLmAttention is not told how its row is laid out",
+        "cannot be packed: StableLmAttention does not receive the layout of its row",
     ),
     "attention in both directions": (
         of("gemma3_text", "Gemma3ForCausalLM", use_bidirectional_attention=True),
-        "cannot be packed: Gemma3Attention attends to later tokens as well, expected",
+        "cannot be packed: Gemma3Attention also attends to later tokens, expected",
     ),
     "a shape that is impossible": (
         of("llama", "LlamaForCausalLM", num_attention_heads=7),
-        "has a config.json that transformers cannot make a model of (",
+        "has a config.json from which transformers cannot build a model (",
     ),
 }
 

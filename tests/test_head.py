@@ -195,11 +195,11 @@ def two_rows(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "labels", "found"),
     [
-        (None, 2, "is a classifier of 2 labels, expected one label, which is the reward"),
-        (None, 3, "is a classifier of 3 labels, expected one label, which is the reward"),
-        (biased, 1, "has a head with a bias, score.bias, expected score.weight alone"),
+        (None, 2, "is a classifier with 2 labels, expected one label, which is the reward"),
+        (None, 3, "is a classifier with 3 labels, expected one label, which is the reward"),
+        (biased, 1, "has a head with a bias, score.bias, expected only score.weight"),
         (headless, 1, "is a classifier without a head, expected score.weight among its weights"),
-        (two_rows, 1, "has a head of 2 labels, expected one label, which is the reward"),
+        (two_rows, 1, "has a head with 2 labels, expected one label, which is the reward"),
     ],
 )
 def test_a_head_that_gives_no_single_reward_is_refused(

@@ -96,13 +96,13 @@ def test_no_code_of_a_base_runs(stage: Any, canary: Path) -> None:
     del base["files"]["base.json"]
     write_json(export.BASE / "base.json", base)
     write_json(evaluate.ADAPTER / DIGESTS, adapter | {"base": base["files"]})
-    with pytest.raises(Fault, match=r"models/base has code, modeling_own\.py"):
+    with pytest.raises(Fault, match=r"models/base contains code \(modeling_own\.py\)"):
         stage.main()
     (export.BASE / "modeling_own.py").unlink()
     del base["files"]["modeling_own.py"]
     write_json(export.BASE / "base.json", base)
     write_json(evaluate.ADAPTER / DIGESTS, adapter | {"base": base["files"]})
-    with pytest.raises(Fault, match="transformers has no classifier over own"):
+    with pytest.raises(Fault, match="transformers has no sequence classifier for own"):
         stage.main()
     assert not canary.exists()
 

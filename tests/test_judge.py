@@ -65,7 +65,7 @@ def test_the_intervals_are_those_of_the_parameters() -> None:
     ("change", "found"),
     [
         ({"architectures": ["Qwen2ForCausalLM"]}, "mine is a Qwen2ForCausalLM, expected the fold"),
-        ({"id2label": {"0": "a", "1": "b"}}, "mine is a classifier of 2 labels, expected one"),
+        ({"id2label": {"0": "a", "1": "b"}}, "mine is a classifier with 2 labels, expected one"),
         ({"max_position_embeddings": 10}, "mine reads at most 10 tokens, answer "),
     ],
 )

@@ -13,9 +13,9 @@ from reward.model.packing import (
     into_packs,
     pack,
     pair,
+    split_to_fit,
     texts_of,
     tokens,
-    within,
 )
 
 
@@ -75,7 +75,7 @@ def test_the_texts_of_a_prompt_are_divided_where_a_pack_is_too_small(
     limit: int, sizes: list[int]
 ) -> None:
     texts = [[0] * 10 + [place] * 4 for place in range(5)]
-    parts = within(texts_of(texts), limit)
+    parts = split_to_fit(texts_of(texts), limit)
     assert [len(part.ids) for part in parts] == sizes
     assert [ids for part in parts for ids in part.ids] == texts
     assert limit < 14 or all(tokens(part) <= limit for part in parts)

@@ -122,7 +122,7 @@ def columns(**values: list[float]) -> dict[str, list[float]]:
 
 
 def test_a_margin_of_an_uncertain_pair_is_refused() -> None:
-    with pytest.raises(ValueError, match="a margin of a pair whose preference is not 1"):
+    with pytest.raises(ValueError, match="a pair has a margin, but its preference is not 1"):
         Labels.of(columns(margin=[0.0, 1.0]))
 
 

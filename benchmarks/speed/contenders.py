@@ -20,7 +20,7 @@ from benchmarks.speed.hardware import CPU, HARDWARE, IN_BF16, QUANTIZATION, Hard
 from benchmarks.speed.measuring import Contender, Measurement, Stopwatch
 from benchmarks.speed.workload import DENSE, Workload, prompts_per_step, with_adapter
 from reward.data.columns import ANSWERS, GRADES, IDS, PREFIX, PROMPT_ID
-from reward.model.base import Quantization, head_of, load_base, stock
+from reward.model.base import Quantization, head_of, load_base, load_stock
 from reward.model.checkpoints import Run
 from reward.model.packing import Texts, texts_of
 from reward.model.pairwise import Labels, losses
@@ -177,7 +177,9 @@ def trl(workload: Workload, batch: int, checkpointing: bool, bf16: bool = False)
     from trl.trainer.reward_trainer import RewardTrainer as TrlTrainer
 
     base = (
-        stock(workload.dense, DENSE) if HARDWARE.trl_dense else stock(workload.base, QUANTIZATION)
+        load_stock(workload.dense, DENSE)
+        if HARDWARE.trl_dense
+        else load_stock(workload.base, QUANTIZATION)
     )
     model = with_adapter(base, workload, get_peft_model)
     with TemporaryDirectory() as output:
@@ -218,7 +220,7 @@ class ArticleTrainer(Trainer):
 
 def article(workload: Workload) -> Measurement:
     """The loop of the article, with this project's steps of several pairs."""
-    model = with_adapter(stock(workload.base, QUANTIZATION), workload, get_peft_model)
+    model = with_adapter(load_stock(workload.base, QUANTIZATION), workload, get_peft_model)
     with TemporaryDirectory() as output:
         trainer = ArticleTrainer(
             model=model,

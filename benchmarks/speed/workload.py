@@ -19,7 +19,7 @@ from benchmarks.speed.hardware import HARDWARE, QUANTIZATION
 from reward.data.reading import files, read
 from reward.data.records import BadRecord, check
 from reward.data.tokens import Encoder, Template
-from reward.model.base import add_lora, load_base, new_head, stock
+from reward.model.base import add_lora, load_base, load_stock, new_head
 from reward.model.packing import Texts, texts_of
 from reward.model.trainer import HEAD_PAIRS, scale_head
 from reward.outputs import read_json
@@ -123,7 +123,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
         scratch / "adapter.safetensors",
     )
     if HARDWARE.trl_dense:
-        stock(base, QUANTIZATION).dequantize().save_pretrained(scratch / "dense")
+        load_stock(base, QUANTIZATION).dequantize().save_pretrained(scratch / "dense")
     return Workload(
         base,
         scratch / "dense",

@@ -37,9 +37,9 @@ from reward.model.base import (
     adapt,
     base_record,
     load_base,
+    load_stock,
     require_sealed,
     seal,
-    stock,
 )
 from reward.outputs import (
     copy_file,
@@ -87,7 +87,7 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> card.Facts:
     """
     base, adapter = trained.base, trained.adapter
     require_sealed(adapter, base)
-    model = stock(base, trained.quantization)
+    model = load_stock(base, trained.quantization)
     rows = embeddings(model)
     tokenizer = prepare_tokenizer(base, Template.load(adapter / TEMPLATE), rows)
     reward = reward_record(trained, tokenizer)

@@ -1,8 +1,10 @@
-"""Attention over a pack, for every decoder that takes its attention from transformers.
+"""Attention over a pack, for every decoder that uses transformers' attention interface.
 
-Each text of the row attends to its own keys, causally, and nothing else is computed: on a GPU in
-half precision by variable-length flash attention, one call for the first texts of all prompts and
-one for the others; elsewhere by PyTorch's own attention, block by block of each text's queries.
+A pack holds several texts in one row. Each text attends causally to its own tokens and to the
+prefix that it shares with other texts, and no other scores are computed. On a GPU in half precision
+this takes two calls of variable-length flash attention: one for the first texts of all prompts, one
+for the other texts. Elsewhere PyTorch's scaled_dot_product_attention is called for one block of a
+text's queries at a time.
 """
 
 import inspect
@@ -18,65 +20,71 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from reward.model.packing import Layout, sent
+from reward.model.packing import Layout, to_device
 from reward.model.plain import require_plain
 from reward.model.swapping import Swapped, swap_in
 
 NAME = "packs"
-# What the kernels of flash attention take, from Ampere on.
+# The limits of the flash attention kernels; the compute capability is that of Ampere.
 FLASH_DTYPES, FLASH_HEAD_SIZE, FLASH_CAPABILITY = (torch.float16, torch.bfloat16), 256, (8, 0)
-# Queries of one call on a CPU. Fewer compute fewer scores that are masked, in more calls.
+# Queries per call on a CPU. A smaller block computes fewer masked scores but needs more calls.
 BLOCK = 64
 
 
-def grouped(function: Callable[..., Any]) -> dict[str, bool]:
-    """What asks variable-length attention to share keys between heads; torch 2.11 does unasked."""
+def gqa_flag(function: Callable[..., Any]) -> dict[str, bool]:
+    """The argument that makes variable-length attention share keys between heads.
+
+    torch 2.11 has no such argument, because it always shares them.
+    """
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
 
 
-flash: Callable[..., Any] = partial(varlen_attn, **grouped(varlen_attn))  # type: ignore[arg-type]
+flash: Callable[..., Any] = partial(varlen_attn, **gqa_flag(varlen_attn))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of variable-length attention: its keys in the row, queries and keys cut at `cu_*`.
+    """One call of variable-length attention.
 
-    `cu_queries` and `cu_keys` are int32, [texts + 1], on the device.
+    `queries` is the number of queries and `keys` selects the keys from the row. `cu_queries` and
+    `cu_keys` are the cumulative lengths at which queries and keys are cut into texts: int32,
+    [texts + 1], on the device.
     """
 
     queries: int
     keys: slice | Tensor
     cu_queries: Tensor
     cu_keys: Tensor
-    most_queries: int
-    most_keys: int
+    max_queries: int
+    max_keys: int
 
 
 class Plan:
-    """What all layers share in computing attention over a layout; made for one pass."""
+    """What the attention of all layers needs to know about a layout; created for each pass."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device = layout, device
         self.masks: dict[int | None, Tensor] = {}
         self.most = max(map(add, layout.prefix, layout.own))
-        # On a GPU it is the number of calls that costs: one a text.
+        # On a GPU the number of calls determines the time, so each text is one call.
         self.block = BLOCK if device.type == "cpu" else self.most
 
     @cached_property
     def ends(self) -> Tensor:
-        """Where in the row each text has its last token, on the device: [texts]."""
-        return sent(torch.tensor(self.layout.ends), self.device)
+        """The index in the row of each text's last token, on the device: [texts]."""
+        return to_device(torch.tensor(self.layout.ends), self.device)
 
     def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Those that a layer's queries see, of those that the layer has computed."""
+        """The keys and values that a layer's queries attend to, given those it has computed."""
         return key, value
 
     def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """0 where a query sees a key, -inf elsewhere: [queries, keys], at most a block's queries.
 
-        Aligned at the end, it is a corner of the largest one, which is made once for a window. The
-        kernels of a GPU read masks 16 bytes at a time, from addresses that allow it; a corner may
-        begin anywhere, and PyTorch looks at its strides alone. So a GPU gets a copy.
+        The last query always belongs to the last key, so every mask is the lower right corner of
+        the largest one, which is created once per window. GPU kernels read masks in aligned pieces
+        of 16 bytes. A corner may start at any address, and PyTorch checks only its strides, so a
+        GPU gets a copy.
         """
         block, most = self.block, self.most
         if window not in self.masks:
@@ -90,7 +98,12 @@ class Plan:
 
     @cached_property
     def calls(self) -> list[Call]:
-        """First texts, whose keys are a slice of the row; the others, whose keys are gathered."""
+        """One call for the first texts of all prompts, one for the other texts if there are any.
+
+        First texts see only their own tokens, which come first in the row, so their keys are a
+        slice of it. The keys of another text are in two places, the prefix in its owner and the
+        text's own tokens: `pieces` holds the indices of both, one tensor for each text.
+        """
         layout, firsts = self.layout, self.layout.firsts
         starts = [end + 1 - own for end, own in zip(layout.ends, layout.own, strict=True)]
         pieces = [
@@ -102,35 +115,35 @@ class Plan:
         seen = [len(piece) for piece in pieces]
         calls = [self._call(slice(sum(seen[:firsts])), layout.queries[:firsts], seen[:firsts])]
         if firsts < len(pieces):
-            keys = sent(torch.cat(pieces[firsts:]), self.device)
+            keys = to_device(torch.cat(pieces[firsts:]), self.device)
             calls.append(self._call(keys, layout.queries[firsts:], seen[firsts:]))
         return calls
 
     def _call(self, keys: slice | Tensor, queries: list[int], seen: list[int]) -> Call:
         cu_queries, cu_keys = (
-            sent(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), self.device)
+            to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), self.device)
             for lengths in (queries, seen)
         )
         return Call(sum(queries), keys, cu_queries, cu_keys, max(queries), max(seen))
 
 
-class KeysAlone(Plan):
-    """The plan of a pass that is over where a layer's keys and values are known."""
+class KeysOnly(Plan):
+    """The plan of a pass that ends as soon as a layer has computed its keys and values."""
 
     def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         raise Known(key, value)
 
 
 class Known(Exception):
-    """A layer's keys and values, raised to leave a pass in which nothing else is asked for."""
+    """Carries a layer's keys and values out of a pass that needs nothing else."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__("keys and values of a layer")
         self.keys_and_values = key, value
 
 
-class AtEnds(Plan):
-    """The plan of a pass over the last tokens of the texts, with the keys and values of all."""
+class LastTokens(Plan):
+    """The plan of a pass over the texts' last tokens, with the keys and values of all tokens."""
 
     def __init__(self, plan: Plan, known: tuple[Tensor, Tensor]) -> None:
         super().__init__(plan.layout.at_ends(), plan.device)
@@ -141,13 +154,13 @@ class AtEnds(Plan):
 
     @cached_property
     def calls(self) -> list[Call]:
-        """Those of the other layers, with one query for each text: 0, 1, 2, ... cut them apart."""
+        """The calls of the other layers with one query per text, so cu_queries is 0, 1, 2, ..."""
         return [
             replace(
                 call,
                 queries=len(call.cu_keys) - 1,
                 cu_queries=torch.arange(len(call.cu_keys), dtype=torch.int32, device=self.device),
-                most_queries=1,
+                max_queries=1,
             )
             for call in self._plan.calls
         ]
@@ -165,22 +178,23 @@ def attend(
     plan: Plan | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a layer over a pack, as AttentionInterface wants it: [1, queries, heads, size].
+    """A layer's attention over a pack, with the signature that AttentionInterface requires.
 
-    `query`, `key` and `value` are [1, heads, tokens, size], with fewer heads in the last two where
-    they are grouped. Dropout of attention weights is not applied: adapters have their own. Raises a
-    Fault for what stock attention would do besides.
+    `query`, `key` and `value` are [1, heads, tokens, size]; with grouped-query attention the last
+    two have fewer heads. The result is [1, queries, heads, size]. Dropout is not applied to
+    attention weights, because adapters have their own. Raises a Fault if the model needs more than
+    plain causal attention.
     """
     require_plain(module, attention_mask, plan, unknown)
     assert plan is not None
     key, value = plan.keys_and_values(key, value)
-    if flashes(query, value):
-        return by_flash(query, key, value, plan, scaling, sliding_window), None
+    if uses_flash(query, value):
+        return flash_attention(query, key, value, plan, scaling, sliding_window), None
     return text_by_text(query, key, value, plan, scaling, sliding_window), None
 
 
-def flashes(query: Tensor, value: Tensor) -> bool:
-    """Whether variable-length flash attention takes these tensors."""
+def uses_flash(query: Tensor, value: Tensor) -> bool:
+    """Whether variable-length flash attention supports these tensors."""
     return (
         query.dtype in FLASH_DTYPES
         and query.shape[-1] == value.shape[-1] <= FLASH_HEAD_SIZE
@@ -190,11 +204,11 @@ def flashes(query: Tensor, value: Tensor) -> bool:
 
 @cache
 def has_flash(device: torch.device) -> bool:
-    """Whether a device has the kernels: a T4 and a CPU have not."""
+    """Whether a device has the kernels. A T4, for example, does not."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
-def by_flash(
+def flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -202,30 +216,34 @@ def by_flash(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Two variable-length calls. Heads are filled up with zeros to a multiple of 8."""
+    """One or two variable-length calls, with heads padded with zeros to a multiple of 8.
+
+    The zeros do not change the products of queries and keys, and the zeros that they add to the
+    output are cut off. The default scale is that of the unpadded size.
+    """
     size = query.shape[-1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    if size % 8:  # pad copies, even where it adds nothing
+    if size % 8:  # because pad copies even if it adds nothing
         query, key, value = (pad(x, (0, -size % 8)) for x in (query, key, value))
     parts = query.split([call.queries for call in plan.calls])
     outputs = [
         flash(
             part,
-            taken(key, call.keys),
-            taken(value, call.keys),
+            select(key, call.keys),
+            select(value, call.keys),
             call.cu_queries,
             call.cu_keys,
-            call.most_queries,
-            call.most_keys,
+            call.max_queries,
+            call.max_keys,
             scale=size**-0.5 if scaling is None else scaling,
-            window_size=(window - 1 if window and window < call.most_keys else -1, 0),
+            window_size=(window - 1 if window and window < call.max_keys else -1, 0),
         )
         for part, call in zip(parts, plan.calls, strict=True)
     ]
     return torch.cat(outputs)[None, ..., :size]
 
 
-def taken(rows: Tensor, which: slice | Tensor) -> Tensor:
+def select(rows: Tensor, which: slice | Tensor) -> Tensor:
     return rows[which] if isinstance(which, slice) else rows.index_select(0, which)
 
 
@@ -237,10 +255,15 @@ def text_by_text(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """A call for each block of a text's queries, with the keys up to its end and no others.
+    """One call for each block of a text's queries, with the keys that the block sees.
 
-    The row is split, not sliced: the gradient of each slice would be a whole row. A CPU computes it
-    in fp32, because its kernels take twice as long for the gradients of halves.
+    A block of queries ends at `end` among the text's keys, prefix included. Without a window it
+    sees the keys 0 to end; with one, the first key is the one that the block's first query still
+    sees. If there are as many queries as keys, the kernel's own causal mask is right; a single
+    query without a window sees all keys and needs no mask.
+
+    The row is split, not sliced, because the gradient of each slice would be a whole row. A CPU
+    computes in fp32, because its kernels take twice as long for gradients in half precision.
     """
     layout, dtype = plan.layout, query.dtype
     if query.device.type == "cpu" and dtype in FLASH_DTYPES:
@@ -275,14 +298,15 @@ def text_by_text(
 
 
 class LastLayer(Swapped):
-    """A decoder's last layer, worked out at the texts' last tokens alone: no other output is read.
+    """A decoder's last layer, computed only at the texts' last tokens, where rewards are read.
 
-    As in generation, keys and values are those of all tokens, while queries, and all that comes
-    after attention, are those of the last ones: most of the layer's work. A layer projects its
-    input and adds to it in one call, whose parts have other names in every family, so its input
-    cannot be cut for the queries and stay whole for the keys. Hence two calls: the first, of all
-    tokens, is left by an exception where attention is told its keys and values, because a layer
-    that returned would have done all of its work; the second is of the last tokens.
+    As in generation, keys and values are computed for all tokens, but queries, and everything
+    after attention, only for the last ones. This saves most of the layer's work. A layer projects
+    its input and adds its result to it in a single forward, whose parts have different names in
+    each model family, so the input cannot be cut for the queries and stay whole for the keys.
+    Therefore the layer is called twice. In the first call, over all tokens, attention raises an
+    exception that carries the keys and values, because a layer that returned would have done all
+    of its work. The second call is over the last tokens and uses these keys and values.
     """
 
     def forward(self, hidden_states: Tensor, *, plan: Plan | None = None, **rest: Any) -> Tensor:
@@ -290,7 +314,7 @@ class LastLayer(Swapped):
         if plan is None:
             return layer(hidden_states, **rest)
         try:
-            layer(hidden_states, plan=KeysAlone(plan.layout, plan.device), **rest)
+            layer(hidden_states, plan=KeysOnly(plan.layout, plan.device), **rest)
         except Known as found:
             known = found.keys_and_values
         ends = plan.ends
@@ -299,15 +323,15 @@ class LastLayer(Swapped):
             hidden_states[:, ends],
             position_ids=rest.pop("position_ids")[:, ends],
             position_embeddings=tuple(rotation[:, ends] for rotation in rotations),
-            plan=AtEnds(plan, known),
+            plan=LastTokens(plan, known),
             **rest,
         )
 
 
 def swap_last_layer(decoder: nn.Module) -> None:
-    """Have a decoder's last layer worked out at the texts' last tokens alone.
+    """Compute a decoder's last layer only at the texts' last tokens.
 
-    A layer that is not called in transformers' usual way is left as it is.
+    A layer without the usual arguments of transformers' layers stays as it is.
     """
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList):

@@ -1,4 +1,4 @@
-"""The reward model: a quantized base, LoRA on it, a scalar head; its rewards of a pack."""
+"""The reward model: a quantized base, LoRA on its projections, and a scalar head."""
 
 import json
 import math
@@ -35,13 +35,13 @@ from reward.process import Fault, free_memory
 
 DIGESTS, ADAPTER_WEIGHTS = "digests.json", "adapter_model.safetensors"
 
-# PEFT's word for all linear layers but the head.
+# PEFT's name for all linear layers except the head.
 ALL_LINEAR = "all-linear"
-# The projections of attention, and what models call those that are all three in one.
+# The projections of attention, and the names of projections that combine all three.
 SEPARATE = {"q_proj", "k_proj", "v_proj"}
 FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
 
-# Weights with two dimensions that bitsandbytes leaves as they are.
+# Two-dimensional weights that bitsandbytes does not quantize.
 NOT_LINEAR = re.compile(r"embed|wte|wpe|lm_head|score")
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -60,17 +60,17 @@ class Quantization:
 
     @classmethod
     def unquantized(cls, compute_dtype: ComputeDtype) -> "Quantization":
-        """A base whose weights stay as they are; what is set for 4 bits then has no effect."""
+        """A base whose weights are not quantized, so the settings for 4 bits have no effect."""
         return cls("none", "nf4", False, compute_dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of params.yaml; `auto` is what this machine is fast in."""
+        """The compute dtype of params.yaml; `auto` is the one that is fast on this machine."""
         return fast_dtype() if self.compute_dtype == "auto" else DTYPES[self.compute_dtype]
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """Arguments of BitsAndBytesConfig, as JSON holds them; None for an unquantized base."""
+        """The arguments of BitsAndBytesConfig as JSON values; None for an unquantized base."""
         if self.bits == "none":
             return None
         return {
@@ -82,12 +82,12 @@ class Quantization:
 
 
 def fast_dtype() -> torch.dtype:
-    """What the GPU's tensor cores multiply; fp32 on a CPU, which is exact, and fast, in it.
+    """The dtype that the GPU's tensor cores multiply, or fp32 on a CPU.
 
-    That is bf16 from Ampere on. Volta and Turing have fp16 alone: they say that they support bf16,
-    but emulate it, at which they crawl. Adapters, head and loss are fp32 whatever the base is in,
-    so fp16 needs no scaled gradients: they are nearer to those of fp32 than bf16's. A base whose
-    activations have no room in it is refused before the first step.
+    From Ampere on this is bf16. Volta and Turing only have fp16: they report support for bf16, but
+    emulate it, which is very slow. Adapters, head and loss are fp32 whatever the base uses, so fp16
+    needs no gradient scaling; its gradients are closer to those of fp32 than bf16's are. A base
+    whose activations overflow in fp16 is rejected before the first step.
     """
     if not torch.cuda.is_available():
         return torch.float32
@@ -100,16 +100,17 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def stock(base: Path, quantization: Quantization) -> PreTrainedModel:
-    """The base on the device, as transformers has it: a sequence classifier of one label.
+def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
+    """The base on the device as transformers loads it: a sequence classifier with one label.
 
-    One that is stored in 4 bits stays as it is. Code that comes with a base never runs. Raises a
-    Fault for a model that transformers has no classifier over, or that has no score head.
+    A base that is stored in 4 bits stays as it is. Code that comes with a base never runs. Raises a
+    Fault if transformers has no classifier for the model, or if the classifier has no score head.
     """
     config = read_json(base / "config.json")
     if (kind := config.get("model_type")) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise Fault(
-            f"{base}: transformers has no classifier over {kind}, wanted a decoder model that has"
+            f"{base}: transformers has no sequence classifier for {kind}, expected a decoder model "
+            "with one"
         )
     require_room(base, quantization)
     logging.set_verbosity_error()
@@ -120,44 +121,45 @@ def stock(base: Path, quantization: Quantization) -> PreTrainedModel:
         base,
         num_labels=1,
         dtype=quantization.dtype,
-        # Not even as None: that would hide what is stored.
+        # Not passed as None either, because that would hide a stored quantization.
         **({"quantization_config": BitsAndBytesConfig(**recipe)} if recipe else {}),
         device_map={"": device()},
         trust_remote_code=False,
         use_safetensors=True,
     )
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise Fault(f"{base}: {type(model).__name__} has no score head, wanted a decoder model")
+        raise Fault(f"{base}: {type(model).__name__} has no score head, expected a decoder model")
     keep_weights_unpacked(model)
     return model
 
 
 def require_room(base: Path, quantization: Quantization) -> None:
-    """Raises a Fault for a base whose weights alone are more than the memory of the device."""
+    """Raises a Fault if the base's weights alone need more memory than the device has."""
     needed, room = weight_bytes(base, quantization), memory()
     if needed > room:
-        here = "the GPU has" if device().type == "cuda" else "the machine has free"
+        here = "on the GPU" if device().type == "cuda" else "free on the machine"
         width = quantization.dtype.itemsize * 8
         bits = 4 if quantization.bits == 4 else width
         raise Fault(
             f"{base}: its weights take {needed / 1e9:.1f} GB in {bits} bits, with embeddings and "
-            f"norms in {width}, more than the {room / 1e9:.1f} GB that {here}; expected a smaller "
-            "base.name, or more memory (docs/distributed.md has a table)"
+            f"norms in {width}, more than the {room / 1e9:.1f} GB {here}; choose a smaller "
+            "base.name or a machine with more memory (docs/distributed.md has a table)"
         )
 
 
 def weight_bytes(base: Path, quantization: Quantization) -> int:
-    """The bytes that the weights of a folder will take, as bitsandbytes quantizes them.
+    """The bytes that the weights of a folder will take once bitsandbytes has quantized them.
 
-    4 bits a number, and a scale for each 64: in fp32, or in 8 bits with a scale of its own for each
-    256 (Dettmers et al. 2023, "QLoRA"). What is stored in 4 bits stays as it is.
+    A number takes 4 bits, and every 64 numbers share a scale. The scale is fp32, or with double
+    quantization 8 bits, with an fp32 scale for every 256 of them (Dettmers et al. 2023, "QLoRA").
+    Weights that are stored in 4 bits stay as they are.
     """
     scale = (8 + 32 / 256) / 64 if quantization.double_quant else 32 / 64
     stored = "quantization_config" in read_json(base / "config.json")
     found = 0.0
     for path in base.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # it is no mapping
+            for name in file.keys():  # noqa: SIM118  # not a mapping
                 shape, dtype = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
                 numbers = math.prod(shape)
                 if stored and dtype in ("U8", "I8"):
@@ -170,24 +172,24 @@ def weight_bytes(base: Path, quantization: Quantization) -> int:
 
 
 def memory() -> float:
-    """The bytes of the GPU, or, where there is none, those that the machine has free."""
+    """The bytes of memory that the GPU has, or without a GPU, that are free on the machine."""
     if device().type == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
     return free_memory()
 
 
 def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
-    """The base as a classifier that is frozen, its head not yet made.
+    """The base as a frozen classifier whose head is still to be set.
 
-    Its attention is that over packs, its own dropout is off. Raises a Fault for a model that has no
-    score head, or that takes no attention but its own.
+    It uses the attention over packs, and its own dropout is off. Raises a Fault if the model has no
+    score head or does not support transformers' attention interface.
     """
-    model = stock(base, quantization)
+    model = load_stock(base, quantization)
     model.set_attn_implementation(attention.NAME)
     if model.config._attn_implementation != attention.NAME:
         raise Fault(
-            f"{base}: {type(model).__name__} takes no attention but its own, wanted a decoder "
-            "that supports transformers' attention interface"
+            f"{base}: {type(model).__name__} does not allow its attention to be replaced, expected "
+            "a decoder that supports transformers' attention interface"
         )
     model.config.use_cache = False
     switch_dropout_off(model)
@@ -196,7 +198,7 @@ def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
 
 
 def switch_dropout_off(model: nn.Module) -> None:
-    """Have no module of the base draw random numbers: some hold their share as a plain number."""
+    """Switch off the base's own dropout, which some modules hold as a plain float attribute."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -208,8 +210,8 @@ def switch_dropout_off(model: nn.Module) -> None:
 def precisions(model: PeftModel) -> dict[str, int]:
     """How many parameters of the frozen base are in 4 bits, in half and in full precision.
 
-    Numbers are counted that the model has, not the bytes that hold them. bitsandbytes quantizes
-    linear layers alone: embeddings, norms and the fused experts of mixtures stay as they are.
+    This counts the model's parameters, not the bytes that store them. bitsandbytes quantizes only
+    linear layers; embeddings, norms and the fused experts of mixtures stay as they are.
     """
     found = {"four_bits": 0, "half": 0, "full": 0}
     for parameter in cast(PreTrainedModel, model.get_base_model()).base_model.parameters():
@@ -221,7 +223,7 @@ def precisions(model: PeftModel) -> dict[str, int]:
 
 
 def fused_experts(model: PeftModel) -> int:
-    """How many parameters are in the experts that transformers holds as one tensor a layer."""
+    """How many parameters are in experts that transformers stores as one tensor per layer."""
     base = cast(PreTrainedModel, model.get_base_model()).base_model
     return sum(each.numel() for each in base.parameters() if each.dim() == 3)
 
@@ -229,8 +231,9 @@ def fused_experts(model: PeftModel) -> int:
 def keep_weights_unpacked(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in place at the first pass in eval mode.
 
-    It does so on processors with AVX512-BF16; passes without gradient then compute in bf16, and
-    training that follows reads the repacked bytes as if they were plain ones, without an error.
+    On processors with AVX512-BF16, Linear4bit rearranges its weights in its first forward without
+    gradients and computes in bf16 from then on. A later training step reads the repacked bytes as
+    if they had the usual layout, and no error is raised.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -238,37 +241,37 @@ def keep_weights_unpacked(model: nn.Module) -> None:
 
 
 def new_head(model: PreTrainedModel, seed: int) -> None:
-    """Give the model a fresh scalar head from a seed of its own."""
+    """Give the model a new scalar head, drawn from its own seed."""
     features = head_of(model).in_features
     weight = torch.randn(1, features, generator=torch.Generator().manual_seed(seed))
     set_head(model, weight / features**0.5)
 
 
 def has_head(base: Path) -> bool:
-    """Whether a base is a reward model already, which `stock` loads with its head."""
+    """Whether a base is already a reward model, whose head `load_stock` loads too."""
     return is_classifier(read_json(base / "config.json"))
 
 
 def set_head(model: PreTrainedModel, weight: torch.Tensor) -> None:
-    """Give the model a scalar head in fp32, which is not quantized: the weight is [1, features]."""
+    """Give the model an unquantized scalar head in fp32 with this weight: [1, features]."""
     head = nn.Linear(weight.shape[1], 1, bias=False, dtype=torch.float32)
     head.weight.data = weight.detach().float()
     model.score = head.to(device())
 
 
 def head_of(model: nn.Module) -> nn.Linear:
-    """The scalar head of a classifier; PEFT's wrapper of it behaves as one."""
+    """The scalar head of a classifier; PEFT's wrapper behaves like the layer itself."""
     return cast(nn.Linear, model.score)
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """LoRA in fp32 on the named projections of a base that load_base has loaded, or on all.
+    """LoRA in fp32 on a base from load_base, on the configured projections or on all.
 
     Raises a Fault for names that the model lacks.
     """
     wanted = config.target_modules or ()
-    found = linear(model) if wanted == ALL_LINEAR else targets(model, set(wanted))
-    config.target_modules = found  # type: ignore[assignment]  # of a list PEFT makes a set as well
+    found = linear_layers(model) if wanted == ALL_LINEAR else target_modules(model, set(wanted))
+    config.target_modules = found  # type: ignore[assignment]  # PEFT turns a list into a set too
     config.task_type = TaskType.SEQ_CLS
     with silent_peft():
         adapted = get_peft_model(model, config)
@@ -276,13 +279,13 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return adapted
 
 
-def targets(model: PreTrainedModel, wanted: set[str]) -> set[str]:
-    """The projections that are meant by names of params.yaml.
+def target_modules(model: PreTrainedModel, wanted: set[str]) -> set[str]:
+    """The projections that the names in params.yaml refer to.
 
-    Where a base has the projections of its attention in one, that one is meant by the three names
-    together. Raises a Fault for names that the model lacks.
+    If the base combines query, key and value in one projection, the three names together refer to
+    that one. Raises a Fault for names that the model lacks.
     """
-    had = linear(model)
+    had = linear_layers(model)
     if wanted >= SEPARATE and not SEPARATE & had and len(fused := FUSED & had) == 1:
         wanted = wanted - SEPARATE | fused
     if missing := sorted(wanted - had):
@@ -293,7 +296,7 @@ def targets(model: PreTrainedModel, wanted: set[str]) -> set[str]:
     return wanted
 
 
-def linear(model: PreTrainedModel) -> set[str]:
+def linear_layers(model: PreTrainedModel) -> set[str]:
     """The names of all linear layers of the base, without the head."""
     return {
         name.rsplit(".", 1)[-1]
@@ -305,21 +308,21 @@ def linear(model: PreTrainedModel) -> set[str]:
 def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
     """A trained reward model, ready to score.
 
-    Raises a Fault for files that are damaged, and where the base is another one, or would not be
-    quantized and computed as in training: an adapter is right on the base that it was trained on.
+    Raises a Fault if files are damaged, if the base is not the one that the adapter was trained on,
+    or if it would be quantized or computed differently: an adapter only fits its own base.
     """
     require_sealed(adapter, base)
     trained, here = read_json(adapter / "quantization.json"), quantization.recipe
     if trained != here:
         raise Fault(
-            f"{adapter} was trained on a base quantized by {trained}, here it would be {here}; "
-            "set quantization.compute_dtype to what it was, or train again on this machine"
+            f"{adapter} was trained on a base quantized with {trained}, but here it would be "
+            f"{here}; set quantization.compute_dtype to what it was, or train again on this machine"
         )
     return adapt(load_base(base, quantization), adapter)
 
 
 def adapt(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """A base that load_base has loaded with adapter and head of a folder, ready to score."""
+    """A base from load_base with the adapter and head of a folder, ready to score."""
     new_head(model, seed=0)
     with silent_peft():
         adapted = PeftModel.from_pretrained(model, adapter).eval()
@@ -329,10 +332,11 @@ def adapt(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 @contextmanager
 def silent_peft() -> Iterator[None]:
-    """PEFT asks for a property that transformers has renamed, and each wrapping warns of it.
+    """Suppress three warnings of PEFT that tell the user nothing.
 
-    It also warns where it finds by itself that GPT-2's weights, of Conv1D, are transposed, and of a
-    pattern of its own for the fused experts of mixtures, which are left as they are.
+    It reads a property that transformers has renamed. It reports that it has noticed the transposed
+    weights of GPT-2's Conv1D. It warns of a pattern of its own for the fused experts of mixtures,
+    which get no adapters here.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -342,10 +346,10 @@ def silent_peft() -> Iterator[None]:
 
 
 def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) -> None:
-    """Write adapter, head and the recipe of the base; the same bytes for the same weights.
+    """Write adapter, head and the recipe of the base; equal weights give equal bytes.
 
-    `base` is what base_model_name_or_path will say. PEFT writes its model card and the target
-    modules in the order of a set: the one is removed, the other sorted.
+    `base` becomes base_model_name_or_path. PEFT writes its model card and the target modules in the
+    order of a set, so the card is removed and the modules are sorted.
     """
     with writing(folder, room=trained_bytes(model)):
         model.save_pretrained(str(folder), safe_serialization=True)
@@ -370,7 +374,7 @@ def name_magnitudes(path: Path) -> None:
 
 
 def settle_config(folder: Path, **changes: str) -> None:
-    """Change the configuration of an adapter; PEFT writes its modules in the order of a set."""
+    """Apply changes to an adapter's configuration and sort its modules, which PEFT does not."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text()) | changes
     config["target_modules"] = sorted(config["target_modules"])
@@ -378,17 +382,17 @@ def settle_config(folder: Path, **changes: str) -> None:
 
 
 def trained_bytes(model: nn.Module) -> int:
-    """How much adapter and head take on the disk."""
+    """The bytes that adapter and head take on disk."""
     return sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
 
 
 def base_record(base: Path) -> dict[str, Any]:
-    """What fetch recorded of the base model: name, kind, revision, files with their SHA-256."""
+    """What fetch recorded about the base model: name, kind, revision, files with their SHA-256."""
     return recorded(base / "base.json")
 
 
 def seal(adapter: Path, base: Path) -> None:
-    """Record the SHA-256 of all files of an adapter's folder, and of the base that it is for."""
+    """Record the SHA-256 of all files in an adapter's folder and of the base that it belongs to."""
     files = digests(adapter)
     files.pop(DIGESTS, None)
     write_json(adapter / DIGESTS, {"base": base_record(base)["files"], "files": files})
@@ -397,16 +401,19 @@ def seal(adapter: Path, base: Path) -> None:
 def require_sealed(adapter: Path, base: Path) -> None:
     """Raises a Fault unless adapter and base are the files that were sealed together.
 
-    A base with code in it is none that fetch wrote.
+    A base that contains code is rejected, because fetch never writes code.
     """
     if code := sorted(path.name for path in base.glob("*.py")):
-        raise Fault(f"{base} has code, {', '.join(code)}, wanted what fetch leaves there")
+        raise Fault(
+            f"{base} contains code ({', '.join(code)}), expected only what fetch writes; run "
+            "dvc repro"
+        )
     found, files = recorded(adapter / DIGESTS), base_record(base)["files"]
     if found["base"] != files:
         differing = sorted({name for name, _ in found["base"].items() ^ files.items()})
         raise Fault(
-            f"{adapter} was trained on another base than {base}: {', '.join(differing)} differ, "
-            "wanted the same; run dvc repro"
+            f"{adapter} was trained on a different base than {base}: {', '.join(differing)} "
+            "differ; run dvc repro"
         )
     require_files(adapter, found["files"])
     require_files(base, files)

@@ -1,8 +1,8 @@
-"""Checkpoints that survive the run: where they are, whether they are whole, who may use them.
+"""Checkpoints that survive the run: where they are, whether they are intact, who may use them.
 
-They lie in $DVC_ROOT/models/checkpoints/<fingerprint>/step-<n>, ignored by git and DVC, so that
-neither a failed stage nor a temporary folder of an experiment takes them along. The fingerprint
-stands for everything that decides the bytes of the result.
+They are in $DVC_ROOT/models/checkpoints/<fingerprint>/step-<n>, ignored by git and DVC, so they
+are not lost with a failed stage or an experiment's temporary folder. The fingerprint covers
+everything that determines the bytes of the result.
 """
 
 import hashlib
@@ -34,9 +34,9 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def fingerprint(params: dict[str, Any], inputs: list[Path]) -> str:
-    """16 hex digits that stand for params, input files, the code in use and its libraries.
+    """16 hex digits that identify params, input files, the loaded code and its libraries.
 
-    Raises a Fault where another process has others.
+    Raises a Fault if they differ between processes.
     """
     code = {
         name: digest(Path(module.__file__))
@@ -61,19 +61,19 @@ class Run:
         self.folder = folder
 
     def latest(self) -> Path | None:
-        """The last checkpoint of this run whose files have the digests they were written with."""
+        """The last checkpoint of this run whose files match the digests recorded with them."""
         for path in reversed(self._steps()):
             found = digests(path)
             found.pop(DIGESTS, None)
-            with suppress(FileNotFoundError, ValueError):  # no list of digests, or half of one
+            with suppress(FileNotFoundError, ValueError):  # the list is missing or incomplete
                 if read_json(path / DIGESTS) == {"run": self.folder.name, "files": found}:
                     return path
-            print(f"checkpoint {path.name} is damaged, or of another run; passed over")
+            print(f"checkpoint {path.name} is damaged or belongs to another run; it is ignored")
         return None
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
-        """A folder to fill, which becomes checkpoint `step` whole or not at all."""
+        """A folder to fill; it becomes checkpoint `step` completely or not at all."""
         with whole_folder(self.folder / f"step-{step}") as partial:
             yield partial
             content = {"run": self.folder.name, "files": digests(partial)}
@@ -82,10 +82,10 @@ class Run:
             shutil.rmtree(old)
 
     def finish(self, metrics: Path) -> None:
-        """Mark the run finished: its outs, `metrics` among them, are written.
+        """Mark the run as finished: its outs, including `metrics`, are written.
 
-        The last checkpoint stays until dvc.lock records the outs, so that a kill during DVC's
-        commit costs no training.
+        The last checkpoint stays until dvc.lock records the outs, so a kill during DVC's commit
+        loses no training.
         """
         md5 = hashlib.md5(metrics.read_bytes(), usedforsecurity=False).hexdigest()
         write_json(self.folder / "finished.json", {"metrics_md5": md5})
@@ -93,7 +93,7 @@ class Run:
             shutil.rmtree(old)
 
     def forget_if_recorded(self, lock: Path, stage: str) -> None:
-        """Start afresh if the run had finished and `lock` records its outs: a forced rerun."""
+        """Remove the checkpoints of a finished run that `lock` records: this is a forced rerun."""
         marker = self.folder / "finished.json"
         if not marker.exists():
             return
@@ -111,7 +111,7 @@ class Run:
 
 @contextmanager
 def shared(name: str) -> Iterator[Run]:
-    """The run of a fingerprint in the first process, `locked`; in the others an empty folder."""
+    """The run of a fingerprint, `locked`, in the first process; an empty folder in the others."""
     if group.leads():
         with locked(name) as run:
             yield run
@@ -122,15 +122,15 @@ def shared(name: str) -> Iterator[Run]:
 
 @contextmanager
 def locked(name: str) -> Iterator[Run]:
-    """The run of a fingerprint, locked against other trainers; old runs beyond a few are removed.
+    """The run of a fingerprint, locked against other trainers; all but a few old runs are removed.
 
-    Waits a moment for a trainer whose parent was killed, then raises a Fault.
+    Waits a moment for a trainer whose parent was killed to end, then raises a Fault.
     """
     root = Path(os.environ.get("DVC_ROOT", ".")) / "models" / "checkpoints"
     folder = root / name
     with ExitStack() as held:
         for patience in reversed(range(PATIENCE)):
-            # One process at a time, so that none removes a folder that another is about to lock.
+            # One process at a time, so that none removes a folder another is about to lock.
             with hold(root / "lock", seconds=-1), suppress(Timeout):
                 with writing(folder):
                     folder.mkdir(exist_ok=True)
@@ -139,23 +139,23 @@ def locked(name: str) -> Iterator[Run]:
                 break
             if not patience:
                 raise Fault(
-                    f"{folder} is in use: another trainer works on the same run; wait for it"
+                    f"{folder} is in use by another trainer of the same run; wait until it ends"
                 )
             time.sleep(0.1)
         yield Run(folder)
 
 
-def _worth(run: Path) -> tuple[bool, float]:
-    """What decides which runs are kept: unfinished work before finished, late before early."""
+def _priority(run: Path) -> tuple[bool, float]:
+    """What decides which runs are kept: unfinished before finished, then recent before old."""
     return not (run / "finished.json").exists(), run.stat().st_mtime
 
 
 def _prune(root: Path, current: Path) -> None:
-    """Remove all but a few of the other runs: first those that finished, then the oldest.
+    """Remove all but a few of the other runs: finished ones first, then the oldest.
 
     A run that another trainer holds is left alone.
     """
     others = [path for path in root.iterdir() if path.is_dir() and path != current]
-    for path in sorted(others, key=_worth)[:-KEPT_RUNS]:
+    for path in sorted(others, key=_priority)[:-KEPT_RUNS]:
         with suppress(Timeout), hold(path / "lock"):
             shutil.rmtree(path)

@@ -1,8 +1,8 @@
-"""Bases that are another model of transformers' in all but their names and constants.
+"""Conversion of bases that differ from another transformers model only in names and constants.
 
-Where transformers has no classifier over a model, or one over more than its text, fetch writes the
-decoder language model that computes the same: its configuration, and its weights under the names
-and in the scale of that model. Everything after fetch knows that model alone.
+Some models have no classifier in transformers, or only one that also covers images. fetch writes
+the decoder language model that computes the same: its configuration, and the weights with that
+model's names and scales. Everything after fetch sees only the converted model.
 """
 
 from collections.abc import Callable
@@ -19,29 +19,30 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a base becomes: a configuration, and the tensors that come of each one of its own.
+    """What a base becomes: a configuration, and how each of its tensors is converted.
 
-    `said` tells people of it. A tensor that nothing comes of is left out.
+    `description` is for people. `tensors` maps a tensor's name and value to the new tensors, none
+    if it is dropped. `kept` says by its name whether a tensor is read at all.
     """
 
-    said: str
+    description: str
     config: dict[str, Any]
     tensors: Callable[[str, Tensor], Tensors]
     kept: Callable[[str], bool]
 
 
 def conversion_of(config: dict[str, Any]) -> Conversion | None:
-    """What becomes of a base of this config.json; None where it stays what it is."""
+    """The conversion of a base with this config.json; None if it needs no conversion."""
     if config.get("architectures") == ["Gemma3ForConditionalGeneration"]:
-        return text_of_gemma3(config)
+        return text_from_gemma3(config)
     if config.get("model_type") == "granite":
-        return llama_of_granite(config)
+        return llama_from_granite(config)
     return None
 
 
 # --- the text part of Gemma 3 ----------------------------------------------------------------
 
-# As checkpoints call it, of before and after transformers put the vision tower beside it.
+# Its prefixes in checkpoints, from before and after transformers put the vision tower beside it.
 TEXT_PARTS = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -50,7 +51,7 @@ TEXT_PARTS = {
 }
 
 
-def text_of_gemma3(config: dict[str, Any]) -> Conversion:
+def text_from_gemma3(config: dict[str, Any]) -> Conversion:
     """Gemma3ForCausalLM: the language model by itself, without the vision tower."""
     outer = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype")
     text = {key: config[key] for key in outer if key in config} | config.get("text_config", {})
@@ -73,17 +74,20 @@ def text_of_gemma3(config: dict[str, Any]) -> Conversion:
 # --- Granite ---------------------------------------------------------------------------------
 
 
-def llama_of_granite(config: dict[str, Any]) -> Conversion:
+def llama_from_granite(config: dict[str, Any]) -> Conversion:
     """The Llama that computes what a Granite computes.
 
-    A Granite is a Llama with four constants, and transformers has no classifier over it. They go
-    into its weights. With embeddings e, layers' parts f and the norm n of a stream h,
+    A Granite is a Llama with four extra constants, and transformers has no classifier for it. The
+    constants are folded into the weights. With embeddings e, the parts f of the layers and the norm
+    n, the residual stream h is
 
         h = embedding_multiplier e;  h = h + residual_multiplier f(n(h));  logits = W n(h) / scaling
 
-    A norm does not see the size of its input, but for its epsilon. So the stream, and epsilon's
-    root, are divided by residual_multiplier: then what layers add is as it is in Llama, and so are
-    all weights of layers but the queries', which bring attention_multiplier.
+    Apart from its epsilon, a norm does not depend on the scale of its input. So dividing the whole
+    stream by residual_multiplier, and epsilon by its square, leaves n(h) as it was: the embeddings
+    are scaled, and the layers add f(n(h)) as in Llama. The weights of the layers stay as they are,
+    except those of the queries, because Llama scales scores by 1 / sqrt(head size) and Granite by
+    attention_multiplier.
     """
     full = GraniteConfig.from_dict(deepcopy(config))
     size = getattr(full, "head_dim", None) or full.hidden_size // full.num_attention_heads
@@ -102,7 +106,7 @@ def llama_of_granite(config: dict[str, Any]) -> Conversion:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "rms_norm_eps": full.rms_norm_eps * stream**2,
-        # Embeddings and output are one matrix in Granite, and of different scales in this Llama.
+        # Embeddings and output share a matrix in Granite, but have different scales in this Llama.
         "tie_word_embeddings": False,
     }
 
@@ -122,7 +126,7 @@ def llama_of_granite(config: dict[str, Any]) -> Conversion:
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:
-    """A tensor times a number: in its own type where that rounds nothing, else in fp32."""
+    """A tensor times a number, in its own dtype if that is exact, else in fp32."""
     if scale == 1:
         return tensor
     found = tensor.float() * scale

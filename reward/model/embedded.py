@@ -1,8 +1,8 @@
-"""The embedded base model: a real, very small Qwen2, made from a seed and data/corpus.
+"""The embedded base model: a real but very small Qwen2, built from a seed and data/corpus.
 
-It is there so that the whole pipeline runs, and learns something, without a network. Its tokenizer
-is a byte-level BPE with Qwen2's own special tokens, pre-tokenization and chat template shape, its
-weights come from a short pretraining on the committed corpus. Good for trying things out only.
+It lets the whole pipeline run, and learn something, without a network. Its tokenizer is a
+byte-level BPE with Qwen2's special tokens and pre-tokenization and a chat template like Qwen2's.
+Its weights come from a short pretraining on the committed corpus. It is only for trying things out.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ STEPS, ROWS, LENGTH, PEAK_RATE = 80, 8, 192, 2e-3
 
 
 def build(folder: Path, seed: int) -> None:
-    """Write config, weights and tokenizer of the embedded model to an empty folder."""
+    """Write the config, weights and tokenizer of the embedded model to an empty folder."""
     corpus = paragraphs(CORPUS)
     tokenizer = train_tokenizer(corpus)
     save_tokenizer(tokenizer, folder)
@@ -45,16 +45,16 @@ def build(folder: Path, seed: int) -> None:
 
 
 def paragraphs(folder: Path) -> list[str]:
-    """The paragraphs of the corpus, in the order of its files. Raises a Fault for none."""
+    """The paragraphs of the corpus, in the order of its files. Raises a Fault if it has none."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
     parts = [part.strip() for text in texts for part in text.split("\n\n") if part.strip()]
     if not parts:
-        raise Fault(f"{folder} holds no text in .txt files, wanted the corpus of {NAME}")
+        raise Fault(f"{folder} has no .txt files with text, expected the corpus of {NAME}")
     return parts
 
 
 def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
-    """Write the tokenizer with a configuration like that of Qwen2's base: pad is eos."""
+    """Write the tokenizer with a configuration like that of Qwen2's base models: pad is eos."""
     with writing(folder / "tokenizer.json"):
         tokenizer.save(str(folder / "tokenizer.json"))
     write_json(
@@ -72,7 +72,7 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
 
 
 def save_model(model: "Qwen2ForCausalLM", folder: Path) -> None:
-    """Write weights and configuration: no progress bar, no version of the library, plain modes."""
+    """Write weights and configuration, without a progress bar or the version of transformers."""
     from transformers import logging
 
     logging.disable_progress_bar()
@@ -118,7 +118,7 @@ def train_tokenizer(corpus: list[str]) -> "Tokenizer":
 
 
 def pretrain(corpus: list[str], tokenizer: "Tokenizer", seed: int) -> "Qwen2ForCausalLM":
-    """A model that has read the corpus a few times: next-token prediction on rows of LENGTH ids."""
+    """A model pretrained on the corpus for a few epochs, on rows of LENGTH ids."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -164,7 +164,7 @@ def pretrain(corpus: list[str], tokenizer: "Tokenizer", seed: int) -> "Qwen2ForC
 def batches(
     corpus: list[str], tokenizer: "Tokenizer", end: int, generator: "Generator"
 ) -> Iterator["Tensor"]:
-    """Endless batches of shape [ROWS, LENGTH]: the paragraphs in a new random order each time."""
+    """Endless batches of shape [ROWS, LENGTH]; every epoch shuffles the paragraphs anew."""
     import torch
 
     encoded = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(corpus)]

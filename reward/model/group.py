@@ -1,8 +1,8 @@
-"""The processes that work together, each with a GPU and a copy of the model of its own.
+"""The processes that work together, each with its own GPU and its own copy of the model.
 
-A process that works alone is a group of one, and takes the same way. What is computed does not
-depend on the number of processes: each of them does some of the packs, and what comes of a pack
-has its place in the order of all packs, whoever computed it.
+A single process is a group of one and runs the same code. Results do not depend on the number of
+processes: each process computes some of the packs, and the results are used in the order of the
+packs, whichever process computed them.
 """
 
 import os
@@ -24,18 +24,18 @@ from torch.nn.functional import pad
 from reward.process import LAUNCHER, Fault
 
 Value = TypeVar("Value")
-# How long a process waits for the others: one may read, check or write large files alone.
+# How long a process waits for the others, because one may read, check or write large files alone.
 PATIENCE = timedelta(minutes=30)
 
 
 class Lost(Fault):
-    """Another process has ended, so that this one cannot go on: the fault is not here."""
+    """Another process has ended, so this one cannot continue: the fault is not here."""
 
     elsewhere = True
 
 
-# Rank and number of the processes. Those of torch.distributed may be somebody else's: of a trainer
-# that calls the reward function in each of its processes with texts of its own.
+# This process's rank and the number of processes. torch.distributed may have others: a trainer may
+# call the reward function in each of its own processes, with different texts.
 _own: tuple[int, int] | None = None
 
 
@@ -45,7 +45,7 @@ def size() -> int:
 
 
 def rank() -> int:
-    """The place of this process among them, from 0."""
+    """The rank of this process, from 0."""
     return _own[0] if _own else 0
 
 
@@ -56,14 +56,14 @@ def leads() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that torchrun has started, until they all are done.
+    """Join the processes that torchrun has started, until all of them are done.
 
     Only the first process prints.
     """
     global _own
-    with talking():
+    with lost_on_error():
         store, place, count = next(rendezvous("env://", timeout=PATIENCE))
-        # DVC is at work on the machine whose process is to be the first: torchrun sorts by address.
+        # The first process must be on the machine where DVC runs, but torchrun sorts by address.
         store.set(f"under DVC/{place}", str("DVC_ROOT" in os.environ))
         under_dvc = [store.get(f"under DVC/{each}") == b"True" for each in range(count)]
         first = under_dvc.index(True) if True in under_dvc else 0
@@ -79,16 +79,16 @@ def joined() -> Iterator[None]:
         if not leads():
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         yield
-        least(0)
+        minimum(0)
     dist.destroy_process_group()
     _own = None
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Take away the variables of torchrun.
+    """Remove torchrun's environment variables.
 
-    Libraries that find them would do their own part of a distributed training, which is not needed.
+    Libraries that find them would start distributed training of their own.
     """
     for name in [*os.environ]:
         if name.startswith(("TORCHELASTIC_", "PET_")) or name in (
@@ -101,8 +101,8 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def talking() -> Iterator[None]:
-    """Raises Lost where another process does not answer any more."""
+def lost_on_error() -> Iterator[None]:
+    """Raises Lost if another process no longer responds."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -111,50 +111,51 @@ def talking() -> Iterator[None]:
         raise Lost(f"another process of the training has ended ({error})") from None
 
 
-def least(value: int) -> int:
-    """The least of the values that the processes give."""
+def minimum(value: int) -> int:
+    """The minimum of the values that the processes pass."""
     if size() == 1:
         return value
     found = torch.tensor(value)
-    with talking():
+    with lost_on_error():
         dist.all_reduce(found, dist.ReduceOp.MIN)
     return int(found)
 
 
 def gathered(value: Value) -> list[Value]:
-    """What each of the processes gives, in their order."""
+    """The values that the processes pass, in the order of the processes."""
     found = [value] * size()
     if size() > 1:
-        with talking():
+        with lost_on_error():
             dist.all_gather_object(found, value)
     return found
 
 
 def require_same(content: Mapping[str, object]) -> None:
-    """Raises a Fault unless the processes, which may be of several machines, have equal content."""
+    """Raises a Fault unless all processes, possibly on several machines, have equal content."""
     for place, (host, found) in enumerate(gathered((gethostname(), content))):
         if differing := sorted(name for name in content if found[name] != content[name]):
             raise Fault(
-                f"process {place} on {host} has other {', '.join(differing)} than process {rank()} "
-                f"on {gethostname()}; expected the same files, code and libraries on all machines"
+                f"process {place} on {host} has different {', '.join(differing)} than process "
+                f"{rank()} on {gethostname()}; use the same files, code and libraries on all "
+                "machines"
             )
 
 
-def of_first(value: Value) -> Value:
-    """What the first process gives."""
+def from_first(value: Value) -> Value:
+    """The value that the first process passes."""
     found = [value]
     if size() > 1:
-        with talking():
+        with lost_on_error():
             dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def folder_of_first(path: Path | None, home: Path) -> Path | None:
-    """A folder that the first process gives, if it does; the others get its files in `home`."""
+def folder_from_first(path: Path | None, home: Path) -> Path | None:
+    """The folder that the first process passes, if any; the others get a copy in `home`."""
     content = None
     if leads() and size() > 1 and path:
         content = path.name, {each.name: each.read_bytes() for each in path.iterdir()}
-    content = of_first(content)
+    content = from_first(content)
     if leads() or content is None:
         return path
     name, files = content
@@ -166,24 +167,25 @@ def folder_of_first(path: Path | None, home: Path) -> Path | None:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of what the processes give; in which order is not said."""
+    """The sum of the processes' tensors, in no particular order."""
     if size() > 1:
-        with talking():
+        with lost_on_error():
             dist.all_reduce(tensor)
     return tensor
 
 
 class PlainSum:
-    """The sum of the tensors of all processes, each of which adds up its own first.
+    """The sum of the tensors of all processes, each of which first adds up its own.
 
-    The order, and so the rounding, depends on their number. Only the sum travels.
+    The order of the additions, and so the rounding, depends on the number of processes. Only one
+    tensor per process is communicated.
     """
 
     def __init__(self) -> None:
         self.own: Tensor | None = None
 
     def add(self, tensor: Tensor, count: int) -> None:
-        """Add this process's tensor, if it is one of the first `count`: [numbers], fp32."""
+        """Add this process's tensor if its rank is below `count`: [numbers], fp32."""
         if self.own is None:
             self.own = torch.zeros_like(tensor)
         if rank() < count:
@@ -199,8 +201,10 @@ class PlainSum:
 class OrderedSum:
     """The sum of numbered tensors in the order of their numbers, whichever process has which.
 
-    Sums of floats depend on the order. So no process adds up what it has: each gets the same slice
-    of all tensors, and adds that up. A process sends and receives as much as it has, and the sum.
+    A sum of floats depends on the order of its terms, so no process adds up its own tensors.
+    Instead, each process is responsible for one slice of the numbers: it receives that slice of
+    every tensor and adds the slices in order. `total` then collects the summed slices in every
+    process. A process sends and receives as many numbers as its tensors have, and the sum once.
     """
 
     def __init__(self) -> None:
@@ -208,9 +212,10 @@ class OrderedSum:
         self.slice: Tensor | None = None
 
     def add(self, tensor: Tensor, count: int) -> None:
-        """Add the next `count` tensors, one of each of the first processes: [numbers], fp32.
+        """Add the next `count` tensors, one from each of the first `count` processes.
 
-        The other processes give one of the same length, which does not count. It is given away.
+        The tensors are [numbers], fp32. The other processes pass one of the same length, which is
+        ignored. The caller must not use the tensor afterwards.
         """
         self.length = len(tensor)
         for part in exchanged(tensor)[:count]:
@@ -223,17 +228,20 @@ class OrderedSum:
         if size() == 1:
             return self.slice
         whole = self.slice.new_empty(size(), len(self.slice))
-        with talking():
+        with lost_on_error():
             dist.all_gather([*whole], self.slice)
         return whole.flatten()[: self.length]
 
 
 def exchanged(tensor: Tensor) -> Tensor:
-    """This process's slice of the tensor of every process: [processes, numbers of a slice]."""
+    """This process's slice of every process's tensor: [processes, numbers per slice].
+
+    The tensor is padded with zeros, because all slices must have the same length.
+    """
     if size() == 1:
         return tensor[None]
     sliced = pad(tensor, (0, -len(tensor) % size()))
     found = torch.empty_like(sliced)
-    with talking():
+    with lost_on_error():
         dist.all_to_all_single(found, sliced)
     return found.view(size(), -1)

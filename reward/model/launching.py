@@ -1,7 +1,7 @@
-"""A stage in several processes on one machine or more, by torchrun within the stage itself.
+"""Run a stage in several processes, on one machine or more: the stage calls torchrun itself.
 
-What torchrun reads from its own variables is asked for there, and is no parameter: the number of
-processes decides no byte. Without them there is a process for each GPU in sight.
+The number of processes is set in torchrun's environment variables, not in params.yaml, because it
+changes no byte of the result. By default there is one process for each visible GPU.
 
     CUDA_VISIBLE_DEVICES=0,1 dvc repro
     PET_NPROC_PER_NODE=2 dvc repro
@@ -29,7 +29,7 @@ from torch.distributed.launcher.api import elastic_launch
 from reward.model import group
 from reward.process import LAUNCHED, LAUNCHER, Fault, processors
 
-# Seconds in which all machines must have come.
+# The number of seconds in which all machines must have joined.
 PATIENCE = 600
 
 
@@ -41,17 +41,18 @@ def distribute(
     arguments: Sequence[str] = (),
     together: bool = True,
 ) -> None:
-    """Call `main` in as many processes as are asked for, or as there are GPUs in sight.
+    """Call `main` in the requested number of processes, by default one for each visible GPU.
 
-    They run `module` with `arguments`, which must call this again. Of a number of GPUs, `useful`
-    says how many there is work for. Only a stage that `machines` is set for runs on more than this
-    one. Unless they work `together`, each of them is a group of one.
+    The processes run `module` with `arguments`, which must call this function again. Given the
+    number of GPUs, `useful` returns how many of them there is work for. `machines` allows a stage
+    to run on several machines. With `together` the processes form one group; otherwise each is a
+    group of one.
     """
     if LAUNCHED:
         with group.joined() if together else group.alone():
             main()
         return
-    options = asked([module, *arguments], machines)
+    options = torchrun_options([module, *arguments], machines)
     here = options.nproc_per_node
     if "PET_NPROC_PER_NODE" not in os.environ and here > 1:
         here = options.nproc_per_node = useful(here)
@@ -61,10 +62,10 @@ def distribute(
         main()
 
 
-def asked(command: Sequence[str], machines: bool) -> Namespace:
-    """The arguments of torchrun for a module and its arguments, as torchrun's variables set them.
+def torchrun_options(command: Sequence[str], machines: bool) -> Namespace:
+    """The options of torchrun, with its environment variables, for a module and its arguments.
 
-    Raises a Fault for a number of processes that cannot be.
+    Raises a Fault if the number of processes or machines is impossible.
     """
     gpus = torch.cuda.device_count()
     options = run.parse_args(["--module", *command])
@@ -80,8 +81,8 @@ def asked(command: Sequence[str], machines: bool) -> Namespace:
         raise Fault(f"PET_NPROC_PER_NODE: {error}") from None
     if 0 < gpus < options.nproc_per_node:
         raise Fault(
-            f"PET_NPROC_PER_NODE asks for {options.nproc_per_node} processes, but {gpus} GPUs are "
-            "in sight; expected at most one process for each"
+            f"PET_NPROC_PER_NODE is {options.nproc_per_node}, but {gpus} GPUs are visible, "
+            "expected at most one process for each"
         )
     if options.nnodes == "1":
         options.rdzv_backend, options.rdzv_endpoint = "c10d", "localhost:0"
@@ -90,9 +91,9 @@ def asked(command: Sequence[str], machines: bool) -> Namespace:
 
 
 def launch(options: Namespace) -> None:
-    """Start the processes and see them through. Raises a Fault where one of them fails."""
-    # The warnings of torch.distributed say in many lines what is said here in one. Each of its
-    # modules sets its own level, so they are stopped where they all pass.
+    """Start the processes and wait until they end. Raises a Fault if one of them fails."""
+    # torch.distributed's warnings take many lines for what a Fault says in one. Each of its modules
+    # sets its own level, so the warnings are stopped at the logger that they all pass.
     logger = logging.getLogger("torch.distributed")
     logger.handlers, logger.propagate = [logging.NullHandler()], False
     os.environ.setdefault(
@@ -102,7 +103,7 @@ def launch(options: Namespace) -> None:
     config, command, arguments = run.config_from_args(options)
     config.rdzv_configs = {"join_timeout": PATIENCE, "read_timeout": PATIENCE} | config.rdzv_configs
     if options.nnodes != "1":
-        print(f"processes  of {options.nnodes} machines, which meet at {options.rdzv_endpoint}")
+        print(f"processes  on {options.nnodes} machines, which meet at {options.rdzv_endpoint}")
     with TemporaryDirectory() as logs:
         quiet = dict.fromkeys(range(1, config.nproc_per_node), Std.ALL)
         config.logs_specs = DefaultLogsSpecs(logs, redirects=quiet)
@@ -112,9 +113,9 @@ def launch(options: Namespace) -> None:
             raise Fault(cause(error, Path(logs))) from None
         except RendezvousError as error:
             raise Fault(
-                f"the {options.nnodes} machines of PET_NNODES did not come together at "
-                f"{options.rdzv_endpoint} in {config.rdzv_configs['join_timeout']} seconds "
-                f"({error}); expected the same command on each of them"
+                f"the {options.nnodes} machines of PET_NNODES did not meet at "
+                f"{options.rdzv_endpoint} within {config.rdzv_configs['join_timeout']} seconds "
+                f"({error}); run the same command on each of them"
             ) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
@@ -123,7 +124,7 @@ def launch(options: Namespace) -> None:
 
 
 def cause(error: ChildFailedError, logs: Path) -> str:
-    """Why the processes of this machine ended, in a sentence; a traceback is printed."""
+    """Why the processes on this machine ended, in a sentence; also prints their tracebacks."""
     failures: Mapping[int, Any] = error.failures
     told = [each for each in failures.values() if "timestamp" in each.error_file_data]
     if told:
@@ -131,19 +132,19 @@ def cause(error: ChildFailedError, logs: Path) -> str:
     for each in failures.values():
         for log in logs.rglob(f"{each.local_rank}/stderr.log"):
             sys.stderr.write(log.read_text(encoding="utf-8", errors="replace"))
-    # The first is named, not those that the launcher ends after it, by SIGTERM.
+    # Name the first process, not those that the launcher then terminates with SIGTERM.
     ended = {rank: signal_of(each.exitcode) for rank, each in failures.items()}
     for rank, name in sorted(ended.items(), key=lambda item: item[1] == "SIGTERM"):
         if name:
-            return f"process {rank} was ended by {name}; the same command goes on where it was"
+            return f"process {rank} was ended by {name}; run the same command again to continue"
     return (
-        f"process {min(failures)} ended with status 1; if nothing is said above, one of another "
-        "machine ended first"
+        f"process {min(failures)} ended with status 1; if there is no message above, a process on "
+        "another machine ended first"
     )
 
 
 def signal_of(status: int) -> str | None:
-    """The name of the signal that a process with this status was ended by, if it was."""
+    """The name of the signal that ended a process with this status, if one did."""
     if status < 0:
         return signal.Signals(-status).name
     return "SIGINT" if status == 128 + signal.SIGINT else None

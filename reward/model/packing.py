@@ -1,11 +1,12 @@
-"""Pairs to packs: no padding, and what texts share held once.
+"""Packs of pairs: rows of tokens without padding that hold shared prefixes only once.
 
-The two texts of a pair begin alike: they share their prompt. A pack is a single row of tokens,
+The two texts of a pair begin with the same tokens, because they share their prompt. A pack is a
+single row of tokens,
 
     [ prefix and rest of chosen ] of every pair, then [ rest of rejected ] of every pair,
 
-in which a rest takes up the positions where its prefix ends. Attention is causal, so a text that
-sees its prefix and itself alone has the reward, and gives the gradient, that it has by itself.
+in which the positions of a rest continue where its prefix ends. Attention is causal, so a text that
+sees only its prefix and itself has the same reward and the same gradient as in a row of its own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-# What a row of tokenized pairs must have to become a part of a pack.
+# The columns of tokenized pairs that packs are built from.
 COLUMNS = [*IDS, PREFIX]
+# The most tokens of a full pack for a check; a larger one might not fit in memory.
 ENOUGH = 4096
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of one prompt as ids; all begin with the same `prefix` ids and have one more."""
+    """The texts of one prompt as ids; all begin with the same `prefix` ids and are longer."""
 
     ids: Sequence[Sequence[int]]
     prefix: int
@@ -43,9 +45,10 @@ class Texts:
 class Layout:
     """Which keys the queries of a row see: one entry for each text, in the order of the row.
 
-    A text has `own` tokens in the row and sees, before them, the first `prefix` tokens of the text
-    `owner` (itself, if it comes first of its prompt). Its `queries` are its last ones: the last
-    sees all these keys, the one before it all but the last, and so on.
+    A text has `own` tokens in the row. Before them, it sees the first `prefix` tokens of the text
+    `owner`, which is the text itself if it is the first of its prompt. `queries` is the number of
+    its queries, counted from its end: the last query sees all these keys, the one before it all
+    but the last key, and so on.
     """
 
     queries: list[int]
@@ -55,16 +58,16 @@ class Layout:
 
     @property
     def firsts(self) -> int:
-        """How many texts come first of their prompt; in the row they are before all others."""
+        """How many texts are the first of their prompt; they precede all others in the row."""
         return sum(index == owner for index, owner in enumerate(self.owner))
 
     @property
     def ends(self) -> list[int]:
-        """Where in the row each text has its last token."""
+        """The index in the row of each text's last token."""
         return [end - 1 for end in accumulate(self.own)]
 
     def at_ends(self) -> "Layout":
-        """The same with one query for each text: its last."""
+        """The same layout with one query for each text, its last."""
         return replace(self, queries=[1] * len(self.own))
 
 
@@ -72,8 +75,8 @@ class Layout:
 class Pack:
     """The texts of some prompts in one row.
 
-    `input_ids` and `position_ids` are [1, tokens]. `order` is [texts]: where in the layout the
-    texts of the first prompt are, then those of the second, and so on.
+    `input_ids` and `position_ids` are [1, tokens]. `order` is [texts]: the indices in the layout of
+    the first prompt's texts, then those of the second prompt's, and so on.
     """
 
     input_ids: Tensor
@@ -83,7 +86,7 @@ class Pack:
 
 
 def texts_of(ids: Sequence[Sequence[int]]) -> Texts:
-    """The texts of one prompt, with all that they begin with in common."""
+    """The texts of one prompt, with their longest common prefix."""
     first, *others = map(np.asarray, ids)
     return Texts(ids, min((prefix_length(first, other) for other in others), default=0))
 
@@ -99,14 +102,14 @@ def pairs_of(dataset: "Dataset") -> list[Texts]:
 
 
 def tokens(texts: Texts) -> int:
-    """The tokens that the texts of a prompt take up in a pack."""
+    """How many tokens the texts of a prompt take in a pack."""
     return sum(map(len, texts.ids)) - (len(texts.ids) - 1) * texts.prefix
 
 
 def into_packs(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
-    """Indices of prompts, in the order given, cut into packs of at most `tokens_per_pack` tokens.
+    """Indices of prompts, in the given order, cut into packs of at most `tokens_per_pack` tokens.
 
-    A prompt whose texts are longer by themselves is a pack of its own.
+    A prompt with more tokens than that gets its own pack.
     """
     packs: list[list[int]] = []
     held = 0
@@ -122,15 +125,15 @@ def into_packs(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
 def balanced(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
     """Indices of prompts in packs of nearly equal size, the largest pack first.
 
-    As many packs of at most `tokens_per_pack` tokens as are needed, but 2, 4 or a multiple of 8 if
-    they are several, so that as many processes have the same work. A prompt goes, the longest
-    first, where the fewest tokens are (Graham 1969, "Bounds on multiprocessing timing anomalies").
-    One whose texts are too long by themselves is a pack of its own.
+    There are as many packs as are needed for at most `tokens_per_pack` tokens each, rounded up to
+    1, 2, 4 or a multiple of 8, so that this many processes get equal work. From the longest prompt
+    to the shortest, each goes into the pack with the fewest tokens (Graham 1969, "Bounds on
+    multiprocessing timing anomalies"). A prompt that is too long gets its own pack.
     """
     longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     needed = -(-sum(lengths) // tokens_per_pack)
     while True:
-        count = min(len(lengths), even(needed))
+        count = min(len(lengths), rounded_up(needed))
         held = [(0, number) for number in range(count)]
         packs: list[list[int]] = [[] for _ in range(count)]
         for index in longest_first:
@@ -144,13 +147,13 @@ def balanced(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
         needed = count + 1
 
 
-def even(count: int) -> int:
-    """The least of 1, 2, 4 and the multiples of 8 that is not below the count."""
+def rounded_up(count: int) -> int:
+    """The count rounded up to 1, 2, 4 or a multiple of 8."""
     return next((least for least in (1, 2, 4) if count <= least), -(-count // 8) * 8)
 
 
-def within(texts: Texts, tokens_per_pack: int) -> list[Texts]:
-    """The texts of a prompt, as many at a time as fit into a pack, and at least one."""
+def split_to_fit(texts: Texts, tokens_per_pack: int) -> list[Texts]:
+    """The texts of a prompt, split so that each part fits into a pack or is a single text."""
     own = [len(ids) - texts.prefix for ids in texts.ids]
     return [
         Texts([texts.ids[index] for index in indices], texts.prefix)
@@ -161,8 +164,8 @@ def within(texts: Texts, tokens_per_pack: int) -> list[Texts]:
 def extremes(lengths: Sequence[int], tokens_per_pack: int) -> list[int]:
     """Indices of a full pack: the longest prompt, then the shortest ones that fit beside it.
 
-    The shortest of all is the last, and is there whether it fits or not, if there are two. At most
-    ENOUGH tokens: more might not fit in memory.
+    They end with the shortest prompt of all, which is included even if it does not fit. The pack
+    has at most ENOUGH tokens unless the longest and the shortest prompt alone have more.
     """
     *others, longest = sorted(range(len(lengths)), key=lengths.__getitem__)
     held = accumulate((lengths[index] for index in others), initial=lengths[longest])
@@ -171,8 +174,8 @@ def extremes(lengths: Sequence[int], tokens_per_pack: int) -> list[int]:
 
 
 def pack(prompts: Sequence[Texts]) -> Pack:
-    """One pack of the given prompts' texts; each has at least one."""
-    # Prompt, text of it, tokens before the text's own: the first texts of all, then the others.
+    """One pack with the given prompts' texts; each prompt has at least one."""
+    # (prompt, text, tokens before the text's own): the first texts of all prompts, then the others.
     parts = [(prompt, 0, 0) for prompt in range(len(prompts))]
     parts += [
         (prompt, text, texts.prefix)
@@ -182,25 +185,26 @@ def pack(prompts: Sequence[Texts]) -> Pack:
     ids = [prompts[prompt].ids[text] for prompt, text, _ in parts]
     prefix = [before for _, _, before in parts]
     own = [len(text) - before for text, before in zip(ids, prefix, strict=True)]
+    # A prompt's first text has the prompt's own index in the row, so that index is also the owner.
     layout = Layout(own, own, prefix, [prompt for prompt, _, _ in parts])
     return Pack(
-        in_a_row(np.asarray(text[before:]) for text, before in zip(ids, prefix, strict=True)),
-        in_a_row(np.arange(before, len(text)) for text, before in zip(ids, prefix, strict=True)),
+        as_row(np.asarray(text[before:]) for text, before in zip(ids, prefix, strict=True)),
+        as_row(np.arange(before, len(text)) for text, before in zip(ids, prefix, strict=True)),
         layout,
         torch.tensor(sorted(range(len(parts)), key=parts.__getitem__)),
     )
 
 
-def in_a_row(pieces: Iterable[npt.NDArray[Any]]) -> Tensor:
-    """The pieces one after the other: [1, tokens], int64."""
+def as_row(pieces: Iterable[npt.NDArray[Any]]) -> Tensor:
+    """The concatenated pieces: [1, tokens], int64."""
     return torch.from_numpy(np.concatenate(list(pieces), dtype=np.int64))[None]
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device.
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device without waiting for the GPU.
 
-    A copy from pageable memory waits until the GPU has done all that it was told; this one, from
-    pinned memory, takes its turn.
+    A copy from pageable memory blocks until the GPU has finished all queued work. A copy from
+    pinned memory is only queued, so the CPU can go on.
     """
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

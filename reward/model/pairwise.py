@@ -1,4 +1,4 @@
-"""The Bradley-Terry model of a preference, as pure functions of rewards. All shapes [pairs].
+"""The Bradley-Terry model of preferences, as pure functions of rewards. All shapes are [pairs].
 
 P(j is preferred to k) = sigmoid(r_j - r_k): Bradley and Terry 1952, "Rank analysis of incomplete
 block designs"; as a loss for reward models: Ouyang et al. 2022, equation 1.
@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from reward.data.columns import PREFERENCE, TARGET_MARGIN, WEIGHT
-from reward.model.packing import sent
+from reward.model.packing import to_device
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What people said of pairs, fp32: [pairs] each.
+    """The labels of pairs, fp32: [pairs] each.
 
     `preference` is the probability that j is preferred, 0.5 for a tie. `weight` is how much a pair
-    counts. `margin` is the least difference of the rewards that is asked for.
+    counts. `margin` is the target margin, which the difference of the rewards should exceed.
     """
 
     preference: Tensor
@@ -31,22 +31,22 @@ class Labels:
 
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> "Labels":
-        """Those of tokenized pairs, on the CPU.
+        """The labels of tokenized pairs, on the CPU.
 
-        Raises ValueError for a margin of an uncertain pair: its loss would be another one if the
-        two sides were swapped.
+        Raises ValueError if an uncertain pair has a margin, because swapping its two sides would
+        change the loss.
         """
         preference, weight, margin = (
             torch.from_numpy(np.asarray(columns[name], dtype=np.float32))
             for name in (PREFERENCE, WEIGHT, TARGET_MARGIN)
         )
         if ((margin != 0) & (preference != 1)).any():
-            raise ValueError("a margin of a pair whose preference is not 1")
+            raise ValueError("a pair has a margin, but its preference is not 1")
         return cls(preference, weight, margin)
 
     @classmethod
     def certain(cls, pairs: int) -> "Labels":
-        """Those of pairs of which nothing is said but that j is preferred."""
+        """The labels of pairs in which j is preferred, with weight 1 and no margin."""
         return cls(torch.ones(pairs), torch.ones(pairs), torch.zeros(pairs))
 
     def __len__(self) -> int:
@@ -58,21 +58,21 @@ class Labels:
         return self.preference != 0.5
 
     def take(self, rows: Tensor) -> "Labels":
-        """Those of some of the pairs, by their index."""
+        """The labels of the pairs with these indices."""
         return Labels(self.preference[rows], self.weight[rows], self.margin[rows])
 
-    def sent(self, device: torch.device) -> "Labels":
-        """The same on a device."""
-        return Labels(*sent(torch.stack([self.preference, self.weight, self.margin]), device))
+    def to(self, device: torch.device) -> "Labels":
+        """The labels on a device."""
+        return Labels(*to_device(torch.stack([self.preference, self.weight, self.margin]), device))
 
 
 def losses(j: Tensor, k: Tensor, labels: Labels, center: float = 0.0) -> Tensor:
     """The weighted loss of every pair, in fp32.
 
-    With d = r_j - r_k it is -log sigmoid(d - margin) for a pair that is certain, and the cross
-    entropy -p log sigmoid(d) - (1 - p) log sigmoid(-d) for one whose preference is p. `center`
-    times (r_j + r_k)^2 is added, which keeps rewards around zero (Eisenstein et al. 2023, "Helping
-    or herding?", equation 5). Margins: Touvron et al. 2023, "Llama 2", equation 2.
+    With d = r_j - r_k, the loss of a certain pair is -log sigmoid(d - margin) (Touvron et al. 2023,
+    "Llama 2", equation 2). That of a pair with preference p is the cross-entropy
+    -p log sigmoid(d) - (1 - p) log sigmoid(-d). The added term `center` times (r_j + r_k)^2 keeps
+    rewards around zero (Eisenstein et al. 2023, "Helping or herding?", equation 5).
     """
     difference = margins(j, k) - same_shape(j, labels.margin)
     preference, weight = same_shape(j, labels.preference), same_shape(j, labels.weight)
@@ -83,7 +83,7 @@ def losses(j: Tensor, k: Tensor, labels: Labels, center: float = 0.0) -> Tensor:
 
 
 def correct(j: Tensor, k: Tensor) -> Tensor:
-    """1 where j has the higher reward, 0 where the lower, one half where they are equal."""
+    """1 where j has the higher reward, 0 where k has, and 0.5 where they are equal."""
     return torch.heaviside(margins(j, k), torch.tensor(0.5, device=j.device))
 
 

@@ -1,7 +1,7 @@
-"""Comparisons of the answers to a prompt, so that each answer is computed once.
+"""Rankings: the comparisons of a prompt's answers, grouped so that each answer is computed once.
 
-A row of the tokenized data compares two texts, j and k. A ranking is the texts of one prompt with
-the comparisons of them: n answers are n texts, where their n (n - 1) / 2 pairs have n (n - 1).
+A row of the tokenized data compares two texts, j and k. A ranking holds the texts of one prompt and
+their comparisons. It has n texts for n answers, whereas their n (n - 1) / 2 pairs have n (n - 1).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +13,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from reward.data.columns import ANSWERS, IDS, PROMPT_ID
-from reward.model.packing import Texts, sent, texts_of, tokens
+from reward.model.packing import Texts, texts_of, to_device, tokens
 
 COLUMNS = [PROMPT_ID, *ANSWERS, *IDS]
 
 
 class Comparison(NamedTuple):
-    """The row that a comparison is from, and its two sides by their place among the texts."""
+    """The row of a comparison, and the indices of its two sides among the texts."""
 
     row: int
     j: int
@@ -28,14 +28,14 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """The texts of one prompt, and the comparisons of them."""
+    """The texts of one prompt and their comparisons."""
 
     texts: Texts
     comparisons: Sequence[Comparison]
 
 
 def rankings(rows: Iterable[Mapping[str, Any]]) -> list[Ranking]:
-    """The rows of tokenized data by their prompt, both in the order in which they first appear."""
+    """The rows of tokenized data by prompt; prompts and answers in order of first appearance."""
     texts: dict[str, dict[int, Sequence[int]]] = {}
     compared: dict[str, list[Comparison]] = {}
     for index, row in enumerate(rows):
@@ -55,16 +55,15 @@ def rankings_of(dataset: Dataset) -> list[Ranking]:
 
 
 def divided(ranking: Ranking, tokens_per_pack: int) -> list[Ranking]:
-    """A ranking in parts that fit into a pack; each comparison is in one of them.
+    """A ranking in parts that fit into a pack; each comparison is in exactly one of them.
 
-    A text may be in several parts. A comparison that is too long by itself is a part of its own.
+    A text may be in several parts. A comparison that is too long gets its own part.
     """
     texts, rest = ranking.texts, list(ranking.comparisons)
     if tokens(texts) <= tokens_per_pack:
         return [ranking]
     own = [len(ids) - texts.prefix for ids in texts.ids]
-    # The comparisons of the first answers come before those of any further one, so that a part
-    # has many comparisons of few texts.
+    # Comparisons among the first answers come first, so a part has many comparisons of few texts.
     rest.sort(key=lambda each: (max(each.j, each.k), min(each.j, each.k)))
     parts = []
     while rest:
@@ -86,15 +85,15 @@ def _part(texts: Texts, held: list[int], comparisons: Iterable[Comparison]) -> R
 
 
 def sides(rewards: Tensor, ranked: Sequence[Ranking]) -> tuple[Tensor, Tensor, Tensor]:
-    """The rewards of j and of k, and the row, of every comparison: [comparisons] each.
+    """The rewards of j, the rewards of k and the row of every comparison: [comparisons] each.
 
-    `rewards` are those of all texts, ranking by ranking. The rows are on the CPU.
+    `rewards` holds the rewards of all texts, ranking by ranking. The rows are on the CPU.
     """
     start, found = 0, []
     for ranking in ranked:
         found += [(row, start + j, start + k) for row, j, k in ranking.comparisons]
         start += len(ranking.texts.ids)
     row, j, k = torch.tensor(found).unbind(1)
-    # index_select, because its gradient is added in one order on every device.
-    one, other = (rewards.index_select(0, sent(place, rewards.device)) for place in (j, k))
+    # index_select, because its gradient is summed in a fixed order on every device.
+    one, other = (rewards.index_select(0, to_device(place, rewards.device)) for place in (j, k))
     return one, other, row

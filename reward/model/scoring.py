@@ -1,4 +1,4 @@
-"""Rewards of packs by a reward model: what memory holds, and whether packs are exact."""
+"""Rewards of packs within the available memory, and the check that packs are exact."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,20 +14,20 @@ from transformers import PreTrainedModel
 
 from reward.model import attention, group
 from reward.model.base import device, head_of
-from reward.model.packing import Pack, Texts, into_packs, pack, sent, tokens, within
+from reward.model.packing import Pack, Texts, into_packs, pack, split_to_fit, to_device, tokens
 from reward.model.swapping import swapped_out
 from reward.process import Fault
 
-# What an error says where memory does not suffice, if it is not one of PyTorch's or Python's own:
-# of a CPU, of CUDA, and of cuBLAS, which takes memory of its own for every thread that uses it.
-WITHOUT_MEMORY = (
+# The texts of plain RuntimeErrors that mean out of memory: on a CPU, of CUDA, and of cuBLAS, which
+# allocates its own memory for every thread that uses it.
+OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "when calling `cublasCreate(",
 )
 Result = TypeVar("Result")
-# How far a pack may be from its texts alone, as a share of the hidden states' norm.
+# How far hidden states in a pack may differ from those of single texts, relative to their norm.
 EXACT, EXACT_IN_HALF = 1e-3, 0.05
 
 
@@ -40,7 +40,7 @@ def last_hidden(model: PeftModel, batch: Pack) -> Tensor:
     """The base's output at the last token of every text, prompt by prompt: [texts, hidden size]."""
     plan = attention.Plan(batch.layout, device())
     ids, positions, order = (
-        sent(each, device()) for each in (batch.input_ids, batch.position_ids, batch.order)
+        to_device(each, device()) for each in (batch.input_ids, batch.position_ids, batch.order)
     )
     hidden = (
         cast(PreTrainedModel, model.get_base_model())
@@ -56,12 +56,12 @@ def last_hidden(model: PeftModel, batch: Pack) -> Tensor:
 def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> Tensor:
     """The reward of every text, prompt by prompt, on the CPU: fp32, [texts].
 
-    Prompts of like length share a pack. The texts of a prompt are divided where they do not fit
-    into one, and packs are halved where memory does not suffice. Several processes share the packs,
-    and all of them get all rewards. Raises a Fault where memory does not suffice for a single text.
+    Prompts of similar length share a pack. A prompt's texts are split if they do not fit into one
+    pack, and packs are halved if memory runs out. Several processes share the packs, and all of
+    them get all rewards. Raises a Fault if memory runs out for a single text.
     """
     found = torch.zeros(sum(len(texts.ids) for texts in prompts))
-    # The texts that have no reward yet, and where the first of them has its reward.
+    # The texts without rewards so far, each prompt with the index of its first text in `found`.
     waiting: list[tuple[int, Texts]] = []
     start = 0
     for texts in prompts:
@@ -88,15 +88,15 @@ def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> T
 def score_packs(
     model: PeftModel, packs: Sequence[Sequence[tuple[int, Texts]]], found: Tensor, bar: "tqdm[Any]"
 ) -> int:
-    """Write the rewards of packs to their places in `found`; each process does some of them.
+    """Write the rewards of packs to their indices in `found`; each process computes some packs.
 
-    The number of packs that are done before the first for which memory does not suffice.
+    Returns the number of packs before the first one for which memory ran out in any process.
     """
     for first in range(0, len(packs), group.size()):
         number, scored = first + group.rank(), None
         if number < len(packs):
             scored = within_memory(rewards, model, pack([texts for _, texts in packs[number]]))
-        failed = group.least(number if number < len(packs) and scored is None else len(packs))
+        failed = group.minimum(number if number < len(packs) and scored is None else len(packs))
         if scored is not None and number < failed:
             parts = scored.cpu().split([len(texts.ids) for _, texts in packs[number]])
             for (start, _), part in zip(packs[number], parts, strict=True):
@@ -109,10 +109,10 @@ def score_packs(
 
 
 def in_parts(waiting: Sequence[tuple[int, Texts]], limit: int) -> list[tuple[int, Texts]]:
-    """The texts of each prompt in parts of at most `limit` tokens, the longest first."""
+    """The texts of each prompt in parts of at most `limit` tokens, the longest part first."""
     parts = []
     for start, texts in waiting:
-        for part in within(texts, limit):
+        for part in split_to_fit(texts, limit):
             parts.append((start, part))
             start += len(part.ids)
     return sorted(parts, key=lambda each: tokens(each[1]), reverse=True)
@@ -120,7 +120,7 @@ def in_parts(waiting: Sequence[tuple[int, Texts]], limit: int) -> list[tuple[int
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while."""
+    """The model in eval mode while the context lasts."""
     training = model.training
     model.eval()
     try:
@@ -130,36 +130,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def within_memory(work: Callable[..., Result], *arguments: Any) -> Result | None:
-    """What `work` returns, or None if memory did not suffice; what it held is let go."""
+    """What `work` returns, or None if memory ran out; its memory is then freed."""
     try:
         return work(*arguments)
     except (MemoryError, RuntimeError) as error:
         named = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not named and not any(sign in str(error) for sign in WITHOUT_MEMORY):
+        if not named and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
     torch.cuda.empty_cache()
     return None
 
 
 def halved(held: Sequence[Texts], least: int, place: str) -> int:
-    """The tokens of a pack half of the one that did not fit, which held these texts.
+    """Half the size, in tokens, of a pack of these texts that did not fit into memory.
 
-    Raises a Fault, which names the place in the work, where they are no more than the `least` that
-    must share a pack.
+    Raises a Fault, which begins with `place`, if the pack has only the `least` texts that must
+    share one.
     """
     size, count = sum(map(tokens, held)), sum(len(texts.ids) for texts in held)
     if count <= least:
         raise Fault(
-            f"{place}: {'a text' if count == 1 else 'a pair'} of {size} tokens needs more memory "
-            "than is free; lower preprocess.max_length, or set train.gradient_checkpointing if in "
-            "training"
+            f"{place}: out of memory for {'a text' if count == 1 else 'a pair'} of {size} tokens; "
+            "lower preprocess.max_length or, in training, set train.gradient_checkpointing"
         )
     return size // 2
 
 
 @contextmanager
 def as_in_transformers(model: PeftModel) -> Iterator[PreTrainedModel]:
-    """The classifier for a while with attention and layers as transformers and PEFT have them."""
+    """The classifier with the original attention and layers of transformers and PEFT."""
     classifier = cast(PreTrainedModel, model.get_base_model())
     classifier.set_attn_implementation("sdpa" if classifier._supports_sdpa else "eager")
     try:
@@ -171,15 +170,15 @@ def as_in_transformers(model: PeftModel) -> Iterator[PreTrainedModel]:
 
 @torch.no_grad()
 def require_exact(model: PeftModel, prompts: Sequence[Texts]) -> None:
-    """Raises a Fault unless texts in a pack have the hidden states that transformers gives them.
+    """Raises a Fault unless texts in a pack get the same hidden states as from transformers.
 
-    `prompts` are a full pack, of the longest first and of the shortest last. Whatever is not plain
-    causal attention, with or without a window, shows in a text that is long enough for it; and what
-    a long text does to others of its row shows in a short one.
+    `prompts` is a full pack with the longest prompt first and the shortest last. Anything other
+    than plain causal attention, with or without a window, shows in a text that is long enough, and
+    the influence of a long text on others in its row shows in a short one.
 
-    Adapters are switched off, as if before the first step. In half precision trained ones multiply
-    what rounding makes different, on a real model to more than is allowed, and evaluation must not
-    refuse what training let pass.
+    Adapters are off, as before the first step. In half precision, trained adapters amplify rounding
+    differences, with a real model beyond what is allowed, and evaluation must not reject what
+    training accepted.
     """
     with evaluating(model), model.disable_adapter():
         found = last_hidden(model, pack(prompts)).float()
@@ -189,7 +188,7 @@ def require_exact(model: PeftModel, prompts: Sequence[Texts]) -> None:
 
 
 def require_alone(model: PeftModel, texts: Texts, found: Tensor, found_in: int) -> None:
-    """Raises a Fault unless the hidden states found are those of the texts by themselves."""
+    """Raises a Fault unless `found` are the hidden states of the texts in rows of their own."""
     with as_in_transformers(model) as classifier:
         wanted = torch.cat(
             [
@@ -204,7 +203,7 @@ def require_alone(model: PeftModel, texts: Texts, found: Tensor, found_in: int) 
     allowed = EXACT if classifier.dtype == torch.float32 else EXACT_IN_HALF
     if difference > allowed:
         raise Fault(
-            f"{type(classifier).__name__}: a pair of {tokens(texts)} tokens in a pack of "
-            f"{found_in} differs by {difference:.2g} from its two texts alone, at most {allowed} "
-            "is allowed; wanted a decoder with plain causal attention"
+            f"{type(classifier).__name__}: the hidden states of a pair of {tokens(texts)} tokens "
+            f"in a pack of {found_in} differ by {difference:.2g} from those of its texts alone, "
+            f"expected at most {allowed}; choose a decoder with plain causal attention"
         )

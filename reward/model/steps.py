@@ -1,4 +1,4 @@
-"""Which rows of the tokenized data each optimizer step takes: planned before the first one."""
+"""Which rows of the tokenized data each optimizer step uses, planned before the first step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,23 +18,23 @@ StepOf = Literal["pairs", "prompts"]
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from: the labels are of the rows of the rankings."""
+    """What one optimizer step learns from; the rows of the rankings index the labels."""
 
     rankings: list[Ranking]
     labels: Labels
 
     def packs(self, tokens_per_pack: int) -> list[list[Ranking]]:
-        """The rankings in parts that fit into packs, pack by pack, the largest first."""
+        """The rankings in parts that fit into packs, pack by pack, the largest pack first."""
         parts = [part for each in self.rankings for part in divided(each, tokens_per_pack)]
         found = balanced([tokens(part.texts) for part in parts], tokens_per_pack)
         return [[parts[index] for index in indices] for indices in found]
 
 
 class Steps(Sequence[Step]):
-    """The steps of a tokenized dataset, each read when it is asked for."""
+    """The steps of a tokenized dataset; each is read when it is accessed."""
 
     def __init__(self, dataset: Dataset, rows: Sequence[Rows]) -> None:
-        """`rows` are the rows of the dataset that each step takes."""
+        """`rows` are the rows of the dataset that each step uses."""
         self.dataset = dataset
         self._texts = dataset.select_columns(COLUMNS).with_format("numpy")
         self._labels = Labels.of(dataset)
@@ -60,10 +60,10 @@ def planned(
     max_steps: int,
     seed: int,
 ) -> list[Rows]:
-    """The rows of every step, of rows with the given prompts.
+    """The rows of every step; `prompts` is the prompt of each row.
 
-    Of `max_steps` steps if that is positive, else of `epochs` epochs, of which the last may be a
-    share of one. An epoch takes every row once, in an order of its own.
+    There are `max_steps` steps if that is positive, else as many as `epochs` epochs have; the last
+    epoch may be a fraction. An epoch uses every row once, in a new random order.
     """
     _, prompt_of = np.unique(np.asarray(prompts), return_inverse=True)
     steps: list[Rows] = []
@@ -80,12 +80,12 @@ def planned(
 def one_epoch(
     prompt_of: Rows, size: int, step_of: StepOf, generator: np.random.Generator
 ) -> Iterator[Rows]:
-    """All rows once: `size` at a time, or whole prompts until there are so many."""
+    """All rows once: `size` rows per step, or whole prompts until there are at least that many."""
     if step_of == "pairs":
         rows = generator.permutation(len(prompt_of))
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
         return
-    # The rows of each prompt follow each other, in their order.
+    # The rows of each prompt, in their original order.
     by_prompt = np.split(np.argsort(prompt_of, kind="stable"), np.cumsum(np.bincount(prompt_of)))
     step: list[Rows] = []
     for prompt in generator.permutation(len(by_prompt) - 1):

@@ -1,7 +1,7 @@
-"""Whether a base can become a reward model, judged by its config.json, before a weight is there.
+"""Whether a base can become a reward model, judged by its config.json before any download.
 
-The model is built without memory, on PyTorch's meta device, and a row goes through it in which
-nothing is computed: so a model is refused for what its own code does, whatever its name.
+The model is built on PyTorch's meta device, which allocates no memory, and a row is passed through
+it without computing any numbers. So a model is rejected for what its code does, not for its name.
 """
 
 from copy import deepcopy
@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from reward.model.head import against_labels, is_classifier
+from reward.model.head import is_classifier, problem_with_labels
 from reward.model.plain import require_plain, ropes
 from reward.process import Fault
 
@@ -33,15 +33,15 @@ EXPECTED = (
 TOKENS = 5
 
 
-def reason_against(config: dict[str, Any]) -> str | None:
-    """Why no model of this config.json can become a reward model, said of it, or None."""
-    return against_name(config) or against_labels(config) or against_model(config)
+def problem_with(config: dict[str, Any]) -> str | None:
+    """Why a model with this config.json cannot become a reward model, as a predicate, or None."""
+    return problem_with_class(config) or problem_with_labels(config) or problem_with_model(config)
 
 
-def against_name(config: dict[str, Any]) -> str | None:
-    """Why it is no decoder that transformers has the code of, and a classifier over.
+def problem_with_class(config: dict[str, Any]) -> str | None:
+    """Why its class is not a decoder of transformers for which there is also a classifier.
 
-    It may be that classifier already, but not one that sees.
+    It may already be that classifier, but not one that also reads images.
     """
     kind = str(config.get("model_type"))
     classes = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind)]
@@ -51,16 +51,16 @@ def against_name(config: dict[str, Any]) -> str | None:
     if known and not config.get("is_encoder_decoder"):
         if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
             return None
-        return f"is a {named}, which transformers has no classifier over, {EXPECTED}"
+        return f"is a {named}, for which transformers has no sequence classifier, {EXPECTED}"
     if "auto_map" in config:
-        return f"is a {named} of code that comes with it and is never run, {EXPECTED}"
+        return f"is a {named} whose own code would have to run, {EXPECTED}"
     return f"is a {named}, {EXPECTED}"
 
 
-def against_quantization(config: dict[str, Any]) -> str | None:
-    """Why its weights are not the numbers that LoRA is trained over here.
+def problem_with_quantization(config: dict[str, Any]) -> str | None:
+    """Why its stored weights cannot be trained on: they are already quantized.
 
-    Trained as they are, such weights would be another base than the one that is recorded.
+    Training on such weights would use a different base than the one that is recorded.
     """
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     for part in parts:
@@ -68,69 +68,69 @@ def against_quantization(config: dict[str, Any]) -> str | None:
             if recipe := part.get(key):
                 method = recipe.get("quant_method") if isinstance(recipe, dict) else None
                 return (
-                    f"is quantized already ({method or key}), expected the unquantized model that "
-                    "it was made from, which its page names: quantization.bits quantizes it here"
+                    f"is already quantized ({method or key}), expected the unquantized model that "
+                    "its page names as its source, which quantization.bits then quantizes"
                 )
     return None
 
 
-def against_model(config: dict[str, Any]) -> str | None:
-    """Why the model as transformers builds it gives no rewards of packs."""
+def problem_with_model(config: dict[str, Any]) -> str | None:
+    """Why the model that transformers builds from it cannot compute the rewards of packs."""
     windows: list[int | None] = []
     try:
         model = build(config)
-        if reason := against_class(model):
+        if reason := problem_with_interface(model):
             return reason
-        go_through(model, windows)
+        trace(model, windows)
     except Fault as fault:
         return f"cannot be packed: {fault}"
-    except Exception as error:  # whatever a model's code raises for a configuration
+    except Exception as error:  # because a model's code may raise anything
         if isinstance(error, NotImplementedError) or "meta tensors" in str(error):
-            return None  # it asks for numbers: what comes of them, training compares
+            return None  # it needs real numbers, so the check before training has to decide
         detail = " ".join(str(error).split())[:200]
         return (
-            f"has a config.json that transformers cannot make a model of ({type(error).__name__}: "
-            f"{detail}), expected one of the version of transformers here"
+            f"has a config.json from which transformers cannot build a model "
+            f"({type(error).__name__}: {detail}), expected one for the installed version"
         )
-    return against_layers(model, windows)
+    return problem_with_layers(model, windows)
 
 
-def against_class(model: PreTrainedModel) -> str | None:
-    """Why a model of its class is no decoder with a head, or one that takes no other attention."""
+def problem_with_interface(model: PreTrainedModel) -> str | None:
+    """Why the model has no score head, or does not allow its attention to be replaced."""
     name = type(model).__name__
     if not isinstance(getattr(model, "score", None), nn.Linear):
         return f"is not a decoder: {name} has no score head, {EXPECTED}"
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         return (
-            f"cannot be packed: {name} takes no attention but its own, expected a decoder that "
-            "supports transformers' attention interface"
+            f"cannot be packed: {name} does not allow its attention to be replaced, expected a "
+            "decoder that supports transformers' attention interface"
         )
     return None
 
 
 def build(config: dict[str, Any]) -> PreTrainedModel:
-    """The classifier of a configuration on the meta device, so of any size in no memory."""
+    """The classifier of a configuration on the meta device, where any size fits."""
     logging.set_verbosity_error()
-    # Copied, because transformers fills in what is nested in it.
+    # A copy, because transformers modifies nested values.
     own = deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
-    # Without a pad token, because some models look for it in the row.
+    # No pad token, because some models search the row for it.
     found = CONFIG_MAPPING[own["model_type"]].from_dict(
         own | {"num_labels": 1, "pad_token_id": None}
     )
     for rope in ropes(found):
-        if rope.get("rope_type") == "dynamic":  # it asks for the longest position, a number
+        if rope.get("rope_type") == "dynamic":  # it needs the value of the largest position
             rope["rope_type"] = "default"
     with torch.device("meta"):
-        # Experts are otherwise chosen by numbers, which there are none of.
+        # The default implementation selects experts by values, which the meta device does not have.
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
             found, experts_implementation="batched_mm"
         )
     return model
 
 
-def go_through(model: PreTrainedModel, windows: list[int | None]) -> None:
-    """Have a row pass through a model; `windows` gets those that its attention was told, in order.
+def trace(model: PreTrainedModel, windows: list[int | None]) -> None:
+    """Pass a row through a model and append the window of each call of attention to `windows`.
 
     Raises a Fault for attention that is not plain.
     """
@@ -143,7 +143,7 @@ def go_through(model: PreTrainedModel, windows: list[int | None]) -> None:
         )
 
 
-def attend_to_nothing(
+def record_window(
     module: nn.Module,
     query: Tensor,
     _key: Tensor,
@@ -154,7 +154,7 @@ def attend_to_nothing(
     sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """In the place of attention: its shape alone. `plan` notes the window that it was told."""
+    """Replaces attention: appends the window to `plan` and returns only the right shape."""
     require_plain(module, attention_mask, plan, more)
     assert plan is not None
     plan.append(sliding_window)
@@ -162,27 +162,27 @@ def attend_to_nothing(
     return query.new_empty(batch, tokens, heads, value.shape[-1]), None
 
 
-def against_layers(model: PreTrainedModel, windows: list[int | None]) -> str | None:
-    """Why what its layers do is not attention, or is another one than they have told."""
+def problem_with_layers(model: PreTrainedModel, windows: list[int | None]) -> str | None:
+    """Why its layers do something other than attention, or attention they have not declared."""
     config = model.config.get_text_config()
     layers, name = config.num_hidden_layers, type(model).__name__
     if len(windows) != layers:
         return (
-            f"cannot be packed: {name} attends {len(windows)} times in {layers} layers, expected "
-            "once in each; a layer without attention carries what it reads from text to text"
+            f"cannot be packed: {name} calls attention {len(windows)} times in {layers} layers, "
+            "expected once in each; other layers carry state from one text to the next"
         )
     kinds = getattr(config, "layer_types", None) or []
     if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         return (
-            f"cannot be packed: {name} has layers of {', '.join(others)}, expected full attention "
-            "or a sliding window"
+            f"cannot be packed: {name} has layers with {', '.join(others)}, expected full "
+            "attention or a sliding window"
         )
     if kinds and kinds.count("sliding_attention") != sum(window is not None for window in windows):
         return (
-            f"cannot be packed: {name} does not tell its attention the windows of its layers, "
-            "expected a model that does"
+            f"cannot be packed: {name} does not pass the sliding windows of its layers to its "
+            "attention, expected a model that does"
         )
     return None
 
 
-AttentionInterface.register(NAME, attend_to_nothing)
+AttentionInterface.register(NAME, record_window)

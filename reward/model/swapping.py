@@ -1,9 +1,9 @@
-"""Modules of a library that compute in our way, and back: swapped by their class.
+"""Replace the forward of a library's modules, and restore it, by swapping their class.
 
-The class of a module becomes a subclass of its own, whose forward is ours. So it keeps its
-parameters, their names, hooks and children, and `isinstance` answers as before; PyTorch's
-fully_shard and parametrizations do the same. Our forward is on the class, where everyone sees it:
-one that somebody else sets on an instance stays theirs.
+The module's class becomes a subclass of itself with our forward. Parameters and their names, hooks
+and children stay, and `isinstance` answers as before. PyTorch's fully_shard and parametrizations do
+the same. Because our forward is on the class, a forward that another library assigns to the
+instance still takes effect.
 """
 
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ from torch import nn
 
 
 class Swapped(nn.Module):
-    """What our classes derive from; `stock` is the class that a module had before."""
+    """The base class of our modules; `stock` is the class that a module had before."""
 
     stock: ClassVar[type[nn.Module]]
 
 
 def swap_in(module: nn.Module, ours: type[Swapped]) -> None:
-    """Have a module compute by the forward of `ours`, which may call its own by `super()`."""
+    """Give a module the forward of `ours`, which may call the original one with `super()`."""
     stock = type(module)
     module.__class__ = type(f"{ours.__name__}{stock.__name__}", (ours, stock), {"stock": stock})
 
 
 @contextmanager
 def swapped_out(model: nn.Module) -> Iterator[None]:
-    """All modules of a model as their libraries have them, for a while."""
+    """Restore the original classes of all modules of a model while the context lasts."""
     ours: dict[nn.Module, type[Swapped]] = {
         module: type(module) for module in model.modules() if isinstance(module, Swapped)
     }

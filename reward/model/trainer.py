@@ -1,23 +1,23 @@
-"""The Trainer for pairs: a batch is one optimizer step's pairs, worked through in packs.
+"""The Trainer for pairs: a batch is the pairs of one optimizer step, computed in packs.
 
-The loop is that of transformers: its schedules and optimizers, callbacks and trackers, and
-checkpoints from which it resumes to the same bytes. It is bent where pairs in packs are not what it
-was made for:
+The training loop is that of transformers, with its schedules, optimizers, callbacks, trackers and
+checkpoints, from which training resumes with the same bytes. It is overridden where packs of pairs
+need something else:
 
-- A batch is one object, not padded tensors, so that no library pads it, or walks through its ids.
-  Which pairs it has was planned before: an epoch of the Trainer is the whole training.
-- `training_step` cuts the batch into packs and adds up the gradient of the mean over the step's
-  pairs. So memory depends on `tokens_per_pack` alone and the gradient on the step's pairs alone;
-  the Trainer's own accumulation would set both by one number. Running out of memory begins the
-  step again.
-- Where several processes train, each has a Trainer that knows of no other. They share the packs of
-  a step, and what a pack adds to the gradient, its dropout with it, is the same whoever computes
-  it: so the bytes do not depend on their number, and all of them take the same step.
+- A batch is one object, not padded tensors, so no library pads it or iterates over its ids. The
+  pairs of every batch are planned in advance: an epoch of the Trainer is the whole training.
+- `training_step` cuts the batch into packs and adds up the gradient of the mean loss over the
+  step's pairs. So memory depends only on `tokens_per_pack` and the gradient only on the step's
+  pairs, whereas the Trainer's own accumulation ties both to one number. If memory runs out, the
+  step starts again with smaller packs.
+- With several processes, each has a Trainer that does not know of the others. They share the packs
+  of a step. What a pack adds to the gradient, dropout included, is the same whichever process
+  computes it, so the bytes do not depend on the number of processes, and all take the same step.
 - `evaluate` scores the validation pairs in packs, as `stages.evaluate` does.
-- `_save_checkpoint`, in the first process, writes into a folder that takes its place when it is
-  whole, with what the Trainer does not know of: the size of packs and the number of threads, on
-  which bytes depend, and the weights of the best step so far where those are kept.
-- `log` adds accuracy and margin to the loss, and draws the curves while training runs.
+- `_save_checkpoint` runs in the first process and writes to a temporary folder that is renamed when
+  it is complete. It adds what the Trainer does not save: the pack size and the number of threads,
+  which affect the bytes, and the weights of the best step so far if those are kept.
+- `log` adds accuracy and margin to the loss, and writes the curves during training.
 """
 
 import hashlib
@@ -63,14 +63,15 @@ from reward.outputs import read_json, write_json, writing
 from reward.params import AboveZero, Positive, Rule, Seed, Switch, ZeroOrMore
 from reward.process import Fault
 
-# Root mean square of the first pairs' margins that a head is scaled down to, and how many pairs.
+# A new head is scaled so that the root mean square of the margins of the first pairs is at most
+# HEAD_MARGIN; HEAD_PAIRS is the number of these pairs.
 HEAD_MARGIN, HEAD_PAIRS = 0.05, 32
 TOKENS_ON_A_CPU = 4096
 SECONDS_BETWEEN_CURVES = 2.0
-# In a checkpoint, beside what the Trainer writes there.
+# Extra files in a checkpoint.
 PACKS, BEST = "packs.json", "best.safetensors"
 
-# Those of transformers that need no package and no argument beyond the keys of params.yaml.
+# The ones in transformers that need no extra package or argument.
 OPTIMIZERS = (
     *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
     *("adafactor", "sgd"),
@@ -122,7 +123,7 @@ class Train:
 
 
 class RewardTrainer(Trainer):
-    """The Trainer for pairs: a batch is one optimizer step's pairs, worked through in packs."""
+    """The Trainer for pairs: a batch is the pairs of one optimizer step, computed in packs."""
 
     def __init__(
         self,
@@ -133,7 +134,7 @@ class RewardTrainer(Trainer):
         validation: Dataset,
         curves: Path,
     ) -> None:
-        """`run` keeps the checkpoints, and the curves are drawn in the folder `curves`."""
+        """`run` keeps the checkpoints; the curves are written to the folder `curves`."""
         super().__init__(
             model=model,
             args=arguments(options, run.folder, len(steps)),
@@ -165,7 +166,7 @@ class RewardTrainer(Trainer):
     ) -> Tensor:
         """Compute the gradient of the mean loss over the step's pairs, pack by pack.
 
-        Where memory does not suffice, the step begins again in packs of half the size.
+        If memory runs out, the step starts again with packs of half the size.
         """
         model.train()
         step = inputs["step"]
@@ -173,24 +174,24 @@ class RewardTrainer(Trainer):
             largest, *_ = step.packs(self.tokens_per_pack)
             place = f"step {self.state.global_step + 1}"
             self.tokens_per_pack = halved([part.texts for part in largest], 2, place)
-            print(f"memory     does not suffice, packs have {self.tokens_per_pack} tokens from now")
-        # The one wait for a GPU in a step.
+            print(f"memory     ran out; from now on packs have {self.tokens_per_pack} tokens")
+        # The only point in a step where the CPU waits for the GPU.
         on_cpu = sums.cpu()
         self.sums += on_cpu
         require_finite("loss", on_cpu[0].item(), self.state.global_step + 1)
         return sums[0]
 
     def attempt(self, step: Step) -> Tensor | None:
-        """Give the parameters the gradient of the step's loss, each process computing some packs.
+        """Give the parameters the gradient of the step's loss; each process computes some packs.
 
-        Its loss, and, of the pairs that are no ties, how many are right, the sum of their margins
-        and their number: [4]. None if memory did not suffice in one of the processes.
+        Returns the loss and, over the pairs that are not ties, how many are correct, the sum of
+        their margins and their number: [4]. Returns None if any process ran out of memory.
         """
         packs = step.packs(self.tokens_per_pack)
         total = group.OrderedSum() if self.sum_in_order else group.PlainSum()
         for first in range(0, len(packs), group.size()):
             found = within_memory(self.addend, step, packs, first + group.rank())
-            if not group.least(found is not None) or found is None:
+            if not group.minimum(found is not None) or found is None:
                 return None
             total.add(found, count=len(packs) - first)
         *gradients, sums = total.total().split([*(each.numel() for each in self.trained), 4])
@@ -199,10 +200,10 @@ class RewardTrainer(Trainer):
         return sums
 
     def addend(self, step: Step, packs: Sequence[Sequence[Ranking]], number: int) -> Tensor:
-        """What one pack adds to the step's gradient and to what `attempt` returns of it.
+        """What one pack adds to the step's gradient and to the four numbers of `attempt`.
 
-        Parameter by parameter, then four numbers, in a row: fp32, [numbers]. Zeros where there is
-        no pack of that number.
+        The gradients of all parameters, flattened, followed by the four numbers: fp32, [numbers].
+        Zeros if there is no pack with this number.
         """
         if number >= len(packs):
             return torch.zeros(sum(each.numel() for each in self.trained) + 4, device=device())
@@ -210,7 +211,7 @@ class RewardTrainer(Trainer):
         with random_numbers(self.args.seed, self.state.global_step, number):
             found = rewards(self.reward_model, pack([each.texts for each in held]))
             j, k, rows = sides(found, held)
-            labels = step.labels.take(rows).sent(found.device)
+            labels = step.labels.take(rows).to(found.device)
             loss = losses(j, k, labels, self.center_rewards).sum() / weight
             gradients = torch.autograd.grad(loss, self.trained, materialize_grads=True)
         sums = torch.stack([loss.detach(), *judged(j.detach(), k.detach(), labels)])
@@ -231,14 +232,14 @@ class RewardTrainer(Trainer):
 
     @property
     def kept(self) -> dict[str, float]:
-        """The point of the validation curve whose weights are kept, of all evaluations so far."""
+        """The point of the validation curve so far whose weights are kept."""
         curve = validation_curve(self.state.log_history)
         return min(curve, key=lambda point: point["loss"]) if self.keeps_best else curve[-1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             _, right, margin, decided = self.sums.tolist()
-            # There is no accuracy where all pairs were ties.
+            # If all pairs are ties, there is no accuracy.
             logs |= {"accuracy": right / decided, "margin": margin / decided} if decided else {}
             self.sums = torch.zeros(4)
         super().log(logs, start_time)
@@ -250,22 +251,22 @@ class RewardTrainer(Trainer):
         return 0
 
     def fit(self, new_head: bool) -> None:
-        """Train to the end, and have the model take the weights that are kept.
+        """Train to the end and load the weights that are kept into the model.
 
-        It goes on from the last whole checkpoint if there is one.
+        Training resumes from the last intact checkpoint if there is one.
         """
         trainable, total = self.reward_model.get_nb_trainable_parameters()
         print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-        checkpoint = group.folder_of_first(self.run.latest(), self.run.folder)
+        checkpoint = group.folder_from_first(self.run.latest(), self.run.folder)
         if checkpoint:
             self.resume(checkpoint)
         else:
             self.begin(new_head)
         if self.keeps_best:
-            self.take(self.best)
+            self.set_weights(self.best)
 
     def begin(self, new_head: bool) -> None:
-        """Train from the first step; a head that is not new is left as it is, and evaluated."""
+        """Train from the first step. A head that is not new is evaluated first, not scaled."""
         if self.size_on_trial:
             self.tokens_per_pack = largest_pack(self)
         rows = self.steps.dataset
@@ -275,14 +276,14 @@ class RewardTrainer(Trainer):
         else:
             first_margins(self.reward_model, first, self.tokens_per_pack)
             self.args.eval_on_start = True
-        # All processes begin with the numbers of the first one.
-        self.take(group.of_first([each.detach().cpu() for each in self.trained]))
+        # All processes start with the weights of the first one.
+        self.set_weights(group.from_first([each.detach().cpu() for each in self.trained]))
         self.train()
 
     def resume(self, checkpoint: Path) -> None:
         """Train from a checkpoint.
 
-        A run that goes on computes with the threads that it began with, so with the same bytes.
+        The number of threads is the one that the run started with, so the bytes are the same.
         """
         print(f"resuming   from {checkpoint.name}")
         packs = read_json(checkpoint / PACKS)
@@ -294,13 +295,13 @@ class RewardTrainer(Trainer):
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < state.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint))
-        else:  # the Trainer would take one more step where the last epoch is not a whole one
+        else:  # the Trainer would take an extra step if the last epoch is not a whole one
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
 
     @torch.no_grad()
-    def take(self, weights: Sequence[Tensor]) -> None:
-        """Give the trained parameters other numbers."""
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
+        """Copy weights into the trained parameters."""
         for parameter, weight in zip(self.trained, weights, strict=True):
             parameter.copy_(weight)
 
@@ -328,7 +329,10 @@ class RewardTrainer(Trainer):
 
 @contextmanager
 def random_numbers(seed: int, step: int, pack: int) -> Iterator[None]:
-    """Those of one pack: the same wherever it is computed, and whatever was computed before."""
+    """Seed the random numbers of one pack by its step and number.
+
+    So they depend neither on the process that computes the pack nor on what it computed before.
+    """
     own = int(np.random.SeedSequence((seed, step, pack)).generate_state(1, np.uint64)[0])
     on_gpu = device().type == "cuda"
     with torch.random.fork_rng(devices=[0] if on_gpu else []):
@@ -339,14 +343,14 @@ def random_numbers(seed: int, step: int, pack: int) -> Iterator[None]:
 
 
 def judged(j: Tensor, k: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the pairs that are no ties: how many are right, the sum of their margins, their number."""
+    """Of the pairs that are not ties: how many are correct, the sum of their margins, the count."""
     decided = labels.decided
     right, margin = correct(j, k)[decided], margins(j, k)[decided]
     return right.sum(), margin.sum(), decided.sum()
 
 
 def figures(model: PeftModel, step: Step, tokens_per_pack: int) -> dict[str, float]:
-    """Loss, and accuracy and mean margin of the pairs that are no ties, by their names."""
+    """The loss, and the accuracy and mean margin of the pairs that are not ties, by name."""
     found = score(model, [each.texts for each in step.rankings], tokens_per_pack)
     j, k, rows = sides(found, step.rankings)
     labels = step.labels.take(rows)
@@ -370,19 +374,19 @@ def require_finite(name: str, value: float, step: int) -> None:
 
 
 def optimizer(options: Train) -> str:
-    """The optimizer in use: without CUDA there are no paged and no 8-bit ones."""
+    """The optimizer in use: paged and 8-bit optimizers exist only for CUDA."""
     special = "8bit" in options.optim or "paged" in options.optim
     return "adamw_torch_fused" if special and not torch.cuda.is_available() else options.optim
 
 
 def arguments(options: Train, folder: Path, steps: int) -> TrainingArguments:
-    """The Trainer's own arguments; those of params.yaml keep their names.
+    """The Trainer's arguments; keys of params.yaml have the Trainer's names.
 
-    An item of its data is a step, of which it takes each once, in their order.
+    An item of the training data is a step; the Trainer takes each step once, in order.
     """
     optim = optimizer(options)
     if optim != options.optim:
-        print(f"optimizer: {options.optim} is for CUDA; here {optim}, the same method in 32 bits")
+        print(f"optimizer  {optim} instead of {options.optim}, which needs CUDA; same method, fp32")
     found = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -409,7 +413,7 @@ def arguments(options: Train, folder: Path, steps: int) -> TrainingArguments:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
-    # Where it sees more GPUs than one, the Trainer hands out so many times the pairs of a step.
+    # With several visible GPUs, the Trainer would multiply the batch size by their number.
     found._n_gpu = min(found.n_gpu, 1)
     return found
 
@@ -417,8 +421,8 @@ def arguments(options: Train, folder: Path, steps: int) -> TrainingArguments:
 class LastStep(TrainerCallback):
     """Evaluate and save at the last step, whatever the intervals are.
 
-    A point of the training curve is as many steps as any other: what is left over makes none,
-    unless it is all there is.
+    Every point of the training curve covers the same number of steps. Leftover steps make no point,
+    unless there are no others.
     """
 
     def on_step_end(
@@ -430,7 +434,7 @@ class LastStep(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar over the steps with the latest figures; a line at each evaluation."""
+    """A progress bar over the steps with the latest figures, and a line for each evaluation."""
 
     def __init__(self, pairs: npt.NDArray[np.int64]) -> None:
         """`pairs` is the number of pairs of each step."""
@@ -474,7 +478,7 @@ class Progress(TrainerCallback):
 
 
 def line_of(place: str, found: dict[str, float]) -> str:
-    """A line of figures of the validation pairs."""
+    """A line of figures for the validation pairs."""
     return (
         f"{place:<11} validation loss {found['loss']:.4f}  accuracy {found['accuracy']:.4f}  "
         f"margin {found['margin']:+.4f}"
@@ -482,7 +486,7 @@ def line_of(place: str, found: dict[str, float]) -> str:
 
 
 def peak_memory() -> float:
-    """In GB: of the GPU where there is one, else of this process."""
+    """The peak memory in GB, of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -493,33 +497,33 @@ def peak_memory() -> float:
 
 
 def lengths_of(dataset: Dataset) -> npt.NDArray[Any]:
-    """How many tokens every pair has in a pack."""
+    """How many tokens each pair takes in a pack."""
     chosen, rejected = (pc.list_value_length(dataset.data[name]) for name in IDS)
     size = pc.subtract(pc.add(chosen, rejected), dataset.data[PREFIX])
     return cast(npt.NDArray[Any], size.to_numpy())
 
 
 def longest(dataset: Dataset, count: int) -> list[Texts]:
-    """The pairs with the most tokens in a pack, the longest first."""
+    """The `count` pairs with the most tokens in a pack, the longest first."""
     return pairs_of(dataset.select(np.argsort(-lengths_of(dataset), kind="stable")[:count]))
 
 
 def full_pack(dataset: Dataset, tokens_per_pack: int) -> list[Texts]:
-    """The longest pair and the shortest ones that fill a pack with it, the shortest last."""
+    """The longest pair and the shortest ones that fill its pack, the shortest last."""
     return pairs_of(dataset.select(extremes(lengths_of(dataset).tolist(), tokens_per_pack)))
 
 
 def validation_step(dataset: Dataset, options: Train) -> Step:
-    """The validation pairs that training watches, as if they were those of a step."""
+    """The validation pairs that are evaluated during training, in the form of a step."""
     pairs = watched(dataset, options.validation_pairs, options.seed)
     return Step(rankings_of(pairs), Labels.of(pairs))
 
 
 def watched(dataset: Dataset, most: int, seed: int) -> Dataset:
-    """At most about `most` validation pairs: all those of some prompts, drawn by their hash.
+    """About `most` validation pairs at most: all pairs of some prompts, drawn by their hash.
 
-    Of a million pairs a tenth, scored every few steps, would take longer than the training. The
-    order of the rows stays; the last prompt that is drawn may bring a few pairs more.
+    A tenth of a million pairs, scored every few steps, would take longer than the training. The
+    order of the rows stays. The last prompt drawn may add a few pairs more than `most`.
     """
     if len(dataset) <= most:
         return dataset
@@ -532,22 +536,22 @@ def watched(dataset: Dataset, most: int, seed: int) -> Dataset:
 
 
 def first_margins(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -> Tensor:
-    """The margins of the first pairs: [pairs]. Raises a Fault for those that are not finite."""
+    """The margins of the first pairs: [pairs]. Raises a Fault if they are not finite."""
     found = margins(*score(model, pairs, tokens_per_pack).view(-1, 2).unbind(1))
     if not found.isfinite().all():
         raise Fault(
-            "the base model's rewards of the first pairs are not finite, wanted one that computes "
-            "in quantization.compute_dtype; try float32"
+            "the base model's rewards of the first pairs are not finite; set "
+            "quantization.compute_dtype to float32"
         )
     return found
 
 
 def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -> None:
-    """Scale the head so that the first pairs' margins are small.
+    """Scale the head so that the margins of the first pairs are small.
 
-    With a root mean square of at most HEAD_MARGIN their deviation is at most 0.05 and their mean
+    With a root mean square of at most HEAD_MARGIN, their deviation is at most 0.05 and their mean
     loss within 0.03 of ln 2: training starts undecided, however large the base's activations are.
-    Raises a Fault for rewards that are not finite.
+    Raises a Fault if rewards are not finite.
     """
     size = first_margins(model, pairs, tokens_per_pack).square().mean().sqrt().item()
     head = head_of(model.get_base_model())
@@ -559,26 +563,27 @@ def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -
     loss = losses(found, torch.zeros_like(found), Labels.certain(len(pairs))).mean().item()
     if deviation > 0.1 or abs(loss - math.log(2)) > 0.05:
         raise Fault(
-            f"before the first step the margins deviate by {deviation:.3f} and the loss is "
-            f"{loss:.3f}, wanted at most 0.1 and ln 2 = 0.693"
+            f"before the first step the margins have a deviation of {deviation:.3f} and the loss "
+            f"is {loss:.3f}, expected at most 0.1 and ln 2 = 0.693"
         )
 
 
 def largest_pack(trainer: RewardTrainer) -> int:
-    """The most tokens of a pack that the GPU holds, by trial steps on the longest pairs.
+    """The largest pack size, in tokens, that fits on the GPU, by trial steps on the longest pairs.
 
-    Found to an eighth, and an eighth is left free. A step's pairs are the most that is of use. The
-    smallest pack comes first, so that libraries of CUDA take what they need while there is room.
+    A binary search finds it to within an eighth, and an eighth is left free. No pack needs to be
+    larger than a whole step. The smallest pack is tried first, so that CUDA libraries allocate
+    their own memory while there is room.
     """
     pairs = longest(trainer.steps.dataset, trainer.pairs_per_step)
     ends = [*accumulate(map(tokens, pairs))]
     trainer.reward_model.train()
     if trainer.args.activation_checkpointing:
-        # The Trainer will do so again when it begins.
+        # The Trainer does this again when training begins.
         kwargs = trainer.args.activation_checkpointing_kwargs
         trainer.reward_model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
 
-    def is_held(size: int) -> bool:
+    def fits(size: int) -> bool:
         trainer.tokens_per_pack = size
         held = pairs[: bisect_right(ends, size)]
         ranked = [Ranking(texts, [Comparison(row, 0, 1)]) for row, texts in enumerate(held)]
@@ -587,14 +592,14 @@ def largest_pack(trainer: RewardTrainer) -> int:
         return found is not None
 
     fitting, most = ends[0], ends[-1]
-    if not is_held(fitting):
+    if not fits(fitting):
         halved(pairs[:1], 2, "before the first step")
-    if is_held(most):
+    if fits(most):
         return most
     while most - fitting > fitting // 8:
         middle = (fitting + most) // 2
-        fitting, most = (middle, most) if is_held(middle) else (fitting, middle)
-    print(f"memory     holds packs of {fitting} tokens, of which {fitting - fitting // 8} are used")
+        fitting, most = (middle, most) if fits(middle) else (fitting, middle)
+    print(f"memory     fits packs of {fitting} tokens; packs get {fitting - fitting // 8}")
     return fitting - fitting // 8
 
 
@@ -602,7 +607,7 @@ def largest_pack(trainer: RewardTrainer) -> int:
 
 
 def write_curves(folder: Path, history: Sequence[dict[str, Any]]) -> None:
-    """Write what the Trainer has logged so far as the curves that plots show."""
+    """Write the Trainer's log so far as the curves that the plots show."""
     names = ("step", "loss", "accuracy", "margin", "learning_rate", "grad_norm")
     training = [{name: entry.get(name) for name in names} for entry in history if "loss" in entry]
     write_json(folder / "training.json", training)

@@ -31,7 +31,7 @@ from reward.data.templates import dated
 from reward.judging.evaluation import as_judged, as_table, load_sets, measure, measure_sets, report
 from reward.judging.metrics import Resampling
 from reward.model.base import device, fast_dtype, keep_weights_unpacked
-from reward.model.head import against_labels, is_classifier
+from reward.model.head import is_classifier, problem_with_labels
 from reward.outputs import recorded, watched, whole_folder, write_json, writing
 from reward.process import Fault, processors, run
 
@@ -189,7 +189,7 @@ def require_classifier(folder: Path) -> None:
     config = recorded(folder / "config.json")
     if not is_classifier(config):
         raise Fault(f"{folder} is a {', '.join(config.get('architectures') or ['?'])}, {EXPECTED}")
-    if reason := against_labels(config):
+    if reason := problem_with_labels(config):
         raise Fault(f"{folder} {reason}")
 
 

@@ -141,7 +141,7 @@ def score_files(scorer: Scorer, paths: list[Path], journal: "Journal | None") ->
     for batch in batches(bar):
         totals.prompts += len(batch)
         totals.texts += sum(len(item.texts) for item in batch)
-        if not group.of_first(journal is not None and journal.holds(batch)):
+        if not group.from_first(journal is not None and journal.holds(batch)):
             rows = scored(scorer, batch, totals)
             if journal:
                 journal.append(rows)

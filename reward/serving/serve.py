@@ -41,7 +41,7 @@ import torch
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from reward.model.launching import asked, distribute
+from reward.model.launching import distribute, torchrun_options
 from reward.process import LAUNCHED, Fault, run, threads
 from reward.serving.metrics import FOLDER, Metrics
 from reward.serving.queue import Full, Queue, Unscored
@@ -380,7 +380,7 @@ def start() -> None:
     go = partial(
         distribute, main, module, lambda gpus: gpus, arguments=sys.argv[1:], together=False
     )
-    if LAUNCHED or asked([module], machines=False).nproc_per_node == 1:
+    if LAUNCHED or torchrun_options([module], machines=False).nproc_per_node == 1:
         go()
         return
     if options.port == 0:
