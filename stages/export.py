@@ -1,11 +1,11 @@
-"""Export the reward model: an adapter and a merged model that every client scores alike.
+"""Export the reward model: an adapter and a merged model with the same rewards in every client.
 
     python -m stages.export
 
-Reads models/base, models/adapter, data/tokenized/test and what evaluate wrote. Writes
-models/export, reports/export/figures.json and metrics/export.json, or nothing: a fresh process
-loads the folder from another place through each client of reward.exporting.clients, and the rewards
-that it finds must be those that were evaluated.
+Reads models/base, models/adapter, data/tokenized/test and the output of evaluate. Writes
+models/export, reports/export/figures.json and metrics/export.json, but only if the export passes
+its check: a new process loads a copy of the folder with each client of reward.exporting.clients,
+and the rewards must be those of the evaluation.
 """
 
 import gc
@@ -91,18 +91,18 @@ def main() -> None:
 
 
 def read_evaluated(test: Dataset) -> pa.Table:
-    """What evaluate found. Raises a Fault where it cannot be read, or is of other pairs."""
+    """The rewards of evaluate. Raises a Fault if they cannot be read or belong to other pairs."""
     try:
         table = pyarrow.parquet.read_table(REWARDS)
     except (OSError, pyarrow.ArrowException) as error:
-        raise Fault(f"{REWARDS} cannot be read ({error}), wanted what evaluate writes") from None
+        raise Fault(f"{REWARDS} cannot be read ({error}); run dvc repro") from None
     if table[ID].to_pylist() != list(test[ID]):
-        raise Fault(f"{REWARDS} holds other pairs than {TEST}, wanted the same; run dvc repro")
+        raise Fault(f"{REWARDS} has different pairs than {TEST}; run dvc repro")
     return table
 
 
 def licenses() -> list[str]:
-    """Those of the data. Raises a Fault where preprocess left none of its lists."""
+    """The licences of the data. Raises a Fault if the list of preprocess cannot be read."""
     try:
         found: list[str] = read_json(LICENSES)
     except (OSError, ValueError) as error:
@@ -113,15 +113,15 @@ def licenses() -> list[str]:
 
 
 def longer(evaluated: pa.Table) -> npt.NDArray[np.integer]:
-    """The tokens of the longer text of every pair."""
+    """The number of tokens of each pair's longer text: [pairs]."""
     sides = (evaluated[f"tokens_{side}"].to_numpy() for side in ("chosen", "rejected"))
     return np.maximum(*sides)
 
 
 def packs_of(evaluated: pa.Table) -> int:
-    """The most tokens of a pack of evaluate: in half precision packs of the same size round alike.
+    """The pack size of evaluate, because in half precision the rounding depends on it.
 
-    Raises a Fault where evaluate has not recorded it.
+    Raises a Fault if evaluate has not recorded it.
     """
     found = (evaluated.schema.metadata or {}).get(TOKENS_PER_PACK)
     if found is None or not found.isdigit() or not int(found):
@@ -138,13 +138,12 @@ def score_elsewhere(
     tokens_per_pack: int,
     compared: list[int],
 ) -> pa.Table:
-    """What clients find in a fresh process, in an empty folder, on the export in another place.
+    """The rewards of the clients, computed in a new process on a linked copy of the export.
 
-    That is beside `folder`, where there is room: the files are linked, and the folder for temporary
-    files, which may be small, is not used. Raises a Fault where a client ends otherwise than with
-    rewards.
+    The copy is beside `folder`, not in the directory for temporary files, which may be too small.
+    Raises a Fault if a client ends without rewards.
     """
-    # Quantized weights and their modules refer to each other, and would stay on the GPU till then.
+    # Quantized weights and their modules form reference cycles, so they would stay on the GPU.
     gc.collect()
     torch.cuda.empty_cache()
     with partial_folder(folder.absolute().with_name("clients")) as elsewhere:
@@ -156,8 +155,8 @@ def score_elsewhere(
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             raise Fault(
-                f"{EXPORT}: the process that loads it through its clients ended with status "
-                f"{done.returncode}, wanted rewards; what it said is above"
+                f"{EXPORT}: the process that checks it with its clients failed with status "
+                f"{done.returncode}; its output is above"
             )
         return pyarrow.parquet.read_table(elsewhere / FOUND)
 
@@ -169,13 +168,14 @@ def require_alike(
     quantization: Quantization,
     deviation: float,
 ) -> None:
-    """Raises a Fault for the first client whose rewards are further off than is allowed.
+    """Raises a Fault for the first client whose rewards differ by more than the tolerance.
 
-    Or where memory sufficed for none but packs, or none was given a pair: that proves nothing.
+    Also raises one if only packs fit in memory, or if no other client got a pair, because then
+    nothing was checked.
 
-    Packs are computed as in evaluation; every other client in its own way, in which half precision
-    rounds otherwise, and the more the larger rewards are: where their `deviation` is above 1, what
-    is allowed is a share of it.
+    Packs compute as in the evaluation. In half precision the other clients round differently, and
+    the errors grow with the rewards, so the tolerance is multiplied by the rewards' `deviation` if
+    that is above 1.
     """
     trained_in_half = quantization.dtype != DTYPES["float32"]
     for client in clients:
@@ -188,24 +188,24 @@ def require_alike(
         for form, figures in by_client[client.name].items():
             if figures["pairs"] and not figures["difference_max"] <= allowed:
                 raise Fault(
-                    f"{EXPORT}: loaded by {client.name} ({form}), its rewards differ from "
-                    f"{REWARDS} by up to {figures['difference_max']:.3g}, at most {allowed:.3g} is "
-                    f"allowed (export.{key})"
+                    f"{EXPORT}: the rewards in {client.name} ({form}) differ from {REWARDS} by up "
+                    f"to {figures['difference_max']:.3g}, expected at most {allowed:.3g} "
+                    f"(export.{key})"
                 )
     if by_client.keys() == {PACKS.name}:
         raise Fault(
-            f"{EXPORT}: no client but packs fits in memory, expected one that does; compare on a "
-            "machine with more"
+            f"{EXPORT}: no client except packs fits in memory, expected at least one; run dvc "
+            "repro on a machine with more memory"
         )
     others = [forms for name, forms in by_client.items() if name != PACKS.name]
     if not any(figures["pairs"] for forms in others for figures in forms.values()):
-        raise Fault(f"{EXPORT}: no client was given a pair of {TEST}, expected one at least")
+        raise Fault(f"{EXPORT}: no client got a pair of {TEST}, expected at least one")
 
 
 def headline(figures: dict[str, Any]) -> dict[str, float]:
-    """The content of metrics/export.json: the worst of what the clients found.
+    """The content of metrics/export.json: the worst figures of all clients.
 
-    A name with a slash is left out of a short table: --drop '.*/.*'.
+    The names have a slash, so --drop '.*/.*' hides them from short tables.
     """
     compared = [
         form for forms in figures["clients"].values() for form in forms.values() if form["pairs"]
@@ -223,20 +223,20 @@ def report(figures: dict[str, Any]) -> None:
         for form, found in forms.items():
             print(f"{client:<22}{form:<8}{in_columns(found)}")
     for name in figures["left_out"]:
-        print(f"{name:<22}left out: it does not fit in memory")
+        print(f"{name:<22}left out, because it does not fit in memory")
     for client, forms in figures["clients"].items():
         if not any(found["pairs"] for found in forms.values()):
             print(
-                f"warning    nothing was compared in {client}: it takes text, and no test pair can "
-                "be given to it as text with the ids of training"
+                f"warning    nothing was compared in {client}, because it takes text, and no test "
+                "pair's text has the ids of training"
             )
     if original := figures.get(ORIGINAL.name):
         print(f"{'on the original base':<30}{in_columns(original)}")
         print(
-            f"warning    on the original, unquantized base the adapter's rewards are off by up to "
-            f"{original['difference_max']:.2g}: {original['flips']} pairs change their order"
+            f"warning    on the original, unquantized base the adapter's rewards differ by up to "
+            f"{original['difference_max']:.2g}, which reorders {original['flips']} pairs"
         )
-    print(f"exported   {EXPORT}; {EXPORT}/README.md says how to use it")
+    print(f"exported   {EXPORT}; how to use it: {EXPORT}/README.md")
 
 
 def in_columns(figures: Figures) -> str:

@@ -421,7 +421,7 @@ def test_a_base_of_the_hub_is_named_with_its_commit(
     with pytest.raises(Fault, match=r"model\.safetensors damaged, exchanged or missing"):
         load_exported(export.EXPORT)
     shutil.rmtree(tmp_path / "hub")
-    with pytest.raises(Fault, match=f"its base {NAME} at {COMMIT} cannot be had"):
+    with pytest.raises(Fault, match=f"its base {NAME} at {COMMIT} cannot be downloaded"):
         load_exported(export.EXPORT)
 
 
@@ -672,9 +672,9 @@ def test_what_a_client_says_that_fails_is_shown(
     monkeypatch.setattr(
         "reward.exporting.exported.save_model", lambda model, folder, tokenizer: None
     )
-    with pytest.raises(Fault, match="the process that loads it through its clients ended with"):
+    with pytest.raises(Fault, match="the process that checks it with its clients failed with"):
         export.main()
-    assert "cannot be had" in capsys.readouterr().err
+    assert "cannot be downloaded" in capsys.readouterr().err
     assert left_over() == []
 
 
@@ -684,7 +684,7 @@ def test_a_library_that_is_missing_is_named_before_any_work(
 ) -> None:
     set_export(clients="all")
     monkeypatch.setattr(clients_trl, "find_spec", lambda name: None)
-    wanted = "export.clients is all, but trl and sentence-transformers cannot be imported; wanted"
+    wanted = "export.clients is all, but trl and sentence-transformers cannot be imported; run"
     with pytest.raises(Fault, match=wanted):
         export.main()
     assert left_over() == []
@@ -702,7 +702,7 @@ def test_a_base_with_code_of_its_own_is_not_exported() -> None:
 def test_rewards_of_other_pairs_are_refused() -> None:
     table = pyarrow.parquet.read_table(export.REWARDS)
     pyarrow.parquet.write_table(table.slice(1), export.REWARDS)
-    with pytest.raises(Fault, match="holds other pairs than data/tokenized/test"):
+    with pytest.raises(Fault, match="has different pairs than data/tokenized/test"):
         export.main()
     assert left_over() == []
 
@@ -865,7 +865,7 @@ def test_a_client_that_is_left_out_is_no_part_of_the_comparison() -> None:
     assert (set(figures["clients"]), figures["left_out"]) == ({"packs"}, ["peft"])
     group = export.Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     compared = (figures["clients"], [PACKS, CLIENTS["peft"]], group)
-    with pytest.raises(Fault, match="no client but packs fits in memory"):
+    with pytest.raises(Fault, match="no client except packs fits in memory"):
         export.require_alike(*compared, Quantization.unquantized("float32"), deviation=1)
 
 
@@ -935,13 +935,13 @@ def test_figures_are_shown_as_a_table_with_a_warning(capsys: pytest.CaptureFixtu
     )
     lines = capsys.readouterr().out.splitlines()
     header, nothing, row, left_out, unproven, original, warning, exported = lines
-    assert unproven.startswith("warning    nothing was compared in packs: it takes text, ")
+    assert unproven.startswith("warning    nothing was compared in packs, because ")
     assert len(header) == len(row) == len(original)
     assert left_out.split() == ["peft", "left", "out:", "it", "does", "not", "fit", "in", "memory"]
     assert nothing.split() == ["packs", "packs", "0"]
     wanted = "cross_encoder_merged single 277 0.53 6.5e-07 4 0.7500"
     assert row.split() == wanted.split()
-    assert warning.endswith("are off by up to 0.53: 4 pairs change their order")
+    assert warning.endswith("differ by up to 0.53, which reorders 4 pairs")
     assert exported.startswith("exported   models/export; ")
 
 
@@ -1004,7 +1004,7 @@ def test_a_gate_that_compared_nothing_is_no_success() -> None:
     alike = gate.difference(paired([0, 1], [1.0, 0.0, 0.25, 0.5]), EVALUATED)
     found: gate.ByClient = {"packs": {"packs": alike}, "peft": {"right": {"pairs": 0}}}
     given = ([CLIENTS[name] for name in found], group, Quantization.unquantized("float32"))
-    with pytest.raises(Fault, match=r"no client was given a pair of data/tokenized/test, expected"):
+    with pytest.raises(Fault, match=r"no client got a pair of data/tokenized/test, expected"):
         export.require_alike(found, *given, deviation=1.0)
     found["peft"]["left"] = alike
     export.require_alike(found, *given, deviation=1.0)
@@ -1062,7 +1062,7 @@ def test_code_of_the_card_gives_the_rewards(
 
 def test_code_of_the_card_trains_a_policy_on_the_rewards(beside: Callable[[Change], None]) -> None:
     beside(DEFAULT)
-    names = run_code(snippets_of(export.EXPORT)["TRL, as the reward of GRPO"])
+    names = run_code(snippets_of(export.EXPORT)["TRL, as the reward in GRPO"])
     history = names["trainer"].state.log_history
     assert names["trainer"].state.global_step == 1
     assert any("rewards/merged/mean" in each for each in history)
@@ -1070,7 +1070,7 @@ def test_code_of_the_card_trains_a_policy_on_the_rewards(beside: Callable[[Chang
 
 def test_code_of_the_card_judges_pairs(beside: Callable[[Change], None]) -> None:
     beside(DEFAULT)
-    names = run_code(snippets_of(export.EXPORT)["TRL, to judge pairs"])
+    names = run_code(snippets_of(export.EXPORT)["TRL, to evaluate pairs"])
     [row] = names["pairs"]
     answers = [row[side][-1]["content"] for side in ("chosen", "rejected")]
     chosen, rejected = expected(export.EXPORT, row["chosen"][0]["content"], answers)
@@ -1123,7 +1123,7 @@ def test_card_shows_what_it_quotes_as_it_is() -> None:
     ]
     assert all(len(re.split(r"(?<!\\)\|", line)) == 6 for line in slices)
     assert r"# Reward model over \*tiny\* \<b\> \`x\` \# Another heading" in card.splitlines()
-    assert r'as text: ```` "```\nQ: {prompt}\n`A`: {answer}" ````, at most' in card
+    assert r'with the template ```` "```\nQ: {prompt}\n`A`: {answer}" ````.' in card
     assert [line for line in card.splitlines() if line.startswith("# ")] == [
         r"# Reward model over \*tiny\* \<b\> \`x\` \# Another heading"
     ]

@@ -82,7 +82,7 @@ def test_no_code_of_an_exported_folder_runs(
     run, arguments = WAYS[way]
     monkeypatch.setattr("asyncio.run", lambda server: server.close())
     monkeypatch.setattr("sys.argv", arguments)
-    with pytest.raises(Fault, match=r"modeling_own\.py, base/config\.json is code, or names some"):
+    with pytest.raises(Fault, match=r"modeling_own\.py, base/config\.json is code or names code"):
         run()
     assert not canary.exists()
 
@@ -123,14 +123,14 @@ def test_a_configuration_that_names_code_is_a_fault(name: str, change: dict[str,
     path = export.EXPORT / name
     write_json(path, read_json(path) | change)
     seal_again(export.EXPORT)
-    with pytest.raises(Fault, match=f"models/export: {name} is code, or names some"):
+    with pytest.raises(Fault, match=f"models/export: {name} is code or names code"):
         load_exported(export.EXPORT)
 
 
 def test_an_adapter_that_is_no_safetensors_is_not_loaded() -> None:
     (export.EXPORT / "adapter_model.safetensors").rename(export.EXPORT / "adapter_model.bin")
     seal_again(export.EXPORT)
-    with pytest.raises(Fault, match=r"has no adapter_model\.safetensors"):
+    with pytest.raises(Fault, match=r"lacks adapter_model\.safetensors"):
         load_exported(export.EXPORT)
 
 

@@ -249,7 +249,7 @@ def test_a_tokenizer_that_no_chat_template_can_follow_is_a_sentence(tmp_path: Pa
     tokenizer.normalizer = normalizers.Strip(left=True, right=False)
     tokenizer.save(str(source / "tokenizer.json"))
     with pytest.raises(
-        Fault, match=r"other ids to '问:a.*behind '<s>'.*wanted preprocess.template"
+        Fault, match=r"gives '问:a.*different ids after '<s>'.*set preprocess.template"
     ):
         dressed(source, template_of(source), 4096)
 

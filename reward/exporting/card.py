@@ -1,6 +1,6 @@
-"""The model card of an exported folder: what it is, of what, how good, and how to load it.
+"""The model card of an exported folder: what the model is, how good it is and how to load it.
 
-card.md, beside this module, is its template.
+Its template is card.md beside this module.
 """
 
 import json
@@ -23,12 +23,12 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells of an export.
+    """What a card says about an export.
 
-    `base` is what fetch recorded, `training` what train did, `recipe` how the base was quantized,
-    `metrics` what evaluate measured. `pad` is the pad token, `left_out` are the clients that could
-    not be compared because they did not fit in memory. `adapter` is the SHA-256 of its weights,
-    `licenses` are those of the data.
+    `base` and `training` are the records of fetch and train, `recipe` is the quantization of the
+    base and `metrics` is what evaluate measured. `pad` is the pad token. `adapter` is the SHA-256
+    of the adapter's weights, and `licenses` are those of the data. `left_out` are the clients that
+    could not be compared because they did not fit in memory.
     """
 
     base: dict[str, Any]
@@ -45,7 +45,7 @@ class Facts:
 
 
 def render(facts: Facts) -> str:
-    """The card as text; nothing in it is of this machine."""
+    """The card as text; nothing in it depends on this machine."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -69,13 +69,13 @@ def render(facts: Facts) -> str:
 
 
 def revision(base: dict[str, Any]) -> str:
-    """Which state of its base it is, and what that was converted to."""
+    """The revision of the base, and what it was converted to, if it was."""
     found = f"commit {base['revision']}" if base["kind"] == "hub" else str(base["revision"])
     return f"{found}, {base['converted']}" if "converted" in base else found
 
 
 def front_matter(base: dict[str, Any]) -> ModelCardData:
-    """What the Hub reads of a card; the licence is that of the base."""
+    """The metadata that the Hub reads from a card; the licence is that of the base."""
     return ModelCardData(
         base_model=base["name"] if base["kind"] == "hub" else None,
         **licence(base),
@@ -86,7 +86,7 @@ def front_matter(base: dict[str, Any]) -> ModelCardData:
 
 
 def licence(base: dict[str, Any]) -> dict[str, Any]:
-    """What fetch found of the licence, by the keys of the Hub and in their usual order."""
+    """What fetch found about the licence, with the Hub's keys in their usual order."""
     found = base.get("license", {})
     return {
         name: found[name] for name in ("license", "license_name", "license_link") if name in found
@@ -94,18 +94,18 @@ def licence(base: dict[str, Any]) -> dict[str, Any]:
 
 
 def span(text: str) -> str:
-    """Text as inline code, between more backticks than it has in a row itself."""
+    """Text as inline code, between more backticks than its longest run of them."""
     marks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{marks} {text} {marks}"
 
 
 def latex(text: str) -> str:
-    """Text as LaTeX shows it as it is, in a single line."""
+    """Text escaped for LaTeX, in a single line."""
     escaped = "".join(LATEX.get(mark, mark) for mark in text)
     return " ".join(escaped.split())
 
 
 def cell(text: str) -> str:
-    """Text that stays within its cell of a Markdown table and is shown as it is."""
+    """Text escaped for a cell of a Markdown table, in a single line."""
     escaped = "".join(f"\\{mark}" if mark in "\\`*_{}[]<>()#|!" else mark for mark in text)
     return " ".join(escaped.split())

@@ -2,10 +2,11 @@
 
     python -m reward.exporting.clients request.json
 
-request.json is a `Request`. What the clients find is written beside it, to found.parquet: columns
-client, form, pair (the index), reward_chosen and reward_rejected. Export runs it in a fresh process
-that ends with export, in a folder where nothing is, on what export is about to finish. Clients that
-know of no packs take ids or text, right- and left-padded, one by one, ending in eos.
+request.json is a `Request`. What the clients find is written beside it to found.parquet, with the
+columns client, form, pair (its index), reward_chosen and reward_rejected. Export runs this module
+on the folder that it is about to finish, in a new process that ends with export, in an empty
+working directory. All clients except packs get ids or text in several forms: padded on the right or
+on the left, one text at a time, or with eos at the end.
 """
 
 import argparse
@@ -69,10 +70,10 @@ CLIENT, FORM, FOUND, LEFT_OUT = "client", "form", "found.parquet", b"left_out"
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be scored, by whom: an exported folder, tokenized pairs and their base, as paths.
+    """What to score with which clients: the paths of an exported folder, its pairs and its base.
 
-    Packs take all pairs, `tokens_per_pack` tokens at most as in the evaluation; the others take
-    those of the indices `compared`.
+    Packs score all pairs, with at most `tokens_per_pack` tokens as in the evaluation. The other
+    clients score the pairs with the indices `compared`.
     """
 
     folder: str
@@ -84,21 +85,21 @@ class Request:
 
 
 def main() -> None:
-    """Have the request done, on several GPUs by a process for each."""
+    """Handle the request, with one process for each GPU."""
     parser = argparse.ArgumentParser(description="Score pairs with an exported reward model.")
     parser.add_argument("request", type=Path, help="JSON; found.parquet is written beside it")
     path = parser.parse_args().request
     request = Request(**read_json(path))
     distribute(
-        lambda: do(request, path.with_name(FOUND)),
+        lambda: handle(request, path.with_name(FOUND)),
         "reward.exporting.clients",
         useful=lambda gpus: gpus,
         arguments=sys.argv[1:],
     )
 
 
-def do(request: Request, output: Path) -> None:
-    """Write what the clients find."""
+def handle(request: Request, output: Path) -> None:
+    """Score the pairs and write what the clients find."""
     torch.set_num_threads(threads())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -109,10 +110,10 @@ def do(request: Request, output: Path) -> None:
 
 
 def find(request: Request) -> pa.Table:
-    """What the clients find, and, of a quantized base, what is found on the original one.
+    """What the clients find and, if the base is quantized, the rewards on the original base.
 
-    Clients that do not fit in memory are left out, and named in the table's metadata. Of several
-    processes all share the packs, and the first one alone sees to the other clients.
+    Clients that do not fit in memory are left out and named in the table's metadata. Several
+    processes share the packs; only the first one runs the other clients.
     """
     folder, base = Path(request.folder), Path(request.base)
     dataset = tokenized.load(Path(request.pairs), base)
@@ -135,9 +136,9 @@ def find(request: Request) -> pa.Table:
 
 
 def fits(client: Client, exported: Exported) -> bool:
-    """Whether the weights of a client fit in what a CPU has free: it would be killed for them.
+    """Whether the weights of a client fit in free memory; if not, the system kills the process.
 
-    A GPU says so itself.
+    A GPU is not asked, because running out of its memory is an ordinary error.
     """
     if device().type == "cuda":
         return True
@@ -149,7 +150,7 @@ def fits(client: Client, exported: Exported) -> bool:
 
 def found_by(client: Client, exported: Exported) -> pa.Table:
     """What a client finds in all its forms."""
-    # Of the client before, which refers to itself.
+    # The previous client's model has reference cycles, so only the garbage collector frees it.
     gc.collect()
     torch.cuda.empty_cache()
     rewards = client.open(exported)
@@ -170,7 +171,7 @@ def packs(exported: Exported) -> Score:
 
 
 def original_base(exported: Exported) -> Score:
-    """The adapter on the base as it was before it was quantized, computed as in training."""
+    """The adapter on the base before its quantization, with the dtype of training."""
     dtype = exported_quantization(exported.folder).compute_dtype
     base = load_base(exported.base, Quantization.unquantized(dtype))
     return by_packs(exported, adapt(base, exported.folder))
@@ -226,7 +227,7 @@ def by_ids(exported: Exported, model: Any) -> Score:
 
 @torch.no_grad()
 def of_ids(texts: Sequence[tuple[int, ...]], model: Any, tokenizer: Any, form: Form) -> list[float]:
-    """Rewards of texts, in padded batches."""
+    """The rewards of texts, in padded batches."""
     rewards: list[float] = []
     for start in range(0, len(texts), form.batch):
         some = {"input_ids": [*map(list, texts[start : start + form.batch])]}
@@ -237,7 +238,7 @@ def of_ids(texts: Sequence[tuple[int, ...]], model: Any, tokenizer: Any, form: F
 
 def pipeline_adapter(exported: Exported) -> Score:
     model = exported.load_adapter()
-    # A base of the Hub does not say that it is a regression.
+    # The configuration of a base on the Hub does not say that the model is a regression.
     scorer = pipeline(
         "text-classification",
         model,
@@ -268,10 +269,10 @@ def by_pipeline(exported: Exported, scorer: Any) -> Score:
     return rewards
 
 
-# --- which there are -------------------------------------------------------------------------
+# --- the list of clients ---------------------------------------------------------------------
 
 PACKED = Form("packs")
-# The packs that end in eos are what the other clients' rewards of such texts are compared with.
+# The other clients' rewards of texts that end in eos are compared with those of packs with eos.
 PACKS = Client("packs", packs, (PACKED, EOS), merged=False)
 ORIGINAL = Client("original_base", original_base, (PACKED,), merged=False)
 EVERY_FORM = (RIGHT, LEFT, SINGLE, EOS)
@@ -285,7 +286,7 @@ LIGHT = (
 
 
 def select(which: str, merged: bool) -> list[Client]:
-    """Packs and the light clients, or all; those of the merged model if there is one."""
+    """Packs and the light clients, or all clients; those of the merged model if there is one."""
     clients = (PACKS, *LIGHT, *(HEAVY if which == "all" else ()))
     return [client for client in clients if merged or not client.merged]
 

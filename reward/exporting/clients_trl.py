@@ -1,6 +1,6 @@
 """The heavy clients of an exported reward model: TRL's trainers and sentence-transformers.
 
-They are given what the light ones are (`given.py`), and are imported when they are asked for.
+They get the same input as the light ones (`given.py`). Their libraries are imported only when used.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,12 +35,12 @@ LIBRARIES = {"trl": "trl", "sentence_transformers": "sentence-transformers"}
 
 
 def require_libraries() -> None:
-    """Raises a Fault where a library is not here that export.clients asks for."""
+    """Raises a Fault if a library that the heavy clients need is not installed."""
     missing = [name for module, name in LIBRARIES.items() if find_spec(module) is None]
     if missing:
         raise Fault(
             f"params.yaml: export.clients is all, but {' and '.join(missing)} cannot be imported; "
-            f"wanted pip install {' '.join(missing)}, or light"
+            f"run pip install {' '.join(missing)} or set it to light"
         )
 
 
@@ -50,7 +50,7 @@ def cross_encoder_merged(exported: Exported) -> Score:
     model = CrossEncoder(str(exported.folder / MERGED), device=str(device()))
 
     def rewards(form: Form) -> pa.Table:
-        pairs = exported.taken(exported.conversations, form)
+        pairs = exported.select(exported.conversations, form)
         if not pairs:
             return paired([], [])
         model.tokenizer.padding_side = form.side
@@ -66,7 +66,7 @@ def cross_encoder_merged(exported: Exported) -> Score:
 
 
 def trl_reward_merged(exported: Exported) -> Score:
-    """The rewards behind the figures of RewardTrainer.evaluate."""
+    """The rewards from which RewardTrainer.evaluate computes its figures."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
@@ -100,7 +100,7 @@ def trl_reward_merged(exported: Exported) -> Score:
 
 
 def trl_grpo_adapter(exported: Exported) -> Score:
-    """By the path of the folder, if it has all that a loader must know."""
+    """GRPO loads the folder by its path if the base is in it; otherwise it gets a loaded model."""
     if not exported.has_base:
         return by_grpo(exported, exported.load_adapter())
     with chdir(exported.folder):
@@ -112,7 +112,7 @@ def trl_grpo_merged(exported: Exported) -> Score:
 
 
 def by_grpo(exported: Exported, reward_model: str | PreTrainedModel) -> Score:
-    """The rewards of one step of GRPOTrainer, whose policy is made to give the answers of pairs."""
+    """The rewards of one step of GRPOTrainer, with the answers of pairs in place of samples."""
     from datasets import Dataset
     from trl import GRPOTrainer
 
@@ -141,9 +141,9 @@ def by_grpo(exported: Exported, reward_model: str | PreTrainedModel) -> Score:
 
 
 class Rollouts:
-    """What stands in for sampling: for each prompt the pair's chosen answer, then its rejected one.
+    """Replaces sampling: the completions of a prompt are the pair's chosen and rejected answer.
 
-    `found` is what was told of their rewards, in the order in which they were given.
+    `found` holds the rewards observed, in the order in which the answers were given.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pairs: dict[int, Conversation]) -> None:
@@ -177,7 +177,10 @@ class Rollouts:
 
 
 def sample_of_conversations(exported: Exported) -> dict[int, Conversation]:
-    """At most SAMPLE pairs of different prompts, whose answers are tokens by themselves."""
+    """At most SAMPLE pairs with different prompts, whose answers survive tokenizing and decoding.
+
+    GRPO gives the reward model the decoded completion, not the ids.
+    """
     tokenizer, prompts = exported.tokenizer, set()
     found: dict[int, Conversation] = {}
     for index, pair in exported.conversations.items():
@@ -190,7 +193,7 @@ def sample_of_conversations(exported: Exported) -> dict[int, Conversation]:
 
 
 def tiny_policy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A random language model that is as small as one can be over a vocabulary."""
+    """A random language model, as small as its vocabulary allows."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -220,9 +223,11 @@ def one_step(pairs: int, longest: int) -> Any:
     )
 
 
-def watch(model: Any, tell: Callable[[list[float]], Any]) -> None:
-    """Tell of the rewards of every batch that goes through a classifier."""
-    model.register_forward_hook(lambda module, inputs, output: tell(output.logits[:, 0].tolist()))
+def watch(model: Any, collect: Callable[[list[float]], Any]) -> None:
+    """Pass the rewards of every batch that a classifier computes to `collect`."""
+    model.register_forward_hook(
+        lambda module, inputs, output: collect(output.logits[:, 0].tolist())
+    )
 
 
 HEAVY = (

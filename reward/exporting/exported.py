@@ -1,4 +1,4 @@
-"""The exported folder: its files, how they are written and loaded, and what is refused there.
+"""The exported folder: its files, how they are written and loaded, and what is rejected.
 
 README.md                                             the model card
 adapter_config.json, adapter_model.safetensors        LoRA and the head
@@ -55,18 +55,18 @@ from reward.process import Fault
 EXPORTED_BASE, MERGED = "base", "merged"
 ADAPTER_CONFIG, CARD, REWARD = "adapter_config.json", "README.md", "reward.json"
 QUANTIZATION, TEMPLATE, TRAINING = "quantization.json", "template.json", "training.json"
-# Files of the adapter that are exported as they are.
+# Files of the adapter that are exported unchanged.
 AS_TRAINED = (ADAPTER_WEIGHTS, QUANTIZATION, TRAINING)
 BASE_NAME = "base_model_name_or_path"
-# Keys of configurations by which transformers and PEFT import what they name.
+# Configuration keys whose values transformers and PEFT import as code.
 NAMING_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "megatron_config"}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained reward model: its base, the adapter on it, the metrics of its evaluation.
+    """A trained reward model: its base, its adapter and the metrics of its evaluation.
 
-    `licenses` are those of the data that it was trained on, as far as they are known.
+    `licenses` are the known licences of its training data.
     """
 
     base: Path
@@ -80,10 +80,10 @@ class Trained:
 
 
 def write_exported(folder: Path, trained: Trained, merge: str) -> card.Facts:
-    """Write every file of an exported folder, which is empty so far, but the card of these facts.
+    """Write all files of an exported folder except the card; returns the facts for the card.
 
-    `merge` is the type of the merged model's numbers, or none. Memory holds the base as it is
-    loaded, and a weight. Raises a Fault for a damaged adapter.
+    The folder must be empty. `merge` is the dtype of the merged model, or none. Memory needs room
+    for the loaded base and one merged weight. Raises a Fault if the adapter is damaged.
     """
     base, adapter = trained.base, trained.adapter
     require_sealed(adapter, base)
@@ -123,7 +123,7 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> card.Facts:
 
 
 def write_card(folder: Path, facts: card.Facts) -> None:
-    """Write the card of an exported folder, and its digest beside those of the other files."""
+    """Write the card of an exported folder and add its digest to those of the other files."""
     write_text(folder / CARD, card.render(facts))
     sealed = read_json(folder / DIGESTS)
     sealed["files"][CARD] = digest(folder / CARD)
@@ -131,10 +131,10 @@ def write_card(folder: Path, facts: card.Facts) -> None:
 
 
 def reward_record(trained: Trained, tokenizer: PortableTokenizer) -> dict[str, Any]:
-    """What a client should know of the rewards: how texts are made, mean, deviation, temperature.
+    """What a client needs to know about the rewards: how texts are built, mean, std, temperature.
 
-    Mean and deviation are those of all answers of the test pairs, chosen and rejected. The
-    temperature is 1 where no finite one is best.
+    Mean and standard deviation are over all answers of the test pairs, chosen and rejected. The
+    temperature is 1 if no finite temperature is optimal.
     """
     metrics, template = trained.metrics, tokenizer.template
     means, deviations = (
@@ -154,9 +154,10 @@ def reward_record(trained: Trained, tokenizer: PortableTokenizer) -> dict[str, A
 
 
 def adapter_config(trained: Trained, prepared: bool) -> dict[str, Any]:
-    """The adapter's configuration, which names its base: the Hub's at its commit, or the folder's.
+    """The adapter's configuration with its base: a model on the Hub at a commit, or base/.
 
-    A base of the Hub that was prepared with another row, or converted, is in the folder too.
+    A base from the Hub is exported to base/ too if it was converted or got an extra row for the pad
+    token.
     """
     base, config = base_record(trained.base), read_json(trained.adapter / ADAPTER_CONFIG)
     if base["kind"] == "hub" and not prepared and "converted" not in base:
@@ -168,15 +169,15 @@ def adapter_config(trained: Trained, prepared: bool) -> dict[str, Any]:
 
 
 def load_exported(folder: Path) -> PeftModel:
-    """The reward model of an exported folder, ready to score, on its own base or the Hub's.
+    """The reward model of an exported folder, ready to score, on the exported base or the Hub's.
 
-    Raises a Fault for code, for files that are damaged, and for a base that cannot be had from the
-    Hub.
+    Raises a Fault if the folder contains code or damaged files, or if the base cannot be downloaded
+    from the Hub.
     """
     require_no_code(folder)
     record = recorded(folder / DIGESTS)
     if ADAPTER_WEIGHTS not in record["files"]:
-        raise Fault(f"{folder} has no {ADAPTER_WEIGHTS} in its {DIGESTS}, wanted a whole export")
+        raise Fault(f"{folder}/{DIGESTS} lacks {ADAPTER_WEIGHTS}, expected a complete export")
     not_needed = f"{MERGED}/"
     require_files(
         folder, {k: v for k, v in record["files"].items() if not k.startswith(not_needed)}
@@ -188,7 +189,7 @@ def load_exported(folder: Path) -> PeftModel:
 
 
 def exported_quantization(folder: Path) -> Quantization:
-    """How the base of an exported folder was quantized and computed in training."""
+    """The quantization and compute dtype of an exported folder's base in training."""
     recipe = read_json(folder / QUANTIZATION)
     dtype = read_json(folder / REWARD)["dtype"]
     if recipe is None:
@@ -198,9 +199,9 @@ def exported_quantization(folder: Path) -> Quantization:
 
 
 def hub_base(folder: Path, files: dict[str, str]) -> Path:
-    """Weights and configuration of the base that an exported folder names, from the Hub's cache.
+    """The base that an exported folder names, weights and configuration, from the Hub or its cache.
 
-    `files` are the SHA-256 of the base's files. Raises a Fault where they cannot be had.
+    `files` are the SHA-256 of the base's files. Raises a Fault if they cannot be downloaded.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -209,23 +210,24 @@ def hub_base(folder: Path, files: dict[str, str]) -> Path:
     wanted = {k: v for k, v in files.items() if k == "config.json" or k.startswith("model")}
     try:
         path = snapshot_download(name, revision=revision, allow_patterns=sorted(wanted))
-    # The root of all errors of the HTTP library, which is httpx or httpx2 by the Hub's version.
+    # The base class of the HTTP library's errors: httpx or httpx2, depending on the Hub's version.
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         raise Fault(
-            f"{folder}: its base {name} at {revision} cannot be had ({type(error).__name__}), "
-            "wanted the Hub, a mirror in HF_ENDPOINT, or the model in its cache"
+            f"{folder}: its base {name} at {revision} cannot be downloaded "
+            f"({type(error).__name__}); check the network, set HF_ENDPOINT to a mirror, or put the "
+            "model into the Hub's cache"
         ) from None
     require_files(Path(path), wanted)
     return Path(path)
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- what is rejected ------------------------------------------------------------------------
 
 
 def require_no_code(folder: Path) -> None:
-    """Raises a Fault for a folder from anywhere that has code, or a configuration that names some.
+    """Raises a Fault if a folder contains code, or a configuration that names code to import.
 
-    Digests tell that a folder is whole, not who made it.
+    The digests only show that a folder is intact, not who made it.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     code = [path for path in files if path.suffix in (".py", ".pyc", ".so")]
@@ -233,13 +235,13 @@ def require_no_code(folder: Path) -> None:
     if code:
         names = ", ".join(path.relative_to(folder).as_posix() for path in code)
         raise Fault(
-            f"{folder}: {names} is code, or names some, wanted weights and configurations alone; "
-            "nothing of the folder was loaded"
+            f"{folder}: {names} is code or names code to import, expected only weights and "
+            "configurations; nothing was loaded"
         )
 
 
 def names_code(path: Path) -> bool:
-    """Whether a configuration names code anywhere in it."""
+    """Whether a configuration names code at any level."""
     parts = [recorded(path)]
     while parts:
         part = parts.pop()

@@ -1,6 +1,6 @@
-"""What the clients of an exported folder are given: its pairs as ids, as text, as conversations.
+"""The input of an exported folder's clients: its pairs as ids, as text and as conversations.
 
-A client is given pairs in several forms and finds their rewards, a table of one row a pair.
+A client gets pairs in several forms and returns their rewards as a table with one row per pair.
 """
 
 import json
@@ -29,10 +29,10 @@ from reward.model.rankings import Ranking
 from reward.outputs import read_json
 
 BATCH = 16
-# Pairs of the forms that are slow: one text by one, and a step of training.
+# The number of pairs for slow forms, such as one text at a time, and for slow clients.
 SAMPLE = 32
 PAIR = "pair"
-# Types of models that count positions from the start of a row, whatever it is padded with.
+# Model types that count positions from the start of a row, padding included.
 COUNT_PADDING = {"gpt2", "gpt_bigcode"}
 
 Pair = TypeVar("Pair")
@@ -42,9 +42,9 @@ Ids = list[list[int]]
 
 @dataclass(frozen=True)
 class Form:
-    """How pairs are given to a client: padded on a side, `batch` texts at a time.
+    """How a client gets pairs: padded on one side, `batch` texts at a time.
 
-    `sample`: some of the pairs, not all; `ended`: their texts end in eos.
+    With `sample`, it gets only some of the pairs; with `ended`, their texts end in eos.
     """
 
     name: str
@@ -60,7 +60,7 @@ SINGLE, EOS = Form("single", batch=1, sample=True), Form("eos", sample=True, end
 
 @dataclass(frozen=True)
 class Conversation:
-    """A pair as text; what is rendered of it has the pair's ids."""
+    """A pair as text; rendered and tokenized, it has the pair's ids."""
 
     prompt: str
     answers: tuple[str, str]
@@ -70,10 +70,10 @@ class Conversation:
 class Exported:
     """An exported folder and the pairs to score with it.
 
-    `rankings` are the same pairs by their prompts, as evaluate has them in packs. `messages` are
-    prompt, chosen and rejected of each pair, as JSON. `base` is the base as fetch
-    left it, `tokens_per_pack` the size of the packs of evaluate. Clients that know of no packs are
-    given `compared`, the indices of some pairs or of all, in ascending order.
+    `rankings` are the same pairs grouped by prompt, as in the packs of evaluate. `messages` are
+    prompt, chosen and rejected of each pair as JSON. `base` is the base as fetch wrote it, and
+    `tokens_per_pack` is the pack size of evaluate. Clients other than packs get the pairs with the
+    indices `compared`, some or all of them, in ascending order.
     """
 
     folder: Path
@@ -90,12 +90,12 @@ class Exported:
 
     @property
     def has_base(self) -> bool:
-        """Whether the base is in the folder, and not the Hub's."""
+        """Whether the base is in the folder, not on the Hub."""
         return (self.folder / EXPORTED_BASE).is_dir()
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        """What a loader must be told: nothing but the device, unless the base is the Hub's."""
+        """The arguments that a loader needs: only the device, unless the base is on the Hub."""
         place: dict[str, Any] = {"device_map": {"": device()}}
         if self.has_base:
             return place
@@ -111,7 +111,7 @@ class Exported:
     def load_adapter(self) -> PreTrainedModel:
         """The adapter on its base, as transformers loads it.
 
-        It would take the newest commit of a base of the Hub, whatever the adapter names.
+        The revision is passed because transformers ignores the adapter's and loads the newest one.
         """
         config = read_json(self.folder / ADAPTER_CONFIG)
         commit = {} if self.has_base else {"revision": config["revision"]}
@@ -124,18 +124,18 @@ class Exported:
 
     @cached_property
     def ids(self) -> dict[int, Ids]:
-        """Ids of chosen and rejected, in the order of their length, which saves padding."""
+        """The ids of chosen and rejected, sorted by length, which saves padding."""
         order = sorted(self.compared, key=lambda index: tokens(self.pairs[index]))
         return {index: [list(map(int, ids)) for ids in self.pairs[index].ids] for index in order}
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text."""
+        """The number of tokens of the longest text."""
         return max(len(ids) for pair in self.ids.values() for ids in pair)
 
     @cached_property
     def sample(self) -> list[int]:
-        """The indices of at most SAMPLE of the pairs, evenly spread."""
+        """The indices of at most SAMPLE pairs, evenly spaced."""
         count = min(SAMPLE, len(self.compared))
         places = np.linspace(0, len(self.compared) - 1, count).round().astype(int)
         return [self.compared[place] for place in places]
@@ -150,7 +150,7 @@ class Exported:
 
     @cached_property
     def texts(self) -> dict[int, list[str]]:
-        """The pairs as text, of those whose text has their ids."""
+        """The pairs as text; only pairs whose text has the same ids."""
         found = {
             index: self.tokenizer.batch_decode(pair, clean_up_tokenization_spaces=False)
             for index, pair in self.ids.items()
@@ -163,7 +163,7 @@ class Exported:
 
     @cached_property
     def conversations(self) -> dict[int, Conversation]:
-        """The pairs as a prompt and two answers, of those that are rendered to their ids."""
+        """The pairs as a prompt and two answers; only pairs that are rendered to the same ids."""
         found = {}
         for index, texts in self.texts.items():
             turns = [json.loads(side) for side in self.messages[index]]
@@ -181,23 +181,23 @@ class Exported:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
     def ids_of(self, form: Form) -> dict[int, Ids]:
-        """The ids that a client is given in a form, by the index of the pair."""
-        return self.ended if form.ended else self.taken(self.ids, form)
+        """The ids that a client gets in a form, by the index of the pair."""
+        return self.ended if form.ended else self.select(self.ids, form)
 
     def texts_of(self, form: Form) -> dict[int, list[str]]:
-        """The same as text."""
-        found, eos = self.taken(self.texts, form), self.tokenizer.eos_token
+        """The texts that a client gets in a form, by the index of the pair."""
+        found, eos = self.select(self.texts, form), self.tokenizer.eos_token
         if not form.ended:
             return found
         return {index: [text + eos for text in texts] for index, texts in found.items() if eos}
 
     @cached_property
     def counts_padding(self) -> bool:
-        """Whether plain loaders compute another reward of a text that is padded on its left."""
+        """Whether plain loaders compute another reward for a text that is padded on the left."""
         return read_json(self.base / "config.json")["model_type"] in COUNT_PADDING
 
-    def taken(self, pairs: dict[int, Pair], form: Form) -> dict[int, Pair]:
-        """All of the pairs, or those of the sample; none in a form that is wrong for the model."""
+    def select(self, pairs: dict[int, Pair], form: Form) -> dict[int, Pair]:
+        """All pairs or those of the sample; none if the form is not right for the model."""
         if form.side == "left" and self.counts_padding:
             return {}
         if not form.sample:
@@ -205,15 +205,15 @@ class Exported:
         return {index: pairs[index] for index in self.sample if index in pairs}
 
 
-# Gives pairs to a model in a form, and returns what `paired` makes of their rewards.
+# Scores the pairs in a form; returns their rewards as a table from `paired`.
 Score = Callable[[Form], pa.Table]
 
 
 @dataclass(frozen=True)
 class Client:
-    """A way to load an exported folder and to score with it, pairs in some forms.
+    """A way to load an exported folder and to score pairs with it, in some forms.
 
-    `open` loads the model. `merged`: that is the merged model, which not every folder has.
+    `open` loads the model; with `merged` it is the merged model, which not every folder has.
     """
 
     name: str
@@ -223,23 +223,23 @@ class Client:
 
 
 def is_one_text(messages: list[dict[str, Any]]) -> bool:
-    """Whether a side of a pair is a single message that has nothing but its text."""
+    """Whether a side of a pair is a single message with nothing but text."""
     return len(messages) == 1 and messages[0].keys() == {"role", "content"}
 
 
 def once(
     texts: Sequence[Text], score: Callable[..., Sequence[float]], *arguments: Any
 ) -> list[float]:
-    """The rewards of texts, of which equal ones are scored once: an answer is in many pairs."""
+    """The rewards of texts; equal texts are scored once, because an answer is in many pairs."""
     distinct = list(dict.fromkeys(texts))
     found = dict(zip(distinct, score(distinct, *arguments), strict=True))
     return [found[text] for text in texts]
 
 
 def paired(pairs: Sequence[int], rewards: Sequence[float]) -> pa.Table:
-    """The rewards of pairs, chosen and rejected by turns, as a table: `pair` and both rewards.
+    """The rewards of pairs as a table with one row per pair: `pair` and both rewards.
 
-    Rewards of [2 * pairs]; a row for each pair.
+    `rewards` is [2 * pairs]: chosen, rejected, chosen, rejected, ...
     """
     sides = (pa.array(rewards[start::2], pa.float64()) for start in (0, 1))
     columns = {PAIR: pa.array(pairs, pa.int64()), **dict(zip(REWARDS, sides, strict=True))}

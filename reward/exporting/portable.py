@@ -1,8 +1,8 @@
-"""What makes an exported model right in loaders that know nothing of it: tokenizer, model.
+"""A tokenizer and a model configuration with which plain loaders compute the right rewards.
 
-Such a loader reads the reward at the last token that is not the pad token, renders conversations by
-the tokenizer's chat template, cuts on the side that the tokenizer names, and puts a sigmoid over
-what is not called a regression.
+Plain loaders know nothing of this project. They read the reward at the last token that is not the
+pad token, render conversations with the tokenizer's chat template, truncate on the tokenizer's
+side, and apply a sigmoid unless the configuration says that the model is a regression.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from reward.process import Fault
 
 PAD = "<|reward_pad|>"
 NO_PAD = ("eos_token", "bos_token", "unk_token")
-# As sentence-transformers calls the two halves of a pair, and as chat templates call them.
+# Translates the roles of sentence-transformers, query and document, to those of chat templates.
 ROLES = """\
 {%- set ns = namespace(turns=[]) -%}
 {%- for message in messages -%}
@@ -36,7 +36,8 @@ ROLES = """\
 {%- endfor -%}
 {%- set messages = ns.turns -%}
 """
-# What a text template has no field for is refused here as in training.
+# A text template as a chat template; like training, it rejects what the text template has no field
+# for.
 FIELDS = """\
 {%- set ns = namespace(roles=[]) -%}
 {%- for message in messages -%}
@@ -54,7 +55,7 @@ FIELDS = """\
 {%- set turns = messages[first:] -%}
 {%- set whole = ns.roles[first:] == ['user', 'assistant'] -%}
 {%- if tools or not whole and not (ns.roles[first:] == ['user'] and add_generation_prompt) -%}
-{{ raise_exception('the reward model was trained on texts of the roles __ROLES__, found '
+{{ raise_exception('the reward model was trained on texts with the roles __ROLES__, found '
                    + (ns.roles + (['tools'] if tools else [])) | join(', ')) }}
 {%- endif -%}
 {%- if first -%}
@@ -69,6 +70,7 @@ FIELDS = """\
 {{ __EOS__ }}
 {%- endif -%}
 """
+# A chat template whose text ends in eos unless it already does.
 ENDED = """\
 {%- set text %}{{ '' }}__BODY__{{ '' }}{% endset -%}
 {{ text }}
@@ -80,7 +82,7 @@ ENDED = """\
 
 @dataclass(frozen=True)
 class Pad:
-    """A pad token, and how many rows the embeddings must have for it."""
+    """A pad token, and the number of rows that the embeddings need for it."""
 
     token: str
     id: int
@@ -89,7 +91,7 @@ class Pad:
 
 @dataclass(frozen=True)
 class PortableTokenizer:
-    """What tokenizer.json and tokenizer_config.json hold, and the template that goes with them."""
+    """The content of tokenizer.json and tokenizer_config.json, and the template they belong to."""
 
     content: str
     config: dict[str, Any]
@@ -102,11 +104,11 @@ class PortableTokenizer:
 
 
 def prepare_tokenizer(source: Path, template: Template, rows: int) -> PortableTokenizer:
-    """The tokenizer of a base as plain loaders need it.
+    """The tokenizer of a base in the form that plain loaders need.
 
-    It gives the same ids as before. It has a pad token of its own, its chat template is what the
-    reward model reads, and it cuts texts on the left at the maximum length. `rows` is the number of
-    embeddings of the base.
+    It gives the same ids as before. It has a pad token that occurs in no text, a chat template that
+    renders what the reward model reads, and truncates texts on the left at the maximum length.
+    `rows` is the number of embeddings of the base.
     """
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     config = read_json(source / "tokenizer_config.json")
@@ -125,11 +127,11 @@ def prepare_tokenizer(source: Path, template: Template, rows: int) -> PortableTo
 
 
 def find_pad(tokenizer: Tokenizer, config: dict[str, Any], template: Template, rows: int) -> Pad:
-    """A pad token that no text of the model has: it is not eos, and occurs in no template.
+    """A pad token that occurs in no text of the model: it is not eos and appears in no template.
 
-    The first of: the tokenizer's own; a new one, if the embeddings have a spare row; a special
-    token that nothing uses; a new one for which the embeddings grow. A new one is added to
-    `tokenizer`.
+    The first choice is the tokenizer's own, then a new token if the embeddings have a spare row,
+    then an unused special token, then a new token for which the embeddings must grow. A new token
+    is added to `tokenizer`.
     """
     numbers = tokenizer.get_vocab(with_added_tokens=True)
     before, after = around(tokenizer)
@@ -159,9 +161,9 @@ def find_pad(tokenizer: Tokenizer, config: dict[str, Any], template: Template, r
 def chat_template(tokenizer: Tokenizer, config: dict[str, Any], template: Template) -> str:
     """A chat template that renders a prompt and an answer to the text that the model reads.
 
-    Tokenized without special tokens, as chats are, the text has the ids of training. An answer may
-    be called the assistant's or, as sentence-transformers does, a document; a prompt is the user's
-    or a query. What a text template cannot render is an exception.
+    Tokenized without special tokens, as chats are, the text has the same ids as in training. The
+    roles are user and assistant or, as in sentence-transformers, query and document. The template
+    raises an exception for what a text template cannot render.
     """
     eos = token_of(config, "eos_token") or "" if template.append_eos else ""
     if template.chat_template is None:
@@ -171,7 +173,7 @@ def chat_template(tokenizer: Tokenizer, config: dict[str, Any], template: Templa
 
 
 def in_jinja(tokenizer: Tokenizer, around: Around, eos: str) -> str:
-    """A text template as a chat template that renders, and refuses, what `fill` does."""
+    """A text template as a chat template that renders and rejects the same as `fill`."""
     start, end = opening(tokenizer, f"{around.opening(None)}a{around.middle}b{around.tail}")
     before, after, roles = "", "", "user, assistant"
     if around.before is not None and around.after is not None:
@@ -193,24 +195,24 @@ def in_jinja(tokenizer: Tokenizer, around: Around, eos: str) -> str:
 
 
 def opening(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
-    """What has to stand around a text for it to have, without special tokens, the ids with them.
+    """What to put before and after a text to get, without special tokens, the ids with them.
 
-    The special tokens themselves; some tokenizers put a space before a text that a special token
-    keeps away. Raises a Fault where that does not help.
+    These are the special tokens themselves. Some tokenizers put a space before a text, but not
+    after a special token, so the space has to be added. Raises a Fault if that does not help.
     """
     before, after = map("".join, around(tokenizer))
-    wanted = tokenizer.encode(text).ids
+    expected = tokenizer.encode(text).ids
     for start in (before, before + " "):
-        if tokenizer.encode(start + text + after, add_special_tokens=False).ids == wanted:
+        if tokenizer.encode(start + text + after, add_special_tokens=False).ids == expected:
             return start, after
     raise Fault(
-        f"models/base: its tokenizer gives other ids to {text!r} behind {before!r} in the text, so "
-        "that no chat template renders what was trained on; wanted preprocess.template chat"
+        f"models/base: its tokenizer gives {text!r} different ids after {before!r} in a text, so "
+        "no chat template can render what was trained on; set preprocess.template to chat"
     )
 
 
 def literal(text: str) -> str:
-    """Text as a literal of Jinja, whose strings know JSON's escapes."""
+    """Text as a Jinja string literal, in which JSON's escapes are valid."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -218,9 +220,9 @@ def literal(text: str) -> str:
 
 
 def prepare_model(model: PreTrainedModel, pad: Pad, reward: dict[str, Any]) -> None:
-    """Have a classifier's configuration say what plain loaders go by, and its rows fit the pad.
+    """Set what plain loaders read from a classifier's configuration; add a row for the pad token.
 
-    `reward` is recorded in it as `reward_model`.
+    `reward` is recorded in the configuration as `reward_model`.
     """
     rows = embeddings(model)
     if rows < pad.rows:
@@ -229,7 +231,7 @@ def prepare_model(model: PreTrainedModel, pad: Pad, reward: dict[str, Any]) -> N
     config = model.config
     for part in (config, config.get_text_config()):
         part.pad_token_id = pad.id
-    # Bases that transformers has the code of may name code of their own as well.
+    # Even models that transformers implements may name their own code.
     config.__dict__.pop("auto_map", None)
     config.problem_type = "regression"
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
@@ -238,15 +240,15 @@ def prepare_model(model: PreTrainedModel, pad: Pad, reward: dict[str, Any]) -> N
 
 
 def embeddings(model: PreTrainedModel) -> int:
-    """How many tokens a model has embeddings of."""
+    """The number of tokens for which a model has embeddings."""
     return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
 def take_head(model: PreTrainedModel, adapter: Path) -> None:
-    """Give the model the head that an adapter was trained with, in the numbers of the model.
+    """Give the model the trained head of an adapter, in the dtype of the model.
 
-    Plain loaders multiply the hidden states by the head as they are: in half precision a head of
-    fp32 is an error. The adapter keeps the head in fp32.
+    Plain loaders multiply hidden states by the head without a cast, so an fp32 head in a model in
+    half precision is an error. The adapter keeps the head in fp32.
     """
     tensors = load_file(adapter / ADAPTER_WEIGHTS)
     [head] = [tensor for name, tensor in tensors.items() if name.endswith("score.weight")]
@@ -255,14 +257,14 @@ def take_head(model: PreTrainedModel, adapter: Path) -> None:
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: PortableTokenizer) -> None:
-    """Write a classifier as it is, with its tokenizer."""
+    """Write a classifier with its tokenizer."""
     with writing(folder, room=sum(weight.nbytes for weight in model.parameters())):
         model.save_pretrained(folder)
     finish(folder, tokenizer)
 
 
 def finish(folder: Path, tokenizer: PortableTokenizer) -> None:
-    """Give a classifier that was written its tokenizer, and no version of transformers."""
+    """Add the tokenizer to a written classifier and remove the version of transformers."""
     path = folder / "config.json"
     config = read_json(path)
     del config["transformers_version"]
