@@ -94,7 +94,7 @@ def test_rewards_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch
     tensors = load_file("mine/model.safetensors")
     tensors["score.weight"] = torch.full_like(tensors["score.weight"], torch.inf)
     save_file(tensors, "mine/model.safetensors", {"format": "pt"})
-    with pytest.raises(Fault, match="answers are not finite, expected a model that computes in"):
+    with pytest.raises(Fault, match="answers are not finite, expected a model that can compute"):
         run(monkeypatch, "mine")
 
 

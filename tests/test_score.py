@@ -172,7 +172,7 @@ def test_the_summary_counts(
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "read       8 prompts with 20 texts"
     assert said[1].startswith("scored     20 texts of ")
-    assert said[1].endswith("texts/s; 0 were scored before")
+    assert said[1].endswith("texts/s; 0 were already scored")
     assert said[2] == "written    out.jsonl"
 
 
@@ -275,8 +275,8 @@ def test_another_record_in_the_place_of_a_scored_one_is_refused(
         JOURNAL.write_bytes(journal)
         write(changed)
         assert fault(INPUT, "--output", OUTPUT) == (
-            "in.jsonl: line 1 is another record than the one that was scored in its place; "
-            "wanted the same input, or out.jsonl.journal removed to begin again"
+            "in.jsonl: line 1 is not the record that was scored at this position; "
+            "use the same input, or remove out.jsonl.journal to start again"
         )
 
 
@@ -287,8 +287,8 @@ def test_fewer_records_than_were_scored_are_refused(
     JOURNAL.write_bytes(journal)
     write(some_records()[:-1])
     assert fault(INPUT, "--output", OUTPUT) == (
-        "out.jsonl.journal has more rows than the input; "
-        "wanted the same input, or out.jsonl.journal removed to begin again"
+        "out.jsonl.journal has more rows than the input has records; "
+        "use the same input, or remove out.jsonl.journal to start again"
     )
 
 
@@ -297,7 +297,7 @@ def test_another_model_is_refused(journal: bytes, fault: Callable[..., str]) -> 
     JOURNAL.write_bytes(b'{"model": "other"}' + journal[journal.index(b"\n") :])
     assert fault(INPUT, "--output", OUTPUT) == (
         "out.jsonl.journal has rows that another model scored; "
-        "wanted the same model, or out.jsonl.journal removed to begin again"
+        "use the same model, or remove out.jsonl.journal to start again"
     )
 
 
@@ -308,7 +308,7 @@ def test_two_processes_do_not_score_to_one_output(
     with LOCK.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         said = fault(INPUT, "--output", OUTPUT)
-    assert said == "out.jsonl.journal is in use: another process scores to out.jsonl"
+    assert said.startswith("out.jsonl.journal is in use by another process that writes out.jsonl")
     assert JOURNAL.read_bytes() == journal
     assert LOCK.exists()
 
@@ -320,7 +320,7 @@ def test_a_lock_that_goes_before_it_is_held_is_in_use(
     JOURNAL.write_bytes(journal)
     monkeypatch.setattr(fcntl, "flock", lambda *_: LOCK.unlink(missing_ok=True))
     said = fault(INPUT, "--output", OUTPUT)
-    assert said == "out.jsonl.journal is in use: another process scores to out.jsonl"
+    assert said.startswith("out.jsonl.journal is in use by another process that writes out.jsonl")
     assert JOURNAL.read_bytes() == journal
 
 
@@ -408,7 +408,7 @@ def test_a_killed_process_loses_and_doubles_nothing(start: Callable[[str], Forke
     for process in (resumed, undisturbed):
         printed, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert "; 0 were scored before" in printed
+    assert "; 0 were already scored" in printed
     assert OUTPUT.read_bytes() == Path("undisturbed.jsonl").read_bytes()
     assert 0 < done < OUTPUT.stat().st_size
     assert [row["extra"]["index"] for row in lines()] == list(range(600))
@@ -427,7 +427,7 @@ def test_a_killed_process_loses_and_doubles_nothing(start: Callable[[str], Forke
         ),
         (
             '{"prompt": "a", "answer": "b", "x": NaN}',
-            "not_json: holds what JSON cannot: Out of range float values are not JSON compliant",
+            "not_json: cannot be written as JSON: Out of range float values are not JSON compliant",
         ),
         (
             '{"prompt": [{"role": "system", "content": "b"}], "answer": "c"}',
@@ -455,7 +455,7 @@ def test_bytes_of_parquet_are_no_json(fault: Callable[..., str]) -> None:
     record = {"prompt": "a", "answer": "b", "x": b"c"}
     pyarrow.parquet.write_table(pa.Table.from_pylist([record]), "in.parquet")
     assert fault("in.parquet", "--output", OUTPUT).startswith(
-        "in.parquet: row 1: not_json: holds what JSON cannot: "
+        "in.parquet: row 1: not_json: cannot be written as JSON: "
     )
 
 
@@ -464,15 +464,15 @@ def test_bytes_of_parquet_are_no_json(fault: Callable[..., str]) -> None:
     [
         (
             ["in.jsonl", "--output", "in.jsonl"],
-            "--output is in.jsonl, among what is read; wanted another place",
+            "--output is in.jsonl, which is part of the input; choose another path",
         ),
         (
             ["data/raw", "--output", "data/raw/out.jsonl"],
-            "--output is data/raw/out.jsonl, among what is read; wanted another place",
+            "--output is data/raw/out.jsonl, which is part of the input; choose another path",
         ),
         (
             ["in.jsonl", "--output", "out.csv"],
-            "--output is out.csv, wanted a file that ends in .jsonl or .parquet",
+            "--output is out.csv, expected a file that ends in .jsonl or .parquet",
         ),
         (
             ["none.jsonl", "--output", "out.jsonl"],

@@ -199,7 +199,7 @@ def test_more_tokens_than_may_wait_are_sent_away_and_nothing_is_lost(
             async with client.post(REWARD, json={"query": ["9"]}) as response:
                 assert (response.status, response.headers["Retry-After"]) == (503, "1")
                 assert await response.json() == {
-                    "error": "3 tokens are waiting, at most 3 may; try again in 1 s"
+                    "error": "3 tokens are waiting, the limit is 3; try again in 1 s"
                 }
         assert (await client.get("/health")).status == 200
         held.may.set()
@@ -254,7 +254,7 @@ def test_bodies_that_are_being_read_are_bounded_together(
         async with client.post(REWARD, json={"query": ["7"]}) as response:
             assert (response.status, response.headers["Retry-After"]) == (503, "1")
             assert await response.json() == {
-                "error": "30 bytes are being read, at most 40 may be; try again in 1 s"
+                "error": "30 bytes are being read, the limit is 40; try again in 1 s"
             }
         writer.close()
         await writer.wait_closed()
@@ -341,31 +341,31 @@ def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        (b"{", "the body is no JSON: "),
-        (b"[" * 100_000, "the body is no JSON: "),
-        (b'{"query": ["\xff"]}', "the body is no JSON: "),
-        (b"[1]", "the body has none of query, messages and answers, or several; expected an"),
-        (b'{"prompts": ["a"]}', "the body has none of query, messages and answers, or several;"),
+        (b"{", "the body is not JSON: "),
+        (b"[" * 100_000, "the body is not JSON: "),
+        (b'{"query": ["\xff"]}', "the body is not JSON: "),
+        (b"[1]", "the body must be an object with exactly one of query, messages"),
+        (b'{"prompts": ["a"]}', "the body must be an object with exactly one of query,"),
         (
             b'{"query": ["a"], "prompts": ["a"], "answers": ["a"]}',
-            "the body has none of query, messages and answers, or several; expected an object",
+            "the body must be an object with exactly one of query, messages and answers",
         ),
-        (b'{"messages": [{"role": "user"}]}', "messages[0]: is no text, wanted one"),
-        (b'{"query": "a"}', "query is no list, or an empty one; wanted one of texts"),
-        (b'{"query": []}', "query is no list, or an empty one; wanted one of texts"),
+        (b'{"messages": [{"role": "user"}]}', "messages[0]: is not a text"),
+        (b'{"query": "a"}', "query must be a list of at least one text"),
+        (b'{"query": []}', "query must be a list of at least one text"),
         (
             b'{"query": [' + b"0," * 65_536 + b"0]}",
-            "query has 65537 texts, at most 65536 may come at once",
+            "query has 65537 texts, expected at most 65536 per request",
         ),
-        (b'{"query": ["a", null]}', "query[1]: is no text, wanted one"),
-        (b'{"query": ["a", "\\ud800"]}', "query[1]: is no text, wanted one"),
+        (b'{"query": ["a", null]}', "query[1]: is not a text"),
+        (b'{"query": ["a", "\\ud800"]}', "query[1]: is not a text"),
         (
             b'{"query": ["", "a"]}',
             "query[1]: the text begins with 'a', expected one that the reward",
         ),
         (b'{"query": [""]}', "query[0]: the text has no token"),
-        (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts is no list of 1 prompts, wanted"),
-        (b'{"answers": ["a"]}', "prompts is no list of 1 prompts, wanted one for each text"),
+        (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts must be a list of 1 prompts,"),
+        (b'{"answers": ["a"]}', "prompts must be a list of 1 prompts, one for each text"),
         (b'{"prompts": [" "], "answers": ["a"]}', "answers[0]: 'prompt' is empty"),
         (b'{"prompts": ["a"], "answers": [3]}', "answers[0]: 'answer' is a number, wanted a text"),
         (
@@ -569,7 +569,7 @@ def test_only_who_has_the_key_is_answered(held: Held, header: str | None, status
     found, answer, health = served(held, work, KEY)
     assert (found, health) == (status, 200)
     assert answer == (
-        {"error": "no API key, or another one; expected Authorization: Bearer KEY"}
+        {"error": "the API key is missing or wrong; send Authorization: Bearer KEY"}
         if status == 401
         else {"rewards": [7.0], "scores": [7.0], "extra_logs": {}}
     )
@@ -615,19 +615,19 @@ def test_the_key_comes_from_the_environment_or_the_command_line(
     [
         (
             ["--host", "0.0.0.0"],
-            "--host is 0.0.0.0, which others may reach; expected an API key in",
+            "--host is 0.0.0.0, which other machines may reach; set an API key in",
         ),
         (
             ["--host", "::"],
-            "--host is ::, which others may reach; expected an API key in REWARD_AP",
+            "--host is ::, which other machines may reach; set an API key",
         ),
-        (["--host", ""], "--host is , which others may reach; expected an API key in REWARD_API_K"),
-        (["--host", "box"], "--host is box, which others may reach; expected an API key in"),
+        (["--host", ""], "--host is , which other machines may reach; set an API"),
+        (["--host", "box"], "--host is box, which other machines may reach; set an API key in"),
         (
             ["--api-key", ""],
-            "the API key is empty, or has spaces or more than ASCII; expected visible",
+            "the API key is empty or has characters other than visible ASCII;",
         ),
-        (["--api-key", "a b"], "the API key is empty, or has spaces or more than ASCII; expected"),
+        (["--api-key", "a b"], "the API key is empty or has characters other"),
     ],
 )
 def test_a_key_that_is_missing_or_none_gets_its_sentence(
@@ -721,18 +721,18 @@ def test_a_second_signal_ends_it_at_once(
 def test_an_address_that_cannot_be_had_gets_its_sentence(held: Held) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(Fault, match=rf"^127\.0\.0\.1:{port} cannot be had: .*in use"):
+        with pytest.raises(Fault, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"):
             asyncio.run(serve.serve(serve.Service(cast(Scorer, held)), "127.0.0.1", port))
 
 
 def test_a_host_that_can_have_no_address_gets_its_sentence(held: Held) -> None:
-    with pytest.raises(Fault, match=r"^a\.\.b:0 cannot be had: .*; wanted a free address"):
+    with pytest.raises(Fault, match=r"^cannot listen on a\.\.b:0: .*; expected a free"):
         asyncio.run(serve.serve(serve.Service(cast(Scorer, held)), "a..b", 0))
 
 
 def test_a_port_that_is_none_gets_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["serve", "--port", "70000"])
-    with pytest.raises(Fault, match="--port is 70000, wanted a number from 0 to 65535"):
+    with pytest.raises(Fault, match="--port is 70000, expected a number from 0 to 65535"):
         serve.main()
 
 
@@ -815,7 +815,7 @@ def test_several_processes_begin_with_a_folder_and_time_to_end(
 def test_processes_cannot_share_a_port_that_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
     monkeypatch.setattr("sys.argv", ["serve", "--port", "0"])
-    with pytest.raises(Fault, match=r"^--port is 0 for several processes, expected the port"):
+    with pytest.raises(Fault, match=r"^--port is 0, but several processes must share"):
         serve.start()
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -823,5 +823,5 @@ def test_processes_cannot_share_a_port_that_is_not_theirs(monkeypatch: pytest.Mo
         taken.listen()
         port = taken.getsockname()[1]
         monkeypatch.setattr("sys.argv", ["serve", "--port", f"{port}"])
-        with pytest.raises(Fault, match=rf"^127\.0\.0\.1:{port} cannot be had: .*in use"):
+        with pytest.raises(Fault, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"):
             serve.start()

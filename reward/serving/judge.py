@@ -1,11 +1,11 @@
-"""Judge any reward model on the test pairs and the test sets of this pipeline.
+"""Evaluate any reward model on the test pairs and test sets of this pipeline.
 
     python -m reward.serving.judge models/skywork data/tokenized
     python -m reward.judging.compare reports/judged/skywork workspace
 
-Takes the folder of a sequence classifier of one label, and what preprocess has made of the test
-sets. transformers loads the model, whose code never runs, and gives a reward to one text after the
-other, which the model's own chat template makes. Writes rewards and figures as evaluate does.
+FOLDER holds a sequence classifier with one label, and SETS is the output of preprocess.
+transformers loads the model without running any code from the folder. The model's own chat template
+renders the texts, which are scored one at a time. Writes rewards and figures as evaluate does.
 """
 
 import argparse
@@ -39,15 +39,15 @@ BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
 REPORTS = Path("reports/judged")
 FIGURES = "figures.json"
-# Those of params.yaml.
+# The defaults of params.yaml.
 RESAMPLING = Resampling(samples=2000, seed=0)
-# What a chat template prints for today's date.
+# What chat templates print as today's date.
 DATE = "2026-01-01"
 EXPECTED = "expected the folder of a sequence classifier, such as Qwen2ForSequenceClassification"
 
 
 class Judged(NamedTuple):
-    """The ids of a text as the model reads it, [tokens], and its reward."""
+    """The ids of a text as the model reads it, [tokens], and the text's reward."""
 
     ids: npt.NDArray[np.int32]
     reward: float
@@ -57,10 +57,10 @@ Answers = dict[tuple[str, int], Judged]
 
 
 class Judge:
-    """A reward model with its tokenizer and its chat template."""
+    """A reward model with its tokenizer and chat template."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises a Fault for what is not a classifier of one label that transformers loads."""
+        """Raises a Fault unless transformers can load the folder as a classifier with one label."""
         require_classifier(folder)
         logging.set_verbosity_error()
         try:
@@ -82,10 +82,10 @@ class Judge:
         self.folder, self.template = folder, chat_template(folder, self.tokenizer)
 
     def judge(self, answers: Dataset) -> Answers:
-        """The answers of a split, each once, by their prompt and number.
+        """Score every answer of a split once; the result is keyed by prompt and answer number.
 
-        Raises a Fault for one that the chat template cannot render, that is too long for the model,
-        or whose reward is not finite.
+        Raises a Fault if the chat template cannot render an answer, if it is too long for the model
+        or if its reward is not finite.
         """
         found = {}
         for row in watched(answers, f"judging by {self.folder}", "answers"):
@@ -95,12 +95,12 @@ class Judge:
         if broken := sum(not np.isfinite(each.reward) for each in found.values()):
             raise Fault(
                 f"{self.folder}: the rewards of {broken} of {len(found)} answers are not finite, "
-                f"expected a model that computes in {fast_dtype()}"
+                f"expected a model that can compute in {fast_dtype()}"
             )
         return found
 
     def ids(self, key: tuple[str, int], messages: list[dict[str, Any]]) -> list[int]:
-        """A conversation as the model's users give it, as ids."""
+        """The ids of a conversation, rendered with the model's own chat template."""
         tools = [tool for each in messages for tool in each.get(TOOLS, [])]
         try:
             found = self.tokenizer.apply_chat_template(
@@ -109,23 +109,23 @@ class Judge:
                 chat_template=self.template,
                 return_dict=False,
             )
-        except Exception as error:  # a template is a program, which may raise anything
+        except Exception as error:  # because a template is a program and may raise anything
             reason = " ".join(str(error).split())[:200]
             raise Fault(
-                f"{self.folder}: its chat template refuses answer {key[1]} of prompt {key[0]} "
+                f"{self.folder}: its chat template rejects answer {key[1]} of prompt {key[0]} "
                 f"({reason}), expected one that renders the test sets"
             ) from None
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most and len(found) > most:
             raise Fault(
-                f"{self.folder} reads at most {most} tokens, answer {key[1]} of prompt {key[0]} "
-                f"has {len(found)}; lower preprocess.max_length"
+                f"{self.folder} reads at most {most} tokens, but answer {key[1]} of prompt "
+                f"{key[0]} has {len(found)}; lower preprocess.max_length"
             )
         return list(found)
 
     @torch.no_grad()
     def reward(self, ids: list[int]) -> float:
-        """The reward of a text by itself, so that padding has no part in it."""
+        """The reward of a text in its own batch, so that padding cannot affect it."""
         row = torch.tensor([ids], device=device())
         return float(self.model(input_ids=row).logits[0, 0])
 
@@ -136,23 +136,23 @@ def main() -> None:
     require_output(output)
     torch.set_num_threads(processors())
     pairs = {options.sets / "test": tokenized.load(options.sets / "test", BASE)}
-    # Whether their prompts were trained on is known of the pipeline's own model alone.
+    # Leaked prompts are only known for the pipeline's own model.
     sets = [
         replace(each, notes=each.notes | {"leaked": 0})
         for each in load_sets(options.sets / "sets", BASE)
     ]
     pairs |= {options.sets / "sets" / each.name: each.pairs for each in sets}
     judge = Judge(options.model)
-    table, *further = [
+    table, *tables = [
         table_of(each, judge.judge(tokenized.answers(path, BASE))) for path, each in pairs.items()
     ]
     figures = measure(table, as_judged(table), RESAMPLING)
-    figures["sets"] = measure_sets(sets, further, RESAMPLING)
+    figures["sets"] = measure_sets(sets, tables, RESAMPLING)
     with whole_folder(output) as folder:
         with writing(folder):
             pyarrow.parquet.write_table(table, folder / "rewards.parquet")
             (folder / "sets").mkdir()
-            for each, rewards in zip(sets, further, strict=True):
+            for each, rewards in zip(sets, tables, strict=True):
                 pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
         write_json(folder / FIGURES, figures)
     report(figures, options.sets / "test")
@@ -170,7 +170,7 @@ def parse() -> argparse.Namespace:
         metavar="SETS",
         nargs="?",
         default=TOKENIZED,
-        help=f"what preprocess has made of the test sets ({TOKENIZED})",
+        help=f"output folder of preprocess, with the test sets ({TOKENIZED})",
     )
     parser.add_argument(
         "--output", type=Path, help=f"folder for rewards and figures ({REPORTS}/NAME)"
@@ -179,13 +179,13 @@ def parse() -> argparse.Namespace:
 
 
 def require_output(output: Path) -> None:
-    """Raises a Fault for a folder that would be overwritten, and that was not written here."""
+    """Raises a Fault for an existing folder that this module did not write."""
     if output.exists() and not (output / FIGURES).is_file():
         raise Fault(f"--output is {output}, which has other files, expected a new folder")
 
 
 def require_classifier(folder: Path) -> None:
-    """Raises a Fault unless a folder's configuration is that of a classifier of one label."""
+    """Raises a Fault unless a folder's configuration is that of a classifier with one label."""
     config = recorded(folder / "config.json")
     if not is_classifier(config):
         raise Fault(f"{folder} is a {', '.join(config.get('architectures') or ['?'])}, {EXPECTED}")
@@ -194,17 +194,17 @@ def require_classifier(folder: Path) -> None:
 
 
 def chat_template(folder: Path, tokenizer: Any) -> str:
-    """The chat template of a tokenizer, of several the default one."""
+    """The chat template of a tokenizer; the default one if there are several."""
     found = tokenizer.chat_template
     if isinstance(found, dict):
         found = found.get("default")
     if not found:
-        raise Fault(f"{folder} has no chat template, expected one, which makes texts of answers")
+        raise Fault(f"{folder} has no chat template, expected one that renders the answers")
     return dated(found, DATE)
 
 
 def table_of(pairs: Dataset, answers: Mapping[tuple[str, int], Judged]) -> pa.Table:
-    """The rewards of comparisons as evaluate has them; lengths are in tokens of the model."""
+    """The rewards of comparisons in evaluate's format; lengths count the model's own tokens."""
     j, k = (
         [answers[key] for key in zip(pairs[PROMPT_ID], pairs[name], strict=True)]
         for name in ANSWERS

@@ -1,4 +1,4 @@
-"""What waits for its rewards: bounded by tokens, scored in packs, in the order in which it came."""
+"""The queue of requests: limited by tokens and scored in packs, first come, first served."""
 
 import asyncio
 import math
@@ -14,14 +14,14 @@ from reward.process import Fault
 from reward.serving.metrics import Metrics
 from reward.serving.scorer import TOKENS_PER_PACK, Ids, Scorer
 
-# Tokens that wait at most, but for the last request: those of 2,000 texts of 2,048 tokens.
+# The most tokens that may wait before a request is refused: about 2,000 texts of 2,048 tokens.
 MOST = 1 << 22
-# What a pack's share of the measured rate is multiplied by at each later pack.
+# The decay, per pack, of the weight of earlier packs in the measured rate.
 FADING = 0.9
 
 
 class Full(Exception):
-    """No more may wait, in a sentence, and in how many seconds it may."""
+    """The queue is full: why, and the number of seconds after which to try again."""
 
     def __init__(self, sentence: str, seconds: int) -> None:
         super().__init__(f"{sentence}; try again in {seconds} s")
@@ -33,7 +33,7 @@ class Unscored(Exception):
 
 
 class Job:
-    """The texts of a request, and where their rewards are awaited."""
+    """The texts of a request and the future of their rewards."""
 
     def __init__(self, texts: list[Ids], prompts: Sequence[Hashable]) -> None:
         self.texts, self.prompts = texts, prompts
@@ -41,46 +41,46 @@ class Job:
         self.rewards: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
 
     def succeed(self, rewards: list[float]) -> None:
-        """Hand over the rewards, unless nobody waits for them any more."""
+        """Deliver the rewards, unless the request was cancelled."""
         if not self.rewards.done():
             self.rewards.set_result(rewards)
 
     def fail(self) -> None:
-        """The same with an error that says nothing of this machine."""
+        """Deliver an error without details of this machine, unless the request was cancelled."""
         if not self.rewards.done():
             self.rewards.set_exception(Unscored("the texts cannot be scored"))
 
 
 class Queue:
-    """Jobs, and the one thread that scores them."""
+    """The jobs, and the single thread that scores them."""
 
     def __init__(self, scorer: Scorer, metrics: Metrics) -> None:
-        # Of all jobs that have no rewards yet.
+        # The tokens of all jobs without rewards.
         self.tokens = 0
         self._scorer = scorer
         self._metrics = metrics
         self._waiting: OrderedDict[Job, None] = OrderedDict()
         self._arrived = asyncio.Event()
-        # Tokens, and seconds that they took, of the last packs.
+        # The tokens and the seconds of the last packs, with decaying weights.
         self._scored, self._took = 0.0, 0.0
 
     def require_room(self) -> None:
-        """Raises Full."""
+        """Raises Full if no more tokens may wait."""
         if self.tokens >= MOST:
-            raise Full(f"{self.tokens} tokens are waiting, at most {MOST} may", self.seconds())
+            raise Full(f"{self.tokens} tokens are waiting, the limit is {MOST}", self.seconds())
 
     def seconds(self) -> int:
-        """In how many seconds what waits now will be scored, at the rate of the last packs.
+        """The seconds until everything that waits is scored, at the rate of the last packs.
 
-        At least 1, which it also is as long as no pack was scored.
+        At least 1, and 1 before the first pack.
         """
         pace = self._took / self._scored if self._scored else 0.0
         return max(1, math.ceil(self.tokens * pace))
 
     async def rewards(self, texts: list[Ids], prompts: Sequence[Hashable]) -> list[float]:
-        """The reward of each text, in turn; what texts of equal prompts share is computed once.
+        """The reward of each text; the common prefix of texts with equal prompts is computed once.
 
-        Shapes [texts]. Raises Full, and Unscored. A caller that is cancelled leaves nothing behind.
+        Shapes [texts]. Raises Full and Unscored. If the caller is cancelled, its job is removed.
         """
         self.require_room()
         job = Job(texts, prompts)
@@ -99,18 +99,18 @@ class Queue:
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
-        """Score what waits, as long as the context lasts."""
+        """Score the waiting jobs while the context lasts."""
         pool = ThreadPoolExecutor(max_workers=1)
         task = asyncio.create_task(self._work(pool))
         try:
             yield
         finally:
             task.cancel()
-            # Beside this thread, which has to hear of a second signal.
+            # In another thread, because this one must react to a second signal.
             await asyncio.to_thread(pool.shutdown)
 
     async def _work(self, pool: ThreadPoolExecutor) -> None:
-        """Score what has come while the last texts were scored, as much as a pack holds."""
+        """Score the jobs that arrived during the last pack, as many at a time as fit in a pack."""
         while True:
             await self._arrived.wait()
             self._arrived.clear()
@@ -122,7 +122,7 @@ class Queue:
                 self._took = FADING * self._took + time.monotonic() - begin
 
     def _next(self) -> list[Job]:
-        """Take the jobs that have waited longest, as many as a pack holds, and at least one."""
+        """Take the jobs that have waited longest, as many as fit in a pack and at least one."""
         jobs: list[Job] = []
         room = TOKENS_PER_PACK
         while self._waiting:
@@ -135,13 +135,13 @@ class Queue:
         return jobs
 
     async def _score(self, pool: ThreadPoolExecutor, jobs: list[Job]) -> None:
-        """Score jobs together, and one by one where that fails: one must not fail the others."""
+        """Score jobs together or, if that fails, one by one, so that a bad one fails alone."""
         texts = [ids for job in jobs for ids in job.texts]
         prompts = [prompt for job in jobs for prompt in job.prompts]
         loop = asyncio.get_running_loop()
         try:
             rewards = iter(await loop.run_in_executor(pool, self._scorer.rewards, texts, prompts))
-        except Exception as error:  # of a model, or a bug
+        except Exception as error:  # from the model, or a bug
             if len(jobs) > 1:
                 for job in jobs:
                     await self._score(pool, [job])

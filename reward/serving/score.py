@@ -1,14 +1,15 @@
-"""Score prompts with answers by an exported reward model.
+"""Score prompts with answers with an exported reward model.
 
     python -m reward.serving.score data/raw/pairs.json --output rewards.jsonl
 
-Reads records with `prompt` and one `answer` or a list of `answers`, or preference pairs, in all the
-files that preprocess reads. Writes each record as it came with `rewards`, in the order of its
-answers (chosen, then rejected), `ranks`, 1 for the best, and `probabilities` to be the best. As
-Parquet the columns are `position` in its `file`, `record` as JSON text, and those three.
+Reads records with `prompt` and one `answer` or a list of `answers`, or preference pairs, in any
+file format that preprocess reads. Writes each record unchanged with three more keys, in the order
+of its answers (chosen, then rejected): `rewards`, `ranks` (1 is the best) and `probabilities` of
+being the best. A Parquet output has the columns `position`, `file` and `record` (as JSON text), and
+those three.
 
-Whatever stops it, the same command goes on where it was: rows wait in a journal beside the output.
-GPUs in sight share the work, a process each.
+If it is interrupted, run the same command again to continue: finished rows are kept in a journal
+beside the output. All visible GPUs share the work, with one process each.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from reward.serving.scorer import Misfit, Scorer, probabilities, ranks
 
 EXPORT = Path("models/export")
 ADDED = ("rewards", "ranks", "probabilities")
-# Of records and texts that are scored together; after a kill so much is done again.
+# The characters of records and texts that are scored together; a kill loses at most one batch.
 BATCH_CHARACTERS = 1 << 18
 ROWS = 1000
 SCHEMA = pa.schema(
@@ -59,7 +60,7 @@ Row = dict[str, Any]
 
 
 class Item(NamedTuple):
-    """A record as JSON text, its place, and the texts of its answers."""
+    """A record as JSON text, its position in its file, and the texts of its answers."""
 
     file: Path
     position: int
@@ -68,18 +69,18 @@ class Item(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where people find it."""
+        """The file and position, for messages."""
         return f"{self.file}: {unit(self.file)} {self.position}"
 
     @property
     def source(self) -> Row:
-        """What its row begins with."""
+        """The first columns of its row."""
         return {"file": str(self.file), "position": self.position, "record": self.record}
 
 
 @dataclass
 class Totals:
-    """What was read, and what of it was scored now, in how many seconds."""
+    """How much was read, how much of it was scored in this run, and in how many seconds."""
 
     prompts: int = 0
     texts: int = 0
@@ -120,21 +121,21 @@ def parse() -> argparse.Namespace:
 
 
 def require_output(output: Path, inputs: list[Path]) -> None:
-    """Raises a Fault for an output of another kind, and for one that is, or joins, the input."""
+    """Raises a Fault for an output with another ending, or one that would be read as input."""
     if output.suffix not in (".jsonl", ".parquet") or output.is_dir():
-        raise Fault(f"--output is {output}, wanted a file that ends in .jsonl or .parquet")
+        raise Fault(f"--output is {output}, expected a file that ends in .jsonl or .parquet")
     place = output.resolve()
     if {place, place.parent} & {path.resolve() for path in inputs}:
-        raise Fault(f"--output is {output}, among what is read; wanted another place")
+        raise Fault(f"--output is {output}, which is part of the input; choose another path")
 
 
 # --- scoring ---------------------------------------------------------------------------------
 
 
 def score_files(scorer: Scorer, paths: list[Path], journal: "Journal | None") -> Totals:
-    """Have all records of the files in the journal; those that are there are left as they are.
+    """Score all records that are not in the journal yet, and add them to it.
 
-    Of several processes the first one has the journal, the others help it with the packs.
+    Only the first of several processes has the journal; the others share the packs.
     """
     totals, start = Totals(), time.perf_counter()
     bar = tqdm(items(scorer, paths), desc="scored", unit=" prompts", disable=None)
@@ -152,7 +153,7 @@ def score_files(scorer: Scorer, paths: list[Path], journal: "Journal | None") ->
 
 
 def items(scorer: Scorer, paths: list[Path]) -> Iterator[Item]:
-    """The records of all files, rendered. Raises a Fault for a record that cannot be scored."""
+    """The rendered records of all files. Raises a Fault for a record that cannot be scored."""
     for path in paths:
         for position, record in read(path):
             try:
@@ -164,19 +165,19 @@ def items(scorer: Scorer, paths: list[Path]) -> Iterator[Item]:
 
 
 def as_text(record: Row) -> str:
-    """A record as JSON. Raises BadRecord where that would lose something."""
+    """A record as JSON. Raises BadRecord if that would lose something."""
     if taken := [name for name in ADDED if name in record]:
         raise BadRecord("taken_key", f"has the key {taken[0]!r}, which the output needs")
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (TypeError, ValueError) as error:
-        raise BadRecord("not_json", f"holds what JSON cannot: {error}") from None
+        raise BadRecord("not_json", f"cannot be written as JSON: {error}") from None
     return text
 
 
 def batches(found: Iterable[Item]) -> Iterator[list[Item]]:
-    """Lists of items of about BATCH_CHARACTERS each, the same ones at every run."""
+    """Lists of items of about BATCH_CHARACTERS each, the same in every run."""
     batch: list[Item] = []
     size = 0
     for item in found:
@@ -212,25 +213,25 @@ def scored(scorer: Scorer, batch: list[Item], totals: Totals) -> list[Row]:
 
 
 class Journal:
-    """A line that says which model scores, then a row for each record, in the order of the records.
+    """A file with a line that identifies the model, then a row for each record, in order.
 
-    Rows come in whole batches; what a kill left of the last one is cut off.
+    Rows are written in whole batches; a batch that a kill left incomplete is cut off.
     """
 
     def __init__(self, path: Path, file: BinaryIO, model: str) -> None:
-        """Reads from the beginning. Raises a Fault if the rows were scored by another model."""
+        """Raises a Fault if the rows were scored by another model."""
         self._path = path
         self._file = file
         file.seek(0)
-        first, wanted = file.readline(), as_line({"model": model})
+        first, expected = file.readline(), as_line({"model": model})
         if not first.endswith(b"\n"):
             self._cut(0)
-            self._write(wanted)
-        elif first != wanted:
-            raise Fault(f"{path} has rows that another model scored; {self._wanted('model')}")
+            self._write(expected)
+        elif first != expected:
+            raise Fault(f"{path} has rows that another model scored; {self._remedy('model')}")
 
     def holds(self, batch: list[Item]) -> bool:
-        """Whether the next rows are those of a batch. Raises a Fault for those of others."""
+        """Whether the next rows are those of a batch. Raises a Fault if they are of others."""
         start = self._file.tell()
         lines = [self._file.readline() for _ in batch]
         if not lines[-1].endswith(b"\n"):
@@ -239,8 +240,8 @@ class Journal:
         for item, line in zip(batch, lines, strict=True):
             if not line.startswith(as_line(item.source)[:-2]):
                 raise Fault(
-                    f"{item.place} is another record than the one that was scored in its place; "
-                    f"{self._wanted('input')}"
+                    f"{item.place} is not the record that was scored at this position; "
+                    f"{self._remedy('input')}"
                 )
         return True
 
@@ -248,12 +249,14 @@ class Journal:
         self._write(b"".join(map(as_line, rows)))
 
     def require_end(self) -> None:
-        """Raises a Fault if there are rows of further records."""
+        """Raises a Fault if there are rows beyond the last record."""
         if self._file.readline():
-            raise Fault(f"{self._path} has more rows than the input; {self._wanted('input')}")
+            raise Fault(
+                f"{self._path} has more rows than the input has records; {self._remedy('input')}"
+            )
 
     def rows(self) -> Iterator[Row]:
-        """All rows, from the first."""
+        """All rows, starting with the first."""
         self._file.seek(0)
         return map(json.loads, islice(self._file, 1, None))
 
@@ -268,15 +271,15 @@ class Journal:
             self._file.seek(place)
             self._file.truncate()
 
-    def _wanted(self, what: str) -> str:
-        return f"wanted the same {what}, or {self._path} removed to begin again"
+    def _remedy(self, what: str) -> str:
+        return f"use the same {what}, or remove {self._path} to start again"
 
 
 @contextmanager
 def journal_beside(output: Path, model: Path) -> Iterator[Journal]:
-    """The journal of an output that a model scores, removed when the output is there.
+    """The journal of an output, removed when the output is complete.
 
-    Raises a Fault where another process, or another model, is at work on it.
+    Raises a Fault if another process uses it, or if it was written with another model.
     """
     path = output.with_name(output.name + ".journal")
     with writing(path):
@@ -287,7 +290,7 @@ def journal_beside(output: Path, model: Path) -> Iterator[Journal]:
         try:
             yield Journal(path, file, digest(model / DIGESTS))
         finally:
-            # Closing tries again to write what did not fit.
+            # Closing the file retries a write that failed because the disk was full.
             with writing(path):
                 file.close()
         path.unlink()
@@ -295,7 +298,7 @@ def journal_beside(output: Path, model: Path) -> Iterator[Journal]:
 
 @contextmanager
 def alone(journal: Path, output: Path) -> Iterator[None]:
-    """No other process scores to an output; the lock file goes when this one is done."""
+    """Lock an output against other processes; the lock file is removed at the end."""
     lock = journal.with_name(journal.name + ".lock")
     try:
         with hold(lock):
@@ -304,11 +307,13 @@ def alone(journal: Path, output: Path) -> Iterator[None]:
             finally:
                 lock.unlink(missing_ok=True)
     except Timeout:
-        raise Fault(f"{journal} is in use: another process scores to {output}") from None
+        raise Fault(
+            f"{journal} is in use by another process that writes {output}; wait until it ends"
+        ) from None
 
 
 def publish(journal: Journal, output: Path) -> None:
-    """Write the output from the journal: whole, or not at all."""
+    """Write the output from the journal, completely or not at all."""
     partial = output.with_name(output.name + ".partial")
     write = as_parquet if output.suffix == ".parquet" else as_lines
     with writing(output):
@@ -343,12 +348,12 @@ def report(totals: Totals, output: Path) -> None:
     print(f"read       {totals.prompts} prompts with {totals.texts} texts")
     print(
         f"scored     {totals.scored} texts of {totals.tokens} tokens in {totals.seconds:.1f} s: "
-        f"{totals.scored / totals.seconds:.1f} texts/s; {before} were scored before"
+        f"{totals.scored / totals.seconds:.1f} texts/s; {before} were already scored"
     )
     print(f"written    {output}")
 
 
 if __name__ == "__main__":
-    parse()  # What is wrong with the command line is said before there are several processes.
+    parse()  # so that a bad command line is reported once, before there are several processes
     arguments = sys.argv[1:]
     run(lambda: distribute(main, "reward.serving.score", lambda gpus: gpus, arguments=arguments))

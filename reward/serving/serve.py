@@ -2,19 +2,18 @@
 
     python -m reward.serving.serve --port 5000
 
-POST /get_reward takes a JSON object with `query`: whole texts, which are scored with the ending of
-training, and whose `prompts`, if they are given too, say which of them begin alike. Or with
-`prompts` and `answers`, texts or lists of messages, which the model's own template renders. It
-answers with `rewards`, one a text. GET /health answers as long as the server does, GET /metrics
-tells Prometheus what was asked.
+POST /get_reward takes a JSON object in one of two forms. With `query`, a list of whole texts, each
+text is scored with the ending that it would have had in training; `prompts`, if given, tell the
+server which texts share a prompt. With `prompts` and `answers`, both texts or lists of messages,
+the model's own template renders them. The response has `rewards`, one for each text. GET /health
+responds as long as the server runs, and GET /metrics returns metrics for Prometheus.
 
-With an API key, in the environment variable REWARD_API_KEY or as --api-key, it answers those alone
-who send it: as `Authorization: Bearer KEY`, or as the password of `http://any:KEY@host`.
+With an API key, in the environment variable REWARD_API_KEY or as --api-key, the server only answers
+requests that send it, as `Authorization: Bearer KEY` or as the password of `http://any:KEY@host`.
 
-GPUs in sight have a process each, all behind the one port.
-
-What several clients ask for at once is scored together. The first SIGTERM or SIGINT ends the
-server when all that was accepted is answered, the second one at once.
+There is one process for each visible GPU; all of them share the port. Concurrent requests are
+scored together. The first SIGTERM or SIGINT ends the server after it has answered all accepted
+requests; a second one ends it at once.
 """
 
 import argparse
@@ -48,22 +47,22 @@ from reward.serving.queue import Full, Queue, Unscored
 from reward.serving.scorer import Ids, Misfit, Scorer
 
 EXPORT = Path("models/export")
-# Bytes and texts of a request, and bytes of all requests whose texts have no ids yet.
+# The most bytes and texts of a request, and the most bytes of all requests not tokenized yet.
 LARGEST, TEXTS, READING = 1 << 23, 1 << 16, 1 << 28
-# Requests whose texts are turned into ids at the same time.
+# The number of requests that are tokenized at the same time.
 READERS = 2
-# Connections that may wait to be accepted; the system grants as many as it allows.
+# The connections that may wait to be accepted; the system reduces this to its own limit.
 BACKLOG = (1 << 16) - 1
-# Seconds in which a body has to arrive, and in which all that was accepted is answered at the end.
+# The seconds in which a body must arrive, and in which accepted requests are answered at the end.
 PATIENCE, GRACE = 30.0, 3600.0
 
-# The environment variable of the API key: others on this machine see arguments.
+# The environment variable for the API key, because other users of the machine can see arguments.
 KEY = "REWARD_API_KEY"
 REWARD, HEALTH = "/get_reward", "/health"
-# The keys of a request that may hold its texts.
+# The keys of a request that can hold its texts.
 NAMES = ("query", "messages", "answers")
 
-# Headers of an error that say what to do about it.
+# Headers of an error that tell the client what to do.
 KEPT = ("Allow", "Retry-After", "WWW-Authenticate")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -79,7 +78,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line. Raises a Fault for what is no port or no key, and where one is needed."""
+    """The command line. Raises a Fault for a bad port or key, or if a key is needed and missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,35 +86,35 @@ def parse() -> argparse.Namespace:
         "--model", type=Path, default=EXPORT, help=f"folder of an exported model ({EXPORT})"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument(
-        "--port", type=int, default=5000, help="port; 0 for any that is free (5000)"
-    )
+    parser.add_argument("--port", type=int, default=5000, help="port; 0 means any free port (5000)")
     parser.add_argument(
         "--api-key",
         metavar="KEY",
         default=os.environ.get(KEY),
-        help=f"what clients have to send; better in {KEY}, because others here see arguments",
+        help=f"key that clients must send; {KEY} is safer, because other users can see arguments",
     )
     parser.add_argument(
-        "--without-api-key", action="store_true", help="answer anyone, on other addresses too"
+        "--without-api-key",
+        action="store_true",
+        help="answer everyone, even if other machines can reach the address",
     )
     options = parser.parse_args()
     if not 0 <= options.port < 1 << 16:
-        raise Fault(f"--port is {options.port}, wanted a number from 0 to 65535")
+        raise Fault(f"--port is {options.port}, expected a number from 0 to 65535")
     if options.api_key is not None and not re.fullmatch("[!-~]+", options.api_key):
         raise Fault(
-            "the API key is empty, or has spaces or more than ASCII; expected visible ASCII"
+            "the API key is empty or has characters other than visible ASCII; choose another key"
         )
     if options.api_key is None and not options.without_api_key and not is_local(options.host):
         raise Fault(
-            f"--host is {options.host}, which others may reach; expected an API key in {KEY}, or "
-            "--without-api-key"
+            f"--host is {options.host}, which other machines may reach; set an API key in {KEY}, "
+            "or pass --without-api-key"
         )
     return options
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -123,23 +122,23 @@ def is_local(host: str) -> bool:
 
 
 def raise_descriptors() -> None:
-    """Have this process open as many files, and so connections, as the system lets it."""
+    """Raise this process's limit of open files, and so of connections, as far as allowed."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # on macOS, where none may be unlimited
+    with suppress(OSError, ValueError):  # macOS rejects an unlimited number
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def serve(service: "Service", host: str, port: int, shared: bool = False) -> None:
-    """Answer until a signal comes, at an address that may be shared with other processes.
+    """Serve until a signal arrives; `shared` shares the address with other processes.
 
-    Raises a Fault where the address cannot be had.
+    Raises a Fault if the address cannot be bound.
     """
-    # With cancellation what a client that is gone has asked for is not scored.
+    # With cancellation, the texts of a client that has disconnected are not scored.
     runner = web.AppRunner(
         service.application(), access_log=None, shutdown_timeout=GRACE, handler_cancellation=True
     )
     await runner.setup()
-    with had(host, port):
+    with binding(host, port):
         await web.TCPSite(runner, host, port, backlog=BACKLOG, reuse_port=shared or None).start()
     ended, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -149,32 +148,32 @@ async def serve(service: "Service", host: str, port: int, shared: bool = False) 
     print(f"serving    http://{place}:{found}{REWARD}", flush=True)
     await ended.wait()
     await runner.cleanup()
-    if not shared:  # it knows nothing of the others
+    if not shared:  # a shared process does not know the numbers of the others
         print(f"stopped    {service.requests} requests with {service.texts} texts were answered")
 
 
 @contextmanager
-def had(host: str, port: int) -> Iterator[None]:
-    """Raises a Fault where an address cannot be had."""
+def binding(host: str, port: int) -> Iterator[None]:
+    """Raises a Fault if an address cannot be bound."""
     try:
         yield
-    except (OSError, UnicodeError) as error:  # no address, or a name that none can have
+    except (OSError, UnicodeError) as error:  # a bad address, or a host name that is not valid
         raise Fault(
-            f"{host}:{port} cannot be had: {getattr(error, 'strerror', error)}; wanted a free "
+            f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}; expected a free "
             "address of this machine"
         ) from None
 
 
 async def require_free(host: str, port: int) -> None:
-    """Raises a Fault for an address in use, which processes that share it would not notice."""
-    with had(host, port):
+    """Raises a Fault for an address in use, because processes that share it would not notice."""
+    with binding(host, port):
         server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
     server.close()
     await server.wait_closed()
 
 
 def end(ended: asyncio.Event, number: int) -> None:
-    """End in order, or, where that has begun, at once."""
+    """End in order at the first signal, at once at the second."""
     if ended.is_set():
         os._exit(128 + number)
     ended.set()
@@ -184,14 +183,14 @@ def end(ended: asyncio.Event, number: int) -> None:
 
 
 class Refused(Exception):
-    """What is wrong with a request, in a sentence."""
+    """A bad request: one sentence that says what is wrong."""
 
 
 class Service:
-    """The routes, and the queue behind them."""
+    """The routes and the queue behind them."""
 
     def __init__(self, scorer: Scorer, key: str | None = None) -> None:
-        """Without a key everyone is answered."""
+        """Without a key, everyone may send requests."""
         self.requests = self.texts = 0
         self._scorer = scorer
         self._key = key
@@ -214,7 +213,7 @@ class Service:
 
     @web.middleware
     async def counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Have requests for rewards in the metrics."""
+        """Count requests for rewards in the metrics."""
         begin = time.monotonic()
         response = await handler(request)
         if request.path == REWARD:
@@ -225,12 +224,12 @@ class Service:
 
     @web.middleware
     async def authorized(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answer those alone who have the key, where there is one; health is everyone's."""
+        """Require the key, if there is one, for everything except /health."""
         sent = sent_key(request.headers.get("Authorization", ""))
         if self._key is None or request.path == HEALTH or equal(sent, self._key):
             return await handler(request)
         raise web.HTTPUnauthorized(
-            text="no API key, or another one; expected Authorization: Bearer KEY",
+            text="the API key is missing or wrong; send Authorization: Bearer KEY",
             headers={"WWW-Authenticate": "Bearer"},
         )
 
@@ -262,9 +261,9 @@ class Service:
 
     @asynccontextmanager
     async def _body(self, request: web.Request) -> AsyncIterator[bytearray]:
-        """The body of a request, whose bytes count as long as the context lasts.
+        """The body of a request; its bytes count against READING while the context lasts.
 
-        Raises Full, Refused and the errors of HTTP for what does not arrive, or is too large.
+        Raises Full, Refused or an HTTP error if the body does not arrive or is too large.
         """
         body = bytearray()
         try:
@@ -275,12 +274,14 @@ class Service:
                             LARGEST, text=f"the body has more than {LARGEST} bytes"
                         )
                     if self._reading + len(part) > READING:
-                        sentence = f"{self._reading} bytes are being read, at most {READING} may be"
+                        sentence = f"{self._reading} bytes are being read, the limit is {READING}"
                         raise Full(sentence, self._queue.seconds())
                     body += part
                     self._reading += len(part)
         except TimeoutError:
-            raise web.HTTPRequestTimeout(text=f"no whole body came in {PATIENCE:g} s") from None
+            raise web.HTTPRequestTimeout(
+                text=f"the body did not arrive within {PATIENCE:g} s"
+            ) from None
         except web.RequestPayloadError as error:
             raise Refused(f"the body cannot be read: {error}") from None
         else:
@@ -295,9 +296,9 @@ class Service:
 
 
 def sent_key(header: str) -> str:
-    """The key that an Authorization header holds; empty where it holds none.
+    """The key in an Authorization header, or an empty string.
 
-    Trainers that send no header of their own send the password of their URL, as Basic.
+    Trainers that cannot set headers send the password in their URL, as Basic authentication.
     """
     scheme, _, content = header.partition(" ")
     if scheme.lower() == "bearer":
@@ -309,13 +310,13 @@ def sent_key(header: str) -> str:
 
 
 def equal(sent: str, key: str) -> bool:
-    """Whether two keys are equal, in a time that tells nothing of where they differ."""
+    """Whether two keys are equal, in a time that does not reveal where they differ."""
     return hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), key.encode())
 
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """What went wrong as {"error": sentence}."""
+    """Errors as JSON: {"error": sentence}."""
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -324,30 +325,27 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 def read(scorer: Scorer, body: bytearray) -> tuple[list[Ids], Sequence[Hashable]]:
-    """The ids of a request's texts, and what is equal for those that begin alike.
+    """The ids of a request's texts, and for each a value that is equal for equal prompts.
 
-    It is a hash of the prompt, so that the length of prompts takes no memory of the queue: where
-    two had the same, less would be computed once, and the rewards were right. Raises Refused.
+    The value is a hash of the prompt, so long prompts take no memory in the queue. If two prompts
+    had the same hash, less would be shared, but the rewards would still be right. Raises Refused.
     """
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is no JSON: {error}") from None
+        raise Refused(f"the body is not JSON: {error}") from None
     if not isinstance(content, dict) or len(names := [key for key in NAMES if key in content]) != 1:
-        raise Refused(
-            "the body has none of query, messages and answers, or several; expected an object "
-            "with one of them"
-        )
+        raise Refused("the body must be an object with exactly one of query, messages and answers")
     [name] = names
     texts: Any = content[name]
     prompts: Any = content.get("prompts")
     if not isinstance(texts, list) or not texts:
-        raise Refused(f"{name} is no list, or an empty one; wanted one of texts")
+        raise Refused(f"{name} must be a list of at least one text")
     if len(texts) > TEXTS:
-        raise Refused(f"{name} has {len(texts)} texts, at most {TEXTS} may come at once")
+        raise Refused(f"{name} has {len(texts)} texts, expected at most {TEXTS} per request")
     free = name != "answers" and prompts is None
     if not free and not (isinstance(prompts, list) and len(prompts) == len(texts)):
-        raise Refused(f"prompts is no list of {len(texts)} prompts, wanted one for each text")
+        raise Refused(f"prompts must be a list of {len(texts)} prompts, one for each text")
     try:
         if name == "answers":
             ids, asked = scorer.encode_pairs(prompts, texts)
@@ -359,12 +357,12 @@ def read(scorer: Scorer, body: bytearray) -> tuple[list[Ids], Sequence[Hashable]
 
 
 def whole_texts(texts: list[Any]) -> list[str]:
-    """The same. Raises Misfit for what is no text."""
+    """The texts unchanged. Raises Misfit for an item that is not text."""
     for index, text in enumerate(texts):
         try:
             text.encode()
         except (AttributeError, UnicodeEncodeError):
-            raise Misfit(index, "not_text", "is no text, wanted one") from None
+            raise Misfit(index, "not_text", "is not a text") from None
     return texts
 
 
@@ -372,7 +370,7 @@ def whole_texts(texts: list[Any]) -> list[str]:
 
 
 def start() -> None:
-    """Serve in this process, or in one for each GPU in sight, which count in a common folder.
+    """Serve in this process or in one for each visible GPU; they share a folder for the metrics.
 
     Raises a Fault for an address that several processes cannot share.
     """
@@ -384,7 +382,7 @@ def start() -> None:
         go()
         return
     if options.port == 0:
-        raise Fault("--port is 0 for several processes, expected the port that they share")
+        raise Fault("--port is 0, but several processes must share a port; choose one")
     asyncio.run(require_free(options.host, options.port))
     with TemporaryDirectory() as folder:
         os.environ |= {FOLDER: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{GRACE:.0f}"}
