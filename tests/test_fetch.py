@@ -502,7 +502,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
         ),
         "is already quantized (gptq), expected",
     ),
-    "Gemma 2": (of("gemma2", "Gemma2ForCausalLM"), "cannot be packed: Gemma2Attention has softcap"),
+    "Gemma 2": (of("gemma2", "Gemma2ForCausalLM"), "cannot be packed: Gemma2Attention uses softc"),
     "GPT-OSS": (
         of("gpt_oss", "GptOssForCausalLM", quantization_config={"quant_method": "mxfp4"}),
         "cannot be packed: GptOssAttention uses s_aux in its attention",

@@ -447,7 +447,7 @@ def test_a_bad_record_gets_its_sentence(
 def test_a_text_that_is_too_long_gets_its_sentence(fault: Callable[..., str]) -> None:
     write([{"prompt": "a", "answer": "b"}, {"prompt": "a", "answers": ["b", "1" * 3000]}])
     assert fault(INPUT, "--output", OUTPUT) == (
-        "in.jsonl: line 2: over_length: the text has 3007 tokens, at most 2040 fit the model"
+        "in.jsonl: line 2: over_length: the text has 3007 tokens, expected at most 2040"
     )
 
 

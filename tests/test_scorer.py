@@ -178,7 +178,7 @@ def test_conversations_go_through_the_chat_template(monkeypatch: pytest.MonkeyPa
 
 def test_the_first_text_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = Scorer(export_with(monkeypatch, max_length=5))
-    with pytest.raises(Misfit, match=r"^the text has 6 tokens, at most 5 fit the model$") as found:
+    with pytest.raises(Misfit, match=r"^the text has 6 tokens, expected at most 5$") as found:
         scorer.encode(["1", "12345", "123456", "1234567"])
     assert (found.value.index, found.value.reason) == (2, "over_length")
 
@@ -241,7 +241,7 @@ def test_a_token_of_another_model_at_the_end_is_refused(
     assert (found.value.index, found.value.reason) == (1, "ending")
     assert str(found.value) == (
         f"the text ends in {token!r}, expected the end of an answer, or a special token with "
-        "which the reward model's own tokenizer ends one"
+        "which the reward model's tokenizer ends answers"
     )
 
 
@@ -289,8 +289,8 @@ def test_a_whole_text_of_another_template_is_refused(
         scorer.encode_rendered([known, text])
     assert (found.value.index, found.value.reason) == (1, "template")
     assert str(found.value) == (
-        f"the text begins with {text[:40]!r}, expected one that the reward model's own template "
-        f"has rendered, as {shown}"
+        f"the text begins with {text[:40]!r}, expected one rendered with the reward model's own "
+        f"template, such as {shown}"
     )
 
 
@@ -441,17 +441,17 @@ TOOL = {"role": "tool", "content": "4"}
 def test_a_completion_that_cannot_be_scored_has_no_reward_and_the_first_one_a_warning() -> None:
     reward, lenient = reward_function(EXPORT, strict=True), reward_function(EXPORT)
     cases: list[tuple[Any, str]] = [
-        ("1" * 3000, "the text has 3008 tokens, at most 2040 fit the model"),
+        ("1" * 3000, "the text has 3008 tokens, expected at most 2040"),
         (" ", "the completion is empty"),
         ("<|im_end|>", "the completion is empty"),
         ([], "the completion is empty"),
         ([{"role": ASSISTANT, "content": None}], "the completion is empty"),
-        ([A, TOOL], "the completion ends in a message of the role 'tool'"),
+        ([A, TOOL], "the completion ends in a message with the role 'tool'"),
     ]
     bad = [completion for completion, _ in cases]
     once = (
-        r"^prompts\[1\] with its completion: the text has 3008 tokens, at most 2040 fit the model; "
-        "it has no reward, like later ones, of which nothing is said$"
+        r"^prompts\[1\] with its completion: the text has 3008 tokens, expected at most 2040; "
+        "its reward is None; there is no warning for later ones$"
     )
     with pytest.warns(UserWarning, match=once) as warned:
         found = lenient(["hi"] * (len(bad) + 2), ["yes", *bad, "no"])

@@ -361,7 +361,7 @@ def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
         (b'{"query": ["a", "\\ud800"]}', "query[1]: is not a text"),
         (
             b'{"query": ["", "a"]}',
-            "query[1]: the text begins with 'a', expected one that the reward",
+            "query[1]: the text begins with 'a', expected one rendered with",
         ),
         (b'{"query": [""]}', "query[0]: the text has no token"),
         (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts must be a list of 1 prompts,"),
@@ -370,7 +370,7 @@ def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
         (b'{"prompts": ["a"], "answers": [3]}', "answers[0]: 'answer' is a number, wanted a text"),
         (
             b'{"prompts": ["a", "b"], "answers": ["c", "' + b"1" * 3000 + b'"]}',
-            "answers[1]: the text has 3007 tokens, at most 2040 fit the model",
+            "answers[1]: the text has 3007 tokens, expected at most 2040",
         ),
     ],
 )

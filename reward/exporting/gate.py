@@ -1,6 +1,6 @@
-"""The gate of export: what its clients find must be what evaluate found.
+"""The gate of export: the clients' rewards must be those of evaluate.
 
-`run_clients` has them score with the folder in a fresh process, `measure` compares.
+`run_clients` lets the clients score with the folder in a new process; `measure` compares.
 """
 
 import json
@@ -33,9 +33,9 @@ ByClient = dict[str, dict[str, Figures]]
 
 
 def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProcess[str]:
-    """Run reward.exporting.clients on a request; what it finds is in `elsewhere`/found.parquet.
+    """Run reward.exporting.clients on a request; it writes `elsewhere`/found.parquet.
 
-    A base of the Hub is taken from the request's base, as if the Hub had been asked for it.
+    A base from the Hub is linked into a Hub cache, so no client downloads it.
     """
     hub_cache(elsewhere / "hub", Path(request.base))
     (elsewhere / "empty").mkdir()
@@ -58,7 +58,7 @@ def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProces
 
 
 def hub_cache(cache: Path, base: Path) -> None:
-    """A cache of the Hub that holds a base as the model and commit it came from."""
+    """Build a Hub cache that holds a base under the name and commit that it came from."""
     record = base_record(base)
     if record["kind"] != "hub":
         return
@@ -74,10 +74,10 @@ def hub_cache(cache: Path, base: Path) -> None:
 def select_pairs(
     lengths: npt.NDArray[np.integer], evaluated: Rewards, most: int, seed: int
 ) -> list[int]:
-    """The indices of at most `most` pairs, in ascending order, in which clients may well differ.
+    """The indices of at most `most` pairs, in ascending order, where differences are most likely.
 
-    A quarter are the longest, a quarter the closest in reward, and the rest are drawn. `lengths` is
-    [pairs], `evaluated` [pairs, 2].
+    A quarter of them are the longest pairs, a quarter those with the closest rewards, and the rest
+    are random. `lengths` is [pairs], `evaluated` [pairs, 2].
     """
     if len(lengths) <= most:
         return [*range(len(lengths))]
@@ -96,9 +96,9 @@ def rewards_of(table: pa.Table) -> Rewards:
 
 
 def measure(found: pa.Table, selected: Sequence[Client], evaluated: Rewards) -> dict[str, Any]:
-    """Figures of each client by the form of what it was given.
+    """The figures of each client for each form of its input.
 
-    Rewards of texts that end in eos are compared with those of packs of such texts. `evaluated` is
+    Rewards of texts that end in eos are compared with those of packs with eos. `evaluated` is
     [pairs, 2]. Clients that did not fit in memory are listed as left out.
     """
     of_ended = rows(found, PACKS, EOS)
@@ -126,12 +126,12 @@ def measure(found: pa.Table, selected: Sequence[Client], evaluated: Rewards) -> 
 
 
 def rows(found: pa.Table, client: Client, form: Form) -> pa.Table:
-    """What a client found in a form."""
+    """The rewards that a client found in a form."""
     return found.filter((pc.field(CLIENT) == client.name) & (pc.field(FORM) == form.name))
 
 
 def difference(found: pa.Table, expected: Rewards) -> Figures:
-    """How far the rewards of some pairs are from those expected of all; of none their number."""
+    """How far the rewards of some pairs are from the expected ones; without pairs, just a 0."""
     if not len(found):
         return {"pairs": 0}
     here, there = rewards_of(found), expected[found[PAIR].to_numpy()]

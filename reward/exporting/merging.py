@@ -1,7 +1,7 @@
-"""The merged model, written one weight after another: memory never holds more of it than one.
+"""The merged model, written one weight at a time, so that memory never holds more than one.
 
-LoRA is merged in fp32 into the numbers that the 4 bits of the base stand for. PEFT's merge into
-4 bits would quantize again, and the original weights are not what was trained: both change rewards.
+LoRA is merged in fp32 into the dequantized weights of the base. PEFT's merge would quantize the
+result again, and the original weights are not those of training: both would change the rewards.
 """
 
 import copy
@@ -25,10 +25,10 @@ from transformers.pytorch_utils import Conv1D
 from reward.model.base import head_of, silent_peft
 from reward.outputs import write_json, writing
 
-# The names of weights and index, and the most bytes of a file, as save_pretrained has them.
+# The names of weights and index and the largest file, as in save_pretrained.
 WEIGHTS, INDEX, SHARD = "model{suffix}.safetensors", "model.safetensors.index.json", "50GB"
 FORMAT = {torch.float32: "F32", torch.bfloat16: "BF16"}
-# Numbers that are converted to another type at a time.
+# How many numbers are converted to another dtype at a time.
 CHUNK = 1 << 22
 
 
@@ -39,20 +39,20 @@ def write_merged(
     folder: Path,
     shard: int | str = SHARD,
 ) -> None:
-    """Write configuration and weights of a classifier with LoRA and the head of an adapter in it.
+    """Write configuration and weights of a classifier with an adapter's LoRA and head merged in.
 
-    The files are those of save_pretrained, which begins another one where one would have more than
-    `shard` bytes. The weights are merged on the CPU; `model` is used up.
+    The files are those of save_pretrained, which starts another file where one would have more than
+    `shard` bytes. The weights are merged on the CPU; `model` cannot be used afterwards.
     """
     plain, model = skeleton(model, dtype), model.cpu()
-    # PEFT reads the trained head in the type of the one that is there.
+    # PEFT loads the trained head in the dtype of the existing one.
     head_of(model).float()
     with silent_peft():
         PeftModel.from_pretrained(model, adapter)
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name in plain.state_dict():
-            # A checkpoint may have other names than the model, and an expert a tensor of its own.
+            # A checkpoint may use other names than the model, and one tensor for each expert.
             yield from revert_weight_conversion(plain, {name: merged_weight(model, name)}).items()
 
     with writing(folder):
@@ -73,20 +73,20 @@ def write_merged(
 
 
 def skeleton(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A classifier without quantization and without numbers, on the device meta."""
+    """The classifier without quantization and without data, on the meta device."""
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     config.architectures, config.dtype = [type(model).__name__], str(dtype).removeprefix("torch.")
     with torch.device("meta"):
         plain = type(model)(config)
     cast(nn.Module, plain).to(dtype)
-    # By which the names of the checkpoint are found again.
+    # revert_weight_conversion needs this to find the names of the checkpoint.
     cast(Any, plain)._weight_conversions = getattr(model, "_weight_conversions", None)
     return plain
 
 
 def merged_weight(model: nn.Module, name: str) -> Tensor:
-    """A weight, by its name in the model without LoRA, with LoRA's share in it, in fp32 then."""
+    """The weight with this name in the model without LoRA; in fp32 if LoRA is merged into it."""
     place, _, kind = name.rpartition(".")
     module = model.get_submodule(place)
     if isinstance(module, ModulesToSaveWrapper):
@@ -99,7 +99,7 @@ def merged_weight(model: nn.Module, name: str) -> Tensor:
     if isinstance(module, LoraLayer) and kind == "weight":
         weight = with_adapter(module, weight.float())
     if isinstance(stored, Params4bit) and getattr(base, "source_cls", None) is Conv1D:
-        return weight.T  # GPT-2's own kind of linear layer, which 4 bits turn round
+        return weight.T  # because bitsandbytes stores GPT-2's Conv1D transposed
     return weight
 
 
@@ -120,7 +120,7 @@ def write_weights(
     dtype: torch.dtype,
     weights: Iterable[tuple[str, Tensor]],
 ) -> None:
-    """Write weights as they come, in any order, to the files of safetensors that have their shapes.
+    """Write weights, in any order, to safetensors files with the given names and shapes.
 
     The bytes are those of safetensors.torch.save_file
     (https://github.com/huggingface/safetensors#format), which needs all weights at once.
@@ -138,7 +138,7 @@ def write_weights(
 
 
 def write_header(path: Path, dtype: torch.dtype, shapes: dict[str, torch.Size]) -> dict[str, int]:
-    """Begin a file of safetensors; at which of its bytes each weight is to be written."""
+    """Write the header of a safetensors file; returns the byte offset of each weight."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places, end = {}, 0
     for name, shape in sorted(shapes.items()):

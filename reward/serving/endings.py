@@ -1,8 +1,8 @@
-"""What follows an answer in a whole text: exactly what followed it in training.
+"""The endings of whole texts, which become exactly those of training.
 
-A reward is read at the last token, and trainers send texts that end otherwise than those of
-training: as a policy samples them, with its end-of-sequence token or cut off before it, and without
-the line break that a chat template puts after it.
+A reward is read at the last token, but the texts that trainers send do not end like those of
+training. They end as the policy samples them: with an end-of-sequence token or cut off before it,
+and without the line break that a chat template puts after it.
 """
 
 import re
@@ -11,15 +11,15 @@ from functools import cached_property
 from reward.data.records import BadRecord
 from reward.data.tokens import MARK, Encoder
 
-# A special token as most tokenizers write theirs.
+# A special token in the format of most tokenizers.
 CONTROL = re.compile(r"<[|｜][^\s<>|｜]{1,80}[|｜]>\Z")
 
 
 class Endings:
     """The endings of whole texts under a template.
 
-    The special tokens that may end a text are those of the tokenizer, except those that the
-    template has only before an answer.
+    A text may end in any special token of the tokenizer, except those that the template only puts
+    before an answer.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -28,8 +28,8 @@ class Endings:
     def complete(self, text: str) -> str:
         """A whole text with what the template puts after an answer, however the text ends.
 
-        A text of nothing but endings is empty, and stays so. Raises BadRecord for one that ends in
-        a special token that ends no text of training.
+        If there is nothing but endings, the result is empty. Raises BadRecord for a text that ends
+        in a special token with which no text of training ends.
         """
         body = self.without(text)
         self._require_ending(body.rstrip())
@@ -42,7 +42,7 @@ class Endings:
         return body and body + self._after
 
     def without(self, text: str) -> str:
-        """A text without the special tokens at its end, and the white space after each of them."""
+        """A text without the special tokens at its end and the white space after them."""
         start = end = len(text)
         while True:
             while end and text[end - 1].isspace():
@@ -53,9 +53,9 @@ class Endings:
             start = end = end - len(token)
 
     def _require_ending(self, text: str) -> None:
-        """Raises BadRecord for a text that ends in a special token that is not among the ends.
+        """Raises BadRecord for a text that ends in another special token.
 
-        It may be the template's own where the answer is empty.
+        The token may be the template's own if the answer is empty.
         """
         others = self._encoder.special - self._ends
         found = next((token for token in others if text.endswith(token)), None)
@@ -65,7 +65,7 @@ class Endings:
             raise BadRecord(
                 "ending",
                 f"the text ends in {found!r}, expected the end of an answer, or a special token "
-                "with which the reward model's own tokenizer ends one",
+                "with which the reward model's tokenizer ends answers",
             )
 
     @cached_property
@@ -87,13 +87,13 @@ class Endings:
 
     @cached_property
     def _around(self) -> tuple[str, str]:
-        """What the template puts before an answer, and after it."""
+        """What the template puts before an answer and after it."""
         before, _, after = self._rendered(MARK).rpartition(MARK)
         return before, after
 
     @cached_property
     def _trims(self) -> bool:
-        """Whether the template leaves out the white space at the end of an answer."""
+        """Whether the template strips white space at the end of an answer."""
         return self._rendered(f"{MARK} ") == self._rendered(MARK)
 
     def _rendered(self, answer: str) -> str:

@@ -1,9 +1,10 @@
-"""What the template has before a prompt and before an answer, by which a whole text is known.
+"""The beginning of whole texts, by which a text of the wrong template is recognized.
 
-A text that another template has rendered, or none, has a reward that means nothing. A text template
-has the same words in every text. What a chat template has in every text is not said by its source,
-a program, so a few conversations of all kinds are rendered, and of what they have in common only
-special tokens count, and a word directly after one: the rest may depend on what is said.
+The reward of a text that another template has rendered, or none, means nothing. A text template
+puts the same words into every text. A chat template is a program, so its source does not show what
+all of its texts have in common. A few conversations of all kinds are therefore rendered, and of
+their common parts only special tokens count, with the word directly after one, because everything
+else may depend on the conversation.
 """
 
 import json
@@ -23,7 +24,7 @@ def call(name: str) -> dict[str, Any]:
 
 
 TOOL = {"name": "look_up", "description": "t", "parameters": {"type": "object", "properties": {}}}
-# No two prompts end alike, so that nothing that is said is taken for the template's.
+# All prompts end differently, so that no content is mistaken for a part of the template.
 PROMPTS: tuple[Messages, ...] = (
     (("user", "a"),),
     (("user", "b"),),
@@ -47,16 +48,16 @@ SHOWN = 40
 
 
 class Openings:
-    """What whole texts begin with under a template, and have before an answer."""
+    """What whole texts under a template begin with and have before an answer."""
 
     def __init__(self, encoder: Encoder, bos: str | None) -> None:
         self._encoder, self._bos = encoder, bos
 
     def complete(self, text: str) -> str:
-        """A whole text as the template begins one: white space before it goes, a missing bos comes.
+        """A whole text with the beginning of the template: no extra white space, and with bos.
 
-        Tokenizers that mark words by the space before them decode one after a bos. Raises BadRecord
-        for a text that the template cannot have made.
+        Tokenizers that mark words by the space before them decode a space after bos. Raises
+        BadRecord for a text that the template cannot have rendered.
         """
         if not text.strip():
             return text
@@ -69,14 +70,14 @@ class Openings:
             shown = " or ".join(repr("...".join((*parts, ""))) for parts in self._fixed)
             raise BadRecord(
                 "template",
-                f"the text begins with {text[:SHOWN]!r}, expected one that the reward model's own "
-                f"template has rendered, as {shown}",
+                f"the text begins with {text[:SHOWN]!r}, expected one rendered with the reward "
+                f"model's own template, such as {shown}",
             )
         return text
 
     @cached_property
     def _fixed(self) -> list[tuple[str, ...]]:
-        """What texts have in this order, from their beginning on: all of one of these."""
+        """Alternatives; a text has all parts of one of them in order, from its beginning."""
         if self._encoder.template.chat_template is not None:
             return [self._of_chats()]
         around = divide(self._encoder.template.template)
@@ -88,8 +89,8 @@ class Openings:
     def _of_chats(self) -> tuple[str, ...]:
         """The special tokens that all conversations begin with, and the last one before an answer.
 
-        To the latter belongs what follows it up to a white space. Without such a token the first
-        is empty, and the other one is left out.
+        The latter includes what follows it up to the next white space. Without special tokens, the
+        first part is empty and the second one is missing.
         """
         before = [self._before(*asked) for asked in product(PROMPTS, ANSWERS)]
         found = [text for text in before if text is not None]
@@ -100,7 +101,7 @@ class Openings:
         return (head, latest.split()[0]) if self._first(latest) else (head,)
 
     def _before(self, prompt: Messages, answer: Messages) -> str | None:
-        """What comes before the answer's words; None where the template does not render it."""
+        """The text before the answer's words; None if the template cannot render it."""
         try:
             before, _, _ = self._encoder.render(prompt, answer).rpartition(MARK)
         except BadRecord:
@@ -108,17 +109,17 @@ class Openings:
         return before
 
     def _first(self, text: str) -> str:
-        """The longest special token that a text begins with, or nothing."""
+        """The longest special token that a text begins with, or an empty string."""
         return max(filter(text.startswith, self._encoder.special), key=len, default="")
 
     def _from_last(self, text: str) -> str:
-        """A text from its last special token on; nothing where it has none."""
+        """A text from its last special token on, or an empty string if it has none."""
         place = max((text.rfind(token) for token in self._encoder.special), default=-1)
         return text[place:] if place >= 0 else ""
 
 
 def has(text: str, parts: tuple[str, ...]) -> bool:
-    """Whether a text begins with the first part and has the others after it, in their order."""
+    """Whether a text begins with the first part and has the others after it, in order."""
     first, *others = parts
     if not text.startswith(first):
         return False
@@ -131,7 +132,7 @@ def has(text: str, parts: tuple[str, ...]) -> bool:
 
 
 def common(texts: Sequence[str]) -> str:
-    """What all of some texts begin with: the two that are furthest apart in order decide."""
+    """The longest common prefix of texts: that of the first and the last in sorted order."""
     first, last = min(texts, default=""), max(texts, default="")
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     return "".join(mark for mark, _ in alike)

@@ -1,10 +1,10 @@
-"""An exported reward model that scores: prompts with answers in, rewards out.
+"""An exported reward model that scores answers to prompts.
 
     from reward.serving.scorer import reward_function
 
     trainer = GRPOTrainer(reward_funcs=reward_function("models/export"), ...)
 
-Template, ids, packs and passes are those of training and evaluation.
+Templates, ids, packs and forward passes are the same as in training and evaluation.
 """
 
 import math
@@ -25,16 +25,16 @@ from reward.process import Fault
 from reward.serving.endings import Endings
 from reward.serving.openings import Openings
 
-# The most tokens of one pack: memory depends on it, rewards to rounding only.
+# The most tokens of a pack; it affects memory, and rewards only by rounding.
 TOKENS_PER_PACK = 4096
-# Why TRL's reward function may leave out a completion.
+# The reasons for which TRL's reward function may leave out a completion.
 UNSCORABLE = {"no_answer", "over_length"}
 
 Ids = list[int]
 
 
 class Misfit(BadRecord):
-    """A text that cannot be scored, by its index among those that came with it."""
+    """A text that cannot be scored, with its index in the request."""
 
     def __init__(self, index: int, reason: str, sentence: str) -> None:
         super().__init__(reason, sentence)
@@ -45,7 +45,7 @@ class Scorer:
     """An exported reward model with its template and tokenizer."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises a Fault for a folder that is no whole export."""
+        """Raises a Fault unless the folder is a complete export."""
         self._folder = folder
         self._model = load_exported(folder)
         self._template = Template.load(folder / "template.json")
@@ -55,28 +55,28 @@ class Scorer:
         self._openings, self._endings = Openings(self._encoder, bos), Endings(self._encoder)
 
     def render(self, asked: Candidates) -> list[str]:
-        """The text of a prompt with each answer. Raises BadRecord where the template cannot."""
+        """A prompt's text with each answer. Raises BadRecord if the template cannot render it."""
         return [self._encoder.render(asked.prompt, answer) for answer in asked.answers]
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, as in training.
 
-        Raises Misfit for the first text that has none, or more than a text of training may have.
+        Raises Misfit for the first text that has no ids, or more than texts of training may have.
         """
         found, most = self._encoder.encode(texts), self._template.max_length
         for index, ids in enumerate(found):
             if not ids:
                 raise Misfit(index, "empty", "the text has no token")
             if len(ids) > most:
-                sentence = f"the text has {len(ids)} tokens, at most {most} fit the model"
+                sentence = f"the text has {len(ids)} tokens, expected at most {most}"
                 raise Misfit(index, "over_length", sentence)
         return found
 
     def encode_rendered(self, texts: Sequence[str]) -> list[Ids]:
-        """The same for whole texts, with or without the tokenizer's special tokens around them.
+        """The ids of whole texts, with or without the tokenizer's special tokens around them.
 
-        Each gets what the template puts after an answer, whatever it ends in. Raises Misfit also
-        for the first one that the template cannot have rendered.
+        Each text gets the template's ending, however it ends. Raises Misfit for the first text that
+        the template cannot have rendered or that `encode` rejects.
         """
         whole = []
         for index, text in enumerate(texts):
@@ -90,10 +90,10 @@ class Scorer:
     def encode_pairs(
         self, prompts: Sequence[Any], answers: Sequence[Any]
     ) -> tuple[list[Ids], list[Messages]]:
-        """The ids of each prompt with its answer, and the prompt as messages.
+        """The ids of each prompt with its answer, and the prompts as messages.
 
-        Prompts and answers are texts or lists of messages; special tokens at the end of an answer
-        do not belong to it. Raises Misfit for the first bad one.
+        Prompts and answers are texts or lists of messages. Special tokens at the end of an answer
+        are removed. Raises Misfit for the first pair that cannot be scored.
         """
         texts, asked = [], []
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -115,10 +115,10 @@ class Scorer:
         return answer
 
     def rewards(self, texts: Sequence[Ids], prompts: Sequence[Hashable]) -> list[float]:
-        """The reward of each text; what texts of equal prompts begin with is computed once.
+        """The reward of each text; the common prefix of texts with equal prompts is computed once.
 
-        Shapes [texts]. Equal texts of a prompt have equal rewards, which rounding could tell apart.
-        Raises a Fault for rewards that are not finite.
+        Shapes [texts]. Equal texts of a prompt are scored once, so that rounding cannot make their
+        rewards differ. Raises a Fault if rewards are not finite.
         """
         groups: dict[Hashable, dict[tuple[int, ...], list[int]]] = {}
         for place, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
@@ -128,7 +128,7 @@ class Scorer:
         if broken := sum(not math.isfinite(reward) for reward in scored):
             raise Fault(
                 f"{self._folder}: the rewards of {broken} of {len(scored)} texts are not finite; "
-                "quantization.compute_dtype float32 has the widest range"
+                "train and export with quantization.compute_dtype float32"
             )
         found = [0.0] * len(texts)
         distinct = (places for group in groups.values() for places in group.values())
@@ -139,7 +139,7 @@ class Scorer:
 
 
 def ranks(rewards: Sequence[float]) -> list[int]:
-    """The rank of each reward, 1 for the highest; equal ones share the better rank.
+    """The rank of each reward, 1 for the highest; equal rewards share the better rank.
 
     [0.5, 2.0, 0.5] gives [2, 1, 2].
     """
@@ -150,10 +150,10 @@ def ranks(rewards: Sequence[float]) -> list[int]:
 
 
 def probabilities(rewards: Sequence[float], temperature: float) -> list[float]:
-    """The probability of each answer to be the best of its prompt.
+    """The probability of each answer of being the best for its prompt.
 
-    The softmax of rewards / temperature, the first choice of Plackett-Luce; of two answers that is
-    the probability of Bradley and Terry. [log 3, 0] gives [0.75, 0.25] at temperature 1.
+    This is the softmax of rewards / temperature: the first choice in the Plackett-Luce model, and
+    with two answers the Bradley-Terry model. [log 3, 0] gives [0.75, 0.25] at temperature 1.
     """
     from scipy.special import softmax
 
@@ -167,9 +167,9 @@ def reward_function(
     """An exported reward model as a function for TRL's `reward_funcs`.
 
     Prompts and completions are texts or lists of messages, which the model's own template renders.
-    A completion that is empty, too long, or ends in another message than the assistant's gets None,
-    which TRL leaves out, and the first one a warning; it is a Fault if `strict`. The function
-    raises a Fault for whatever else it cannot render.
+    A completion that is empty, too long or does not end in a message of the assistant gets the
+    reward None, which TRL ignores; the first one causes a warning. If `strict`, it is a Fault
+    instead. The function raises a Fault for anything else that it cannot render.
     """
     scorer, warned = Scorer(Path(folder)), False
 
@@ -187,7 +187,7 @@ def reward_function(
                 if strict or error.reason not in UNSCORABLE:
                     raise Fault(said) from None
                 if not warned:
-                    others = "it has no reward, like later ones, of which nothing is said"
+                    others = "its reward is None; there is no warning for later ones"
                     warnings.warn(f"{said}; {others}", stacklevel=2)
                     warned = True
         found = scorer.rewards(*zip(*kept.values(), strict=True)) if kept else []
@@ -199,11 +199,11 @@ def reward_function(
 
 
 def require_answer(completion: Any) -> None:
-    """Raises BadRecord `no_answer` for a completion without words, or calls, of the assistant's."""
+    """Raises BadRecord `no_answer` for a completion without text or tool calls of the assistant."""
     last = completion[-1] if isinstance(completion, list) and completion else completion
     if isinstance(last, dict) and last.get("role") != "assistant":
         role = last.get("role")
-        raise BadRecord("no_answer", f"the completion ends in a message of the role {role!r}")
+        raise BadRecord("no_answer", f"the completion ends in a message with the role {role!r}")
     said = (last.get("content") or last.get("tool_calls")) if isinstance(last, dict) else last
     if not said or (isinstance(said, str) and not said.strip()):
         raise BadRecord("no_answer", "the completion is empty")
