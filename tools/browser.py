@@ -1,4 +1,4 @@
-"""A headless Chromium to test a page with: what it shows, logs, and asks of the network."""
+"""A headless Chromium for testing pages: what they show and log, and which URLs they request."""
 
 import asyncio
 import base64
@@ -18,11 +18,11 @@ CHROMIUM = next(
 
 
 class Browser:
-    """Chromium over its DevTools protocol. `errors` and `requests` are what went wrong, or out."""
+    """Chromium over its DevTools protocol; `errors` and `requests` collect the page's own."""
 
     def __init__(self, profile: Path) -> None:
         if CHROMIUM is None:
-            raise FileNotFoundError("no Chromium here")
+            raise FileNotFoundError("Chromium is not installed")
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.numbers = count(1)
@@ -78,14 +78,14 @@ class Browser:
         return self.loop.run_until_complete(self._send(method, **arguments))
 
     def run(self, script: str) -> Any:
-        """The value of a script in the page."""
+        """Run a script in the page and return its value."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"])
         return found["result"].get("value")
 
     def open(self, path: Path, width: int = 1280, height: int = 800, dark: bool = False) -> None:
-        """Show a file, in a window of this size."""
+        """Open a file in a window of this size and wait until it is loaded."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -100,7 +100,7 @@ class Browser:
             pass
 
     def press(self, key: str) -> None:
-        """A key, as a keyboard would have it."""
+        """Press and release a key."""
         text = {"text": key} if len(key) == 1 else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
@@ -123,10 +123,10 @@ class Browser:
 
 
 def address(profile: Path) -> str:
-    """Where Chromium listens, which it writes to its profile: port and path, a line each."""
+    """The WebSocket URL of Chromium, which writes port and path to a file in its profile."""
     for _ in range(300):
         with suppress(FileNotFoundError, ValueError):
             port, path = (profile / "DevToolsActivePort").read_text().split("\n")
             return f"ws://127.0.0.1:{port}{path}"
         time.sleep(0.1)
-    raise RuntimeError("Chromium does not listen")
+    raise RuntimeError("Chromium did not start within 30 s")

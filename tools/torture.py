@@ -1,13 +1,14 @@
-"""Kill the pipeline at random moments, start it again, and see whether anything was lost.
+"""Kill the pipeline at random moments, run it again, and check that nothing was lost.
 
 make torture
 
-In copies of a fresh clone, the training of the embedded default is killed, once in each copy: the
-trainer, one of the processes that it has started, DVC, or all of their process group, by SIGINT,
-SIGTERM or SIGKILL, under `dvc repro` and all kinds of `dvc exp run`, in every phase of the work, in
-one, two or four processes. The same command is then given again, for another number of processes,
-and must end with the bytes of a run in one process that nobody disturbed. Prints a table and writes
-it to benchmarks/results/torture.md. Linux only; 40 kills in one process took 25 minutes on 2 cores.
+Each case kills the training of the embedded model once, in its own copy of a fresh clone. The
+victim is the trainer, one of the processes that it has started, DVC, or their whole process group.
+The signal is SIGINT, SIGTERM or SIGKILL, and the command is `dvc repro` or any kind of `dvc exp
+run`, with one, two or four processes. The kills cover every phase of the work. Then the same
+command runs again with another number of processes, and must end with the same bytes as an
+undisturbed run in one process. Prints a table and writes it to benchmarks/results/torture.md. Linux
+only; 40 kills of single-process runs took 25 minutes on 2 cores.
 """
 
 import argparse
@@ -40,7 +41,7 @@ PHASES = ("loading", "steps", "checkpoint", "outs", "commit")
 VICTIMS = ("trainer", "rank", "dvc", "group")
 PROCESSES = (1, 2, 4)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-# DVC passes over a SIGINT that is sent to it alone while a stage runs.
+# While a stage runs, DVC ignores a SIGINT that is sent only to DVC.
 EVERY = [
     (phase, victim, number)
     for phase, victim, number in product(PHASES, VICTIMS, SIGNALS)
@@ -52,7 +53,7 @@ MODES = {
     "dvc exp run --temp": [["exp", "run", "--temp", "train"]],
     "dvc exp run --queue": [["exp", "run", "--queue", "train"], ["queue", "start"]],
 }
-# Short enough for many runs, long enough to be hit everywhere; several packs a step.
+# Short enough for many runs, and long enough to be killed in every phase; several packs per step.
 TRAIN = {"max_steps": 40, "logging_steps": 5, "eval_steps": 40, "save_steps": 5}
 TRAIN |= {"pairs_per_step": 8, "tokens_per_pack": 400}
 STEPS = [*range(TRAIN["save_steps"], TRAIN["max_steps"] + 1, TRAIN["save_steps"])]
@@ -62,14 +63,14 @@ SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 
 
 class Failure(Exception):
-    """What went wrong in one case, in a sentence."""
+    """One sentence that says what went wrong in a case."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kill: in which phase of which command, of whom, by what.
+    """One kill: the phase, the command, the victim and the signal.
 
-    `processes` are those before it and after it.
+    `processes` are the numbers of processes before and after the kill.
     """
 
     number: int
@@ -87,7 +88,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What came of a case. `at` is the last checkpoint's step at the kill, None without one."""
+    """The outcome of a case. `at` is the step of the last checkpoint before the kill, if any."""
 
     case: Case
     at: int | None = None
@@ -101,16 +102,16 @@ class Outcome:
 def main() -> None:
     options = parse()
     if ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0):
-        sys.exit("prctl failed, wanted Linux")
+        sys.exit("prctl failed; run this on Linux")
     draw = random.Random(options.seed)
     with TemporaryDirectory(prefix="torture-") as scratch:
         prepared = prepare(Path(scratch) / "prepared")
-        wanted, loading, commit = undisturbed(prepared, Path(scratch) / "undisturbed")
+        expected, loading, commit = undisturbed(prepared, Path(scratch) / "undisturbed")
         print(f"undisturbed: loading {loading:.1f} s, commit {commit:.1f} s", flush=True)
         outcomes = []
         for case in cases(options.kills, draw):
             delays = {"loading": loading, "commit": commit}
-            outcome = suffer(case, prepared, Path(scratch), wanted, delays, draw)
+            outcome = run_case(case, prepared, Path(scratch), expected, delays, draw)
             outcomes.append(outcome)
             verdict = "; ".join(outcome.failures) or "same bytes"
             print(f"{case.number:>3} {case}, checkpoint {outcome.at}: {verdict}", flush=True)
@@ -125,21 +126,23 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=len(EVERY), help="cases, of all kinds alike")
-    parser.add_argument("--seed", type=int, default=0, help="of moments, victims and commands")
+    parser.add_argument("--kills", type=int, default=len(EVERY), help="number of kills")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random moments, victims and commands"
+    )
     options = parser.parse_args()
     if options.kills < 1:
-        parser.error(f"--kills is {options.kills}, wanted at least 1")
+        parser.error(f"--kills is {options.kills}, expected at least 1")
     return options
 
 
 def cases(count: int, draw: random.Random) -> Iterator[Case]:
-    """Phases, victims, signals and commands in random order, all about equally often."""
+    """Random cases, in which all phases, victims, signals and commands are about as frequent."""
     kinds, modes = cycle(draw.sample(EVERY, len(EVERY))), cycle(draw.sample([*MODES], len(MODES)))
     for number, (phase, victim, deadly), mode in zip(
         range(1, count + 1), kinds, modes, strict=False
     ):
-        # By the time of DVC's commit the trainer has ended.
+        # When DVC commits the outputs, the trainer has already ended.
         ended = phase == "commit" and victim in ("trainer", "rank")
         who = draw.choice(("dvc", "group")) if ended else victim
         before = draw.choice(PROCESSES[1:] if who == "rank" else PROCESSES)
@@ -151,7 +154,7 @@ def cases(count: int, draw: random.Random) -> Iterator[Case]:
 
 
 def prepare(folder: Path) -> Path:
-    """A clone in which everything before the training is done, committed to git."""
+    """A clone in which every stage before the training has run, committed to git."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     yaml, path = YAML(), folder / "params.yaml"
     content = yaml.load(path)
@@ -180,9 +183,9 @@ def prepare(folder: Path) -> Path:
 
 
 def environment(processes: int = 1) -> dict[str, str]:
-    """That of a user who has activated the virtual environment.
+    """The environment of a user who has activated the virtual environment.
 
-    Bytes may depend on the number of threads, so that each process has one.
+    The bytes may depend on the number of threads, so each process has one.
     """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "GIT_"))}
     kept |= {"PET_NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1"}
@@ -190,7 +193,7 @@ def environment(processes: int = 1) -> dict[str, str]:
 
 
 class Project:
-    """A copy of the prepared clone, and what runs in it."""
+    """A copy of the prepared clone and the processes that run in it."""
 
     def __init__(self, prepared: Path, folder: Path, mode: str) -> None:
         self.folder, self.mode = folder, mode
@@ -200,12 +203,12 @@ class Project:
         self.command: subprocess.Popen[bytes] | None = None
 
     def start(self, processes: int = 1) -> None:
-        """Give the command of the mode; its last part runs on, its output goes to the log."""
+        """Run the commands of the mode, the last one in the background; it writes to the log."""
         *first, last = MODES[self.mode]
         for arguments in first:
             self.call("dvc", *arguments)
         here, there = pty.openpty()
-        termios.tcsetwinsize(there, (24, 120))  # a terminal of no width is shown no progress
+        termios.tcsetwinsize(there, (24, 120))  # progress bars need a width
         self.command = subprocess.Popen(
             ["dvc", *last],
             cwd=self.folder,
@@ -228,7 +231,7 @@ class Project:
         return done.stdout
 
     def output(self) -> str:
-        """What was printed since the last `forget`, by tasks of the queue too."""
+        """What was printed since the last `forget`, including by tasks in DVC's queue."""
         return "\n".join(
             path.read_text(encoding="utf-8", errors="replace")[self.seen.get(path, 0) :]
             for path in self.logs()
@@ -243,7 +246,7 @@ class Project:
         return [path for path in found if path.exists()]
 
     def processes(self) -> list[psutil.Process]:
-        """All that run in the folder, or below it."""
+        """All processes whose working directory is in the folder."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -253,7 +256,7 @@ class Project:
         return found
 
     def trainers(self) -> list[psutil.Process]:
-        """The processes that DVC has started, without those that these have started."""
+        """The training processes that DVC has started, without their children."""
         found = self.training()
         return [each for each in found if each.ppid() not in {other.pid for other in found}]
 
@@ -266,12 +269,12 @@ class Project:
         return found
 
     def working(self) -> bool:
-        """Whether the command, or the queue's worker, still runs."""
+        """Whether the command or the queue's worker is still running."""
         reap(self.command)
         return bool(self.processes())
 
     def checkpoints(self) -> list[int]:
-        """The steps of whole checkpoints."""
+        """The steps of complete checkpoints, in ascending order."""
         found = self.folder.glob("models/checkpoints/*/step-*[0-9]")
         return sorted(int(path.name.removeprefix("step-")) for path in found)
 
@@ -282,7 +285,7 @@ class Project:
         return any(self.folder.glob("models/checkpoints/*/finished.json"))
 
     def recorded(self) -> str:
-        """The outs of train in the last dvc.lock of this project, or of its experiments."""
+        """The outs of train in the last dvc.lock of this project or its experiments."""
         revisions = self.call("git", "for-each-ref", "--format=%(objectname)", "refs/exps").split()
         locks = [(self.folder / "dvc.lock").read_text(encoding="utf-8")]
         locks += [self.call("git", "show", f"{revision}:dvc.lock") for revision in revisions]
@@ -300,7 +303,7 @@ class Project:
 
 
 def copy(terminal: int, log: Path) -> None:
-    """Append what a terminal shows to a file, until nobody writes there any more."""
+    """Append what is written to a terminal to a file, until all writers have closed it."""
     with log.open("ab", buffering=0) as file, suppress(OSError):
         while content := os.read(terminal, 1 << 16):
             file.write(content)
@@ -308,12 +311,12 @@ def copy(terminal: int, log: Path) -> None:
 
 
 def interruptible() -> None:
-    """A shell's background job would ignore SIGINT."""
+    """Restore SIGINT, which a background job of a shell would ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def reap(command: "subprocess.Popen[bytes] | None") -> None:
-    """Wait for ended processes as process 1 would, which orphans go to otherwise."""
+    """Reap ended children, orphans included, as process 1 does for other programs."""
     if command:
         command.poll()
     for child in psutil.Process().children():
@@ -323,16 +326,16 @@ def reap(command: "subprocess.Popen[bytes] | None") -> None:
 
 
 def wait(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
-    """Until the condition holds. Raises a Failure after too long."""
+    """Wait until the condition holds. Raises a Failure after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise Failure(f"waited {seconds:.0f} s in vain for {what}")
+            raise Failure(f"timed out after {seconds:.0f} s waiting for {what}")
         time.sleep(0.001)
 
 
 def undisturbed(prepared: Path, folder: Path) -> tuple[str, float, float]:
-    """Outs of a run that nobody disturbs, and how long it takes to load and to commit."""
+    """The outs of an undisturbed run, and the seconds that it takes to load and to commit."""
     project = Project(prepared, folder, "dvc repro")
     project.start()
     wait(project.trainers, "the trainer")
@@ -343,23 +346,23 @@ def undisturbed(prepared: Path, folder: Path) -> tuple[str, float, float]:
     begun = time.monotonic()
     wait(lambda: not project.working(), "DVC's end")
     commit = time.monotonic() - begun
-    wanted = project.recorded()
+    outs = project.recorded()
     project.remove()
-    return wanted, loading, commit
+    return outs, loading, commit
 
 
 # --- one case --------------------------------------------------------------------------------
 
 
-def suffer(
+def run_case(
     case: Case,
     prepared: Path,
     scratch: Path,
-    wanted: str,
+    expected: str,
     delays: dict[str, float],
     draw: random.Random,
 ) -> Outcome:
-    """Kill, start again, and look. A moment that was missed is tried again, in a new copy."""
+    """Kill, run again and compare. If the phase was missed, try again in a new copy."""
     for attempt in range(ATTEMPTS):
         outcome = Outcome(case)
         project = Project(prepared, scratch / f"case-{case.number}-{attempt}", case.mode)
@@ -368,19 +371,19 @@ def suffer(
             if kill(
                 project, outcome, {name: each * 0.8**attempt for name, each in delays.items()}, draw
             ):
-                start_again(project, outcome, wanted)
+                run_again(project, outcome, expected)
                 return outcome
         except Failure as failure:
             outcome.failures.append(f"{failure} ({project.output()[-600:]})")
             return outcome
         finally:
             project.remove()
-    outcome.failures.append(f"its moment was missed {ATTEMPTS} times")
+    outcome.failures.append(f"the phase was missed {ATTEMPTS} times")
     return outcome
 
 
 def kill(project: Project, outcome: Outcome, delays: dict[str, float], draw: random.Random) -> bool:
-    """Send the signal in the phase of the case; whether the phase was met."""
+    """Send the signal in the phase of the case; False if the phase was missed."""
     case = outcome.case
     wait(project.trainers, "the trainer")
     trainer = project.trainers()[0]
@@ -406,7 +409,7 @@ def kill(project: Project, outcome: Outcome, delays: dict[str, float], draw: ran
     outcome.at = max(project.checkpoints(), default=None)
     if reached := re.findall(r"training:.*?(\d+)/\d+ \[", project.output()):
         outcome.repeated = max(0, int(reached[-1]) - (outcome.at or 0))
-    wait(lambda: not project.training(), "the training to end: an orphan runs on", 20)
+    wait(lambda: not project.training(), "the training to end; a process was orphaned", 20)
     wait(lambda: not project.working(), "DVC to end", 30)
     return True
 
@@ -414,7 +417,7 @@ def kill(project: Project, outcome: Outcome, delays: dict[str, float], draw: ran
 def await_phase(
     project: Project, phase: str, delays: dict[str, float], draw: random.Random
 ) -> None:
-    """Wait for a random moment of the phase."""
+    """Wait for a random moment in the phase."""
     if phase == "loading":
         time.sleep(draw.uniform(0, delays["loading"]))
     elif phase == "steps":
@@ -435,7 +438,7 @@ def await_phase(
 
 
 def in_phase(project: Project, phase: str, trainer: psutil.Process) -> bool:
-    """Whether the work is in the phase, as far as its files and output tell: quickly."""
+    """Whether the training is in the phase, judged quickly by its files and output."""
     alive = trainer.is_running() and trainer.status() != psutil.STATUS_ZOMBIE
     if phase == "commit":
         return not alive and project.finished()
@@ -451,8 +454,8 @@ def in_phase(project: Project, phase: str, trainer: psutil.Process) -> bool:
     return last == STEPS[-1] and not project.finished()
 
 
-def start_again(project: Project, outcome: Outcome, wanted: str) -> None:
-    """Give the same command again, see it through, and compare what it leaves."""
+def run_again(project: Project, outcome: Outcome, expected: str) -> None:
+    """Run the same command again, wait until it ends, and compare the outs."""
     if subprocess.run(
         ["git", "symbolic-ref", "--quiet", "HEAD"],
         cwd=project.folder,
@@ -466,36 +469,36 @@ def start_again(project: Project, outcome: Outcome, wanted: str) -> None:
     end = time.monotonic() + PATIENCE
     while project.working():
         if len(project.trainers()) > 1:
-            outcome.failures.append("two trainers at once")
+            outcome.failures.append("two trainers ran at once")
             break
         if time.monotonic() > end:
-            raise Failure("the second run does not end")
-        if "queue" in project.mode and project.recorded() == wanted:
-            break  # its worker lingers
+            raise Failure("the second run did not end")
+        if "queue" in project.mode and project.recorded() == expected:
+            break  # because the queue's worker stays alive for a while
         time.sleep(0.1)
     output = project.output()
     resumed = [int(step) for step in re.findall(r"resuming   from step-(\d+)", output)]
     if outcome.at and (resumed or [outcome.at])[0] < outcome.at:
-        outcome.failures.append(f"resumed from step {resumed[0]}, behind {outcome.at}")
+        outcome.failures.append(f"resumed from step {resumed[0]}, expected {outcome.at} or later")
     if outcome.at and not resumed and "python -m stages.train" in output:
-        outcome.failures.append("began at step 0")
+        outcome.failures.append("started at step 0")
     if outcome.case.phase == "commit":
         outcome.repeated = 0
     outcome.resumed = not outcome.failures
-    outcome.same = project.recorded() == wanted
+    outcome.same = project.recorded() == expected
     if not outcome.same:
-        outcome.failures.append(f"other bytes, or none: {output[-600:]}")
+        outcome.failures.append(f"different bytes, or none: {output[-600:]}")
 
 
 # --- the table -------------------------------------------------------------------------------
 
 
 def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
-    """Kills by phase, and by command, with what came of them."""
+    """The outcomes by phase, command, victim, number of processes and signal."""
     lines = [
-        "# Killed and started again",
+        "# Killed and resumed",
         "",
-        f"Written by `make torture` (seed {options.seed}), which says what is done and how.",
+        f"Written by `make torture` (seed {options.seed}); tools/torture.py describes the test.",
         "",
     ]
     for title, key, names in (
@@ -506,8 +509,8 @@ def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
         ("signal", lambda outcome: outcome.case.signal.name, tuple(s.name for s in SIGNALS)),
     ):
         lines += [
-            f"| {title} | kills | went on by itself | HEAD was detached | steps repeated, median "
-            "and most | same bytes |",
+            f"| {title} | kills | resumed by itself | HEAD was detached | "
+            "steps repeated, median and maximum | same bytes |",
             "|---|---:|---:|---:|---:|---:|",
         ]
         for name in names:
