@@ -223,7 +223,7 @@ def report(figures: dict[str, Any]) -> None:
         for form, found in forms.items():
             print(f"{client:<22}{form:<8}{in_columns(found)}")
     for name in figures["left_out"]:
-        print(f"{name:<22}left out, because it does not fit in memory")
+        print(f"{name:<22}left out: it does not fit in memory")
     for client, forms in figures["clients"].items():
         if not any(found["pairs"] for found in forms.values()):
             print(
