@@ -1,11 +1,13 @@
-"""The layers of a frozen base, computed in less time and memory, equal to rounding.
+"""The layers of a frozen base in less time and memory, with the same results up to rounding.
 
-Their products in fp32 are oneDNN's where PyTorch has it: MKL, which PyTorch takes by itself, leaves
-half of the speed of processors that are not Intel's unused. What an adapter adds goes into the
-result of its layer in place, and nothing is kept that a frozen layer needs no gradient of.
+Products in fp32 on a CPU use oneDNN if PyTorch has it, because MKL, PyTorch's default, runs at
+about half speed on processors that are not from Intel. An adapter adds its part in place to the
+result of its layer. Forward saves only what backward needs: a linear layer without an adapter saves
+nothing, because its weights are frozen.
 
-In half precision the base's numbers, what goes in and what comes out are halves. Adapters and their
-gradients are fp32, norms are computed in it, and what was kept in half is widened when it is used.
+In half precision, the base's weights, inputs and outputs are fp16 or bf16. Adapters and their
+gradients are fp32, norms compute in fp32, and saved inputs stay in half precision and are cast to
+fp32 when they are used.
 """
 
 from typing import Any, cast
@@ -46,9 +48,9 @@ def swap_layers(model: PeftModel) -> None:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight' + bias: [..., outputs] of [..., inputs] and [outputs, inputs].
+    """x weight' + bias: [..., outputs] from [..., inputs] and [outputs, inputs].
 
-    In half precision PyTorch multiplies by oneDNN itself.
+    In half precision PyTorch uses oneDNN itself.
     """
     if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -57,7 +59,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the processor has instructions for products of bf16, which oneDNN takes."""
+    """Whether the processor has instructions for bf16 products, which oneDNN uses."""
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -71,7 +73,7 @@ def dense(layer: nn.Module) -> Tensor:
 
 
 def output(layer: Any, x: Tensor) -> Tensor:
-    """What a linear layer makes of x. On a GPU bitsandbytes has kernels that read 4 bits."""
+    """The output of a linear layer. On a GPU, bitsandbytes has kernels that read 4-bit weights."""
     if x.is_cuda and isinstance(layer, Linear4bit):
         weight: Any = layer.weight
         return matmul_4bit(x, weight, weight.quant_state, bias=layer.bias)
@@ -82,7 +84,11 @@ def output(layer: Any, x: Tensor) -> Tensor:
 
 
 class Frozen(Function):
-    """x W' + bias."""
+    """x W' + bias for a frozen W.
+
+    The gradient of x is G W, which needs W but not x, so nothing is saved. W is dequantized again
+    in backward, which takes less memory than keeping it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
@@ -96,14 +102,14 @@ class Frozen(Function):
 
 
 class FrozenLayer(Swapped):
-    """A linear layer whose weights get no gradient."""
+    """A linear layer with frozen weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, Frozen.apply(x, self))
 
 
 def add_product(to: Tensor, one: Tensor, other: Tensor, scaling: float = 1.0) -> None:
-    """Add scaling * one other, in fp32, to rows that are fp32 or half."""
+    """Add scaling * (one @ other) in place; the factors are fp32, `to` may be in half precision."""
     if to.dtype == one.dtype:
         to.addmm_(one, other, alpha=scaling)
     else:
@@ -111,11 +117,17 @@ def add_product(to: Tensor, one: Tensor, other: Tensor, scaling: float = 1.0) ->
 
 
 class Adapted(Function):
-    """x W' + bias + s (y A') B', where y is what dropout leaves of x: None, where that is all.
+    """x W' + bias + s (y A') B', where y is x after dropout, or None without dropout.
 
-    W and its gradient of x are in the base's numbers, A, B and all that they are multiplied with in
-    fp32. With G the gradient of the result and S = s G B, [rows, rank], that of x through A and B
-    is S A, that of A is S' y, and that of B is s G' (y A').
+    W is frozen; A is [rank, inputs] and B is [outputs, rank]. Everything that involves A or B is
+    computed in fp32, the rest in the base's dtype. With G, the gradient of the result, and
+    S = s G B, [rows, rank], the chain rule gives
+
+        dx = G W,  dy = S A,  dA = S' y,  dB = s G' (y A').
+
+    So backward needs y and the small product y A', [rows, rank], which forward saves. Without
+    dropout y is x, and dx and dy are added up in one tensor. PEFT's own forward also creates the
+    adapter's output and its scaled copy, each as large as the layer's output.
     """
 
     @staticmethod
@@ -149,7 +161,7 @@ class Adapted(Function):
 
 
 class AdaptedLayer(Swapped):
-    """LoRA's layer, over a base layer that is one of those here, with one adapter."""
+    """A LoRA layer with one adapter over one of the layers of this module."""
 
     def forward(self, x: Tensor) -> Tensor:
         lora: Any = self
@@ -167,10 +179,16 @@ class AdaptedLayer(Swapped):
 
 
 class RootMeanSquare(Function):
-    """w x / sqrt(mean(x^2) + eps): Zhang and Sennrich 2019, equation 4. Keeps x, and no more.
+    """w x / sqrt(mean(x^2) + eps): Zhang and Sennrich 2019, equation 4.
 
-    With c = 1 / sqrt(...) and n features, the gradient of x is c w G - c^3 / n (w G . x) x. All of
-    it is computed in fp32; as in transformers, a half is rounded before its weight.
+    Of tensors as large as x, only x itself is saved. Let c = 1 / sqrt(mean(x^2) + eps), one number
+    per row, and n the number of features. The derivative of c by x is -c^3 x / n, so with the
+    gradient G of the result the gradient of x is
+
+        dx = c w G - c^3 / n (w G . x) x.
+
+    All of this is computed in fp32. As in transformers, the normalized x is rounded to its dtype
+    before the multiplication by w.
     """
 
     @staticmethod
@@ -191,7 +209,7 @@ class RootMeanSquare(Function):
 
 
 class Norm(Swapped):
-    """An RMS norm whose weight gets no gradient."""
+    """An RMS norm with a frozen weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return root_mean_square(self, x)
@@ -203,7 +221,7 @@ def root_mean_square(module: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module has the parts of an RMS norm and gives what one gives."""
+    """Whether a module has the attributes of an RMS norm and computes the same on a test input."""
     weight = getattr(module, "weight", None)
     if not hasattr(module, "variance_epsilon") or not isinstance(weight, Tensor):
         return False
