@@ -207,9 +207,9 @@ def hub_base(folder: Path, files: dict[str, str]) -> Path:
 
     config = read_json(folder / ADAPTER_CONFIG)
     name, revision = config[BASE_NAME], config["revision"]
-    wanted = {k: v for k, v in files.items() if k == "config.json" or k.startswith("model")}
+    needed = {k: v for k, v in files.items() if k == "config.json" or k.startswith("model")}
     try:
-        path = snapshot_download(name, revision=revision, allow_patterns=sorted(wanted))
+        path = snapshot_download(name, revision=revision, allow_patterns=sorted(needed))
     # The base class of the HTTP library's errors: httpx or httpx2, depending on the Hub's version.
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         raise Fault(
@@ -217,7 +217,7 @@ def hub_base(folder: Path, files: dict[str, str]) -> Path:
             f"({type(error).__name__}); check the network, set HF_ENDPOINT to a mirror, or put the "
             "model into the Hub's cache"
         ) from None
-    require_files(Path(path), wanted)
+    require_files(Path(path), needed)
     return Path(path)
 
 

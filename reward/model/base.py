@@ -232,8 +232,8 @@ def keep_weights_unpacked(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in place at the first pass in eval mode.
 
     On processors with AVX512-BF16, Linear4bit rearranges its weights in its first forward without
-    gradients and computes in bf16 from then on. A later training step reads the repacked bytes as
-    if they had the usual layout, and no error is raised.
+    gradients, and such passes then compute in bf16. A later training step reads the repacked bytes
+    as if they had the usual layout, and no error is raised.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -269,8 +269,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
     Raises a Fault for names that the model lacks.
     """
-    wanted = config.target_modules or ()
-    found = linear_layers(model) if wanted == ALL_LINEAR else target_modules(model, set(wanted))
+    names = config.target_modules or ()
+    found = linear_layers(model) if names == ALL_LINEAR else target_modules(model, set(names))
     config.target_modules = found  # type: ignore[assignment]  # PEFT turns a list into a set too
     config.task_type = TaskType.SEQ_CLS
     with silent_peft():
@@ -279,21 +279,21 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return adapted
 
 
-def target_modules(model: PreTrainedModel, wanted: set[str]) -> set[str]:
+def target_modules(model: PreTrainedModel, names: set[str]) -> set[str]:
     """The projections that the names in params.yaml refer to.
 
     If the base combines query, key and value in one projection, the three names together refer to
     that one. Raises a Fault for names that the model lacks.
     """
-    had = linear_layers(model)
-    if wanted >= SEPARATE and not SEPARATE & had and len(fused := FUSED & had) == 1:
-        wanted = wanted - SEPARATE | fused
-    if missing := sorted(wanted - had):
+    present = linear_layers(model)
+    if names >= SEPARATE and not SEPARATE & present and len(fused := FUSED & present) == 1:
+        names = names - SEPARATE | fused
+    if missing := sorted(names - present):
         raise Fault(
             f"params.yaml: lora.target_modules names {', '.join(missing)}, which "
-            f"{type(model).__name__} lacks; it has {', '.join(sorted(had))}"
+            f"{type(model).__name__} lacks; it has {', '.join(sorted(present))}"
         )
-    return wanted
+    return names
 
 
 def linear_layers(model: PreTrainedModel) -> set[str]:

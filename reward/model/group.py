@@ -75,7 +75,7 @@ def joined() -> Iterator[None]:
             timeout=PATIENCE,
         )
     _own = dist.get_rank(), count
-    with alone():
+    with without_torchrun():
         if not leads():
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         yield
@@ -85,7 +85,7 @@ def joined() -> Iterator[None]:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def without_torchrun() -> Iterator[None]:
     """Remove torchrun's environment variables.
 
     Libraries that find them would start distributed training of their own.

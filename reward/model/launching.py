@@ -49,7 +49,7 @@ def distribute(
     group of one.
     """
     if LAUNCHED:
-        with group.joined() if together else group.alone():
+        with group.joined() if together else group.without_torchrun():
             main()
         return
     options = torchrun_options([module, *arguments], machines)
@@ -75,8 +75,8 @@ def torchrun_options(command: Sequence[str], machines: bool) -> Namespace:
     options.nnodes = str(most)
     options.max_restarts = 0
     try:
-        wanted = os.environ.get("PET_NPROC_PER_NODE", str(max(1, gpus)))
-        options.nproc_per_node = run.determine_local_world_size(wanted)
+        count = os.environ.get("PET_NPROC_PER_NODE", str(max(1, gpus)))
+        options.nproc_per_node = run.determine_local_world_size(count)
     except ValueError as error:
         raise Fault(f"PET_NPROC_PER_NODE: {error}") from None
     if 0 < gpus < options.nproc_per_node:

@@ -190,7 +190,7 @@ def require_exact(model: PeftModel, prompts: Sequence[Texts]) -> None:
 def require_alone(model: PeftModel, texts: Texts, found: Tensor, found_in: int) -> None:
     """Raises a Fault unless `found` are the hidden states of the texts in rows of their own."""
     with as_in_transformers(model) as classifier:
-        wanted = torch.cat(
+        expected = torch.cat(
             [
                 classifier.base_model(
                     input_ids=torch.tensor(np.asarray(ids)[None], device=device()),
@@ -199,7 +199,7 @@ def require_alone(model: PeftModel, texts: Texts, found: Tensor, found_in: int) 
                 for ids in texts.ids
             ]
         ).float()
-    difference = ((found - wanted).norm() / wanted.norm()).item()
+    difference = ((found - expected).norm() / expected.norm()).item()
     allowed = EXACT if classifier.dtype == torch.float32 else EXACT_IN_HALF
     if difference > allowed:
         raise Fault(

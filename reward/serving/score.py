@@ -284,7 +284,7 @@ def journal_beside(output: Path, model: Path) -> Iterator[Journal]:
     path = output.with_name(output.name + ".journal")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with alone(path, output):
+    with locked(path, output):
         with writing(path):
             file = path.open("a+b")
         try:
@@ -297,7 +297,7 @@ def journal_beside(output: Path, model: Path) -> Iterator[Journal]:
 
 
 @contextmanager
-def alone(journal: Path, output: Path) -> Iterator[None]:
+def locked(journal: Path, output: Path) -> Iterator[None]:
     """Lock an output against other processes; the lock file is removed at the end."""
     lock = journal.with_name(journal.name + ".lock")
     try:
