@@ -1,4 +1,4 @@
-"""Score prompts with answers with an exported reward model.
+"""Score answers to prompts with an exported reward model.
 
     python -m reward.serving.score data/raw/pairs.json --output rewards.jsonl
 
