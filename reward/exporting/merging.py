@@ -104,10 +104,10 @@ def merged_weight(model: nn.Module, name: str) -> Tensor:
 
 
 def with_adapter(layer: Any, weight: Tensor) -> Tensor:
-    """The weights of a layer, in fp32, with its adapter in them.
+    """The weights of a layer, in fp32, with its adapter merged in.
 
-    LoRA is added; DoRA, which PEFT calls a variant of it, also scales the rows (Liu et al. 2024,
-    equation 5).
+    LoRA is added. DoRA, which PEFT implements as a variant of LoRA, also scales the rows (Liu et
+    al. 2024, equation 5).
     """
     variant = layer.lora_variant.get("default")
     if variant:

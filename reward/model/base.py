@@ -361,10 +361,10 @@ def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) 
 
 
 def name_magnitudes(path: Path) -> None:
-    """Give DoRA's magnitudes the names of their parameters, in an adapter that PEFT has written.
+    """Give DoRA's magnitudes in a saved adapter the full names of their parameters.
 
-    PEFT leaves out `.weight` and reads either name. transformers looks for the whole name alone,
-    and without an error takes the lengths of the base's rows instead.
+    PEFT omits `.weight` and reads either name. transformers only looks for the full name; without
+    it, it uses the norms of the base's rows and raises no error.
     """
     tensors = {
         f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor

@@ -30,9 +30,9 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def swap_layers(model: PeftModel) -> None:
-    """Have linear layers, adapters and RMS norms of a decoder computed as they are here.
+    """Replace the linear layers, adapters and RMS norms of a decoder with those of this module.
 
-    What is not known here is computed as before, as are PEFT's variants of LoRA, such as DoRA.
+    Layers of other kinds stay as they are, and so do PEFT's variants of LoRA, such as DoRA.
     """
     classifier = cast(PreTrainedModel, model.get_base_model())
     for module in classifier.base_model.modules():
