@@ -171,7 +171,7 @@ def test_the_summary_counts(
     command(INPUT, "--output", OUTPUT)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "read       8 prompts with 20 texts"
-    assert said[1].startswith("scored     20 texts of ")
+    assert said[1].startswith("scored     20 texts with ")
     assert said[1].endswith("texts/s; 0 were already scored")
     assert said[2] == "written    out.jsonl"
 
@@ -248,7 +248,7 @@ def test_what_was_scored_is_not_scored_again(
     JOURNAL.write_bytes(journal)
     capsys.readouterr()
     command(INPUT, "--output", OUTPUT)
-    assert capsys.readouterr().out.splitlines()[1].startswith("scored     0 texts of 0 tokens")
+    assert capsys.readouterr().out.splitlines()[1].startswith("scored     0 texts with 0 tokens")
 
 
 def test_records_behind_the_scored_ones_may_change(

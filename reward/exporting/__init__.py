@@ -1,1 +1,1 @@
-"""An exported reward model, and whether other loaders score as we do."""
+"""An exported reward model, and the check that other loaders compute the same rewards."""

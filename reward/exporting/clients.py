@@ -138,7 +138,7 @@ def find(request: Request) -> pa.Table:
 def fits(client: Client, exported: Exported) -> bool:
     """Whether the weights of a client fit in free memory; if not, the system kills the process.
 
-    A GPU is not asked, because running out of its memory is an ordinary error.
+    On a GPU this is always true, because running out of memory is an ordinary error there.
     """
     if device().type == "cuda":
         return True

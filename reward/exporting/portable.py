@@ -179,7 +179,7 @@ def in_jinja(tokenizer: Tokenizer, around: Around, eos: str) -> str:
     if around.before is not None and around.after is not None:
         text = f"{around.opening('a')}b{around.middle}c{around.tail}"
         before = opening(tokenizer, text)[0] + around.before
-        after, roles = around.after + around.head, f"{roles} and perhaps system before them"
+        after, roles = around.after + around.head, f"{roles} and optionally system before them"
     values = {
         "PARTS": json.dumps([*PARTS, *UNREAD]),
         "SYSTEM": json.dumps(around.before is not None),

@@ -95,7 +95,7 @@ def margins(j: Tensor, k: Tensor) -> Tensor:
 
 
 def same_shape(rewards: Tensor, other: Tensor) -> Tensor:
-    """The other tensor. Raises ValueError if it would be broadcast to the rewards' shape."""
+    """Returns `other`. Raises ValueError if it would be broadcast to the shape of `rewards`."""
     if rewards.shape != other.shape:
         raise ValueError(
             f"shapes {tuple(rewards.shape)} and {tuple(other.shape)}, expected one for each pair"

@@ -1,1 +1,1 @@
-"""Rewards for others: in a script, of files, over HTTP."""
+"""Scoring with an exported reward model: in a script, on files, over HTTP."""

@@ -347,7 +347,7 @@ def report(totals: Totals, output: Path) -> None:
     before = totals.texts - totals.scored
     print(f"read       {totals.prompts} prompts with {totals.texts} texts")
     print(
-        f"scored     {totals.scored} texts of {totals.tokens} tokens in {totals.seconds:.1f} s: "
+        f"scored     {totals.scored} texts with {totals.tokens} tokens in {totals.seconds:.1f} s: "
         f"{totals.scored / totals.seconds:.1f} texts/s; {before} were already scored"
     )
     print(f"written    {output}")
