@@ -1,15 +1,15 @@
-"""What a change of parameters does to a reward model: arms of an experiment, over some seeds.
+"""How a change of parameters affects a reward model: arms of an experiment, over several seeds.
 
 python -m benchmarks.arms step-of pairs: prompts:train.step_of=prompts
 python -m benchmarks.arms soft soft:preprocess.data=data/soft hard:preprocess.data=data/hard
 
-An arm is a name and its parameters, apart by commas; the first arm is what the others are compared
-with. Each is trained once with each seed, as a DVC experiment, and judged on the same test pairs.
-Intervals are over the prompts of the test pairs, of the mean over the seeds; the range over the
+An arm is a name and its parameters, separated by commas. The others are compared with the first
+arm. Each arm is trained once per seed, as a DVC experiment, and judged on the same test pairs.
+Intervals are of the mean over the seeds, over the prompts of the test pairs; the range over the
 seeds is beside them.
 
-Needs a clone of its own, everything committed: the experiments overwrite params.yaml. A run that is
-there already is read. The report is benchmarks/results/arms-NAME.md.
+Needs a separate clone with everything committed, because the experiments overwrite params.yaml.
+Existing runs are read, not repeated. The report is benchmarks/results/arms-NAME.md.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from benchmarks.defaults import RESAMPLING, RESULTS, command, is_there, rewards_of
+from benchmarks.defaults import RESAMPLING, RESULTS, command, exists, rewards_of
 from reward.judging.evaluation import as_judged
 from reward.judging.metrics import Floats, calibration, correct, losses
 
@@ -32,7 +32,7 @@ LOGS = Path("data/arms")
 
 @dataclass(frozen=True)
 class Arm:
-    """A name, and the parameters that are other than in params.yaml."""
+    """A name, and the parameters that differ from params.yaml."""
 
     name: str
     settings: tuple[str, ...]
@@ -45,7 +45,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Found:
-    """What an arm came to: [seeds, pairs] each; loss at temperature and pairs/s, [seeds]."""
+    """The results of an arm: [seeds, pairs] each; loss at temperature and pairs/s, [seeds]."""
 
     right: Floats
     loss: Floats
@@ -77,9 +77,9 @@ def parse() -> argparse.Namespace:
 
 
 def run(name: str, arm: Arm, seed: int, settings: Sequence[str]) -> None:
-    """The experiment of an arm and a seed, unless it is there."""
+    """Run the experiment of an arm and a seed, unless it exists."""
     called, log = experiment(name, arm, seed), log_of(name, arm, seed)
-    if is_there(called):
+    if exists(called):
         return
     # An experiment leaves its parameters in the working tree.
     subprocess.run(["git", "restore", "params.yaml"], check=True)
@@ -97,7 +97,7 @@ def log_of(name: str, arm: Arm, seed: int) -> Path:
     return LOGS / f"{experiment(name, arm, seed)}.log"
 
 
-# --- what came of it -------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------
 
 
 def tables_of(name: str, arm: Arm, seeds: int) -> list[pa.Table]:
@@ -117,7 +117,7 @@ def found(name: str, arm: Arm, tables: Sequence[pa.Table]) -> Found:
 
 
 def speed(name: str, arm: Arm, seed: int) -> float:
-    """Pairs a second, as training printed it; not a number where it is not known any more."""
+    """Pairs per second, as training printed it; NaN if the log does not exist any more."""
     path = log_of(name, arm, seed)
     line = re.search(r"^speed +([\d.]+) pairs/s", path.read_text("utf-8"), re.M)
     return float(line[1]) if line else float("nan")
@@ -126,7 +126,7 @@ def speed(name: str, arm: Arm, seed: int) -> float:
 def as_markdown(
     options: argparse.Namespace, arms: Sequence[Arm], tables: dict[str, list[pa.Table]]
 ) -> str:
-    """The table of the arms, and of their differences from the first."""
+    """The tables of the arms and of their differences from the first."""
     first = tables[arms[0].name][0]
     prompts = np.unique(first["prompt_id"].to_numpy(), return_inverse=True)[1]
     results = {arm.name: found(options.name, arm, tables[arm.name]) for arm in arms}
@@ -154,7 +154,7 @@ def as_markdown(
     base = results[arms[0].name]
     lines += [
         "",
-        f"| less {arms[0].name} | accuracy | 95% interval | loss | 95% interval |",
+        f"| minus {arms[0].name} | accuracy | 95% interval | loss | 95% interval |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for arm in arms[1:]:

@@ -1,8 +1,9 @@
-"""What a bag of words reaches on the sample: the reference for a reward model.
+"""What a bag of words achieves on the sample: the reference for a reward model.
 
-Run as ``python -m benchmarks.bag_of_words data/tokenized``. A logistic regression on the words of
-the two answers learns from the train split which answer is the better one; the table gives how
-often it is right on the test split.
+    python -m benchmarks.bag_of_words data/tokenized
+
+A logistic regression on the words of the two answers learns from the train split which answer is
+better. The table has its accuracy on the test split.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
 PAIRS = Path(__file__).resolve().parents[1] / "data" / "raw" / "pairs.json"
-# A word, or a single Han character, since Chinese puts no spaces between words.
+# A word, or a single Han character, because Chinese has no spaces between words.
 TOKEN = r"[a-z0-9']+|[\u4e00-\u9fff]"
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 
@@ -36,7 +37,7 @@ class Pair(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The id that the tokenized data sets give the pair."""
+        """The id of the pair in the tokenized datasets."""
         texts = [self.prompt, self.chosen, self.rejected]
         written = json.dumps(texts, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(written.encode()).hexdigest()[:16]
@@ -59,7 +60,7 @@ class BagOfWords:
         return self
 
     def is_right(self, pairs: list[Pair]) -> list[bool]:
-        """Say for each pair whether the chosen answer is preferred."""
+        """Whether the chosen answer of each pair is preferred."""
         margins = self._weights.decision_function(self._differences(pairs))
         return [bool(margin > 0) for margin in margins]
 
@@ -69,7 +70,7 @@ class BagOfWords:
 
 
 def validated_accuracy(strength: float, pairs: list[Pair]) -> float:
-    """Accuracy in a five-fold cross-validation that keeps the pairs of a prompt together."""
+    """Accuracy in five-fold cross-validation that keeps the pairs of a prompt together."""
     right: list[bool] = []
     for seen, held_out in GroupKFold(5).split(pairs, groups=[pair.prompt for pair in pairs]):
         model = BagOfWords(strength).fit([pairs[index] for index in seen])
@@ -78,7 +79,7 @@ def validated_accuracy(strength: float, pairs: list[Pair]) -> float:
 
 
 def table(pairs: list[Pair], right: list[bool]) -> str:
-    """Set out the accuracy overall, by language and by kind."""
+    """The table of accuracy overall, by language and by kind."""
     views: list[Callable[[Pair], str]] = [
         lambda pair: "all",
         lambda pair: pair.language,
@@ -93,7 +94,7 @@ def table(pairs: list[Pair], right: list[bool]) -> str:
 
 
 def report(train: list[Pair], test: list[Pair]) -> str:
-    """Choose C on the train split alone, and tabulate the accuracy on the test split."""
+    """Choose C on the train split alone; returns the table of accuracy on the test split."""
     strength = max(STRENGTHS, key=lambda strength: validated_accuracy(strength, train))
     right = BagOfWords(strength).fit(train).is_right(test)
     return f"bag of words, C = {strength:g}\n{table(test, right)}"
@@ -102,7 +103,7 @@ def report(train: list[Pair], test: list[Pair]) -> str:
 def main() -> None:
     """Read the splits of the tokenized folder and print the table."""
     parser = argparse.ArgumentParser(description="Bag-of-words accuracy on the test split.")
-    parser.add_argument("tokenized", type=Path, help="folder with the data sets train and test")
+    parser.add_argument("tokenized", type=Path, help="folder with the datasets train and test")
     folder = parser.parse_args().tokenized
     records = json.loads(PAIRS.read_text(encoding="utf-8"))
     by_id = {pair.id: pair for pair in (Pair(**record) for record in records)}

@@ -1,22 +1,22 @@
-"""Which parameters of training make held-out accuracy better: DVC experiments, with intervals.
+"""Which training parameters improve held-out accuracy: DVC experiments, with intervals.
 
 python -m benchmarks.defaults embedded
 python -m benchmarks.defaults confirmed --together train.learning_rate train.pairs_per_step
 python -m benchmarks.defaults real --data pairs.en.json pairs.zh.json -S base.name=models/smollm2
 
-Six parameters, each at two levels, in eight runs for each fold of the data: a fractional
-factorial design (Box, Hunter and Hunter 2005, chapter 6), in which every run says something of
-every parameter. A fold is held back and judged by the model that was trained on the others, so
-every pair is judged once a run. Without --data the pairs are those of the sample that the default
-run trains on or watches: its test pairs stay unseen.
+Six parameters, each at two levels, in eight runs per fold of the data: a fractional factorial
+design (Box, Hunter and Hunter 2005, chapter 6), in which every run tells something about every
+parameter. Each fold is held out and judged by the model that was trained on the others, so every
+pair is judged once per run. Without --data the pairs are the training and validation pairs of the
+sample; its test pairs stay unseen.
 
-What is found is confounded with how pairs of parameters act together, and each training has one of
-the seeds: intervals say what other pairs would change, not what other trainings would. --together
-makes no factorial design, but has the parameters that seem to win at their high levels against all
-at their low ones, each fold with each of the seeds.
+The effects are confounded with interactions of two parameters, and each training has one seed only:
+intervals cover the choice of pairs, not the randomness of training. Instead of the design,
+--together compares the named parameters at their high levels with all at their low levels, for each
+fold with each seed.
 
-Needs a clone of its own, everything committed: the experiments overwrite params.yaml. A run that is
-there already is read.
+Needs a separate clone with everything committed, because the experiments overwrite params.yaml.
+Existing runs are read, not repeated.
 """
 
 import argparse
@@ -56,7 +56,7 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 class Factor:
     """A parameter at two levels; `sign` and `parents` place it in the design.
 
-    It is at its high level where the product of its parents' signs, and its own, is +1.
+    It is at its high level where the product of its sign and its parents' signs is +1.
     """
 
     key: str
@@ -76,7 +76,7 @@ FACTORS = (
         "lora.target_modules", f"[{','.join(LINEAR[:3])}]", f"[{','.join(LINEAR)}]", 1, (0, 1, 2)
     ),
 )
-# Of the screening; [runs, factors], +1 where a factor is at its high level.
+# The screening design: [runs, factors], +1 where a factor is at its high level.
 DESIGN = np.array(
     [
         [
@@ -107,14 +107,17 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("name", help="of these experiments")
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="preference files")
-    parser.add_argument("--folds", type=int, default=3, help="parts of the pairs")
-    parser.add_argument("--held", type=int, help="parts that are held back in turn, all by default")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the one that --cut counts by")
+    parser.add_argument("--folds", type=int, default=3, help="number of parts of the pairs")
+    parser.add_argument("--held", type=int, help="folds that are held out in turn, all by default")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer for --cut")
     parser.add_argument(
         "--cut", nargs=2, type=int, help="keep the last tokens of prompts, the first of answers"
     )
     parser.add_argument(
-        "--together", nargs="*", metavar="KEY", help="compare these high with all low"
+        "--together",
+        nargs="*",
+        metavar="KEY",
+        help="compare these at high levels with all at low levels",
     )
     parser.add_argument("-S", "--set-param", action="append", default=[], help="for every run")
     options = parser.parse_args()
@@ -123,7 +126,7 @@ def parse() -> argparse.Namespace:
 
 
 def together(keys: Sequence[str]) -> Levels:
-    """All parameters at their low levels, then those of `keys` at their high ones; every seed."""
+    """All parameters at low levels, then those of `keys` at high levels, for every seed."""
     chosen = [1 if factor.key in keys else -1 for factor in FACTORS]
     return np.repeat([[-1] * len(FACTORS), chosen], SEEDS, axis=0)
 
@@ -132,7 +135,7 @@ def together(keys: Sequence[str]) -> Levels:
 
 
 def kept(options: argparse.Namespace) -> list[dict[str, str]]:
-    """The records to divide into folds; cut, if that was asked for."""
+    """The records to divide into folds, cut if --cut is given."""
     if not options.data:
         return sample()
     records = [record for path in options.data for _, record in read(path)]
@@ -161,7 +164,7 @@ def sample() -> list[dict[str, str]]:
 
 
 def write_folds(options: argparse.Namespace, records: Sequence[dict[str, str]]) -> None:
-    """For each fold what is held back, and the rest; the pairs of a prompt stay together."""
+    """Write each fold and its complement as files; the pairs of a prompt stay together."""
     pairs = [check(record) for record in records]
     prompts = sorted({pair.prompt_hash for pair in pairs})
     fold_of = {prompt: index % options.folds for index, prompt in enumerate(prompts)}
@@ -181,9 +184,9 @@ def write_folds(options: argparse.Namespace, records: Sequence[dict[str, str]]) 
 
 
 def run(name: str, levels: Levels, row: int, fold: int, settings: Sequence[str]) -> None:
-    """The experiment of a row of the design and a fold, unless it is there."""
+    """Run the experiment of a row of the design and a fold, unless it exists."""
     called = experiment(name, row, fold)
-    if is_there(called):
+    if exists(called):
         return
     folder = FOLDS / name / str(fold)
     values = {
@@ -198,8 +201,8 @@ def run(name: str, levels: Levels, row: int, fold: int, settings: Sequence[str])
     subprocess.run([*command(called, arguments), "--quiet"], check=True)
 
 
-def is_there(called: str) -> bool:
-    """Whether an experiment of this name was run before."""
+def exists(called: str) -> bool:
+    """Whether an experiment with this name exists."""
     listed = subprocess.run(
         ["dvc", "exp", "list", "--name-only"], check=True, capture_output=True, text=True
     )
@@ -207,7 +210,7 @@ def is_there(called: str) -> bool:
 
 
 def command(called: str, settings: Sequence[str]) -> list[str]:
-    """What runs an experiment up to its evaluation, under a name and with these parameters."""
+    """The command that runs an experiment up to its evaluation, with this name and parameters."""
     flags = [part for setting in settings for part in ("--set-param", setting)]
     return ["dvc", "exp", "run", "--name", called, *flags, "evaluate"]
 
@@ -222,7 +225,7 @@ def experiment(name: str, row: int, fold: int) -> str:
 
 
 def judged(options: argparse.Namespace, runs: int) -> tuple[Floats, npt.NDArray[np.str_]]:
-    """Margins, [runs, pairs], and the prompts of the pairs, in one order for all runs."""
+    """Margins, [runs, pairs], and the prompts of the pairs, in the same order for all runs."""
     rows = []
     for row in range(runs):
         tables = [
@@ -239,7 +242,7 @@ def judged(options: argparse.Namespace, runs: int) -> tuple[Floats, npt.NDArray[
 
 
 def effects(design: Levels) -> Iterator[tuple[list[Factor], Levels]]:
-    """The factors that change, those that change together as one, and their levels: [runs]."""
+    """The factors that vary, those that vary together as one, and their levels: [runs]."""
     columns = design.T.tolist()
     for levels in map(list, dict.fromkeys(map(tuple, columns))):
         if len(set(levels)) > 1:
@@ -259,7 +262,7 @@ def as_markdown(
         "",
         f"Written by `benchmarks.defaults`: {margins.shape[1]} pairs of {numbers.max() + 1} "
         f"prompts, each judged once in each of {len(design)} runs, {options.held} of "
-        f"{options.folds} folds held back in turn, over {SEEDS} seeds. "
+        f"{options.folds} folds held out in turn, over {SEEDS} seeds. "
         f"{' '.join(options.set_param)}",
         "",
         "| parameter | low | high | accuracy, 95% interval | loss, 95% interval |",

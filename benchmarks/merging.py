@@ -1,11 +1,11 @@
-"""How much memory the export of a model takes, beyond the base as it is loaded.
+"""How much memory the export of a model takes in addition to the loaded base.
 
     python -m benchmarks.random_base models/qwen2-0.5b-shape
     python -m benchmarks.merging models/qwen2-0.5b-shape
 
-The base is in 4 bits, computed in fp32 and bf16, and as it is. base/ and merged/ are written to a
-folder beside the model, which is removed, each by a fresh process. Linux alone says how much memory
-a part of a process took at its most.
+The base is in 4 bits, computed in fp32 and in bf16, and unquantized. base/ and merged/ are written
+to a temporary folder beside the model, each by a fresh process. Runs on Linux only, which can reset
+the peak memory of a process.
 """
 
 import argparse
@@ -43,22 +43,22 @@ def main() -> None:
     print(f"{'base':<16}{'loaded, GB':>12}{'written':>20}{'GB':>8}{'more, GB':>10}{'s':>8}")
     with partial_folder(base) as folder:
         for name in QUANTIZATIONS:
-            alone(write_adapter, base, folder / "adapter", name)
+            in_fresh_process(write_adapter, base, folder / "adapter", name)
             for part in PARTS:
-                loaded, more, seconds = alone(measured, base, folder, name, part)
+                loaded, more, seconds = in_fresh_process(measured, base, folder, name, part)
                 size = sum(path.stat().st_size for path in (folder / part).iterdir()) / 1e9
                 kind = part if part == "base" else f"merged, {part}"
                 print(f"{name:<16}{loaded:12.2f}{kind:>20}{size:8.2f}{more:10.2f}{seconds:8.1f}")
 
 
-def alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns in a fresh process, whose memory nothing was in before."""
+def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns in a fresh process, whose memory was not used before."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(work, arguments)
 
 
 def write_adapter(base: Path, folder: Path, name: str) -> None:
-    """An adapter of random numbers on all projections of attention."""
+    """Write an adapter with random weights on all attention projections."""
     quantization = QUANTIZATIONS[name]
     model = load_base(base, quantization)
     new_head(model, seed=0)
@@ -68,13 +68,13 @@ def write_adapter(base: Path, folder: Path, name: str) -> None:
 
 
 def measured(base: Path, folder: Path, name: str, part: str) -> tuple[float, float, float]:
-    """GB of the process before a part is written, GB more at its most meanwhile, seconds."""
+    """GB of the process before a part is written, extra GB at the peak, and seconds."""
     model = load_stock(base, QUANTIZATIONS[name])
     portable.take_head(model, folder / "adapter")
-    for weight in model.parameters():  # until it is read, a weight may be in its file alone
+    for weight in model.parameters():  # a memory-mapped weight takes no memory until it is read
         weight.data.view(torch.uint8).max()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading has given back, but the process kept
+    ctypes.CDLL(None).malloc_trim(0)  # memory that loading freed but the process kept
     PEAK.write_text("5")
     before, start = status("VmRSS"), time.perf_counter()
     if part == "base":
@@ -85,7 +85,7 @@ def measured(base: Path, folder: Path, name: str, part: str) -> tuple[float, flo
 
 
 def status(key: str) -> float:
-    """A line of the process's status, in GB."""
+    """A line of /proc/self/status, in GB."""
     [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
     return int(line.split()[1]) * 1024 / 1e9
 

@@ -1,4 +1,4 @@
-"""Take the README's pictures of the last run: of `dvc plots show` and of the page of judgements.
+"""Take the README's screenshots of the last run: `dvc plots show` and the page of judgements.
 
 python -m benchmarks.pictures
 """
@@ -12,7 +12,7 @@ from tools.browser import Browser
 
 RESULTS = Path("benchmarks/results")
 JUDGEMENTS = Path("reports/evaluate/index.html")
-# Charts are drawn by scripts after the page has loaded.
+# Scripts draw the charts after the page has loaded.
 SECONDS = 3
 
 

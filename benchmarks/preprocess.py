@@ -1,10 +1,10 @@
-"""How fast preprocess is beside the bare tokenizer, and how its time and memory grow.
+"""How fast preprocess is compared with the bare tokenizer, and how its time and memory grow.
 
 python -m benchmarks.preprocess
 
-The stage and a plain `encode_batch` over the texts that it renders take turns, each time in a
-process of its own, and the medians count. Then the stage works on more and more pairs of short
-texts. Prints the figures and writes them to benchmarks/results/preprocess.md.
+The stage and a plain `encode_batch` over the texts that it renders alternate, each in a fresh
+process; the result is the median. Then the stage runs on more and more pairs of short texts. Prints
+the figures and writes them to benchmarks/results/preprocess.md.
 """
 
 import argparse
@@ -38,7 +38,7 @@ RESULT = ROOT / "benchmarks" / "results" / "preprocess.md"
 BASE = Path("models/base")
 PAIRS = Path("pairs.jsonl")
 CHAT = Path("chat.jinja")
-# Turns between markers, as the chat templates of many models write them.
+# Turns between markers, as in the chat templates of many models.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\n' + message.content | trim + '<|im_end|>\n' }}
@@ -46,16 +46,16 @@ CHAT_TEMPLATE = """\
 """
 TEMPLATES = ("zh", "chat")
 STAGE = ("-m", "stages.preprocess")
-# With the library that the stage imports only when it writes.
+# Includes the library that the stage imports only when it writes.
 START_UP = ("-c", "import stages.preprocess, datasets")
 NONE = "–"
-# Texts that one call of encode_batch gets; the fastest is compared.
+# Texts per call of encode_batch; the fastest is compared.
 BATCHES = (1_000, 10_000, 100_000)
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """The most sentences of a generated prompt and of an answer; the least is one."""
+    """The most sentences in a generated prompt and in an answer; the least is one."""
 
     prompt: int
     answer: int
@@ -66,7 +66,7 @@ LONG, SHORT = Sentences(4, 10), Sentences(1, 1)
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process takes: seconds by the clock and of all processors, and its peak of bytes."""
+    """The cost of a process: wall-clock seconds, processor seconds, and peak bytes."""
 
     seconds: float
     processor: float
@@ -84,7 +84,7 @@ class Usage:
 class Comparison:
     """Medians of the stage without its start-up, of the start-up, and of the bare tokenizer.
 
-    `batch` is the number of texts that a call of encode_batch gets.
+    `batch` is the number of texts per call of encode_batch.
     """
 
     template: str
@@ -106,19 +106,21 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line. Raises a Fault where the tokenizer is not there."""
+    """The command line. Raises a Fault if the tokenizer does not exist."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokenizer", type=Path, default=BASE, help="folder of the tokenizer")
     parser.add_argument("--compared", type=int, default=50_000, help="pairs of the comparison")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of the comparison")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of the comparison")
     parser.add_argument("--pairs", type=int, nargs="+", default=[10_000, 100_000, 1_000_000],
-                        help="numbers of pairs between which the growth is taken")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of generating the pairs")
+                        help="numbers of pairs at which growth is measured")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated pairs")
     options = parser.parse_args()
     if not (options.tokenizer / "tokenizer.json").is_file():
-        raise Fault(f"{options.tokenizer}/tokenizer.json is not here, wanted a tokenizer's folder")
+        raise Fault(
+            f"{options.tokenizer}/tokenizer.json does not exist, expected the folder of a tokenizer"
+        )
     return options
 
 
@@ -126,7 +128,7 @@ def parse() -> argparse.Namespace:
 
 
 def compare(options: argparse.Namespace, template: str) -> Comparison:
-    """The stage, its start-up and the bare tokenizer in turn, over the same pairs."""
+    """Measure the stage, its start-up and the bare tokenizer in turn, over the same pairs."""
     stage, start_up, bare = [], [], []
     with workspace(options, options.compared, LONG, template) as folder:
         tried = {batch: encoded(folder, template, batch) for batch in BATCHES}
@@ -142,16 +144,16 @@ def compare(options: argparse.Namespace, template: str) -> Comparison:
 
 
 def grow(options: argparse.Namespace, count: int) -> Usage:
-    """The stage once, over `count` pairs of short texts."""
+    """Measure the stage once, over `count` pairs of short texts."""
     with workspace(options, count, SHORT, TEMPLATES[0]) as folder:
         return spent(folder, *STAGE)[0]
 
 
 def spent(folder: Path, *arguments: str) -> tuple[Usage, str]:
-    """What a Python process takes in `folder`, and what it prints.
+    """The cost of a Python process in `folder`, and what it prints.
 
-    A process counts the peak of the one that starts it as its own (getrusage(2), execve(2)), so
-    that this one has to stay small.
+    A process inherits the peak memory of the one that starts it (getrusage(2), execve(2)), so this
+    process must stay small.
     """
     begin = time.perf_counter()
     with subprocess.Popen(
@@ -173,7 +175,7 @@ def spent(folder: Path, *arguments: str) -> tuple[Usage, str]:
 
 
 def encoded(folder: Path, template: str, batch: int) -> Usage:
-    """What encode_batch takes in a process of its own, loading not counted but for memory."""
+    """The cost of encode_batch in a fresh process; the time of loading does not count."""
     call = f"from benchmarks.preprocess import encode; encode({template!r}, {batch})"
     usage, printed = spent(folder, "-c", call)
     seconds, processor = json.loads(printed)
@@ -181,7 +183,7 @@ def encoded(folder: Path, template: str, batch: int) -> Usage:
 
 
 def encode(template: str, batch: int) -> None:
-    """Print the seconds of encode_batch over the texts of the current folder's pairs."""
+    """Print the seconds that encode_batch takes for the texts of the current folder's pairs."""
     encoder = Encoder(BASE, Template.of(template, False, 2040, BASE, CHAT))
     pairs = (check(record) for _, record in read(PAIRS))
     texts = [encoder.render(p.prompt, side) for p in pairs for side in p.answers]
@@ -208,7 +210,7 @@ def middle(usages: list[Usage]) -> Usage:
 def workspace(
     options: argparse.Namespace, count: int, most: Sentences, template: str
 ) -> Iterator[Path]:
-    """A folder in which preprocess finds its parameters, its tokenizer and generated pairs."""
+    """A folder with parameters, tokenizer and generated pairs for preprocess."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         params = (ROOT / "params.yaml").read_text(encoding="utf-8")
@@ -227,9 +229,9 @@ def workspace(
 
 
 def records(count: int, most: Sentences, draw: random.Random) -> Iterator[dict[str, str]]:
-    """Distinct pairs of the sentences of data/corpus, two of a prompt, English and Chinese in turn.
+    """Distinct pairs of sentences from data/corpus, two per prompt, English and Chinese in turn.
 
-    A prompt is distinct by its number, the four answers to it by their first sentences.
+    Its number makes a prompt distinct, their first sentences the four answers to it.
     """
     languages = [(" ", sentences("en")), ("", sentences("zh"))]
     for number in range((count + 1) // 2):
@@ -254,7 +256,7 @@ def sentences(language: str) -> list[str]:
 def as_markdown(
     options: argparse.Namespace, compared: list[Comparison], grown: dict[int, Usage]
 ) -> str:
-    """All tables with what they hold for."""
+    """All tables and the conditions under which they were measured."""
     growth = [
         [f"{count:,}", *figures(usage), f"{1e6 * usage.seconds / count:.0f}", *step]
         for (count, usage), step in zip(grown.items(), steps(grown), strict=True)
@@ -264,26 +266,25 @@ def as_markdown(
         "# Speed and memory of preprocess",
         "Written by `python -m benchmarks.preprocess`, which says what is measured and how.",
         f"{os.cpu_count()} processors, {versions}",
-        *(paragraph for each in compared for paragraph in beside(options, each)),
-        f"Medians of {options.repeats} turns over {options.compared:,} pairs. encode_batch has all "
-        "texts in memory, rendered; of several batch sizes it has the one that takes it the least "
-        "processor time.",
+        *(paragraph for each in compared for paragraph in comparison(options, each)),
+        f"Medians of {options.repeats} repetitions over {options.compared:,} pairs. encode_batch "
+        "has all rendered texts in memory, and the batch size with the least processor time.",
         "## Growth, with short texts",
         table(
             [
-                *("pairs", "seconds", "processor seconds", "peak memory, MB", "µs a pair"),
-                *("µs an extra pair", "bytes an extra pair"),
+                *("pairs", "seconds", "processor seconds", "peak memory, MB", "µs per pair"),
+                *("µs per extra pair", "bytes per extra pair"),
             ],
             growth,
         ),
-        "Start-up included. An extra pair is one of those that a line has beyond the line before. "
-        "Whatever the number of pairs, the first ten batches of half a million characters or so "
-        "bring the allocator's pools to their size, which shows in a line that begins below that.",
+        "Start-up included. Extra pairs are those that a line has more than the line before. "
+        "Whatever the number of pairs, the allocator's pools grow during the first ten batches of "
+        "about half a million characters, which shows in lines below that size.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
-def beside(options: argparse.Namespace, compared: Comparison) -> list[str]:
+def comparison(options: argparse.Namespace, compared: Comparison) -> list[str]:
     """The heading and the table of one template."""
     stage, bare, start_up = compared.stage, compared.bare, compared.start_up
     share, of_processor = bare.seconds / stage.seconds, bare.processor / stage.processor
@@ -297,8 +298,8 @@ def beside(options: argparse.Namespace, compared: Comparison) -> list[str]:
     ]
     tokens = compared.tokens / options.compared / 2
     return [
-        f"## Beside the tokenizer, template {compared.template}, {tokens:.0f} tokens a text: "
-        f"{share:.0%} by the clock, {of_processor:.0%} of processor time",
+        f"## Compared with the tokenizer, template {compared.template}, {tokens:.0f} tokens per "
+        f"text: {share:.0%} of wall-clock time, {of_processor:.0%} of processor time",
         table(["", "seconds", "processor seconds", "peak memory, MB", "pairs/s"], speeds),
     ]
 
@@ -312,7 +313,7 @@ def per_second(options: argparse.Namespace, usage: Usage) -> str:
 
 
 def steps(grown: dict[int, Usage]) -> Iterator[list[str]]:
-    """Microseconds and bytes of each pair by which a size exceeds the one before."""
+    """Microseconds and bytes for each pair that a size has more than the one before."""
     yield [NONE, NONE]
     for (fewer, before), (more, after) in pairwise(grown.items()):
         spent, pairs = after - before, more - fewer

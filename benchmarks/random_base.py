@@ -1,8 +1,8 @@
-"""Make a base model of a real size with random weights, to measure what that size costs.
+"""Make a base model of realistic size with random weights, to measure what that size costs.
 
 python -m benchmarks.random_base models/qwen2-0.5b-shape
 
-By default the exact configuration of Qwen2-0.5B. The tokenizer is the embedded one.
+The default is the exact configuration of Qwen2-0.5B. The tokenizer is the embedded one.
 """
 
 import argparse
@@ -29,11 +29,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     shape = vars(parser.parse_args())
     folder = shape.pop("folder")
-    print(f"{make(folder, shape):,} random parameters are in {folder}")
+    print(f"{make(folder, shape):,} random parameters in {folder}")
 
 
 def make(folder: Path, shape: dict[str, Any]) -> int:
-    """Write a Qwen2 of the given shape, with a tokenizer; the number of its parameters."""
+    """Write a Qwen2 of the given shape, with a tokenizer; returns its number of parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = embedded.train_tokenizer(embedded.paragraphs(embedded.CORPUS))
     embedded.save_tokenizer(tokenizer, folder)

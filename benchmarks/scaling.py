@@ -1,14 +1,14 @@
-"""How much of several processes is busy in training: simulated, from the packs of each step.
+"""How busy several training processes are: simulated from the packs of each step.
 
     python -m benchmarks.scaling
 
-Steps of pairs, and of whole prompts with four ranked answers, of the lengths of a human-preference
-set are cut into packs as training cuts them. A process computes a pack in a time in proportion to
-its tokens, and waits in every round for the longest pack, which is what the code does; the time of
-the network is left out. The busy share is the work of all packs over the time of all processes. For
-comparison: packs filled in the order of the pairs, as they would be for one process, each given to
-the next process that is free. Prints the table and writes it to benchmarks/results/scaling.md.
-Takes seconds, needs no GPU.
+Steps of pairs, and of whole prompts with four ranked answers, with the lengths of a dataset of
+human preferences, are cut into packs as in training. The time of a pack is proportional to its
+tokens. As in the code, every process waits in each round for the longest pack; network time is left
+out. The busy share is the work of all packs divided by the time of all processes. For comparison,
+packs are filled in the order of the pairs, as for one process, and each goes to the next free
+process. Prints the table and writes it to benchmarks/results/scaling.md. Takes seconds and needs no
+GPU.
 """
 
 from collections.abc import Sequence
@@ -37,12 +37,12 @@ def main() -> None:
         for name, prompts, pairs_per_prompt in kinds
         for pairs_per_step in PAIRS_PER_STEP
     ]
-    heads = ["", "pairs a step", "packs a step", *(f"{count} processes" for count in PROCESSES)]
+    heads = ["", "pairs per step", "packs per step", *(f"{count} processes" for count in PROCESSES)]
     paragraphs = [
         "# Several processes",
         "Written by `python -m benchmarks.scaling`, which says what is simulated and how.",
         f"Packs of at most {TOKENS_PER_PACK} tokens. The share of the processes' time in which "
-        "they are busy; in brackets with packs filled in order; then what each process sends in a "
+        "they are busy; in brackets with packs filled in order; then what each process sends per "
         "step, in sizes of the adapter's gradient.",
         table(heads, rows),
     ]
@@ -54,7 +54,7 @@ def main() -> None:
 def row(
     name: str, prompts: Sequence[Texts], pairs_per_step: int, prompts_per_step: int
 ) -> list[str]:
-    """The line of one workload: means over all of its steps."""
+    """The row of one workload: means over all of its steps."""
     lengths = [tokens(each) for each in prompts]
     steps = [
         lengths[start : start + prompts_per_step]
@@ -65,8 +65,8 @@ def row(
     cells = []
     for count in PROCESSES:
         ours = busy(packs, count, [in_rounds(each, count) for each in packs])
-        other = busy(filled, count, [to_the_free(each, count) for each in filled])
-        # In each round all slices but its own, then its slice of the sum to each of the others.
+        other = busy(filled, count, [to_first_free(each, count) for each in filled])
+        # In each round all slices except its own, then its slice of the sum to each of the others.
         sent = np.mean([(-(-len(each) // count) + 1) * (1 - 1 / count) for each in packs])
         cells.append(f"{ours:.2f} ({other:.2f}), {sent:.1f}")
     return [name, str(pairs_per_step), f"{np.mean([*map(len, packs)]):.1f}", *cells]
@@ -77,12 +77,12 @@ def sizes(lengths: Sequence[int], packs: Sequence[Sequence[int]]) -> list[int]:
 
 
 def in_rounds(packs: Sequence[int], count: int) -> int:
-    """The time of a step in which the processes wait for each other after every pack."""
+    """The time of a step whose processes wait for each other after every pack."""
     return sum(max(packs[start : start + count]) for start in range(0, len(packs), count))
 
 
-def to_the_free(packs: Sequence[int], count: int) -> int:
-    """The time of a step in which each pack goes to the process that is free first."""
+def to_first_free(packs: Sequence[int], count: int) -> int:
+    """The time of a step whose packs each go to the process that is free first."""
     ends = [0] * count
     for size in packs:
         ends[ends.index(min(ends))] += size

@@ -1,15 +1,14 @@
-"""How fast reward.serving.score is beside the bare matrix products of the passes that it makes.
+"""How fast reward.serving.score is compared with the bare matrix products of its passes.
 
 python -m benchmarks.score
 
-A random base of the size that benchmarks.speed has goes through the pipeline with one step of
-training. Then its export scores generated pairs from a file to a file, reading, tokenizing and
-writing included, start-up not. The matrix products of the base's linear layers take turns with it,
-each time in a process of its own, and the medians count. Prints a table and writes it to
-benchmarks/results/score.md.
+A random base of the size in benchmarks.speed goes through the pipeline with one training step. Then
+its export scores generated pairs from file to file, including reading, tokenizing and writing, but
+not start-up. This alternates with the matrix products of the base's linear layers, each in a fresh
+process; the result is the median. Prints a table and writes it to benchmarks/results/score.md.
 """
 
-# First of all: it silences what bitsandbytes warns of at its import.
+# Imported first, because it silences a warning of bitsandbytes at import.
 import stages  # noqa: F401  # isort: skip
 
 import argparse
@@ -49,7 +48,7 @@ FLOOR = "floor"
 
 def main() -> None:
     options = parse()
-    # Before the first process is started; bitsandbytes and PyTorch have each their own OpenMP.
+    # Set before the first process starts; bitsandbytes and PyTorch each have their own OpenMP.
     os.environ.update(OMP_NUM_THREADS=str(options.threads), MKL_NUM_THREADS=str(options.threads))
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,14 +68,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=1000, help="pairs that are scored")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each")
+    parser.add_argument("--pairs", type=int, default=1000, help="number of scored pairs")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
 
 def prepare(folder: Path, count: int) -> Workload:
-    """Run the pipeline in a folder; what the products need of what will be scored."""
+    """Run the pipeline in a folder; returns what the matrix products need to know."""
     for name in ("corpus", "sets"):
         shutil.copytree(ROOT / "data" / name, folder / "data" / name)
     os.chdir(folder)
@@ -114,7 +113,7 @@ def workload_of() -> Workload:
 
 
 def score(folder: Path, workload: Workload) -> Measurement:
-    """All that reward.serving.score does once the model is loaded."""
+    """Everything that reward.serving.score does after loading the model."""
     os.chdir(folder)
     scorer, stopwatch = Scorer(EXPORT), Stopwatch()
     first = workload.prompts[0]
@@ -130,7 +129,7 @@ def score(folder: Path, workload: Workload) -> Measurement:
 
 
 def as_markdown(options: argparse.Namespace, count: int, rows: dict[str, Row]) -> str:
-    """The table with what it holds for; `count` is the number of tokens."""
+    """The table and the conditions of the measurement; `count` is the number of tokens."""
     shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
     lines = []
     for row in rows.values():
@@ -143,10 +142,10 @@ def as_markdown(options: argparse.Namespace, count: int, rows: dict[str, Row]) -
         "Written by `python -m benchmarks.score`, which says what is measured and how.",
         f"{HARDWARE.describe()}, threads: {options.threads}; a random Qwen2 ({shape}), NF4; "
         f"{options.pairs} pairs of {count / options.pairs:.0f} tokens, at most {TOKENS_PER_PACK} "
-        f"in a pack; medians of {options.repeats} turns",
+        f"in a pack; medians of {options.repeats} repetitions",
         table(["", "pairs/s", "range", "share of the products"], lines),
-        "PyTorch multiplies by MKL, this project by oneDNN, which knows more processors; a share "
-        "can then exceed 100%.",
+        "PyTorch multiplies with MKL, this project with oneDNN, which is tuned for more "
+        "processors, so a share can exceed 100%.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 

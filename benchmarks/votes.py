@@ -5,13 +5,13 @@ python -m benchmarks.arms votes soft:preprocess.data=data/votes/soft \\
     majority:preprocess.data=data/votes/majority untied:preprocess.data=data/votes/untied
 
 Records have `instruction`, `input`, `response1`, `response2` and `votes`, a list of 1, 2, or 0 for
-equally good. Writes a folder of preference files for each arm. All arms have the same test pairs,
-those of a third of the prompts, with the share of the votes as their preference. The other prompts
-are for training:
+equally good. Writes a folder of preference files for each arm. All arms share the test pairs,
+those of a third of the prompts, whose preference is the share of the votes. The other prompts are
+for training:
 
-- soft: with the share of the votes;
-- majority: with the answer that most votes prefer, as if it were certain, or a tie;
-- untied: the same without the ties.
+- soft: the preference is the share of the votes;
+- majority: the answer with most votes is certainly preferred, or it is a tie;
+- untied: the same without ties.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("votes", type=Path, help="a file of records with votes")
-    parser.add_argument("folder", type=Path, help="where the folders of the arms are written")
+    parser.add_argument("folder", type=Path, help="where to write the folders of the arms")
     options = parser.parse_args()
     records = [record for _, record in read(options.votes)]
     test = [graded(record, share(record)) for record in records if is_test(record)]
@@ -50,24 +50,24 @@ def main() -> None:
 
 
 def is_test(record: Record) -> bool:
-    """Whether the prompt is one of the third that is held out."""
+    """Whether the prompt belongs to the third that is held out."""
     return hash64([record["instruction"], record["input"]]) % 3 == 0
 
 
 def share(record: Record) -> float:
-    """The share of the votes for the first answer, equal ones half."""
+    """The share of the votes for the first answer; a vote for neither counts half."""
     votes = record["votes"]
     return sum({1: 1.0, 2: 0.0, 0: 0.5}[vote] for vote in votes) / len(votes)
 
 
 def majority(record: Record) -> float:
-    """1 or 0 for the answer that more votes prefer, else 0.5."""
+    """1 or 0 for the answer with more votes, else 0.5."""
     first, second = (record["votes"].count(vote) for vote in (1, 2))
     return 0.5 if first == second else float(first > second)
 
 
 def graded(record: Record, preference: float) -> Record:
-    """The record with the first answer as the chosen one, and the preference for it."""
+    """The record with the first answer as chosen, and the preference for it."""
     asked = {"instruction": record["instruction"]}
     if record["input"]:
         asked["input"] = record["input"]

@@ -367,7 +367,10 @@ def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
         (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts must be a list of 1 prompts,"),
         (b'{"answers": ["a"]}', "prompts must be a list of 1 prompts, one for each text"),
         (b'{"prompts": [" "], "answers": ["a"]}', "answers[0]: 'prompt' is empty"),
-        (b'{"prompts": ["a"], "answers": [3]}', "answers[0]: 'answer' is a number, wanted a text"),
+        (
+            b'{"prompts": ["a"], "answers": [3]}',
+            "answers[0]: 'answer' is a number, expected a string",
+        ),
         (
             b'{"prompts": ["a", "b"], "answers": ["c", "' + b"1" * 3000 + b'"]}',
             "answers[1]: the text has 3007 tokens, expected at most 2040",
@@ -477,9 +480,9 @@ def test_the_load_test_sees_what_is_wrong_and_what_is_sent_away(
 
     async def work(client: Client) -> tuple[load.Load, load.Load]:
         url = str(client.make_url(REWARD))
-        seen = await load.put(url, options, questions, clients=1)
+        seen = await load.send_all(url, options, questions, clients=1)
         monkeypatch.setattr(queue, "MOST", 0)
-        return seen, await load.put(url, options, questions, clients=3)
+        return seen, await load.send_all(url, options, questions, clients=3)
 
     seen, away = served(held, work)
     assert (seen.statuses, seen.wrong, seen.unanswered) == ({200: 5, 400: 2}, 2, 0)
