@@ -1,4 +1,4 @@
-"""Locks of one process against others, which end with their process however it ends."""
+"""Locks between processes, which are released when their process ends, however it ends."""
 
 import errno
 import os
@@ -12,16 +12,16 @@ from filelock import FileLock, Timeout
 from reward.outputs import writing
 from reward.process import Fault
 
-NONE_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def hold(path: Path, seconds: float = 0) -> Iterator[None]:
-    """Hold the lock file `path`, once it is free; below 0 seconds wait for it without an end.
+    """Hold the lock file `path` once it is free; with less than 0 seconds, wait without a limit.
 
-    Where the file system has no flock, as Lustre may, a file with the number of the process stands
-    for the lock. Raises filelock.Timeout where another process holds it after that time, and a
-    Fault where the file system refuses to lock, as NFS without its lock service does.
+    On a file system without flock, such as some Lustre mounts, a file with the process id is the
+    lock. Raises filelock.Timeout if another process still holds it after that time, and a Fault if
+    the file system refuses to lock, as NFS without its lock service does.
     """
     lock = FileLock(path, timeout=seconds, thread_local=False)
     try:
@@ -31,13 +31,13 @@ def hold(path: Path, seconds: float = 0) -> Iterator[None]:
     except Timeout:
         raise
     except OSError as error:
-        if error.errno in NONE_HERE:
+        if error.errno in UNSUPPORTED:
             raise Fault(
-                f"{path} cannot be locked, its file system has no locks "
+                f"{path} cannot be locked because its file system has no locks "
                 f"({os.strerror(error.errno)}); expected {path.parent} on a local disk, or on one "
                 "that is mounted with flock"
             ) from None
-        error.filename = path  # as it is known to people, not from the root
+        error.filename = path  # as the user knows it, not the absolute path
         with writing(path):
             raise
     try:

@@ -1,4 +1,4 @@
-"""What stages write: whole or not at all, the same bytes for the same content."""
+"""Writing outputs: complete or not at all, and the same bytes for the same content."""
 
 import errno
 import hashlib
@@ -18,21 +18,21 @@ from reward.process import Fault
 Item = TypeVar("Item")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
-WANTED = {
-    **dict.fromkeys(FULL, "wanted more room"),
-    **dict.fromkeys(CLOSED, "wanted the right to write there"),
-    errno.EIO: "expected a disk that works",
+REMEDIES = {
+    **dict.fromkeys(FULL, "free some space"),
+    **dict.fromkeys(CLOSED, "allow writing there"),
+    errno.EIO: "check the disk",
 }
 CHUNK = 1 << 20
 
 
 @contextmanager
 def writing(path: Path, room: int = CHUNK) -> Iterator[None]:
-    """Turn what a write to a file or folder raises where the disk is full or closed into a Fault.
+    """Turn an error of a write into a Fault where the disk is full, read-only or broken.
 
-    Some libraries hide the error's number; then the disk is asked for it, and for `room` bytes, so
-    many as a library may have written and removed again. What has nothing to do with the disk of
-    `path`, such as a file elsewhere that cannot be read, goes on as it is.
+    Some libraries hide the error number. Then a probe asks the disk for it by writing `room` bytes,
+    as many as a library may have written and removed again. An error that has nothing to do with
+    the disk of `path`, such as an unreadable file elsewhere, is raised unchanged.
     """
     try:
         yield
@@ -41,29 +41,29 @@ def writing(path: Path, room: int = CHUNK) -> Iterator[None]:
     except Exception as error:
         place = getattr(error, "filename", None)
         number = _refused(error, path, room)
-        if number not in WANTED:
+        if number not in REMEDIES:
             raise
         raise Fault(
             f"{path if place is None or number in FULL else place} cannot be written: "
-            f"{os.strerror(number)}; {WANTED[number]}, then run the same command again"
+            f"{os.strerror(number)}; {REMEDIES[number]}, then run the same command again"
         ) from None
 
 
 def _refused(error: Exception, path: Path, room: int) -> int:
-    """The error number that the disk of `path` answers a write with, 0 for none."""
+    """The error number with which the disk of `path` refuses a write, 0 if it does not."""
     number, place = getattr(error, "errno", None), getattr(error, "filename", None)
-    if number in FULL:  # no read ends so
+    if number in FULL:  # reading never fails with these
         return int(number)
     if place is None:
         return _probe(path if path.is_dir() else path.parent, room)
-    # Below it, in its place for now (path.partial), or a folder above it.
+    # A file below `path`, its temporary name (path.partial), or a folder above it.
     known, found = str(path.absolute()), str(Path(os.fsdecode(place)).absolute())
     ours = found.startswith(known) or known.startswith(f"{found}{os.sep}")
     return int(number or 0) if ours else 0
 
 
 def _probe(folder: Path, room: int) -> int:
-    """The error number of a file, larger than all others of a folder, that takes `room` bytes."""
+    """The error number of writing `room` bytes to a file larger than any in the folder."""
     random = os.urandom(CHUNK)
     try:
         largest = max((file.stat().st_size for file in folder.iterdir()), default=0)
@@ -80,7 +80,7 @@ def _probe(folder: Path, room: int) -> int:
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """A fresh folder beside `path`, with another ending, which is gone after the block."""
+    """A fresh folder beside `path`, with the suffix .partial, that is removed after the block."""
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -93,14 +93,14 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A fresh folder to fill, which takes the place of `path` only if the block succeeds.
+    """A fresh folder to fill, which replaces `path` only if the block succeeds.
 
-    What the block itself raises goes on as it is: its writes are each within `writing`.
+    Errors of the block are raised unchanged, because its writes are each within `writing`.
     """
     with partial_folder(path) as partial:
         yield partial
         with writing(path):
-            # safetensors leaves its files readable by their owner alone.
+            # safetensors makes its files readable by their owner only.
             for file in filter(Path.is_file, partial.rglob("*")):
                 file.chmod(partial.stat().st_mode & 0o666)
             shutil.rmtree(path, ignore_errors=True)
@@ -108,9 +108,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """A second folder of the same files, which takes no room: they are linked.
+    """Make a second folder of the same files, hard-linked, so that it takes no space.
 
-    Where a file system has no hard links they are copied. Raises a Fault where neither is possible.
+    Copies them where the file system has no hard links. Raises a Fault where neither is possible.
     """
 
     def link_file(file: str, place: str) -> None:
@@ -130,18 +130,18 @@ def copy_file(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
     except OSError as error:
         raise Fault(
-            f"{source} cannot be read: {error.strerror or error}; expected a whole, readable file"
+            f"{source} cannot be read: {error.strerror or error}; expected a readable file"
         ) from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of UTF-8."""
+    """Write a text file in UTF-8."""
     with writing(path):
         path.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` with sorted keys and a newline at the end, through a rename."""
+    """Write `content` with sorted keys and a final newline, through a rename."""
     partial = path.with_name(path.name + ".partial")
     text = json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     with writing(path):
@@ -159,15 +159,15 @@ def read_json(path: Path) -> Any:
 
 
 def recorded(path: Path) -> dict[str, Any]:
-    """What a stage recorded in a JSON file. Raises a Fault where it is not here, or broken."""
+    """What a stage recorded in a JSON file. Raises a Fault if the file is missing or broken."""
     try:
         found = read_json(path)
     except (OSError, ValueError) as error:
         raise Fault(
-            f"{path} cannot be read ({error}), wanted what dvc repro leaves there"
+            f"{path} cannot be read ({error}), expected what dvc repro writes there"
         ) from None
     if not isinstance(found, dict):
-        raise Fault(f"{path} holds no object, wanted what dvc repro leaves there")
+        raise Fault(f"{path} is not a JSON object, expected what dvc repro writes there")
     return found
 
 
@@ -178,7 +178,7 @@ def digest(path: Path) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path relative to the folder."""
+    """SHA-256 of every file below a folder, keyed by its path relative to the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): digest(path)
@@ -186,24 +186,24 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def changed_files(folder: Path, wanted: dict[str, str]) -> list[str]:
-    """Names of files that are missing, or are not those which were recorded, by their SHA-256."""
+def changed_files(folder: Path, expected: dict[str, str]) -> list[str]:
+    """Names of files that are missing or whose SHA-256 is not the expected one."""
     return [
         name
-        for name, value in watched(wanted.items(), f"checking {folder}")
+        for name, value in watched(expected.items(), f"checking {folder}")
         if not (folder / name).is_file() or digest(folder / name) != value
     ]
 
 
 def watched(items: Iterable[Item], doing: str, unit: str = "files") -> Iterable[Item]:
-    """The items one by one; a bar shows it where that takes longer than two seconds."""
+    """The items one by one, with a progress bar after two seconds."""
     return tqdm(items, desc=doing, unit=f" {unit}", delay=2, leave=False, disable=None)
 
 
-def require_files(folder: Path, wanted: dict[str, str]) -> None:
-    """Raises a Fault for files that are not those which were recorded."""
-    if changed := changed_files(folder, wanted):
+def require_files(folder: Path, expected: dict[str, str]) -> None:
+    """Raises a Fault for files that are missing or whose SHA-256 is not the expected one."""
+    if changed := changed_files(folder, expected):
         raise Fault(
-            f"{folder}: {', '.join(changed)} damaged, exchanged or missing, wanted the files that "
-            "were written there; dvc repro brings them back"
+            f"{folder}: {', '.join(changed)} damaged, replaced or missing, expected the files that "
+            "were written there; dvc repro restores them"
         )

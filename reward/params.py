@@ -1,10 +1,10 @@
 """Strict, typed loading of one group of params.yaml.
 
-A group is a frozen dataclass that stands in the module which owns it, one annotated field a key:
+A group is a frozen dataclass in the module that owns it, with one annotated field per key:
 
     r: Annotated[int, Rule("a positive integer", lambda r: r > 0)]
 
-Code holds no default: every key stands in params.yaml, every fault is named in one message.
+The code has no defaults: every key is in params.yaml. One message names all faults of a group.
 """
 
 import math
@@ -22,14 +22,14 @@ from reward.process import Fault
 
 Group = TypeVar("Group")
 
-# Keys that earlier versions or other trainers have: who sets one should hear what became of it.
+# Keys of earlier versions or of other trainers. Whoever sets one should learn what became of it.
 GONE = {
     "base.trust_remote_code": "was removed: code that comes with a model never runs",
     "evaluate.sets": "was renamed to preprocess.sets",
-    "export.tokens_per_pack": "was removed: export takes that of evaluate",
-    "preprocess.test_data": "was removed: files called test* in the folder preprocess.data",
+    "export.tokens_per_pack": "was removed: export uses evaluate.tokens_per_pack",
+    "preprocess.test_data": "was removed: put files named test* in the folder preprocess.data",
     "train.head_margin": "was removed: the head is always scaled to 0.05",
-    "train.head_seed": "was removed: the head has train.seed",
+    "train.head_seed": "was removed: the head uses train.seed",
 }
 
 
@@ -37,18 +37,18 @@ GONE = {
 class Rule:
     """What a value must be, in words and as a test of a value of the right type."""
 
-    wanted: str
+    expected: str
     holds: Callable[[Any], bool] = lambda value: True
 
 
-Text = Annotated[str, Rule("a text that is not empty", lambda text: bool(text.strip()))]
+Text = Annotated[str, Rule("a non-empty string", lambda text: bool(text.strip()))]
 Positive = Annotated[int, Rule("a positive integer", lambda number: number > 0)]
 Seed = Annotated[int, Rule("an integer from 0 to 4294967295", lambda seed: 0 <= seed < 2**32)]
 Switch = Annotated[bool, Rule("true or false")]
 AboveZero = Annotated[float, Rule("a number above 0", lambda number: number > 0)]
-ZeroOrMore = Annotated[float, Rule("a number of 0 or more", lambda number: number >= 0)]
+ZeroOrMore = Annotated[float, Rule("a non-negative number", lambda number: number >= 0)]
 Fraction = Annotated[
-    float, Rule("a number from 0 up to, not including, 1", lambda share: 0 <= share < 1)
+    float, Rule("a number from 0 up to but not including 1", lambda share: 0 <= share < 1)
 ]
 
 
@@ -60,15 +60,15 @@ def load(name: str, kind: type[Group], path: Path = Path("params.yaml")) -> Grou
     """
     values = _read(name, path)
     hints = typing.get_type_hints(kind, include_extras=True)
-    unknown = f"is unknown, known are {', '.join(hints)}"
+    unknown = f"is unknown, expected one of {', '.join(hints)}"
     faults = [
         f"{name}.{key} {GONE.get(f'{name}.{key}', unknown)}" for key in values.keys() - hints.keys()
     ]
     for key, hint in hints.items():
         if key not in values:
-            faults.append(f"{name}.{key} is missing, must be {_wanted(hint)}")
+            faults.append(f"{name}.{key} is missing, must be {_expected(hint)}")
         elif not _conforms(values[key], hint):
-            faults.append(f"{name}.{key} is {values[key]!r}, must be {_wanted(hint)}")
+            faults.append(f"{name}.{key} is {values[key]!r}, must be {_expected(hint)}")
     if faults:
         raise Fault("\n".join(f"{path}: {fault}" for fault in sorted(faults)))
     return kind(**{key: _typed(values[key], hint) for key, hint in hints.items()})
@@ -78,14 +78,14 @@ def _read(name: str, path: Path) -> dict[str, Any]:
     try:
         document = read_yaml(path)
     except FileNotFoundError:
-        raise Fault(f"{path} is not here, wanted in the folder {Path.cwd()}") from None
+        raise Fault(f"{path} does not exist in the folder {Path.cwd()}") from None
     except OSError as error:
-        raise Fault(f"{path} cannot be read: {error.strerror}; wanted the parameters") from None
+        raise Fault(f"{path} cannot be read: {error.strerror}; expected the parameters") from None
     except (yaml.YAMLError, ValueError) as error:
         raise Fault(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
     group = document.get(name) if isinstance(document, dict) else None
     if not isinstance(group, dict):
-        raise Fault(f"{path}: the group {name} is {group!r}, must be a list of keys and values")
+        raise Fault(f"{path}: the group {name} is {group!r}, must be a mapping of keys to values")
     return {str(key): value for key, value in group.items()}
 
 
@@ -93,9 +93,9 @@ def _base(hint: Any) -> Any:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
-def _wanted(hint: Any) -> str:
+def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is Annotated:
-        return str(typing.get_args(hint)[1].wanted)
+        return str(typing.get_args(hint)[1].expected)
     return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
 
 
@@ -107,7 +107,7 @@ def _conforms(value: Any, hint: Any) -> bool:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a YAML value has a type; true is no integer, an integer is a number, NaN is none."""
+    """Whether a YAML value has a type. 1 is also a float; true is not an int, NaN not a float."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
@@ -129,7 +129,7 @@ def _typed(value: Any, hint: Any) -> Any:
 # --- YAML ------------------------------------------------------------------------------------
 
 TAG = "tag:yaml.org,2002:"
-# Plain texts that are something else: the tag, what matches, the first characters of it.
+# Unquoted scalars that are not strings: the tag, the pattern, the possible first characters.
 SCHEMA = (
     ("null", "~|null|Null|NULL|", ("~", "n", "N", "")),
     ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -145,7 +145,7 @@ SCHEMA = (
 
 
 def read_yaml(path: Path) -> Any:
-    """The document of a YAML file as DVC reads it, but for dates, which stay texts as written.
+    """The document of a YAML file as DVC reads it, except that dates stay strings as written.
 
     Raises OSError, yaml.YAMLError for broken YAML and for keys that occur twice, and ValueError for
     a number without digits.
@@ -154,10 +154,10 @@ def read_yaml(path: Path) -> Any:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML 1.2's core schema, in which 1e-5 is a number, no is a text and 010 is ten.
+    """YAML 1.2's core schema, in which 1e-5 is a number, no is a string and 010 is ten.
 
-    PyYAML's own schema is that of YAML 1.1. As in the reader of DVC, numbers may have underscores
-    or be binary, and `<<` merges.
+    PyYAML implements the schema of YAML 1.1. As in DVC's reader, numbers may have underscores or
+    be binary, and `<<` merges.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
@@ -167,9 +167,10 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         self._flattened: set[yaml.Node] = set()
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put the keys that `<<` brings before those of a node, which may not occur twice.
+        """Put the keys that `<<` merges before the node's own, which may not occur twice.
 
-        It is called again for a node that another one merges: then it has keys to override.
+        PyYAML calls this again for a node that another one merges. By then the merged keys are
+        among its own, and overriding one is not a duplicate.
         """
         if node in self._flattened:
             return
@@ -187,7 +188,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         super().flatten_mapping(node)
 
     def integer(self, node: yaml.ScalarNode) -> int:
-        """The integer of a node, in the base that its prefix names, or ten."""
+        """The integer of a node, in the base that its prefix gives, by default ten."""
         text = self.construct_scalar(node).replace("_", "")
         return int(text, {"0b": 2, "0o": 8, "0x": 16}.get(text.lstrip("-+")[:2], 10))
 

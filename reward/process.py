@@ -1,4 +1,4 @@
-"""How the process of a stage begins and ends: one sentence for a fault, never an orphan."""
+"""How the process of a stage starts and ends: one sentence for a fault, and no orphans."""
 
 import json
 import logging
@@ -12,56 +12,57 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-# Who started this process, and when. A launcher says who it is: it may be gone before this is read.
+# The parent of this process, and when it started. A launcher passes its own id, because it may have
+# ended before this is read.
 LAUNCHER = "REWARD_LAUNCHER"
 PARENT, BEGUN = int(os.environ.get(LAUNCHER) or os.getppid()), time.monotonic()
-# The cgroup of a container, seen from within.
+# The cgroup of a container, as seen from inside.
 GROUP = Path("/sys/fs/cgroup")
 
 
 def is_command(arguments: Sequence[str]) -> bool:
-    """Whether a command line of Python runs a module of this project."""
+    """Whether a Python command line runs a module of this project."""
     module = next((named for flag, named in pairwise(arguments) if flag == "-m"), "")
     return module.startswith(("stages.", "reward."))
 
 
 def see_one_gpu() -> None:
-    """Have one of several processes see the GPU that is its own, before a library looks for any."""
+    """Let one of several processes see its own GPU only, before a library looks for GPUs."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) != "":
         local = os.environ["LOCAL_RANK"]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)] if visible else local
 
 
-# Whether torchrun has started this process as one of several. Somebody else's trainer, which it may
-# have started too and which calls the reward function, goes its own way.
+# Whether torchrun started this process as one of several. torchrun may also have started somebody
+# else's trainer that calls the reward function, which is left alone.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ and is_command(sys.orig_argv)
-# Whether DVC has started this process, or another one that DVC has.
+# Whether DVC started this process, or a process that DVC started did.
 STAGED = "DVC_ROOT" in os.environ
-# Where torchrun reads what went wrong.
+# The file from which torchrun reads the error of a process.
 ERRORS = os.environ.get("TORCHELASTIC_ERROR_FILE") if LAUNCHED else None
 if LAUNCHED:
     see_one_gpu()
 
-# Before torch is imported: where another process has ended, its C++ code prints a stack trace. What
-# that means for the work is said by whoever catches the error.
+# Set before torch is imported: when another process has ended, its C++ code prints a stack trace.
+# Whoever catches the error reports what it means for the work.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-# At its import, which happens in transformers and PEFT, bitsandbytes warns on some processors that
-# an optional package is missing. Nothing needs it.
+# bitsandbytes, which transformers and PEFT import, warns on some processors that an optional
+# package is missing. Nothing here needs that package.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class Fault(Exception):
-    """A fault of the user's: where, what was found, what is wanted; no traceback."""
+    """An error of the user's: where it is, what was found, what is expected. No traceback."""
 
-    # Whether another process, which went first, has the reason.
+    # Whether another process ended first, and reports the reason.
     elsewhere = False
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call the `main` of a stage or command; a Fault exits with status 1 and its sentence.
+    """Call the `main` of a stage or command. A Fault prints its sentence and exits with status 1.
 
-    Ctrl-C exits with 130. Under DVC it says how long it took. One of several leaves to its parent
-    what is to be said.
+    Ctrl-C exits with 130. Under DVC it prints how long it took. One of several processes leaves
+    all printing to its parent.
     """
     try:
         main()
@@ -81,18 +82,18 @@ def run(main: Callable[[], None]) -> None:
 
 
 def threads() -> int:
-    """Those of OMP_NUM_THREADS, which several processes share, else one for each processor."""
+    """How many threads to use: OMP_NUM_THREADS, set for several processes, or one per processor."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdecimal() else processors()
 
 
 def follow(parent: int) -> None:
-    """End this process within half a second of its parent's end, however that was killed.
+    """End this process within half a second of its parent's end, however the parent was killed.
 
-    DVC does not take its stages along when it gets SIGTERM or SIGKILL; the orphan would work on
-    beside the stage that the next `dvc repro` starts. `parent` is a process id that was noted while
-    the parent was there for certain. While a library's code is loaded, which may take two seconds,
-    no thread of Python runs, nor this one.
+    DVC does not stop its stages when it gets SIGTERM or SIGKILL. The orphan would keep working
+    beside the stage that the next `dvc repro` starts. `parent` must be a process id that was read
+    while the parent was certainly alive. While a library's code is being loaded, which may take two
+    seconds, no Python thread runs, including the one that watches.
     """
 
     def watch() -> None:
@@ -104,9 +105,9 @@ def follow(parent: int) -> None:
 
 
 def processors() -> int:
-    """How many processors this process may use: those of its affinity, within its cgroup's quota.
+    """How many processors this process may use: its CPU affinity, limited by its cgroup's quota.
 
-    On a shared machine a scheduler grants fewer than there are.
+    On a shared machine a scheduler grants fewer than the machine has.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     granted = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -114,15 +115,15 @@ def processors() -> int:
 
 
 def free_memory(memory: Path = Path("/proc/meminfo"), group: Path = GROUP) -> float:
-    """Bytes that machine and cgroup, of version 2, have free; infinite where neither says so.
+    """Free bytes of the machine and its cgroup (version 2); infinite where neither is known.
 
-    What files take of it that were read is free as well.
+    The page cache counts as free.
     """
     free = [math.inf]
     with suppress(OSError, KeyError):
         of_machine = dict(line.split(":") for line in memory.read_text().splitlines())
         free.append(int(of_machine["MemAvailable"].split()[0]) * 1024)
-    with suppress(OSError, ValueError):  # "max" is no number
+    with suppress(OSError, ValueError):  # "max" is not a number
         most, taken = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         of_group = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         free.append(most - taken + int(of_group["active_file"]) + int(of_group["inactive_file"]))
@@ -130,7 +131,7 @@ def free_memory(memory: Path = Path("/proc/meminfo"), group: Path = GROUP) -> fl
 
 
 def _quota(root: Path = GROUP) -> float:
-    """Processors' worth of time that the cgroup grants, of version 2 or 1; infinite without one.
+    """How many processors the quota of the cgroup (version 2 or 1) allows; infinite without one.
 
     A container sees its own group at the root of the file system.
     """

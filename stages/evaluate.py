@@ -2,10 +2,10 @@
 
     python -m stages.evaluate
 
-Reads data/tokenized/test, the further test sets beside it, models/base and models/adapter. Writes
-the rewards of every test pair to reports/evaluate/rewards.parquet, beside it those of the further
-sets in sets/, all figures in figures.json, what the plots show and a page to read the judgements
-on, index.html; and metrics/evaluate.json.
+Reads data/tokenized/test, the extra test sets beside it, models/base and models/adapter. Writes
+metrics/evaluate.json and, in reports/evaluate, the rewards of all test pairs (rewards.parquet) and
+of the extra sets (sets/), all figures (figures.json), the data of the plots, and a page to read the
+judgements on (index.html).
 """
 
 from collections.abc import Iterable
@@ -67,7 +67,7 @@ METRICS = Path("metrics/evaluate.json")
 
 @dataclass(frozen=True)
 class Evaluate:
-    """The group `evaluate` of params.yaml, where each key is described."""
+    """The group `evaluate` of params.yaml, which describes each key."""
 
     tokens_per_pack: Positive
     bootstrap_samples: Positive
@@ -107,15 +107,15 @@ def main() -> None:
 
 
 def full_pack(datasets: Iterable[Dataset], tokens_per_pack: int) -> list[Texts]:
-    """The longest pair of all and the shortest ones that fill a pack with it, the shortest last."""
+    """The longest pair, and the shortest ones that fill up its pack, the shortest last."""
     pairs = [pair for each in datasets for pair in pairs_of(each)]
     return [pairs[index] for index in extremes([*map(tokens, pairs)], tokens_per_pack)]
 
 
 def rewards_of(model: PeftModel, dataset: Dataset, tokens_per_pack: int) -> pa.Table:
-    """The rewards of a dataset's pairs as a table, whose metadata has the size of the packs.
+    """The rewards of a dataset's pairs as a table, with the size of the packs in its metadata.
 
-    In half precision packs of another size round otherwise.
+    In half precision, packs of another size are rounded differently.
     """
     ranked = rankings_of(dataset)
     found = score(model, [each.texts for each in ranked], tokens_per_pack)
@@ -133,12 +133,12 @@ def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:
     if broken := int((~margin.isfinite()).sum()):
         raise Fault(
             f"{ADAPTER}: the rewards of {broken} of {len(margin)} test pairs are not finite; "
-            "quantization.compute_dtype float32 has the widest range"
+            "set quantization.compute_dtype to float32, which has the widest range"
         )
 
 
 def curves(judged: Judged, resampling: Resampling) -> dict[str, list[Figures]]:
-    """What the plots show of the test pairs, besides their slices."""
+    """The data of the plots of the test pairs, except the slices."""
     decided = judged.decided()
     return {
         "margins": histogram(decided.margin),
@@ -150,9 +150,9 @@ def curves(judged: Judged, resampling: Resampling) -> dict[str, list[Figures]]:
 
 
 def headline(figures: dict[str, Any]) -> dict[str, Any]:
-    """The content of metrics/evaluate.json: what runs are compared by.
+    """The content of metrics/evaluate.json: the numbers by which runs are compared.
 
-    A name with a slash is left out of a short table: --drop '.*/.*'.
+    `dvc exp show --drop '.*/.*'` leaves out the names with a slash.
     """
     ranked, sets = figures["rankings"], figures["sets"]
     return {
@@ -179,7 +179,7 @@ def write_page(
     tables: list[pa.Table],
     figures: dict[str, Any],
 ) -> None:
-    """The page of all judgements; where there are further sets, they are a slice of it."""
+    """Write the page of all judgements; the extra sets are slices of it."""
     paths = {"test split": TEST} | {each.name: SETS / each.name for each in sets}
     marked = [
         table.append_column(TEST_SET, pa.array([name] * len(table)))
@@ -199,7 +199,7 @@ def write_page(
 
 
 def prompts_of(answers: Dataset) -> dict[str, page.Prompt]:
-    """The prompts of a split by their ids, as people read them."""
+    """The prompts of a split by id, as people read them."""
     result: dict[str, page.Prompt] = {}
     for row in answers.select_columns([PROMPT_ID, ANSWER, PROMPT, RESPONSE]):
         if row[PROMPT_ID] not in result:

@@ -1,12 +1,12 @@
-"""Bring the base model to models/base: from the Hub, from a local folder, or the embedded one.
+"""Copy the base model to models/base: from the Hub, from a local folder, or the embedded one.
 
     python -m stages.fetch
 
-Writes the weights (safetensors as they are), the configuration, the tokenizer as transformers
-builds it (one tokenizer.json and one tokenizer_config.json, whatever the source has), and base.json
-with the name, the resolved revision, the licence where it is known, and the SHA-256 of every file.
-Weights come last, after all else has been found good. A few models are converted to another one
-that computes the same.
+Writes the weights (safetensors, unchanged), the configuration, the tokenizer as transformers builds
+it (one tokenizer.json and one tokenizer_config.json, whatever the source has), and base.json with
+the name, the resolved revision, the licence if it is known, and the SHA-256 of every file. Weights
+come last, after everything else has been checked. A few architectures are converted to an
+equivalent one.
 """
 
 import json
@@ -67,7 +67,7 @@ SECONDS = 7
 
 @dataclass(frozen=True)
 class Base:
-    """The group `base` of params.yaml, where each key is described."""
+    """The group `base` of params.yaml, which describes each key."""
 
     name: Text
     revision: Text
@@ -79,9 +79,9 @@ class Base:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base comes from: the names of its files, and where one of them lies on this disk.
+    """Where a base comes from: the names of its files, and a function from name to local path.
 
-    `license` is what its card says of that, by the keys of the Hub.
+    `license` is what its card says about it, with the keys of the Hub.
     """
 
     kind: str
@@ -91,7 +91,7 @@ class Source:
     license: dict[str, str] = field(default_factory=dict)
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
-        """Names of the top folder's files that match any of the patterns, sorted."""
+        """Names of the files directly in the folder that match any of the patterns, sorted."""
         return sorted(
             name
             for name in self.names
@@ -111,7 +111,7 @@ def main() -> None:
                 "license": {"license": "apache-2.0"},
             }
         else:
-            origin = copy(base, folder_here(base) or hub_repository(base), folder)
+            origin = copy(base, local_folder(base) or hub_repository(base), folder)
         files = digests(folder)
         write_json(folder / "base.json", {"name": base.name, "files": files, **origin})
     size = sum(file.stat().st_size for file in BASE.iterdir()) / 1e6
@@ -119,18 +119,18 @@ def main() -> None:
     print(f"fetched    {BASE}")
 
 
-def folder_here(base: Base) -> Source | None:
-    """The local folder that base.name is the path of, if there is one.
+def local_folder(base: Base) -> Source | None:
+    """The local folder whose path is base.name, if it exists.
 
-    Raises a Fault for one in the exported folder, which is made of models/base.
+    Raises a Fault for the exported folder, which is made from models/base.
     """
     try:
         folder = Path(base.name).expanduser()
-    except RuntimeError:  # the home of a user who does not exist
+    except RuntimeError:  # the home of an unknown user
         return None
     if folder.resolve().is_relative_to(EXPORT.resolve()):
         raise base.fault(
-            f"is in {EXPORT}, which the pipeline makes of its base: a cycle; expected a copy of it "
+            f"is in {EXPORT}, which the pipeline makes from its base; expected a copy of it "
             f"elsewhere: dvc get . {EXPORT} --rev main -o {EXPORT.with_name('mine')}"
         )
     if not folder.is_dir():
@@ -140,7 +140,7 @@ def folder_here(base: Base) -> Source | None:
 
 
 def hub_repository(base: Base) -> Source:
-    """The model of that id on the Hub, or on the mirror that HF_ENDPOINT names, at its commit."""
+    """The model with that id on the Hub, or on the mirror in HF_ENDPOINT, at its commit."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
@@ -150,20 +150,20 @@ def hub_repository(base: Base) -> Source:
         info = api.model_info(base.name, revision=base.revision, timeout=SECONDS)
     commit = info.sha
     if commit is None:
-        raise base.fault(f"has no commit at {api.endpoint}, wanted a Hub that names one")
+        raise base.fault(f"has no commit at {api.endpoint}, expected a Hub that names one")
 
     def download(name: str) -> Path:
         with hub_faults(base, api.endpoint), writing(Path(constants.HF_HUB_CACHE)):
             return Path(api.hf_hub_download(base.name, name, revision=commit))
 
     names = [file.rfilename for file in info.siblings or []]
-    # From the card itself, which the cache then has where there is no Hub to ask.
+    # Read from the card itself, so that the cache has it for work without the Hub.
     found = license_in(download("README.md").parent) if "README.md" in names else {}
     return Source("hub", commit, names, download, found)
 
 
 def cached_repository(base: Base) -> Source:
-    """What the Hub's cache has of the model, where HF_HUB_OFFLINE says to ask nobody."""
+    """The model in the local Hub cache, for HF_HUB_OFFLINE."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -172,7 +172,7 @@ def cached_repository(base: Base) -> Source:
     except (HFValidationError, LocalEntryNotFoundError):
         raise base.fault(
             f"at {base.revision} is not a folder here and not in the Hub's cache, and "
-            "HF_HUB_OFFLINE is set, wanted a model that was downloaded before"
+            "HF_HUB_OFFLINE is set; unset it to download the model"
         ) from None
     folder = Path(found)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -180,7 +180,7 @@ def cached_repository(base: Base) -> Source:
 
 
 def license_in(folder: Path) -> dict[str, str]:
-    """What the card of a model says of its licence; nothing where there is no card that can."""
+    """The licence in the card of a model; empty without a readable card."""
     from huggingface_hub import metadata_load
 
     try:
@@ -194,40 +194,41 @@ def license_in(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises for a model that cannot be had into a Fault."""
+    """Turn an error of huggingface_hub about a model that cannot be downloaded into a Fault."""
     from huggingface_hub import errors
 
-    # The root of all errors of the HTTP library, which is httpx or httpx2 by the Hub's version.
+    # The base class of the errors of the HTTP library: httpx or httpx2, by the version of the Hub's
+    # library.
     unreachable = errors.HTTPError  # type: ignore[attr-defined]
     try:
         yield
     except errors.HFValidationError:
         raise base.fault(
-            f"is no folder here and no id of a Hub model, wanted one of them, or {embedded.NAME}"
+            f"is not a folder here or a valid Hub id, expected one of these or {embedded.NAME}"
         ) from None
     except errors.GatedRepoError:
         raise base.fault(
-            f"is gated, wanted access: accept its terms on its page at {endpoint} and set HF_TOKEN"
+            f"is gated; accept its terms on its page at {endpoint} and set HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:
         raise base.fault(
-            f"has no revision {base.revision} at {endpoint}, wanted in base.revision one of its "
+            f"has no revision {base.revision} at {endpoint}, expected one of its "
             "branches, tags or commits"
         ) from None
     except errors.RepositoryNotFoundError:
         raise base.fault(
-            f"is no folder here and no model at {endpoint} that you may read, wanted a Hub id, "
+            f"is not a folder here or a model at {endpoint} that you can read, expected a Hub id, "
             f"a local folder, or {embedded.NAME}; a private model needs HF_TOKEN"
         ) from None
     except errors.HfHubHTTPError as error:
         status = f"{error.response.status_code} {error.server_message or ''}".strip()
         raise base.fault(
-            f"is no folder here, and {endpoint} answered {status}, wanted the model's files"
+            f"is not a folder here, and {endpoint} answered {status}, expected the model's files"
         ) from None
     except json.JSONDecodeError:
         raise base.fault(
-            f"is no folder here, and {endpoint} does not answer as a Hub does, "
-            "wanted the Hub or a mirror of it in HF_ENDPOINT"
+            f"is not a folder here, and {endpoint} does not answer like a Hub, "
+            "expected the Hub or a mirror of it in HF_ENDPOINT"
         ) from None
     except (
         unreachable,
@@ -236,13 +237,13 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
         ConnectionError,
     ) as error:
         raise base.fault(
-            f"is no folder here, and {endpoint} could not be reached ({type(error).__name__}), "
-            "wanted a connection, or a mirror in HF_ENDPOINT"
+            f"is not a folder here, and {endpoint} could not be reached ({type(error).__name__}), "
+            "expected a connection, or a mirror in HF_ENDPOINT"
         ) from None
 
 
 def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
-    """Copy what a model needs and no more; what base.json is to say of where it came from."""
+    """Copy only what a model needs; returns the entries of base.json about its origin."""
     from reward.model.converting import conversion_of
     from reward.model.head import is_classifier, problem_with_head
 
@@ -271,15 +272,15 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
 
 
 def require_weights(base: Base, source: Source) -> None:
-    """Faults unless there are weights in safetensors, by the names that transformers loads."""
+    """Raises a Fault without weights in safetensors under the names that transformers loads."""
     if not source.matching([WEIGHTS, INDEX]):
         others = source.matching([f"*{suffix}" for suffix in WEIGHT_SUFFIXES])
         found = f"only {', '.join(others[:3])}" if others else "no weights"
-        raise base.fault(f"has {found}, wanted {WEIGHTS}, or {INDEX} and its shards")
+        raise base.fault(f"has {found}, expected {WEIGHTS}, or {INDEX} and its shards")
 
 
 def copy_weights(base: Base, source: Source, folder: Path) -> list[str]:
-    """Copy the weights, bytes untouched; the names of their files."""
+    """Copy the weight files byte for byte; returns their names."""
     names = weight_files(base, source)
     for name in watched(names, "copying weights"):
         copy_file(source.path(name), folder / name)
@@ -290,7 +291,7 @@ def copy_weights(base: Base, source: Source, folder: Path) -> list[str]:
 
 
 def shapes_of(base: Base, folder: Path) -> dict[str, list[int]]:
-    """The shape of every tensor of a folder's weights, by its name."""
+    """The shape of every tensor in a folder's weights, by name."""
     shapes: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         with tensors_of(base, path) as file:
@@ -301,7 +302,7 @@ def shapes_of(base: Base, folder: Path) -> dict[str, list[int]]:
 def convert_weights(
     base: Base, source: Source, folder: Path, conversion: "Conversion"
 ) -> list[str]:
-    """Write the weights of what a base becomes, file by file; the names of those that were read."""
+    """Write the weights of the converted base file by file; returns the names of its sources."""
     from safetensors.torch import save_file
 
     names = weight_files(base, source)
@@ -328,19 +329,19 @@ def convert_weights(
 
 
 def weight_files(base: Base, source: Source) -> list[str]:
-    """The names of the files that weights are in. The whole file goes before its shards."""
+    """The names of the weight files. A single file takes precedence over shards."""
     return source.matching([WEIGHTS]) or shards(base, source)
 
 
 @contextmanager
 def tensors_of(base: Base, path: Path) -> Iterator[Any]:
-    """The tensors of a file of weights, opened. Raises a Fault where it is none."""
+    """An open safetensors file. Raises a Fault if it is broken."""
     from safetensors import SafetensorError, safe_open
 
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise base.fault(f"has a broken {path.name} ({error}), wanted safetensors") from None
+        raise base.fault(f"has a broken {path.name} ({error}), expected safetensors") from None
     with file:
         yield file
 
@@ -350,27 +351,27 @@ def shards(base: Base, source: Source) -> list[str]:
     try:
         names = sorted(set(read_json(source.path(INDEX))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise base.fault(f"has a broken {INDEX} ({error!r}), wanted its weight_map") from None
+        raise base.fault(f"has a broken {INDEX} ({error!r}), expected a weight_map") from None
     if missing := sorted(set(names) - set(source.matching(["*"]))):
-        raise base.fault(f"lacks {', '.join(missing[:3])}, wanted all shards of its {INDEX}")
+        raise base.fault(f"lacks {', '.join(missing[:3])}, expected all shards in its {INDEX}")
     return [INDEX, *names]
 
 
 def read_config(base: Base, folder: Path) -> dict[str, Any]:
-    """What config.json says. Raises a Fault where there is none, or a broken one."""
+    """The content of config.json. Raises a Fault if it is missing or broken."""
     try:
         config = read_json(folder / "config.json")
     except FileNotFoundError:
-        raise base.fault("has no config.json, wanted a transformers model") from None
+        raise base.fault("has no config.json, expected a transformers model") from None
     except ValueError as error:
-        raise base.fault(f"has a broken config.json ({error}), wanted JSON") from None
+        raise base.fault(f"has a broken config.json ({error}), expected JSON") from None
     if not isinstance(config, dict):
-        raise base.fault(f"has a broken config.json, a {type(config).__name__}, wanted an object")
+        raise base.fault(f"has a broken config.json, a {type(config).__name__}, expected an object")
     return config
 
 
 def require_suitable(base: Base, config: dict[str, Any], conversion: "Conversion | None") -> None:
-    """Faults unless the configuration is that of a base which can become a reward model."""
+    """Raises a Fault unless a base with this configuration can become a reward model."""
     from reward.model.suitable import problem_with, problem_with_quantization
 
     reason = problem_with(conversion.config if conversion else config)
@@ -379,13 +380,13 @@ def require_suitable(base: Base, config: dict[str, Any], conversion: "Conversion
 
 
 def normalize_tokenizer(base: Base, folder: Path) -> None:
-    """Leave one tokenizer.json, as transformers builds it, and one configuration with its template.
+    """Replace the tokenizer files by one tokenizer.json and one configuration with the template.
 
-    What transformers makes of a tokenizer folder is not always what its tokenizer.json says;
-    later stages read the file alone, so the file must be what transformers runs.
+    The tokenizer that transformers builds from a folder is not always the one in its
+    tokenizer.json. Later stages read only that file, so it must be the one transformers builds.
     """
     tokenizer = load_tokenizer(base, folder)
-    wanted = tokenizer(PROBES)["input_ids"]
+    ids = tokenizer(PROBES)["input_ids"]
     path = folder / "tokenizer_config.json"
     config = self_contained(read_json(path) if path.exists() else {}, tokenizer)
     for file in sorted(folder.iterdir()):
@@ -396,17 +397,17 @@ def normalize_tokenizer(base: Base, folder: Path) -> None:
     backend.no_truncation()
     write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
     write_json(path, config)
-    if wanted != ids_of_file(folder) or wanted != load_tokenizer(base, folder)(PROBES)["input_ids"]:
+    if ids != ids_of_file(folder) or ids != load_tokenizer(base, folder)(PROBES)["input_ids"]:
         raise base.fault(
-            "has a tokenizer that gives other ids when saved, wanted one whose tokenizer.json "
-            "is complete"
+            "has a tokenizer that gives other ids after it is saved, expected one with a complete "
+            "tokenizer.json"
         )
 
 
 def load_tokenizer(base: Base, folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer as transformers builds it. Raises a Fault where it is none, or has no backend.
+    """The tokenizer as transformers builds it. Raises a Fault if it is not a fast one.
 
-    transformers builds an empty tokenizer, without an error, of a folder that has no vocabulary.
+    From a folder without a vocabulary, transformers builds an empty tokenizer without an error.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
 
@@ -417,17 +418,17 @@ def load_tokenizer(base: Base, folder: Path) -> "PreTrainedTokenizerFast":
         detail = " ".join(str(error).split())[:200]
         raise base.fault(
             f"has no fast tokenizer that loads ({type(error).__name__}: {detail}), "
-            "wanted a tokenizer.json"
+            "expected a tokenizer.json"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise base.fault(f"has a slow tokenizer, {type(tokenizer).__name__}, wanted a fast one")
+        raise base.fault(f"has a slow tokenizer, {type(tokenizer).__name__}, expected a fast one")
     if set(tokenizer(PROBES[0])["input_ids"]) <= set(tokenizer.all_special_ids):
-        raise base.fault("has no vocabulary for its tokenizer, wanted a tokenizer.json")
+        raise base.fault("has no vocabulary for its tokenizer, expected a tokenizer.json")
     return tokenizer
 
 
 def ids_of_file(folder: Path) -> list[list[int]]:
-    """The ids of the probes by tokenizer.json alone, as later stages read it."""
+    """The ids of the probes from tokenizer.json alone, as later stages read it."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -435,9 +436,9 @@ def ids_of_file(folder: Path) -> list[list[int]]:
 
 
 def self_contained(config: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
-    """The configuration with what other files of the source had: special tokens, chat template.
+    """The configuration with the special tokens and chat template from other files of the source.
 
-    A class of the model's own code is dropped: with a whole tokenizer.json none is needed.
+    A class from the model's own code is dropped, because a complete tokenizer.json needs none.
     """
     config = {key: value for key, value in config.items() if key != "fast_tokenizer_files"}
     if config.pop("auto_map", None) or "tokenizer_class" not in config:

@@ -6,8 +6,8 @@ Reads preprocess.data, the extra test sets of preprocess.sets, the tokenizer of 
 chat template of preprocess.chat_template. Writes the datasets
 data/tokenized/{train,validation,test} and data/tokenized/sets/<name> with template.json and
 licenses.json, reports/preprocess/figures.json and metrics/preprocess.json.
-Two passes: the files to a scratch table on disk, the scratch table to the datasets, so memory
-holds a few numbers a pair, however long the texts.
+There are two passes, from the files to a scratch table on disk and from there to the datasets, so
+that memory holds a few numbers per pair, however long the texts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from reward import params
 from reward.data import tokenized
 from reward.data.columns import IDS, PREFERENCE
 from reward.data.ledger import SHOWN, Ledger
-from reward.data.reading import not_read
+from reward.data.reading import other_names
 from reward.data.records import PARTS, TIE, TOOLS, BadRecord, Record
 from reward.data.rows import as_row, compare
 from reward.data.sets import Notes, read_sets, write_sets
@@ -49,15 +49,15 @@ REPORTS = Path("reports/preprocess")
 METRICS = Path("metrics/preprocess.json")
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 1 << 19
-# No fault of the data: a weight of 0 is there to leave a comparison out.
+# Not an error in the data: a weight of 0 is a way to leave a comparison out.
 NEVER_STOP = {"no_weight"}
 EXAMPLE_CHARACTERS = 400
-# New objects after which Python looks for garbage in cycles.
+# New objects after which Python collects garbage in reference cycles.
 OBJECTS = 100_000
 
 
 def is_date(text: str) -> bool:
-    """Whether a text is a date in ISO form."""
+    """Whether a string is a date in ISO form."""
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
@@ -69,7 +69,7 @@ Date = Annotated[str, Rule('a date in quotes, such as "2026-01-01"', is_date)]
 
 
 class Rendered(NamedTuple):
-    """A record that passed the checks, its place, and each answer of it as text."""
+    """A record that passed the checks, its place, and the text of each answer."""
 
     file: int
     position: int
@@ -79,7 +79,7 @@ class Rendered(NamedTuple):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The group `preprocess` of params.yaml, where each key is described."""
+    """The group `preprocess` of params.yaml, which describes each key."""
 
     data: Text
     sets: Text
@@ -128,13 +128,13 @@ def main() -> None:
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
     report(ledger.sources + [each.source for each in sets], figures)
-    report_not_read(Path(options.data), Path(options.sets))
+    report_other_files(Path(options.data), Path(options.sets))
     report_sets(notes)
     show_example(encoder)
 
 
 def licenses(found: Iterable[Source]) -> list[str]:
-    """The licences that dataset.yaml names for the files, once each."""
+    """The licences that dataset.yaml names for the files, without repeats."""
     return sorted({source.entry.license for source in found if source.entry.license})
 
 
@@ -143,9 +143,9 @@ def licenses(found: Iterable[Source]) -> list[str]:
 
 @contextmanager
 def collecting_rarely() -> Iterator[None]:
-    """Have Python look for garbage in cycles rarely: the millions of lists made here are in none.
+    """Collect cyclic garbage rarely, because none of the millions of lists made here is in a cycle.
 
-    The usual threshold, 700 objects, costs a fifth of the time that is not the tokenizer's.
+    The default threshold of 700 objects costs a fifth of the time outside the tokenizer.
     """
     usual = gc.get_threshold()
     gc.set_threshold(OBJECTS, *usual[1:])
@@ -156,7 +156,7 @@ def collecting_rarely() -> Iterator[None]:
 
 
 def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -> None:
-    """Write every usable record's ids to `table`, and what is known of it to the ledger."""
+    """Write the ids of every usable record to `table`, and its numbers to the ledger."""
     with tokenized.stream(table) as append:
         for batch, future in encoded(encoder, batches(rendered(encoder, ledger))):
             encoded_ids = iter(future.result())
@@ -174,7 +174,7 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
 
 
 def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
-    """The records that pass the checks, as text; the others are noted in the ledger."""
+    """The records that pass the checks, as text. The ledger counts the others."""
     for index, source in enumerate(ledger.sources):
         bar = tqdm(source, desc=str(source.path), unit=" records", delay=2, disable=None)
         for position, raw in bar:
@@ -191,7 +191,7 @@ def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
 
 
 def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
-    """Lists of records of about BATCH_CHARACTERS each, which bounds memory."""
+    """Lists of records of about BATCH_CHARACTERS each, which limits memory."""
     batch: list[Rendered] = []
     size = 0
     for item in items:
@@ -207,10 +207,10 @@ def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
 def encoded(
     encoder: Encoder, batched: Iterable[list[Rendered]]
 ) -> Iterator[tuple[list[Rendered], Future[list[Array]]]]:
-    """Each batch with the ids of all its texts; the next ones are encoded meanwhile.
+    """Each batch with the ids of all its texts, while the next two batches are encoded.
 
-    There are two of them, because ids become arrays under Python's lock: while those of one batch
-    wait for it, the tokenizer's threads have the other.
+    Two, because turning ids into arrays needs Python's global lock: while one batch waits for it,
+    the tokenizer's threads work on the other.
     """
     waiting: deque[tuple[list[Rendered], Future[list[Array]]]] = deque()
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -225,7 +225,7 @@ def encoded(
 def row_of(
     options: Preprocess, encoder: Encoder, item: Rendered, encoded: list[Array], ledger: Ledger
 ) -> Row | None:
-    """The row of the scratch table for a record, noted in the ledger; None if nothing is left."""
+    """The scratch table's row of a record, which is added to the ledger; None if none is left."""
     file, position, record, texts = item
     ids = encoded
     if options.over_length == "truncate_prompt" and max(map(len, ids)) > options.max_length:
@@ -248,12 +248,12 @@ def row_of(
 
 
 def over_length(options: Preprocess, fault: BadRecord) -> tuple[str, str]:
-    """Why a comparison is bad. Where prompts are cut, it has an answer that is too long for it."""
+    """The reason and the message. If prompts are cut, the answer itself is too long."""
     if fault.reason != "over_length":
         return fault.reason, str(fault)
     sentence = f"{fault} (preprocess.max_length)"
     if options.over_length == "truncate_prompt":
-        return "answer_too_long", f"{sentence}, and its prompt is too short to cut"
+        return "answer_too_long", f"{sentence}, and the prompt is too short to cut"
     return fault.reason, sentence
 
 
@@ -263,8 +263,8 @@ def over_length(options: Preprocess, fault: BadRecord) -> tuple[str, str]:
 def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
     """Which records share their prompt, or its beginning, with a test or validation file.
 
-    Raises the Fault that lists the first ones, unless bad records are to be left out. The test
-    files keep all of their records, those of validation all that the test files have not.
+    Raises a Fault that lists the first ones, unless bad records are left out. The test files keep
+    all of their records, the validation files all whose prompts are not in the test files.
     """
     prompts, fixed = ledger.prompts, ledger.fixed(SPLITS)
     shared = np.zeros(len(fixed), dtype=bool)
@@ -281,17 +281,17 @@ def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
             )
             raise Fault(
                 f"{len(places)} records of {options.data} share their prompt with the {name} "
-                f"files: {'; '.join([*places][:SHOWN])}; preprocess.on_bad_record drop leaves "
-                "them out"
+                f"files: {'; '.join([*places][:SHOWN])}; to leave them out set "
+                "preprocess.on_bad_record to drop"
             )
-        ledger.bad_rows(rows, f"in_{name}_set", f"a {name} file has its prompt")
+        ledger.bad_rows(rows, f"in_{name}_set", f"its prompt is in a {name} file")
         shared |= found
         rest &= ~found
     return shared
 
 
 def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
-    """Which records of the ledger are used. Raises the Fault that lists the first bad ones."""
+    """Which records of the ledger are used. Raises a Fault that lists the first bad ones."""
     used = ~overlap(options, ledger)
     rows = np.flatnonzero(used)
     ballots = ledger.ballots().take(rows)
@@ -301,43 +301,47 @@ def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_
     ledger.votes, ledger.merged = int(votes.cast.sum()), int(votes.merged.sum())
     ledger.grade(rows[votes.rows], votes.preference, votes.weight, votes.margin)
     for reason, found, sentence in (
-        ("contradiction", contradicted, "another record judges its answers otherwise"),
-        ("duplicate", repeated, "an earlier record is the same"),
+        (
+            "contradiction",
+            contradicted,
+            "another record gives the same answers a different verdict",
+        ),
+        ("duplicate", repeated, "repeats an earlier record"),
     ):
         ledger.bad_rows(rows[found].tolist(), reason, sentence)
     used[rows[contradicted | repeated | votes.merged]] = False
-    if reasons := stopping(options, ledger):
-        raise Fault(f"{ledger.listed(reasons)}; {', '.join(ways_out(options, reasons))}")
+    if reasons := refused(options, ledger):
+        raise Fault(f"{ledger.listed(reasons)}; {', '.join(remedies(options, reasons))}")
     if not used.any():
         reasons = set(ledger.dropped)
-        said = "; ".join([ledger.listed(reasons), *ways_out(options, reasons)])
-        raise Fault(f"{said}; wanted a record that can be used")
+        said = "; ".join([ledger.listed(reasons), *remedies(options, reasons)])
+        raise Fault(f"{said}; expected at least one usable record")
     return used
 
 
-def stopping(options: Preprocess, ledger: Ledger) -> set[str]:
-    """The reasons for which records are bad and that are not to be left out."""
+def refused(options: Preprocess, ledger: Ledger) -> set[str]:
+    """The reasons of bad records that params.yaml does not allow to leave out."""
     reasons = set(ledger.dropped) - NEVER_STOP
     if options.on_bad_record == "drop":
         reasons &= {"over_length"}
     return reasons - {"over_length"} if options.over_length == "drop" else reasons
 
 
-def ways_out(options: Preprocess, reasons: set[str]) -> list[str]:
-    """Which parameters deal with records that are bad for these reasons."""
+def remedies(options: Preprocess, reasons: set[str]) -> list[str]:
+    """Which parameters would let preprocess go on despite these reasons."""
     ways = []
     if reasons - {"over_length"} - NEVER_STOP and options.on_bad_record == "stop":
-        ways.append("preprocess.on_bad_record drop leaves bad records out")
+        ways.append("to leave them out set preprocess.on_bad_record to drop")
     if "over_length" in reasons:
         others = ["drop", "truncate_prompt"][options.over_length == "drop" :]
-        ways.append(f"preprocess.over_length {' or '.join(others)} deals with long ones")
+        ways.append(f"for long ones set preprocess.over_length to {' or '.join(others)}")
     return ways
 
 
 def assign(
     options: Preprocess, ledger: Ledger, used: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int8]:
-    """The index into SPLITS of every record of the ledger, -1 for those not used."""
+    """The index into SPLITS of every record of the ledger, -1 for unused ones."""
     prompts, fixed = ledger.prompts.families, ledger.fixed(SPLITS)
     given = {source.split for source in ledger.sources}
     validation = 0 if "validation" in given else options.validation_fraction
@@ -345,14 +349,14 @@ def assign(
     parts = np.where(used, fixed, -1).astype(np.int8)
     rest = used & (fixed < 0)
     parts[rest] = split(prompts[rest], validation, test, options.seed)
-    # A prompt of a file that is for training is for training wherever it appears.
+    # A prompt in a training file is used for training wherever it appears.
     parts[rest] = np.where(among(prompts[rest], prompts[used & (fixed == 0)]), 0, parts[rest])
     judged = ledger.grade_of(PREFERENCE) > TIE
     for index, name in enumerate(SPLITS):
         if not (judged & (parts == index)).any():
-            but_ties = " but ties" if (parts == index).any() else ""
+            but_ties = " except ties" if (parts == index).any() else ""
             raise Fault(
-                f"{options.data}: no pair is left for {name} out of {used.sum()}{but_ties}; wanted "
+                f"{options.data}: no pairs left for {name} out of {used.sum()}{but_ties}; expected "
                 "more prompts, or other values of preprocess.validation_fraction and test_fraction"
             )
     return parts
@@ -364,7 +368,7 @@ def assign(
 def write_splits(
     folder: Path, table: Path, ledger: Ledger, parts: npt.NDArray[np.int8], tokenizer: str
 ) -> None:
-    """The records of each split as a dataset, all at once: Arrow and hashing share processors."""
+    """Write each split as a dataset, in threads: Arrow and hashing release Python's lock."""
 
     def write(name: str) -> None:
         rows = parts == SPLITS.index(name)
@@ -379,7 +383,7 @@ def write_splits(
 
 
 def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
-    """All figures of the pairs; lengths in tokens, of chosen and rejected alike."""
+    """All figures of the pairs. Lengths are in tokens, of chosen and rejected together."""
     used = parts >= 0
     prompts = ledger.column("prompt")
     lengths = np.concatenate([ledger.column(side)[used] for side in ("chosen", "rejected")])
@@ -406,7 +410,7 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
 
 
 def largest_family(ledger: Ledger, used: npt.NDArray[np.bool_]) -> int:
-    """The most prompts that go on from each other; 1 where none does."""
+    """The most prompts that continue each other; 1 if none does."""
     unique, first = np.unique(ledger.column("prompt")[used], return_index=True)
     families = ledger.prompts.families[used][first]
     return int(np.unique_counts(families).counts.max(initial=len(unique) and 1))
@@ -420,7 +424,7 @@ def headline(figures: dict[str, Any]) -> dict[str, int]:
 def report(read: list[Source], figures: dict[str, Any]) -> None:
     pairs, prompts, length = (figures[key] for key in ("pairs", "prompts", "length"))
     for source in read:
-        print(source.said)
+        print(source.description)
     for name in SPLITS:
         print(f"{name:<11}{pairs[name]:>8} pairs of {prompts[name]:>7} prompts")
     dropped = ", ".join(f"{n} {reason}" for reason, n in figures["dropped"].items()) or "none"
@@ -438,41 +442,41 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
         )
     if figures["largest_family"] > 1:
         print(
-            f"dialogues  up to {figures['largest_family']} prompts go on from each other, and stay "
+            f"dialogues  up to {figures['largest_family']} prompts continue each other, and stay "
             "in one split"
         )
     print(
-        f"tokens     {figures['tokens']:>8}, a text {length['q50']} at the median and "
+        f"tokens     {figures['tokens']:>8}, {length['q50']} per text at the median and "
         f"{length['max']} at most; {figures['shared_prefix_share']:.0%} in shared prefixes"
     )
 
 
 def report_clients(figures: dict[str, Any]) -> None:
-    """Say which texts clients of the trained model cannot be given as they were trained on."""
+    """Print which training texts clients of the model cannot score as they were trained on."""
     if cut := figures["truncated"]:
         print(
             f"clients    the whole texts of {cut} records whose prompts were cut are too long for "
-            "them: score and serve refuse such texts, others cut off the template's beginning"
+            "them: score and serve refuse such texts, others cut off the beginning of the template"
         )
     if refused := sum(
         figures["dropped"].get(reason, 0) for reason in ("needs_chat", TOOLS, *PARTS)
     ):
         print(
-            f"clients    conversations like {refused} of the records have no reward in any of "
-            "them, because preprocess.template cannot render these"
+            f"clients    none can score conversations like {refused} of the records, because "
+            "preprocess.template cannot render them"
         )
 
 
-def report_not_read(*folders: Path) -> None:
-    """Name what a folder has that is not read: it may be what somebody means to train on."""
+def report_other_files(*folders: Path) -> None:
+    """Name the files of a folder that are not read, because they may be meant for training."""
     for folder in folders:
-        if names := not_read(folder):
+        if names := other_names(folder):
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             print(f"not read   {', '.join(names[:SHOWN])}{more} in {folder}")
 
 
 def report_sets(notes: Mapping[str, Notes]) -> None:
-    """Say what of the extra test sets is not as it was in the file."""
+    """Print what was left out of the extra test sets."""
     for name, found in notes.items():
         counts = asdict(found)
         if any(counts.values()):
@@ -481,7 +485,7 @@ def report_sets(notes: Mapping[str, Notes]) -> None:
 
 
 def show_example(encoder: Encoder) -> None:
-    """Print the first training pair as the model sees it, special tokens and line breaks too."""
+    """Print the first training pair as the model sees it, with special tokens and line breaks."""
     row = tokenized.first_row(TOKENIZED / SPLITS[0])
     for name, ids in zip(("chosen", "rejected"), IDS, strict=True):
         text = json.dumps(encoder.decode(row[ids]), ensure_ascii=False)

@@ -3,9 +3,9 @@
     python -m stages.train
 
 Reads data/tokenized/{train,validation} and models/base. Writes models/adapter (adapter with head,
-template.json, quantization.json, training.json), the curves in reports/train, which grow while it
-trains, and metrics/train.json. Progress is kept in models/checkpoints: a run that was killed goes
-on where it was, and ends with the same bytes.
+template.json, quantization.json, training.json), the curves in reports/train, which grow during
+training, and metrics/train.json. Checkpoints are in models/checkpoints: a run that was killed
+continues from the last one, and ends with the same bytes.
 """
 
 import gc
@@ -78,7 +78,7 @@ METRICS = Path("metrics/train.json")
 
 @dataclass(frozen=True)
 class Lora:
-    """The group `lora` of params.yaml, where each key is described."""
+    """The group `lora` of params.yaml, which describes each key."""
 
     r: Positive
     lora_alpha: AboveZero
@@ -102,23 +102,23 @@ def main() -> None:
     with checkpoints.shared(fingerprint(options, lora, quantization)) as saved:
         saved.forget_if_recorded(Path("dvc.lock"), "train")
         require_files(BASE, base_record(BASE)["files"])
-        if goes_on(options) and group.from_first(saved.latest() is None):
-            tell_unquantized(options, lora, quantization, validation)
+        if keeps_head(options) and group.from_first(saved.latest() is None):
+            report_unquantized(options, lora, quantization, validation)
         model = build(options, lora, quantization)
-        tell_precisions(model, quantization)
+        report_precisions(model, quantization)
         require_length(model.get_base_model().config, BASE, most)
         trainer = RewardTrainer(model, options, saved, steps(options, train), validation, REPORTS)
         for dataset in (train, validation):
             require_fit(model, dataset)
             require_exact(model, full_pack(dataset, trainer.tokens_per_pack))
-        trainer.fit(new_head=not goes_on(options))
+        trainer.fit(new_head=not keeps_head(options))
         if group.leads():
             write(trainer, options, lora, quantization)
             saved.finish(METRICS)
 
 
 def useful(gpus: int) -> int:
-    """Of that many GPUs, how many have work: the packs of a step, as the first one says."""
+    """How many of these GPUs have work, which is at most the number of packs in the first step."""
     options = params.load("train", Train)
     if options.tokens_per_pack == "auto":
         return gpus
@@ -126,14 +126,14 @@ def useful(gpus: int) -> int:
     packs = len(first.packs(options.tokens_per_pack))
     if packs < gpus:
         print(
-            f"processes  {packs} on {gpus} GPUs: a step has no more packs to share; raise "
-            "train.pairs_per_step or lower train.tokens_per_pack for more"
+            f"processes  {packs} on {gpus} GPUs, because the first step has no more packs; raise "
+            "train.pairs_per_step or lower train.tokens_per_pack to use more"
         )
     return min(packs, gpus)
 
 
 def require_possible(options: Train) -> None:
-    """Raises a Fault for values that do not go together, or ask for what is not installed."""
+    """Raises a Fault for values that contradict each other, or need a missing package."""
     if options.save_steps % options.logging_steps:
         raise Fault(
             f"params.yaml: train.save_steps is {options.save_steps}, must be a multiple of "
@@ -141,22 +141,22 @@ def require_possible(options: Train) -> None:
         )
     if options.report_to != "none" and not find_spec(options.report_to):
         raise Fault(
-            f"params.yaml: train.report_to is {options.report_to}, which is not installed here; "
-            f"pip install {options.report_to}, or none"
+            f"params.yaml: train.report_to is {options.report_to}, which is not installed; run "
+            f"pip install {options.report_to}, or set it to none"
         )
 
 
 def report_precision(quantization: Quantization) -> None:
-    """Say where `auto` computes in fp32 on a processor that is faster in bf16."""
+    """Print a note if `auto` computes in fp32 on a processor that is faster in bf16."""
     if quantization.compute_dtype == "auto" and device().type == "cpu" and multiplies_bf16():
         print(
-            "precision  fp32, as auto is on a CPU; this processor would be faster in bf16, at its "
-            "rounding: dvc exp run -S quantization.compute_dtype=bfloat16"
+            "precision  fp32, the choice of auto on a CPU; bf16 would be faster on this processor, "
+            "with coarser rounding: dvc exp run -S quantization.compute_dtype=bfloat16"
         )
 
 
 def fingerprint(options: Train, lora: Lora, quantization: Quantization) -> str:
-    """What stands for all that decides the bytes of the result."""
+    """A hash of everything that determines the bytes of the result."""
     return checkpoints.fingerprint(
         {
             "train": asdict(options) | {"optim": optimizer(options)},
@@ -169,40 +169,40 @@ def fingerprint(options: Train, lora: Lora, quantization: Quantization) -> str:
 
 
 def require_same_source() -> None:
-    """Faults if models/base came from a local folder whose files have changed since.
+    """Raises a Fault if models/base came from a local folder whose files have changed since.
 
-    A folder that is not there has nothing to compare: another machine may have models/base alone.
+    A missing folder is accepted, because another machine may have models/base only.
     """
     base = base_record(BASE)
     if base["kind"] != "local":
         return
     folder = Path(base["name"]).expanduser()
     if not folder.is_dir():
-        print(f"base       {base['name']} is not here any more; {BASE} is used as it was copied")
+        print(f"base       {base['name']} does not exist any more; {BASE} is used as it was copied")
         return
     if changed := changed_files(folder, base["source"]):
         raise Fault(
             f"params.yaml: base.name {base['name']} has changed since it was copied to {BASE} "
-            f"({', '.join(changed)}); run dvc repro --force --single-item fetch, then go on"
+            f"({', '.join(changed)}); run dvc repro --force --single-item fetch first"
         )
 
 
-def goes_on(options: Train) -> bool:
-    """Whether training goes on from the head of a base that is a reward model already."""
+def keeps_head(options: Train) -> bool:
+    """Whether training continues with the head of a base that already is a reward model."""
     return options.head == "auto" and has_head(BASE)
 
 
 def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
-    """The model with fresh adapters, and a fresh head or the base's. Seeds the random state."""
+    """The model with new adapters, and a new head or the base's. Seeds the random state."""
     torch.set_num_threads(threads())
-    # cuBLAS reads it when it is first used.
+    # cuBLAS reads this variable when it is first used.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    # Where it may only warn, attention takes the kernels that differ from run to run.
+    # With warn_only=True attention would still use the kernels that differ from run to run.
     torch.use_deterministic_algorithms(options.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     set_seed(options.seed)
     model = load_base(BASE, quantization)
-    if goes_on(options):
+    if keeps_head(options):
         set_head(model, head_of(model).weight)
     else:
         new_head(model, options.seed)
@@ -219,12 +219,12 @@ def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
     )
 
 
-def tell_unquantized(
+def report_unquantized(
     options: Train, lora: Lora, quantization: Quantization, validation: Dataset
 ) -> None:
-    """Print the figures of a base that is a reward model, to be held beside those in 4 bits.
+    """Print the figures of an unquantized base that is a reward model, to compare with 4 bits.
 
-    It is loaded for that as it is stored, and let go again.
+    The base is loaded as it is stored for this, and released again.
     """
     if quantization.bits == "none":
         return
@@ -235,19 +235,21 @@ def tell_unquantized(
         print(line_of("unquantized", figures(model, validation_step(validation, options), size)))
     else:
         print(
-            "note       memory does not hold the base unquantized, so its own figures are not here"
+            "note       the unquantized base does not fit into memory, so its figures are left out"
         )
     del model
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def tell_precisions(model: PeftModel, quantization: Quantization) -> None:
-    """Print in how many bits the base is, because what is asked for is not what all of it gets."""
+def report_precisions(model: PeftModel, quantization: Quantization) -> None:
+    """Print the precisions of the base, because not every parameter gets the requested one."""
     bits, half, full = (f"{count:,}" for count in precisions(model).values())
     print(f"base       {bits} parameters in 4 bits, {half} in half and {full} in full precision")
     if quantization.bits == 4 and (experts := fused_experts(model)):
-        print(f"note       {experts:,} are in experts, which bitsandbytes does not quantize")
+        print(
+            f"note       {experts:,} of them are in experts, which bitsandbytes does not quantize"
+        )
 
 
 def require_fit(model: PeftModel, dataset: Dataset) -> None:
@@ -256,13 +258,13 @@ def require_fit(model: PeftModel, dataset: Dataset) -> None:
     largest = max(pc.max(pc.list_flatten(dataset.data[name])).as_py() for name in IDS)
     if largest >= config.vocab_size:
         raise Fault(
-            f"{TOKENIZED} has the id {largest}, {BASE} knows {config.vocab_size} ids; "
-            "wanted a tokenizer that belongs to the model"
+            f"{TOKENIZED} has the id {largest}, but {BASE} has {config.vocab_size} ids; expected a "
+            "tokenizer that belongs to the model"
         )
 
 
 def steps(options: Train, dataset: Dataset) -> Steps:
-    """The steps of the whole training."""
+    """The number of steps of the whole training."""
     rows = planned(
         dataset[PROMPT_ID],
         options.pairs_per_step,
@@ -275,7 +277,7 @@ def steps(options: Train, dataset: Dataset) -> Steps:
 
 
 def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quantization) -> None:
-    """Write the adapter with what it was trained from, the curves and the metrics."""
+    """Write the adapter with the record of its training, the curves and the metrics."""
     history = trainer.state.log_history
     parameters = precisions(trainer.reward_model)
     with whole_folder(ADAPTER) as folder:
@@ -306,7 +308,7 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
                 "validation": kept,
             },
         )
-    # A name with a slash is left out of a short table: --drop '.*/.*'.
+    # `dvc exp show --drop '.*/.*'` leaves out the names with a slash.
     validation = {f"validation/{name}": kept[name] for name in ("accuracy", "loss", "step")}
     write_json(METRICS, {"steps": steps} | validation)
     if options.keep == "best":
@@ -315,7 +317,7 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
         f"validation accuracy {kept['accuracy']:.4f}, loss {kept['loss']:.4f}, "
         f"margin {kept['margin']:+.4f} of {len(trainer.validation.labels)} pairs"
     )
-    print(f"trained    {ADAPTER}; dvc plots show draws the curves, here and while it trains")
+    print(f"trained    {ADAPTER}; dvc plots show draws the curves, also during training")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def test_a_prompt_of_the_test_set_in_the_training_data_is_named(
     set_params("preprocess", data="data")
     expected = (
         "1 records of data share their prompt with the test files: data/train.jsonl: line 1; "
-        "preprocess.on_bad_record drop leaves them out"
+        "to leave them out set preprocess.on_bad_record to drop"
     )
     assert said(preprocess.main) == expected
 
@@ -202,7 +202,7 @@ def test_a_missing_and_a_misspelt_key_are_named(
     yaml.dump(content, path)
     missing, unknown = sorted(said(READERS[group]).splitlines())
     assert missing.startswith(f"params.yaml: {key} is missing, must be ")
-    assert unknown.startswith(f"params.yaml: {key}x is unknown, known are ")
+    assert unknown.startswith(f"params.yaml: {key}x is unknown, expected one of ")
 
 
 @pytest.mark.parametrize("group", PARAMS)
@@ -216,7 +216,7 @@ def test_a_group_that_is_none_is_named(
         yaml.dump(content, path)
         found = said(READERS[group])
         assert found.startswith(f"params.yaml: the group {group} is ")
-        assert found.endswith(", must be a list of keys and values")
+        assert found.endswith(", must be a mapping of keys to values")
 
 
 BROKEN: dict[str, tuple[bytes | None, str]] = {
@@ -229,7 +229,7 @@ BROKEN: dict[str, tuple[bytes | None, str]] = {
     "nothing inside": (b"", "the group base is None"),
     "a list": (b"- base\n", "the group base is None"),
     "a call": (b"base: !!python/object/apply:os.system [ls]\n", "broken YAML"),
-    "no file": (None, "is not here"),
+    "no file": (None, "does not exist"),
 }
 
 

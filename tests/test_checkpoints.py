@@ -283,7 +283,8 @@ def test_a_file_system_without_locks_gets_its_sentence(
     with pytest.raises(Fault) as fault, locked("run"):
         pass
     assert str(fault.value) == (
-        f"{root}/lock cannot be locked, its file system has no locks ({os.strerror(number)}); "
+        f"{root}/lock cannot be locked because its file system has no locks "
+        f"({os.strerror(number)}); "
         f"expected {root} on a local disk, or on one that is mounted with flock"
     )
 

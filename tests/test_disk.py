@@ -97,7 +97,7 @@ def test_a_full_disk_is_a_sentence_at_every_file(stage: str, fault: Callable[[Ma
         with files_of_at_most(size - 1):
             said = fault(main)
         assert said.endswith(
-            "File too large; wanted more room, then run the same command again"
+            "File too large; free some space, then run the same command again"
         ) or ("No space left" in said)
         found = state(outs)
         assert found != wanted
@@ -180,8 +180,7 @@ def test_a_closed_folder_is_a_sentence(
         said = fault(main)
     assert said.startswith(folder)
     assert said.endswith(
-        "cannot be written: Permission denied; wanted the right to write there, then run the same "
-        "command again"
+        "cannot be written: Permission denied; allow writing there, then run the same command again"
     )
     assert state(outs) != wanted
     run(main)
@@ -195,7 +194,7 @@ def test_an_input_that_may_not_be_read_is_a_sentence(fault: Callable[[Main], str
     Path("params.yaml").chmod(0)
     with closed():
         assert fault(preprocess.main) == (
-            "params.yaml cannot be read: Permission denied; wanted the parameters"
+            "params.yaml cannot be read: Permission denied; expected the parameters"
         )
 
 
@@ -210,7 +209,7 @@ def test_a_source_that_may_not_be_read_is_no_failed_write(fault: Callable[[Main]
     remove(["models/base"])
     with closed():
         said = fault(fetch.main)
-    assert said == f"{source} cannot be read: Permission denied; expected a whole, readable file"
+    assert said == f"{source} cannot be read: Permission denied; expected a readable file"
     assert state(["models/base"]) == {}
     assert left_over() == []
 
@@ -291,7 +290,7 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "base cut": (
         lambda: cut("models/base/model.safetensors"),
         ["train", "evaluate", "export"],
-        "models/base: model.safetensors damaged, exchanged or missing, wanted the files",
+        "models/base: model.safetensors damaged, replaced or missing, expected the files",
     ),
     "base flipped": (
         lambda: flipped("models/base/model.safetensors"),
@@ -341,12 +340,12 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "data of another tokenizer": (
         another_tokenizer,
         ["train"],
-        "data/tokenized/train has ids of another tokenizer than that of models/base, wanted the",
+        "data/tokenized/train was made by another tokenizer than that of models/base; run",
     ),
     "test data of another tokenizer": (
         another_tokenizer,
         ["evaluate", "export"],
-        "data/tokenized/test has ids of another tokenizer than that of models/base",
+        "data/tokenized/test was made by another tokenizer than that of models/base",
     ),
     "data cut": (
         lambda: cut(f"data/tokenized/train/{ARROW}"),
@@ -361,7 +360,7 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "data exchanged": (
         lambda: exchanged(f"data/tokenized/test/{ARROW}", f"data/tokenized/train/{ARROW}"),
         ["evaluate", "export"],
-        "data/tokenized/test is damaged, wanted a split as preprocess wrote it; run dvc repro",
+        "data/tokenized/test is damaged, expected it as preprocess wrote it; run dvc repro",
     ),
     "data without its state": (
         lambda: Path("data/tokenized/test/state.json").unlink(),
@@ -403,6 +402,6 @@ def test_what_is_damaged_is_named_and_not_used(
     remove([*outs, "models/checkpoints"])
     said = fault(main)
     assert said.startswith(wanted)
-    assert "wanted" in said
+    assert "expected" in said or "run dvc repro" in said
     assert state(outs) == {}
     assert left_over() == []

@@ -18,7 +18,7 @@ from reward.model.suitable import problem_with
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 from stages import fetch
-from stages.train import tell_precisions
+from stages.train import report_precisions
 from tests.support import FAMILIES, ROOT, SetParams, fetched, save_family
 
 CONVERTED = {
@@ -202,11 +202,13 @@ def test_parameters_are_counted_by_what_they_are_in(
     if dtype == "bfloat16":
         wanted |= {"half": rest, "full": 0}
     assert precisions(model) == wanted
-    tell_precisions(model, quantization)
+    report_precisions(model, quantization)
     said = capsys.readouterr().out
     assert f"base       {quantized:,} parameters in 4 bits, {wanted['half']:,} in half and" in said
     experts = 3 * 8 * 3 * 32 * 64  # three layers of 8 experts, each of three matrices
-    assert (f"note       {experts:,} are in experts, which" in said) == (family == "Qwen3-MoE")
+    assert (f"note       {experts:,} of them are in experts, which" in said) == (
+        family == "Qwen3-MoE"
+    )
 
 
 def test_without_quantization_nothing_is_in_4_bits(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from reward.data.answers import Listed, Unmeant
+from reward.data.answers import Listed, UnknownVerdict
 from reward.data.forms import Form
 from reward.data.recognition import recognize
 from reward.data.records import FIELDS, BadRecord, Comparison, Raw, check
@@ -86,7 +86,7 @@ def test_every_file_has_an_expectation() -> None:
 def test_a_published_form_gives_its_pairs(name: str) -> None:
     source, expected = source_of(FORMS / name), EXPECTED[name]
     found, ties = read_all(source)
-    assert source.form.said == expected["said"]
+    assert source.form.description == expected["said"]
     assert triples(found) == expected["pairs"]
     assert ties == expected.get("ties", 0)
     checked = [usable(raw) for _, raw in source]
@@ -100,7 +100,7 @@ def test_a_published_form_gives_its_pairs(name: str) -> None:
 def test_one_line_says_what_was_recognized(name: str) -> None:
     source = source_of(FORMS / name)
     list(source)
-    said = source.said
+    said = source.description
     assert said.startswith(f"read       {FORMS / name} as {EXPECTED[name]['said']}, ")
     assert said.endswith(" records")
 
@@ -198,7 +198,7 @@ def test_empty_values_are_as_good_as_no_column(empty: Any) -> None:
 
 @pytest.mark.parametrize("name", ["image", "images", "video", "videos", "audio", "audios"])
 def test_a_record_with_more_than_texts_is_bad(name: str) -> None:
-    with pytest.raises(BadRecord, match=f"'{name}' has a value, expected texts only") as caught:
+    with pytest.raises(BadRecord, match=f"'{name}' has a value, expected text only") as caught:
         pairs_of(PLAIN | {name: ["a.png"]})
     assert caught.value.reason == "not_text"
 
@@ -213,12 +213,12 @@ def test_a_part_that_is_not_a_text_is_named() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"system": 3}, "'system' is not a text"),
+        ({"system": 3}, "'system' is not a string"),
         ({"history": ["q", "a"]}, "'history' is not a list of questions with their answers"),
         ({"history": [["q"]]}, "'history' is not a list of questions with their answers"),
         ({"history": [["q", None]]}, "'history' is not a list of questions with their answers"),
-        ({"input": ["x"]}, "'input' and 'prompt' are not both texts"),
-        ({"tools": "look_up"}, "'tools' is a text that is not JSON"),
+        ({"input": ["x"]}, "'input' and 'prompt' are not both strings"),
+        ({"tools": "look_up"}, "'tools' is a string that is not JSON"),
     ],
 )
 def test_a_column_before_the_answers_of_another_kind_is_bad(change: Record, sentence: str) -> None:
@@ -265,7 +265,7 @@ def test_a_verdict_without_a_meaning_stops_and_is_named(
     ],
 )
 def test_a_verdict_that_counts_otherwise_stops(record: Record, inverted: str) -> None:
-    with pytest.raises(Unmeant, match=f" is {inverted}, expected "):
+    with pytest.raises(UnknownVerdict, match=f" is {inverted}, expected "):
         pairs_of({"prompt": "Why?"} | record)
 
 
@@ -308,7 +308,7 @@ def test_a_ranking_is_read_as_all_its_comparisons(
     ],
 )
 def test_a_rank_or_score_without_a_meaning_stops(worths: Record, said: str) -> None:
-    with pytest.raises(Unmeant, match=said):
+    with pytest.raises(UnknownVerdict, match=said):
         pairs_of(RANKED | worths)
 
 
@@ -370,14 +370,17 @@ def test_columns_grade_a_pair(columns: Record, expected: Comparison) -> None:
     [
         ({"preference": 2}, "preference is 2, expected a number from 0 to 1"),
         ({"preference": -0.1}, "preference is -0.1, expected a number from 0 to 1"),
-        ({"margin": -1}, "margin is -1, expected a number of 0 or more (margin: null in dataset"),
-        ({"weight": float("inf")}, "weight is Infinity, expected a number of 0 or more"),
+        (
+            {"margin": -1},
+            "margin is -1, expected a non-negative number (if it means something else, ",
+        ),
+        ({"weight": float("inf")}, "weight is Infinity, expected a non-negative number"),
         ({"votes": [0, 0]}, "votes is [0, 0], expected two whole numbers, the votes for each"),
         ({"votes": [1.5, 1]}, "votes is [1.5, 1], expected two whole numbers"),
     ],
 )
 def test_a_grade_without_a_meaning_stops(columns: Record, said: str) -> None:
-    with pytest.raises(Unmeant) as caught:
+    with pytest.raises(UnknownVerdict) as caught:
         pairs_of(PLAIN | columns)
     assert str(caught.value).startswith(said)
 
@@ -385,13 +388,13 @@ def test_a_grade_without_a_meaning_stops(columns: Record, said: str) -> None:
 def test_grades_that_come_late_in_the_file_count_too() -> None:
     form = form_of(PLAIN)
     assert form.read(PLAIN | {"weight": 3}).comparisons == [Comparison(0, 1, weight=3)]
-    with pytest.raises(Unmeant, match='weight is "heavy", expected'):
+    with pytest.raises(UnknownVerdict, match='weight is "heavy", expected'):
         form.read(PLAIN | {"weight": "heavy"})
 
 
 @pytest.mark.parametrize("columns", [{"preference": 0.9}, {"votes": [2, 1]}, {"preference": 0.5}])
 def test_a_margin_where_no_answer_is_certainly_better_is_bad(columns: Record) -> None:
-    with pytest.raises(BadRecord, match="'margin' is 1 where no answer is certainly") as caught:
+    with pytest.raises(BadRecord, match="'margin' is 1 but no answer is certainly") as caught:
         pairs_of(PLAIN | columns | {"margin": 1})
     assert caught.value.reason == "unsure_margin"
     assert form_of(PLAIN | columns).read(PLAIN | columns | {"margin": 0}).comparisons
@@ -443,7 +446,7 @@ def test_a_text_that_begins_otherwise_is_a_bad_record() -> None:
 
 def test_a_text_without_turns_among_those_with_turns_is_a_bad_record() -> None:
     turns = {key: f"\n\nHuman: q\n\nAssistant: {key}" for key in ("chosen", "rejected")}
-    with pytest.raises(BadRecord, match="'rejected' has no turns of Human: and Assistant:"):
+    with pytest.raises(BadRecord, match="'rejected' has no Human: and Assistant: turns"):
         form_of(turns).read(turns | {"rejected": "no"})
 
 
@@ -488,7 +491,7 @@ def test_a_file_that_is_read_alone_hears_of_its_folder(tmp_path: Path) -> None:
 def test_recognition_looks_at_the_first_hundred_records(tmp_path: Path) -> None:
     empty = {"prompt": "Why?", "chosen": None, "rejected": None}
     path = write(tmp_path, *[empty] * 99, PLAIN)
-    assert source_of(path).form.said == "prompt, chosen and rejected"
+    assert source_of(path).form.description == "prompt, chosen and rejected"
     path = write(tmp_path, *[empty] * 100, PLAIN)
     said = "chosen and rejected are empty in all of the first 100 records"
     assert said in fault(source_of, path)

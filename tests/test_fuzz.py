@@ -94,7 +94,7 @@ def test_any_file_ends_in_pairs_or_in_a_sentence(file: tuple[str, bytes]) -> Non
                 judge(record)
         except Fault as fault:
             said = str(fault)
-        assert re.fullmatch(rf"({re.escape(str(path))}.*wanted .*)?", said)
+        assert re.fullmatch(rf"({re.escape(str(path))}.*expected .*)?", said)
 
 
 TEXT = st.text(max_size=8) | st.sampled_from(["", " ", "a", "\ud800", "\n\nAssistant:", "x" * 500])

@@ -132,7 +132,7 @@ def test_a_new_head_takes_the_place_of_the_own_one(
     for head in ("auto", "new"):
         set_params("train", head=head)
         heads.append(head_of(built().get_base_model()).weight)
-        assert train.goes_on(params.load("train", trainer.Train)) == (head == "auto")
+        assert train.keeps_head(params.load("train", trainer.Train)) == (head == "auto")
     assert torch.equal(heads[0], own)
     assert not torch.equal(heads[1], own)
 
@@ -227,5 +227,5 @@ def test_a_base_in_the_exported_folder_is_refused(
 ) -> None:
     (workspace / "mine").symlink_to("models/export/merged")
     set_params("base", name=name)
-    with pytest.raises(Fault, match=r"is in models/export, .*: a cycle; expected a copy of it"):
+    with pytest.raises(Fault, match=r"is in models/export, .*from its base; expected a copy of it"):
         fetch.main()

@@ -115,7 +115,7 @@ def test_a_mapped_verdict_without_a_meaning_stops_and_a_tie_does_not(tmp_path: P
     folder = write(tmp_path, f"{mapping}, tie: same}}", *records)
     source, found = read(folder)
     assert (len(found), source.taken) == (1, 2)
-    assert source.said.endswith(
+    assert source.description.endswith(
         " as ask, left and right with vote (l for the first answer, r for the second, "
         "same for a tie), 2 records"
     )
@@ -187,7 +187,7 @@ def test_where_takes_the_records_with_one_of_the_values(tmp_path: Path) -> None:
     folder = write(tmp_path, "x.jsonl: {where: {lang: [en, fr]}}", *numbered(20))
     assert prompts(folder) == [0, 4, 8, 12, 16]
     source, _ = read(folder)
-    assert source.said.endswith(" as prompt, chosen and rejected, 5 of 20 records")
+    assert source.description.endswith(" as prompt, chosen and rejected, 5 of 20 records")
 
 
 def test_where_that_matches_nothing_is_named_beside_take(tmp_path: Path) -> None:
@@ -207,7 +207,10 @@ def test_take_draws_by_seed_and_more_draws_the_same_and_more(tmp_path: Path) -> 
     assert drawn("take: 10, seed: 1") != ten
     assert set(drawn("take: 5, where: {lang: en}")) < set(range(0, 100, 4))
     write(tmp_path, "x.jsonl: {take: 30, where: {lang: en}}", *numbered(100))
-    assert fault(tmp_path) == f"{tmp_path}/x.jsonl: take is 30, found 25 records to draw from"
+    assert (
+        fault(tmp_path)
+        == f"{tmp_path}/x.jsonl: take is 30, but there are only 25 records to draw from"
+    )
 
 
 def test_records_know_their_source(tmp_path: Path) -> None:
@@ -230,7 +233,7 @@ def test_licences_are_those_that_are_named(tmp_path: Path) -> None:
         )
     assert licenses(sources(tmp_path)) == ["mit", "中文"]
     write(tmp_path, "x.jsonl: {license: [mit]}", *numbered(1))
-    assert fault(tmp_path).endswith("x.jsonl: license is ['mit'], expected a text")
+    assert fault(tmp_path).endswith("x.jsonl: license is ['mit'], expected a non-empty string")
 
 
 # --- splits ----------------------------------------------------------------------------------
@@ -260,7 +263,7 @@ def test_an_entry_says_another_split(tmp_path: Path) -> None:
     write(tmp_path, "test.jsonl: {split: train}", *numbered(1), name="test.jsonl")
     source, _ = read(tmp_path)
     assert source.split == "train"
-    assert source.said.endswith(", 1 records for train")
+    assert source.description.endswith(", 1 records for train")
 
 
 # --- what is wrong with it -------------------------------------------------------------------
@@ -269,10 +272,10 @@ def test_an_entry_says_another_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mapping", "said"),
     [
-        ("x.jsonl: {promt: a}", "x.jsonl: promt is unknown, known are prompt, input, system"),
+        ("x.jsonl: {promt: a}", "x.jsonl: promt is unknown, expected one of prompt, input, system"),
         ("x.jsonl: [a]", "x.jsonl: is ['a'], expected keys and values"),
-        ("- a", " holds no entries, expected the name of a file with keys below it"),
-        ("", " holds no entries"),
+        ("- a", " has no entries, expected the name of a file with keys below it"),
+        ("", " has no entries"),
         ("x.jsonl: {prompt: a", " broken YAML: "),
         ("x.jsonl: {seed: 1}\nx.jsonl: {seed: 2}", " broken YAML: "),
         ("x.jsonl: {prompt: 3}", "prompt is 3, expected the name of a column, or null for none"),
@@ -281,7 +284,7 @@ def test_an_entry_says_another_split(tmp_path: Path) -> None:
         ("x.jsonl: {take: true}", "take is True, expected a number of records, or a share above 0"),
         ("x.jsonl: {split: dev}", "split is 'dev', expected train, validation or test"),
         ("x.jsonl: {seed: a}", "seed is 'a', expected an integer"),
-        ("x.jsonl: {where: en}", "where is 'en', expected columns with the values"),
+        ("x.jsonl: {where: en}", "where is 'en', expected columns, each with the values"),
         ("x.jsonl: {chosen: a}", "expected chosen and rejected, or answers"),
         (
             "x.jsonl: {answers: [a, b]}",
@@ -302,10 +305,10 @@ def test_an_entry_says_another_split(tmp_path: Path) -> None:
         ("x.jsonl: {answers: [a, b], verdict: v, first: 1}", "verdict needs first and second"),
         (
             "x.jsonl: {answers: [a, b], verdict: v, first: 1, second: ['1']}",
-            "first, second and tie have a value in common",
+            "first, second and tie share a value",
         ),
-        ("x.jsonl: {answers: [a, b], ranks: r}", "answers and ranks are not both one column"),
-        ("x.jsonl: {answers: [a, b], ranks: [r, s, t]}", "ranks has 3 columns, answers 2"),
+        ("x.jsonl: {answers: [a, b], ranks: r}", "answers and ranks must both be one column"),
+        ("x.jsonl: {answers: [a, b], ranks: [r, s, t]}", "ranks has 3 columns, answers has 2"),
         (
             "x.jsonl: {answers: a, order: worst_first}",
             "order is 'worst_first', expected best_first",
@@ -314,27 +317,30 @@ def test_an_entry_says_another_split(tmp_path: Path) -> None:
         ("x.jsonl: {chosen: a, rejected: b, votes: [c]}", "votes is ['c'], expected the name of a"),
         (
             "x.jsonl: {chosen: a, rejected: b, votes: v, preference: p}",
-            "votes and preference say the same, expected one of them",
+            "votes and preference both say how sure a verdict is",
         ),
         (
             "x.jsonl: {chosen: a, rejected: b, votes: [v, w], first: 1, second: 2}",
-            "first, second and tie need verdict or votes, of which they are values",
+            "first, second and tie are values of verdict or votes",
         ),
         (
             "x.jsonl: {chosen: a, rejected: b, votes: v, first: 1}",
             "single votes need first and second",
         ),
         ("x.jsonl: {weight: [a]}", "weight is ['a'], expected the name of a column, or null"),
-        ("y.jsonl: {prompt: a}", "y.jsonl is no file here, expected some of x.jsonl"),
+        ("y.jsonl: {prompt: a}", "y.jsonl matches no file, expected some of x.jsonl"),
         (
             "'x*': {prompt: ask}\n'*.jsonl': {prompt: ask}",
             "x.jsonl has two entries, x* and *.jsonl; expected one",
         ),
         (
             "x.jsonl: {prompt: aks, chosen: left, rejected: right}",
-            "prompt is 'aks', expected a column; found the keys ask, left, right, vote",
+            "prompt is 'aks', which is not a column; found the keys ask, left, right, vote",
         ),
-        ("x.jsonl: {where: {lang: en}}", "where is 'lang', expected a column; found the keys ask"),
+        (
+            "x.jsonl: {where: {lang: en}}",
+            "where is 'lang', which is not a column; found the keys ask",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_entry_is_said(tmp_path: Path, mapping: str, said: str) -> None:

@@ -133,12 +133,12 @@ def raised(path: Path, error: Exception, room: int = 1 << 20) -> Exception:
 @pytest.mark.parametrize(
     ("number", "end"),
     [
-        (errno.ENOSPC, "No space left on device; wanted more room"),
-        (errno.EDQUOT, "Disk quota exceeded; wanted more room"),
-        (errno.EFBIG, "File too large; wanted more room"),
-        (errno.EACCES, "Permission denied; wanted the right to write there"),
-        (errno.EROFS, "Read-only file system; wanted the right to write there"),
-        (errno.EIO, "Input/output error; expected a disk that works"),
+        (errno.ENOSPC, "No space left on device; free some space"),
+        (errno.EDQUOT, "Disk quota exceeded; free some space"),
+        (errno.EFBIG, "File too large; free some space"),
+        (errno.EACCES, "Permission denied; allow writing there"),
+        (errno.EROFS, "Read-only file system; allow writing there"),
+        (errno.EIO, "Input/output error; check the disk"),
     ],
 )
 @pytest.mark.parametrize("place", ["out", "out/file", "out.partial/file", "."])
@@ -146,7 +146,7 @@ def test_a_failed_write_is_a_sentence(tmp_path: Path, number: int, end: str, pla
     error = OSError(number, os.strerror(number), tmp_path / place)
     found = raised(tmp_path / "out", error)
     assert isinstance(found, Fault)
-    named = tmp_path / ("out" if "more room" in end else place)
+    named = tmp_path / ("out" if "free some space" in end else place)
     assert str(found) == f"{named} cannot be written: {end}, then run the same command again"
 
 
@@ -194,7 +194,7 @@ def test_an_error_that_hides_its_number_is_a_sentence_where_the_disk_is_full(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (found is not error) is fails
     if fails:
-        assert str(found).startswith(f"{tmp_path}/out cannot be written: File too large; wanted")
+        assert str(found).startswith(f"{tmp_path}/out cannot be written: File too large; free")
     assert [path.name for path in tmp_path.iterdir()] == (["half"] if written else [])
 
 
@@ -231,7 +231,7 @@ def test_a_copy_names_the_source_that_cannot_be_read(
     damage(source)
     with pytest.raises(Fault) as fault:
         copy_file(source, tmp_path / "other")
-    assert str(fault.value) == (f"{source} cannot be read: {end}; expected a whole, readable file")
+    assert str(fault.value) == (f"{source} cannot be read: {end}; expected a readable file")
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -89,7 +89,7 @@ def test_an_experiment_runs_its_own_code_beside_an_editable_package(
     assert installed == f"{source / 'reward' / '__init__.py'}\n"
     shutil.copytree(source, experiment)
     for name, old, new in (
-        ("reward/params.py", '"a text that is not empty"', '"a text of the experiment"'),
+        ("reward/params.py", '"a non-empty string"', '"a text of the experiment"'),
         ("params.yaml", "name: embedded/tiny-qwen2", "name: 3"),
     ):
         content = (experiment / name).read_text(encoding="utf-8")

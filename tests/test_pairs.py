@@ -164,7 +164,7 @@ def test_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path) -> No
 def test_path_without_preference_files_is_a_fault(tmp_path: Path, name: str) -> None:
     (tmp_path / "notes.txt").touch()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Fault, match=rf"{name}.*wanted"):
+    with pytest.raises(Fault, match=rf"{name}.*expected"):
         files(tmp_path / name)
 
 
@@ -173,13 +173,13 @@ def test_path_without_preference_files_is_a_fault(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("content", [b"", b" \n\n", b"\xef\xbb\xbf", b"[]", b"[ \n]\n"])
 def test_file_without_a_record_is_a_fault(tmp_path: Path, content: bytes) -> None:
-    assert "holds no record, wanted" in fault(write(tmp_path / "p.json", content))
+    assert "has no records, expected" in fault(write(tmp_path / "p.json", content))
 
 
 @pytest.mark.parametrize(
     ("broken", "found"),
     [
-        (lambda text: b"{" + text[1:], "line 1: broken JSON.*wanted one record a line"),
+        (lambda text: b"{" + text[1:], "line 1: broken JSON.*expected one record per line"),
         (lambda text: text[1:], "line 2: broken JSON"),
         (lambda text: text[:-1], "record 3.*found 'the end of the file'"),
         (lambda text: text[:27], "record 1.*Unterminated"),
@@ -187,9 +187,9 @@ def test_file_without_a_record_is_a_fault(tmp_path: Path, content: bytes) -> Non
         (lambda text: text.replace(b'"kind": "b"', b'"kind" "b"'), "record 2.*':' delimiter"),
         (lambda text: text.replace(b"},", b"}", 1), "record 1.*Expecting ',' or"),
         (lambda text: text[:-1] + b",]", "record 4.*found ']'"),
-        (lambda text: text + b" x", "found 'x' behind the array"),
-        (lambda text: text + text, r"found '\[.* behind the array"),
-        (lambda text: text.replace(b'"kind": "b"', b'"chosen": "b"'), "record 2.*'chosen' stands"),
+        (lambda text: text + b" x", "found 'x' after the array"),
+        (lambda text: text + text, r"found '\[.* after the array"),
+        (lambda text: text.replace(b'"kind": "b"', b'"chosen": "b"'), "record 2.*'chosen' appears"),
         (lambda text: b"[" * 100_000, "record 1: broken JSON: nested too deeply"),
         (lambda text: b"[" + b"9" * 5000 + b"]", "record 1: broken JSON: a number with too many"),
     ],
@@ -218,12 +218,18 @@ def test_file_cut_anywhere_is_a_fault_or_reads_as_whole_records(
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b'{"data": [{"prompt": "a"}]}', "line 1: an object with the keys data .*; wanted one rec"),
-        (b'{\n"data": []}', "p.jsonl: an object with the keys data .* over several lines; wanted"),
-        (b'{\n"data": [', "line 1: broken JSON.*wanted one record a line"),
+        (
+            b'{"data": [{"prompt": "a"}]}',
+            "line 1: an object with the keys data .*; expected one rec",
+        ),
+        (
+            b'{\n"data": []}',
+            "p.jsonl: an object with the keys data .* over several lines; expected",
+        ),
+        (b'{\n"data": [', "line 1: broken JSON.*expected one record per line"),
         (as_lines(RECORDS) + b"\n\n{,}", "line 6: broken JSON"),
         (as_lines(RECORDS[:1]).rstrip() * 2, "line 1: broken JSON: Extra data"),
-        (b'{"prompt": "a", "prompt": "b"}', "line 1.*'prompt' stands twice"),
+        (b'{"prompt": "a", "prompt": "b"}', "line 1.*'prompt' appears twice"),
         (b"chosen,rejected\n", "line 1.*found 'chosen,rejected'"),
     ],
 )
@@ -258,7 +264,7 @@ def test_gzip_that_is_cut_or_damaged_or_none_is_a_fault(tmp_path: Path) -> None:
     damaged[len(whole) // 2] ^= 0xFF
     for content in (whole[: len(whole) // 2], whole[:-1], whole[:-8], damaged, b"[{}]"):
         path.write_bytes(content)
-        assert "wanted a whole file" in fault(path)
+        assert "expected a complete file" in fault(path)
 
 
 @pytest.mark.parametrize("end", [0, 3, 100, -1])
@@ -296,13 +302,13 @@ def test_tables_are_read_by_their_header(
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"a,b\n1,2\n1,2,3\n", r"row 3 \(line 3\) has 3 cells, expected the 2 of the header"),
+        (b"a,b\n1,2\n1,2,3\n", r"row 3 \(line 3\) has 3 cells, expected 2 as in the header"),
         (b'a,b\n"1\n",2\n1\n', r"row 3 \(line 4\) has 1 cells"),
-        (b"a,b,a\n1,2,3\n", "row 1: the column 'a' is there twice"),
+        (b"a,b,a\n1,2,3\n", "row 1: the column 'a' appears twice"),
         (b'a,b\n"1,2\n', r"row 2 \(line 2\): broken table: "),
         (b'a,b\n"1"x,2\n', r"row 2 \(line 2\): broken table: "),
-        (b"a,b\n", "holds no record"),
-        (b"", "holds no record"),
+        (b"a,b\n", "has no records"),
+        (b"", "has no records"),
     ],
 )
 def test_broken_table_is_a_fault_that_says_where(
@@ -340,7 +346,7 @@ def test_an_object_around_the_records_is_named_with_the_way_to_them(
     path = tmp_path / "p.json"
     wrapped = {"version": 1, "data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}
     path.write_text(json.dumps(wrapped, indent=indent))
-    said = r"an object with the keys data, version \(jq -c '\.data\[\]' takes them out\)"
+    said = r"an object with the keys data, version \(jq -c '\.data\[\]' extracts them\)"
     with pytest.raises(Fault, match=said):
         list(read(path))
 
@@ -365,7 +371,7 @@ def test_another_encoding_is_named_with_the_way_to_convert_it(
     tmp_path: Path, text: str, encoding: str
 ) -> None:
     path = write(tmp_path / "a b.csv", text.encode(encoding))
-    wanted = f"wanted UTF-8; it may be {encoding}: iconv -f {encoding} -t UTF-8 '{path}' > NEW"
+    wanted = f"expected UTF-8; it may be {encoding}: iconv -f {encoding} -t UTF-8 '{path}' > NEW"
     assert fault(path).endswith(wanted)
 
 
@@ -562,7 +568,7 @@ def test_a_prompt_is_repeated_only_with_its_parts() -> None:
     good, bad = messages(GOOD)[0], messages(BAD)[0]
     record = {"prompt": [named], "chosen": [named, good], "rejected": [named, bad]}
     assert check(record).answers[0] == (GOOD,)
-    with pytest.raises(BadRecord, match="begins with another message"):
+    with pytest.raises(BadRecord, match="begins with a message"):
         check(record | {"chosen": messages(USER, GOOD)})
 
 
@@ -578,7 +584,7 @@ def without(key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("reason", "sentence", "record"),
     [
-        ("wrong_type", "is a text, wanted an object", "hi"),
+        ("wrong_type", "is a string, expected an object", "hi"),
         ("wrong_type", "is null", None),
         ("wrong_type", "is a list", [1]),
         ("missing_key", "'chosen' is missing, found the keys prompt, rejected", without("chosen")),
@@ -589,30 +595,30 @@ def without(key: str) -> dict[str, Any]:
                                                   "rejected": messages(MORE, BAD)}),
         ("missing_key", "first messages differ", {"chosen": messages(SYSTEM, GOOD),
                                                   "rejected": messages(SYSTEM, BAD)}),
-        ("wrong_type", "'prompt' is a number, wanted a text or a list", PLAIN | {"prompt": 3}),
+        ("wrong_type", "'prompt' is a number, expected a string or a list", PLAIN | {"prompt": 3}),
         ("wrong_type", "'chosen' is null", PLAIN | {"chosen": None}),
-        ("wrong_type", "'rejected' is true or false", PLAIN | {"rejected": True}),
+        ("wrong_type", "'rejected' is a boolean", PLAIN | {"rejected": True}),
         ("wrong_type", "'rejected' is bytes", PLAIN | {"rejected": b"bad"}),
-        ("wrong_type", "'rejected' is a text, wanted", PLAIN | {"chosen": messages(GOOD)}),
-        ("wrong_type", "a message of 'prompt' is a text", PLAIN | {"prompt": ["hi"]}),
+        ("wrong_type", "'rejected' is a string while", PLAIN | {"chosen": messages(GOOD)}),
+        ("wrong_type", "a message of 'prompt' is a string", PLAIN | {"prompt": ["hi"]}),
         ("wrong_type", "has the keys role", PLAIN | {"prompt": [{"role": "user"}]}),
         ("wrong_type", "a content in 'prompt' is null",
          PLAIN | {"prompt": [{"role": "user", "content": None}]}),
         ("unknown_role", "the role 'human'", PLAIN | {"prompt": messages(("human", "hi"))}),
         ("unknown_role", r"the role \['user'\]",
          PLAIN | {"prompt": [{"role": ["user"], "content": "hi"}]}),
-        ("wrong_type", "'name' in 'chosen' is a number, expected a text", with_answer(name=3)),
-        ("wrong_type", "'tool_calls' in 'chosen' is a text, expected a list of objects",
+        ("wrong_type", "'name' in 'chosen' is a number, expected a string", with_answer(name=3)),
+        ("wrong_type", "'tool_calls' in 'chosen' is a string, expected a list of objects",
          with_answer(tool_calls="look")),
-        ("wrong_type", "one of 'tool_calls' in 'chosen' has the keys id, expected a function's",
+        ("wrong_type", "an item of 'tool_calls' in 'chosen' has the keys id, expected a function",
          with_answer(tool_calls=[LOOK, {"id": 3}])),
-        ("wrong_type", "'tools' is a text, expected a list", PLAIN | {"tools": "look"}),
-        ("wrong_type", "one of 'tools' is a text, expected a func", PLAIN | {"tools": ["look"]}),
+        ("wrong_type", "'tools' is a string, expected a list", PLAIN | {"tools": "look"}),
+        ("wrong_type", "an item of 'tools' is a string, expected", PLAIN | {"tools": ["look"]}),
         ("unread", "a message of 'chosen' has 'images', which", with_answer(images=["a.png"])),
         ("unread", "a message of 'chosen' has 'thinking', which", with_answer(thinking="so")),
-        ("not_text", "'chosen' holds what is no text",
+        ("not_text", "'chosen' contains a value that is not JSON",
          with_answer(tool_calls=[{"name": "look", "arguments": b"x"}])),
-        ("not_text", "no text", PLAIN | {"tools": [{"name": "\ud800"}]}),
+        ("not_text", "not valid text", PLAIN | {"tools": [{"name": "\ud800"}]}),
         ("empty", "'chosen' is empty",
          {"prompt": "hi", "chosen": [turn("assistant", "") | {"name": "Ann"}],
           "rejected": messages(BAD)}),
@@ -620,17 +626,17 @@ def without(key: str) -> dict[str, Any]:
         ("empty", "'prompt' is an empty list", PLAIN | {"prompt": []}),
         ("empty", "'chosen' is empty", PLAIN | {"chosen": ""}),
         ("empty", "'rejected' is empty", PLAIN | {"rejected": "\t"}),
-        ("empty", "'rejected' has no answer",
+        ("empty", "'rejected' has no assistant message",
          {"prompt": "hi", "chosen": messages(USER, GOOD), "rejected": messages(USER)}),
-        ("empty", "'chosen' has no answer",
+        ("empty", "'chosen' has no assistant message",
          {"prompt": "hi", "chosen": messages(GOOD, MORE), "rejected": messages(BAD)}),
-        ("prompt_differs", "'chosen' begins with another message than the prompt: 'hi'",
+        ("prompt_differs", "'chosen' begins with a message that is not in the prompt: 'hi'",
          {"prompt": "ho", "chosen": messages(USER, GOOD), "rejected": messages(USER, BAD)}),
         ("identical_answers", "are the same", PLAIN | {"chosen": "bad"}),
         ("identical_answers", "are the same",
          {"chosen": messages(USER, BAD), "rejected": messages(USER, BAD)}),
-        ("not_text", "no text", PLAIN | {"chosen": "\ud800"}),
-        ("not_text", "no text", PLAIN | {"kind": "\ud800"}),
+        ("not_text", "not valid text", PLAIN | {"chosen": "\ud800"}),
+        ("not_text", "not valid text", PLAIN | {"kind": "\ud800"}),
     ],
 )  # fmt: skip
 def test_unusable_record_is_refused_with_its_reason(

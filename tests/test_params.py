@@ -75,7 +75,7 @@ def test_values_come_out_typed(tmp_path: Path) -> None:
         ("names", "[1]"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_is_wanted(tmp_path: Path, key: str, value: str) -> None:
+def test_a_wrong_value_is_named_with_what_is_expected(tmp_path: Path, key: str, value: str) -> None:
     with pytest.raises(Fault, match=rf"sample\.{key} is .*, must be (a|an|one of) "):
         load(tmp_path, yaml_of(**{key: value}))
 
@@ -85,9 +85,9 @@ def test_all_faults_of_a_group_are_named_at_once(tmp_path: Path) -> None:
         load(tmp_path, yaml_of(count="-1", share=None, cuont="2"))
     assert str(fault.value).splitlines() == [
         f"{tmp_path}/p.yaml: sample.count is -1, must be a positive integer",
-        f"{tmp_path}/p.yaml: sample.cuont is unknown, known are count, share, mode, names",
-        f"{tmp_path}/p.yaml: sample.share is missing, must be a number from 0 up to, "
-        "not including, 1",
+        f"{tmp_path}/p.yaml: sample.cuont is unknown, expected one of count, share, mode, names",
+        f"{tmp_path}/p.yaml: sample.share is missing, must be a number from 0 up to "
+        "but not including 1",
     ]
 
 
@@ -103,9 +103,9 @@ class OfToday:
     [
         ("base.trust_remote_code", "was removed: code that comes with a model never runs"),
         ("evaluate.sets", "was renamed to preprocess.sets"),
-        ("export.tokens_per_pack", "was removed: export takes that of evaluate"),
+        ("export.tokens_per_pack", "was removed: export uses evaluate.tokens_per_pack"),
         ("train.head_margin", "was removed: the head is always scaled to 0.05"),
-        ("train.head_seed", "was removed: the head has train.seed"),
+        ("train.head_seed", "was removed: the head uses train.seed"),
     ],
 )
 def test_a_key_that_is_gone_says_what_became_of_it(tmp_path: Path, key: str, became: str) -> None:
@@ -120,7 +120,7 @@ def test_a_key_that_is_gone_says_what_became_of_it(tmp_path: Path, key: str, bec
 
 def test_no_other_key_is_said_to_be_gone(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("train:\n  seed: 1\n  sets: 1\n")
-    with pytest.raises(Fault, match=r"train\.sets is unknown, known are seed"):
+    with pytest.raises(Fault, match=r"train\.sets is unknown, expected one of seed"):
         params.load("train", OfToday, tmp_path / "p.yaml")
 
 
@@ -144,7 +144,7 @@ def test_a_number_without_digits_or_with_too_many_is_broken(tmp_path: Path, numb
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match=r"nothing\.yaml is not here"):
+    with pytest.raises(Fault, match=r"nothing\.yaml does not exist"):
         params.load("sample", Sample, tmp_path / "nothing.yaml")
 
 

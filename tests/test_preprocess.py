@@ -293,7 +293,7 @@ def test_what_is_called_like_a_split_is_not_trained_on(
     workspace: Path, set_params: SetParams
 ) -> None:
     folder_of(workspace, set_params, pairs=[*map(pair, range(20))], testset=[pair(30)])
-    assert "mine/testset.json is called like a test or validation set, but would" in fault()
+    assert "mine/testset.json is named like a test or validation set, but would" in fault()
     (workspace / "mine" / "dataset.yaml").write_text("testset.json: {split: test}\n")
     assert run()["pairs"]["test"] == 1
 
@@ -301,7 +301,7 @@ def test_what_is_called_like_a_split_is_not_trained_on(
 def test_another_ending_of_dataset_yaml_is_a_fault(workspace: Path, set_params: SetParams) -> None:
     folder = folder_of(workspace, set_params, pairs=[*map(pair, range(20))])
     (folder / "dataset.yml").write_text("pairs.json: {seed: 1}\n")
-    assert "mine/dataset.yml is not read, expected the name dataset.yaml" in fault()
+    assert "mine/dataset.yml is not read, rename it to dataset.yaml" in fault()
 
 
 def test_a_condition_that_matches_nothing_is_a_fault(
@@ -322,7 +322,7 @@ def test_a_number_of_the_record_is_not_an_annotator(data: Path, set_params: SetP
     found += [pair(7, id="20", kind="rude", chosen="bad", rejected="good")]
     rewrite(data, found)
     assert "2 contradiction" in fault()
-    # A whole record that is there twice has its number twice.
+    # A whole record that appears twice has its number twice.
     rewrite(data, [*found, found[3], found[4]])
     set_params("preprocess", on_bad_record="drop")
     figures = run()
@@ -376,7 +376,7 @@ def test_prompt_of_a_split_file_in_the_other_data_is_a_fault(
     said = (
         f"1 records of mine share their prompt with the {name} files: mine/pairs.json: record 8; "
     )
-    assert fault() == f"{said}preprocess.on_bad_record drop leaves them out"
+    assert fault() == f"{said}to leave them out set preprocess.on_bad_record to drop"
 
 
 def test_a_prompt_of_a_file_for_training_is_never_held_out(
@@ -463,7 +463,7 @@ def test_records_that_judge_the_same_answers_otherwise_are_contradictions(
 def test_a_split_of_ties_alone_is_a_fault(workspace: Path, set_params: SetParams) -> None:
     ties = [pair(30 + i, preference=0.5) for i in range(3)]
     folder_of(workspace, set_params, pairs=[*map(pair, range(20))], test=ties)
-    assert "no pair is left for test out of 23 but ties; wanted more prompts" in fault()
+    assert "no pairs left for test out of 23 except ties; expected more prompts" in fault()
 
 
 def test_an_answer_that_is_too_long_takes_its_comparisons_with_it(
@@ -512,7 +512,7 @@ def test_each_file_is_said_with_its_form(
 
 def test_too_few_prompts_for_three_splits_is_a_fault(data: Path) -> None:
     rewrite(data, [pair(0), pair(1)])
-    assert "no pair is left for train out of 2; wanted more prompts" in fault()
+    assert "no pairs left for train out of 2; expected more prompts" in fault()
 
 
 # --- bad records -----------------------------------------------------------------------------
@@ -544,7 +544,7 @@ def test_bad_records_stop_the_stage_and_are_listed_in_order(data: Path) -> None:
         for position, reason in enumerate(reasons, start=21)
     ]
     assert lines[-1].startswith("bad records: 2 contradiction, 1 duplicate, 1 empty, ")
-    assert lines[-1].endswith("preprocess.on_bad_record drop leaves bad records out")
+    assert lines[-1].endswith("to leave them out set preprocess.on_bad_record to drop")
 
 
 def test_bad_records_are_dropped_and_counted_by_reason(
@@ -560,8 +560,8 @@ def test_bad_records_are_dropped_and_counted_by_reason(
     }
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("clients ")]
     assert said == [
-        "clients    conversations like 1 of the records have no reward in any of them, because "
-        "preprocess.template cannot render these"
+        "clients    none can score conversations like 1 of the records, because "
+        "preprocess.template cannot render them"
     ]
 
 
@@ -612,7 +612,9 @@ def test_long_texts_stop_the_stage_by_default(data: Path, set_params: SetParams)
     lines = fault().splitlines()
     assert "record 21: over_length: has" in lines[0]
     assert "at most 40 fit" in lines[0]
-    assert lines[2].startswith("bad records: 2 over_length; preprocess.over_length drop or")
+    assert lines[2].startswith(
+        "bad records: 2 over_length; for long ones set preprocess.over_length to drop or"
+    )
 
 
 def test_long_texts_are_dropped_and_counted(data: Path, set_params: SetParams) -> None:
@@ -682,7 +684,7 @@ def test_fault_is_one_sentence_and_status_1(set_params: SetParams) -> None:
         env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 1
-    wanted = "gone.json is not here, wanted a file or a folder of preference pairs\n"
+    wanted = "gone.json does not exist, expected a file or a folder of preference pairs\n"
     assert result.stderr == wanted
 
 
@@ -772,7 +774,7 @@ def test_a_fault_names_no_parameter_that_is_set_already(data: Path, set_params: 
     set_params("preprocess", on_bad_record="drop", over_length="drop")
     said = fault()
     assert "preprocess.on_bad_record" not in said
-    assert "; preprocess.over_length truncate_prompt deals with long ones" in said
+    assert "; for long ones set preprocess.over_length to truncate_prompt" in said
 
 
 # --- its benchmark ---------------------------------------------------------------------------

@@ -344,7 +344,7 @@ def test_a_file_system_without_locks_gets_its_sentence(
     JOURNAL.write_bytes(journal)
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert fault(INPUT, "--output", OUTPUT) == (
-        "out.jsonl.journal.lock cannot be locked, its file system has no locks (No locks "
+        "out.jsonl.journal.lock cannot be locked because its file system has no locks (No locks "
         "available); expected . on a local disk, or on one that is mounted with flock"
     )
     assert JOURNAL.read_bytes() == journal
@@ -372,7 +372,7 @@ def test_a_full_disk_gets_its_sentence_and_costs_no_row(
         with files_of_at_most(size):
             said = fault(INPUT, "--output", OUTPUT)
         assert said == (
-            f"{path} cannot be written: File too large; wanted more room, "
+            f"{path} cannot be written: File too large; free some space, "
             "then run the same command again"
         )
         assert not [*Path().glob("*.partial"), *Path().glob("out.jsonl")]
@@ -476,7 +476,7 @@ def test_bytes_of_parquet_are_no_json(fault: Callable[..., str]) -> None:
         ),
         (
             ["none.jsonl", "--output", "out.jsonl"],
-            "none.jsonl is not here, wanted a file or a folder of preference pairs",
+            "none.jsonl does not exist, expected a file or a folder of preference pairs",
         ),
     ],
 )

@@ -373,35 +373,36 @@ def test_a_pair_gives_chosen_and_then_rejected() -> None:
 @pytest.mark.parametrize(
     ("record", "reason", "sentence"),
     [
-        (3, "wrong_type", "is a number, wanted an object"),
+        (3, "wrong_type", "is a number, expected an object"),
         ({"prompt": "a"}, "missing_key", "'chosen' is missing, found the keys prompt"),
         ({"answer": "a"}, "missing_key", "'prompt' is missing, found the keys answer"),
         (
             {"prompt": "a", "answer": "b", "answers": ["c"]},
             "several_kinds",
-            "has the keys answer, answers, prompt, wanted 'answer', 'answers', or a pair",
+            "has the keys answer, answers, prompt, expected 'answer', 'answers', or a pair",
         ),
         (
             {"prompt": "a", "answer": "b", "chosen": "c", "rejected": "d"},
             "several_kinds",
-            "has the keys answer, chosen, prompt, rejected, wanted 'answer', 'answers', or a pair",
+            "has the keys answer, chosen, prompt, rejected, "
+            "expected 'answer', 'answers', or a pair",
         ),
         ({"prompt": " ", "answer": "b"}, "empty", "'prompt' is empty"),
         ({"prompt": "a", "answers": []}, "empty", "'answers' is an empty list"),
         (
             {"prompt": "a", "answers": "b"},
             "wrong_type",
-            "'answers' is a text, wanted a list of answers",
+            "'answers' is a string, expected a list of answers",
         ),
         (
             {"prompt": "a", "answers": ["b", 4]},
             "wrong_type",
-            "'answers[1]' is a number, wanted a text or a list of messages",
+            "'answers[1]' is a number, expected a string or a list of messages",
         ),
         (
             {"prompt": "a", "answer": [U]},
             "empty",
-            "'answer' has no answer of the assistant's after the prompt",
+            "'answer' has no assistant message after the prompt",
         ),
     ],
 )
@@ -412,7 +413,7 @@ def test_a_bad_record_gets_its_sentence(record: Any, reason: str, sentence: str)
 
 
 def test_half_a_character_is_no_text() -> None:
-    with pytest.raises(BadRecord, match="holds what is no text"):
+    with pytest.raises(BadRecord, match="has a value that is not valid text"):
         candidates({"prompt": "a", "answer": "\ud800"})
 
 

@@ -67,7 +67,7 @@ def test_two_texts_with_the_same_ids_are_a_bad_record(encoder: Callable[[int], E
     write_set(Path("data/sets/alike.jsonl"), PAIR)
     found = encoder(100)
     found.encode_arrays = lambda texts: [as_array([1, 2])] * len(texts)  # type: ignore[method-assign]
-    with pytest.raises(Fault, match="line 1: identical_tokens: both answers give the same ids"):
+    with pytest.raises(Fault, match="line 1: identical_tokens: both answers have the same ids"):
         read_sets(Path("data/sets"), found, drop=False)
 
 
@@ -100,7 +100,7 @@ def test_no_set_is_none_and_a_readme_no_set(encoder: Callable[[int], Encoder]) -
         ([PAIR, {"prompt": "a", "chosen": "b"}], "line 2: missing_key: 'rejected' is missing"),
         (
             [PAIR | {"chosen": "far too long " * 200}],
-            "no pair is left to judge: 1 too long, 0 bad",
+            "no pairs left to judge: 1 too long, 0 bad",
         ),
     ],
 )
@@ -119,7 +119,7 @@ def test_bad_records_are_counted_where_they_are_to_be_dropped(
     [found] = read_sets(Path("data/sets"), encoder(100), drop=True)
     assert (len(found.rows), found.bad) == (1, 2)
     Path("data/sets/dataset.yaml").write_text("other.jsonl: {take: 1}\n")
-    with pytest.raises(Fault, match=r"other\.jsonl is no file here, expected some of"):
+    with pytest.raises(Fault, match=r"other\.jsonl matches no file, expected some of"):
         read_sets(Path("data/sets"), encoder(100), drop=True)
 
 
@@ -127,12 +127,14 @@ def test_bad_records_are_counted_where_they_are_to_be_dropped(
 def test_two_files_of_one_name_are_a_sentence(encoder: Callable[[int], Encoder]) -> None:
     write_set(Path("data/sets/same.jsonl"), PAIR)
     write_set(Path("data/sets/same.json"), PAIR)
-    with pytest.raises(Fault, match="data/sets has two files for the set same, wanted one"):
+    with pytest.raises(Fault, match="data/sets has two files for the set same, expected one"):
         read_sets(Path("data/sets"), encoder(100), drop=False)
 
 
 def test_a_folder_that_is_not_there_is_a_sentence(encoder: Callable[[int], Encoder]) -> None:
-    with pytest.raises(Fault, match=r"preprocess.sets nowhere cannot be read: .*; wanted a folder"):
+    with pytest.raises(
+        Fault, match=r"preprocess.sets nowhere cannot be read: .*; expected a folder"
+    ):
         read_sets(Path("nowhere"), encoder(100), drop=False)
 
 

@@ -160,7 +160,7 @@ def test_a_system_message_has_its_line_and_without_one_the_text_begins_after_it(
     [
         ((("system", "Be kind."), *user("Hi")), "a system message, which only preprocess.template"),
         ((*user("Hi"), *assistant("Ho"), *user("Ha")), "several turns, which only preprocess"),
-        (assistant("Ho"), "no message of the user's, which only preprocess"),
+        (assistant("Ho"), "no user message, which only preprocess"),
     ],
 )
 def test_what_needs_the_chat_template_is_said(
@@ -393,7 +393,7 @@ def test_base_without_what_the_template_needs_is_a_fault(tiny_base: Path, tmp_pa
     with pytest.raises(Fault, match="no eos"):
         Encoder(base, Template.of("zh", True, 10, base))
     (base / "tokenizer.json").unlink()
-    with pytest.raises(Fault, match=r"tokenizer.json is not here, wanted"):
+    with pytest.raises(Fault, match=r"tokenizer.json does not exist, expected"):
         Template.of("zh", False, 10, base)
 
 

@@ -1008,7 +1008,7 @@ def test_ids_that_the_base_does_not_know_are_refused() -> None:
     dataset = load_from_disk("data/tokenized/train")
     train.require_fit(model, dataset)
     cast(Any, model.get_base_model()).config.vocab_size = 300
-    with pytest.raises(Fault, match="knows 300 ids"):
+    with pytest.raises(Fault, match="has 300 ids"):
         train.require_fit(model, dataset)
 
 

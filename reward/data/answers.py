@@ -1,7 +1,7 @@
-"""Where the answers of a form are, and how it says which of them is better.
+"""Where a form has its answers, and how it says which of them is better.
 
-A published form names columns; what its verdict means is part of it. Each gives the answers of a
-record and their comparisons.
+A published form is a set of column names and the meaning of its verdict. Each class here reads the
+answers of a record and their comparisons.
 """
 
 import json
@@ -16,12 +16,12 @@ from reward.data.records import CERTAIN, PAIR, TIE, BadRecord, Comparison
 from reward.data.values import Columns, Record, is_absent, needed, plain, top, value_at
 
 
-class Unmeant(Exception):
-    """A verdict with a value to which its form gives no meaning; the sentence names both."""
+class UnknownVerdict(Exception):
+    """A verdict with a value that has no meaning in its form; the message names both."""
 
 
 class Compared(NamedTuple):
-    """The answers of a record, what messages call them, and their comparisons."""
+    """The answers of a record, their names in error messages, and their comparisons."""
 
     answers: list[Any]
     names: Sequence[str]
@@ -37,7 +37,7 @@ def every(chosen: list[Any], rejected: list[Any]) -> Compared:
 
 
 class Answers(Protocol):
-    """Where the answers of a form are and how it says which is better."""
+    """Where a form has its answers, and how it says which is better."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -45,18 +45,18 @@ class Answers(Protocol):
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """The paths of what says which answer is better; none where the columns' names do."""
+        """The paths of the verdict or scores; empty where the column names say which is better."""
 
     @property
-    def said(self) -> str:
-        """The form in the words of its columns."""
+    def description(self) -> str:
+        """The form described by its column names."""
 
     def compared(self, record: Record) -> Compared:
-        """Raises BadRecord for what is missing, Unmeant for a verdict without a meaning."""
+        """Raises BadRecord for what is missing, UnknownVerdict for a verdict without a meaning."""
 
 
 def answers_in(value: Any) -> list[Any]:
-    """The answers that a column holds: a text, a message or messages are one, a list is several."""
+    """The answers in a column: a text, a message or a list of messages is one answer."""
     if isinstance(value, list) and value:
         if all(isinstance(item, str) for item in value):
             return value
@@ -67,7 +67,7 @@ def answers_in(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Preferred:
-    """Columns with the chosen answers and with the rejected ones."""
+    """A column with the chosen answers and one with the rejected answers."""
 
     chosen: str
     rejected: str
@@ -81,7 +81,7 @@ class Preferred:
         return ()
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         return f"{self.chosen} and {self.rejected}"
 
     def compared(self, record: Record) -> Compared:
@@ -107,7 +107,7 @@ class Continued:
         return ()
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         return f"{self.conversation} with {self.rejected}"
 
     def compared(self, record: Record) -> Compared:
@@ -126,14 +126,14 @@ class Continued:
 
 @dataclass(frozen=True)
 class Meaning:
-    """Which values of a verdict prefer the first answer, which the second, which neither."""
+    """Which values of a verdict prefer the first answer, the second, or neither."""
 
     first: tuple[Any, ...]
     second: tuple[Any, ...]
     tie: tuple[Any, ...] = ()
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         parts = [(self.first, "the first answer"), (self.second, "the second")]
         parts += [(self.tie, "a tie")] if self.tie else []
         return ", ".join(f"{_listed(values)} for {meant}" for values, meant in parts)
@@ -169,15 +169,17 @@ class Judged:
         return (self.verdict,)
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         tops = dict.fromkeys(top(path) for path in self.columns)
-        return f"{' and '.join(tops)} with {self.verdict} ({self.meaning.said})"
+        return f"{' and '.join(tops)} with {self.verdict} ({self.meaning.description})"
 
     def compared(self, record: Record) -> Compared:
         one, other, verdict = (needed(record, path) for path in (*self.columns, self.verdict))
         sign = self.meaning.sign(verdict)
         if sign is None:
-            raise Unmeant(f"{self.verdict} is {_shown(verdict)}, expected {self.meaning.said}")
+            raise UnknownVerdict(
+                f"{self.verdict} is {_shown(verdict)}, expected {self.meaning.description}"
+            )
         better = [other, one] if sign < 0 else [one, other]
         return Compared(better, PAIR, [CERTAIN if sign else Comparison(0, 1, TIE)])
 
@@ -192,9 +194,9 @@ ORDERS: dict[Order, str] = {
 
 @dataclass(frozen=True)
 class Listed:
-    """Any number of answers with a rank or score each, or in their order.
+    """Any number of answers, each with a rank or score, or listed best first.
 
-    `answers` and `worths` are one path to a list each, or a path for each answer.
+    `answers` and `worths` are each one path to a list, or one path per answer.
     """
 
     answers: tuple[str, ...]
@@ -210,14 +212,14 @@ class Listed:
         return self.worths
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         found = " and ".join(self.answers)
         if self.order == "best_first":
             return f"{found} in order of preference"
         return f"{found} with {' and '.join(self.worths)} ({ORDERS[self.order]})"
 
     def compared(self, record: Record) -> Compared:
-        """Every two answers."""
+        """Compare every two answers."""
         found = self._values(record, self.answers)
         if self.order == "best_first":
             worths = [-float(place) for place in range(len(found))]
@@ -244,9 +246,9 @@ class Listed:
             raise BadRecord("wrong_type", f"{paths[0]!r} is not a list")
         for place, value in enumerate(found, start=1):
             if value is None:
-                raise BadRecord("missing_key", f"{paths[0]!r} has nothing in place {place}")
+                raise BadRecord("missing_key", f"item {place} of {paths[0]!r} is null")
         if len(found) < 2:
-            raise BadRecord("empty", f"{paths[0]!r} holds {len(found)} value, expected two or more")
+            raise BadRecord("empty", f"{paths[0]!r} has {len(found)} answers, expected two or more")
         return found
 
     def _worth(self, value: Any) -> float:
@@ -256,20 +258,20 @@ class Listed:
                 return number
             if number >= 1 and number == int(number):
                 return -number
-        raise Unmeant(
+        raise UnknownVerdict(
             f"{self.worths[0]} has {_shown(value)}, expected {ORDERS[self.order]}",
         )
 
 
-# --- what is said of a comparison besides --------------------------------------------------------
+# --- how sure a verdict is -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Grades:
-    """The columns that say how sure a verdict is, and what it counts; None where there is none.
+    """The columns that say how sure a verdict is and how much it counts; None without one.
 
-    `preference` is the probability that chosen, or the first of two answers, is preferred; `votes`
-    are those for it and for the other one, or single votes with this `meaning`.
+    `preference` is the probability that chosen, or the first of two answers, is preferred. `votes`
+    are the counts for either answer, or single votes with this `meaning`.
     """
 
     preference: str | None = None
@@ -283,19 +285,19 @@ class Grades:
         named = (self.preference, *self.votes, self.margin, self.weight)
         return tuple(path for path in named if path)
 
-    def said(self, columns: Columns) -> str:
-        """Those of them that a file has, in words, behind its answers."""
-        votes = f" ({self.meaning.said})" if self.meaning else ""
+    def description(self, columns: Columns) -> str:
+        """Those of them that a file has, in words, to follow the description of its answers."""
+        votes = f" ({self.meaning.description})" if self.meaning else ""
         found = [
             path + votes * (path in self.votes) for path in self.columns if top(path) in columns
         ]
         return f" with {' and '.join(found)}" if found else ""
 
     def of(self, record: Record, comparisons: list[Comparison]) -> list[Comparison]:
-        """Comparisons as their record grades them.
+        """Comparisons with the preference, weight and margin of their record.
 
-        Raises BadRecord for a margin where no answer is certainly better, Unmeant for a value
-        without a meaning.
+        Raises BadRecord for a margin where no answer is certainly better, UnknownVerdict for a
+        value without a meaning.
         """
         preference = self._preference(record)
         margin = _number(record, self.margin, 0.0, NOT_NEGATIVE)
@@ -308,8 +310,8 @@ class Grades:
             if margin and found[-1].preference < 1:
                 raise BadRecord(
                     "unsure_margin",
-                    f"{self.margin!r} is {margin:g} where no answer is certainly better, expected "
-                    "a margin of those alone that are preferred for certain",
+                    f"{self.margin!r} is {margin:g} but no answer is certainly better, "
+                    "expected 0 or a certain preference",
                 )
         return found
 
@@ -321,20 +323,20 @@ class Grades:
         return _number(record, self.preference, TIE, PROBABILITY)
 
     def _share(self, record: Record) -> float | None:
-        """The share of the votes for the first answer; an equal one is half a vote for each."""
+        """The share of the votes for the first answer; one for neither counts half for each."""
         given = [value_at(record, path) for path in self.votes]
         found = given[0] if len(given) == 1 else given
         if is_absent(found) or found == [None, None]:
             return None
         counts = self._counts(found) if isinstance(found, list) else None
         if counts is None or not sum(counts):
-            meant = f"a list of votes, {self.meaning.said}" if self.meaning else COUNTS
-            raise Unmeant(f"{' and '.join(self.votes)} is {_shown(found)}, expected {meant}")
+            meant = f"a list of votes, {self.meaning.description}" if self.meaning else COUNTS
+            raise UnknownVerdict(f"{' and '.join(self.votes)} is {_shown(found)}, expected {meant}")
         first, second, equal = counts
         return (first + equal / 2) / (first + second + equal)
 
     def _counts(self, votes: list[Any]) -> tuple[float, float, float] | None:
-        """How many are for the first answer, for the second and for neither; None if unknown."""
+        """The votes for the first answer, for the second and for neither; None if unknown."""
         if self.meaning:
             signs = [self.meaning.sign(vote) for vote in votes]
             if None in signs:
@@ -348,7 +350,7 @@ class Grades:
 
 UNGRADED = Grades()
 COUNTS = "two whole numbers, the votes for each answer"
-NOT_NEGATIVE = "a number of 0 or more"
+NOT_NEGATIVE = "a non-negative number"
 PROBABILITY = "a number from 0 to 1, the probability that the first answer is preferred"
 
 
@@ -356,17 +358,17 @@ def _is_count(number: Any) -> bool:
     return isinstance(number, float) and number >= 0 and number == int(number)
 
 
-def _number(record: Record, path: str | None, usual: float, expected: str) -> float:
-    """The number at a path, or the usual one where there is none."""
+def _number(record: Record, path: str | None, default: float, expected: str) -> float:
+    """The number at a path, or the default where there is none."""
     value = value_at(record, path) if path else None
     if is_absent(value):
-        return usual
+        return default
     number = plain(value)
     most = 1.0 if expected == PROBABILITY else math.inf
     if not isinstance(number, float) or not math.isfinite(number) or not 0 <= number <= most:
-        raise Unmeant(
-            f"{path} is {_shown(value)}, expected {expected} ({path}: null in dataset.yaml, if it "
-            "means something else)"
+        raise UnknownVerdict(
+            f"{path} is {_shown(value)}, expected {expected} (if it means "
+            f"something else, write {path}: null in dataset.yaml)"
         )
     return number
 
@@ -377,7 +379,7 @@ def _shown(value: Any) -> str:
 
 
 def as_messages(key: str, value: Any, role: str) -> list[Any]:
-    """A text as one message of `role`, a message as a list of one, messages as they are."""
+    """A text as one message of `role`, a message as a list of one, messages unchanged."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return messages(key, value) if isinstance(value, list) else [message(key, value)]

@@ -1,16 +1,16 @@
-"""The columns of tokenized pairs and of their rewards, spelt once. j is preferred over k."""
+"""The column names of tokenized pairs and of their rewards. j is preferred over k."""
 
 ID, PROMPT_ID = "id", "prompt_id"
 IDS = ("input_ids_j", "input_ids_k")
 MASKS = ("attention_mask_j", "attention_mask_k")
 PREFIX = "prefix_length"
-# The number of an answer within its prompt, among the rows of one folder.
+# The number of an answer among all answers to its prompt in one folder.
 ANSWERS = ("answer_j", "answer_k")
-# The probability that j is preferred, what the comparison counts, and by how much j is better.
+# The probability that j is preferred, the weight of the comparison, and by how much j is better.
 PREFERENCE, WEIGHT, TARGET_MARGIN = "preference", "weight", "margin"
 GRADES = (PREFERENCE, WEIGHT, TARGET_MARGIN)
 
-# Of the answers of test prompts: messages as JSON, and what the template made of both.
+# Of the answers to test prompts: messages as JSON, and both as rendered by the template.
 ANSWER = "answer"
 PROMPT, RESPONSE, TEXT = "prompt", "response", "text"
 CONVERSATION = (PROMPT, "chosen", "rejected")

@@ -1,6 +1,6 @@
-"""Messages and conversations, however they are spelled, as messages with role and content.
+"""Messages and conversations in any known spelling, as messages with role and content.
 
-What no spelling explains is left as it is: the check of a record says what is wrong with it.
+Anything else is left unchanged, because the check of a record reports what is wrong with it.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 from reward.data.records import BadRecord
 
-# The keys of a message's speaker and of its words.
+# The keys of a message's role and of its content.
 SPELLINGS = (("role", "content"), ("role", "text"), ("from", "value"))
 SPEAKERS = {
     **{"system": "system", "user": "user", "human": "user"},
@@ -25,7 +25,7 @@ Message = dict[str, Any]
 
 
 def spelling(item: Any) -> tuple[str, str] | None:
-    """The keys of a message's speaker and words, or None for what is not a message."""
+    """The keys of a message's role and content, or None for what is not a message."""
     if isinstance(item, dict):
         for keys in SPELLINGS:
             if keys[0] in item and keys[1] in item:
@@ -34,14 +34,14 @@ def spelling(item: Any) -> tuple[str, str] | None:
 
 
 def are_messages(value: Any) -> bool:
-    """Whether a value is a list of messages, however spelled."""
+    """Whether a value is a list of messages in any spelling."""
     return isinstance(value, list) and bool(value) and all(spelling(item) for item in value)
 
 
 def message(key: str, item: Any) -> Any:
-    """A message by role and content; its other keys stay.
+    """A message with the keys role and content; its other keys are kept.
 
-    Raises BadRecord `not_text` for a part of the content that is not a text, such as an image.
+    Raises BadRecord `not_text` for a part of the content that is not text, such as an image.
     """
     keys = spelling(item)
     if keys is None:
@@ -56,12 +56,12 @@ def message(key: str, item: Any) -> Any:
 
 
 def messages(key: str, value: list[Any]) -> list[Any]:
-    """Messages by role and content. Raises BadRecord as `message` does."""
+    """Messages with role and content. Raises BadRecord as `message` does."""
     return [message(key, item) for item in value]
 
 
 def _joined(key: str, parts: list[Any]) -> Any:
-    """The text of a content in parts."""
+    """The text of a content that is a list of parts."""
     texts = []
     for part in parts:
         if not isinstance(part, dict) or "type" not in part:
@@ -69,7 +69,7 @@ def _joined(key: str, parts: list[Any]) -> Any:
         if part["type"] != "text":
             kind = str(part["type"])[:40]
             raise BadRecord(
-                "not_text", f"a message of {key!r} has a part of type {kind!r}, expected texts only"
+                "not_text", f"a message of {key!r} has a part of type {kind!r}, expected text only"
             )
         text = next((part[name] for name in ("text", "value") if part.get(name) is not None), None)
         if not isinstance(text, str):
@@ -78,16 +78,16 @@ def _joined(key: str, parts: list[Any]) -> Any:
     return "".join(texts)
 
 
-# --- texts that hold whole conversations -----------------------------------------------------
+# --- texts that are whole conversations ------------------------------------------------------
 
 
 def has_turns(text: str) -> bool:
-    """Whether a text is a conversation in the form of HH: turns after Human: and Assistant:."""
+    """Whether a text is a conversation as in HH: turns after Human: and Assistant:."""
     return bool(FIRST_TURN.match(text)) and "\n\nAssistant:" in text
 
 
 def turns(text: str) -> list[Message]:
-    """The messages of a conversation in the form of HH, without the empty last one of a prompt."""
+    """The messages of a conversation as in HH, without the empty last one of a prompt."""
     _, *found = TURN.split(text)
     speakers, contents = found[::2], found[1::2]
     spoken = [
@@ -98,11 +98,11 @@ def turns(text: str) -> list[Message]:
 
 
 def shared_start(chosen: str, rejected: str) -> int:
-    """The length of the prompt with which two texts begin: up to the last word that they share.
+    """The length of the prompt with which two texts begin: up to the last word they share.
 
-    White space after that word is no part of it, and neither text is all prompt. Chinese and
-    Japanese have no white space between words: there it is the last sentence that they share, or
-    else the last character.
+    Neither the white space after that word nor the whole of either text belongs to it. Chinese and
+    Japanese have no white space between words: there the prompt ends with the last shared sentence,
+    or else with the last shared character.
     """
     shorter = min(len(chosen.rstrip()), len(rejected.rstrip()))
     differ = (place for place in range(shorter) if chosen[place] != rejected[place])
@@ -116,7 +116,7 @@ def shared_start(chosen: str, rejected: str) -> int:
 
 
 def _within_word(text: str, cut: int) -> bool:
-    """Whether a cut would go through a word, or between a letter and the mark on it."""
+    """Whether a cut would split a word, or a letter from its combining mark."""
     before, after = text[cut - 1], text[cut]
     if unicodedata.combining(after):
         return True

@@ -1,8 +1,8 @@
-"""A form: what the columns of a file mean, and how a record of it is read.
+"""A form: what the columns of a file mean, and how its records are read.
 
-Whatever the form, a record becomes a Raw one as `records.check` takes it: the prompt (a text, a
-list of messages, or none), the answers (texts or lists of messages), their comparisons, and the
-columns that are neither. `reward.data.recognition` finds the form of a file.
+Whatever the form, a record becomes a Raw record for `records.check`: the prompt (a text, a list of
+messages, or none), the answers (texts or lists of messages), their comparisons, and all other
+columns. `reward.data.recognition` finds the form of a file.
 """
 
 import json
@@ -23,13 +23,13 @@ from reward.data.dialogue import (
 from reward.data.records import FIELDS, ROLES, BadRecord, Raw, raw_pair
 from reward.data.values import Record, is_absent, top, value_at
 
-# The prompt's names: those of texts, those of messages, and those of either.
+# Names of the prompt column: of texts, of messages, and of either.
 TEXTS = ("question", "instruction", "query", "post")
 CONVERSATIONS = ("messages", "conversations", "conversation", "context", "dialogue")
 PROMPTS = ("prompt", *TEXTS, *CONVERSATIONS, "history", "input")
-# Columns that may hold the chosen conversation once more.
+# Columns that may repeat the chosen conversation.
 REPEATING = frozenset({"messages", "conversations", "conversation"})
-# Columns of which the model would see nothing: a record with a value there cannot be used.
+# Columns that the model would never see. A record with a value there cannot be used.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -38,10 +38,10 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 @dataclass(frozen=True)
 class Context:
-    """The columns before the answers, by their paths; none of them needs to be there.
+    """The paths of the columns before the answers, all of them optional.
 
-    `rivals` are columns that may hold nothing but what is known already: a record in which one
-    does could be read in two ways.
+    `rivals` are other columns that could be the prompt. A record in which one of them adds
+    something could be read in two ways.
     """
 
     prompt: str | None = None
@@ -59,7 +59,7 @@ class Context:
         """The prompt of a record: a text, or a list of messages where there is more than one."""
         for name in MEDIA:
             if not is_absent(record.get(name)):
-                raise BadRecord("not_text", f"{name!r} has a value, expected texts only")
+                raise BadRecord("not_text", f"{name!r} has a value, expected text only")
         asked = value_at(record, self.prompt) if self.prompt else None
         if spelling(asked):
             asked = [asked]
@@ -68,12 +68,12 @@ class Context:
         return self._with_input(record, asked)
 
     def before(self, record: Record) -> list[Any]:
-        """The messages of the system and of earlier turns."""
+        """The system message and the earlier turns."""
         found = []
         system = value_at(record, self.system) if self.system else None
         if not is_absent(system):
             if not isinstance(system, str):
-                raise BadRecord("wrong_type", f"{self.system!r} is not a text")
+                raise BadRecord("wrong_type", f"{self.system!r} is not a string")
             found.append({"role": "system", "content": system})
         history = value_at(record, self.history) if self.history else None
         return found if is_absent(history) else found + self._turns(history)
@@ -85,11 +85,13 @@ class Context:
         if is_absent(asked):
             return more
         if not isinstance(more, str) or not isinstance(asked, str):
-            raise BadRecord("wrong_type", f"{self.input!r} and {self.prompt!r} are not both texts")
+            raise BadRecord(
+                "wrong_type", f"{self.input!r} and {self.prompt!r} are not both strings"
+            )
         return f"{asked}\n{more}"
 
     def _turns(self, history: Any) -> list[Message]:
-        """Earlier turns: questions with their answers in lists of two, or messages."""
+        """Earlier turns: lists of a question and its answer, or messages."""
         if isinstance(history, list):
             if all(isinstance(turn, list) for turn in history):
                 if all([type(text) for text in turn] == [str, str] for turn in history):
@@ -108,11 +110,12 @@ class Context:
 
 # --- a form ----------------------------------------------------------------------------------
 
-# How texts without a prompt hold it, or that they repeat the prompt that there is.
+# Where the prompt is if the answers contain it: in their turns, in their shared first words, or in
+# a column of its own that they repeat.
 Whole = Literal["", "turns", "words", "repeated"]
 WHOLES: dict[Whole, str] = {
     "": "",
-    "turns": " in turns of Human: and Assistant:",
+    "turns": " in Human: and Assistant: turns",
     "words": " that begin with their prompt",
     "repeated": " that repeat the prompt",
 }
@@ -120,23 +123,24 @@ WHOLES: dict[Whole, str] = {
 
 @dataclass(frozen=True)
 class Form:
-    """What a file's columns mean."""
+    """The meaning of a file's columns."""
 
     context: Context
     answers: Answers
     grades: Grades = UNGRADED
     whole: Whole = ""
-    said: str = ""
-    # Derived: the columns that are prompt or answers, those that may not be passed over, and
-    # whether they are called prompt, chosen and rejected, and no text is whole.
+    description: str = ""
+    # Derived: the columns of prompt and answers, the columns that must not be ignored, and whether
+    # the form is prompt, chosen and rejected as they are.
     used: frozenset[str] = field(init=False)
     looked_at: frozenset[str] = field(init=False)
     is_canonical: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        # Once read a verdict says nothing more: which answer came first in the file is gone.
-        said = (*self.answers.verdicts, *self.grades.columns)
-        paths = (*self.context.columns, *self.answers.columns, *said)
+        # Once read, a verdict is dropped: without the order of the answers in the file it means
+        # nothing.
+        read = (*self.answers.verdicts, *self.grades.columns)
+        paths = (*self.context.columns, *self.answers.columns, *read)
         used = {top(path) for path in paths}
         looked_at = (used | {*MEDIA, *self.context.rivals, "tools"}) - set(FIELDS)
         named = self.context.prompt == "prompt" and self.answers == CANONICAL
@@ -145,9 +149,9 @@ class Form:
         object.__setattr__(self, "is_canonical", named and not self.whole)
 
     def read(self, record: Any) -> Raw:
-        """A record whose prompt, answers and comparisons are known, for `records.check`.
+        """A record with its prompt, answers and comparisons, for `records.check`.
 
-        Raises BadRecord for a record that cannot be used, Unmeant where its verdict means nothing.
+        Raises BadRecord for a record that cannot be used, UnknownVerdict for an unknown verdict.
         """
         if not isinstance(record, dict):
             return raw_pair(record)
@@ -177,22 +181,22 @@ class Form:
     def _conversation(
         self, before: list[Any], prompt: Any, found: list[Any], names: Sequence[str]
     ) -> tuple[Any, list[Any]]:
-        """Prompt and answers by role and content, with what comes before them."""
+        """Prompt and answers with role and content, after the earlier messages."""
         answers = [_answer(*each) for each in zip(names, found, strict=True)]
         prompt, answers = WHOLE_TEXTS[self.whole](prompt, answers, names)
-        if isinstance(prompt, str) and self.whole != "words" and has_turns_at_its_end(prompt):
+        if isinstance(prompt, str) and self.whole != "words" and awaits_assistant(prompt):
             prompt = prompt if self.is_canonical else turns(prompt)
         if before:
-            answers = [_behind(before, prompt, answer) for answer in answers]
+            answers = [_after(before, prompt, answer) for answer in answers]
             if prompt is not None:
                 prompt = _joined(before, as_messages("prompt", prompt, "user"))
         return prompt, answers
 
 
 def _is_canonical(record: Record, looked_at: frozenset[str]) -> bool:
-    """Whether a record is one already, or lacks an answer: the check needs it as it is.
+    """Whether a record needs no conversion, or lacks an answer, which the check then reports.
 
-    Columns that are looked at may be empty, or repeat an answer, as `messages` of UltraFeedback.
+    The columns in question may be empty or repeat an answer, as `messages` of UltraFeedback does.
     """
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if is_absent(chosen) or is_absent(rejected):
@@ -208,7 +212,7 @@ def _is_canonical(record: Record, looked_at: frozenset[str]) -> bool:
 
 
 def _are_plain(value: Any) -> bool:
-    """Whether these are messages that are spelled with role and content, and texts alone."""
+    """Whether these are messages with the keys role and content, and with text only."""
     if type(value) is not list:
         return False
     for item in value:
@@ -220,40 +224,40 @@ def _are_plain(value: Any) -> bool:
 
 
 def _answer(key: str, value: Any) -> Any:
-    """An answer: a text, or messages by role and content."""
+    """An answer: a text, or messages with role and content."""
     if isinstance(value, dict):
         return [message(key, value)]
     return messages(key, value) if isinstance(value, list) else value
 
 
 def _tools(value: Any) -> Any:
-    """The tools of a record, which some files hold as JSON in a text."""
+    """The tools of a record, which some files have as a JSON string."""
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
         return json.loads(value)
     except ValueError:
-        raise BadRecord("wrong_type", "'tools' is a text that is not JSON") from None
+        raise BadRecord("wrong_type", "'tools' is a string that is not JSON") from None
 
 
 def _joined(before: list[Any], asked: list[Any]) -> list[Any]:
-    """Earlier messages and the prompt's own; a system message that is in both appears once."""
-    systems = [[each for each in part if _speaks(each, "system")] for part in (before, asked)]
+    """Earlier messages and those of the prompt; a system message that is in both appears once."""
+    systems = [[each for each in part if _has_role(each, "system")] for part in (before, asked)]
     if all(systems):
         if systems[0][0]["content"] != systems[1][0]["content"]:
             raise BadRecord("prompt_differs", "'system' differs from the prompt's system message")
-        before = [each for each in before if not _speaks(each, "system")]
+        before = [each for each in before if not _has_role(each, "system")]
         return [*asked[:1], *before, *asked[1:]]
     return [*before, *asked]
 
 
-def _speaks(item: Any, role: str) -> bool:
+def _has_role(item: Any, role: str) -> bool:
     return isinstance(item, dict) and item.get("role") == role
 
 
-def _behind(before: list[Any], prompt: Any, answer: Any) -> Any:
-    """An answer that is a whole conversation begins as the prompt does, with what was before."""
-    whole = isinstance(answer, list) and answer and not _speaks(answer[0], "assistant")
+def _after(before: list[Any], prompt: Any, answer: Any) -> Any:
+    """An answer; one that is a whole conversation gets the earlier messages too."""
+    whole = isinstance(answer, list) and answer and not _has_role(answer[0], "assistant")
     if whole:
         return _joined(before, answer)
     if isinstance(answer, str) and prompt is None:
@@ -264,8 +268,8 @@ def _behind(before: list[Any], prompt: Any, answer: Any) -> Any:
 # --- texts that are whole conversations ------------------------------------------------------
 
 
-def has_turns_at_its_end(text: str) -> bool:
-    """Whether a prompt is a conversation in the form of HH that awaits the assistant."""
+def awaits_assistant(text: str) -> bool:
+    """Whether a prompt is a conversation as in HH that ends with the assistant's turn."""
     return has_turns(text) and text.rstrip().endswith("\n\nAssistant:")
 
 
@@ -278,7 +282,7 @@ def _by_turns(prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[An
     del prompt
     for key, text in zip(names, answers, strict=True):
         if not isinstance(text, str) or not has_turns(text):
-            raise BadRecord("missing_key", f"{key!r} has no turns of Human: and Assistant:")
+            raise BadRecord("missing_key", f"{key!r} has no Human: and Assistant: turns")
     return None, [turns(text) for text in answers]
 
 
@@ -298,7 +302,7 @@ def _without_prompt(prompt: Any, answers: list[Any], names: Sequence[str]) -> tu
         if not repeats(prompt, text):
             raise BadRecord("prompt_differs", f"{key!r} does not begin with the prompt")
     rest = [text[len(prompt) :] for text in answers]
-    if has_turns_at_its_end(prompt):
+    if awaits_assistant(prompt):
         return turns(prompt), [text.strip() for text in rest]
     return prompt, rest
 

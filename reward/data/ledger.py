@@ -1,7 +1,6 @@
-"""What preprocess knows of each comparison: a few numbers of the usable ones, and what is wrong
-with the others.
+"""What preprocess knows about each comparison: a few numbers if it is usable, else what is wrong.
 
-Texts and ids are on disk, in the scratch table; memory holds these numbers alone, so a million
+Texts and ids are on disk, in the scratch table. Memory holds these numbers only, so a million
 pairs fit.
 """
 
@@ -36,15 +35,14 @@ from reward.data.splitting import (
 )
 
 SHOWN = 10
-# How often a column is looked through for a value that repeats: at this many records, at twice as
-# many, and so on.
+# A column is searched for repeated values at this many records, at twice as many, and so on.
 FIRST_LOOK = 1024
-# Verdicts are the same whose probabilities differ by less than about one of so many parts.
+# Probabilities are rounded to one part in this many before verdicts are compared.
 PARTS = 1_000_000
 
 
 class BadPlace(NamedTuple):
-    """The place of a bad record and why it is bad; in the order of files and positions."""
+    """The place of a bad record and what is wrong; sorts by file and position."""
 
     file: int
     position: int
@@ -62,9 +60,9 @@ def hashes() -> array[int]:
 
 @dataclass
 class Ledger:
-    """The numbers of every usable comparison, one element each, and what is wrong with the others.
+    """The numbers of all usable comparisons, one element each, and what is wrong with the others.
 
-    GRADES are noted of those alone that are not certain, by their places in `graded`.
+    GRADES are kept only for comparisons that are not certain; `graded` are the rows of those.
     """
 
     sources: list[Source]
@@ -93,7 +91,7 @@ class Ledger:
     def add(
         self, file: int, position: int, record: Record, ids: Sequence[Array], kept: Kept
     ) -> None:
-        """Note what is kept of a record, whose answers have these ids."""
+        """Record the comparisons that are kept of a record, whose answers have these ids."""
         begun, answers = beginnings(record.prompt), [*map(hash_of, ids)]
         judged = self._judges.hashed(record.columns)
         self.columns.update(record.columns)
@@ -113,32 +111,32 @@ class Ledger:
             self._judges.add(judged)
 
     def grade(self, rows: Iterable[int], *grades: Iterable[float]) -> None:
-        """Note GRADES of some comparisons, in the place of those before."""
+        """Set GRADES of some comparisons, replacing earlier ones."""
         self.graded.extend(rows)
         for noted, found in zip(self.grades.values(), grades, strict=True):
             noted.extend(found)
 
     def grade_of(self, name: str) -> Floats:
-        """One of GRADES: [comparisons]. Only those that differ from the usual take memory."""
-        usual = CERTAIN[2 + GRADES.index(name)]
+        """One of GRADES: [comparisons]. Only values other than the default take memory."""
+        default = CERTAIN[2 + GRADES.index(name)]
         if not self.graded:
-            return np.broadcast_to(np.float64(usual), len(self.file))
-        found = np.full(len(self.file), usual, dtype=np.float64)
+            return np.broadcast_to(np.float64(default), len(self.file))
+        found = np.full(len(self.file), default, dtype=np.float64)
         found[np.asarray(self.graded)] = np.asarray(self.grades[name])
         return found
 
     def bad(self, file: int, position: int, reason: str, sentence: str) -> None:
-        """Count a bad record, and keep its place if it is among the first of its reason.
+        """Count a bad record, and keep its place if it is among the first with its reason.
 
-        Those of one reason come in order, those of different reasons need not: a record is
-        checked long before its ids are.
+        Only records with the same reason come in file order, because a record is checked long
+        before its ids are.
         """
         self.dropped[reason] += 1
         if self.dropped[reason] <= SHOWN:
             self.faults.append(BadPlace(file, position, reason, sentence))
 
     def bad_rows(self, rows: Iterable[int], reason: str, sentence: str) -> None:
-        """The same for records that passed until all of them were compared."""
+        """The same for records that turn out bad when all records are compared."""
         for row in rows:
             self.bad(self.file[row], self.position[row], reason, sentence)
 
@@ -146,15 +144,15 @@ class Ledger:
         return np.asarray(getattr(self, name))
 
     def answers(self, start: int = 0) -> Hashes:
-        """Hashes that are equal for equal answers of one prompt, whichever is the chosen one.
+        """Hashes that are equal for the same two answers to one prompt, in either order.
 
-        Of the comparisons from `start` on.
+        For the comparisons from `start` on.
         """
         prompt, one, other = (self.column(name)[start:] for name in ("prompt", *ANSWERS))
         return combined(prompt, np.minimum(one, other), np.maximum(one, other))
 
     def ballots(self) -> Ballots:
-        """What every comparison says of its answers."""
+        """What every comparison says about its answers."""
         preference, weight, margin = map(self.grade_of, GRADES)
         is_first = self.column(ANSWERS[0]) < self.column(ANSWERS[1])
         first, answers = np.where(is_first, preference, 1 - preference), self.answers()
@@ -162,7 +160,7 @@ class Ledger:
         return Ballots(answers, verdicts, first, weight, margin)
 
     def numbered(self, rows: npt.NDArray[np.bool_]) -> Numbered:
-        """The answers of some of the comparisons, numbered within their prompts."""
+        """The answers of some comparisons, numbered within their prompts."""
         sides = [self.column(name)[rows] for name in ANSWERS]
         return number_answers(self.column("prompt")[rows], np.stack(sides, axis=1))
 
@@ -174,7 +172,7 @@ class Ledger:
         tokenizer: str,
         texts: bool,
     ) -> None:
-        """Some comparisons of the scratch table as a new folder, with the texts or without."""
+        """Write some comparisons of the scratch table to a new folder, with or without texts."""
         numbers, first = self.numbered(rows)
         late = dict(zip(ANSWERS, numbers.T, strict=True))
         late |= {name: self.grade_of(name)[rows] for name in GRADES}
@@ -189,11 +187,11 @@ class Ledger:
 
     @property
     def judges(self) -> Hashes:
-        """Hashes of what records say besides their pair, such as who judged it: [records]."""
+        """Hashes of the other columns of each comparison, such as its judge: [comparisons]."""
         return self._judges.all()
 
     def fixed(self, splits: tuple[str, ...]) -> npt.NDArray[np.int8]:
-        """The index of the split that a record's file has, -1 where prompts are to be split."""
+        """The index of the split of a record's file, -1 if its prompts are to be split."""
         found = [splits.index(each.split) if each.split else -1 for each in self.sources]
         return np.array(found, dtype=np.int8)[self.column("file")]
 
@@ -202,7 +200,7 @@ class Ledger:
         return f"{path}: {unit(path)} {position}"
 
     def listed(self, reasons: set[str]) -> str:
-        """The first records that are bad for one of the reasons, a line each, and their number."""
+        """The first records that are bad for one of the reasons, one per line, and their number."""
         shown = sorted(fault for fault in self.faults if fault.reason in reasons)[:SHOWN]
         lines = [
             f"{self.place(file, position)}: {reason}: {sentence}"
@@ -213,31 +211,31 @@ class Ledger:
 
 
 class Judges:
-    """A hash for each record of what it says besides its pair, such as who judged it.
+    """A hash of the other columns of each comparison, such as its judge.
 
-    A column whose values each belong to one comparison alone, such as an `id`, does not say who
-    judged: if it counted, two records would never contradict each other. Whether a value comes
-    back is known only at the end of a file, so the hashes of a column wait until one does.
+    A column whose values are all different, such as an `id`, does not name a judge: if it counted,
+    two records would never contradict each other. Whether a value occurs again is known only at
+    the end of a file, so the hashes of a column wait until one does.
     """
 
     def __init__(
         self, file: array[int], position: array[int], answers: Callable[[int], Hashes]
     ) -> None:
-        """`file`, `position` and `answers` are the ledger's, which it extends before `add`."""
+        """`file`, `position` and `answers` are the ledger's, which extends them before `add`."""
         self._file, self._position, self._answers = file, position, answers
         self._sums = hashes()
         self._start = 0
-        # The columns of the current file: None for one that counts.
+        # The columns of the current file; None for a column that counts.
         self._waiting: dict[str, array[int] | None] = {}
 
     @staticmethod
     def hashed(columns: dict[str, str]) -> dict[str, int]:
         """The hash of each column of a record."""
-        # Files of a folder that is mapped differ in their source: that is not a judge.
+        # The source differs between the files of a folder with dataset.yaml, but is not a judge.
         return {name: hash64([name, value]) for name, value in columns.items() if name != "source"}
 
     def add(self, hashed: dict[str, int]) -> None:
-        """Note the hashed columns of the ledger's last comparison."""
+        """Add the hashed columns of the ledger's last comparison."""
         row = len(self._sums)
         if row and self._file[row] != self._file[row - 1]:
             self._settle()
@@ -255,15 +253,15 @@ class Judges:
             self._settle()
 
     def all(self) -> Hashes:
-        """The hash of every record: [records]."""
+        """The hash of every comparison: [comparisons]."""
         self._settle()
         return np.array(self._sums, dtype=np.uint64)
 
     def _settle(self) -> None:
-        """Add the columns of which a value was found beside two comparisons."""
+        """Add the columns in which a value occurs with two different comparisons."""
         sums, positions = (np.asarray(each)[self._start :] for each in (self._sums, self._position))
         answers = self._answers(self._start)
-        # The pairs of one record follow each other, and have its columns in common.
+        # The pairs of one record are consecutive and share its columns: only the first is compared.
         first = np.diff(positions, prepend=0) != 0
         for name, waiting in self._waiting.items():
             if waiting is None:

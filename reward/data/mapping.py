@@ -1,7 +1,7 @@
-"""dataset.yaml: what the columns of a folder's files mean, and which of their records are taken.
+"""dataset.yaml: what the columns of a folder's files mean, and which of their records are used.
 
-An entry for each file, or pattern of files; every key may be left out, and what an entry does not
-say of the columns is recognized:
+There is an entry for each file or pattern of files. Every key is optional; what an entry does not
+say about the columns is recognized:
 
     ratings-*.csv:
       prompt: question               # a column, or a path: info.post, texts[0], answers[].text
@@ -12,10 +12,10 @@ say of the columns is recognized:
       tie: [same]
       weight: trust                  # or preference, votes, margin: columns that grade a comparison
       where: {language: [en, zh]}    # only records with one of these values
-      take: 5000                     # as many records, or a share such as 0.25, drawn by seed
+      take: 5000                     # this many records, or a share such as 0.25, drawn by seed
       seed: 0
       split: train                   # or validation, or test
-      source: ratings                # the value of the column source, the file's name otherwise
+      source: ratings                # the value of the column source, by default the file's name
       license: cc-by-4.0             # for the model card, by its name on the Hub
 """
 
@@ -37,9 +37,9 @@ from reward.process import Fault
 
 ORDERED: tuple[Order, ...] = ("ranks", "scores")
 GRADED = ("preference", "margin", "weight")
-# What says of two answers which is better, and how surely.
+# Keys that say which of two answers is better, and how surely.
 SURE = ("votes", "preference")
-# What is said of the records of a file, and not of their columns.
+# Keys about the records of a file, not about its columns.
 RECORDS = ("take", "seed", "split", "source", "license")
 BEFORE = ("prompt", "input", "system", "history")
 Scalars = tuple[Any, ...]
@@ -94,17 +94,17 @@ KEYS = {
     **dict.fromkeys(("answers", *ORDERED), COLUMNS),
     **dict.fromkeys(("first", "second", "tie"), VALUES),
     "order": Kind("best_first", lambda value: value == "best_first"),
-    "where": Kind("columns with the values that records must have", _are_conditions),
+    "where": Kind("columns, each with the values to keep", _are_conditions),
     "take": Kind("a number of records, or a share above 0 and below 1", _is_amount),
     "seed": Kind("an integer", lambda value: type(value) is int),
     "split": Kind("train, validation or test", lambda v: v in ("train", "validation", "test")),
-    **dict.fromkeys(("source", "license"), Kind("a text", _is_path)),
+    **dict.fromkeys(("source", "license"), Kind("a non-empty string", _is_path)),
 }
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is said of a file; `paths` are the columns that it names, by the key that names them."""
+    """The entry of a file; `paths` are the columns that it names, each with the key naming it."""
 
     known: Known = field(default_factory=Known)
     paths: tuple[tuple[str, str], ...] = ()
@@ -124,7 +124,7 @@ class Mapping:
     entries: dict[str, Entry]
 
     def entry(self, name: str) -> Entry | None:
-        """The entry of a file: its own, or that of the pattern. Raises a Fault for two patterns."""
+        """The entry of a file, or of the pattern it matches. Raises a Fault for two patterns."""
         if name in self.entries:
             return self.entries[name]
         found = [pattern for pattern in self.entries if fnmatchcase(name, pattern)]
@@ -134,19 +134,19 @@ class Mapping:
         return self.entries[found[0]] if found else None
 
     def require_files(self, names: list[str]) -> None:
-        """Raises a Fault for an entry that no file has."""
+        """Raises a Fault for an entry that matches no file."""
         for pattern in self.entries:
             if not any(fnmatchcase(name, pattern) or name == pattern for name in names):
                 found = ", ".join(names)
-                raise Fault(f"{self.path}: {pattern} is no file here, expected some of {found}")
+                raise Fault(f"{self.path}: {pattern} matches no file, expected some of {found}")
 
 
 def read_mapping(folder: Path) -> Mapping | None:
-    """The dataset.yaml of a folder, if it has one. Raises a Fault that lists all that is wrong."""
+    """The dataset.yaml of a folder, if it has one. Raises a Fault that lists all faults in it."""
     path = folder / MAPPING
     for other in (path.with_suffix(".yml"), path.with_name("Dataset.yaml")):
         if other.exists() and not path.exists():
-            raise Fault(f"{other} is not read, expected the name {MAPPING}")
+            raise Fault(f"{other} is not read, rename it to {MAPPING}")
     try:
         document = read_yaml(path)
     except FileNotFoundError:
@@ -156,111 +156,118 @@ def read_mapping(folder: Path) -> Mapping | None:
     except (yaml.YAMLError, ValueError) as error:
         raise Fault(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise Fault(f"{path} holds no entries, expected the name of a file with keys below it")
+        raise Fault(f"{path} has no entries, expected the name of a file with keys below it")
     faults = [
-        f"{path}: {name}: {fault}" for name, said in document.items() for fault in _faults(said)
+        f"{path}: {name}: {fault}" for name, entry in document.items() for fault in _faults(entry)
     ]
     if faults:
         raise Fault("\n".join(faults))
-    return Mapping(path, {str(name): _entry(said or {}) for name, said in document.items()})
+    return Mapping(path, {str(name): _entry(entry or {}) for name, entry in document.items()})
 
 
-def _faults(said: Any) -> list[str]:
+def _faults(entry: Any) -> list[str]:
     """What is wrong with an entry."""
-    if said is None:
+    if entry is None:
         return []
-    if not isinstance(said, dict):
-        return [f"is {said!r}, expected keys and values"]
-    faults = [f"{key} is unknown, known are {', '.join(KEYS)}" for key in said if key not in KEYS]
-    faults += [
-        f"{key} is {said[key]!r}, expected {kind.expected}"
-        for key, kind in KEYS.items()
-        if key in said and not kind.holds(said[key])
+    if not isinstance(entry, dict):
+        return [f"is {entry!r}, expected keys and values"]
+    faults = [
+        f"{key} is unknown, expected one of {', '.join(KEYS)}" for key in entry if key not in KEYS
     ]
-    return faults or _misfits(said)
+    faults += [
+        f"{key} is {entry[key]!r}, expected {kind.expected}"
+        for key, kind in KEYS.items()
+        if key in entry and not kind.holds(entry[key])
+    ]
+    return faults or _conflicts(entry)
 
 
-def _misfits(said: dict[str, Any]) -> list[str]:
-    """Keys of an entry that do not go together."""
-    pair, ways = {"chosen", "rejected"} & said.keys(), ("verdict", *ORDERED, "order", *SURE)
-    given = [way for way in ways if said.get(way) is not None]
-    if pair or "answers" not in said:
+def _conflicts(entry: dict[str, Any]) -> list[str]:
+    """Keys of an entry that contradict each other."""
+    pair, ways = {"chosen", "rejected"} & entry.keys(), ("verdict", *ORDERED, "order", *SURE)
+    given = [way for way in ways if entry.get(way) is not None]
+    if pair or "answers" not in entry:
         given = [way for way in given if way not in SURE]
     faults = []
-    if len(pair) == 1 or (pair and "answers" in said):
+    if len(pair) == 1 or (pair and "answers" in entry):
         faults.append("expected chosen and rejected, or answers")
-    if ("answers" in said) != (len(given) == 1):
+    if ("answers" in entry) != (len(given) == 1):
         return [*faults, f"expected answers with one of {', '.join(ways)}"]
     for way in ("verdict", *SURE):
-        if way in given and (not isinstance(said["answers"], list) or len(said["answers"]) != 2):
+        if way in given and (not isinstance(entry["answers"], list) or len(entry["answers"]) != 2):
             faults.append(f"{way} needs two columns in answers")
-    valued = {"first", "second", "tie"} & said.keys()
-    if "verdict" in said and not {"first", "second"} <= said.keys():
+    valued = {"first", "second", "tie"} & entry.keys()
+    if "verdict" in entry and not {"first", "second"} <= entry.keys():
         faults.append("verdict needs first and second, the values that prefer each answer")
-    elif valued and not ("verdict" in said or _is_path(said.get("votes"))):
-        faults.append("first, second and tie need verdict or votes, of which they are values")
-    elif valued and not {"first", "second"} <= said.keys():
+    elif valued and not ("verdict" in entry or _is_path(entry.get("votes"))):
+        faults.append("first, second and tie are values of verdict or votes, expected one of these")
+    elif valued and not {"first", "second"} <= entry.keys():
         faults.append("single votes need first and second, the values that prefer each answer")
-    if said.get("votes") and said.get("preference"):
-        faults.append("votes and preference say the same, expected one of them")
-    meanings = [plain(value) for key in ("first", "second", "tie") for value in _listed(said, key)]
+    if entry.get("votes") and entry.get("preference"):
+        faults.append("votes and preference both say how sure a verdict is, expected one of them")
+    meanings = [plain(value) for key in ("first", "second", "tie") for value in _listed(entry, key)]
     if len({*meanings}) != len(meanings):
-        faults.append("first, second and tie have a value in common, expected one meaning for each")
-    for way in ORDERED:
-        if way in said and type(said[way]) is not type(said.get("answers")):
-            faults.append(f"answers and {way} are not both one column, or one for each answer")
-        elif way in said and isinstance(said[way], list) and len(said[way]) != len(said["answers"]):
-            faults.append(f"{way} has {len(said[way])} columns, answers {len(said['answers'])}")
+        faults.append("first, second and tie share a value, expected one meaning for each value")
+    for way in filter(entry.__contains__, ORDERED):
+        columns, answers = entry[way], entry.get("answers")
+        if type(columns) is not type(answers):
+            faults.append(f"answers and {way} must both be one column, or both a list of columns")
+        elif (
+            isinstance(columns, list) and isinstance(answers, list) and len(columns) != len(answers)
+        ):
+            faults.append(f"{way} has {len(columns)} columns, answers has {len(answers)}")
     return faults
 
 
-def _listed(said: dict[str, Any], key: str) -> Scalars:
-    """The values of a key, which may be a single one."""
-    found = said.get(key, [])
+def _listed(entry: dict[str, Any], key: str) -> Scalars:
+    """The values of a key, given as a list or as a single value."""
+    found = entry.get(key, [])
     return tuple(found) if isinstance(found, list) else (found,)
 
 
-def _entry(said: dict[str, Any]) -> Entry:
-    named = {key: said[key] for key in BEFORE if key in said}
-    graded = {key: said[key] for key in GRADED if key in said}
+def _entry(entry: dict[str, Any]) -> Entry:
+    named = {key: entry[key] for key in BEFORE if key in entry}
+    graded = {key: entry[key] for key in GRADED if key in entry}
     known = Known(
         Context(**named),
-        _answers(said),
-        Grades(**graded, votes=_votes(said), meaning=_meaning(said) if "votes" in said else None),
-        frozenset({*named, *graded, *(["votes"] if "votes" in said else [])}),
+        _answers(entry),
+        Grades(
+            **graded, votes=_votes(entry), meaning=_meaning(entry) if "votes" in entry else None
+        ),
+        frozenset({*named, *graded, *(["votes"] if "votes" in entry else [])}),
     )
     columns = ("chosen", "rejected", "answers", "verdict", *ORDERED, "votes", *graded)
-    paths = [(key, path) for key in (*named, *columns) for path in _listed(said, key) if path]
-    conditions = said.get("where", {})
+    paths = [(key, path) for key in (*named, *columns) for path in _listed(entry, key) if path]
+    conditions = entry.get("where", {})
     where = tuple((str(path), _listed(conditions, path)) for path in conditions)
     paths += [("where", path) for path, _ in where]
-    rest = {key: said[key] for key in RECORDS if key in said}
+    rest = {key: entry[key] for key in RECORDS if key in entry}
     return Entry(known, tuple(paths), where, **rest)
 
 
-def _votes(said: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(path for path in _listed(said, "votes") if path)
+def _votes(entry: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(path for path in _listed(entry, "votes") if path)
 
 
-def _meaning(said: dict[str, Any]) -> Meaning | None:
-    """Which answer the values of a verdict, or single votes, prefer."""
-    if "first" not in said:
+def _meaning(entry: dict[str, Any]) -> Meaning | None:
+    """Which answer the values of a verdict, or of single votes, prefer."""
+    if "first" not in entry:
         return None
-    return Meaning(*(_listed(said, key) for key in ("first", "second", "tie")))
+    return Meaning(*(_listed(entry, key) for key in ("first", "second", "tie")))
 
 
-def _answers(said: dict[str, Any]) -> Answers | None:
-    if "chosen" in said:
-        return Preferred(said["chosen"], said["rejected"])
-    if "answers" not in said:
+def _answers(entry: dict[str, Any]) -> Answers | None:
+    if "chosen" in entry:
+        return Preferred(entry["chosen"], entry["rejected"])
+    if "answers" not in entry:
         return None
-    if "verdict" in said:
-        meaning = _meaning(said) or Meaning((), ())
-        first, second = said["answers"]
-        return Judged(first, second, said["verdict"], meaning)
-    if any(said.get(way) for way in SURE):
-        return Preferred(*said["answers"])
+    if "verdict" in entry:
+        meaning = _meaning(entry) or Meaning((), ())
+        first, second = entry["answers"]
+        return Judged(first, second, entry["verdict"], meaning)
+    if any(entry.get(way) for way in SURE):
+        return Preferred(*entry["answers"])
     for way in ORDERED:
-        if way in said:
-            return Listed(_listed(said, "answers"), way, _listed(said, way))
-    return Listed(_listed(said, "answers"), "best_first")
+        if way in entry:
+            return Listed(_listed(entry, "answers"), way, _listed(entry, way))
+    return Listed(_listed(entry, "answers"), "best_first")

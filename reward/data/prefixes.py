@@ -1,11 +1,11 @@
-"""What two texts begin with in common."""
+"""The common prefix of two token sequences."""
 
 import numpy as np
 import numpy.typing as npt
 
 
 def prefix_length(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> int:
-    """How many first ids two sequences share, at most one less than the shorter has."""
+    """The length of the common prefix, at most one less than the shorter sequence."""
     left, right = np.asarray(chosen), np.asarray(rejected)
     limit = max(min(len(left), len(right)) - 1, 0)
     differs = left[:limit] != right[:limit]

@@ -16,45 +16,47 @@ from reward.data.records import FIELDS, names_of
 from reward.process import Fault
 
 TABLES = {".csv": ",", ".tsv": "\t"}
-# Spreadsheets of many countries write semicolons to what they call CSV.
+# In many countries spreadsheets write CSV with semicolons.
 SEPARATORS = (",", "\t", ";")
-# How messages in a cell begin: as JSON, or as Python prints them.
+# The beginning of messages in a cell, as JSON or as Python prints them.
 MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 SUFFIXES = (
     *(".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet"),
     *(f"{table}{end}" for table in TABLES for end in ("", ".gz")),
 )
-# What a folder may hold besides preference files without a word.
+# Files that a folder may have besides preference files without being mentioned.
 OTHERS = re.compile(r"\.|(readme|license|dataset\.ya?ml)|.*\.dvc$", re.IGNORECASE)
 CHUNK = 1 << 20
-# Of a file with one object over several lines, what is read to say what it holds.
+# The most that is read of an object over several lines to describe it in the error message.
 LONGEST_OBJECT = 1 << 26
 LONGEST_CELL = 1 << 30
-# Of Japanese texts a good part is kana, and Chinese ones are nearly all in the smaller GB2312.
+# Much of a Japanese text is kana; nearly all of a Chinese text is in the smaller GB2312.
 KANA = ("\u3040", "\u30ff")
-# Characters of the longest piece of JSON, a string apart, that the end of a chunk can cut in two.
+# The longest token of JSON, strings aside, that the end of a chunk can cut in two.
 LONGEST_TOKEN = 16
 
 
 def files(path: Path) -> list[Path]:
-    """The preference files that a path names: itself, or those directly in the folder, sorted."""
+    """The preference files of a path: the file itself, or those directly in the folder, sorted."""
     try:
         if not path.exists():
-            raise Fault(f"{path} is not here, wanted a file or a folder of preference pairs")
+            raise Fault(f"{path} does not exist, expected a file or a folder of preference pairs")
         found = [path] if path.is_file() else sorted(filter(Path.is_file, path.iterdir()))
     except OSError as error:
-        raise Fault(f"{path} cannot be read: {error.strerror}; wanted preference pairs") from None
+        raise Fault(f"{path} cannot be read: {error.strerror}; expected preference pairs") from None
     if not path.is_file():
         found = [child for child in found if child.name.endswith(SUFFIXES)]
     if not found or (not path.name.endswith(SUFFIXES) and path.is_file()):
-        raise Fault(f"{path}: no preference file, wanted one that ends in {', '.join(SUFFIXES)}")
+        raise Fault(
+            f"{path}: no preference file, expected a name that ends in {', '.join(SUFFIXES)}"
+        )
     return found
 
 
-def not_read(path: Path) -> list[str]:
-    """What a folder has besides preference files and notes: its names, those of folders with a /.
+def other_names(path: Path) -> list[str]:
+    """What a folder has besides preference files and notes; names of folders end with a /.
 
-    None of a path that is a file.
+    Empty for a path that is a file.
     """
     found = sorted(path.iterdir()) if path.is_dir() else []
     return [
@@ -65,34 +67,36 @@ def not_read(path: Path) -> list[str]:
 
 
 def name_of(path: Path) -> str:
-    """A file's name without its ending."""
+    """A file's name without its suffix."""
     return path.name.removesuffix(next(end for end in SUFFIXES if path.name.endswith(end)))
 
 
 def read(path: Path) -> Iterator[tuple[int, Any]]:
-    """Position and content of the records of one file in their order, a few at a time, unchecked.
+    """Position and content of the records of one file in order, unchecked, a few in memory.
 
-    The position is what `unit` calls it, from 1; the header of a table is its row 1. Raises a Fault
-    where the file ends early or is not what its name says.
+    Positions count what `unit` names, from 1; the header of a table is row 1. Raises a Fault if the
+    file ends early or is not what its name says.
     """
     position = 0
     try:
         for position, record in _reader(path)(path):
             yield position, record
     except UnicodeDecodeError:
-        place = "some byte is not UTF-8"
-        with suppress(EOFError, OSError, zlib.error):  # compressed, and damaged behind that byte
+        place = "a byte is not UTF-8"
+        with suppress(EOFError, OSError, zlib.error):  # compressed, and damaged after that byte
             place = _undecodable(path)
-        raise Fault(f"{path}: {place}, wanted UTF-8{_conversion(path)}") from None
+        raise Fault(f"{path}: {place}, expected UTF-8{_conversion(path)}") from None
     except (EOFError, OSError, zlib.error) as error:
         reason = " ".join(str(error).split())
-        raise Fault(f"{path}: cannot be read to its end: {reason}; wanted a whole file") from None
+        raise Fault(
+            f"{path}: cannot be read to the end: {reason}; expected a complete file"
+        ) from None
     if not position:
-        raise Fault(f"{path} holds no record, wanted preference pairs")
+        raise Fault(f"{path} has no records, expected preference pairs")
 
 
 def unit(path: Path) -> str:
-    """What the records of a file are counted by: its rows, the records of an array, its lines."""
+    """What positions in a file count: rows of a table, records of an array, or lines."""
     reader = _reader(path)
     return "record" if reader is _array else "line" if reader is _lines else "row"
 
@@ -107,15 +111,15 @@ def _reader(path: Path) -> Callable[[Path], Iterator[tuple[int, Any]]]:
 
 
 def _separator(path: Path) -> str | None:
-    """What separates the cells of a table; None for a file that is no table."""
+    """What separates the cells of a table; None for a file that is not a table."""
     return TABLES.get(Path(path.name.removesuffix(".gz")).suffix)
 
 
 def _table(path: Path) -> Iterator[tuple[int, Any]]:
-    """Records of CSV or TSV, by the names in its header; a cell may hold line breaks.
+    """Records of CSV or TSV, keyed by the header; a cell may have line breaks, or messages as JSON.
 
-    Or messages, as JSON. Where the header is not separated as the file's name says, it shows what
-    else separates the cells: preferences in a single column do not exist.
+    A header with a single column is split by the other separators, because preferences need more
+    than one column.
     """
     csv.field_size_limit(LONGEST_CELL)
     with _open(path) as file:
@@ -128,14 +132,14 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             header = next(rows, [])
             if twice := [name for name in header if header.count(name) > 1]:
-                raise Fault(f"{path}: row 1: the column {twice[0]!r} is there twice")
+                raise Fault(f"{path}: row 1: the column {twice[0]!r} appears twice")
             for position, cells in enumerate(rows, start=2):
                 if not cells:
                     continue
                 if len(cells) != len(header):
                     raise Fault(
                         f"{path}: row {position} (line {rows.line_num}) has {len(cells)} cells, "
-                        f"expected the {len(header)} of the header"
+                        f"expected {len(header)} as in the header"
                     )
                 yield (
                     position,
@@ -149,18 +153,18 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
         except csv.Error as error:
             raise Fault(
                 f"{path}: row {position + 1} (line {rows.line_num}): broken table: {error}; "
-                "expected cells with line breaks or quotes in double quotes"
+                "put cells with line breaks or quotes in double quotes"
             ) from None
 
 
 def _messages(path: Path, position: int, name: str, cell: str) -> Any:
-    """The messages that a cell holds as JSON."""
+    """The messages in a cell of JSON."""
     try:
         return _DECODER.decode(cell)
     except (ValueError, RecursionError) as error:
         raise Fault(
             f"{path}: row {position}: {name!r} begins like messages, but is not JSON "
-            f"({_why(error)}); expected messages as json.dumps writes them"
+            f"({_reason(error)}); expected messages as json.dumps writes them"
         ) from None
 
 
@@ -177,7 +181,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
                     yield position, record
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
-        raise Fault(f"{path}: broken Parquet: {reason}; wanted a whole file") from None
+        raise Fault(f"{path}: broken Parquet: {reason}; expected a complete file") from None
 
 
 def _open(path: Path) -> IO[str]:
@@ -186,7 +190,7 @@ def _open(path: Path) -> IO[str]:
 
 
 def _first(file: IO[str]) -> str:
-    """The next character that is no white space; nothing at the end of the file."""
+    """The next character that is not white space; empty at the end of the file."""
     while (character := file.read(1)).isspace():
         pass
     return character
@@ -208,11 +212,11 @@ def _undecodable(path: Path) -> str:
                 return f"line {lines}: byte {offset} of the file is {byte:#04x}, {error.reason}"
             lines += chunk.count(b"\n")
             done += len(chunk)
-    return "some byte is not UTF-8"
+    return "a byte is not UTF-8"
 
 
 def _conversion(path: Path) -> str:
-    """How a file in another encoding is converted, if its first bytes tell which it is."""
+    """How to convert a file in another encoding, if its first bytes tell which."""
     with suppress(EOFError, OSError, zlib.error):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             encoding = _encoding(file.read(CHUNK))
@@ -225,7 +229,7 @@ def _conversion(path: Path) -> str:
 
 
 def _encoding(content: bytes) -> str | None:
-    """The encoding of a text by its mark, its zeros, or the characters that it would hold."""
+    """The encoding of a text, by its byte order mark, its zeros, or its characters."""
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -248,7 +252,7 @@ def _encoding(content: bytes) -> str | None:
 
 
 def _decodes(content: bytes, encoding: str) -> bool:
-    """Whether bytes, the last of which may be half a character, are text in an encoding."""
+    """Whether bytes, which may end within a character, are text in an encoding."""
     try:
         codecs.getincrementaldecoder(encoding)().decode(content)
     except UnicodeDecodeError:
@@ -257,8 +261,8 @@ def _decodes(content: bytes, encoding: str) -> bool:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Records of JSON Lines, with the numbers of their lines."""
-    wanted, seen = "wanted one record a line, or an array of records", False
+    """Records of JSON Lines, with their line numbers."""
+    expected, seen = "expected one record per line, or an array of records", False
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if not (text := line.strip()):
@@ -268,20 +272,20 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
             except (ValueError, RecursionError) as error:
                 if not seen and (spread := _spread(path)):
                     raise Fault(
-                        f"{path}: {_wrapped(spread)} over several lines; {wanted}"
+                        f"{path}: {_wrapped(spread)} over several lines; {expected}"
                     ) from None
                 raise Fault(
-                    f"{path}: line {number}: broken JSON: {_why(error)}, found {text[:20]!r}; "
-                    f"{wanted}"
+                    f"{path}: line {number}: broken JSON: {_reason(error)}, found {text[:20]!r}; "
+                    f"{expected}"
                 ) from None
             if not seen and _is_wrapper(record):
-                raise Fault(f"{path}: line {number}: {_wrapped(record)}; {wanted}")
+                raise Fault(f"{path}: line {number}: {_wrapped(record)}; {expected}")
             seen = True
             yield number, record
 
 
 def _spread(path: Path) -> dict[str, Any] | None:
-    """The object that a file holds over several lines, if it holds nothing else."""
+    """The object that is the whole file, over several lines, if there is one."""
     with _open(path) as file:
         text = file.read(LONGEST_OBJECT)
     try:
@@ -292,14 +296,14 @@ def _spread(path: Path) -> dict[str, Any] | None:
 
 
 def _wrapped(record: dict[str, Any]) -> str:
-    """An object around records in words, with how to take them out of it."""
+    """An object around records in words, with how to extract them."""
     inside = next((key for key, value in record.items() if isinstance(value, list)), None)
-    way = f" (jq -c '.{inside}[]' takes them out)" if inside and inside.isidentifier() else ""
+    way = f" (jq -c '.{inside}[]' extracts them)" if inside and inside.isidentifier() else ""
     return f"an object with {names_of(record)}{way}"
 
 
 def _is_wrapper(record: Any) -> bool:
-    """Whether this is an object around a list of records, and no record itself."""
+    """Whether this is an object around a list of records, and not a record itself."""
     if not isinstance(record, dict) or record.keys() & set(FIELDS):
         return False
     firsts = [value[0] for value in record.values() if isinstance(value, list) and value]
@@ -307,12 +311,12 @@ def _is_wrapper(record: Any) -> bool:
 
 
 def _array(path: Path) -> Iterator[tuple[int, Any]]:
-    """Records of a JSON array; holds little more than one record, or one chunk, in memory.
+    """Records of a JSON array; keeps little more than one record, or one chunk, in memory.
 
-    Not by ijson: with duplicate keys refused it read 60,000 records of 89 MB in 0.25 s of processor
-    time, against 0.39 s here, which is nothing beside tokenizing them. But its parser turns half of
-    a surrogate pair into a question mark without an error, so that a broken text would be trained
-    on, and names neither the record nor what was found where an array is broken.
+    ijson is not used. Refusing duplicate keys, it read 60,000 records of 89 MB in 0.25 s of
+    processor time, against 0.39 s here, which is negligible beside tokenizing them. But its parser
+    silently turns half of a surrogate pair into a question mark, so a broken text would be trained
+    on, and its errors name neither the record nor what was found.
     """
     with _open(path) as file:
         _first(file)
@@ -323,32 +327,34 @@ def _array(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 record, separator, end = _element(buffer, start)
             except json.JSONDecodeError as error:
-                # At the end of the chunk an error says nothing: the rest may be in the next one.
+                # Near the end of the chunk an error proves nothing: the rest may follow.
                 at_end = error.pos > len(buffer) - LONGEST_TOKEN
                 more = file.read(size) if at_end or "Unterminated" in error.msg else ""
                 if not more:
                     found = repr(buffer[error.pos : error.pos + 20] or "the end of the file")
                     raise Fault(
                         f"{path}: record {position}: broken JSON: {error.msg}, found {found}; "
-                        "wanted an array of records"
+                        "expected an array of records"
                     ) from None
                 buffer, start, size = buffer[start:] + more, 0, size * 2
                 continue
             except (ValueError, RecursionError) as error:
                 raise Fault(
-                    f"{path}: record {position}: broken JSON: {_why(error)}; "
-                    "wanted an array of records"
+                    f"{path}: record {position}: broken JSON: {_reason(error)}; "
+                    "expected an array of records"
                 ) from None
             yield position, record
             position, start, size = position + 1, end, CHUNK
             if separator == "]":
                 break
         if rest := (buffer[start:] + file.read(CHUNK)).strip():
-            raise Fault(f"{path}: found {rest[:20]!r} behind the array, wanted the end of the file")
+            raise Fault(
+                f"{path}: found {rest[:20]!r} after the array, expected the end of the file"
+            )
 
 
 def _element(text: str, start: int) -> tuple[Any, str, int]:
-    """The array element that starts at `start`, the separator after it, the index after that."""
+    """The array element that starts at `start`, the separator after it, and the next index."""
     record, end = _DECODER.raw_decode(text, _skip_space(text, start))
     end = _skip_space(text, end)
     if text[end : end + 1] not in (",", "]"):
@@ -362,8 +368,8 @@ def _skip_space(text: str, start: int) -> int:
     return start
 
 
-def _why(error: Exception) -> str:
-    """Why JSON cannot be read, without the words that are for programmers."""
+def _reason(error: Exception) -> str:
+    """Why JSON cannot be read, without wording for programmers."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return "a number with too many digits" if "int_max_str_digits" in str(error) else str(error)
@@ -378,7 +384,7 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) != len(items):
         names = [name for name, _ in items]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _DuplicateKey(f"the key {twice!r} stands twice in one object")
+        raise _DuplicateKey(f"the key {twice!r} appears twice in one object")
     return record
 
 

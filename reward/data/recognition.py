@@ -1,7 +1,7 @@
-"""Which form a file has: known columns with the values that they should have, or a Fault.
+"""Which form a file has, by known columns with the values that they should have, or a Fault.
 
-A form is a full set of columns. What could be read in two ways is refused with the entry of
-dataset.yaml that decides it, because an inverted verdict would be trained on in silence.
+A form is a complete set of columns. A file that could be read in two ways is refused with the entry
+of dataset.yaml that decides, because training on an inverted verdict would go unnoticed.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from reward.data.answers import (
 )
 from reward.data.dialogue import are_messages, has_turns, shared_start, spelling
 from reward.data.forms import CONVERSATIONS, PROMPTS, WHOLES, Context, Form, Whole, repeats
-from reward.data.suggestion import COLUMN, Unread, entry_of, guessed_prompt, names_in, unknown
+from reward.data.suggestion import COLUMN, Unrecognized, entry_of, guessed_prompt, names_in, unknown
 from reward.data.values import (
     Columns,
     Record,
@@ -44,7 +44,7 @@ PREFERRED = (
     Preferred("response_j", "response_k"),
     Preferred("chosen_messages", "rejected_messages"),
 )
-# Of ms-swift: the conversation whole with its answer, and the other answer.
+# ms-swift: the conversation including the chosen answer, and the rejected answer.
 CONTINUED: tuple[Answers, ...] = (
     Continued("messages", "rejected_response"),
     Preferred("messages", "rejected_messages"),
@@ -66,12 +66,12 @@ JUDGED = (
     # Chatbot Arena
     Judged("conversation_a", "conversation_b", "winner", WINNER),
 )
-# PandaLM: the votes of several people.
+# PandaLM: the votes of several annotators.
 VOTED = Preferred("response1", "response2")
 VOTES = Grades(votes=("votes",), meaning=Meaning((1,), (2,), (0,)))
 # WebGPT comparisons
 SCORED = (Listed(("answer_0", "answer_1"), "scores", ("score_0", "score_1")),)
-# Lists of answers: their names, the text in an answer that is an object, and what ranks it.
+# Lists of answers: their columns, the text of an answer that is an object, and its rank or score.
 LISTS = ("answers", "completions", "responses")
 ANSWER = ("answer", "response", "completion", "text", "content", "output")
 WORTHS: dict[Order, tuple[str, ...]] = {
@@ -82,7 +82,7 @@ WORTHS: dict[Order, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Known:
-    """What dataset.yaml says of a file's columns; what it leaves out is recognized."""
+    """What dataset.yaml says about a file's columns; what it leaves out is recognized."""
 
     context: Context | None = None
     answers: Answers | None = None
@@ -91,35 +91,35 @@ class Known:
 
 
 def recognize(path: Path, records: list[Any], known: Known = Known(), alone: bool = False) -> Form:
-    """The form of the file `path` by its first records.
+    """The form of the file `path`, recognized by its first records.
 
-    `alone` says that it is not one of a folder's. Raises a Fault for a form that is not known, or
-    could be read in two ways.
+    `alone` says that params.yaml names the file and not its folder. Raises a Fault for an unknown
+    form, or one that could be read in two ways.
     """
     objects = [record for record in records if isinstance(record, dict)]
     columns = columns_of(objects)
     if not columns and not known.answers:
-        return Form(Context("prompt"), CANONICAL, said=CANONICAL.said)
-    unread = Unread(path, alone)
+        return Form(Context("prompt"), CANONICAL, description=CANONICAL.description)
+    unread = Unrecognized(path, alone)
     answers = known.answers or _answers(columns, objects, unread)
     context = _context(columns, answers, known, unread)
     whole = _whole(objects, context, answers)
     if context.prompt is None and not whole and not _hold_conversations(objects, answers):
         raise unread.fault(
-            f"no column of {names_in(columns)} is the prompt of {answers.said}",
+            f"none of the columns {names_in(columns)} is the prompt of {answers.description}",
             guessed_prompt(columns, {"prompt": COLUMN} | entry_of(answers)),
         )
     if context.prompt is None and answers == CANONICAL:
         context = replace(context, prompt="prompt")
     form = Form(context, answers, _grades(columns, answers, known), whole)
-    return replace(form, said=_said(form, columns))
+    return replace(form, description=_description(form, columns))
 
 
 # --- the answers -----------------------------------------------------------------------------
 
 
-def _answers(columns: Columns, records: list[Record], unread: Unread) -> Answers:
-    """The answers of the only form that the columns have. Raises a Fault for none and for two."""
+def _answers(columns: Columns, records: list[Record], unread: Unrecognized) -> Answers:
+    """The answers of the one form that fits the columns. Raises a Fault for none or several."""
     known: tuple[Answers, ...] = (*PREFERRED, *JUDGED, *SCORED)
     found = [form for form in known if _is_complete(form, columns)]
     if _are_votes(columns) and _is_complete(VOTED, columns):
@@ -130,13 +130,12 @@ def _answers(columns: Columns, records: list[Record], unread: Unread) -> Answers
     if len(found) == 1:
         return found[0]
     if found:
-        ways = " or as ".join(form.said for form in found)
+        ways = " or as ".join(form.description for form in found)
         raise unread.fault(f"can be read as {ways}", *map(entry_of, dict.fromkeys(found[:2])))
     if _is_unpaired(columns):
         raise Fault(
             f"{unread.path}: the columns {names_in(columns)} are single completions with a label "
-            "(KTO), which are no pairs: nothing compares two answers; expected a chosen and a "
-            "rejected answer to each prompt"
+            "(KTO), not pairs; expected a chosen and a rejected answer to each prompt"
         )
     names = {name for record in records for name in record}
     for form in known:
@@ -151,7 +150,7 @@ def _answers(columns: Columns, records: list[Record], unread: Unread) -> Answers
 
 
 def _is_complete(form: Answers, columns: Columns) -> bool:
-    """Whether all columns of a form are there, its conversations being messages."""
+    """Whether all columns of a form exist, and its conversations are messages."""
     names = {top(path) for path in (*form.columns, *form.verdicts)}
     if not names <= columns.keys():
         return False
@@ -160,7 +159,7 @@ def _is_complete(form: Answers, columns: Columns) -> bool:
 
 
 def _lists(columns: Columns) -> list[Answers]:
-    """The forms that a list of answers has, one for each column that ranks it."""
+    """The forms with a list of answers, one for each column that ranks it."""
     found: list[Answers] = []
     for name in LISTS:
         values = columns.get(name, [])
@@ -188,7 +187,7 @@ def _lists(columns: Columns) -> list[Answers]:
 
 
 def _are_votes(columns: Columns) -> bool:
-    """Whether the column of votes has lists of those that VOTES knows."""
+    """Whether the column of votes has lists of values that VOTES knows."""
     signs = [
         VOTES.meaning.sign(vote) if VOTES.meaning else None
         for value in columns.get("votes", [None])
@@ -198,9 +197,9 @@ def _are_votes(columns: Columns) -> bool:
 
 
 def _grades(columns: Columns, answers: Answers, known: Known) -> Grades:
-    """What the file says of its comparisons besides, by the columns of these names.
+    """The columns that grade the comparisons, recognized by their names.
 
-    What is not a number is a word for something else, and stays a column.
+    A column of that name without numbers means something else, and is kept as a column.
     """
     if answers == VOTED and not known.answers:
         return VOTES
@@ -227,7 +226,7 @@ def _grades(columns: Columns, answers: Answers, known: Known) -> Grades:
 
 
 def _are_counts(columns: Columns) -> bool:
-    """Whether the column of votes has the numbers of those for chosen and for rejected."""
+    """Whether the column of votes has the counts for chosen and for rejected."""
     return all(
         isinstance(value, list) and len(value) == 2 and are_numbers(value)
         for value in columns.get("votes", [None])
@@ -243,8 +242,8 @@ def _is_unpaired(columns: Columns) -> bool:
 # --- the prompt ------------------------------------------------------------------------------
 
 
-def _context(columns: Columns, answers: Answers, known: Known, unread: Unread) -> Context:
-    """The columns before the answers. Raises a Fault where two could be the prompt."""
+def _context(columns: Columns, answers: Answers, known: Known, unread: Unrecognized) -> Context:
+    """The columns before the answers. Raises a Fault if two could be the prompt."""
     given = known.context or Context()
     taken = {top(path) for path in answers.columns}
     prompt = given.prompt
@@ -252,7 +251,7 @@ def _context(columns: Columns, answers: Answers, known: Known, unread: Unread) -
     if "prompt" not in known.named:
         if len(candidates) > 1:
             raise unread.fault(
-                f"each of {' and '.join(candidates)} could be the prompt",
+                f"{' and '.join(candidates)} could each be the prompt",
                 *({"prompt": path} for path in candidates.values()),
             )
         found = [path for each, path in candidates.items() if _is_prompt(each, columns[each])]
@@ -269,7 +268,7 @@ def _context(columns: Columns, answers: Answers, known: Known, unread: Unread) -
 def _prompts(columns: Columns, taken: set[str]) -> dict[str, str]:
     """The columns that could be the prompt, each with the path to it.
 
-    One that says only what another says too is none, as `messages` of UltraFeedback.
+    A column that repeats another one does not count, such as `messages` of UltraFeedback.
     """
     found: dict[str, str] = {}
     for name in PROMPTS:
@@ -299,7 +298,7 @@ def _prompt_path(name: str, values: list[Any]) -> str:
 
 
 def _is_prompt(name: str, values: list[Any]) -> bool:
-    """Whether the only column with a prompt's name holds what such a column should."""
+    """Whether the only column with a prompt's name has values that can be a prompt."""
     if name in ("prompt", "info"):
         return True
     if all(are_messages(value) for value in values):
@@ -319,7 +318,7 @@ def _are_turns(values: list[Any]) -> bool:
 
 
 def _rivals(prompt: str | None, taken: set[str]) -> tuple[str, ...]:
-    """Other names of a prompt: a record in which one has a value could be read in two ways."""
+    """Other prompt columns: a record with a value in one could be read in two ways."""
     own = top(prompt) if prompt else None
     return tuple(name for name in PROMPTS if name not in (own, "input", "history", *taken))
 
@@ -328,7 +327,7 @@ def _rivals(prompt: str | None, taken: set[str]) -> tuple[str, ...]:
 
 
 def _whole(records: list[Record], context: Context, answers: Answers) -> Whole:
-    """How texts of chosen and rejected hold the prompt, if all of the first records do."""
+    """How the chosen and rejected texts contain the prompt, if all of the first records do."""
     if not isinstance(answers, Preferred):
         return ""
     found = []
@@ -354,7 +353,7 @@ def _whole(records: list[Record], context: Context, answers: Answers) -> Whole:
 
 
 def _sentences(records: list[Record], answers: Answers) -> list[str]:
-    """Other columns that hold sentences, one of which may be the prompt."""
+    """Other columns of sentences, one of which may be the prompt."""
     columns = columns_of(records)
     return [
         name
@@ -367,7 +366,7 @@ def _sentences(records: list[Record], answers: Answers) -> list[str]:
 
 
 def _hold_conversations(records: list[Record], answers: Answers) -> bool:
-    """Whether the answers are messages from the first turn on, in all records that have them."""
+    """Whether all answers are messages from the first turn on."""
     if isinstance(answers, Continued):
         return True
     for record in records:
@@ -378,25 +377,25 @@ def _hold_conversations(records: list[Record], answers: Answers) -> bool:
     return True
 
 
-# --- what is said ----------------------------------------------------------------------------
+# --- in words --------------------------------------------------------------------------------
 
 
-def _said(form: Form, columns: Columns) -> str:
-    """A form in the words of its columns: `conversations with from/value, chosen and rejected`."""
+def _description(form: Form, columns: Columns) -> str:
+    """A form described by its columns: `conversations with from/value, chosen and rejected`."""
     before = [
         name + _spelled(columns[name])
         for name in dict.fromkeys(map(top, form.context.columns))
         if name in columns
     ]
-    answers = form.answers.said
+    answers = form.answers.description
     if isinstance(form.answers, Preferred):
         answers += _spelled(columns.get(form.answers.chosen, []))
-    answers += form.grades.said(columns)
+    answers += form.grades.description(columns)
     return ", ".join([*before, answers + WHOLES[form.whole]])
 
 
 def _spelled(values: list[Any]) -> str:
-    """How the messages of a column are spelled, where they are not role and content."""
+    """The keys of a column's messages, if they are not role and content."""
     for value in values:
         first = value[0] if isinstance(value, list) and value else value
         keys = spelling(first)

@@ -1,11 +1,10 @@
-"""The preference record: what it may be, and what is wrong with one.
+"""The preference record: what it may have, and the check that reports what is wrong with it.
 
-A record has `chosen` and `rejected`, texts or lists of {role, content} messages, and `prompt`: a
-text, a list of messages, or nothing, when the two conversations stand whole in `chosen` and
-`rejected`; or, told apart by its form, any number of answers and their comparisons. A message may
-have the PARTS too, and the record `tools`, a list of JSON schemas.
-Further columns with a single value are kept. A record that is only to be scored may have any
-number of `answers`, or one `answer`, instead.
+A record has `chosen` and `rejected`, each a text or a list of {role, content} messages, and
+`prompt`: a text, a list of messages, or nothing if `chosen` and `rejected` are the whole
+conversations. Other forms have any number of answers and their comparisons. A message may also have
+the PARTS, and the record `tools`, a list of JSON schemas. Extra columns with a single value are
+kept. A record that is only scored may have any number of `answers`, or one `answer`, instead.
 """
 
 import hashlib
@@ -22,22 +21,22 @@ ROLES = ("system", "user", "assistant", "tool")
 PAIR = ("chosen", "rejected")
 FIELDS = ("prompt", *PAIR)
 LAST_TURN = "\n\nAssistant:"
-# Bytes of a prompt that two answers begin with by chance, as they do with a greeting.
+# The most bytes of a prompt that answers may repeat by chance, such as a greeting.
 GREETING = 15
-# What a message may have besides role and content, for a chat template to render.
+# Keys that a message may have besides role and content, which chat templates render.
 PARTS = ("reasoning_content", "tool_calls", "name", "tool_call_id")
-# What a message may not have, because no part of this project reads it.
+# Keys that a message must not have, because nothing in this project reads them.
 UNREAD = ("audio", "function_call", "images", "reasoning", "thinking", "videos")
 TOOLS = "tools"
 
-# Role and content, and for a message that has more a third text, the compact JSON of its parts. A
-# prompt with tools begins with a message of the role TOOLS, so no tool is lost where prompts go.
+# Role, content and, for a message with PARTS, their compact JSON. A prompt with tools begins with a
+# message of the role TOOLS, so the tools go wherever the prompt goes.
 Message = tuple[str, ...]
 Messages = tuple[Message, ...]
 
 
 class BadRecord(Exception):
-    """A record that cannot be used: `reason` is a word to count by, the sentence for people."""
+    """A record that cannot be used: `reason` is a word to count by, the message is for people."""
 
     def __init__(self, reason: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -45,10 +44,10 @@ class BadRecord(Exception):
 
 
 class Comparison(NamedTuple):
-    """Two answers of a record by their places in it: j is preferred with this probability.
+    """Two answers of a record, by their indices j and k; j is the preferred one.
 
-    `preference` is at least 0.5, which is a tie; `weight` is what the comparison counts, and
-    `margin` by how much j is better, 0 where j is not certainly the better one.
+    `preference` is the probability that j is preferred, from 0.5, a tie, to 1. `weight` is how much
+    the comparison counts, and `margin` by how much j is better, 0 unless j is certainly better.
     """
 
     j: int
@@ -63,9 +62,10 @@ CERTAIN = Comparison(0, 1)
 
 
 class Raw(NamedTuple):
-    """A record whose prompt and answers are told from its other columns, and nothing is checked.
+    """An unchecked record, separated into prompt, answers and other columns.
 
-    `names` are what messages call the answers; among `columns` those of FIELDS do not count.
+    `names` are what error messages call the answers. `columns` may include FIELDS, which are
+    ignored.
     """
 
     prompt: Any
@@ -77,10 +77,9 @@ class Raw(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """A checked record. A text is one message of the user or the assistant.
+    """A checked record. A text has become one message of the user or the assistant.
 
-    `ids` are those of the comparisons. What made other comparisons of the record bad is in
-    `faults`.
+    `ids` are the ids of the comparisons. `faults` are those of the comparisons that are left out.
     """
 
     prompt: Messages
@@ -92,24 +91,24 @@ class Record:
 
     @cached_property
     def prompt_hash(self) -> int:
-        """64 bits that are equal for equal prompts, whatever form they came in."""
+        """64 bits that are equal for equal prompts, in whatever form they were written."""
         return _hash(f"[{as_lists(self.prompt)}]")
 
     @property
     def prompt_id(self) -> str:
-        """The prompt's hash in hex, the column of the tokenized data."""
+        """The prompt's hash in hex, as in the column prompt_id of the tokenized data."""
         return f"{self.prompt_hash:016x}"
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """A prompt and the answers to it that are to be scored; an answer may be empty."""
+    """A prompt and the answers to be scored; an answer may be empty."""
 
     prompt: Messages
     answers: list[Messages]
 
 
-# Made once: json.dumps makes an encoder at each call that is not all defaults.
+# Made once, because json.dumps makes a new encoder for each call with options.
 compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -123,7 +122,7 @@ def hash64(content: object) -> int:
 
 
 def as_lists(messages: Messages) -> str:
-    """Messages as compact JSON: lists of texts."""
+    """Messages as compact JSON: a list of lists of strings."""
     lists = [",".join(map(encode_basestring, message)) for message in messages]
     return f"[[{'],['.join(lists)}]]"
 
@@ -131,7 +130,7 @@ def as_lists(messages: Messages) -> str:
 def raw_pair(record: Any) -> Raw:
     """A record with `chosen` and `rejected`. Raises BadRecord for any other."""
     if not isinstance(record, dict):
-        raise BadRecord("wrong_type", f"is {_kind(record)}, wanted an object")
+        raise BadRecord("wrong_type", f"is {_kind(record)}, expected an object")
     for key in PAIR:
         if key not in record:
             raise BadRecord("missing_key", f"{key!r} is missing, found {names_of(record)}")
@@ -140,9 +139,11 @@ def raw_pair(record: Any) -> Raw:
 
 
 def check(record: Any) -> Record:
-    """A Raw record, or a raw pair, as a Record. Raises BadRecord with one of the reasons
-    `missing_key`, `wrong_type`, `unknown_role`, `unread`, `not_text`, `empty`, `prompt_differs`,
-    `identical_answers`, `no_weight`."""
+    """Check a Raw record, or an object with chosen and rejected.
+
+    Raises BadRecord with one of the reasons `missing_key`, `wrong_type`, `unknown_role`, `unread`,
+    `not_text`, `empty`, `prompt_differs`, `identical_answers`, `no_weight`.
+    """
     raw = record if isinstance(record, Raw) else raw_pair(record)
     prompt, answers = _conversations(raw)
     tools, columns = _tools(raw.columns), _columns(raw.columns)
@@ -150,7 +151,7 @@ def check(record: Any) -> Record:
         ids = _identities(raw, raw.columns[TOOLS] if tools else None)
         "".join([*columns, *columns.values()]).encode()
     except (UnicodeEncodeError, TypeError) as error:
-        raise BadRecord("not_text", f"holds what is no text: {error}") from None
+        raise BadRecord("not_text", f"has a value that is not valid text: {error}") from None
     for key, messages in zip(("prompt", *raw.names), (prompt, *answers), strict=True):
         if any(map(_is_empty, messages)):
             raise BadRecord("empty", f"{key!r} is empty")
@@ -172,7 +173,7 @@ def check(record: Any) -> Record:
 
 
 def _identities(raw: Raw, tools: Any) -> list[str]:
-    """What names each comparison: of the compact JSON of [prompt, chosen, rejected], and tools."""
+    """The id of each comparison: a hash of the JSON of [prompt, chosen, rejected] and any tools."""
     prompt, *answers = map(compact_json, (raw.prompt, *raw.answers))
     rest = f",{compact_json(tools)}" if tools else ""
     texts = (f"[{prompt},{answers[each.j]},{answers[each.k]}{rest}]" for each in raw.comparisons)
@@ -180,7 +181,7 @@ def _identities(raw: Raw, tools: Any) -> list[str]:
 
 
 def candidates(record: Any) -> Candidates:
-    """What a raw record has to score: the two answers of a pair, its `answers`, or its `answer`.
+    """The answers of a record that are scored: those of a pair, its `answers`, or its `answer`.
 
     Raises BadRecord as `check` does.
     """
@@ -189,38 +190,39 @@ def candidates(record: Any) -> Candidates:
         pair = check(record)
         return Candidates(pair.prompt, pair.answers)
     if len(given) > 1 or {"chosen", "rejected"} & record.keys():
-        wanted = "wanted 'answer', 'answers', or a pair"
-        raise BadRecord("several_kinds", f"has {names_of(record)}, {wanted}")
+        expected = "expected 'answer', 'answers', or a pair"
+        raise BadRecord("several_kinds", f"has {names_of(record)}, {expected}")
     if "prompt" not in record:
         raise BadRecord("missing_key", f"'prompt' is missing, found {names_of(record)}")
     prompt = _messages("prompt", record["prompt"], "user")
     if any(map(_is_empty, prompt)):
         raise BadRecord("empty", "'prompt' is empty")
     answers = [
-        _behind(prompt, key, _messages(key, value)) for key, value in _answers(record, given[0])
+        _without_prompt(prompt, key, _messages(key, value))
+        for key, value in _answers(record, given[0])
     ]
     prompt = _tools(record) + prompt
     try:
         hash64([prompt, answers])
     except UnicodeEncodeError as error:
-        raise BadRecord("not_text", f"holds what is no text: {error}") from None
+        raise BadRecord("not_text", f"has a value that is not valid text: {error}") from None
     return Candidates(prompt, answers)
 
 
 def _answers(record: dict[str, Any], key: str) -> list[tuple[str, Any]]:
-    """Each answer with what messages call it."""
+    """Each answer with its name in error messages."""
     found = record[key]
     if key == "answer":
         return [(key, found)]
     if not isinstance(found, list):
-        raise BadRecord("wrong_type", f"{key!r} is {_kind(found)}, wanted a list of answers")
+        raise BadRecord("wrong_type", f"{key!r} is {_kind(found)}, expected a list of answers")
     if not found:
         raise BadRecord("empty", f"{key!r} is an empty list")
     return [(f"answers[{index}]", value) for index, value in enumerate(found)]
 
 
 def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
-    """Prompt and answers as messages, nothing of the prompt left in the answers."""
+    """Prompt and answers as messages; an answer does not repeat the prompt."""
     prompt, answers, names, *_ = raw
     if all(isinstance(answer, str) for answer in answers):
         if prompt is None:
@@ -231,8 +233,8 @@ def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
     if any(isinstance(answer, list) for answer in answers):
         for key, value in zip(names, answers, strict=True):
             if isinstance(value, str):
-                found = f"{key!r} is a text"
-                raise BadRecord("wrong_type", f"{found}, wanted both lists, or both texts")
+                found = f"{key!r} is a string while another answer is a list"
+                raise BadRecord("wrong_type", f"{found}, expected all strings or all lists")
     spoken = [_messages(key, value) for key, value in zip(names, answers, strict=True)]
     head = _shared_prompt(spoken)
     if prompt is not None:
@@ -242,25 +244,25 @@ def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
             head = asked
     elif not any(message[0] == "user" for message in head):
         raise BadRecord("missing_key", "'prompt' is missing, and the first messages differ")
-    return head, [_behind(head, *each) for each in zip(names, spoken, strict=True)]
+    return head, [_without_prompt(head, *each) for each in zip(names, spoken, strict=True)]
 
 
-def _behind(prompt: Messages, key: str, messages: Messages) -> Messages:
-    """The answer in messages that may repeat their prompt."""
+def _without_prompt(prompt: Messages, key: str, messages: Messages) -> Messages:
+    """The answer alone, of messages that may repeat the prompt."""
     repeated = messages[: len(prompt)] == prompt
     answer = messages[len(prompt) :] if repeated else messages
     if not answer or answer[-1][0] != "assistant":
-        raise BadRecord("empty", f"{key!r} has no answer of the assistant's after the prompt")
+        raise BadRecord("empty", f"{key!r} has no assistant message after the prompt")
     if answer[0][0] != "assistant":
         raise BadRecord(
             "prompt_differs",
-            f"{key!r} begins with another message than the prompt: {answer[0][1][:40]!r}",
+            f"{key!r} begins with a message that is not in the prompt: {answer[0][1][:40]!r}",
         )
     return answer
 
 
 def _shared_prompt(answers: list[Messages]) -> Messages:
-    """The messages with which all begin, up to the last one that is not the assistant's."""
+    """The messages that all begin with, up to the last one that is not the assistant's."""
     count = 0
     for index, (message, *others) in enumerate(zip(*answers, strict=False), start=1):
         if any(other != message for other in others):
@@ -275,8 +277,8 @@ def _messages(key: str, value: Any, role: str = "assistant") -> Messages:
     if isinstance(value, str):
         return ((role, value),)
     if not isinstance(value, list):
-        wanted = "a text or a list of messages"
-        raise BadRecord("wrong_type", f"{key!r} is {_kind(value)}, wanted {wanted}")
+        expected = "expected a string or a list of messages"
+        raise BadRecord("wrong_type", f"{key!r} is {_kind(value)}, {expected}")
     if not value:
         raise BadRecord("empty", f"{key!r} is an empty list")
     return tuple(_message(key, item) for item in value)
@@ -287,19 +289,23 @@ def _message(key: str, item: Any) -> Message:
     optional = {"content"} if "tool_calls" in parts else set()
     if not isinstance(item, dict) or not {"role", "content"} - optional <= item.keys():
         found = f"has {names_of(item)}" if isinstance(item, dict) else f"is {_kind(item)}"
-        raise BadRecord("wrong_type", f"a message of {key!r} {found}, wanted role and content")
+        raise BadRecord("wrong_type", f"a message of {key!r} {found}, expected role and content")
     role, content = item["role"], item.get("content")
     if role not in ROLES:
-        raise BadRecord("unknown_role", f"{key!r} has the role {role!r}, known: {', '.join(ROLES)}")
+        raise BadRecord(
+            "unknown_role", f"{key!r} has the role {role!r}, expected one of {', '.join(ROLES)}"
+        )
     if content is None and "tool_calls" in parts:
         return role, "", _parts_text(key, parts | {"content": None})
     if not isinstance(content, str):
-        raise BadRecord("wrong_type", f"a content in {key!r} is {_kind(content)}, wanted a text")
+        raise BadRecord(
+            "wrong_type", f"a content in {key!r} is {_kind(content)}, expected a string"
+        )
     return (role, content, _parts_text(key, parts)) if parts else (role, content)
 
 
 def _parts(key: str, item: dict[str, Any]) -> dict[str, Any]:
-    """The PARTS that a message has; an empty one is as none."""
+    """The PARTS of a message that are not empty."""
     for part in UNREAD:
         if item.get(part):
             raise BadRecord("unread", f"a message of {key!r} has {part!r}, which nothing reads")
@@ -309,12 +315,12 @@ def _parts(key: str, item: dict[str, Any]) -> dict[str, Any]:
             _require_functions(f"'tool_calls' in {key!r}", value)
         elif not isinstance(value, str):
             found = f"{part!r} in {key!r} is {_kind(value)}"
-            raise BadRecord("wrong_type", f"{found}, expected a text")
+            raise BadRecord("wrong_type", f"{found}, expected a string")
     return parts
 
 
 def _tools(record: dict[str, Any]) -> Messages:
-    """The tools of a record as the message that its prompt begins with, or no message."""
+    """The tools of a record as the message that begins its prompt, or no message."""
     tools = record.get(TOOLS)
     if not tools:
         return ()
@@ -328,11 +334,13 @@ def _require_functions(where: str, value: Any) -> None:
     for item in value:
         if not isinstance(item, dict) or not isinstance(function_of(item).get("name"), str):
             found = f"has {names_of(item)}" if isinstance(item, dict) else f"is {_kind(item)}"
-            raise BadRecord("wrong_type", f"one of {where} {found}, expected a function's name")
+            raise BadRecord(
+                "wrong_type", f"an item of {where} {found}, expected a function with a name"
+            )
 
 
 def function_of(item: dict[str, Any]) -> dict[str, Any]:
-    """The function of a tool or of a call, which may be an object of its own."""
+    """The function of a tool or a call, which may be nested under `function`."""
     inner = item.get("function")
     return inner if isinstance(inner, dict) else item
 
@@ -341,11 +349,11 @@ def _parts_text(key: str, parts: Mapping[str, Any]) -> str:
     try:
         return compact_json(parts)
     except TypeError as error:
-        raise BadRecord("not_text", f"{key!r} holds what is no text: {error}") from None
+        raise BadRecord("not_text", f"{key!r} contains a value that is not JSON: {error}") from None
 
 
 def parts_of(message: Message) -> dict[str, Any]:
-    """What a message has besides its role and its text; a content of null is among it."""
+    """The parts of a message besides role and text, including a content of null."""
     parts: dict[str, Any] = json.loads(message[2]) if len(message) > 2 else {}
     return parts
 
@@ -355,7 +363,7 @@ def _is_empty(message: Message) -> bool:
 
 
 def _is_repeated(prompt: str, answers: list[str]) -> bool:
-    """Whether all answers begin with the whole prompt, and not by chance."""
+    """Whether all answers begin with the whole prompt, and it is too long for chance."""
     for answer in answers:
         if not answer.startswith(prompt):
             return False
@@ -363,9 +371,9 @@ def _is_repeated(prompt: str, answers: list[str]) -> bool:
 
 
 def _split_texts(answers: list[str]) -> tuple[str, list[str]]:
-    """Conversations in the form of HH, cut behind the last turn marker that they share.
+    """Split conversations as in HH after the last turn marker that they share.
 
-    Without a marker nothing tells the prompt from answers that happen to begin alike.
+    Without a marker nothing tells a prompt from answers that happen to begin alike.
     """
     cut = len(answers[0])
     while (cut := answers[0].rfind(LAST_TURN, 0, cut)) >= 0:
@@ -374,12 +382,12 @@ def _split_texts(answers: list[str]) -> tuple[str, list[str]]:
             return head, [answer[len(head) :] for answer in answers]
     raise BadRecord(
         "missing_key",
-        f"'prompt' is missing, and the answers are no conversations that share {LAST_TURN!r}",
+        f"'prompt' is missing, and the answers share no text up to {LAST_TURN!r}",
     )
 
 
 def _columns(record: dict[str, Any]) -> dict[str, str]:
-    """The further single values as texts; one named like a column of ours is kept as raw_<name>."""
+    """The extra single values as strings; a name that is reserved becomes raw_<name>."""
     return {
         f"raw_{key}" if key in RESERVED else key: str(value)
         for key, value in record.items()
@@ -388,13 +396,13 @@ def _columns(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in the words of JSON."""
-    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
-    names |= {bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    """The type of a value in the words of JSON."""
+    names: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
+    names |= {bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
     names[bytes] = "bytes"
     return names.get(type(value), f"a {type(value).__name__}")
 
 
 def names_of(record: dict[str, Any]) -> str:
     shown = (key if key.isprintable() else repr(key) for key in sorted(record))
-    return "the keys " + ", ".join(shown) if record else "no key"
+    return "the keys " + ", ".join(shown) if record else "no keys"

@@ -26,7 +26,7 @@ Array = npt.NDArray[np.int32]
 
 
 class Kept(NamedTuple):
-    """What is left of a record's comparisons once its ids are known, and why others are bad."""
+    """The usable comparisons of a record once its ids are known, and the faults of the others."""
 
     comparisons: list[Comparison]
     compared: list[Compared]
@@ -34,10 +34,10 @@ class Kept(NamedTuple):
 
 
 def compare(record: Record, ids: Sequence[Array], most: int) -> Kept:
-    """The comparisons of a record whose answers have at most so many ids, and not the same ones.
+    """The comparisons of a record whose answers have different ids, and at most `most` of them.
 
-    Those with longer answers are bad as `over_length`, those that no model can tell apart as
-    `identical_tokens`, unless they tie.
+    Comparisons with longer answers are bad as `over_length`. Those with equal ids, which no model
+    can tell apart, are bad as `identical_tokens`, unless they are ties.
     """
     kept, compared, faults = [], [], []
     for name, each in zip(record.ids, record.comparisons, strict=True):
@@ -49,14 +49,14 @@ def compare(record: Record, ids: Sequence[Array], most: int) -> Kept:
             kept.append(each)
             compared.append(Compared(name, each.j, each.k, prefix_length(left, right)))
         elif each.preference != TIE:
-            faults.append(BadRecord("identical_tokens", "both answers give the same ids"))
+            faults.append(BadRecord("identical_tokens", "both answers have the same ids"))
     return Kept(kept, compared, faults)
 
 
 def as_row(
     record: Record, ids: Sequence[Array], texts: Sequence[str], compared: Sequence[Compared]
 ) -> Row:
-    """The row of a record whose answers have these ids, of these texts."""
+    """The row of a record whose answers have these ids and texts."""
     prompt, *responses = map(as_json, (record.prompt, *record.answers))
     return Row(record.prompt_id, prompt, record.columns, ids, responses, texts, compared)
 
@@ -67,12 +67,12 @@ def hash_of(ids: Array) -> int:
 
 
 def as_json(messages: Messages) -> str:
-    """Messages as a JSON list of objects, with all that they have."""
+    """Messages as a JSON list of objects, with all of their parts."""
     return f"[{','.join(map(_object, messages))}]"
 
 
 def _object(message: Message) -> str:
-    """A message as compact JSON; escaping its texts alone is what takes the time."""
+    """A message as compact JSON. Without parts, only escaping its strings takes time."""
     if len(message) > 2:
         return compact_json(as_dict(message))
     role, content = map(encode_basestring, message)
@@ -84,7 +84,7 @@ def as_dict(message: Message) -> dict[str, Any]:
 
 
 def shown(messages: str) -> str:
-    """Such a JSON list as a person reads it: one message alone, several with their roles."""
+    """Such a JSON list for people: one message as its text, several with their roles."""
     found = json.loads(messages)
     if len(found) == 1 and found[0].keys() == {"role", "content"}:
         return str(found[0]["content"])

@@ -1,4 +1,4 @@
-"""Extra test sets: a folder with a file of preference pairs for each, tokenized as all pairs."""
+"""Extra test sets: a folder with one preference file per set, tokenized like all pairs."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -24,9 +24,9 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class TestSet:
-    """The records of a file as rows of the scratch table, and what is known of their comparisons.
+    """The records of a file as rows of the scratch table, and their ledger.
 
-    Not among them are the comparisons that are `too_long` and the records that are `bad`.
+    `too_long` comparisons and `bad` records are left out and counted.
     """
 
     name: str
@@ -43,10 +43,9 @@ class TestSet:
 
 @dataclass(frozen=True)
 class Notes:
-    """What is to be said of a set besides its figures: how much of it was left out, or has leaked.
+    """How many pairs of a set were left out, or have leaked.
 
-    A pair has leaked if its prompt is one that the model is trained on, begins one, or goes on from
-    one.
+    A pair has leaked if its prompt is one that the model is trained on, or begins or continues one.
     """
 
     too_long: int
@@ -55,23 +54,23 @@ class Notes:
 
 
 def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
-    """The sets of a folder, by the names of their files.
+    """The sets of a folder, named after their files.
 
-    Bad records are left out with `drop`, otherwise a Fault lists them. Raises a Fault for what
-    cannot be read.
+    With `drop` bad records are left out, otherwise a Fault lists them. Raises a Fault for a file
+    that cannot be read.
     """
     try:
         paths = [path for path in sorted(folder.iterdir()) if path.name.endswith(SUFFIXES)]
     except OSError as error:
         raise Fault(
             f"params.yaml: preprocess.sets {folder} cannot be read: {error.strerror}; "
-            "wanted a folder of test sets, which may be empty"
+            "expected a folder of test sets, which may be empty"
         ) from None
     if mapping := read_mapping(folder):
         mapping.require_files([path.name for path in paths])
     names = [name_of(path) for path in paths]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise Fault(f"{folder} has two files for the set {twice[0]}, wanted one for each name")
+        raise Fault(f"{folder} has two files for the set {twice[0]}, expected one per name")
     return [read_set(path, encoder, drop) for path in paths]
 
 
@@ -95,12 +94,11 @@ def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
     too_long, bad = ledger.dropped["over_length"], sum(ledger.dropped[reason] for reason in reasons)
     if reasons and not drop:
         raise Fault(
-            f"{ledger.listed(reasons)}; preprocess.on_bad_record drop leaves bad records out"
+            f"{ledger.listed(reasons)}; to leave them out set preprocess.on_bad_record to drop"
         )
     if not rows:
         raise Fault(
-            f"{path}: no pair is left to judge: {too_long} too long, {bad} bad; expected one at "
-            "least"
+            f"{path}: no pairs left to judge: {too_long} too long, {bad} bad; expected at least one"
         )
     return TestSet(name_of(path), rows, ledger, too_long, bad)
 
@@ -108,7 +106,7 @@ def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
 def write_sets(
     folder: Path, sets: Iterable[TestSet], tokenizer: str, trained_on: Prompts
 ) -> dict[str, Notes]:
-    """Write each set as a tokenized split, and an index of them, which is there without sets too.
+    """Write each set as a tokenized split, and an index, which may be empty.
 
     `trained_on` are the prompts of training and validation.
     """

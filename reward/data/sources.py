@@ -1,4 +1,4 @@
-"""The preference files of a path: each with its form, its split, and the records that are taken."""
+"""The preference files of a path: each with its form, its split, and its selected records."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from reward.data.answers import Unmeant
+from reward.data.answers import UnknownVerdict
 from reward.data.forms import Form
 from reward.data.mapping import Entry, Mapping, read_mapping
 from reward.data.reading import files, name_of, read, unit
@@ -18,9 +18,9 @@ from reward.data.suggestion import MAPPING
 from reward.data.values import plain, top, value_at
 from reward.process import Fault
 
-# As on the Hub: the word, and no letter behind it.
+# As on the Hub: the word, not followed by a letter.
 SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
-# What people also call them, which is not told apart from other words for certain.
+# Other names of such files, which may also be ordinary words.
 LIKE_A_SPLIT = re.compile(
     r"(test|valid|dev|eval)(s|set|ing|data|ation|uation)?(?![^\W\d_])", re.IGNORECASE
 )
@@ -28,10 +28,10 @@ LIKE_A_SPLIT = re.compile(
 
 @dataclass
 class Source:
-    """A file and what is known of it.
+    """A file and what is known about it.
 
-    `name` is the value of its column `source`, where it is to have one. Counted as they are read:
-    the records `seen`, and those of them that were `taken`.
+    `name` is the value of its column `source`, if it gets one. `seen` and `taken` count the records
+    that were read and those that were selected.
     """
 
     path: Path
@@ -43,9 +43,9 @@ class Source:
     taken: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """The position of each record, with what `usable` takes.
+        """The position of each record, and the record or its fault for `usable`.
 
-        Raises a Fault for a verdict to which the form gives no meaning.
+        Raises a Fault for a verdict that has no meaning in the form.
         """
         self.seen = self.taken = 0
         chosen = self._drawn() if self.entry.where or self.entry.take is not None else self._all()
@@ -55,11 +55,11 @@ class Source:
                 yield position, self.form.read(self._labelled(record))
             except BadRecord as fault:
                 yield position, fault
-            except Unmeant as error:
+            except UnknownVerdict as error:
                 raise Fault(f"{self.path}: {unit(self.path)} {position}: {error}") from None
 
     def _labelled(self, record: Any) -> Any:
-        """A record with its source. One that the entry names takes the place of the record's."""
+        """A record with its source. A source named in dataset.yaml replaces the record's own."""
         if self.name is None or not isinstance(record, dict):
             return record
         return {"source": self.name} | record | ({"source": self.name} if self.entry.source else {})
@@ -70,7 +70,7 @@ class Source:
             yield found
 
     def _drawn(self) -> Iterator[tuple[int, Any]]:
-        """The records that are to be taken, all of them or those that were drawn."""
+        """The records that match `where`, or a draw of them."""
         drawn = self._draw() if self.entry.take is not None else None
         matching = 0
         for position, record in read(self.path):
@@ -83,21 +83,23 @@ class Source:
             asked = ", ".join(path for path, _ in self.entry.where)
             raise Fault(
                 f"{self.path}: where ({asked}) matches none of its {self.seen:,} records, expected "
-                "one at least"
+                "at least one"
             )
 
     def _draw(self) -> set[int]:
-        """Which of the matching records are taken: those with the least hashes of their place.
+        """Which of the matching records are taken: those whose position has the smallest hashes.
 
-        So a greater number draws the same ones and more.
+        A larger `take` therefore draws the same records and more.
         """
         count = sum(self._matches(record) for _, record in read(self.path))
         take = self.entry.take or 0
-        wanted = max(1, round(take * count)) if isinstance(take, float) else take
-        if count and wanted > count:
-            raise Fault(f"{self.path}: take is {take}, found {count} records to draw from")
+        amount = max(1, round(take * count)) if isinstance(take, float) else take
+        if count and amount > count:
+            raise Fault(
+                f"{self.path}: take is {take}, but there are only {count} records to draw from"
+            )
         places = range(1, count + 1)
-        return {*sorted(places, key=lambda place: hash64([self.entry.seed, place]))[:wanted]}
+        return {*sorted(places, key=lambda place: hash64([self.entry.seed, place]))[:amount]}
 
     def _matches(self, record: Any) -> bool:
         return all(
@@ -107,12 +109,12 @@ class Source:
         )
 
     @property
-    def said(self) -> str:
-        """What was recognized and read, for people."""
+    def description(self) -> str:
+        """A line for people on what was recognized and read."""
         of = "" if self.taken == self.seen else f" of {self.seen:,}"
         split = f" for {self.split}" if self.split else ""
         records = f"{self.taken:,}{of} records"
-        return f"read       {self.path} as {self.form.said}, {records}{split}"
+        return f"read       {self.path} as {self.form.description}, {records}{split}"
 
 
 def usable(found: Raw | BadRecord) -> Checked:
@@ -123,9 +125,9 @@ def usable(found: Raw | BadRecord) -> Checked:
 
 
 def sources(path: Path) -> list[Source]:
-    """The files of a path with their forms. Raises a Fault where one cannot be read or recognized.
+    """The files of a path with their forms. Raises a Fault if one cannot be read or recognized.
 
-    In a folder, files called test... and validation... are those splits, unless dataset.yaml says
+    In a folder, files named test* and validation* are those splits, unless dataset.yaml says
     otherwise.
     """
     paths, mapping = files(path), read_mapping(path if path.is_dir() else path.parent)
@@ -134,7 +136,7 @@ def sources(path: Path) -> list[Source]:
     elif mapping and mapping.entry(path.name):
         raise Fault(
             f"{mapping.path} has an entry for {path.name}; expected the folder {path.parent} in "
-            f"params.yaml instead of {path}, so that a change of the entry is seen"
+            f"params.yaml instead of {path}, so that DVC sees a change of the entry"
         )
     found = [_source(file, mapping, path.is_file()) for file in paths]
     for source in found if path.is_dir() else []:
@@ -142,14 +144,15 @@ def sources(path: Path) -> list[Source]:
         source.split = source.entry.split or (named[1] if named else None)
         if source.split is None and LIKE_A_SPLIT.match(source.path.name):
             raise Fault(
-                f"{source.path} is called like a test or validation set, but would be trained on; "
-                f"expected test or validation as its first word, or its split in {path / MAPPING}"
+                f"{source.path} is named like a test or validation set, but would be trained on; "
+                "expected a name that begins with test or validation, or its split in "
+                f"{path / MAPPING}"
             )
     return found
 
 
 def source_of(path: Path) -> Source:
-    """A file of a folder with its form. Raises a Fault where it cannot be read or recognized."""
+    """A file of a folder with its form. Raises a Fault if it cannot be read or recognized."""
     return _source(path, read_mapping(path.parent), alone=False)
 
 
@@ -161,7 +164,7 @@ def _source(path: Path, mapping: Mapping | None, alone: bool) -> Source:
         if mapping and column not in columns and top(column) not in columns:
             found = names_of(columns) if columns else "no columns"
             named = f"{mapping.path}: {path.name}: {key} is {column!r}"
-            raise Fault(f"{named}, expected a column; found {found}")
+            raise Fault(f"{named}, which is not a column; found {found}")
     form = recognize(path, head, entry.known, alone)
     name = (entry.source or name_of(path)) if mapping else None
     return Source(path, form, entry, name)

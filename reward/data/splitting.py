@@ -1,6 +1,6 @@
-"""All records together: which repeat or contradict others, and how prompts are split.
+"""Work on all records at once: duplicates, contradictions, votes, and the split by prompt.
 
-A record is a few 64-bit hashes here, so that millions of them fit in memory.
+Here a record is a few 64-bit hashes, so millions of records fit in memory.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ Floats = npt.NDArray[np.float64]
 
 
 def among(values: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
-    """Which of the values stand among the known ones. Shape [values]."""
+    """Which of the values are among the known ones. Shape [values]."""
     known = np.sort(known)
     left, right = (np.searchsorted(known, values, side) for side in ("left", "right"))
     return np.asarray(left != right)
 
 
 def combined(*parts: Hashes) -> Hashes:
-    """One hash of several, in their order; by the finalizer of splitmix64 (Steele et al. 2014)."""
+    """One hash of several in order, mixed by the finalizer of splitmix64 (Steele et al. 2014)."""
     found = np.zeros_like(parts[0])
     for part in parts:
         found = found * np.uint64(0x9E3779B97F4A7C15) + part
@@ -45,7 +45,7 @@ def duplicates(pairs: Hashes) -> npt.NDArray[np.bool_]:
 
 
 def mixed(groups: Hashes, members: Hashes) -> npt.NDArray[np.bool_]:
-    """Which records belong to a group with different members. Shapes [records]."""
+    """Which records belong to a group whose members differ. Shapes [records]."""
     order = np.lexsort((members, groups))
     left, right = order[:-1], order[1:]
     differ = (groups[left] == groups[right]) & (members[left] != members[right])
@@ -53,19 +53,19 @@ def mixed(groups: Hashes, members: Hashes) -> npt.NDArray[np.bool_]:
 
 
 def contradictions(verdicts: Hashes, answers: Hashes) -> npt.NDArray[np.bool_]:
-    """Which records another one contradicts: same prompt and answers, with another verdict.
+    """Which records contradict another one: the same prompt and answers with a different verdict.
 
-    Shapes [records]. Every record of a contradiction is named, for nothing tells which is right.
+    Shapes [records]. All records of a contradiction count, because nothing tells which is right.
     """
     return mixed(answers, verdicts)
 
 
 class Ballots(NamedTuple):
-    """What each of some records says of its two answers. Shapes [records].
+    """What records say about their two answers. Shapes [records].
 
-    `answers` are equal for equal prompts and answers, whichever is the chosen one, and `verdicts`
-    where these are preferred alike. `first` is the probability that the answer with the lesser hash
-    is preferred.
+    `answers` are equal for the same prompt and the same two answers in either order, and `verdicts`
+    for the same preference between them. `first` is the probability that the answer with the
+    smaller hash is preferred.
     """
 
     answers: Hashes
@@ -80,9 +80,9 @@ class Ballots(NamedTuple):
 
 
 class Votes(NamedTuple):
-    """Which records are votes on one pair, and which of them are merged into another. [records]
+    """Which records are votes on a common pair, and which are merged into another record. [records]
 
-    What comes of those that the votes are merged into, the `rows`: [pairs].
+    `rows` are the records that votes are merged into; their new grades are [pairs].
     """
 
     cast: Flags
@@ -94,16 +94,16 @@ class Votes(NamedTuple):
 
 
 def count_votes(ballots: Ballots, columns: Hashes) -> Votes:
-    """What records of one prompt and the same two answers come to that differ in another column.
+    """Merge records with the same prompt and the same two answers that differ in another column.
 
-    Annotators judge the same two answers: such records are `cast` as votes. The first one of the
-    majority stands for all, with the share of their weights that prefers its answer, and the mean
-    of the weights; with the mean of the margins where nobody disagrees. A record that is the same
-    in all its columns, which are `columns`, is one vote with the other.
+    These are several annotators' votes on one pair, `cast`. The first record of the majority
+    represents all: its preference is the share of the weights that prefers its answer, its weight
+    the mean weight, and its margin the mean margin if nobody disagrees. Records that are equal in
+    all of their `columns` too are a single vote.
     """
     answers = ballots.answers
     cast, merged = np.zeros((2, len(answers)), dtype=bool)
-    # Few records have their answers in common with another: memory is for those alone.
+    # Few records share their answers with another one. Only those take memory.
     order = np.argsort(answers, kind="stable")
     same = answers[order[1:]] == answers[order[:-1]]
     several = np.zeros(len(answers), dtype=bool)
@@ -117,7 +117,7 @@ def count_votes(ballots: Ballots, columns: Hashes) -> Votes:
 
 
 def _count(ballots: Ballots, columns: Hashes) -> Votes:
-    """The same of records that all share their answers with others."""
+    """The same for records that all share their answers with others."""
     answers, verdicts, first, weight, margin = ballots
     _, group, size = np.unique(answers, return_inverse=True, return_counts=True)
     order = np.argsort(group, kind="stable")
@@ -145,8 +145,8 @@ def _count(ballots: Ballots, columns: Hashes) -> Votes:
 class Numbered(NamedTuple):
     """The answers of some comparisons, numbered within their prompts.
 
-    `numbers` is [comparisons, 2]; `first` are the places in it, flat, at which each answer appears
-    first: prompts in the order of their appearance, and of each its answers. [answers]
+    `numbers` is [comparisons, 2]. `first` are the flat places in it where each answer first
+    appears, in the order of prompts and, within a prompt, of answers. [answers]
     """
 
     numbers: Indices
@@ -154,7 +154,7 @@ class Numbered(NamedTuple):
 
 
 def number_answers(prompts: Hashes, answers: Hashes) -> Numbered:
-    """The answers of comparisons as 0, 1, ... of their prompt, in the order of their appearance.
+    """Number the answers to each prompt 0, 1, ... in the order of their appearance.
 
     Equal hashes are the same prompt, and within it the same answer. Shapes [comparisons] and
     [comparisons, 2].
@@ -164,7 +164,7 @@ def number_answers(prompts: Hashes, answers: Hashes) -> Numbered:
     order = np.argsort(keys, kind="stable")
     is_new = np.ones(len(keys), dtype=bool)
     is_new[1:] = keys[order[1:]] != keys[order[:-1]]
-    # Where each answer appears first; there answers of one prompt are counted by their places.
+    # Where each answer first appears. Counting these places within a prompt numbers its answers.
     first = np.sort(order[is_new])
     by_prompt = np.argsort(prompt[first], kind="stable")
     starts = np.flatnonzero(
@@ -179,9 +179,9 @@ def number_answers(prompts: Hashes, answers: Hashes) -> Numbered:
 
 
 def beginnings(prompt: Messages) -> list[int]:
-    """Hashes of all prompts that this one goes on from, the shortest first.
+    """Hashes of all prompts that this one continues, the shortest first.
 
-    They are those that a Pair of such a prompt would have.
+    They equal the `prompt_hash` of a record with such a prompt.
     """
     return [hash64([prompt[:end]]) for end in range(1, len(prompt))]
 
@@ -205,14 +205,14 @@ class Prompts:
         )
 
     def take(self, rows: npt.NDArray[np.bool_]) -> "Prompts":
-        """Those of some of the records."""
+        """The prompts of some of the records."""
         if not len(self.owner):
             return Prompts(self.own[rows], self.owner, self.begun)
         kept = rows[self.owner]
         return Prompts(self.own[rows], (np.cumsum(rows) - 1)[self.owner[kept]], self.begun[kept])
 
     def shared_with(self, others: "Prompts") -> npt.NDArray[np.bool_]:
-        """Which of these begin one of the others, or go on from one, or are one: [records]."""
+        """Which of these equal, begin or continue one of the others: [records]."""
         found = among(self.own, np.concatenate([others.own, others.begun]))
         found[self.owner[among(self.begun, others.own)]] = True
         return found
@@ -223,12 +223,13 @@ class Prompts:
 
 
 def families(prompts: Hashes, owners: Indices, begun: Hashes) -> Hashes:
-    """The family of every record: prompts of which one begins the other have the same.
+    """The family of every record: prompts of which one begins the other share a family.
 
-    A dialogue that goes on has its first turns in common with an earlier record: the two must not
-    be split. `prompts` and the result are [records]; `begun` are the `beginnings` of the records'
-    prompts one after the other, and `owners`, as long, the records that they are of. What begins a
-    prompt is a chain, so that a family's shortest prompt begins all of it, and stands for it.
+    A dialogue that continues an earlier record shares its first turns with it, so the two must be
+    in one split. `prompts` and the result are [records]. `begun` are the concatenated `beginnings`
+    of all prompts, and `owners`, of the same length, the records that these belong to. The prompts
+    that begin one prompt form a chain, so the shortest prompt of a family begins all of it and
+    identifies it.
     """
     if not len(begun):
         return prompts
@@ -242,10 +243,11 @@ def families(prompts: Hashes, owners: Indices, begun: Hashes) -> Hashes:
 def split(prompts: Hashes, validation: float, test: float, seed: int) -> npt.NDArray[np.int8]:
     """0 for train, 1 for validation, 2 for test, the same for all records of a prompt.
 
-    The share of prompts is the nearest to the one asked for, at least one prompt where the share
-    is above 0. A prompt's rank is a hash of it and the seed, so the order of records is nothing.
+    Each share of prompts is as close as possible to the requested one, with at least one prompt if
+    the share is above 0. A prompt's rank is a hash of it and the seed, so the order of records does
+    not matter.
     """
-    # np.unique and np.isin hash, which takes several times the memory and the time of sorting.
+    # np.unique and np.isin hash, which takes several times the memory and time of sorting.
     unique = np.unique_counts(prompts).values
     ranks = np.fromiter((hash64([seed, int(prompt)]) for prompt in unique), np.uint64, len(unique))
     sizes = [max(1, round(share * len(unique))) if share else 0 for share in (test, validation)]

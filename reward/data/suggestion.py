@@ -1,4 +1,4 @@
-"""What dataset.yaml would have to say of columns that are not a known form."""
+"""The entry that dataset.yaml needs for columns that are not a known form."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from reward.data.values import Columns, are_labels, are_numbers, are_texts, colu
 from reward.process import Fault
 
 MAPPING = "dataset.yaml"
-# What only the reader of the sentence can fill in.
+# Gaps that only the user can fill in.
 COLUMN, VALUE, KEY = "COLUMN", "VALUE", "KEY"
 
 Entry = dict[str, Any]
@@ -34,14 +34,14 @@ TWINS += ({"左", "右"}, {"甲", "乙"}, {"一", "二"})
 
 
 @dataclass(frozen=True)
-class Unread:
-    """A file whose form has to be said; `alone` if it is not one of a folder's."""
+class Unrecognized:
+    """A file of unknown form; `alone` if params.yaml names the file and not its folder."""
 
     path: Path
     alone: bool
 
     def fault(self, found: str, *entries: Entry) -> Fault:
-        """What was found in it, with the entries that would do."""
+        """A Fault with what was found, and the entries that would decide."""
         folder = f" (and the folder {self.path.parent} in params.yaml)" if self.alone else ""
         ways = " or ".join(flow(self.path.name, entry) for entry in entries)
         mapping = self.path.parent / MAPPING
@@ -49,12 +49,12 @@ class Unread:
 
 
 def names_in(columns: Columns) -> str:
-    """The columns' names, for people."""
+    """The column names, for people."""
     return ", ".join(name if name.isprintable() else repr(name) for name in columns)
 
 
 def entry_of(answers: Answers) -> Entry:
-    """The entry that gives the answers their meaning."""
+    """The entry that declares these answers."""
     if isinstance(answers, Preferred):
         return {"chosen": answers.chosen, "rejected": answers.rejected}
     if isinstance(answers, Judged):
@@ -71,7 +71,7 @@ def entry_of(answers: Answers) -> Entry:
 
 
 def flow(name: str, entry: Entry) -> str:
-    """An entry of dataset.yaml on one line, as it can be copied there."""
+    """An entry of dataset.yaml on one line, to be copied there."""
     parts = ", ".join(f"{key}: {_scalar(value)}" for key, value in entry.items())
     return f"{_scalar(name)}: {{{parts}}}"
 
@@ -86,18 +86,18 @@ def _scalar(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def unknown(columns: Columns, unread: Unread) -> Fault:
-    """What to raise for columns that are no known form."""
+def unknown(columns: Columns, unread: Unrecognized) -> Fault:
+    """The Fault to raise for columns that are not a known form."""
     entry, notes = _guess(columns)
     missing = [key for key, value in entry.items() if value in (COLUMN, VALUE) or key == KEY]
     verb = "is" if len(missing) == 1 else "are"
-    lacking = f"{', '.join(missing)} {verb} missing" if missing else "their meaning must be said"
+    lacking = f"{', '.join(missing)} {verb} missing" if missing else "say what they mean"
     found = f"the columns {names_in(columns)} are not a known form: {lacking}"
     return unread.fault("; ".join([found, *notes]), entry)
 
 
 def _guess(columns: Columns) -> tuple[Entry, list[str]]:
-    """The entry as far as the columns tell, and what their values are where that matters."""
+    """The entry as far as the columns tell, and notes on values that must be known."""
     texts = [name for name, values in columns.items() if _can_be_text(values)]
     twins = _twins(texts)
     lists = [name for name, values in columns.items() if _can_be_answers(values)]
@@ -112,7 +112,7 @@ def _guess(columns: Columns) -> tuple[Entry, list[str]]:
 
 
 def guessed_prompt(columns: Columns, entry: Entry) -> Entry:
-    """The entry with the column that is called like a prompt, or is the only text left."""
+    """The entry with the column that is named like a prompt, or is the only text left."""
     used = set(json.dumps([*entry.values()], ensure_ascii=False).split('"'))
     left = [name for name, values in columns.items() if name not in used and _can_be_text(values)]
     known = [name for name in PROMPTS if name in left]
@@ -134,17 +134,17 @@ def _guessed_verdict(columns: Columns, entry: Entry, texts: list[str]) -> tuple[
     if "verdict" in entry and verdict:
         one, other = entry["answers"]
         values = ", ".join(sorted({_scalar(value) for value in columns[verdict]})[:6])
-        meant = f"first takes what prefers {one}, second what prefers {other}"
+        meant = f"first is the value that prefers {one}, second the one that prefers {other}"
         notes = [f"{verdict} has {values}: {meant}"]
     return guessed_prompt(columns, entry), notes
 
 
 def _guessed_key(number: str, named: str) -> tuple[str, list[str]]:
-    """What numbers with such a name are, if it says so: 1 may be the best or the worst."""
+    """Whether numbers are ranks or scores, if their name says so: 1 may be best or worst."""
     for key, words in (("ranks", ("rank",)), ("scores", ("score", "rating", "reward"))):
         if any(word in number.lower() for word in words):
             return key, []
-    return KEY, [f"{KEY} is ranks, if 1 is the best of {named}, or scores, if more is better"]
+    return KEY, [f"{KEY} is ranks if 1 is the best of {named}, or scores if more is better"]
 
 
 def _guessed_order(columns: Columns, name: str) -> tuple[Entry, list[str]]:
@@ -160,17 +160,19 @@ def _guessed_order(columns: Columns, name: str) -> tuple[Entry, list[str]]:
     if number:
         key, notes = _guessed_key(number, number)
         return guessed_prompt(columns, entry | {key: number}), notes
-    notes = [f"nothing says which of {name} are better (best_first, if they are in that order)"]
+    notes = [
+        f"nothing says which of {name} is better (order: best_first if they are in that order)"
+    ]
     return guessed_prompt(columns, entry | {"order": VALUE}), notes
 
 
 def _like(names: list[str], words: tuple[str, ...]) -> str | None:
-    """The first column whose name has one of the words in it."""
+    """The first column whose name contains one of the words."""
     return next((name for name in names if any(word in name.lower() for word in words)), None)
 
 
 def _twins(names: list[str]) -> tuple[str, str] | None:
-    """Two columns whose names differ in a number or a letter that counts them."""
+    """Two columns whose names differ only in a number or letter that counts them."""
     for one in names:
         for other in names:
             if len(one) == len(other) and one < other:
@@ -187,7 +189,7 @@ def _can_be_text(values: list[Any]) -> bool:
 
 
 def _can_be_answers(values: list[Any]) -> bool:
-    """Whether these are lists of texts or of objects that are no messages."""
+    """Whether these are lists of texts or of objects that are not messages."""
     return all(
         isinstance(value, list)
         and all(isinstance(item, str | dict) for item in value)

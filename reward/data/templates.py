@@ -1,4 +1,4 @@
-"""Conversation to text: by a text with fields, or by a chat template in Jinja."""
+"""Conversation to text, by a text template with fields or by a chat template in Jinja."""
 
 import datetime
 import json
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 from reward.data.records import TOOLS, BadRecord, Message, Messages, function_of, parts_of
 from reward.process import Fault
 
-# What a chat template may raise besides Jinja's own errors: it is a program that meets a record.
+# What a chat template may raise besides Jinja's own errors, because it is a program.
 ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 NEEDS_CHAT = "which only preprocess.template chat can render"
 NEEDS_SYSTEM = "which only preprocess.template chat, or one with {system}, can render"
-# The letters of strftime that a date, at midnight, has a value for wherever Python runs.
+# The strftime codes that give the same text for a date on every platform.
 DIRECTIVES = "aAbBcdHIjmMpSUwWxXyY"
 SHOWN = 40
-# A text template: a prompt and its answer, and before them perhaps a line with a system message.
+# A text template: {prompt}, then {answer}, and before them optionally a line with {system}.
 FIELDS = re.compile(
     r"(?:(?P<before>.*)\{system\}(?P<after>[^\n]*\n+))?"
     r"(?P<head>.*)\{prompt\}(?P<middle>.*)\{answer\}(?P<tail>.*)",
@@ -29,10 +29,10 @@ FIELD = re.compile(r"\{(system|prompt|answer)\}")
 
 
 class Around(NamedTuple):
-    """What a text template has around its fields.
+    """The text of a template around its fields.
 
-    `before` and `after` are around {system}, both None where the template has no such field: the
-    text up to it, and the rest of its line with the line breaks. `head` is what comes then.
+    `before` and `after` are the text before {system} and the rest of its line with the line breaks;
+    both are None without that field. `head` is the text after that, up to {prompt}.
     """
 
     before: str | None
@@ -42,7 +42,7 @@ class Around(NamedTuple):
     tail: str
 
     def opening(self, system: str | None) -> str:
-        """What a text has before its prompt; without a system message its line is left out."""
+        """The text before the prompt; without a system message its line is left out."""
         if system is None or self.before is None or self.after is None:
             return self.head
         return self.before + system + self.after + self.head
@@ -50,9 +50,9 @@ class Around(NamedTuple):
 
 @cache
 def divide(template: str) -> Around:
-    """What a text template has around its fields.
+    """Split a text template at its fields.
 
-    It has {prompt} and then {answer}, and perhaps {system} on a line before them, each once. Raises
+    It has {prompt}, then {answer}, and optionally {system} on a line before them, each once. Raises
     ValueError for any other text.
     """
     found = FIELDS.fullmatch(template)
@@ -62,9 +62,9 @@ def divide(template: str) -> Around:
 
 
 def fill(template: str, messages: Messages) -> str:
-    """A question and its answer, and perhaps a system message, in the fields of a text template.
+    """Fill a text template with a question, its answer, and an optional system message.
 
-    Raises BadRecord for any other conversation, and for what the text has no field for.
+    Raises BadRecord for any other conversation, and for a message without a field.
     """
     around = divide(template)
     for message in messages:
@@ -75,16 +75,16 @@ def fill(template: str, messages: Messages) -> str:
     if roles[system is not None :] != ["user", "assistant"]:
         if around.before is None and "system" in roles:
             raise BadRecord("needs_chat", f"has a system message, {NEEDS_SYSTEM}")
-        found = "several turns" if "user" in roles else "no message of the user's"
+        found = "several turns" if "user" in roles else "no user message"
         raise BadRecord("needs_chat", f"has {found}, {NEEDS_CHAT}")
     (_, prompt, *_), (_, answer, *_) = messages[-2:]
     return around.opening(system) + prompt + around.middle + answer + around.tail
 
 
 def read_chat_template(path: Path) -> str:
-    """The chat template in a Jinja file, or in the configuration of a tokenizer, which is JSON.
+    """The chat template of a Jinja file, or of a tokenizer configuration in JSON.
 
-    Raises a Fault where there is none, or a broken one.
+    Raises a Fault if there is none, or a broken one.
     """
     from jinja2 import TemplateSyntaxError
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -98,7 +98,7 @@ def read_chat_template(path: Path) -> str:
     if not isinstance(template, str) or not template.strip():
         raise Fault(
             f"{where} has no chat template, which preprocess.template chat needs; expected a Jinja "
-            "file of one, such as the instruction-tuned model of the same tokenizer has"
+            "file, such as the instruction-tuned model with the same tokenizer has"
         )
     try:
         _compile_jinja_template(template)
@@ -108,10 +108,10 @@ def read_chat_template(path: Path) -> str:
 
 
 def render_chat(template: str, messages: Messages, tokens: Mapping[str, str]) -> str:
-    """A conversation as `apply_chat_template` of transformers renders it.
+    """Render a conversation as `apply_chat_template` of transformers does.
 
-    `tokens` are the special tokens by their names. Raises BadRecord where the template fails, or
-    leaves out what a message says.
+    `tokens` are the special tokens by name. Raises BadRecord if the template fails, or leaves out
+    part of a message.
     """
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -126,28 +126,29 @@ def render_chat(template: str, messages: Messages, tokens: Mapping[str, str]) ->
             **tokens,
         )
     except (TemplateError, *ERRORS) as error:
-        raise BadRecord("chat_template", f"the chat template refuses it: {error}") from None
+        raise BadRecord("chat_template", f"the chat template fails: {error}") from None
     require_whole(str(text), messages)
     return str(text)
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
-    """A message as chat templates read it; some know the reasoning by its older name."""
+    """A message for chat templates, some of which read the reasoning under an older name."""
     parts = parts_of(message)
     alias = {"thinking": parts["reasoning_content"]} if "reasoning_content" in parts else {}
     return alias | {"role": message[0], "content": message[1]} | parts
 
 
 def dated(template: str, date: str | None) -> str:
-    """A chat template that prints `date`, in ISO form, wherever it would print today's.
+    """A chat template that prints `date`, in ISO form, instead of today's date.
 
-    Templates ask for today by `strftime_now`; a macro of that name comes before the one of
-    transformers, so every loader prints the date of training. Raises a Fault if there is none.
+    Templates get today's date from `strftime_now`, a function that transformers passes in. A macro
+    of the same name in the template hides it, so every loader prints the date of training. Raises a
+    Fault if the template prints a date and `date` is None.
     """
     if "strftime_now" not in template:
         return template
     if date is None:
-        raise Fault("the chat template prints today's date, expected a fixed one for it")
+        raise Fault("the chat template prints today's date, expected a fixed date")
     day = datetime.date.fromisoformat(date)
     codes = {f"%{letter}": day.strftime(f"%{letter}") for letter in DIRECTIVES}
     codes |= {f"%-{code[1]}": value.lstrip("0") or "0" for code, value in codes.items()}
@@ -157,16 +158,16 @@ def dated(template: str, date: str | None) -> str:
         if code in template
     )
     macro = "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}"
-    # Jinja drops a line break behind a tag, but not behind a value.
+    # Jinja drops a line break after a tag, but not after a value, so an empty value keeps it.
     return macro + "{{ '' }}" + template
 
 
 def require_whole(text: str, messages: Messages) -> None:
-    """Raise BadRecord `not_rendered` for the first part of a conversation that its text lacks.
+    """Raise BadRecord `not_rendered` for the first part of a conversation missing from its text.
 
-    Chat templates cut thoughts out of answers, drop system messages, know no tools. What messages
-    say must come in their order, up to white space around it and to JSON's escapes; the names of
-    tools, and of who speaks, may be anywhere. The id of a tool call is a link, not looked for.
+    Chat templates cut reasoning out of answers, drop system messages, or ignore tools. Contents
+    must appear in order, up to surrounding white space and JSON escapes; names of tools and
+    speakers may be anywhere. The id of a tool call is only a link and is not searched for.
     """
     end = 0
     for number, message in enumerate(messages, start=messages[0][0] != TOOLS):
@@ -188,7 +189,7 @@ def require_whole(text: str, messages: Messages) -> None:
 
 
 def _end_of(words: str, text: str, start: int) -> int:
-    """Where some words end in a text, plain or escaped as in JSON once or twice; -1 for nowhere."""
+    """Where some words end in a text, plain or JSON-escaped once or twice; -1 if absent."""
     for _ in range(3):
         place = text.find(words, start)
         if place >= 0:
@@ -198,7 +199,7 @@ def _end_of(words: str, text: str, start: int) -> int:
 
 
 def _arguments(call: dict[str, Any], text: str, start: int) -> list[str]:
-    """The texts among the arguments of a call, or a text of JSON that appears as it is."""
+    """The strings in the arguments of a call, or the arguments as JSON if that appears as is."""
     arguments = call.get("arguments")
     if isinstance(arguments, str) and _end_of(arguments.strip(), text, start) < 0:
         with suppress(ValueError):

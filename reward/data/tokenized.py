@@ -1,8 +1,8 @@
-"""A tokenized split: a folder that `datasets.load_from_disk` reads, one row a comparison.
+"""A tokenized split: a folder that `datasets.load_from_disk` reads, one row per comparison.
 
-Its rows are written in two steps, so that memory holds one batch of them: to a scratch table,
-before it is known which rows go where, and from there to the folder. Where people and other
-programs are to read the answers, the folder `answers` inside it has their texts, one row an answer.
+Rows are written in two steps, so that memory holds one batch at a time: to a scratch table, before
+it is known which split they belong to, and from there to the folder. Where people or other programs
+read the answers, the folder `answers` inside it has their texts, one row per answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,16 +38,16 @@ Indices = npt.NDArray[np.integer]
 Append = Callable[[pa.RecordBatch | pa.Table], None]
 
 DATA = "data-00000-of-00001.arrow"
-# In the schema of the data: the SHA-256 of the tokenizer.json that the ids are of.
+# Key in the schema's metadata: the SHA-256 of the tokenizer.json that made the ids.
 TOKENIZER = b"tokenizer"
 KEPT, COMPARED, OWN_IDS = "columns", "comparisons", "input_ids"
-# The folder of the texts in that of a split, and how many of its rows are gathered at once.
+# The folder with the texts of a split, and how many of its rows are gathered at once.
 ANSWERS_OF = "answers"
 GATHERED = 10_000
 INTEGERS = pa.list_(pa.int32())
 ANSWER_TYPE = pa.struct({OWN_IDS: INTEGERS, RESPONSE: pa.string(), TEXT: pa.string()})
 COMPARISON_TYPE = pa.struct({ID: pa.string(), **dict.fromkeys((*ANSWERS, PREFIX), pa.int32())})
-# A row a record, so that what its comparisons share is there once.
+# One row per record, so that what its comparisons share is stored once.
 SCRATCH = pa.schema(
     {
         PROMPT_ID: pa.string(),
@@ -60,7 +60,7 @@ SCRATCH = pa.schema(
 
 
 class Compared(NamedTuple):
-    """A comparison: its id, its answers by their places in the record, and the ids they share."""
+    """A comparison: its id, the indices of its answers in the record, and its prefix length."""
 
     id: str
     j: int
@@ -69,7 +69,7 @@ class Compared(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of the scratch table: the answers of a record as ids, messages in JSON, and text."""
+    """A row of the scratch table: the answers of a record as ids, as JSON messages, and as text."""
 
     prompt_id: str
     prompt: str
@@ -86,9 +86,9 @@ def stream(
     schema: pa.Schema = SCRATCH,
     new: Callable[[pa.NativeFile, pa.Schema], Any] = pa.ipc.new_stream,
 ) -> Iterator[Append]:
-    """What appends batches to a new stream of Arrow; one of a scratch table unless it is said.
+    """A function that appends batches to a new Arrow stream, by default a scratch table.
 
-    With `pa.ipc.new_file` to a file whose batches can be read in any order.
+    With `pa.ipc.new_file` it is a file whose batches can be read in any order.
     """
     with writing(path):
         sink = pa.OSFile(str(path), "wb")
@@ -106,7 +106,7 @@ def stream(
 
 
 def batch(rows: Sequence[Row]) -> pa.RecordBatch:
-    """Rows as a batch of the scratch table, which is made column by column."""
+    """Rows as a batch of the scratch table, built column by column."""
     ids = [each for row in rows for each in row.ids]
     answers = pa.StructArray.from_arrays(
         [
@@ -140,7 +140,7 @@ def batch(rows: Sequence[Row]) -> pa.RecordBatch:
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:
-    """Where each of several lists begins in what they hold together, and where the last ends."""
+    """Where each of several lists begins in their concatenation, and where the last one ends."""
     return pa.array(np.cumsum([0, *lengths], dtype=np.int32))
 
 
@@ -152,11 +152,11 @@ def write(
     columns: list[str],
     tokenizer: str,
 ) -> None:
-    """The wanted rows of a scratch table, with these kept columns, as a new folder.
+    """Write some comparisons of a scratch table, with these kept columns, to a new folder.
 
-    `late` are the columns that are known only once all rows are, ANSWERS and GRADES, of the wanted
-    rows. The `tokenizer` is the SHA-256 of the tokenizer that made the ids. The folder's
-    fingerprint begins the digest of its data.
+    `late` are the columns known only after all records, ANSWERS and GRADES, for the written rows.
+    `tokenizer` is the SHA-256 of the tokenizer that made the ids. The folder's fingerprint is the
+    beginning of its data's digest.
     """
     from datasets import Features, List, Value
 
@@ -189,11 +189,11 @@ def write(
 def write_answers(
     folder: Path, table: Path, sides: Indices, numbers: Indices, tokenizer: str
 ) -> None:
-    """The texts of answers from a scratch table, as a new folder in that of a split.
+    """Write the texts of answers of a scratch table to a new folder inside the folder of a split.
 
-    `sides` are the places of the answers, twice the comparison and 1 for what is rejected in it,
-    `numbers` those within their prompts. Shapes [answers]. They go through a table of their own in
-    the order of the scratch table, so that memory never holds all texts.
+    `sides` say where an answer is: twice the index of its comparison, plus 1 if it is the rejected
+    one. `numbers` are its numbers within the prompt. Shapes [answers]. The texts go through a table
+    of their own in the order of the scratch table, so that memory never holds all of them.
     """
     from datasets import Features, Value
 
@@ -212,7 +212,7 @@ def write_answers(
 def _write_in_order(
     path: Path, table: Path, sides: Indices, numbers: Indices, schema: pa.Schema
 ) -> Indices:
-    """Answers in the order of a scratch table as a file of batches; where each batch ends."""
+    """Write answers in the order of a scratch table as a file of batches; where each batch ends."""
     start, ends = 0, [0]
     with pa.OSFile(str(table)) as source, stream(path, schema, pa.ipc.new_file) as append:
         for part in pa.ipc.open_stream(source):
@@ -235,7 +235,7 @@ def _write_in_order(
 
 
 def _gathered(reader: pa.RecordBatchFileReader, ends: Indices, places: Indices) -> pa.Table:
-    """Rows of a file of batches, which end before the rows `ends`, by their places."""
+    """The rows at `places` of a file whose batches end before the rows `ends`."""
     which = np.searchsorted(ends, places, "right")
     order = np.argsort(which, kind="stable")
     taken = []
@@ -247,13 +247,13 @@ def _gathered(reader: pa.RecordBatchFileReader, ends: Indices, places: Indices) 
 
 
 def _records(part: pa.RecordBatch) -> Indices:
-    """The record that each comparison of a batch is of."""
+    """The record of each comparison of a batch."""
     counts = np.diff(part[COMPARED].offsets.to_numpy())
     return np.repeat(np.arange(len(part)), counts)
 
 
 def _places(part: pa.RecordBatch, rows: Indices) -> list[Indices]:
-    """Where both answers of some comparisons of a batch are among all its answers."""
+    """The indices of both answers of some comparisons among all answers of a batch."""
     starts = part[ANSWERS_OF].offsets.to_numpy()[:-1][_records(part)[rows]]
     compared = part[COMPARED].values
     return [starts + compared.field(side).to_numpy()[rows] for side in ANSWERS]
@@ -261,7 +261,7 @@ def _places(part: pa.RecordBatch, rows: Indices) -> list[Indices]:
 
 @contextmanager
 def new_folder(folder: Path, features: "Features", tokenizer: str) -> Iterator[Append]:
-    """What appends batches to a new folder that `datasets.load_from_disk` reads."""
+    """A function that appends batches to a new folder that `datasets.load_from_disk` reads."""
     from datasets import DatasetInfo
 
     with writing(folder):
@@ -294,7 +294,7 @@ def _widened(
     schema: pa.Schema,
     columns: list[str],
 ) -> pa.Table:
-    """Some comparisons of a batch of the scratch table, with all that is known of them."""
+    """Some comparisons of a batch of the scratch table, as rows of a split."""
     compared = part[COMPARED].values.take(pa.array(rows))
     records = pa.array(_records(part)[rows])
     data = {name: compared.field(name) for name in (ID, PREFIX)} | dict(late)
@@ -317,42 +317,41 @@ def first_row(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, base: Path) -> "Dataset":
-    """A tokenized split. Raises a Fault if it is damaged, or has ids of another tokenizer."""
+    """A tokenized split. Raises a Fault if it is damaged, or was made by another tokenizer."""
     from datasets import Dataset
 
     try:
         state = read_json(path / "state.json")
         whole = digest(path / DATA)[:16] == state["_fingerprint"]
-        # What is damaged may be anything, so nothing is read of it.
+        # A damaged file may hold anything, so nothing of it is read.
         found = Dataset.load_from_disk(str(path)) if whole else None
         with pa.memory_map(str(path / DATA)) as source:
             tokenizer = pa.ipc.open_stream(source).schema.metadata[TOKENIZER].decode()
         here = digest(base / "tokenizer.json")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
-        raise Fault(f"{path} cannot be read ({reason}), wanted a split of preprocess") from None
-    if found is None:
-        raise Fault(f"{path} is damaged, wanted a split as preprocess wrote it; run dvc repro")
-    if tokenizer != here:
         raise Fault(
-            f"{path} has ids of another tokenizer than that of {base}, wanted the same; "
-            "run dvc repro"
-        )
+            f"{path} cannot be read ({reason}), expected a split that preprocess wrote"
+        ) from None
+    if found is None:
+        raise Fault(f"{path} is damaged, expected it as preprocess wrote it; run dvc repro")
+    if tokenizer != here:
+        raise Fault(f"{path} was made by another tokenizer than that of {base}; run dvc repro")
     return found
 
 
 def answers(path: Path, base: Path) -> "Dataset":
-    """The texts of a tokenized split, one row an answer. Raises a Fault as `load` does.
+    """The texts of a tokenized split, one row per answer. Raises a Fault as `load` does.
 
-    Its columns: `prompt_id` and `answer`, the number, as the comparisons name it in ANSWERS;
-    `prompt` and `response`, messages as JSON; `text`, what the template made of both. The answers
-    of a prompt follow each other by their numbers.
+    Columns: `prompt_id` and `answer`, the number to which ANSWERS of the comparisons refer;
+    `prompt` and `response`, messages as JSON; `text`, both as rendered by the template. The answers
+    to one prompt are consecutive, in the order of their numbers.
     """
     return load(path / ANSWERS_OF, base)
 
 
 def conversations(pairs: "Dataset", found: "Dataset") -> list[tuple[str, str, str]]:
-    """Prompt, chosen and rejected of each comparison, messages as JSON, from its `answers`."""
+    """Prompt, chosen and rejected of each comparison, as JSON messages from the `answers`."""
     keys = zip(found[PROMPT_ID], found[ANSWER], strict=True)
     texts = dict(zip(keys, zip(found[PROMPT], found[RESPONSE], strict=True), strict=True))
     result = []

@@ -1,4 +1,4 @@
-"""Template and tokenizer: text to ids, the same for training, evaluation and serving."""
+"""Template and tokenizer: from text to ids, the same for training, evaluation and serving."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,19 +24,19 @@ TEMPLATES = {
     "none": "{prompt}{answer}",
 }
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# The roles of messages at the head of a conversation that no cut takes away.
+# Messages with these roles at the head of a conversation are never cut.
 KEPT = ("system", TOOLS)
-# Stands for a message where its place in a rendered text is looked for.
+# Replaces a message to find its place in a rendered text.
 MARK = "\ue000\ue001\ue000"
 
 
 @dataclass(frozen=True)
 class Template:
-    """How text becomes ids. Written by preprocess; every later stage reads it from here alone.
+    """How text becomes ids. Written by preprocess; later stages read it only from here.
 
-    `template` is a text with the fields {prompt} and {answer}, and perhaps {system}, or the word
-    "chat" for the Jinja text `chat_template`, which is None otherwise. `tokenizer` is the SHA-256
-    of the tokenizer.json that goes with it.
+    `template` is a text with the fields {prompt} and {answer}, and optionally {system}, or "chat"
+    for the Jinja template `chat_template`, which is None otherwise. `tokenizer` is the SHA-256 of
+    the tokenizer.json that belongs to it.
     """
 
     template: str
@@ -55,10 +55,10 @@ class Template:
         chat_template: Path | None = None,
         date: str | None = None,
     ) -> "Template":
-        """The template called `name`, or the text `name` itself; Faults at any other.
+        """The template named `name`, or the text `name` itself. Raises a Fault for any other text.
 
-        `chat_template` is the file that "chat" is read from, the tokenizer's own if None. `date`,
-        in ISO form, is what it prints for today's.
+        `chat_template` is the file with the template of "chat", by default the tokenizer's own.
+        `date`, in ISO form, replaces today's date in it.
         """
         text = name if name == "chat" else TEMPLATES.get(name, name)
         if text != "chat":
@@ -67,8 +67,8 @@ class Template:
             except ValueError:
                 raise Fault(
                     f"params.yaml: preprocess.template is {name!r}, must be one of "
-                    f"{', '.join([*TEMPLATES, 'chat'])}, or a text with {{prompt}} and then "
-                    "{answer}, and perhaps {system} on a line before them, each once"
+                    f"{', '.join([*TEMPLATES, 'chat'])}, or a text with {{prompt}}, then "
+                    "{answer}, and optionally {system} on a line before them, each once"
                 ) from None
         if "\\n" in text:
             raise Fault(
@@ -78,7 +78,7 @@ class Template:
             )
         path = base / "tokenizer.json"
         if not path.is_file():
-            raise Fault(f"{path} is not here, wanted the tokenizer of a fetched base model")
+            raise Fault(f"{path} does not exist, expected the tokenizer of a fetched base model")
         chat = None
         if text == "chat":
             chat = dated(read_chat_template(chat_template or base / TOKENIZER_CONFIG), date)
@@ -89,12 +89,12 @@ class Template:
 
     @classmethod
     def load(cls, path: Path) -> "Template":
-        """Raises a Fault for the file of another version, which has other keys."""
+        """Raises a Fault for a file of another version, which has other keys."""
         content, names = read_json(path), {field.name for field in fields(cls)}
         if content.keys() != names:
             raise Fault(
                 f"{path} has {names_of(content)}, expected {', '.join(sorted(names))}: "
-                "it is of another version of this project"
+                "another version of this project wrote it"
             )
         return cls(**content)
 
@@ -103,11 +103,11 @@ class Encoder:
     """The tokenizer of a base folder under a template."""
 
     def __init__(self, base: Path, template: Template) -> None:
-        """Raises a Fault where the tokenizer is another one, or lacks what the template needs."""
+        """Raises a Fault if the tokenizer is another one, or lacks what the template needs."""
         if digest(base / "tokenizer.json") != template.tokenizer:
             raise Fault(
                 f"{base}/tokenizer.json is not the one that the template was made for; "
-                "wanted the base model of the tokenized data"
+                "expected the base model of the tokenized data"
             )
         self.template = template
         self._tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
@@ -119,22 +119,24 @@ class Encoder:
         if template.append_eos:
             self._eos = self._tokenizer.token_to_id(self.eos) if self.eos else None
             if self._eos is None:
-                raise Fault(f"params.yaml: preprocess.append_eos is true, but {base} has no eos")
+                raise Fault(
+                    f"params.yaml: preprocess.append_eos is true, but {base} has no eos token"
+                )
 
     def render(self, prompt: Messages, answer: Messages) -> str:
-        """One side of a pair as text. Raises BadRecord where the template cannot render it."""
+        """One side of a pair as text. Raises BadRecord if the template cannot render it."""
         messages = (*prompt, *answer)
         if self.template.chat_template is None:
             return fill(self.template.template, messages)
         return render_chat(self.template.chat_template, messages, self._special_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, never cut: those of a plain call of the tokenizer, and eos."""
+        """The ids of each text, never cut: those of a plain tokenizer call, and eos if set."""
         return [self._finish(encoding.ids) for encoding in self._encodings(texts)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Array]:
-        """The same as arrays, each made before the next list of ids, which takes nine times the
-        memory."""
+        """The same as arrays. Each is made before the next list of ids, because a list takes nine
+        times the memory."""
         return [as_array(self._finish(encoding.ids)) for encoding in self._encodings(texts)]
 
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
@@ -144,7 +146,7 @@ class Encoder:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens and all."""
+        """The text of ids, including special tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
     def bare(self, text: str) -> str:
@@ -171,11 +173,11 @@ class Encoder:
         return {token.content for token in tokens if token.special}
 
     def encode_cut(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
-        """The ids of one prompt with each answer, at most the maximum length, or None.
+        """The ids of one prompt with each answer, the prompt cut to the maximum length, or None.
 
-        Of several turns whole ones go, the oldest first. If the last one is still too long, the
-        same number of ids is cut from the left of its first message, beside each answer. None if
-        that has too few. Raises BadRecord where the template cannot render what is left.
+        Whole turns are dropped first, the oldest first. If the last turn is still too long, the
+        same number of ids is cut from the left of its first message for each answer. None if that
+        message is too short. Raises BadRecord if the template cannot render the rest.
         """
         shorter = prompt
         for shorter in shortened(prompt):
@@ -185,7 +187,7 @@ class Encoder:
         return self._cut_words(shorter, answers)
 
     def _cut_words(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
-        """The same for a prompt of one turn; what the text has before its words is kept."""
+        """The same for a prompt of one turn; the text before its first message is kept."""
         sides, spans = [], []
         for answer in answers:
             text = self.render(prompt, answer)
@@ -227,14 +229,14 @@ def as_array(ids: Sequence[int]) -> Array:
 
 
 def head_of(prompt: Messages) -> int:
-    """How many messages at the head of a prompt are kept whatever is cut."""
+    """How many messages at the head of a prompt are never cut."""
     return len(list(takewhile(lambda message: message[0] in KEPT, prompt)))
 
 
 def shortened(prompt: Messages) -> Iterator[Messages]:
-    """A prompt, and what is left of it as its turns are taken away, until one is left.
+    """A prompt, then the prompt with one turn less each time, down to a single turn.
 
-    A turn begins with a message of the user's, or at the conversation's beginning.
+    A turn begins with a user message, or at the beginning of the conversation.
     """
     head = head_of(prompt)
     yield prompt
@@ -244,13 +246,13 @@ def shortened(prompt: Messages) -> Iterator[Messages]:
 
 
 def token_of(config: dict[str, Any], name: str) -> str | None:
-    """A special token by its name in a tokenizer's configuration."""
+    """A special token, by its name in a tokenizer's configuration."""
     token = config.get(name)
     return token["content"] if isinstance(token, dict) else token
 
 
 def around(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """The special tokens that a tokenizer puts before a text, and those that it puts behind it."""
+    """The special tokens that a tokenizer puts before and after a text."""
     bare = tokenizer.encode("a", add_special_tokens=False).tokens
     whole = tokenizer.encode("a").tokens
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)

@@ -1,4 +1,4 @@
-"""What the columns of records hold: values by their paths, and what kind of values they are."""
+"""The values of records: by path or by column, and of which kind they are."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ Columns = dict[str, list[Any]]
 
 
 def is_absent(value: Any) -> bool:
-    """Null and what is empty count as if the column were not there."""
+    """Whether a value is null or empty, which counts as a missing column."""
     return not value and (value is None or isinstance(value, str | list | dict))
 
 
@@ -53,7 +53,7 @@ def needed(record: Record, path: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A verdict as it is compared: a number, or a text; `1`, `1.0` and `"1"` are the same."""
+    """A value as verdicts are compared: `1`, `1.0` and `"1"` are the same."""
     if not isinstance(value, int | float | str):
         return repr(value).lower()
     text = str(value).strip()
@@ -64,7 +64,7 @@ def plain(value: Any) -> Any:
 
 
 def columns_of(records: Iterable[Record]) -> Columns:
-    """The values of each column, without those that are as good as absent."""
+    """The values of each column, without absent ones."""
     columns: Columns = {}
     for record in records:
         for name, value in record.items():

@@ -1,1 +1,1 @@
-"""What rewards say of a reward model."""
+"""What rewards say about a reward model."""

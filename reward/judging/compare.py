@@ -1,10 +1,10 @@
-"""Say whether one reward model judges better than another, or whether that cannot be told.
+"""Report whether one reward model judges better than another, or whether that is unclear.
 
     python -m reward.judging.compare main my-experiment
 
-Takes two revisions of this repository: branches, tags, commits, names of experiments, or
-"workspace"; or folders that reward.serving.judge wrote. Reads the rewards that evaluate wrote
-there, pair by pair: those of the test pairs, or of a further test set.
+Takes two revisions of this repository (branches, tags, commits, names of experiments, or
+"workspace") or folders that reward.serving.judge wrote. Compares the rewards that evaluate wrote
+there pair by pair, on the test pairs or on an extra test set.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two judgements of the same pairs, none of them a tie; all shapes [pairs]."""
+    """Two judgements of the same pairs, without ties; all shapes [pairs]."""
 
     ids: list[str]
     prompts: Ints
@@ -40,13 +40,13 @@ class Comparison:
 
     @property
     def correct(self) -> tuple[Floats, Floats]:
-        """1 where right, 0 where wrong, 0.5 where the rewards are equal."""
+        """1 if correct, 0 if wrong, 0.5 if the rewards are equal."""
         first, second = map(correct, self.margins)
         return first, second
 
     @property
     def gain(self) -> Floats:
-        """What the second has more right than the first: from -1 to 1."""
+        """By how much the second is more correct than the first: from -1 to 1."""
         first, second = self.correct
         return second - first
 
@@ -65,14 +65,14 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("first", help="a revision, an experiment, workspace, or a folder")
-    parser.add_argument("second", help="another one; is it better?")
-    parser.add_argument("--set", metavar="NAME", help="compare on this further test set")
-    parser.add_argument("--all", action="store_true", help="list all pairs that changed sides")
+    parser.add_argument("second", help="the one that may be better")
+    parser.add_argument("--set", metavar="NAME", help="compare on this extra test set")
+    parser.add_argument("--all", action="store_true", help="list all pairs whose verdict changed")
     return parser.parse_args()
 
 
 def rewards_of(name: str, file: str) -> pa.Table:
-    """The table of rewards at a revision, or in a folder. Raises a Fault where there is none."""
+    """The table of rewards at a revision, or in a folder. Raises a Fault if there is none."""
     judged = Path(name)
     is_judged = (judged / "figures.json").is_file()
     path = (judged if is_judged else REPORTS) / file
@@ -80,7 +80,7 @@ def rewards_of(name: str, file: str) -> pa.Table:
         try:
             return pyarrow.parquet.read_table(path)
         except (OSError, pa.ArrowException) as error:
-            raise Fault(f"{path} cannot be read ({error}), wanted a dvc repro first") from None
+            raise Fault(f"{path} cannot be read ({error}); run dvc repro first") from None
     from dvc import api
     from dvc.exceptions import DvcException
     from dvc.scm import SCMError
@@ -90,23 +90,23 @@ def rewards_of(name: str, file: str) -> pa.Table:
     except (DvcException, SCMError, OSError) as error:
         reason = " ".join(str(error).split())
         raise Fault(
-            f"{name}: no {path} can be had there ({reason}), wanted a revision or an experiment "
-            "that was evaluated, and its cache or a dvc pull"
+            f"{name}: {path} cannot be read there ({reason}), expected a revision or an experiment "
+            "that was evaluated, with its DVC cache, or run dvc pull"
         ) from None
     return pyarrow.parquet.read_table(io.BytesIO(content))
 
 
 def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparison:
-    """The pairs that both have judged and that are no ties, in the order of the first."""
+    """The pairs that both have judged, without ties, in the order of the first."""
     first, second = map(decided, (first, second))
     places = {key: index for index, key in enumerate(second["id"].to_pylist())}
     ids = first["id"].to_pylist()
     rows = [index for index, key in enumerate(ids) if key in places]
     if not rows:
-        raise Fault(f"{names[0]} and {names[1]} have judged no pair in common, wanted some")
+        raise Fault(f"{names[0]} and {names[1]} have judged no common pairs, expected some")
     if others := (len(ids) - len(rows)) + (len(places) - len(rows)):
         print(
-            f"note       {others} pairs were judged by one of the two alone, and are left out",
+            f"note       {others} pairs were judged by only one of the two, and are left out",
             file=sys.stderr,
         )
     taken = [places[ids[index]] for index in rows]
@@ -119,7 +119,7 @@ def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparis
 
 
 def decided(table: pa.Table) -> pa.Table:
-    """The rows that are no ties. A table of before there were any does not name preferences."""
+    """The rows that are not ties. Older tables, without a column of preferences, have no ties."""
     if PREFERENCE not in table.column_names:
         return table
     return table.filter(pa.compute.not_equal(table[PREFERENCE], TIE))
@@ -130,17 +130,17 @@ def margins_of(table: pa.Table, rows: list[int]) -> Floats:
 
 
 def mcnemar(gain: Floats) -> float:
-    """The exact p-value of as many changes to the better and to the worse (McNemar 1947).
+    """The exact p-value of the numbers of improved and worsened pairs (McNemar 1947).
 
-    A change from or to equal rewards counts as one by its direction. Pairs are taken as
-    independent, which those of one prompt are not: the verdict is that of the interval.
+    A change from or to equal rewards counts by its direction. The test assumes independent pairs,
+    but pairs of one prompt are not, so the verdict is based on the interval.
     """
     better, changed = int((gain > 0).sum()), int((gain != 0).sum())
     return float(stats.binomtest(better, changed).pvalue) if changed else 1.0
 
 
 def report(found: Comparison, names: tuple[str, str], everything: bool) -> str:
-    """What a person wants to know, first of all the answer."""
+    """The lines to print, the answer first."""
     gain, prompts = found.gain, len(np.unique(found.prompts))
     low, high = (
         2 * bound - 1 for bound in RESAMPLING.interval_of_share((gain + 1) / 2, found.prompts)
@@ -154,8 +154,8 @@ def report(found: Comparison, names: tuple[str, str], everything: bool) -> str:
         f"{len(gain)} pairs of {prompts} prompts",
         f"difference {gain.mean():+.4f} (95% interval {low:+.4f} to {high:+.4f}, paired, "
         "over prompts)",
-        f"changed    {better} pairs to the better, {worse} to the worse; "
-        f"McNemar's exact p = {mcnemar(gain):.3g}, with pairs as independent",
+        f"changed    {better} pairs for the better, {worse} for the worse; "
+        f"McNemar's exact p = {mcnemar(gain):.3g}, assuming independent pairs",
     ]
     changed = sorted(np.flatnonzero(gain), key=lambda row: -abs(np.subtract(*found.margins)[row]))
     for row in changed if everything else changed[:SHOWN]:

@@ -1,4 +1,4 @@
-"""What a model makes of test sets: the table of its rewards, all figures of it, what is printed."""
+"""How a model judges test sets: the table of its rewards, all figures, and the printed report."""
 
 import re
 from collections.abc import Iterable
@@ -50,7 +50,7 @@ Slices = dict[str, dict[str, Figures]]
 
 @dataclass(frozen=True)
 class TestSet:
-    """A further test set; `notes` are how many of its pairs were cut, left out, and have leaked."""
+    """An extra test set; `notes` count its pairs that were left out or have leaked."""
 
     name: str
     pairs: Dataset
@@ -58,7 +58,7 @@ class TestSet:
 
 
 def load_sets(folder: Path, base: Path) -> list[TestSet]:
-    """The further test sets that preprocess has tokenized, in the order of their names."""
+    """The extra test sets that preprocess has tokenized, sorted by name."""
     return [
         TestSet(name, tokenized.load(folder / name, base), notes)
         for name, notes in recorded(folder / "index.json").items()
@@ -68,9 +68,9 @@ def load_sets(folder: Path, base: Path) -> list[TestSet]:
 def as_table(
     test: Dataset, chosen: npt.NDArray[np.float32], rejected: npt.NDArray[np.float32]
 ) -> pa.Table:
-    """One row a comparison: id, rewards, margin, lengths in tokens, and what people said of it.
+    """One row per comparison: id, rewards, margin, lengths in tokens, and its human grades.
 
-    After its prompt_id it has the kept columns.
+    The kept columns follow the prompt_id.
     """
     known = [PREFIX, PREFERENCE, WEIGHT, *ANSWERS, PROMPT_ID]
     kept = [name for name in test.column_names if name not in (ID, *IDS, *MASKS, *GRADES, *known)]
@@ -86,13 +86,13 @@ def as_table(
 
 
 def as_judged(table: pa.Table) -> Judged:
-    """The comparisons as the figures need them."""
+    """The comparisons in the form that the figures need."""
     chosen, rejected = (table[name].to_numpy().astype(np.float64) for name in REWARDS)
     prompts = np.unique(table[PROMPT_ID].to_numpy(), return_inverse=True)[1]
     tokens_chosen, tokens_rejected, prefixes, answer_chosen, answer_rejected = (
         table[name].to_numpy().astype(np.int64) for name in (*TOKENS, PREFIX, *ANSWERS)
     )
-    # What all answers begin with is what those of each comparison do.
+    # The common prefix of all answers is the shortest one of their comparisons.
     shared = np.full(prompts.max(initial=0) + 1, prefixes.max(initial=0))
     np.minimum.at(shared, prompts, prefixes)
     return Judged(
@@ -115,9 +115,9 @@ def kept_columns(table: pa.Table) -> dict[str, list[str | None]]:
 
 
 def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str, Any]:
-    """All figures of the test pairs, which docs/evaluation.md describes key by key.
+    """All figures of the test pairs; docs/evaluation.md describes each key.
 
-    Raises a Fault if all of them are ties.
+    Raises a Fault if all pairs are ties.
     """
     overall, decided = resampling.accuracy(judged), judged.decided()
     if not len(decided):
@@ -146,7 +146,7 @@ def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str
 def measure_sets(
     sets: list[TestSet], tables: list[pa.Table], resampling: Resampling
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy on every further set; which of its pairs were cut, left out, or have leaked."""
+    """Accuracy on every extra set, and how many of its pairs were left out or have leaked."""
     result = {}
     for each, table in zip(sets, tables, strict=True):
         judged = as_judged(table)
@@ -162,7 +162,7 @@ def measure_sets(
 
 
 def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
-    """Accuracy by every value of every kept column that has few enough values to be a slice.
+    """Accuracy for every value of each kept column that has few enough values for slices.
 
     A value that only ties have is left out.
     """
@@ -180,7 +180,7 @@ def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
 
 
 def in_order(values: Iterable[str]) -> list[str]:
-    """Numbers by their size, then all other texts by their letters."""
+    """Numbers by size, then all other texts alphabetically."""
 
     def place(value: str) -> tuple[bool, float, str]:
         number = re.fullmatch(r"-?\d+(\.\d+)?", value)
@@ -190,7 +190,7 @@ def in_order(values: Iterable[str]) -> list[str]:
 
 
 def slices_as_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each slice of the test pairs, and for each further set."""
+    """One row for each slice of the test pairs, and for each extra set."""
     return [
         {"slice": f"{column}: {value}"}
         | {name: found[name] for name in ("accuracy", "low", "high", "pairs")}
@@ -201,37 +201,40 @@ def slices_as_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def has_best(ranked: dict[str, Any]) -> bool:
-    """Whether there are prompts with more than two answers, and a best one among them."""
+    """Whether some prompts have more than two answers, and a best one among them."""
     return bool(ranked["prompts"] and ranked["best_of_n"]["prompts"])
 
 
 def report(figures: dict[str, Any], read: Path) -> None:
-    """Print what a person wants to know of the figures of the split `read`, and of further sets."""
-    further = f"; {', '.join(figures['sets'])}" if figures["sets"] else ""
-    print(f"read       {read}, {figures['pairs']} pairs of {figures['prompts']} prompts{further}")
+    """Print what matters most of the figures of the split `read` and of the extra sets."""
+    extra = f"; {', '.join(figures['sets'])}" if figures["sets"] else ""
+    print(f"read       {read}, {figures['pairs']} pairs of {figures['prompts']} prompts{extra}")
     print(
         f"accuracy   {figures['accuracy']:.4f} (95% interval {figures['accuracy_low']:.4f} to "
         f"{figures['accuracy_high']:.4f}), {figures['equal_rewards']} with equal rewards"
     )
     print(
         f"loss       {figures['loss']:.4f}, margin {figures['margin_mean']:+.4f} "
-        f"with deviation {figures['margin_std']:.4f}"
+        f"with standard deviation {figures['margin_std']:.4f}"
     )
     fit, audit = figures["calibration"], figures["length"]
-    mended = "no temperature is best"
+    corrected = "no temperature is best"
     if fit["loss_at_temperature"] is not None:
-        mended = f"loss {fit['loss_at_temperature']:.4f} at temperature {fit['temperature']:.3g}"
+        corrected = f"loss {fit['loss_at_temperature']:.4f} at temperature {fit['temperature']:.3g}"
     print(
         f"confidence off by {fit['expected_error']:.4f} on average, Brier score "
-        f"{fit['brier']:.4f}, {mended}"
+        f"{fit['brier']:.4f}, {corrected}"
     )
     correlation = audit["correlation"]
     print(
-        f"length     the longer answer is right in {audit['longer_accuracy']:.4f}, correlation of "
-        f"reward and length {'none' if correlation is None else f'{correlation:+.4f}'}"
+        f"length     the longer answer is correct in {audit['longer_accuracy']:.4f} of pairs, "
+        "correlation of reward and length "
+        f"{'none' if correlation is None else f'{correlation:+.4f}'}"
     )
     if audit["adjusted"]["pairs"]:
-        print(f"           with length taken out accuracy is {audit['adjusted']['accuracy']:.4f}")
+        print(
+            f"           with length taken out the accuracy is {audit['adjusted']['accuracy']:.4f}"
+        )
     report_ties(figures["ties"])
     report_rankings(figures["rankings"])
     rows = slices_as_rows(figures)
@@ -259,9 +262,9 @@ def report(figures: dict[str, Any], read: Path) -> None:
 def report_ties(found: dict[str, Any]) -> None:
     if found["pairs"]:
         print(
-            f"ties       {found['pairs']} pairs, which are neither right nor wrong; |margin| "
+            f"ties       {found['pairs']} pairs, which are neither correct nor wrong; |margin| "
             f"{found['margin']['q50']:.4f} at the median, {found['margin_of_others']['q50']:.4f} "
-            f"of others, area {found['area']:.4f}"
+            f"of others, area under the ROC {found['area']:.4f}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether a reward model likes an answer, or its length, as pure functions."""
+"""Whether a reward model prefers answers for their length, as pure functions."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,18 +8,18 @@ from scipy import stats
 
 from reward.judging.metrics import Figures, Floats, Ints, Judged, Resampling, half
 
-# Of Cleveland's LOWESS, as in R: the share of the points that a fit is of, and how often points
-# that are far off lose weight.
+# Parameters of Cleveland's LOWESS as in R: the share of the points in each local fit, and how often
+# outliers are given less weight.
 SHARE, REWEIGHTINGS = 2 / 3, 3
-# How many places a curve is fitted at; between them it is a straight line.
+# The most places at which a curve is fitted; between them it is linear.
 PLACES = 100
 
 
 def length_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
-    """Whether the model likes an answer, or its length. Ties are left out.
+    """Whether the model prefers answers for their length. Ties are left out.
 
-    `longer_accuracy` is that of preferring the longer answer. `adjusted` is what is left when
-    length is taken out of the rewards.
+    `longer_accuracy` is the accuracy of preferring the longer answer. `adjusted` is the result
+    after the effect of length is removed from the rewards.
     """
     decided = judged.decided()
     return {
@@ -35,8 +35,8 @@ def length_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
 def correlation(judged: Judged) -> float | None:
     """Spearman's rank correlation (1904) of reward and length within pairs.
 
-    It is that of their differences between an answer and the other one, in which the prompt has no
-    part. None where one of them is constant.
+    It is taken over the differences between the two answers, which do not depend on the prompt.
+    None if one of the two is constant.
     """
     difference = judged.tokens_chosen - judged.tokens_rejected
     rewards = np.concatenate([judged.margin, -judged.margin])
@@ -46,7 +46,7 @@ def correlation(judged: Judged) -> float | None:
 
 
 def by_length_difference(judged: Judged, resampling: Resampling, groups: int = 8) -> list[Figures]:
-    """Accuracy in groups of like difference of length, chosen less rejected, in tokens."""
+    """Accuracy in groups of similar length difference, chosen minus rejected, in tokens."""
     judged = judged.decided()
     difference = judged.tokens_chosen - judged.tokens_rejected
     edges = np.unique(np.quantile(difference, np.linspace(0, 1, groups + 1)))
@@ -58,13 +58,13 @@ def by_length_difference(judged: Judged, resampling: Resampling, groups: int = 8
     ]
 
 
-# --- length taken out ------------------------------------------------------------------------
+# --- the effect of length removed ------------------------------------------------------------
 
 
 def adjusted_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
-    """Accuracy and the correlation with length, when length is taken out of the rewards.
+    """Accuracy and correlation with length after its effect is removed from the rewards.
 
-    Of a single prompt the number of pairs alone.
+    For a single prompt only the number of pairs.
     """
     if len(np.unique(judged.prompts)) < 2:
         return {"pairs": 0}
@@ -74,11 +74,11 @@ def adjusted_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
 
 
 def adjusted(judged: Judged, seed: int) -> Floats:
-    """The reward of each answer less what answers of its length have: [answers].
+    """The reward of each answer minus the mean reward at its length: [answers].
 
-    The mean reward at a length is estimated by LOWESS (Huang et al. 2024, "Post-hoc Reward
-    Calibration: A Case Study on Length Bias"), for each half of the prompts on the other half, so
-    that no answer has a part in what is taken from it. There must be two prompts at least.
+    LOWESS estimates that mean (Huang et al. 2024, "Post-hoc Reward Calibration: A Case Study on
+    Length Bias"), for each half of the prompts from the other half, so that no answer influences
+    what is subtracted from it. There must be at least two prompts.
     """
     answers = judged.answers
     inside = half(answers.prompts, seed)
@@ -89,9 +89,9 @@ def adjusted(judged: Judged, seed: int) -> Floats:
 
 
 def length_curve(judged: Judged, seed: int) -> list[Figures]:
-    """The mean reward at each length of an answer, as it is and with length taken out.
+    """The mean reward at each answer length, with and without the effect of length.
 
-    Where length was taken out well the second is flat. Of a single prompt there is no curve.
+    If the effect was removed well, the second curve is flat. A single prompt has no curve.
     """
     if len(np.unique(judged.prompts)) < 2:
         return []
@@ -108,11 +108,11 @@ def length_curve(judged: Judged, seed: int) -> list[Figures]:
 
 
 def lowess(x: Ints, y: Floats, at: Ints) -> Floats:
-    """Locally weighted regression of y on x, at other x: [points], [points] and [places].
+    """Locally weighted regression of y on x, evaluated at other x: [points], [points] and [places].
 
-    Cleveland 1979, "Robust locally weighted regression and smoothing scatterplots": at each place a
-    straight line by the nearest SHARE of the points, with tricube weights; points that are far off
-    lose weight (bisquare) REWEIGHTINGS times. Outside of the points the curve is constant.
+    Cleveland 1979, "Robust locally weighted regression and smoothing scatterplots": a straight line
+    at each place, fitted to the nearest SHARE of the points with tricube weights. Outliers lose
+    weight (bisquare) in REWEIGHTINGS repeated fits. Outside the points the curve is constant.
     """
     places = places_of(x)
     weights = np.ones(len(x))
@@ -120,7 +120,7 @@ def lowess(x: Ints, y: Floats, at: Ints) -> Floats:
         curve = np.array([local_mean(x, y, weights, place) for place in places])
         off = np.abs(y - np.interp(x, places, curve))
         scale = 6 * np.median(off)
-        # Where half of the points are on the curve, none is far off by a scale of its own.
+        # If half of the points are on the curve, the scale is 0 and defines no outliers.
         if scale < 1e-7 * off.mean() or not scale:
             break
         weights = np.square(1 - np.square(np.minimum(off / scale, 1)))
@@ -129,7 +129,7 @@ def lowess(x: Ints, y: Floats, at: Ints) -> Floats:
 
 
 def places_of(x: Ints) -> Ints:
-    """Where a curve over x is fitted: at all of its values, or at PLACES of its quantiles."""
+    """Where a curve over x is fitted: at all values of x, or at PLACES of its quantiles."""
     values = np.unique(x)
     if len(values) <= PLACES:
         return values
@@ -137,14 +137,14 @@ def places_of(x: Ints) -> Ints:
 
 
 def local_mean(x: Ints, y: Floats, weights: Floats, place: int) -> float:
-    """The value at a place of the line through the points around it."""
+    """The value at a place of the line fitted to the points around it."""
     distance = np.abs(x - place)
     count = max(1, int(SHARE * len(x) + 1e-7))
     reach = np.partition(distance, count - 1)[count - 1]
     near = (distance == 0).astype(float)
     if reach:
         near = (1 - np.minimum(distance / reach, 1) ** 3) ** 3
-    # Where all points around it are far off, they are all that is known.
+    # If all points around it are outliers, there is nothing better to use.
     near = near * weights if (near * weights).any() else near
     near /= near.sum()
     center, mean = near @ x, near @ y

@@ -1,8 +1,8 @@
 """What the rewards of compared answers say about a reward model, as pure functions.
 
-All shapes [comparisons]. A comparison is judged by its margin m = r_chosen - r_rejected, and
-P(chosen is preferred) = sigmoid(m) (Bradley and Terry 1952). Equal rewards count as half right. A
-tie, which people call neither better nor worse, is never right or wrong.
+All shapes are [comparisons]. A comparison is judged by its margin m = r_chosen - r_rejected, and
+P(chosen is preferred) = sigmoid(m) (Bradley and Terry 1952). Equal rewards count as half correct. A
+tie, where people prefer neither answer, is never correct or wrong.
 """
 
 from dataclasses import dataclass, fields
@@ -21,16 +21,16 @@ Figures = dict[str, float]
 TIE = 0.5
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CONFIDENCE_BINS = 10
-# What a best temperature is looked for between.
+# The range in which the best temperature is searched.
 COLDEST, HOTTEST = 1e-3, 1e3
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers that were compared, each once. Shapes [answers].
+    """The compared answers, without repeats. Shapes [answers].
 
-    `tokens` is the length without what all answers of a prompt begin with. `chosen` and `rejected`
-    are the places of the two sides of every comparison, [comparisons].
+    `tokens` is the length without the common prefix of all answers to the prompt. `chosen` and
+    `rejected` are the indices of the two answers of every comparison, [comparisons].
     """
 
     rewards: Floats
@@ -42,11 +42,12 @@ class Answers:
 
 @dataclass(frozen=True)
 class Judged:
-    """Comparisons of two answers to a prompt, of which the chosen one is not the worse.
+    """Comparisons of two answers to a prompt, of which chosen is not the worse one.
 
-    `preference` is the probability that it is preferred, from 0.5, a tie, to 1. `prompts` numbers
-    the prompts from 0, `answer_chosen` and `answer_rejected` the answers of a prompt. Lengths are
-    in tokens; `prefix` is how many all answers of the prompt begin with, the prompt among them.
+    `preference` is the probability that chosen is preferred, from 0.5, a tie, to 1. `prompts`
+    numbers the prompts from 0, `answer_chosen` and `answer_rejected` the answers to a prompt.
+    Lengths are in tokens; `prefix` is the length of the common prefix of all answers, including
+    the prompt.
     """
 
     chosen: Floats
@@ -69,7 +70,7 @@ class Judged:
 
     @cached_property
     def longer(self) -> Ints:
-        """1 where the chosen answer is the longer one, -1 where the shorter, else 0."""
+        """1 if the chosen answer is longer, -1 if it is shorter, else 0."""
         return np.sign(self.tokens_chosen - self.tokens_rejected)
 
     @cached_property
@@ -96,13 +97,13 @@ class Judged:
         return Judged(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def decided(self) -> "Judged":
-        """Those that are no ties."""
+        """The comparisons that are not ties."""
         return self.take(~self.tied)
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """How intervals come about: resamples of the prompts, from a seed."""
+    """How intervals are computed: from seeded resamples of the prompts."""
 
     samples: int
     seed: int
@@ -110,8 +111,8 @@ class Resampling:
     def interval(self, values: Floats, prompts: Ints) -> tuple[float, float]:
         """95% interval of the mean: percentile bootstrap over prompts, not over pairs.
 
-        Pairs of one prompt are no independent draws (Efron and Tibshirani 1993, chapter 8). There
-        must be two prompts at least.
+        Pairs of one prompt are not independent draws (Efron and Tibshirani 1993, chapter 8). There
+        must be at least two prompts.
         """
         _, group_of = np.unique(prompts, return_inverse=True)
         pairs = np.bincount(group_of)
@@ -130,9 +131,9 @@ class Resampling:
     def interval_of_share(self, right: Floats, prompts: Ints) -> tuple[float, float]:
         """The same for values from 0 to 1, and no narrower than the number of prompts allows.
 
-        Resamples of few values that are much alike say too little of those that were not seen: the
-        interval reaches at least to the exact binomial bound of prompts that are all right, and of
-        prompts that are all wrong (Clopper and Pearson 1934). A single prompt tells nothing.
+        Resamples of a few similar values say too little about unseen ones, so the interval reaches
+        at least to the exact binomial bounds of prompts that are all correct or all wrong (Clopper
+        and Pearson 1934). A single prompt has the interval from 0 to 1.
         """
         count = len(np.unique(prompts))
         if count < 2:
@@ -142,14 +143,14 @@ class Resampling:
         return min(low, bound), max(high, 1 - bound)
 
     def of_prompts(self, values: Floats, least: float = 0.0) -> Figures:
-        """Mean, with its interval, of one value a prompt, from `least` to 1."""
+        """Mean, with its interval, of one value per prompt, from `least` to 1."""
         width = 1 - least
         bounds = self.interval_of_share((values - least) / width, np.arange(len(values)))
         low, high = (least + width * bound for bound in bounds)
         return {"mean": float(values.mean()), "low": low, "high": high, "prompts": len(values)}
 
     def accuracy(self, judged: Judged) -> Figures:
-        """Accuracy with its interval, and what was judged; of no pairs their number alone.
+        """Accuracy with its interval, and the numbers of pairs; without pairs only their number.
 
         Ties are left out.
         """
@@ -167,7 +168,7 @@ class Resampling:
 
 
 def correct(margin: Floats) -> Floats:
-    """1 where the chosen answer has the higher reward, 0 where the lower, 0.5 at equal ones."""
+    """1 if the chosen answer has the higher reward, 0 if the lower, 0.5 for equal rewards."""
     return np.heaviside(margin, 0.5)
 
 
@@ -181,7 +182,7 @@ def losses(margin: Floats, preference: Floats | float = 1.0) -> Floats:
 
 
 def spread(values: Floats) -> Figures:
-    """Mean, population deviation and quantiles."""
+    """Mean, population standard deviation and quantiles."""
     found = np.quantile(values, QUANTILES).tolist()
     return {
         "mean": float(values.mean()),
@@ -194,11 +195,11 @@ def spread(values: Floats) -> Figures:
 
 
 def calibration(judged: Judged, seed: int) -> dict[str, float | None]:
-    """How far probabilities can be believed, and the temperature that mends them.
+    """How far the probabilities can be trusted, and the temperature that corrects them.
 
-    All but `expected_error` are of ties too, whose preference is one half. `temperature` is fitted
-    on all pairs. `loss_at_temperature` is the loss of each half of the prompts at the temperature
-    of the other. None where no finite temperature is best.
+    All but `expected_error` include ties, whose preference is one half. `temperature` is fitted on
+    all pairs. `loss_at_temperature` is the loss of each half of the prompts at the temperature
+    fitted on the other half. None if no finite temperature is best.
     """
     inside = half(judged.prompts, seed)
     halves = judged.take(inside), judged.take(~inside)
@@ -217,20 +218,20 @@ def calibration(judged: Judged, seed: int) -> dict[str, float | None]:
 
 
 def half(prompts: Ints, seed: int) -> Bools:
-    """Which rows are of a half of the prompts, drawn at random."""
+    """Which rows belong to a random half of the prompts."""
     names = np.unique(prompts)
     return np.isin(prompts, np.random.default_rng(seed).permutation(names)[: len(names) // 2])
 
 
 def reliability(judged: Judged) -> list[Figures]:
-    """For each bin of confidence that has pairs: mean confidence, accuracy, pairs.
+    """Mean confidence, accuracy and number of pairs of each bin of confidence with pairs.
 
     Confidence is the probability of the answer that the model prefers, from 0.5 to 1. Accuracy is
-    the mean preference for that answer, which for certain preferences is the share of right pairs.
+    the mean preference for that answer, for certain preferences the share of correct pairs.
     """
     confidence = special.expit(np.abs(judged.margin))
     right = 0.5 + (judged.correct - 0.5) * (2 * judged.preference - 1)
-    # A confidence of 1 is in the last bin.
+    # A confidence of 1 belongs to the last bin.
     bins = np.minimum(((confidence - 0.5) * 2 * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
     return [
         {
@@ -243,7 +244,7 @@ def reliability(judged: Judged) -> list[Figures]:
 
 
 def expected_calibration_error(judged: Judged) -> float:
-    """Mean distance of accuracy and confidence over the bins, by their pairs (Guo et al. 2017)."""
+    """Mean |accuracy - confidence| over the bins, weighted by pairs (Guo et al. 2017)."""
     return sum(
         each["pairs"] / len(judged) * abs(each["accuracy"] - each["confidence"])
         for each in reliability(judged)
@@ -252,7 +253,7 @@ def expected_calibration_error(judged: Judged) -> float:
 
 def brier(judged: Judged) -> float:
     """Mean square of preference - P(chosen is preferred) (Brier 1950)."""
-    # p - sigmoid(m), without the cancellation where both are near 1.
+    # p - sigmoid(m), without cancellation when both are near 1.
     error = judged.preference * special.expit(-judged.margin)
     error -= (1 - judged.preference) * special.expit(judged.margin)
     return float(np.square(error).mean())
@@ -261,8 +262,8 @@ def brier(judged: Judged) -> float:
 def temperature(judged: Judged) -> float | None:
     """The T that minimizes the mean loss of margins / T (Guo et al. 2017, section 4.2).
 
-    The loss is convex in 1 / T. Where no margin goes against a vote, colder is better without end;
-    where margins and votes do not go together on average, hotter is. None in both cases.
+    The loss is convex in 1 / T. If no margin contradicts a vote, the loss falls as T goes to 0; if
+    margins and votes disagree on average, it falls as T grows without limit. None in both cases.
     """
     margin, preference = judged.margin, judged.preference
     against = (margin < 0) | ((margin > 0) & (preference < 1))
@@ -281,12 +282,12 @@ def temperature(judged: Judged) -> float | None:
 
 
 def ties(judged: Judged) -> dict[str, Any]:
-    """How far apart the model puts what people call a tie, beside what they do not.
+    """How far apart the model puts the answers of ties, compared with those of other pairs.
 
-    `margin` and `margin_of_others` are the spreads of |margin|. `area` is that under the ROC of
-    |margin| as a score of "this is no tie": 1 where every tie has a smaller one than all others,
-    0.5 where it tells nothing (Mann and Whitney 1947). Where there are not both, the number of ties
-    alone.
+    `margin` and `margin_of_others` are the spreads of |margin|. `area` is the area under the ROC of
+    |margin| as a score for "this is not a tie": 1 if every tie has a smaller |margin| than all
+    others, 0.5 if it tells nothing (Mann and Whitney 1947). Without ties, or without others, only
+    the number of ties.
     """
     size = np.abs(judged.margin)
     on_ties, on_others = size[judged.tied], size[~judged.tied]
@@ -305,9 +306,9 @@ def ties(judged: Judged) -> dict[str, Any]:
 
 
 def roc(judged: Judged, points: int = 200) -> list[Figures]:
-    """The ROC of rewards as scores of "this is a chosen answer" (Fawcett 2006, algorithm 1).
+    """The ROC of rewards as scores for "this is a chosen answer" (Fawcett 2006, algorithm 1).
 
-    At most about `points` of it.
+    Has at most about `points` points.
     """
     scores = np.concatenate([judged.chosen, judged.rejected])
     good = np.concatenate([np.ones(len(judged)), np.zeros(len(judged))])
@@ -323,10 +324,10 @@ def roc(judged: Judged, points: int = 200) -> list[Figures]:
 
 
 def histogram(margin: Floats, bins: int = 30) -> list[Figures]:
-    """Pairs by margin, in bins of equal width; a bin is given by its middle.
+    """Pairs by margin, in bins of equal width; a bin is named by its middle.
 
-    `density` is the share of the pairs per unit of margin, which runs of other spreads share as a
-    scale. The first and the last bin are empty.
+    `density` is the share of the pairs per unit of margin, so runs with different spreads can be
+    drawn on one scale. The first and the last bin are empty.
     """
     counts, edges = np.histogram(margin, bins=bins)
     width = edges[1] - edges[0]

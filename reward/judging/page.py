@@ -1,4 +1,4 @@
-"""One page on which the judgements can be read: prompts, answers, rewards. It needs no network."""
+"""A single page to read the judgements on: prompts, answers, rewards. It needs no network."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ MOST_CHARACTERS = 50_000_000
 
 
 class Prompt(NamedTuple):
-    """A prompt and its answers by their numbers, as people read them."""
+    """A prompt and its answers by number, as people read them."""
 
     text: str
     answers: dict[int, str]
@@ -45,10 +45,11 @@ def write(
     prompts: Mapping[Key, Prompt],
     slices: Mapping[str, Sequence[str]],
 ) -> None:
-    """The page of the pairs of `table`, whose `prompts` are by their test set and prompt_id.
+    """Write the page of the pairs of `table`; `prompts` is keyed by test set and prompt_id.
 
-    `slices` are the columns to filter by, and their values. Of more than MOST_PAIRS pairs, or
-    MOST_CHARACTERS of their texts, it has those with the lowest margins; a tie is at zero.
+    `slices` are the columns to filter by, with their values. If there are more than MOST_PAIRS
+    pairs or MOST_CHARACTERS of text, the page has those with the lowest margins; a tie counts as
+    zero.
     """
     keys = list(zip(table[TEST_SET].to_pylist(), table[PROMPT_ID].to_pylist(), strict=True))
     tied = [preference == TIE for preference in table[PREFERENCE].to_pylist()]
@@ -79,7 +80,7 @@ def write(
         "prompts": judged_prompts(table, keys, {key: prompts[key] for key in places}),
         "pairs": pairs,
     }
-    # Nothing in a text may end the script element that holds it.
+    # No text may end the script element that contains it.
     data = json.dumps(content, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     write_text(path, TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", data))
 
@@ -87,7 +88,7 @@ def write(
 def judged_prompts(
     table: pa.Table, keys: Sequence[Key], prompts: Mapping[Key, Prompt]
 ) -> list[dict[str, object]]:
-    """The prompts with all of their answers, whose rewards and lengths are in the table."""
+    """The prompts with all of their answers; rewards and lengths are from the table."""
     figures: dict[Key, dict[int, tuple[float, int]]] = {key: {} for key in prompts}
     for side in zip(ANSWERS, REWARDS, TOKENS, strict=True):
         columns = (table[name].to_pylist() for name in side)

@@ -1,4 +1,4 @@
-"""How well rewards put more than two answers to a prompt in order, as pure functions."""
+"""How well rewards rank more than two answers to a prompt, as pure functions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from reward.judging.metrics import Bools, Floats, Ints, Judged, Resampling
 class Ranking:
     """The answers to one prompt, and which of them people compared.
 
-    `rewards` are [answers]. `chosen` and `rejected` are the places of the two answers of each
+    `rewards` is [answers]. `chosen` and `rejected` are the indices of the two answers of each
     comparison, and `tied` is whether it is a tie, [comparisons].
     """
 
@@ -26,8 +26,8 @@ class Ranking:
 def rankings(judged: Judged, resampling: Resampling) -> dict[str, Any]:
     """Figures of the prompts with more than two answers, some of which are preferred to others.
 
-    `accuracy` is that of their pairs, all others are means over the prompts, with intervals. Of no
-    such prompts their number alone.
+    `accuracy` is over their pairs; all others are means over the prompts, with intervals. Without
+    such prompts only their number.
     """
     compared = np.bincount(judged.answers.prompts) > 2
     compared[compared] = np.isin(np.flatnonzero(compared), judged.prompts[~judged.tied])
@@ -63,10 +63,10 @@ def by_prompt(judged: Judged) -> Iterator[Ranking]:
 
 
 def best_of_n(ranking: Ranking) -> tuple[float, float] | None:
-    """Whether the answer with the highest reward is a best one, and what that is by chance.
+    """Whether the answer with the highest reward is a best one, and the probability by chance.
 
-    A best answer is one that no other is preferred to. Of several highest rewards it is the share
-    that are of best answers. None where every answer has a better one, as in a circle.
+    A best answer is one to which no other is preferred. Among equal highest rewards it is the share
+    of best answers. None if every answer has a better one, as in a cycle.
     """
     best = np.ones(len(ranking.rewards), dtype=bool)
     best[ranking.rejected[~ranking.tied]] = False
@@ -77,9 +77,9 @@ def best_of_n(ranking: Ranking) -> tuple[float, float] | None:
 
 
 def kendall_tau(ranking: Ranking) -> float:
-    """Kendall's tau-b (1945) of rewards and preferences, over the pairs that were compared.
+    """Kendall's tau-b (1945) of rewards and preferences, over the compared pairs.
 
-    0 where all rewards are equal.
+    0 if all rewards are equal.
     """
     sign = np.sign(ranking.rewards[ranking.chosen] - ranking.rewards[ranking.rejected])
     apart = np.count_nonzero(~ranking.tied) * np.count_nonzero(sign)
@@ -89,8 +89,8 @@ def kendall_tau(ranking: Ranking) -> float:
 def ndcg(ranking: Ranking) -> float:
     """The normalized discounted cumulative gain (Järvelin and Kekäläinen 2002) of the order.
 
-    The gain of an answer is how many comparisons it won, a tie half. Answers with equal rewards
-    share their places.
+    The gain of an answer is the number of comparisons it won, a tie counting half. Answers with
+    equal rewards share their places.
     """
     count, tied = len(ranking.rewards), ranking.tied
     gain = np.bincount(ranking.chosen, np.where(tied, 0.5, 1.0), count)
