@@ -300,7 +300,7 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "base without its weights": (
         lambda: Path("models/base/model.safetensors").unlink(),
         ["train", "evaluate", "export"],
-        "models/base: model.safetensors damaged, exchanged or missing",
+        "models/base: model.safetensors damaged, replaced or missing",
     ),
     "record of the base missing": (
         lambda: Path("models/base/base.json").unlink(),

@@ -418,7 +418,7 @@ def test_a_base_of_the_hub_is_named_with_its_commit(
     weights = tmp_path / "hub" / "models--Qwen--Qwen2-0.5B" / "snapshots" / COMMIT
     (weights / "model.safetensors").unlink()
     (weights / "model.safetensors").write_bytes(b"others")
-    with pytest.raises(Fault, match=r"model\.safetensors damaged, exchanged or missing"):
+    with pytest.raises(Fault, match=r"model\.safetensors damaged, replaced or missing"):
         load_exported(export.EXPORT)
     shutil.rmtree(tmp_path / "hub")
     with pytest.raises(Fault, match=f"its base {NAME} at {COMMIT} cannot be downloaded"):
@@ -487,7 +487,7 @@ def test_a_damaged_folder_is_not_loaded(
     copy = shutil.copytree(exported(DEFAULT) / export.EXPORT, tmp_path / "copy")
     with (copy / name).open("ab") as file:
         file.write(b"more")
-    with pytest.raises(Fault, match=f"copy: {name} damaged, exchanged or missing"):
+    with pytest.raises(Fault, match=f"copy: {name} damaged, replaced or missing"):
         load_exported(copy)
 
 

@@ -210,7 +210,9 @@ def test_a_prompt_without_an_answer_is_rendered_for_a_policy_alone(tokenizer_of:
     for prompt, text in (([U], "问:u\n\n答:"), ([S, U], "<s>\n\n问:u\n\n答:")):
         asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
         assert tokenizer.apply_chat_template(prompt, **asked) == text
-        with pytest.raises(TemplateError, match="user, assistant and optionally system before them"):
+        with pytest.raises(
+            TemplateError, match="user, assistant and optionally system before them"
+        ):
             tokenizer.apply_chat_template(prompt, tokenize=False)
 
 
