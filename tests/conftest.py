@@ -1,4 +1,4 @@
-"""What tests share: a tiny base model, a folder to work in, the rule on skipped tests."""
+"""Shared fixtures: a tiny base model, folders to work in, and the rule for skipped tests."""
 
 import os
 import shutil
@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: the threads of small passes cost more than they bring. Where there are
-# several, here and in processes that tests start, those that wait leave the processors to others.
+# Set before torch is imported: threads cost more than they gain in small passes. Where there are
+# several, here or in processes that tests start, a waiting thread yields its processor.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# The other tests are of what a CPU computes; `pytest -m cuda` runs those of a GPU.
+# All other tests run on the CPU; `pytest -m cuda` runs the GPU tests.
 if "cuda" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -20,13 +20,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from reward.process import processors
-from tests.support import ROOT, score_here, write_pairs
+from tests.support import ROOT, run_clients_here, write_pairs
 
 NEEDS = ("cuda", "browser")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked cuda run where there is a GPU, those marked browser where there is one."""
+    """Skip tests marked cuda without a GPU, and tests marked browser without a browser."""
     import torch
 
     from tools.browser import CHROMIUM
@@ -39,18 +39,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def threads_of_a_stage() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Stages that are run in this process leave the number of its threads alone, but in this.
+def stage_threads() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """A context with the thread count of a stage; outside it, stages cannot change the count.
 
-    The bytes of what they compute depend on that number. More than one waste time: passes here are
-    small, and threads that wait for each other keep the processors from other work.
+    The bytes that a stage computes depend on the thread count. More than one thread wastes time
+    here: passes are small, and threads that wait for each other block other work.
     """
     import torch
 
     before, set_threads = torch.get_num_threads(), torch.set_num_threads
 
     @contextmanager
-    def those_of_a_stage() -> Iterator[None]:
+    def with_stage_threads() -> Iterator[None]:
         set_threads(processors())
         try:
             yield
@@ -59,12 +59,12 @@ def threads_of_a_stage() -> Iterator[Callable[[], AbstractContextManager[None]]]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "set_num_threads", lambda number: None)
-        yield those_of_a_stage
+        yield with_stage_threads
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_main_file() -> Iterator[None]:
-    """The fingerprint of a training covers the file that is run: pytest's, or none in a worker."""
+    """A fingerprint covers the main file, which is pytest's here and missing in a worker."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("__main__.__file__", None, raising=False)
         yield
@@ -72,7 +72,7 @@ def no_main_file() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """In continuous integration a skipped test is a failed one, but for what it may lack."""
+    """In CI a skipped test fails, unless it needs hardware or a browser that CI may lack."""
     report = yield
     if report.skipped and os.environ.get("CI") and not any(map(item.get_closest_marker, NEEDS)):
         report.outcome = "failed"
@@ -81,7 +81,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as fetch leaves it: a random Qwen2 of 2 layers with the embedded tokenizer."""
+    """A folder as fetch writes it: a random 2-layer Qwen2 with the embedded tokenizer."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -110,7 +110,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, with params.yaml and models/base; it is the current folder."""
+    """A working directory with params.yaml, models/base and nothing else."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     (tmp_path / "data" / "sets").mkdir(parents=True)
     (tmp_path / "models").mkdir()
@@ -124,9 +124,9 @@ def workspace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) 
 def complete(
     tiny_base: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    threads_of_a_stage: Callable[[], AbstractContextManager[None]],
+    stage_threads: Callable[[], AbstractContextManager[None]],
 ) -> Path:
-    """A folder in which all stages were run, with the bytes that they have under DVC."""
+    """A folder in which all stages have run, with the same bytes as under DVC."""
     from reward.exporting import gate
     from stages import evaluate, export, fetch, preprocess, train
 
@@ -138,10 +138,10 @@ def complete(
     yaml.dump(content, folder / "params.yaml")
     write_pairs(folder / "data" / "raw" / "pairs.json", 20)
     shutil.copytree(ROOT / "data" / "sets", folder / "data" / "sets")
-    with pytest.MonkeyPatch.context() as patch, threads_of_a_stage():
+    with pytest.MonkeyPatch.context() as patch, stage_threads():
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)
-        patch.setattr(gate, "run_clients", score_here)
+        patch.setattr(gate, "run_clients", run_clients_here)
         for stage in (fetch, preprocess, train, evaluate, export):
             stage.main()
     return folder
@@ -149,13 +149,13 @@ def complete(
 
 @pytest.fixture
 def clients_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Export scores through its clients in this process, not in a fresh one."""
-    monkeypatch.setattr("reward.exporting.gate.run_clients", score_here)
+    """Run export's clients in this process instead of a fresh one."""
+    monkeypatch.setattr("reward.exporting.gate.run_clients", run_clients_here)
 
 
 @pytest.fixture
 def project(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as the current folder."""
+    """A copy of `complete` as the working directory."""
     folder = tmp_path / "project"
     shutil.copytree(complete, folder)
     monkeypatch.chdir(folder)
@@ -165,7 +165,7 @@ def project(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def set_params(workspace: Path) -> Callable[..., None]:
-    """Change values of the params.yaml of the workspace: set_params("lora", r=8)."""
+    """Change values in the workspace's params.yaml: set_params("lora", r=8)."""
     yaml, path = YAML(), workspace / "params.yaml"
 
     def change(group: str, **values: Any) -> None:

@@ -1,7 +1,7 @@
-"""Processes of their own without the seconds in which a fresh one imports the libraries.
+"""Separate processes that start without the seconds it takes to import the libraries.
 
-They are forked from a server process that has imported them, and are otherwise what
-subprocess.Popen gives: output by pipes, signals, a status.
+They are forked from a server process that has imported the libraries, and otherwise behave like
+subprocess.Popen: output through pipes, signals, an exit status.
 """
 
 import asyncio
@@ -30,20 +30,20 @@ from stages import train
 from tests.support import ROOT
 
 FROM_SERVER = get_context("forkserver")
-# Seconds after which a process that does not end is killed.
+# Seconds until a process that does not exit is killed.
 PATIENCE = 60
 
 
 class Forked:
-    """A process that calls a function of this module."""
+    """A process that runs a function of this module."""
 
     def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
         FROM_SERVER.set_forkserver_preload([__name__])
-        with chdir(ROOT):  # from where the server imports
+        with chdir(ROOT):  # the server imports from here
             forkserver.ensure_running()
         ends = [FROM_SERVER.Pipe(duplex=False) for _ in range(2)]
         writers = [writer for _, writer in ends]
-        self._process = FROM_SERVER.Process(target=redirected, args=(writers, work, arguments))
+        self._process = FROM_SERVER.Process(target=run_redirected, args=(writers, work, arguments))
         self._process.start()
         for writer in writers:
             writer.close()
@@ -61,7 +61,7 @@ class Forked:
         os.kill(self.pid, number)
 
     def communicate(self) -> tuple[str, str]:
-        """What is left to read of its output and its errors, once it has ended by itself."""
+        """Wait for the process to exit; return the rest of its stdout and stderr."""
         patience = threading.Timer(PATIENCE, self._process.kill)
         patience.start()
         found = self.stdout.read(), self.stderr.read()
@@ -82,7 +82,7 @@ class Forked:
         self.stderr.close()
 
 
-def redirected(
+def run_redirected(
     writers: list[Connection], work: Callable[..., None], arguments: Sequence[Any]
 ) -> None:
     for number, writer in enumerate(writers, start=1):
@@ -92,15 +92,15 @@ def redirected(
 
 
 def score_files(batch: int, *arguments: str) -> None:
-    """The command that scores, a few records at a time."""
-    leave_threads()
+    """Run the score command, a few records at a time."""
+    keep_threads()
     score.BATCH_CHARACTERS = batch
     sys.argv = ["score", *arguments]
     score.main()
 
 
 def train_until(step: int) -> None:
-    """The stage train, killed before a step is taken; to its end where there is no such step."""
+    """Run the train stage, killed before the given step, or to its end if there is no such step."""
     original = trainer.RewardTrainer.training_step
 
     def deadly(self: trainer.RewardTrainer, *arguments: Any) -> Any:
@@ -110,17 +110,17 @@ def train_until(step: int) -> None:
 
     trainer.RewardTrainer.training_step = deadly  # type: ignore[assignment]
     warnings.simplefilter("error")
-    leave_threads()
+    keep_threads()
     train.main()
 
 
 def train_in_group(
     rank: int, size: int, port: int, killed: tuple[int, int] | None = None, room: int = 10**6
 ) -> None:
-    """The stage train as one of several processes.
+    """Run the train stage as one of several processes.
 
-    `killed` are the process that kills itself and the step that it does not take. Packs of more
-    tokens than `room` are more than memory holds.
+    `killed` is the rank of the process that kills itself, and the step before which it does. Packs
+    of more than `room` tokens run out of memory.
     """
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -137,13 +137,13 @@ def train_in_group(
 
 
 def launch_train(environment: dict[str, str]) -> None:
-    """The stage train as its command starts it: in processes of their own."""
+    """Run the train stage as its command does, in separate processes."""
     os.environ |= {"PYTHONPATH": str(ROOT)} | environment
     launching.distribute(train.main, "stages.train", train.useful, machines=True)
 
 
-def lose_a_machine(port: int) -> None:
-    """Meet at a machine that has gone by the time of the goodbye."""
+def join_lost_host(port: int) -> None:
+    """Join a rendezvous whose host is gone when this process leaves."""
     head = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     other = TCPStore("127.0.0.1", port, wait_for_workers=False)
     del head
@@ -151,18 +151,18 @@ def lose_a_machine(port: int) -> None:
         other.compare_set("state", "open", "closed")
 
 
-def leave_threads() -> None:
-    """Have the process compute with the threads that it has, which are those of the tests."""
+def keep_threads() -> None:
+    """Keep the current thread count, which is that of the tests."""
     torch.set_num_threads = lambda nthreads: None
 
 
 def say(what: str) -> None:
-    """Print a line at once, whole: several threads would mix the pieces that print writes."""
+    """Print a line in one write: print writes in pieces, which several threads would interleave."""
     os.write(1, f"{what}\n".encode())
 
 
 class Slow:
-    """A scorer that says what it does, and takes some seconds for each pack."""
+    """A scorer that prints what it does and takes some seconds for each pack."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -183,7 +183,7 @@ def serve_slowly(seconds: float) -> None:
 
 
 class Named(Slow):
-    """A scorer that gives each text the number of its process."""
+    """A scorer whose reward for each text is its process id."""
 
     def rewards(self, texts: Sequence[Ids], prompts: Sequence[Hashable]) -> list[float]:
         return [float(os.getpid())] * len(texts)

@@ -1,4 +1,4 @@
-"""Judgements to test figures with: of single pairs, and of more answers to a prompt."""
+"""Judgements to compute metrics from: of single pairs, and of several answers to a prompt."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def pairs(
     prompts: Ints | None = None,
     preference: Floats | None = None,
 ) -> Judged:
-    """Pairs whose answers are all different ones; each of a prompt of its own, of one length."""
+    """Pairs of distinct answers, by default each with its own prompt and all of one length."""
     count = len(chosen)
     ones: Ints = np.ones(count, dtype=np.int64)
     numbers = np.arange(count)
@@ -33,7 +33,7 @@ def pairs(
 
 
 def answered(prompts: Sequence[tuple[Sequence[float], Sequence[Comparison]]]) -> Judged:
-    """The rewards of each prompt's answers, and their comparisons: better, worse, preference."""
+    """Judgements from each prompt's rewards and its comparisons (better, worse, preference)."""
     rows = [
         (rewards[j], rewards[k], preference, j, k, prompt)
         for prompt, (rewards, compared) in enumerate(prompts)

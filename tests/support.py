@@ -1,4 +1,4 @@
-"""What test modules share beside the fixtures: groups of params, small models, pairs, limits."""
+"""Shared helpers that are not fixtures: param groups, small models, pairs, limits."""
 
 import json
 import random
@@ -68,7 +68,7 @@ LLAMA3 = {
         "original_max_position_embeddings": 16,
     },
 }
-# Rotates 12 of the 16 numbers of a head; by other factors where a text has more than 64 tokens.
+# Rotates 12 of the 16 dimensions of a head; the factors change for texts of more than 64 tokens.
 LONGROPE = {
     "sliding_window": None,
     "partial_rotary_factor": 0.75,
@@ -97,7 +97,7 @@ GEMMA3 = {
     },
 }
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
-# The rows of the table in docs/models.md: model type, shape, projections that get an adapter.
+# The rows of the table in docs/models.md: model type, shape, projections with adapters.
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "Qwen2, Qwen2.5": ("qwen2", {"tie_word_embeddings": True}, SEPARATE),
     "Qwen3": ("qwen3", {"head_dim": 24}, SEPARATE),
@@ -129,7 +129,7 @@ VISION = {
 
 
 def save_family(name: str, folder: Path, **more: Any) -> "PreTrainedModel":
-    """The folder of a tiny random model of a family, as people have it; the model."""
+    """Save a tiny random model of a family in its published format, and return it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -140,14 +140,14 @@ def save_family(name: str, folder: Path, **more: Any) -> "PreTrainedModel":
         shape = {"text_config": shape, "vision_config": VISION, "mm_tokens_per_image": 4}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval()
     for parameter in model.parameters():
-        if parameter.dim() == 1:  # norms and biases, which begin as ones and zeros
+        if parameter.dim() == 1:  # norms and biases, initialized to ones and zeros
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return model
 
 
 def fetched(name: str, folder: Path, **more: Any) -> Path:
-    """A tiny random model of a family as fetch leaves it, but for the tokenizer."""
+    """A tiny random model of a family as fetch writes it, without a tokenizer."""
     source = folder / "source"
     save_family(name, source, **more)
     config = read_json(source / "config.json")
@@ -162,7 +162,7 @@ def fetched(name: str, folder: Path, **more: Any) -> Path:
 
 
 def write_pairs(path: Path, count: int = 40) -> Path:
-    """Distinct small pairs over count / 2 prompts, with a `kind`, as a JSON array."""
+    """Write distinct small pairs for count / 2 prompts, with a `kind`, as a JSON array."""
     pairs = [
         {
             "prompt": f"Name a word that rhymes with number {index // 2}.",
@@ -178,18 +178,18 @@ def write_pairs(path: Path, count: int = 40) -> Path:
 
 
 def chosen_and_rejected(rewards: "Tensor") -> "tuple[Tensor, Tensor]":
-    """Those of the first and of the second text of each pair, out of those of both in turn."""
+    """Split rewards that alternate between the chosen and the rejected text of each pair."""
     chosen, rejected = rewards.view(-1, 2).unbind(1)
     return chosen, rejected
 
 
 def pair_losses(rewards: "Tensor") -> "Tensor":
-    """The loss of each pair, out of the rewards of both texts in turn."""
+    """The loss of each pair, from rewards that alternate between chosen and rejected."""
     return losses(*chosen_and_rejected(rewards), Labels.certain(len(rewards) // 2))
 
 
 def as_pairs(raw: Raw) -> list[dict[str, Any]]:
-    """The comparisons of a record that are not ties, as canonical pairs."""
+    """The comparisons of a record as canonical pairs, without ties."""
     return [
         raw.columns
         | {"prompt": raw.prompt, "chosen": raw.answers[each.j], "rejected": raw.answers[each.k]}
@@ -202,7 +202,7 @@ def ties_of(raw: Raw) -> int:
     return sum(each.preference == TIE for each in raw.comparisons)
 
 
-def prompts_of(seed: int, count: int = 5) -> list[Texts]:
+def random_prompts(seed: int, count: int = 5) -> list[Texts]:
     draw = random.Random(seed)
 
     def ids(least: int, most: int) -> list[int]:
@@ -215,8 +215,8 @@ def prompts_of(seed: int, count: int = 5) -> list[Texts]:
     return prompts
 
 
-def score_here(request: Request, elsewhere: Path) -> subprocess.CompletedProcess[str]:
-    """What export's fresh process does, in this one, which has imported the libraries already."""
+def run_clients_here(request: Request, elsewhere: Path) -> subprocess.CompletedProcess[str]:
+    """Run export's clients in this process, which has already imported the libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pyarrow.parquet.write_table(clients.find(request), elsewhere / FOUND)
@@ -224,8 +224,8 @@ def score_here(request: Request, elsewhere: Path) -> subprocess.CompletedProcess
 
 
 @contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A limit on the size of files that are written, which a full disk is for each of them."""
+def file_size_limit(size: int) -> Iterator[None]:
+    """Limit the size of written files, so that each write fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

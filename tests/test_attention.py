@@ -1,4 +1,4 @@
-"""Attention over a pack: what each text sees, and that a pack gives what its texts give alone."""
+"""Attention over a pack: what each text sees, and that packing does not change the rewards."""
 
 import inspect
 import random
@@ -22,24 +22,32 @@ from reward.model.packing import Texts, pack
 from reward.model.scoring import as_in_transformers, evaluating, require_exact, rewards
 from reward.process import Fault
 from tests import varlen
-from tests.support import FAMILIES, SEPARATE, SHAPE, VOCABULARY, fetched, pair_losses, prompts_of
+from tests.support import (
+    FAMILIES,
+    SEPARATE,
+    SHAPE,
+    VOCABULARY,
+    fetched,
+    pair_losses,
+    random_prompts,
+)
 
 Attention = Callable[..., Tensor]
 
-# Families whose last layer is worked on whole.
+# Families whose last layer is computed for all tokens.
 CALLED_OTHERWISE = {"OPT", "GPT-2"}
 PLAIN = Quantization(bits="none", quant_type="nf4", double_quant=False, compute_dtype="float32")
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that the tests' texts have several of."""
+    """Blocks so small that each text spans several."""
     monkeypatch.setattr(attention, "BLOCK", 8)
 
 
 @pytest.fixture(params=["text by text", "by flash"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The path of a CPU, and that of a GPU with flash attention, whose kernels are emulated."""
+    """The CPU path, and the GPU path with flash attention, whose kernels are emulated."""
     if request.param == "by flash":
         monkeypatch.setattr(attention, "flash", partial(varlen.varlen_attn, enable_gqa=True))
         monkeypatch.setattr(attention, "has_flash", lambda device: True)
@@ -50,7 +58,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def model_of(folder: Path, family: str, compute_dtype: Any = "float32", **shape: Any) -> PeftModel:
-    """A tiny random model of a family of the table with adapters that are not zero."""
+    """A tiny random model of a family with non-zero adapters."""
     targets = FAMILIES[family][2]
     return adapted(fetched(family, folder, **shape), targets, compute_dtype=compute_dtype)
 
@@ -58,7 +66,7 @@ def model_of(folder: Path, family: str, compute_dtype: Any = "float32", **shape:
 def reward_model(
     folder: Path, kind: str, targets: list[str], *, of_layers: int | None = None, **shape: Any
 ) -> PeftModel:
-    """The same of a model type, whatever it is."""
+    """A tiny random model of any model type with non-zero adapters."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SHAPE | shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -80,7 +88,7 @@ def adapted(
 
 
 def stock_rewards(model: PeftModel, prompts: list[Texts]) -> Tensor:
-    """Every text by itself through transformers' own decoder: no pack, no padding. In fp32."""
+    """Rewards in fp32 from transformers' own decoder, one text at a time: no packs, no padding."""
     with as_in_transformers(model) as classifier:
         ends = [
             classifier.base_model(
@@ -107,20 +115,20 @@ def checkpoint_activations(model: PeftModel) -> None:
     classifier.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
 
 
-# --- equal to the texts alone ----------------------------------------------------------------
+# --- packs against single texts --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("path")
-def test_rewards_and_gradients_are_those_of_two_stock_passes(
+def test_rewards_and_gradients_match_stock_passes(
     tmp_path: Path, family: str, checkpointing: bool
 ) -> None:
-    model, prompts = model_of(tmp_path, family), prompts_of(0)
+    model, prompts = model_of(tmp_path, family), random_prompts(0)
     wanted = stock_rewards(model, prompts)
     wanted_gradients = gradients(model, wanted)
     if checkpointing:
@@ -137,8 +145,8 @@ def test_rewards_and_gradients_are_those_of_two_stock_passes(
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - CALLED_OTHERWISE))
-def test_the_last_layer_works_on_the_last_tokens_alone(tmp_path: Path, family: str) -> None:
-    model, prompts = model_of(tmp_path, family), prompts_of(1)
+def test_last_layer_computes_only_the_last_tokens(tmp_path: Path, family: str) -> None:
+    model, prompts = model_of(tmp_path, family), random_prompts(1)
     layers = cast(Any, model.get_base_model()).base_model.layers
     seen: list[int] = []
     for layer in layers:
@@ -149,9 +157,9 @@ def test_the_last_layer_works_on_the_last_tokens_alone(tmp_path: Path, family: s
 
 
 @pytest.mark.usefixtures("path")
-def test_adapters_on_lower_layers_alone_have_the_same_gradients(tmp_path: Path) -> None:
+def test_adapters_on_lower_layers_only_have_the_same_gradients(tmp_path: Path) -> None:
     model = reward_model(tmp_path, "qwen2", SEPARATE, of_layers=1)
-    prompts = prompts_of(2)
+    prompts = random_prompts(2)
     wanted = gradients(model, stock_rewards(model, prompts))
     found = gradients(model, rewards(model, pack(prompts)))
     assert len(found) == 7
@@ -160,7 +168,7 @@ def test_adapters_on_lower_layers_alone_have_the_same_gradients(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("path")
-def test_three_texts_of_a_prompt_are_three_texts(tmp_path: Path) -> None:
+def test_three_texts_of_a_prompt_match_stock_passes(tmp_path: Path) -> None:
     model = reward_model(tmp_path, "llama", SEPARATE)
     draw = random.Random(4)
     prompts = [
@@ -173,9 +181,9 @@ def test_three_texts_of_a_prompt_are_three_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_a_reward_depends_on_nothing_else_in_the_pack(tmp_path: Path) -> None:
-    """Alone, in any order, in any company: within 1e-6 of the rewards' size, fp32 rounding."""
-    model, prompts = reward_model(tmp_path, "qwen2", SEPARATE), prompts_of(5, 12)
+def test_reward_does_not_depend_on_the_rest_of_the_pack(tmp_path: Path) -> None:
+    """Alone or in any pack and order, rewards agree within 1e-6 of their norm (fp32 rounding)."""
+    model, prompts = reward_model(tmp_path, "qwen2", SEPARATE), random_prompts(5, 12)
     with torch.no_grad(), evaluating(model):
         wanted = torch.cat([rewards(model, pack([texts])) for texts in prompts]).view(-1, 2)
         for seed, size in ((0, 12), (1, 5), (2, 2)):
@@ -188,8 +196,10 @@ def test_a_reward_depends_on_nothing_else_in_the_pack(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changed", [0, 1])
 @pytest.mark.usefixtures("path")
-def test_tokens_of_one_answer_never_touch_the_other_reward(tmp_path: Path, changed: int) -> None:
-    model, prompts = reward_model(tmp_path, "qwen2", SEPARATE), prompts_of(6)
+def test_tokens_of_one_answer_never_change_the_reward_of_the_other(
+    tmp_path: Path, changed: int
+) -> None:
+    model, prompts = reward_model(tmp_path, "qwen2", SEPARATE), random_prompts(6)
     before = rewards(model, pack(prompts)).view(-1, 2)
     for index, texts in enumerate(prompts):
         for place in range(texts.prefix, len(texts.ids[changed])):
@@ -203,7 +213,7 @@ def test_tokens_of_one_answer_never_touch_the_other_reward(tmp_path: Path, chang
             assert after[index, changed] != before[index, changed]
 
 
-# --- windows, and what is refused ------------------------------------------------------------
+# --- windows, and models that are refused ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,9 +226,9 @@ def test_tokens_of_one_answer_never_touch_the_other_reward(tmp_path: Path, chang
     ],
 )
 @pytest.mark.usefixtures("path")
-def test_a_sliding_window_is_honoured(tmp_path: Path, family: str, shape: dict[str, Any]) -> None:
+def test_sliding_window_is_respected(tmp_path: Path, family: str, shape: dict[str, Any]) -> None:
     targets = ["qkv_proj"] if family == "phi3" else SEPARATE
-    model, prompts = reward_model(tmp_path, family, targets, **shape), prompts_of(7)
+    model, prompts = reward_model(tmp_path, family, targets, **shape), random_prompts(7)
     wanted = stock_rewards(model, prompts)
     assert relative(rewards(model, pack(prompts)), wanted) < 1e-5
     wanted_gradients = gradients(model, wanted)
@@ -246,19 +256,19 @@ def test_other_attention_is_refused_by_name(tmp_path: Path, family: str, fault: 
     targets = ["query_key_value"] if family in ("falcon", "bloom") else SEPARATE
     shape = {"head_dim": 16} if family in ("gemma2", "gpt_oss") else {}
     with pytest.raises(Fault, match=fault):
-        rewards(reward_model(tmp_path, family, targets, **shape), pack(prompts_of(0)))
+        rewards(reward_model(tmp_path, family, targets, **shape), pack(random_prompts(0)))
 
 
-def test_a_mask_that_a_model_brings_is_refused() -> None:
+def test_mask_passed_by_a_model_is_refused() -> None:
     x = torch.zeros(1, 1, 3, 4)
     plan = Plan(pack([Texts([[1, 2], [1, 3]], 1)]).layout, x.device)
     with pytest.raises(Fault, match="Identity uses its own mask in its attention"):
         attend(nn.Identity(), x, x, x, torch.zeros(1, 1, 3, 3), plan=plan)
 
 
-def test_a_model_that_a_pack_computes_otherwise_is_refused(tmp_path: Path) -> None:
+def test_model_with_different_rewards_in_packs_is_refused(tmp_path: Path) -> None:
     model = reward_model(tmp_path, "qwen2", SEPARATE)
-    texts = prompts_of(8)[1]
+    texts = random_prompts(8)[1]
     require_exact(model.train(), [texts])
     assert model.training
     assert cast(Any, model.config)._attn_implementation == attention.NAME
@@ -275,10 +285,10 @@ def test_a_model_that_a_pack_computes_otherwise_is_refused(tmp_path: Path) -> No
         require_exact(model, [texts])
 
 
-def test_rounding_that_trained_adapters_multiply_is_no_inexactness(tmp_path: Path) -> None:
-    """In half precision they make much of what a pack and its texts alone round differently."""
+def test_rounding_amplified_by_trained_adapters_is_accepted(tmp_path: Path) -> None:
+    """In half precision, adapters amplify rounding differences between packs and single texts."""
     model = reward_model(tmp_path, "qwen2", SEPARATE)
-    texts = prompts_of(8)[1]
+    texts = random_prompts(8)[1]
 
     def mixing(_: Any, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + given[0].mean(1, keepdim=True)
@@ -290,10 +300,10 @@ def test_rounding_that_trained_adapters_multiply_is_no_inexactness(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("longer", "exact"), [(60, True), (70, False)])
-def test_a_short_pair_beside_a_long_one_is_compared_too(
+def test_short_pair_is_also_compared_next_to_a_long_one(
     tmp_path: Path, longer: int, exact: bool
 ) -> None:
-    """LongRoPE rotates all of a row by other factors where one text has more than 64 tokens."""
+    """LongRoPE changes its factors for a whole row if any text has more than 64 tokens."""
     model = model_of(tmp_path, "Phi-4-mini", initializer_range=0.3)
     pairs = [Texts([[*range(3, 3 + size)], [5, *range(9, 8 + size)]], 0) for size in (longer, 9, 6)]
     for pair in pairs:
@@ -305,14 +315,14 @@ def test_a_short_pair_beside_a_long_one_is_compared_too(
         require_exact(model, pairs)
 
 
-def test_dropout_of_the_base_is_off_and_that_of_adapters_on(tmp_path: Path) -> None:
+def test_dropout_is_on_in_adapters_and_off_in_the_base(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("phi", **SHAPE, resid_pdrop=0.5, attention_dropout=0.5)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     base = load_base(tmp_path, PLAIN)
     new_head(base, 0)
     lora = LoraConfig(r=4, lora_dropout=0.5, target_modules=SEPARATE, init_lora_weights=False)
-    model, batch = add_lora(base, lora), pack(prompts_of(9))
+    model, batch = add_lora(base, lora), pack(random_prompts(9))
     drops = {
         name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)
     }
@@ -324,13 +334,13 @@ def test_dropout_of_the_base_is_off_and_that_of_adapters_on(tmp_path: Path) -> N
         assert torch.equal(rewards(model, batch), rewards(model, batch))
 
 
-# --- the two ways of computing it ------------------------------------------------------------
+# --- the two implementations -----------------------------------------------------------------
 
 
-def slowly(
+def slow_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float, window: int | None
 ) -> Tensor:
-    """One query at a time, one head at a time, by the definition: [1, queries, heads, size]."""
+    """Attention by its definition, one query and one head at a time: [1, queries, heads, size]."""
     layout, groups = plan.layout, query.shape[1] // key.shape[1]
     outputs: list[Tensor] = []
     for text, count in enumerate(layout.queries):
@@ -351,8 +361,8 @@ def slowly(
 
 
 @pytest.fixture(params=["in blocks", "in one block", "by flash"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attention:
-    """Both; the flash kernels, which need a GPU, by what they are documented to do."""
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attention:
+    """Both implementations; the flash kernels, which need a GPU, are emulated as documented."""
     monkeypatch.setattr(attention, "BLOCK", 3 if request.param == "in blocks" else 64)
     monkeypatch.setattr(attention, "flash", partial(varlen.varlen_attn, enable_gqa=True))
     return flash_attention if request.param == "by flash" else text_by_text
@@ -361,8 +371,13 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Atte
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
 @pytest.mark.parametrize(("heads", "grouped", "size"), [(4, 4, 8), (4, 2, 12), (3, 1, 5)])
 @pytest.mark.parametrize("at_ends", [False, True])
-def test_every_way_is_the_definition(
-    way: Attention, window: int | None, heads: int, grouped: int, size: int, at_ends: bool
+def test_implementations_match_the_definition(
+    implementation: Attention,
+    window: int | None,
+    heads: int,
+    grouped: int,
+    size: int,
+    at_ends: bool,
 ) -> None:
     draw = random.Random(size)
     prompts = [
@@ -378,8 +393,8 @@ def test_every_way_is_the_definition(
         torch.randn(1, n, tokens, size, dtype=torch.float64, requires_grad=True)
         for n, tokens in shapes
     ]
-    found = way(query, key, value, plan, 0.3, window)
-    wanted = slowly(query, key, value, plan, 0.3, window)
+    found = implementation(query, key, value, plan, 0.3, window)
+    wanted = slow_attention(query, key, value, plan, 0.3, window)
     torch.testing.assert_close(found, wanted)
     direction = torch.randn_like(wanted)
     pairs = zip(
@@ -391,14 +406,16 @@ def test_every_way_is_the_definition(
         torch.testing.assert_close(one, other)
 
 
-def test_without_a_scaling_it_is_that_of_the_head_size(way: Attention) -> None:
+def test_scaling_defaults_to_the_head_size(implementation: Attention) -> None:
     plan = Plan(pack([Texts([[1, 2, 3], [1, 4]], 1)]).layout, torch.device("cpu"))
     x = torch.randn(1, 2, 4, 5)
-    torch.testing.assert_close(way(x, x, x, plan, None, None), way(x, x, x, plan, 5**-0.5, None))
+    torch.testing.assert_close(
+        implementation(x, x, x, plan, None, None), implementation(x, x, x, plan, 5**-0.5, None)
+    )
 
 
-def test_a_plan_computes_masks_and_calls_once() -> None:
-    plan = Plan(pack(prompts_of(0)).layout, torch.device("cpu"))
+def test_plan_computes_masks_and_calls_once() -> None:
+    plan = Plan(pack(random_prompts(0)).layout, torch.device("cpu"))
     assert plan.calls is plan.calls
     one, other = (plan.mask(n, 5, None, torch.float32) for n in (2, 3))
     assert one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
@@ -409,13 +426,12 @@ def test_a_plan_computes_masks_and_calls_once() -> None:
 # --- half precision --------------------------------------------------------------------------
 
 
-def require_as_near_as_stock(folder: Path, family: str, checkpointing: bool) -> None:
-    """Rewards and gradients in bf16 are as far from those in fp32 as transformers' own are.
+def require_as_close_as_stock(folder: Path, family: str, checkpointing: bool) -> None:
+    """Require bf16 rewards and gradients to be as close to fp32 as those of transformers.
 
-    All from the same weights. Two roundings of the same size, in another order, may be one and a
-    half times as far from the truth.
+    All use the same weights. The order of operations alone may make an error 1.5 times as large.
     """
-    prompts = prompts_of(0, 20)
+    prompts = random_prompts(0, 20)
     half = model_of(folder / "half", family, "bfloat16")
     exact = model_of(folder / "exact", family)
     exact.load_state_dict(half.state_dict())
@@ -434,17 +450,17 @@ def require_as_near_as_stock(folder: Path, family: str, checkpointing: bool) -> 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "Llama 2", "Mistral"])
-def test_half_precision_is_as_near_to_fp32_as_transformers_is(
+def test_half_precision_is_as_close_to_fp32_as_transformers(
     tmp_path: Path, family: str, checkpointing: bool
 ) -> None:
-    require_as_near_as_stock(tmp_path, family, checkpointing)
+    require_as_close_as_stock(tmp_path, family, checkpointing)
 
 
-# --- the path of a GPU -----------------------------------------------------------------------
+# --- the GPU path ----------------------------------------------------------------------------
 
 
-def test_variable_length_attention_is_called_as_each_torch_declares_it() -> None:
-    """And the one that is installed is as known, and has the names that its emulation has."""
+def test_varlen_attention_is_called_with_the_signature_of_each_torch() -> None:
+    """The installed torch is a known one, and its emulation has the same parameter names."""
     version = ".".join(torch.__version__.split(".")[:2])
     assert tuple(inspect.signature(varlen_attn).parameters) == varlen.PARAMETERS[version]
     emulated = inspect.signature(varlen.varlen_attn).parameters
@@ -464,13 +480,13 @@ def test_variable_length_attention_is_called_as_each_torch_declares_it() -> None
 
 
 def kind_of_parameter(name: str) -> Any:
-    """The first seven are by place, the others by name."""
+    """The first seven parameters are positional, the others are keywords."""
     by_place = name in varlen.COMMON[:7]
     return inspect.Parameter.POSITIONAL_OR_KEYWORD if by_place else inspect.Parameter.KEYWORD_ONLY
 
 
-def test_a_window_before_and_after_a_query_is_counted_from_the_last_key() -> None:
-    """The emulation by values that tell their places, for one text of 2 queries and 4 keys."""
+def test_window_around_a_query_is_aligned_at_the_last_key() -> None:
+    """The emulation, for one text of 2 queries and 4 keys whose values encode their positions."""
     query, key, value = torch.zeros(2, 1, 8), torch.zeros(4, 1, 8), torch.zeros(4, 1, 8)
     value[:, 0, 0] = torch.tensor([1.0, 10.0, 100.0, 1000.0])
     cu_queries, cu_keys = (torch.tensor([0, rows], dtype=torch.int32) for rows in (2, 4))
@@ -487,10 +503,13 @@ def test_a_window_before_and_after_a_query_is_counted_from_the_last_key() -> Non
 @pytest.mark.parametrize("path", ["by flash"], indirect=True)
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", [12, 16])
-def test_a_layer_makes_two_calls_of_flash_attention_in_heads_of_a_multiple_of_8(
+def test_layer_makes_two_flash_attention_calls_with_head_size_a_multiple_of_8(
     tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, prompts = reward_model(tmp_path, "llama", SEPARATE, **{"head_dim": size}), prompts_of(10)
+    model, prompts = (
+        reward_model(tmp_path, "llama", SEPARATE, **{"head_dim": size}),
+        random_prompts(10),
+    )
     emulated, seen = attention.flash, []
 
     def counted(query: Tensor, *rest: Any, **more: Any) -> Tensor:
@@ -508,7 +527,7 @@ def test_a_layer_makes_two_calls_of_flash_attention_in_heads_of_a_multiple_of_8(
         assert relative(gradient, wanted_gradients[name]) < 1e-5, name
 
 
-def test_only_what_the_kernels_take_goes_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_get_only_supported_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     def taken(dtype: torch.dtype, size: int = 64, of_values: int = 64) -> bool:
         return attention.uses_flash(
             torch.zeros(1, dtype=dtype).expand(1, 2, 3, size), torch.zeros(1, 2, 3, of_values)
@@ -526,9 +545,9 @@ def test_only_what_the_kernels_take_goes_to_them(monkeypatch: pytest.MonkeyPatch
     assert not taken(torch.bfloat16, 64, 32)
 
 
-def test_the_last_layer_shares_the_keys_of_the_others() -> None:
-    """So that nothing more has to be sent to a GPU that is at work."""
-    plan = Plan(pack(prompts_of(0)).layout, torch.device("cpu"))
+def test_last_layer_shares_keys_with_other_layers() -> None:
+    """No extra transfer to a busy GPU is needed."""
+    plan = Plan(pack(random_prompts(0)).layout, torch.device("cpu"))
     x = torch.zeros(0)
     for whole, last in zip(plan.calls, attention.LastTokens(plan, (x, x)).calls, strict=True):
         assert last.keys is whole.keys
@@ -538,9 +557,9 @@ def test_the_last_layer_shares_the_keys_of_the_others() -> None:
         assert last.cu_queries.dtype == torch.int32
 
 
-def test_a_mask_for_a_gpu_has_memory_of_its_own() -> None:
-    """Aligned, as its kernels need it; `meta` stands for a device that is not the CPU."""
-    layout = pack(prompts_of(0, 20)).layout
+def test_mask_for_a_gpu_owns_its_memory() -> None:
+    """Aligned, as the GPU's kernels require; `meta` stands in for a device other than the CPU."""
+    layout = pack(random_prompts(0, 20)).layout
     plan = Plan(layout, torch.device("meta"))
     most = max(before + own for before, own in zip(layout.prefix, layout.own, strict=True))
     assert plan.block == most
@@ -558,10 +577,10 @@ def test_a_mask_for_a_gpu_has_memory_of_its_own() -> None:
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("heads", "grouped", "size"), [(4, 4, 64), (14, 2, 64), (6, 2, 24)])
 @pytest.mark.parametrize("at_ends", [False, True])
-def test_flash_attention_is_text_by_text_within_bf16(
+def test_flash_attention_matches_text_by_text_within_bf16(
     window: int | None, heads: int, grouped: int, size: int, at_ends: bool
 ) -> None:
-    layout = pack(prompts_of(0, 20)).layout
+    layout = pack(random_prompts(0, 20)).layout
     plan = Plan(layout.at_ends() if at_ends else layout, torch.device("cuda"))
     torch.manual_seed(0)
     keys = sum(layout.own)
@@ -587,7 +606,7 @@ def test_flash_attention_is_text_by_text_within_bf16(
 @pytest.mark.cuda
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "Llama 2", "Mistral"])
-def test_half_precision_on_a_gpu_is_as_near_to_fp32_as_transformers_is(
+def test_half_precision_on_a_gpu_is_as_close_to_fp32_as_transformers(
     tmp_path: Path, family: str, checkpointing: bool
 ) -> None:
-    require_as_near_as_stock(tmp_path, family, checkpointing)
+    require_as_close_as_stock(tmp_path, family, checkpointing)

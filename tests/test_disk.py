@@ -1,4 +1,4 @@
-"""A disk that is full, closed or damaged: one sentence, nothing that looks whole, a rerun mends."""
+"""Full disk, missing permissions, damaged files: one line, no partial outs, a rerun recovers."""
 
 import ctypes
 import errno
@@ -21,7 +21,7 @@ from reward.model import base, trainer
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import run
 from stages import evaluate, export, fetch, preprocess, train
-from tests.support import files_of_at_most
+from tests.support import file_size_limit
 
 Main = Callable[[], None]
 STAGES: dict[str, tuple[Main, list[str]]] = {
@@ -40,17 +40,17 @@ OVERRIDE = 0b1110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
 
 
 @pytest.fixture(autouse=True)
-def as_complete_was_made(
-    threads_of_a_stage: Callable[[], AbstractContextManager[None]],
+def threads_as_in_complete(
+    stage_threads: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[None]:
-    """What stages write is compared with it, byte by byte."""
-    with threads_of_a_stage():
+    """Outs are compared with those of `complete`, whose bytes depend on the thread count."""
+    with stage_threads():
         yield
 
 
 @pytest.fixture
 def fault(capsys: pytest.CaptureFixture[str]) -> Callable[[Main], str]:
-    """The sentence with which a stage ends."""
+    """Run a stage that fails, and return its one-line error message."""
 
     def run_it(main: Main) -> str:
         capsys.readouterr()
@@ -65,7 +65,7 @@ def fault(capsys: pytest.CaptureFixture[str]) -> Callable[[Main], str]:
 
 
 def state(paths: list[str]) -> dict[str, object]:
-    """Digests of those of the paths that are there."""
+    """Digests of the paths that exist."""
     found = {name: Path(name) for name in paths if Path(name).exists()}
     return {name: digests(path) if path.is_dir() else digest(path) for name, path in found.items()}
 
@@ -79,11 +79,11 @@ def left_over() -> list[Path]:
     return [*Path().rglob("*.partial"), *Path().rglob("tmp*")]
 
 
-# --- full ------------------------------------------------------------------------------------
+# --- full disk -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_full_disk_is_a_sentence_at_every_file(stage: str, fault: Callable[[Main], str]) -> None:
+def test_full_disk_is_reported_at_every_file(stage: str, fault: Callable[[Main], str]) -> None:
     main, outs = STAGES[stage]
     wanted = state(outs)
     files = [path for out in [*outs, "models/checkpoints"] for path in Path(out).rglob("*")]
@@ -94,21 +94,21 @@ def test_a_full_disk_is_a_sentence_at_every_file(stage: str, fault: Callable[[Ma
     assert len(sizes) >= 2
     for size in sizes:
         remove([*outs, "models/checkpoints"])
-        with files_of_at_most(size - 1):
+        with file_size_limit(size - 1):
             said = fault(main)
         assert said.endswith(
             "File too large; free some space, then run the same command again"
         ) or ("No space left" in said)
         found = state(outs)
         assert found != wanted
-        found.pop("reports/train", None)  # the curves grow while training runs
+        found.pop("reports/train", None)  # the curves grow during training
         assert found == {name: wanted[name] for name in found}
         assert left_over() == []
     run(main)
     assert state(outs) == wanted
 
 
-def test_a_checkpoint_that_does_not_fit_costs_no_earlier_one(
+def test_checkpoint_that_does_not_fit_keeps_the_earlier_one(
     fault: Callable[[Main], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main, outs = STAGES["train"]
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_does_not_fit_costs_no_earlier_one(
     original = trainer.RewardTrainer._save_checkpoint
 
     def filling(self: trainer.RewardTrainer, *arguments: object) -> None:
-        with files_of_at_most(2000 if self.state.global_step == 2 else 10**9):
+        with file_size_limit(2000 if self.state.global_step == 2 else 10**9):
             original(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
@@ -129,12 +129,12 @@ def test_a_checkpoint_that_does_not_fit_costs_no_earlier_one(
     assert state(outs) == wanted
 
 
-# --- closed ----------------------------------------------------------------------------------
+# --- permissions -----------------------------------------------------------------------------
 
 
 @contextmanager
-def closed(*folders: str) -> Iterator[None]:
-    """Folders in which nothing can be made, for a superuser neither."""
+def enforced_permissions(*folders: str) -> Iterator[None]:
+    """Make folders read-only, and drop a superuser's right to ignore permissions."""
     libc = ctypes.CDLL(None, use_errno=True)
     head, before = (ctypes.c_uint32 * 2)(CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
     super_user = sys.platform == "linux" and os.geteuid() == 0
@@ -170,13 +170,13 @@ def closed(*folders: str) -> Iterator[None]:
         ("export", "metrics"),
     ],
 )
-def test_a_closed_folder_is_a_sentence(
+def test_read_only_folder_is_reported(
     stage: str, folder: str, fault: Callable[[Main], str]
 ) -> None:
     main, outs = STAGES[stage]
     wanted = state(outs)
     remove([*outs, *(str(path) for path in Path("models/checkpoints").glob("*"))])
-    with closed(folder):
+    with enforced_permissions(folder):
         said = fault(main)
     assert said.startswith(folder)
     assert said.endswith(
@@ -187,18 +187,18 @@ def test_a_closed_folder_is_a_sentence(
     assert state(outs) == wanted
 
 
-def test_an_input_that_may_not_be_read_is_a_sentence(fault: Callable[[Main], str]) -> None:
+def test_unreadable_input_is_reported(fault: Callable[[Main], str]) -> None:
     Path("data/raw/pairs.json").chmod(0)
-    with closed():
+    with enforced_permissions():
         assert fault(preprocess.main).startswith("data/raw/pairs.json")
     Path("params.yaml").chmod(0)
-    with closed():
+    with enforced_permissions():
         assert fault(preprocess.main) == (
             "params.yaml cannot be read: Permission denied; expected the parameters"
         )
 
 
-def test_a_source_that_may_not_be_read_is_no_failed_write(fault: Callable[[Main], str]) -> None:
+def test_unreadable_source_is_not_reported_as_a_failed_write(fault: Callable[[Main], str]) -> None:
     shutil.copytree(read_json(Path("models/base/base.json"))["name"], "source")
     source = Path("source/model.safetensors")
     source.chmod(0)
@@ -207,7 +207,7 @@ def test_a_source_that_may_not_be_read_is_no_failed_write(fault: Callable[[Main]
     content["base"]["name"] = "source"
     yaml.dump(content, Path("params.yaml"))
     remove(["models/base"])
-    with closed():
+    with enforced_permissions():
         said = fault(fetch.main)
     assert said == f"{source} cannot be read: Permission denied; expected a readable file"
     assert state(["models/base"]) == {}
@@ -224,7 +224,7 @@ READS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_read_that_fails_while_a_folder_is_filled_is_no_failed_write(
+def test_failed_read_during_a_write_is_not_reported_as_a_failed_write(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main, outs = STAGES[stage]
@@ -247,20 +247,20 @@ def test_a_read_that_fails_while_a_folder_is_filled_is_no_failed_write(
 # --- damaged ---------------------------------------------------------------------------------
 
 
-def cut(path: str) -> None:
+def truncate(path: str) -> None:
     content = Path(path).read_bytes()
     Path(path).write_bytes(content[: len(content) // 2])
 
 
-def flipped(path: str) -> None:
-    """One bit of the last byte."""
+def flip_bit(path: str) -> None:
+    """Flip one bit of the last byte."""
     content = bytearray(Path(path).read_bytes())
     content[-1] ^= 1
     Path(path).write_bytes(bytes(content))
 
 
-def another_base() -> None:
-    """models/base as fetch leaves it, of other weights."""
+def replace_base() -> None:
+    """models/base as fetch writes it, with different weights."""
     folder = Path("models/base")
     record = read_json(folder / "base.json")
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -271,7 +271,7 @@ def another_base() -> None:
     write_json(folder / "base.json", record)
 
 
-def another_tokenizer() -> None:
+def replace_tokenizer() -> None:
     path = Path("models/base/tokenizer.json")
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     record = read_json(path.with_name("base.json"))
@@ -281,19 +281,19 @@ def another_tokenizer() -> None:
     )
 
 
-def exchanged(one: str, other: str) -> None:
+def overwrite(one: str, other: str) -> None:
     Path(one).write_bytes(Path(other).read_bytes())
 
 
 ARROW = "data-00000-of-00001.arrow"
 DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
-    "base cut": (
-        lambda: cut("models/base/model.safetensors"),
+    "base truncated": (
+        lambda: truncate("models/base/model.safetensors"),
         ["train", "evaluate", "export"],
         "models/base: model.safetensors damaged, replaced or missing, expected the files",
     ),
-    "base flipped": (
-        lambda: flipped("models/base/model.safetensors"),
+    "base with a flipped bit": (
+        lambda: flip_bit("models/base/model.safetensors"),
         ["train", "evaluate", "export"],
         "models/base: model.safetensors damaged",
     ),
@@ -302,63 +302,63 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
         ["train", "evaluate", "export"],
         "models/base: model.safetensors damaged, replaced or missing",
     ),
-    "record of the base missing": (
+    "base record missing": (
         lambda: Path("models/base/base.json").unlink(),
         ["train", "evaluate", "export"],
         "models/base/base.json cannot be read",
     ),
-    "record of the base cut": (
-        lambda: cut("models/base/base.json"),
+    "base record truncated": (
+        lambda: truncate("models/base/base.json"),
         ["train", "evaluate", "export"],
         "models/base/base.json cannot be read",
     ),
     "adapter of another base": (
-        another_base,
+        replace_base,
         ["evaluate", "export"],
         "models/adapter was trained on a different base than models/base: model.safetensors differ",
     ),
-    "adapter cut": (
-        lambda: cut("models/adapter/adapter_model.safetensors"),
+    "adapter truncated": (
+        lambda: truncate("models/adapter/adapter_model.safetensors"),
         ["evaluate", "export"],
         "models/adapter: adapter_model.safetensors damaged",
     ),
-    "adapter flipped": (
-        lambda: flipped("models/adapter/adapter_model.safetensors"),
+    "adapter with a flipped bit": (
+        lambda: flip_bit("models/adapter/adapter_model.safetensors"),
         ["evaluate", "export"],
         "models/adapter: adapter_model.safetensors damaged",
     ),
-    "scale of the adapter changed": (
-        lambda: flipped("models/adapter/adapter_config.json"),
+    "adapter scale changed": (
+        lambda: flip_bit("models/adapter/adapter_config.json"),
         ["evaluate", "export"],
         "models/adapter: adapter_config.json damaged",
     ),
-    "digests of the adapter missing": (
+    "adapter digests missing": (
         lambda: Path("models/adapter/digests.json").unlink(),
         ["evaluate", "export"],
         "models/adapter/digests.json cannot be read",
     ),
     "data of another tokenizer": (
-        another_tokenizer,
+        replace_tokenizer,
         ["train"],
         "data/tokenized/train was made by another tokenizer than that of models/base; run",
     ),
     "test data of another tokenizer": (
-        another_tokenizer,
+        replace_tokenizer,
         ["evaluate", "export"],
         "data/tokenized/test was made by another tokenizer than that of models/base",
     ),
-    "data cut": (
-        lambda: cut(f"data/tokenized/train/{ARROW}"),
+    "data truncated": (
+        lambda: truncate(f"data/tokenized/train/{ARROW}"),
         ["train"],
         "data/tokenized/train",
     ),
-    "data flipped": (
-        lambda: flipped(f"data/tokenized/validation/{ARROW}"),
+    "data with a flipped bit": (
+        lambda: flip_bit(f"data/tokenized/validation/{ARROW}"),
         ["train"],
         "data/tokenized/validation",
     ),
-    "data exchanged": (
-        lambda: exchanged(f"data/tokenized/test/{ARROW}", f"data/tokenized/train/{ARROW}"),
+    "data swapped": (
+        lambda: overwrite(f"data/tokenized/test/{ARROW}", f"data/tokenized/train/{ARROW}"),
         ["evaluate", "export"],
         "data/tokenized/test is damaged, expected it as preprocess wrote it; run dvc repro",
     ),
@@ -372,8 +372,8 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
         ["evaluate", "export"],
         "data/tokenized/test",
     ),
-    "rewards cut": (
-        lambda: cut("reports/evaluate/rewards.parquet"),
+    "rewards truncated": (
+        lambda: truncate("reports/evaluate/rewards.parquet"),
         ["export"],
         "reports/evaluate/rewards.parquet cannot be read",
     ),
@@ -393,7 +393,7 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
 @pytest.mark.parametrize(
     ("name", "stage"), [(name, stage) for name, (_, them, _) in DAMAGES.items() for stage in them]
 )
-def test_what_is_damaged_is_named_and_not_used(
+def test_damaged_input_is_named_and_not_used(
     name: str, stage: str, fault: Callable[[Main], str]
 ) -> None:
     damage, _, wanted = DAMAGES[name]

@@ -1,4 +1,4 @@
-"""Several processes: the same bytes as one, and none is left behind or waits for ever."""
+"""Several processes: the same bytes as with one, no orphans, no deadlocks."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from reward.model import group, launching
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
-from tests.forked import Forked, launch_train, lose_a_machine, train_in_group
+from tests.forked import Forked, join_lost_host, launch_train, train_in_group
 from tests.support import write_pairs
 
 SetParams = Callable[..., None]
@@ -42,7 +42,7 @@ def prepared(workspace: Path, set_params: SetParams) -> None:
 
 
 def result(folder: Path = Path()) -> Bytes:
-    """Digests of the outs and of the last checkpoint, but for the list of its digests."""
+    """Digests of the outs and of the last checkpoint, except for its own list of digests."""
     [last] = (folder / "models" / "checkpoints").glob("*/step-6")
     found = {
         f"{path.name}/{name}": value
@@ -71,14 +71,14 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def is_at_work(found: psutil.Process) -> bool:
+def is_alive(found: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return bool(found.status() != psutil.STATUS_ZOMBIE)
     return False
 
 
 def trained(size: int, *arguments: Any) -> list[tuple[int | None, str, str]]:
-    """Status, output and errors of each of so many processes that train together."""
+    """Train in `size` processes; return the status, stdout and stderr of each."""
     port = free_port()
     with ExitStack() as running:
         ranks = [
@@ -94,10 +94,10 @@ def require_trained(found: Sequence[tuple[int | None, str, str]]) -> None:
     assert [bool(output) for _, output, _ in found] == [True] + [False] * (len(found) - 1)
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_processes() -> None:
-    """With dropout, packs that are halved twice, more packs than processes, and fewer.
+def test_bytes_do_not_depend_on_the_number_of_processes() -> None:
+    """With dropout, packs that are halved twice, and both more and fewer packs than processes.
 
-    One of four is killed, and two go on.
+    One of four processes is killed, and two resume the run.
     """
     whole, room = None, 90
     require_trained(trained(1, whole, room))
@@ -122,8 +122,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes() -> None:
     assert result() == expected
 
 
-def test_each_process_adds_up_its_own_packs_where_the_order_is_free(set_params: SetParams) -> None:
-    """Rewards come out the same but for rounding."""
+def test_processes_sum_their_own_packs_when_the_order_is_free(set_params: SetParams) -> None:
+    """The weights are the same up to rounding."""
     room = 90  # so that each process has several packs of a step
     require_trained(trained(1, None, room))
     [weights] = train.ADAPTER.glob("*.safetensors")
@@ -144,19 +144,19 @@ def test_each_process_adds_up_its_own_packs_where_the_order_is_free(set_params: 
         ("python grpo.py", False),
     ],
 )
-def test_what_torchrun_has_started_is_known_by_its_command(command: str, ours: bool) -> None:
+def test_processes_of_torchrun_are_recognized_by_their_command(command: str, ours: bool) -> None:
     assert process.is_command(command.split()) is ours
 
 
-def test_a_group_of_somebody_else_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer of policies calls the reward function in each of its processes."""
+def test_process_group_of_a_caller_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy trainer calls the reward function in each of its processes."""
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     assert (group.size(), group.rank(), group.leads()) == (1, 0, True)
 
 
-def test_two_machines_go_on_where_a_killed_process_ended_the_others(
+def test_two_machines_resume_after_a_killed_process_stopped_the_others(
     tmp_path: Path,
 ) -> None:
     require_trained(trained(1))
@@ -193,22 +193,22 @@ def test_two_machines_go_on_where_a_killed_process_ended_the_others(
     assert not (elsewhere / "models" / "checkpoints").exists()
 
 
-def test_processes_end_with_their_launcher() -> None:
+def test_processes_exit_with_their_launcher() -> None:
     with Forked(launch_train, {"PET_NPROC_PER_NODE": "2"}) as launched:
         launcher = psutil.Process(launched.pid)
         wait_for(lambda: len(launcher.children()) == 2)
         ranks = launcher.children()
         launcher.kill()
-        wait_for(lambda: not any(map(is_at_work, ranks)))
+        wait_for(lambda: not any(map(is_alive, ranks)))
 
 
-def test_a_machine_that_ends_first_leaves_no_stack_trace_on_the_others() -> None:
-    with Forked(lose_a_machine, free_port()) as left:
+def test_machine_that_exits_first_causes_no_stack_trace_on_the_others() -> None:
+    with Forked(join_lost_host, free_port()) as left:
         _, errors = left.communicate()
     assert (left.returncode, errors) == (0, "")
 
 
-def test_machines_that_do_not_meet_are_told_so() -> None:
+def test_machines_that_do_not_connect_are_reported() -> None:
     meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_LOCAL_ADDR": "127.0.0.1"}
     meeting |= {"PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}"}
     meeting |= {"PET_RDZV_CONF": "join_timeout=1"}
@@ -218,12 +218,12 @@ def test_machines_that_do_not_meet_are_told_so() -> None:
     assert re.fullmatch(r"the 2 machines of PET_NNODES did not meet at .* 1 sec.*\n", errors)
 
 
-# --- how many there are ----------------------------------------------------------------------
+# --- the number of processes -----------------------------------------------------------------
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What would be launched, with two GPUs in sight."""
+    """Record the options of launches instead of starting them, with two visible GPUs."""
     found: list[Any] = []
     for name in [name for name in os.environ if name.startswith("PET_")]:
         monkeypatch.delenv(name)
@@ -233,7 +233,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize(("tokens", "processes"), [(400, 1), (80, 2), ("auto", 2)])
-def test_each_gpu_in_sight_gets_a_process_if_a_step_has_packs_for_it(
+def test_each_visible_gpu_gets_a_process_if_a_step_has_enough_packs(
     set_params: SetParams,
     launched: list[Any],
     capsys: pytest.CaptureFixture[str],
@@ -249,7 +249,7 @@ def test_each_gpu_in_sight_gets_a_process_if_a_step_has_packs_for_it(
     assert (told in capsys.readouterr().out) == (processes == 1)
 
 
-def test_variables_of_torchrun_say_how_many_processes_and_machines_there_are(
+def test_torchrun_variables_set_the_number_of_processes_and_machines(
     launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PET_NPROC_PER_NODE", "1")
@@ -270,7 +270,7 @@ def test_variables_of_torchrun_say_how_many_processes_and_machines_there_are(
         ("PET_NNODES", "1:4", "PET_NNODES is 1:4, expected one number of machines"),
     ],
 )
-def test_a_number_of_processes_that_cannot_be_is_refused(
+def test_impossible_number_of_processes_is_refused(
     launched: list[Any], monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -283,7 +283,7 @@ def test_a_number_of_processes_that_cannot_be_is_refused(
     ("visible", "local", "seen"),
     [(None, "1", "1"), ("2,5", "1", "5"), ("GPU-8f,GPU-3a", "0", "GPU-8f"), ("", "1", "")],
 )
-def test_a_process_sees_the_gpu_of_its_place(
+def test_process_sees_the_gpu_of_its_local_rank(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, local: str, seen: str
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", local)
@@ -295,11 +295,11 @@ def test_a_process_sees_the_gpu_of_its_place(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
-# --- what goes wrong -------------------------------------------------------------------------
+# --- failures --------------------------------------------------------------------------------
 
 
 def failed(folder: Path, ended: dict[int, tuple[int, dict[str, Any] | None]]) -> Any:
-    """What torchrun knows of processes that ended so, each with what it told if it did."""
+    """The error that torchrun raises for these exit statuses, and messages where there are any."""
     failures = {}
     for rank, (status, told) in ended.items():
         errors = folder / f"{rank}.json"
@@ -309,15 +309,15 @@ def failed(folder: Path, ended: dict[int, tuple[int, dict[str, Any] | None]]) ->
     return ChildFailedError("train", failures)
 
 
-def test_a_fault_of_several_processes_is_told_once_by_the_first(tmp_path: Path) -> None:
+def test_fault_in_several_processes_is_reported_once_by_the_first(tmp_path: Path) -> None:
     told = {rank: {"message": f"fault {rank}", "timestamp": 9 - rank} for rank in (1, 2)}
     error = failed(tmp_path, {0: (1, None), 1: (1, told[1]), 2: (1, told[2])})
     assert launching.cause(error, tmp_path) == "fault 2"
 
 
 @pytest.mark.parametrize(("status", "name"), [(-signal.SIGKILL, "SIGKILL"), (130, "SIGINT")])
-def test_a_process_that_ended_by_a_signal_is_named(tmp_path: Path, status: int, name: str) -> None:
-    """And not one that the launcher has ended after it."""
+def test_process_killed_by_a_signal_is_named(tmp_path: Path, status: int, name: str) -> None:
+    """The named process is not one that the launcher stopped afterwards."""
     error = failed(tmp_path, {0: (1, None), 2: (-signal.SIGTERM, None), 3: (status, None)})
     assert launching.cause(error, tmp_path).startswith(f"process 3 was ended by {name}; ")
 
@@ -327,7 +327,7 @@ def test_warnings_of_torch_distributed_are_not_shown(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Ctrl-C, of which the command says "interrupted"."""
+    """After Ctrl-C, the command itself prints "interrupted"."""
 
     def elastic_launch(*_: Any) -> Callable[..., None]:
         logging.getLogger("torch.distributed.elastic.agent.server.api").warning("shutting down")
@@ -342,7 +342,7 @@ def test_warnings_of_torch_distributed_are_not_shown(
     assert caplog.text + capsys.readouterr().err == ""
 
 
-def test_the_traceback_of_another_process_is_shown(
+def test_traceback_of_another_process_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "attempt" / "1" / "stderr.log"
@@ -353,7 +353,7 @@ def test_the_traceback_of_another_process_is_shown(
 
 
 @pytest.mark.parametrize("kind", [Fault, group.Lost])
-def test_a_fault_of_one_of_several_is_left_to_its_parent_unless_it_is_elsewhere(
+def test_fault_in_one_of_several_processes_is_left_to_the_parent_or_the_other_machine(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -372,7 +372,7 @@ def test_a_fault_of_one_of_several_is_left_to_its_parent_unless_it_is_elsewhere(
     assert kind is not Fault or read_json(errors)["message"] == "what is wrong"
 
 
-def test_machines_with_other_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_with_different_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     others = [("a", {"code": 1, "inputs": [1]}), ("b", {"code": 1, "inputs": [2]})]
     monkeypatch.setattr(group, "gathered", lambda value: others)
     with pytest.raises(Fault, match="process 1 on b has different inputs than process 0"):

@@ -1,4 +1,4 @@
-"""The export: complete, scored alike by every client, and usable as its card says."""
+"""The export: complete, scored equally by every client, and usable as its card says."""
 
 import contextlib
 import gc
@@ -62,11 +62,11 @@ from reward.model.scoring import score
 from reward.outputs import digests, read_json, recorded, write_json
 from reward.process import Fault
 from stages import evaluate, export, preprocess, train
-from tests.support import FAMILIES, ROOT, fetched, prompts_of, score_here, write_pairs
+from tests.support import FAMILIES, ROOT, fetched, random_prompts, run_clients_here, write_pairs
 
 NAME, COMMIT = "Qwen/Qwen2-0.5B", "c0ffee" * 6 + "cafe"
 Change = dict[str, dict[str, Any]]
-# The most bytes of a file, of which the weights of a small model have several times as many.
+# The maximum size of a file, several times smaller than the weights of a small model.
 FILE = 1 << 14
 DEFAULT: Change = {
     "preprocess": {"template": "zh", "append_eos": False, "test_fraction": 0.2},
@@ -132,7 +132,7 @@ TREE = {
 def evaluated(
     tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Change], Path]:
-    """A folder in which everything before export was run, made once for each set of parameters."""
+    """A folder in which all stages before export have run, made once per set of parameters."""
     made: dict[str, Path] = {}
 
     def make(change: Change) -> Path:
@@ -159,9 +159,9 @@ def evaluated(
 
 @pytest.fixture(scope="module")
 def exported(evaluated: Callable[[Change], Path]) -> Callable[[Change], Path]:
-    """Such a folder in which export was run too; a fresh process scores for DEFAULT alone.
+    """The same folder after export; only DEFAULT runs the clients in a fresh process.
 
-    No folder for temporary files is there.
+    There is no folder for temporary files.
     """
 
     def make(change: Change) -> Path:
@@ -173,7 +173,7 @@ def exported(evaluated: Callable[[Change], Path]) -> Callable[[Change], Path]:
                 patch.setenv("TMPDIR", "/none")
                 patch.setattr(tempfile, "tempdir", "/none")
                 if change != DEFAULT:
-                    patch.setattr(gate, "run_clients", score_here)
+                    patch.setattr(gate, "run_clients", run_clients_here)
                 export.main()
         return folder
 
@@ -184,7 +184,7 @@ def exported(evaluated: Callable[[Change], Path]) -> Callable[[Change], Path]:
 def here(
     evaluated: Callable[[Change], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Change], None]:
-    """Go to a copy of a folder that is ready for export."""
+    """Change to a copy of a folder that is ready for export."""
 
     def go(change: Change) -> None:
         shutil.copytree(evaluated(change), tmp_path, dirs_exist_ok=True)
@@ -198,7 +198,7 @@ def here(
 
 @pytest.fixture
 def ready(here: Callable[[Change], None]) -> None:
-    """Ready for an export of the adapter alone, through the light clients."""
+    """A folder that is ready to export only the adapter, with the light clients."""
     here(DEFAULT)
     set_export(clients="light", merge="none")
 
@@ -210,12 +210,12 @@ def set_export(**values: Any) -> None:
 
 
 def left_over() -> list[str]:
-    """What of the export there is, finished or not."""
+    """Finished and unfinished exports."""
     return sorted(path.name for path in Path("models").glob("export*"))
 
 
 def assemble_here(merge: str = "none") -> str:
-    """The card as the stage would write it, without the gate."""
+    """Write the export without the gate, and return its card."""
     export.EXPORT.mkdir()
     quantization = params.load("quantization", Quantization)
     trained = Trained(
@@ -226,7 +226,7 @@ def assemble_here(merge: str = "none") -> str:
 
 
 def expected(folder: Path, prompt: str, answers: list[str]) -> list[float]:
-    """The rewards of answers by our own scoring."""
+    """The rewards of answers from our own scoring."""
     encoder = Encoder(folder, Template.load(folder / "template.json"))
     texts = [encoder.render((("user", prompt),), (("assistant", each),)) for each in answers]
     rewards: list[float] = score(
@@ -235,11 +235,11 @@ def expected(folder: Path, prompt: str, answers: list[str]) -> list[float]:
     return rewards
 
 
-# --- what is held meanwhile ------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------
 
 
 class Quantized:
-    """Refers to itself, as a quantized model does: only the garbage collector lets go of it."""
+    """Like a quantized model, it refers to itself, so only the garbage collector frees it."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -247,14 +247,14 @@ class Quantized:
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """The garbage collector runs when it is called and not by itself."""
+    """The garbage collector runs only when called."""
     gc.disable()
     yield
     gc.enable()
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_the_model_that_was_written_is_gone_before_clients_load_theirs(
+def test_written_model_is_freed_before_clients_load_theirs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written, alive = weakref.ref(Quantized()), []
@@ -270,7 +270,7 @@ def test_the_model_that_was_written_is_gone_before_clients_load_theirs(
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_the_model_of_a_client_is_gone_before_the_next_loads_its_own() -> None:
+def test_model_of_a_client_is_freed_before_the_next_loads_its_own() -> None:
     before, alive = weakref.ref(Quantized()), []
 
     def opened(_: Exported) -> Score:
@@ -282,7 +282,7 @@ def test_the_model_of_a_client_is_gone_before_the_next_loads_its_own() -> None:
     assert alive == [None]
 
 
-# --- what is written -------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_the_model_of_a_client_is_gone_before_the_next_loads_its_own() -> None:
     [(DEFAULT, True), (CHAT, False), (IN_HALF, True)],
     ids=["default", "chat", "in half"],
 )
-def test_every_client_gives_the_evaluated_rewards(
+def test_every_client_reproduces_the_evaluated_rewards(
     exported: Callable[[Change], Path], change: Change, quantized: bool
 ) -> None:
     folder = exported(change)
@@ -302,14 +302,14 @@ def test_every_client_gives_the_evaluated_rewards(
         assert set(forms) == FORMS_OF.get(client, FORMS)
         in_half = change == IN_HALF or (change == CHAT and client in WHOLE)
         for figures in forms.values():
-            # Each of the prompts has two pairs, of which a step of GRPO takes one.
+            # Each prompt has two pairs, and a GRPO step uses one of them.
             assert figures["pairs"] == (2 if "grpo" in client else 4)
             assert figures["difference_max"] <= (0.02 if in_half else 2e-5)
             assert figures["difference_mean"] <= figures["difference_max"]
             assert figures["flips"] == 0 or in_half
 
 
-def test_exports_are_compared_by_their_worst_client(exported: Callable[[Change], Path]) -> None:
+def test_metrics_are_those_of_the_worst_client(exported: Callable[[Change], Path]) -> None:
     folder = exported(CHAT)
     found = read_json(folder / export.REPORTS / "figures.json")["clients"].values()
     each = [figures for forms in found for figures in forms.values()]
@@ -320,7 +320,7 @@ def test_exports_are_compared_by_their_worst_client(exported: Callable[[Change],
     }
 
 
-def test_light_clients_give_the_rewards_in_float16(exported: Callable[[Change], Path]) -> None:
+def test_light_clients_reproduce_the_rewards_in_float16(exported: Callable[[Change], Path]) -> None:
     found = read_json(exported(IN_FLOAT16) / export.REPORTS / "figures.json")["clients"]
     assert set(found) == {each.name for each in select("light", merged=True)}
     assert found.pop("packs")["packs"]["difference_max"] == 0
@@ -331,7 +331,7 @@ def test_light_clients_give_the_rewards_in_float16(exported: Callable[[Change], 
             assert 0 < figures["difference_max"] <= 0.002
 
 
-def test_export_holds_all_that_is_needed_and_nothing_else(
+def test_export_holds_everything_needed_and_nothing_else(
     exported: Callable[[Change], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = exported(DEFAULT)
@@ -340,7 +340,7 @@ def test_export_holds_all_that_is_needed_and_nothing_else(
     assert capfd.readouterr().err == ""
 
 
-def test_the_same_is_exported_each_time(
+def test_export_is_reproducible(
     exported: Callable[[Change], Path], here: Callable[[Change], None]
 ) -> None:
     folder = exported(DEFAULT)
@@ -349,7 +349,7 @@ def test_the_same_is_exported_each_time(
     assert digests(export.EXPORT) == digests(folder / export.EXPORT)
 
 
-def test_configurations_say_what_plain_loaders_go_by(exported: Callable[[Change], Path]) -> None:
+def test_configurations_hold_what_plain_loaders_read(exported: Callable[[Change], Path]) -> None:
     folder = exported(DEFAULT) / export.EXPORT
     pad = read_json(folder / "reward.json")["pad_token_id"]
     for name in ("base", "merged"):
@@ -363,7 +363,7 @@ def test_configurations_say_what_plain_loaders_go_by(exported: Callable[[Change]
     assert read_json(folder / "adapter_config.json")["base_model_name_or_path"] == "base"
 
 
-def test_the_record_of_rewards_is_that_of_all_test_answers(
+def test_mean_and_std_in_reward_json_cover_all_test_answers(
     exported: Callable[[Change], Path],
 ) -> None:
     folder = exported(DEFAULT)
@@ -379,8 +379,8 @@ def test_the_record_of_rewards_is_that_of_all_test_answers(
     assert (record["template"], record["append_eos"]) == ("问:{prompt}\n\n答:{answer}", False)
 
 
-def base_of_the_hub() -> None:
-    """Make models/base one that came from the Hub, with a spare row for the pad token."""
+def use_hub_base() -> None:
+    """Make models/base look fetched from the Hub, with a spare row for the pad token."""
     model = AutoModelForCausalLM.from_pretrained(export.BASE)
     model.resize_token_embeddings(4100, mean_resizing=False)
     model.save_pretrained(export.BASE)
@@ -393,10 +393,10 @@ def base_of_the_hub() -> None:
 
 
 @pytest.mark.usefixtures("ready")
-def test_a_base_of_the_hub_is_named_with_its_commit(
+def test_hub_base_is_referenced_with_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base_of_the_hub()
+    use_hub_base()
     set_export(clients="all")
     export.main()
     config = read_json(export.EXPORT / "adapter_config.json")
@@ -426,7 +426,7 @@ def test_a_base_of_the_hub_is_named_with_its_commit(
 
 
 @pytest.mark.usefixtures("ready")
-def test_a_base_of_the_hub_without_room_for_the_pad_token_is_exported_too() -> None:
+def test_hub_base_without_room_for_the_pad_token_is_copied() -> None:
     base = read_json(export.BASE / "base.json")
     write_json(export.BASE / "base.json", base | {"name": NAME, "kind": "hub", "revision": COMMIT})
     assemble_here()
@@ -436,8 +436,8 @@ def test_a_base_of_the_hub_without_room_for_the_pad_token_is_exported_too() -> N
 
 
 @pytest.mark.usefixtures("ready")
-def test_a_converted_base_of_the_hub_is_exported_too_and_named_by_what_it_is() -> None:
-    base_of_the_hub()
+def test_converted_hub_base_is_copied_and_described() -> None:
+    use_hub_base()
     base = read_json(export.BASE / "base.json")
     write_json(export.BASE / "base.json", base | {"converted": "another model as this one"})
     card = assemble_here()
@@ -448,7 +448,7 @@ def test_a_converted_base_of_the_hub_is_exported_too_and_named_by_what_it_is() -
 
 
 @pytest.mark.usefixtures("ready")
-def test_nothing_in_the_export_is_of_this_machine() -> None:
+def test_export_names_no_path_or_library_version_of_this_machine() -> None:
     base = read_json(export.BASE / "base.json")
     write_json(
         export.BASE / "base.json", base | {"name": f"{Path.cwd()}/my-model", "kind": "local"}
@@ -460,10 +460,10 @@ def test_nothing_in_the_export_is_of_this_machine() -> None:
     assert "# Reward model over my-model" in card
 
 
-# --- loading it ------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------
 
 
-def test_a_copy_in_another_folder_is_loaded_from_anywhere(
+def test_copied_export_loads_from_any_working_directory(
     exported: Callable[[Change], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = exported(DEFAULT)
@@ -481,7 +481,7 @@ def test_a_copy_in_another_folder_is_loaded_from_anywhere(
 
 
 @pytest.mark.parametrize("name", ["base/model.safetensors", "adapter_model.safetensors"])
-def test_a_damaged_folder_is_not_loaded(
+def test_damaged_export_is_not_loaded(
     name: str, exported: Callable[[Change], Path], tmp_path: Path
 ) -> None:
     copy = shutil.copytree(exported(DEFAULT) / export.EXPORT, tmp_path / "copy")
@@ -498,16 +498,16 @@ def test_a_damaged_folder_is_not_loaded(
         Quantization(4, "fp4", True, "float32"),
         Quantization.unquantized("float32"),
     ],
-    ids=["nf4", "fp4 twice", "plain"],
+    ids=["nf4", "fp4 double", "plain"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_loaded_with_its_rewards(
+def test_every_family_loads_with_its_rewards(
     family: str, quantization: Quantization, tmp_path: Path
 ) -> None:
-    """A copy of its adapter, prepared base and merged model; texts are padded on either side.
+    """Adapter on the prepared base, and merged model; texts are padded on either side.
 
-    Those quantized twice have all of their layers adapted, and rank-stabilized LoRA; those that are
-    quantized once have DoRA.
+    The cases with double quantization adapt all linear layers with rank-stabilized LoRA, those
+    quantized once use DoRA.
     """
     base = fetched(family, tmp_path / "of")
     model = load_base(base, quantization)
@@ -519,7 +519,7 @@ def test_every_family_is_loaded_with_its_rewards(
     lora.init_lora_weights = False
     trained = add_lora(model, lora)
     change_magnitudes(trained)
-    prompts = prompts_of(0)
+    prompts = random_prompts(0)
     wanted = score(trained, prompts, 4096).tolist()
     save(trained, tmp_path, "base", quantization)
 
@@ -534,7 +534,7 @@ def test_every_family_is_loaded_with_its_rewards(
         adapter = AutoPeftModelForSequenceClassification.from_pretrained(".").eval()
     keep_weights_unpacked(adapter)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    # More adapters, and larger ones, round more.
+    # More and larger adapters cause larger rounding errors.
     share, most = (4e-4, 2e-4) if everything else (1e-4, 3e-5)
     for loaded in (adapter, merged):
         for left in (False, True):
@@ -544,7 +544,7 @@ def test_every_family_is_loaded_with_its_rewards(
 
 
 def change_magnitudes(model: PeftModel) -> None:
-    """As training does: at first DoRA's magnitudes are the lengths that the rows have anyway."""
+    """Change them as training does: DoRA initializes its magnitudes to the norms of the rows."""
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
@@ -560,7 +560,7 @@ def change_magnitudes(model: PeftModel) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_merged_weight_by_weight_it_has_the_bytes_of_a_merge_in_memory(
+def test_merge_weight_by_weight_gives_the_bytes_of_a_merge_in_memory(
     family: str,
     quantization: Quantization,
     shard: int | str,
@@ -611,12 +611,12 @@ def padded(model: Any, texts: list[Any], pad: int, left: bool) -> list[float]:
     return rewards
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- refused exports -------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("ready", "clients_here")
 @pytest.mark.parametrize("part", ["score", "lora_B"])
-def test_an_adapter_of_other_rewards_is_not_exported(part: str) -> None:
+def test_adapter_with_other_rewards_is_not_exported(part: str) -> None:
     path = export.ADAPTER / "adapter_model.safetensors"
     tensors = load_file(path)
     for name in tensors:
@@ -630,8 +630,8 @@ def test_an_adapter_of_other_rewards_is_not_exported(part: str) -> None:
     assert not export.METRICS.exists()
 
 
-def into_the_original(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """A merge into the weights as they were before they were quantized."""
+def merge_into_unquantized(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """A merge into the weights as they were before quantization."""
     merged, (place, _, kind) = merged_weight(model, name), name.rpartition(".")
     module = model.get_submodule(place)
     weight = getattr(getattr(module, "base_layer", module), kind, None)
@@ -649,12 +649,12 @@ def pad_is_eos(tokenizer: Tokenizer, _config: Any, _template: Any, rows: int) ->
 @pytest.mark.parametrize(
     ("place", "fault", "client"),
     [
-        ("merging.merged_weight", into_the_original, r"transformers_merged \(right\)"),
+        ("merging.merged_weight", merge_into_unquantized, r"transformers_merged \(right\)"),
         ("portable.find_pad", pad_is_eos, r"peft \(eos\)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_an_export_that_a_client_gets_wrong_leaves_nothing(
+def test_export_that_a_client_scores_wrongly_leaves_nothing(
     place: str, fault: Any, client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_export(merge="float32")
@@ -666,7 +666,7 @@ def test_an_export_that_a_client_gets_wrong_leaves_nothing(
 
 
 @pytest.mark.usefixtures("ready")
-def test_what_a_client_says_that_fails_is_shown(
+def test_output_of_a_failing_client_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
@@ -679,7 +679,7 @@ def test_what_a_client_says_that_fails_is_shown(
 
 
 @pytest.mark.usefixtures("ready")
-def test_a_library_that_is_missing_is_named_before_any_work(
+def test_missing_library_is_named_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_export(clients="all")
@@ -691,7 +691,7 @@ def test_a_library_that_is_missing_is_named_before_any_work(
 
 
 @pytest.mark.usefixtures("ready")
-def test_a_base_with_code_of_its_own_is_not_exported() -> None:
+def test_base_with_custom_code_is_not_exported() -> None:
     (export.BASE / "modeling_mine.py").touch()
     with pytest.raises(Fault, match=r"models/base contains code \(modeling_mine\.py\), expected"):
         export.main()
@@ -709,7 +709,7 @@ def test_rewards_of_other_pairs_are_refused() -> None:
 
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize("recorded", [None, b"", b"0", b"-1", b"1.5", b"all"])
-def test_rewards_of_packs_of_an_unknown_size_are_refused(recorded: bytes | None) -> None:
+def test_rewards_with_an_unknown_pack_size_are_refused(recorded: bytes | None) -> None:
     table = pyarrow.parquet.read_table(export.REWARDS)
     assert table.schema.metadata == {b"tokens_per_pack": b"4096"}
     metadata = None if recorded is None else {b"tokens_per_pack": recorded}
@@ -721,7 +721,7 @@ def test_rewards_of_packs_of_an_unknown_size_are_refused(recorded: bytes | None)
 
 
 @pytest.mark.usefixtures("ready")
-def test_packs_have_the_size_that_evaluate_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packs_have_the_size_recorded_by_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
     table = pyarrow.parquet.read_table(export.REWARDS)
     recorded = table.replace_schema_metadata({b"tokens_per_pack": b"60"})
     pyarrow.parquet.write_table(recorded, export.REWARDS)
@@ -737,7 +737,7 @@ def test_packs_have_the_size_that_evaluate_recorded(monkeypatch: pytest.MonkeyPa
     assert [request.tokens_per_pack for request in requests] == [60]
 
 
-def test_other_processes_share_the_packs_and_no_other_client(
+def test_other_processes_only_share_the_packs(
     exported: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = exported(DEFAULT)
@@ -747,7 +747,7 @@ def test_other_processes_share_the_packs_and_no_other_client(
     assert set(found[CLIENT].to_pylist()) == {PACKS.name}
 
 
-def test_the_clients_are_asked_beside_the_export(
+def test_clients_load_a_copy_next_to_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Request] = []
@@ -768,7 +768,7 @@ def test_the_clients_are_asked_beside_the_export(
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_the_process_of_the_clients_follows_the_export(
+def test_process_of_the_clients_exits_with_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     followed: list[str] = []
@@ -784,7 +784,7 @@ def test_the_process_of_the_clients_follows_the_export(
 
 
 @pytest.mark.usefixtures("ready", "clients_here")
-def test_a_client_that_does_not_fit_in_memory_is_left_out_and_named(
+def test_client_that_does_not_fit_in_memory_is_left_out_and_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def too_large(_: Exported) -> Score:
@@ -806,7 +806,7 @@ def test_a_client_that_does_not_fit_in_memory_is_left_out_and_named(
     load_exported(export.EXPORT)
 
 
-def test_a_client_fits_in_memory_if_its_weights_do(
+def test_client_fits_in_memory_if_its_weights_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"export/base": 1, "base": 2, "export/merged": 3}
@@ -835,7 +835,7 @@ Found = dict[int, list[float]]
 
 
 def found_by(client: Client, forms: dict[str, Found]) -> pa.Table:
-    """What a client finds that gives these rewards in these forms, and none in the others."""
+    """The result of a client with these rewards in these forms, and none in the others."""
     exported: Any = None
     tables = {form: paired([*found], [*chain(*found.values())]) for form, found in forms.items()}
     empty = paired([], [])
@@ -844,24 +844,24 @@ def found_by(client: Client, forms: dict[str, Found]) -> pa.Table:
 
 
 def measured(name: str, rewards: Found, form: str = "right") -> dict[str, Any]:
-    """The figures of a client; two pairs that end in eos have the rewards 5 and 4."""
+    """The figures of a client; two pairs that end in EOS have the rewards 5 and 4."""
     packs = {
         "packs": dict(enumerate(EVALUATED.tolist())),
         "eos": {0: [5.0, 4.0], 2: [5.0, 4.0]},
     }
     client = CLIENTS[name]
     found = pa.concat_tables([found_by(PACKS, packs), found_by(client, {form: rewards})])
-    return gate.measure(without(found), [PACKS, client], EVALUATED)["clients"]
+    return gate.measure(leaving_out(found), [PACKS, client], EVALUATED)["clients"]
 
 
-def without(found: pa.Table, *names: str) -> pa.Table:
-    """What is found where these clients do not fit in memory."""
+def leaving_out(found: pa.Table, *names: str) -> pa.Table:
+    """The result when these clients do not fit in memory."""
     return found.replace_schema_metadata({LEFT_OUT: json.dumps(names)})
 
 
-def test_a_client_that_is_left_out_is_no_part_of_the_comparison() -> None:
+def test_client_that_is_left_out_is_not_compared() -> None:
     found = found_by(PACKS, {"packs": dict(enumerate(EVALUATED.tolist()))})
-    figures = gate.measure(without(found, "peft"), [PACKS, CLIENTS["peft"]], EVALUATED)
+    figures = gate.measure(leaving_out(found, "peft"), [PACKS, CLIENTS["peft"]], EVALUATED)
     assert (set(figures["clients"]), figures["left_out"]) == ({"packs"}, ["peft"])
     group = export.Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     compared = (figures["clients"], [PACKS, CLIENTS["peft"]], group)
@@ -869,7 +869,7 @@ def test_a_client_that_is_left_out_is_no_part_of_the_comparison() -> None:
         export.require_alike(*compared, Quantization.unquantized("float32"), deviation=1)
 
 
-def test_figures_are_of_the_pairs_that_a_client_was_given() -> None:
+def test_figures_cover_the_pairs_that_a_client_was_given() -> None:
     found = measured("peft", {2: [2.5, 2.0], 0: [-1.0, 0.0]})["peft"]["right"]
     assert found == {
         "pairs": 2,
@@ -881,13 +881,13 @@ def test_figures_are_of_the_pairs_that_a_client_was_given() -> None:
     assert measured("peft", {})["peft"]["right"] == {"pairs": 0}
 
 
-def test_texts_that_end_in_eos_are_compared_with_packs_of_them() -> None:
+def test_texts_that_end_in_eos_are_compared_with_packs_of_the_same_texts() -> None:
     found = measured("peft", {0: [5.0, 4.0], 2: [5.0, 4.5]}, "eos")
     assert found["peft"]["eos"]["difference_max"] == 0.5
     assert set(found["packs"]) == {"packs"}
 
 
-def test_a_reward_that_is_not_a_number_comes_through_the_file(tmp_path: Path) -> None:
+def test_nan_reward_survives_the_results_file(tmp_path: Path) -> None:
     found = found_by(CLIENTS["peft"], {"left": {1: [float("nan"), 0.5]}})
     pyarrow.parquet.write_table(found, tmp_path / FOUND)
     [row] = pyarrow.parquet.read_table(tmp_path / FOUND).to_pylist()
@@ -895,7 +895,7 @@ def test_a_reward_that_is_not_a_number_comes_through_the_file(tmp_path: Path) ->
     assert row == {"client": "peft", "form": "left", "pair": 1, "reward_rejected": 0.5}
 
 
-def test_the_longest_pairs_are_compared_the_closest_and_some_that_are_drawn() -> None:
+def test_longest_closest_and_random_pairs_are_compared() -> None:
     lengths = np.array([9, 1, 1, 8, 1, 1, 1, 1, 1, 8])
     margins = np.array([0, 5, -1, 0, 2, 5, 5, 5, 5, 5])
     rewards = np.stack([margins, np.zeros(10)], axis=1)
@@ -909,7 +909,7 @@ def test_the_longest_pairs_are_compared_the_closest_and_some_that_are_drawn() ->
     assert gate.select_pairs(lengths, rewards, 10, 0) == [*range(10)]
 
 
-def test_clients_of_the_merged_model_are_left_out_without_one() -> None:
+def test_clients_of_the_merged_model_need_a_merged_model() -> None:
     names = {
         which: {each.name for each in select(which, merged=False)} for which in ("all", "light")
     }
@@ -921,7 +921,7 @@ def test_clients_of_the_merged_model_are_left_out_without_one() -> None:
     } | {"packs": {"packs", "eos"}}
 
 
-def test_figures_are_shown_as_a_table_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_are_printed_as_a_table_with_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     figures = {
         "pairs": 277,
         "difference_max": 0.5333,
@@ -984,10 +984,10 @@ def test_rewards_may_differ_within_the_tolerance(
         ("float32", 0.02, r"0\.01 \(export\.tolerance\)"),
     ],
 )
-def test_half_precision_may_round_larger_rewards_by_more(
+def test_tolerance_in_half_precision_grows_with_the_rewards(
     dtype: Any, shift: float, allowed: str | None
 ) -> None:
-    """In bf16 the default run, whose rewards deviate by 4, is off by more than a quarter."""
+    """The default run in bf16, with a standard deviation of 4, differs by more than 0.25."""
     group = export.Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     rewards = paired([0, 1], [1.0, 0.0 + shift, 0.25, 0.5])
     found = {"peft": {"right": gate.difference(rewards, EVALUATED)}}
@@ -999,7 +999,7 @@ def test_half_precision_may_round_larger_rewards_by_more(
             export.require_alike(*given, deviation=4.0)
 
 
-def test_a_gate_that_compared_nothing_is_no_success() -> None:
+def test_gate_fails_if_nothing_was_compared() -> None:
     group = export.Export("float32", "all", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     alike = gate.difference(paired([0, 1], [1.0, 0.0, 0.25, 0.5]), EVALUATED)
     found: gate.ByClient = {"packs": {"packs": alike}, "peft": {"right": {"pairs": 0}}}
@@ -1022,7 +1022,7 @@ def run_code(code: str) -> dict[str, Any]:
 
 
 def snippets_of(folder: Path) -> dict[str, str]:
-    """The snippets of a card, by their headings."""
+    """The snippets of a card by heading."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     return dict(re.findall(r"^### (.+?)\n\n```python\n(.*?)```$", text, re.DOTALL | re.MULTILINE))
 
@@ -1036,7 +1036,7 @@ def snippets_of_the_docs() -> list[str]:
 def beside(
     exported: Callable[[Change], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Change], None]:
-    """Go to a folder that has models/export and models/base, and no more."""
+    """Change to a folder with models/export and models/base, and nothing else."""
 
     def go(change: Change) -> None:
         for path in (export.EXPORT, export.BASE):
@@ -1050,7 +1050,7 @@ def beside(
 @pytest.mark.parametrize(
     "client", ["PEFT", "transformers", "transformers pipeline", "sentence-transformers"]
 )
-def test_code_of_the_card_gives_the_rewards(
+def test_code_in_the_card_gives_the_rewards(
     client: str, change: Change, beside: Callable[[Change], None]
 ) -> None:
     beside(change)
@@ -1060,7 +1060,7 @@ def test_code_of_the_card_gives_the_rewards(
     assert names["rewards"] == pytest.approx(wanted, abs=0.02 if in_half else 2e-5)
 
 
-def test_code_of_the_card_trains_a_policy_on_the_rewards(beside: Callable[[Change], None]) -> None:
+def test_code_in_the_card_trains_a_policy_on_the_rewards(beside: Callable[[Change], None]) -> None:
     beside(DEFAULT)
     names = run_code(snippets_of(export.EXPORT)["TRL, as the reward in GRPO"])
     history = names["trainer"].state.log_history
@@ -1068,7 +1068,7 @@ def test_code_of_the_card_trains_a_policy_on_the_rewards(beside: Callable[[Chang
     assert any("rewards/merged/mean" in each for each in history)
 
 
-def test_code_of_the_card_judges_pairs(beside: Callable[[Change], None]) -> None:
+def test_code_in_the_card_judges_pairs(beside: Callable[[Change], None]) -> None:
     beside(DEFAULT)
     names = run_code(snippets_of(export.EXPORT)["TRL, to evaluate pairs"])
     [row] = names["pairs"]
@@ -1077,7 +1077,7 @@ def test_code_of_the_card_judges_pairs(beside: Callable[[Change], None]) -> None
     assert names["figures"]["eval_margin"] == pytest.approx(chosen - rejected, abs=2e-5)
 
 
-def test_the_card_has_every_client_of_the_merged_model_only_with_one(
+def test_card_shows_clients_of_the_merged_model_only_with_one(
     exported: Callable[[Change], Path], here: Callable[[Change], None]
 ) -> None:
     assert len(snippets_of(exported(DEFAULT) / export.EXPORT)) == 6
@@ -1086,7 +1086,7 @@ def test_the_card_has_every_client_of_the_merged_model_only_with_one(
     assert set(snippets_of(export.EXPORT)) == {"PEFT"}
 
 
-def test_the_function_for_trl_trains_a_policy_as_the_docs_say(
+def test_reward_function_for_trl_trains_a_policy_as_documented(
     beside: Callable[[Change], None],
 ) -> None:
     beside(DEFAULT)
@@ -1096,14 +1096,14 @@ def test_the_function_for_trl_trains_a_policy_as_the_docs_say(
     assert any("rewards/reward_model/mean" in each for each in trainer.state.log_history)
 
 
-def test_the_docs_have_the_code_of_the_card(exported: Callable[[Change], Path]) -> None:
+def test_docs_contain_the_code_of_the_card(exported: Callable[[Change], Path]) -> None:
     code = snippets_of_the_docs()
     assert set(snippets_of(exported(DEFAULT) / export.EXPORT).values()) <= set(code)
     assert len(code) == 7
 
 
 @pytest.mark.usefixtures("ready")
-def test_card_shows_what_it_quotes_as_it_is() -> None:
+def test_card_escapes_quoted_text() -> None:
     figures = {"accuracy": 0.5, "low": 0.25, "high": 0.75, "pairs": 2}
     metrics = read_json(export.EVALUATED)
     metrics["by"] = {"so|urce": {"a | b\n# c": figures, "<script>": figures, "[x](y)": figures}}
@@ -1129,7 +1129,7 @@ def test_card_shows_what_it_quotes_as_it_is() -> None:
     ]
 
 
-def test_the_card_is_a_model_card_of_the_hub(exported: Callable[[Change], Path]) -> None:
+def test_card_is_a_valid_hub_model_card(exported: Callable[[Change], Path]) -> None:
     text = (exported(DEFAULT) / export.EXPORT / "README.md").read_text(encoding="utf-8")
     card = ModelCard(text)
     assert card.content == text
@@ -1141,7 +1141,7 @@ def test_the_card_is_a_model_card_of_the_hub(exported: Callable[[Change], Path])
 
 
 @pytest.mark.usefixtures("ready")
-def test_card_names_licences_and_how_to_cite() -> None:
+def test_card_has_licences_and_a_citation() -> None:
     assert "licence of the base was not recorded" in (card := assemble_here())
     assert "licence of the data was not recorded" in card
     shutil.rmtree(export.EXPORT)
@@ -1165,7 +1165,7 @@ def test_card_names_licences_and_how_to_cite() -> None:
 
 
 @pytest.mark.usefixtures("ready")
-def test_card_names_data_parameters_and_figures() -> None:
+def test_card_has_data_parameters_and_figures() -> None:
     card, metrics = assemble_here(), read_json(export.EVALUATED)
     training = read_json(export.ADAPTER / "training.json")
     assert f"| pairwise accuracy \\(95% interval\\) | {metrics['accuracy']:.4f} " in card

@@ -1,4 +1,4 @@
-"""Scoring of files: every record once, in order, whatever happens meanwhile."""
+"""Scoring files: every record exactly once and in order, whatever interrupts the run."""
 
 import errno
 import fcntl
@@ -19,7 +19,7 @@ from reward.process import run
 from reward.serving import score
 from reward.serving.scorer import Scorer
 from tests.forked import Forked, score_files
-from tests.support import files_of_at_most
+from tests.support import file_size_limit
 
 pytestmark = pytest.mark.usefixtures("project")
 OUTPUT, INPUT = Path("out.jsonl"), Path("in.jsonl")
@@ -28,13 +28,13 @@ JOURNAL, LOCK = Path("out.jsonl.journal"), Path("out.jsonl.journal.lock")
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some records a batch, and a progress bar that is not shown."""
+    """Use small batches, and hide the progress bar."""
     monkeypatch.setattr(score, "BATCH_CHARACTERS", 400)
 
 
 @pytest.fixture(scope="module")
 def scorer(complete: Path) -> Scorer:
-    """Loaded once."""
+    """The exported model, loaded once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(complete)
         return Scorer(score.EXPORT)
@@ -42,7 +42,7 @@ def scorer(complete: Path) -> Scorer:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, scorer: Scorer) -> Callable[..., None]:
-    """The command in this process."""
+    """Run the command in this process."""
     monkeypatch.setattr(score, "Scorer", lambda _: scorer)
 
     def call(*arguments: Any) -> None:
@@ -54,7 +54,7 @@ def command(monkeypatch: pytest.MonkeyPatch, scorer: Scorer) -> Callable[..., No
 
 @pytest.fixture
 def fault(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The sentence with which the command ends."""
+    """Run a command that fails, and return its one-line error message."""
 
     def call(*arguments: Any) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -87,10 +87,10 @@ def lines(path: Path = OUTPUT) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-# --- what is written -------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------
 
 
-def test_every_record_comes_back_as_it_was_with_rewards_and_ranks(
+def test_every_record_is_returned_unchanged_with_rewards_and_ranks(
     command: Callable[..., None], scorer: Scorer
 ) -> None:
     records = write(some_records())
@@ -156,7 +156,7 @@ def test_parquet_has_typed_columns_with_the_same_content(command: Callable[..., 
     ]
 
 
-def test_a_folder_is_read_file_by_file(command: Callable[..., None]) -> None:
+def test_files_of_a_folder_are_read_in_order(command: Callable[..., None]) -> None:
     Path("many").mkdir()
     write(some_records(3), Path("many/b.jsonl"))
     write([{"prompt": "first", "answer": "yes"}], Path("many/a.jsonl"))
@@ -164,7 +164,7 @@ def test_a_folder_is_read_file_by_file(command: Callable[..., None]) -> None:
     assert [row["prompt"] for row in lines()] == ["first", *(f"问题 {n}" for n in range(3))]
 
 
-def test_the_summary_counts(
+def test_summary_counts_prompts_and_texts(
     command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(some_records(8))
@@ -176,10 +176,10 @@ def test_the_summary_counts(
     assert said[2] == "written    out.jsonl"
 
 
-def test_an_endless_input_is_scored_as_it_comes(
+def test_endless_input_is_scored_as_it_arrives(
     scorer: Scorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So memory holds a batch, however long the input is."""
+    """Memory therefore holds only one batch, however long the input."""
     taken = 0
 
     def endless(_: Path) -> Iterator[tuple[int, Any]]:
@@ -208,12 +208,12 @@ def test_an_endless_input_is_scored_as_it_comes(
         score.score_files(scorer, [INPUT], Listener(JOURNAL, file, "model"))
 
 
-# --- going on --------------------------------------------------------------------------------
+# --- resuming --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def journal(command: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """The rows of a run, whole; the output is there too."""
+    """The complete journal of a run, whose output exists too."""
     write(some_records())
     kept = []
     publish = score.publish
@@ -228,7 +228,7 @@ def journal(command: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> by
     return kept[0]
 
 
-def test_wherever_it_is_cut_off_the_output_has_the_same_bytes(
+def test_output_has_the_same_bytes_wherever_the_journal_ends(
     command: Callable[..., None], journal: bytes
 ) -> None:
     wanted = OUTPUT.read_bytes()
@@ -242,7 +242,7 @@ def test_wherever_it_is_cut_off_the_output_has_the_same_bytes(
         assert not JOURNAL.exists()
 
 
-def test_what_was_scored_is_not_scored_again(
+def test_scored_records_are_not_scored_again(
     command: Callable[..., None], journal: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     JOURNAL.write_bytes(journal)
@@ -251,7 +251,7 @@ def test_what_was_scored_is_not_scored_again(
     assert capsys.readouterr().out.splitlines()[1].startswith("scored     0 texts with 0 tokens")
 
 
-def test_records_behind_the_scored_ones_may_change(
+def test_records_after_the_scored_ones_may_change(
     command: Callable[..., None], fault: Callable[..., str]
 ) -> None:
     records = some_records()
@@ -264,7 +264,7 @@ def test_records_behind_the_scored_ones_may_change(
     assert len(lines()) == 30
 
 
-def test_another_record_in_the_place_of_a_scored_one_is_refused(
+def test_changed_record_that_was_already_scored_is_refused(
     journal: bytes, fault: Callable[..., str]
 ) -> None:
     for changed in (
@@ -313,10 +313,10 @@ def test_two_processes_do_not_score_to_one_output(
     assert LOCK.exists()
 
 
-def test_a_lock_that_goes_before_it_is_held_is_in_use(
+def test_lock_removed_before_it_is_held_counts_as_in_use(
     journal: bytes, fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process may have ended, and removed it, before this one had the lock."""
+    """Another process may exit and remove the lock before this one holds it."""
     JOURNAL.write_bytes(journal)
     monkeypatch.setattr(fcntl, "flock", lambda *_: LOCK.unlink(missing_ok=True))
     said = fault(INPUT, "--output", OUTPUT)
@@ -324,9 +324,7 @@ def test_a_lock_that_goes_before_it_is_held_is_in_use(
     assert JOURNAL.read_bytes() == journal
 
 
-def test_no_lock_stays_beside_the_output(
-    command: Callable[..., None], fault: Callable[..., str]
-) -> None:
+def test_no_lock_file_is_left(command: Callable[..., None], fault: Callable[..., str]) -> None:
     write(some_records(3))
     command(INPUT, "--output", OUTPUT)
     assert not [path for path in Path().iterdir() if path.name.startswith("out.jsonl.")]
@@ -335,7 +333,7 @@ def test_no_lock_stays_beside_the_output(
     assert not LOCK.exists()
 
 
-def test_a_file_system_without_locks_gets_its_sentence(
+def test_file_system_without_locks_is_reported(
     journal: bytes, fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -350,13 +348,13 @@ def test_a_file_system_without_locks_gets_its_sentence(
     assert JOURNAL.read_bytes() == journal
 
 
-def test_an_output_below_a_file_gets_its_sentence(fault: Callable[..., str]) -> None:
+def test_output_below_a_file_is_reported(fault: Callable[..., str]) -> None:
     write([{"prompt": "a", "answer": "b"}])
     Path("other").touch()
     assert fault(INPUT, "--output", "other/out.jsonl").startswith("other cannot be written: ")
 
 
-def test_a_full_disk_gets_its_sentence_and_costs_no_row(
+def test_full_disk_is_reported_and_loses_no_row(
     command: Callable[..., None], journal: bytes, fault: Callable[..., str]
 ) -> None:
     wanted = OUTPUT.read_bytes()
@@ -369,7 +367,7 @@ def test_a_full_disk_gets_its_sentence_and_costs_no_row(
     ):
         if path == OUTPUT:
             JOURNAL.write_bytes(journal)
-        with files_of_at_most(size):
+        with file_size_limit(size):
             said = fault(INPUT, "--output", OUTPUT)
         assert said == (
             f"{path} cannot be written: File too large; free some space, "
@@ -382,7 +380,7 @@ def test_a_full_disk_gets_its_sentence_and_costs_no_row(
 
 @pytest.fixture
 def start() -> Iterator[Callable[[str], Forked]]:
-    """Score in a process of its own, some records at a time."""
+    """Score in a separate process, a few records at a time."""
     started: list[Forked] = []
 
     def score_to(output: str) -> Forked:
@@ -394,7 +392,7 @@ def start() -> Iterator[Callable[[str], Forked]]:
         process.end()
 
 
-def test_a_killed_process_loses_and_doubles_nothing(start: Callable[[str], Forked]) -> None:
+def test_killed_process_loses_and_duplicates_nothing(start: Callable[[str], Forked]) -> None:
     write(some_records(600))
     killed = start(str(OUTPUT))
     while not (JOURNAL.exists() and JOURNAL.stat().st_size > 1000):
@@ -414,7 +412,7 @@ def test_a_killed_process_loses_and_doubles_nothing(start: Callable[[str], Forke
     assert [row["extra"]["index"] for row in lines()] == list(range(600))
 
 
-# --- what cannot be scored -------------------------------------------------------------------
+# --- faults ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -436,22 +434,20 @@ def test_a_killed_process_loses_and_doubles_nothing(start: Callable[[str], Forke
         ),
     ],
 )
-def test_a_bad_record_gets_its_sentence(
-    record: str, sentence: str, fault: Callable[..., str]
-) -> None:
+def test_bad_record_is_reported(record: str, sentence: str, fault: Callable[..., str]) -> None:
     INPUT.write_text(f'{{"prompt": "a", "answer": "b"}}\n{record}\n')
     assert fault(INPUT, "--output", OUTPUT).startswith(f"in.jsonl: line 2: {sentence}")
     assert not OUTPUT.exists()
 
 
-def test_a_text_that_is_too_long_gets_its_sentence(fault: Callable[..., str]) -> None:
+def test_text_that_is_too_long_is_reported(fault: Callable[..., str]) -> None:
     write([{"prompt": "a", "answer": "b"}, {"prompt": "a", "answers": ["b", "1" * 3000]}])
     assert fault(INPUT, "--output", OUTPUT) == (
         "in.jsonl: line 2: over_length: the text has 3007 tokens, expected at most 2040"
     )
 
 
-def test_bytes_of_parquet_are_no_json(fault: Callable[..., str]) -> None:
+def test_bytes_in_parquet_are_not_json(fault: Callable[..., str]) -> None:
     record = {"prompt": "a", "answer": "b", "x": b"c"}
     pyarrow.parquet.write_table(pa.Table.from_pylist([record]), "in.parquet")
     assert fault("in.parquet", "--output", OUTPUT).startswith(
@@ -480,7 +476,7 @@ def test_bytes_of_parquet_are_no_json(fault: Callable[..., str]) -> None:
         ),
     ],
 )
-def test_a_bad_place_gets_its_sentence(
+def test_bad_path_is_reported(
     arguments: list[str], sentence: str, fault: Callable[..., str]
 ) -> None:
     write(some_records(2))
@@ -489,7 +485,7 @@ def test_a_bad_place_gets_its_sentence(
     assert sorted(Path().rglob("*")) == before
 
 
-def test_a_folder_that_is_no_export_gets_its_sentence(
+def test_folder_that_is_not_an_export_is_reported(
     fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(score, "Scorer", Scorer)

@@ -1,9 +1,9 @@
-"""Variable-length attention without a GPU: what torch documents of `varlen_attn`, text by text.
+"""Variable-length attention without a GPU: `varlen_attn` as torch documents it, text by text.
 
     from torch.nn.attention.varlen import varlen_attn
 
-On tensors of any kind, with a gradient. What the kernels refuse is refused here, and what they
-leave undefined, rows that belong to no text, is not a number, in the gradients as well.
+It takes tensors of any dtype and device and is differentiable. It refuses what the kernels refuse.
+Rows that belong to no text, which the kernels leave undefined, are NaN, also in the gradients.
 """
 
 from itertools import pairwise
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-# Parameters of torch's own, by the versions of torch that this project takes.
+# The parameters of torch's function, by supported torch version.
 COMMON = (
     *("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"),
     *("return_aux", "scale", "window_size"),
@@ -38,7 +38,7 @@ def varlen_attn(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Tensor:
-    """[queries, heads, size] of [queries, heads, size], [keys, fewer heads, size] and the cuts."""
+    """[queries, heads, size] from [queries, heads, size], [keys, fewer heads, size] and offsets."""
     size = query.shape[-1]
     for x in (query, key, value):
         assert x.shape[-1] == size
@@ -63,7 +63,7 @@ def varlen_attn(
 
 
 class Texts(Function):
-    """All texts, each by itself; its gradient by PyTorch's autograd through the same again."""
+    """All texts, one at a time; backward recomputes them under PyTorch's autograd."""
 
     @staticmethod
     def forward(
@@ -99,8 +99,8 @@ def one_text(
 ) -> Tensor:
     """softmax(scale q k') v of one text, aligned at its end: the last query is at the last key.
 
-    `window` is how many keys before and after its own place a query sees; -1 is all of them. As in
-    the kernels, scores are computed in fp32 at least, whatever the tensors are.
+    `window` is how many keys a query sees before and after its own position; -1 means all. As in
+    the kernels, scores are computed in at least fp32, whatever the dtype of the tensors.
     """
     computed = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
