@@ -1,4 +1,4 @@
-"""The experiments in arms and seeds: what is in an arm, and what its table says."""
+"""Experiments with arms and seeds: the contents of an arm, and the table of results."""
 
 import argparse
 import math
@@ -22,26 +22,26 @@ from reward.data.columns import ANSWERS, PREFIX, TOKENS
         ([0, 0, 1], 2 / 3, 1.0),
     ],
 )
-def test_votes_are_a_share_and_a_majority(cast: list[int], share: float, majority: float) -> None:
+def test_votes_give_a_share_and_a_majority(cast: list[int], share: float, majority: float) -> None:
     record = {"votes": cast}
     assert votes.share(record) == pytest.approx(share)
     assert votes.majority(record) == majority
 
 
-def test_an_arm_of_votes_has_the_preference_for_the_first_answer() -> None:
+def test_vote_arm_holds_the_preference_for_the_first_answer() -> None:
     record = {"instruction": "ask", "input": "", "response1": "a", "response2": "b", "votes": [2]}
     wanted = {"instruction": "ask", "chosen": "a", "rejected": "b", "preference": 0.25}
     assert votes.graded(record, 0.25) == wanted
     assert votes.graded(record | {"input": "in"}, 0.25) == wanted | {"input": "in"}
 
 
-def test_an_arm_is_a_name_and_its_parameters() -> None:
+def test_arm_is_parsed_into_name_and_parameters() -> None:
     assert Arm.of("pairs:") == Arm("pairs", ())
     assert Arm.of("b:lora.r=8,train.seed=1") == Arm("b", ("lora.r=8", "train.seed=1"))
 
 
 def rewards(*margins: float) -> pa.Table:
-    """Four comparisons of two prompts, the last one a tie."""
+    """Four comparisons for two prompts, the last one a tie."""
     return pa.table(
         {"prompt_id": ["p", "p", "q", "q"], "preference": [1.0, 1, 1, 0.5], "margin": [*margins]}
         | {"reward_chosen": [*margins], "reward_rejected": [0.0] * 4}
@@ -49,10 +49,10 @@ def rewards(*margins: float) -> pa.Table:
     )
 
 
-def test_arms_are_compared_with_the_first_without_ties(
+def test_arms_are_compared_with_the_first_ignoring_ties(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right in 3 of 3 and in 2 of 3, against 1 of 3 and 2 of 3 in the first arm."""
+    """The second arm is correct in 3 of 3 and 2 of 3, the first in 1 of 3 and 2 of 3."""
     monkeypatch.setattr(arms, "LOGS", tmp_path)
     found = [Arm("first", ()), Arm("second", ("lora.r=8",))]
     for arm in found:
@@ -68,16 +68,16 @@ def test_arms_are_compared_with_the_first_without_ties(
     assert "| first | 0.5000 | 0.3333 to 0.6667 |" in report
     assert "| second | 0.8333 | 0.6667 to 1.0000 |" in report
     assert "| second | +0.3333 | +0.0000 to +1.0000 |" in report
-    # No temperature is best for margins of which one half of the prompts has none against it.
+    # No temperature is best when half of the prompts have no margin against their label.
     assert report.count("| nan | 3.0 |") == 2
 
 
-def test_the_loss_at_temperature_is_that_of_the_evaluation(
+def test_loss_at_temperature_matches_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arms, "LOGS", tmp_path)
     (tmp_path / "x-only-0.log").write_text("")
-    # In both prompts 3 votes of 4 are for what wins by 1: best is 1 / ln 3 as T, its loss known.
+    # In both prompts 3 of 4 votes prefer the answer that wins by 1: the best T is 1 / ln 3.
     table = rewards(1, 1, 1, 1)
     table = table.set_column(1, "preference", pa.array([0.75] * 4))
     [loss] = arms.found("x", Arm("only", ()), [table]).calibrated

@@ -1,9 +1,9 @@
-"""Bad input: each gets its sentence and status 1, and nothing is written; odd input is read.
+"""Bad input gets a one-sentence message and exit status 1, and writes nothing; odd input is read.
 
-In tests/bad, data has one bad file each, params.yaml bad values of every key of params.yaml, and
-forms.yaml records of unknown forms. The cases pin where the fault is, the words of the reason and
-what was found; messages.txt has the whole of what is said. After a change of wording, write it
-anew and read its diff:
+In tests/bad, data has one bad file per case, params.yaml has bad values for every parameter, and
+forms.yaml has records of unknown forms. The cases pin the place of a fault, the words of the reason
+and the value found; messages.txt has the complete messages. After changing any wording, regenerate
+it and read the diff:
 
     ACCEPT=1 python -m pytest tests/test_bad.py
 """
@@ -52,7 +52,7 @@ READERS = {
 def said(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[Callable[[], None]], str]:
-    """What a stage says before it ends with status 1, having changed nothing."""
+    """The message of a stage that exits with status 1 and changes nothing."""
 
     def run_it(main: Callable[[], None]) -> str:
         before = sorted(workspace.rglob("*"))
@@ -67,12 +67,12 @@ def said(
     return run_it
 
 
-# --- the whole wording -----------------------------------------------------------------------
+# --- complete messages -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def worded() -> Iterator[Callable[[str, str], None]]:
-    """Compares what is said of a case with messages.txt, or accepts it."""
+def check_message() -> Iterator[Callable[[str, str], None]]:
+    """Compare the message of a case with messages.txt, or accept it."""
     head, *sections = MESSAGES.read_text(encoding="utf-8").rstrip("\n").split("\n\n")
     messages = {case: said for case, _, said in (each.partition("\n") for each in sections)}
     accept = bool(os.environ.get("ACCEPT"))
@@ -91,21 +91,21 @@ def worded() -> Iterator[Callable[[str, str], None]]:
 
 
 def without_library_words(said: str) -> str:
-    """What was said with an ellipsis for words of Python and of libraries, which change."""
+    """The message with an ellipsis for the words of Python and libraries, which change."""
     return re.sub(r"(broken \w+|to its end): ([A-Z]|while ).+?(, found|; |$)", r"\1: …\3", said)
 
 
 # --- preference files ------------------------------------------------------------------------
 
 
-def test_every_bad_file_has_a_sentence() -> None:
+def test_every_bad_file_has_a_message() -> None:
     assert {path.name for path in (BAD / "data").iterdir()} == FILES.keys()
     assert len(FILES) >= 80
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_bad_file_gets_its_sentence(
-    name: str, set_params: SetParams, said: Callable[..., str], worded: Callable[..., None]
+def test_bad_file_is_reported(
+    name: str, set_params: SetParams, said: Callable[..., str], check_message: Callable[..., None]
 ) -> None:
     path = Path("data/raw") / name
     path.parent.mkdir(parents=True)
@@ -114,7 +114,7 @@ def test_a_bad_file_gets_its_sentence(
     found = said(preprocess.main)
     assert found.startswith(str(path))
     assert [word for word in FILES[name] if word not in found] == []
-    worded(f"data/{name}", found)
+    check_message(f"data/{name}", found)
 
 
 def test_there_are_many_unknown_forms() -> None:
@@ -122,8 +122,8 @@ def test_there_are_many_unknown_forms() -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_an_unknown_form_is_one_sentence_with_the_entry_to_write(
-    name: str, worded: Callable[..., None]
+def test_unknown_form_is_reported_with_the_entry_to_write(
+    name: str, check_message: Callable[..., None]
 ) -> None:
     with pytest.raises(Fault) as caught:
         recognize(Path("data/mine/x.jsonl"), [FORMS[name]["record"]])
@@ -132,15 +132,15 @@ def test_an_unknown_form_is_one_sentence_with_the_entry_to_write(
     assert [word for word in FORMS[name]["words"] if word not in found] == []
     assert found.endswith(FORMS[name].get("entry", ""))
     assert ("dataset.yaml" in found) == ("entry" in FORMS[name])
-    worded(f"forms/{name}", found)
+    check_message(f"forms/{name}", found)
 
 
-def test_a_record_of_another_type_behind_25_mb_is_found(
+def test_record_of_another_type_after_25_mb_is_found(
     workspace: Path, set_params: SetParams, said: Callable[..., str]
 ) -> None:
-    """Readers that guess types from the head of a file fail there without a place."""
+    """Readers that infer types from the start of a file fail here without naming a line."""
     path = workspace / "data" / "pairs.jsonl"
-    # Blanks between the values: of text, tokenizing would take most of the time.
+    # The filler is whitespace between values, because tokenizing text would take most of the time.
     lines = [
         json.dumps({"prompt": f"a{n}", "chosen": "b", "rejected": "c"}, separators=(BLANKS, ": "))
         for n in range(65)
@@ -152,7 +152,7 @@ def test_a_record_of_another_type_behind_25_mb_is_found(
     assert f"{path}: line 66: wrong_type: " in said(preprocess.main)
 
 
-def test_a_prompt_of_the_test_set_in_the_training_data_is_named(
+def test_test_prompt_in_training_data_is_named(
     workspace: Path, set_params: SetParams, said: Callable[..., str]
 ) -> None:
     for name, answer in (("train", "b"), ("test", "c")):
@@ -175,8 +175,8 @@ def test_every_key_has_bad_values() -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_bad_values_get_their_sentences(
-    key: str, set_params: SetParams, said: Callable[..., str], worded: Callable[..., None]
+def test_bad_values_are_reported(
+    key: str, set_params: SetParams, said: Callable[..., str], check_message: Callable[..., None]
 ) -> None:
     group, _, name = key.partition(".")
     lines = []
@@ -188,11 +188,11 @@ def test_bad_values_get_their_sentences(
             assert str(value) in found
             assert word in found
             lines.append(found)
-    worded(f"params/{key}", "\n".join(lines))
+    check_message(f"params/{key}", "\n".join(lines))
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_missing_and_a_misspelt_key_are_named(
+def test_missing_and_misspelt_keys_are_named(
     key: str, workspace: Path, said: Callable[..., str]
 ) -> None:
     yaml, path = YAML(), workspace / "params.yaml"
@@ -206,7 +206,7 @@ def test_a_missing_and_a_misspelt_key_are_named(
 
 
 @pytest.mark.parametrize("group", PARAMS)
-def test_a_group_that_is_none_is_named(
+def test_group_that_is_not_a_mapping_is_named(
     group: str, workspace: Path, said: Callable[..., str]
 ) -> None:
     yaml, path = YAML(), workspace / "params.yaml"
@@ -234,8 +234,8 @@ BROKEN: dict[str, tuple[bytes | None, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_params_file_gets_its_sentence(
-    name: str, workspace: Path, said: Callable[..., str], worded: Callable[..., None]
+def test_broken_params_file_is_reported(
+    name: str, workspace: Path, said: Callable[..., str], check_message: Callable[..., None]
 ) -> None:
     path = workspace / "params.yaml"
     content, word = BROKEN[name]
@@ -244,7 +244,7 @@ def test_a_broken_params_file_gets_its_sentence(
     assert found.startswith("params.yaml")
     assert word in found
     assert "\n" not in found
-    worded(f"params.yaml/{name}", found.replace(str(workspace), "…"))
+    check_message(f"params.yaml/{name}", found.replace(str(workspace), "…"))
 
 
 CASES = sorted(
@@ -257,7 +257,7 @@ CASES = sorted(
 )
 
 
-# --- odd, and right --------------------------------------------------------------------------
+# --- odd but valid ---------------------------------------------------------------------------
 
 ODD: dict[str, str] = {
     "emoji": "👩‍👩‍👧 says 🇪🇺 and 👍🏽",
@@ -265,7 +265,7 @@ ODD: dict[str, str] = {
     "combining": "e\u0301 and \u0300 alone",
     "control": "a\u0000b\u0007\u001b[31m",
     "separators": "one\u2028two\u2029three\u0085four\x0bfive",
-    "a mark within": "\ufeffa\ufeff",
+    "BOM inside": "\ufeffa\ufeff",
     "JSON in a text": '{"prompt": "x"}, ["y"]\\n',
     "HTML": "<script>alert(1)</script> &amp;",
     "templates": "{prompt} {answer} {{ messages }} {% raw %}",
@@ -278,7 +278,7 @@ ODD: dict[str, str] = {
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("escaped", [True, False])
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".jsonl.gz"])
-def test_odd_text_is_read_as_it_is(tmp_path: Path, name: str, escaped: bool, suffix: str) -> None:
+def test_odd_text_is_read_unchanged(tmp_path: Path, name: str, escaped: bool, suffix: str) -> None:
     record = {
         "prompt": ODD[name],
         "chosen": f"yes {ODD[name]}",
@@ -298,7 +298,7 @@ def test_odd_text_is_read_as_it_is(tmp_path: Path, name: str, escaped: bool, suf
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n\r\n \t\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("last", [True, False])
-def test_ends_of_lines_blank_lines_and_a_mark_change_nothing(
+def test_line_endings_blank_lines_and_bom_change_nothing(
     tmp_path: Path, end: bytes, mark: bytes, last: bool
 ) -> None:
     records = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(3)]
@@ -308,7 +308,7 @@ def test_ends_of_lines_blank_lines_and_a_mark_change_nothing(
     assert [record for _, record in read(path)] == records
 
 
-def test_odd_texts_go_through_the_stage(set_params: SetParams) -> None:
+def test_odd_texts_pass_through_preprocess(set_params: SetParams) -> None:
     records = [
         {"prompt": f"{index} {text}", "chosen": f"good {index}", "rejected": f"bad {index}"}
         for index, text in enumerate(ODD.values())

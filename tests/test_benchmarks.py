@@ -1,4 +1,4 @@
-"""RewardBench and RewardBench 2 by the rules of their leaderboards."""
+"""RewardBench and RewardBench 2 scores follow the rules of their leaderboards."""
 
 import math
 import random
@@ -11,7 +11,7 @@ import pytest
 from reward.judging.benchmarks import REWARDBENCH, REWARDBENCH_2, Record, benchmark, ties_score
 from tests.judgements import answered, pairs
 
-# The pairs of each subset (Lambert et al. 2024, table 1). The leaderboard has the last two swapped.
+# Pairs per subset (Lambert et al. 2024, table 1). The leaderboard swaps the last two.
 PAIRS = {
     **{"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95},
     **{"mt-bench-easy": 28, "mt-bench-med": 40, "mt-bench-hard": 37},
@@ -31,12 +31,12 @@ def rewardbench(margin: Margin, counts: dict[str, int] = PAIRS) -> dict[str, Any
     return benchmark({"subset": names, "raw_id": [*map(str, names)]}, pairs(margins, 0 * margins))
 
 
-def test_there_are_2985_pairs_in_23_subsets() -> None:
+def test_rewardbench_has_2985_pairs_in_23_subsets() -> None:
     assert (len(PAIRS), sum(PAIRS.values())) == (23, 2985)
     assert {name for section in REWARDBENCH.values() for name in section} == PAIRS.keys()
 
 
-def test_sections_count_every_pair_once_but_for_math_and_xstest() -> None:
+def test_sections_weight_pairs_equally_except_math_and_xstest() -> None:
     draw = random.Random(0)
     rate = {name: draw.random() for name in PAIRS}
     right: dict[str, list[bool]] = {name: [] for name in PAIRS}
@@ -69,7 +69,7 @@ def test_equal_rewards_are_wrong_in_rewardbench() -> None:
         assert found["score"] == score
 
 
-def test_of_some_subsets_there_are_some_sections_and_no_score() -> None:
+def test_some_subsets_give_some_sections_and_no_score() -> None:
     found = rewardbench(lambda name: 1.0 if "easy" in name else -1.0, {"alpacaeval-easy": 3})
     assert found
     assert found["parts"] == {"Chat": 1, "Chat Hard": None, "Safety": None, "Reasoning": None}
@@ -90,7 +90,7 @@ def test_of_some_subsets_there_are_some_sections_and_no_score() -> None:
         {"kind": ["alpacaeval-easy", "math-prm"]},
     ],
 )
-def test_other_sets_are_no_benchmark(columns: dict[str, list[str | None]]) -> None:
+def test_other_sets_are_not_a_benchmark(columns: dict[str, list[str | None]]) -> None:
     assert benchmark(columns, pairs(np.ones(2), np.zeros(2))) is None
 
 
@@ -100,7 +100,7 @@ Rewards = tuple[list[float], list[float]]
 
 
 def rewardbench_2(records: list[tuple[str, str, Rewards]]) -> dict[str, Any]:
-    """The figures of records: subset, id, rewards of the correct and of the wrong answers."""
+    """The metrics of records of subset, id, and rewards of the correct and the wrong answers."""
     prompts, names, ids = [], [], []
     for subset, record, (correct, wrong) in records:
         compared = [
@@ -115,7 +115,7 @@ def rewardbench_2(records: list[tuple[str, str, Rewards]]) -> dict[str, Any]:
     return found
 
 
-def test_the_best_of_four_is_the_one_with_the_highest_reward_and_equal_ones_share() -> None:
+def test_best_of_four_is_the_highest_reward_and_ties_share_the_credit() -> None:
     found = rewardbench_2(
         [
             ("Factuality", "0", ([2.0], [1.0, 0.0, -1.0])),
@@ -132,7 +132,7 @@ def test_the_best_of_four_is_the_one_with_the_highest_reward_and_equal_ones_shar
 
 
 def slow_ties(found: dict[str, Rewards]) -> float:
-    """The rule of the subset, record by record."""
+    """The rule of the Ties subset, record by record."""
     accurate: dict[str, list[bool]] = {"ref": [], "tied": []}
     for name, (correct, wrong) in found.items():
         accurate[name.split(":")[0]].append(min(correct) > max(wrong))
@@ -158,7 +158,7 @@ def slow_ties(found: dict[str, Rewards]) -> float:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_ties_are_scored_as_by_a_plain_loop(seed: int) -> None:
+def test_ties_score_matches_a_plain_loop(seed: int) -> None:
     draw = random.Random(seed)
 
     def rewards(count: int, middle: float) -> list[float]:
@@ -174,7 +174,7 @@ def test_ties_are_scored_as_by_a_plain_loop(seed: int) -> None:
     assert whole["parts"]["Ties"] == pytest.approx(slow_ties(found))
 
 
-def test_a_perfect_model_has_a_hundredth_more_than_one_on_ties() -> None:
+def test_perfect_model_scores_one_percent_above_one_on_ties() -> None:
     one, two = np.array([5.0]), np.array([5.0, 5.0])
     wrong = np.array([0.0, -1.0])
     found = {"ref:1": Record(one, wrong), "tied:1": Record(two, wrong)}
@@ -184,7 +184,7 @@ def test_a_perfect_model_has_a_hundredth_more_than_one_on_ties() -> None:
     assert ties_score({"ref:1": Record(one, wrong)}) is None
 
 
-def test_the_score_is_the_mean_of_six_subsets() -> None:
+def test_score_is_the_mean_of_six_subsets() -> None:
     right = ([1.0], [0.0, 0.0, 0.0])
     records = [(name, str(place), right) for place, name in enumerate(REWARDBENCH_2[:-1])]
     ties = [("Ties", "ref:1", ([1.0], [0.0])), ("Ties", "tied:1", ([1.0, 0.9], [0.0]))]

@@ -1,4 +1,4 @@
-"""Checkpoints: found whole or not at all, named by all that decides the result, held by one."""
+"""Checkpoints: complete or absent, named by all that affects the result, one trainer each."""
 
 import errno
 import fcntl
@@ -34,26 +34,26 @@ def written(run: Run, *steps: int) -> Run:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of all runs' checkpoints, in a fresh DVC repository."""
+    """The checkpoints folder of all runs, in a fresh DVC repository."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     return tmp_path / "models" / "checkpoints"
 
 
-# --- whole or not at all ---------------------------------------------------------------------
+# --- complete or absent ----------------------------------------------------------------------
 
 
-def test_latest_is_the_last_step_by_number(tmp_path: Path) -> None:
+def test_latest_is_the_step_with_the_highest_number(tmp_path: Path) -> None:
     assert Run(tmp_path).latest() is None
     assert written(Run(tmp_path), 8, 10).latest() == tmp_path / "step-10"
 
 
-def test_only_the_last_few_are_kept(tmp_path: Path) -> None:
+def test_only_the_last_two_steps_are_kept(tmp_path: Path) -> None:
     written(Run(tmp_path), 2, 4, 6, 8, 10)
     assert KEPT_STEPS == 2
     assert {path.name for path in tmp_path.iterdir()} == {"step-8", "step-10"}
 
 
-def test_interrupted_writing_leaves_no_checkpoint(tmp_path: Path) -> None:
+def test_interrupted_write_leaves_no_checkpoint(tmp_path: Path) -> None:
     run = written(Run(tmp_path), 2)
     with suppress(KeyboardInterrupt), run.writing(4) as folder:
         (folder / "weights").write_text("half")
@@ -77,7 +77,7 @@ def test_interrupted_writing_leaves_no_checkpoint(tmp_path: Path) -> None:
         ("digests.json", "{}"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(
+def test_damaged_checkpoint_is_skipped(
     tmp_path: Path, name: str, content: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = written(Run(tmp_path), 2, 4)
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert capsys.readouterr().out == said
 
 
-def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
+def test_checkpoint_of_another_run_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "other").mkdir()
     one, other = written(Run(tmp_path / "one"), 2), written(Run(tmp_path / "other"), 4)
@@ -104,7 +104,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
 
 
 def lock_file(path: Path, content: str) -> Path:
-    """A dvc.lock whose stage train has an out with the MD5 of `content`."""
+    """A dvc.lock whose train stage has an out with the MD5 of `content`."""
     md5 = hashlib.md5(content.encode(), usedforsecurity=False).hexdigest()
     outs = [{"path": "metrics/train.json", "hash": "md5", "md5": md5}]
     YAML().dump({"schema": "2.0", "stages": {"train": {"outs": outs}}}, path)
@@ -115,7 +115,7 @@ def lock_file(path: Path, content: str) -> Path:
     ("recorded", "left"),
     [("metrics", None), ("of another run", "step-8"), (None, "step-8")],
 )
-def test_finished_run_starts_afresh_once_its_outs_are_recorded(
+def test_finished_run_restarts_once_its_outs_are_recorded(
     tmp_path: Path, recorded: str | None, left: str | None
 ) -> None:
     run, metrics = written(Run(tmp_path), 6, 8), tmp_path / "train.json"
@@ -131,7 +131,7 @@ def test_finished_run_starts_afresh_once_its_outs_are_recorded(
     assert run.latest() == (tmp_path / left if left else None)
 
 
-def test_unfinished_run_goes_on_whatever_is_recorded(tmp_path: Path) -> None:
+def test_unfinished_run_resumes_whatever_is_recorded(tmp_path: Path) -> None:
     run = written(Run(tmp_path), 2)
     run.forget_if_recorded(lock_file(tmp_path / "dvc.lock", "metrics"), "train")
     assert run.latest() == tmp_path / "step-2"
@@ -140,7 +140,7 @@ def test_unfinished_run_goes_on_whatever_is_recorded(tmp_path: Path) -> None:
 # --- the fingerprint -------------------------------------------------------------------------
 
 
-def test_fingerprint_stands_for_params_and_inputs(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_params_and_inputs(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows").write_text("1")
     (tmp_path / "template").write_text("2")
@@ -154,7 +154,7 @@ def test_fingerprint_stands_for_params_and_inputs(tmp_path: Path) -> None:
     assert all(len(name) == 16 and int(name, 16) >= 0 for name in names)
 
 
-def test_fingerprint_stands_for_the_versions_of_the_libraries(
+def test_fingerprint_depends_on_library_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = fingerprint({}, [])
@@ -163,8 +163,8 @@ def test_fingerprint_stands_for_the_versions_of_the_libraries(
 
 
 @pytest.mark.parametrize("edited", ["stages/train.py", "reward/outputs.py", None])
-def test_fingerprint_stands_for_the_code_in_use(tmp_path: Path, edited: str | None) -> None:
-    """A stage of two lines, run as a module, prints the fingerprint of the code that it uses."""
+def test_fingerprint_depends_on_the_code_in_use(tmp_path: Path, edited: str | None) -> None:
+    """A two-line stage, run as a module, prints the fingerprint of the code that it uses."""
     for name in ("reward", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     source = "from reward.model.checkpoints import fingerprint\nprint(fingerprint({}, []))\n"
@@ -188,7 +188,7 @@ def test_fingerprint_stands_for_the_code_in_use(tmp_path: Path, edited: str | No
 # --- one trainer at a time -------------------------------------------------------------------
 
 
-def test_a_second_trainer_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_trainer_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "PATIENCE", 2)
     with locked("busy"):
         with pytest.raises(Fault, match="busy is in use by another trainer"), locked("busy"):
@@ -199,7 +199,7 @@ def test_a_second_trainer_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch
         assert run.folder == root / "busy"
 
 
-def test_a_second_trainer_waits_a_moment_for_the_first_to_end(root: Path) -> None:
+def test_second_trainer_waits_briefly_for_the_first_to_exit(root: Path) -> None:
     with ExitStack() as first:
         first.enter_context(locked("busy"))
         end = threading.Timer(0.3, first.pop_all().close)
@@ -226,7 +226,7 @@ with locked("busy"):
 
 @pytest.fixture
 def no_flock(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A file system whose flock fails with an error number."""
+    """Make flock fail with the given errno."""
 
     def refuse(number: int) -> None:
         def flock(*_: object) -> None:
@@ -238,10 +238,10 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("kind", ["flock", "soft"])
-def test_a_lock_dies_with_its_process(
+def test_lock_is_released_when_its_process_dies(
     root: Path, kind: str, no_flock: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With flock, and with the file that stands for the lock where there is none."""
+    """With flock, and with the lock file that replaces it where flock is missing."""
     monkeypatch.setattr(checkpoints, "PATIENCE", 2)
     if kind == "soft":
         no_flock(errno.ENOSYS)
@@ -262,7 +262,7 @@ def test_a_lock_dies_with_its_process(
         assert run.folder == root / "busy"
 
 
-def test_without_flock_one_trainer_at_a_time(
+def test_one_trainer_at_a_time_without_flock(
     root: Path, no_flock: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "PATIENCE", 2)
@@ -276,7 +276,7 @@ def test_without_flock_one_trainer_at_a_time(
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_gets_its_sentence(
+def test_file_system_without_locks_is_reported(
     root: Path, number: int, no_flock: Callable[[int], None]
 ) -> None:
     no_flock(number)
@@ -289,7 +289,7 @@ def test_a_file_system_without_locks_gets_its_sentence(
     )
 
 
-def test_a_lock_is_no_part_of_a_checkpoint(root: Path) -> None:
+def test_lock_is_not_part_of_a_checkpoint(root: Path) -> None:
     with locked("run") as run:
         written(run, 2)
         assert run.latest() == root / "run" / "step-2"
@@ -297,7 +297,7 @@ def test_a_lock_is_no_part_of_a_checkpoint(root: Path) -> None:
     assert recorded.keys() == {"weights", "state/optimizer"}
 
 
-def test_without_dvc_checkpoints_lie_in_the_current_folder(
+def test_checkpoints_are_in_the_working_directory_without_dvc(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DVC_ROOT", raising=False)
@@ -306,7 +306,7 @@ def test_without_dvc_checkpoints_lie_in_the_current_folder(
         assert run.folder.resolve() == tmp_path / "models" / "checkpoints" / "run"
 
 
-def test_oldest_runs_are_removed_but_those_in_use(root: Path) -> None:
+def test_oldest_runs_are_removed_unless_in_use(root: Path) -> None:
     for age in range(KEPT_RUNS + 3):
         with locked(f"run-{age}") as run:
             write_json(run.folder / "finished.json", {})
@@ -319,7 +319,7 @@ def test_oldest_runs_are_removed_but_those_in_use(root: Path) -> None:
     assert names == {"now", "busy"} | kept
 
 
-def test_unfinished_work_is_kept_longer_than_what_is_finished(root: Path) -> None:
+def test_unfinished_runs_are_kept_longer_than_finished_ones(root: Path) -> None:
     for age in range(KEPT_RUNS + 3):
         with locked(f"run-{age}") as run:
             if age > 0:

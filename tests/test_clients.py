@@ -1,4 +1,4 @@
-"""What clients are given: the pairs as ids, as text and as conversations, and nothing else."""
+"""Input for clients: pairs as ids, as texts and as conversations, and nothing else."""
 
 import shutil
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Given = Callable[..., Exported]
 
 @pytest.fixture
 def given(tiny_base: Path, tmp_path: Path) -> Given:
-    """A folder with an exported tokenizer, and pairs of a template."""
+    """A folder with an exported tokenizer, and pairs encoded with a template."""
 
     def make(name: str = "zh", pairs: list[Any] = PAIRS, append_eos: bool = False) -> Exported:
         template = Template.of(name, append_eos, 2040, tiny_base)
@@ -48,7 +48,7 @@ def given(tiny_base: Path, tmp_path: Path) -> Given:
     return make
 
 
-def test_ids_come_in_the_order_of_their_length_under_their_index(given: Given) -> None:
+def test_ids_are_sorted_by_length_and_keep_their_index(given: Given) -> None:
     found = given()
     lengths = [tokens(found.pairs[index]) for index in found.ids]
     assert lengths == sorted(lengths)
@@ -75,7 +75,7 @@ def test_conversations_have_prompt_and_answers_of_the_pair(given: Given) -> None
 
 
 @pytest.mark.parametrize(("kind", "padded"), [("qwen2", 3), ("gpt2", 0)])
-def test_no_pair_is_padded_on_the_left_for_a_model_that_counts_padding(
+def test_no_pair_is_left_padded_for_a_model_that_counts_padding_as_positions(
     given: Given, kind: str, padded: int, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -87,7 +87,7 @@ def test_no_pair_is_padded_on_the_left_for_a_model_that_counts_padding(
         assert len(pairs(RIGHT)) == 3
 
 
-def test_pairs_whose_text_has_other_ids_are_left_out(given: Given) -> None:
+def test_pairs_whose_text_encodes_differently_are_left_out(given: Given) -> None:
     found = given()
     letters = [found.tokenizer.get_vocab()[letter] for letter in "egg"]
     found.pairs.append(Texts([letters, [*letters, 5]], 2))
@@ -104,7 +104,7 @@ def test_pairs_whose_text_has_other_ids_are_left_out(given: Given) -> None:
         (("user", "a"), ("assistant", "b"), ("user", "c")),
     ],
 )
-def test_pairs_of_several_messages_are_texts_but_no_conversations(
+def test_pairs_of_several_messages_are_texts_but_not_conversations(
     given: Given, tiny_base: Path, prompt: Messages
 ) -> None:
     found = given("chat")
@@ -117,7 +117,7 @@ def test_pairs_of_several_messages_are_texts_but_no_conversations(
     assert 3 not in found.conversations
 
 
-def test_the_sample_is_spread_and_small(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_is_small_and_evenly_spread(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(given_to_clients, "SAMPLE", 2)
     found = given()
     assert found.sample == [0, 2]
@@ -129,9 +129,7 @@ def test_the_sample_is_spread_and_small(given: Given, monkeypatch: pytest.Monkey
     assert ended == found.ids_of(EOS)[2] == found.ended[2]
 
 
-def test_only_the_pairs_that_are_compared_are_given(
-    given: Given, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clients_get_only_the_compared_pairs(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
     found = replace(given(), compared=[0, 2])
     assert sorted(found.ids) == sorted(found.texts) == sorted(found.conversations) == [0, 2]
     assert found.sample == [0, 2]
@@ -139,7 +137,7 @@ def test_only_the_pairs_that_are_compared_are_given(
     assert replace(found, compared=[1, 2]).sample == [1]
 
 
-def test_a_tokenizer_without_eos_ends_nothing(given: Given) -> None:
+def test_tokenizer_without_eos_gives_no_texts_with_eos(given: Given) -> None:
     found = given()
     found.tokenizer.eos_token = None
     assert found.ended == found.ids_of(EOS) == {}
@@ -155,7 +153,7 @@ def test_rewards_are_paired_by_index() -> None:
     }
 
 
-def test_rollouts_give_the_chosen_answer_and_then_the_rejected_one(given: Given) -> None:
+def test_rollouts_return_the_chosen_answer_then_the_rejected(given: Given) -> None:
     found = given()
     rollouts = Rollouts(found.tokenizer, sample_of_conversations(found))
     prompts = [each["prompt"] for each in rollouts.prompts]
@@ -168,21 +166,21 @@ def test_rollouts_give_the_chosen_answer_and_then_the_rejected_one(given: Given)
     assert rollouts.found == paired([pairs[1][0], pairs[0][0]], [1.0, 2.0, 3.0, 4.0])
 
 
-def test_a_step_takes_each_prompt_once(given: Given) -> None:
+def test_step_uses_each_prompt_once(given: Given) -> None:
     found = given(pairs=[*PAIRS, (PAIRS[0][0], "Well.", "Ill."), ("q", "", "empty")])
     taken = sample_of_conversations(found)
     assert len(taken) == 3
     assert {pair.prompt for pair in taken.values()} >= {PAIRS[0][0], "one"}
 
 
-def test_the_folder_alone_is_read(given: Given, tmp_path: Path) -> None:
+def test_only_the_exported_folder_is_read(given: Given, tmp_path: Path) -> None:
     found = given()
     copy = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-copy"))
     elsewhere = replace(found, folder=copy)
     assert elsewhere.conversations == found.conversations
 
 
-def test_a_text_of_several_pairs_is_scored_once() -> None:
+def test_text_of_several_pairs_is_scored_once() -> None:
     asked: list[list[str]] = []
 
     def length(texts: list[str], factor: float) -> list[float]:

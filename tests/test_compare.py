@@ -1,4 +1,4 @@
-"""Comparing two judgements: the answer, and where it comes from."""
+"""Comparing two judgements: the verdict, and the evidence for it."""
 
 import io
 import sys
@@ -18,7 +18,7 @@ NAMES = ("main", "other")
 
 
 def table(margins: list[float], ids: list[str] | None = None, each: int = 1) -> pa.Table:
-    """Rewards as evaluate writes them, `each` pairs of a prompt following one another."""
+    """Rewards as evaluate writes them, with `each` consecutive pairs per prompt."""
     return pa.table(
         {
             "id": ids or [f"id{index}" for index in range(len(margins))],
@@ -32,13 +32,13 @@ def compared(first: list[float], second: list[float], each: int = 1) -> Comparis
     return align(table(first, each=each), table(second, each=each), NAMES)
 
 
-def test_a_clear_gain_is_called_better_and_a_clear_loss_worse() -> None:
+def test_clear_gain_is_better_and_clear_loss_is_worse() -> None:
     bad, good = [-1.0] * 30 + [1.0] * 30, [1.0] * 55 + [-1.0] * 5
     assert "verdict    other is better" in report(compared(bad, good), NAMES, False)
     assert "verdict    other is worse" in report(compared(good, bad), NAMES, False)
 
 
-def test_the_same_rewards_are_no_gain() -> None:
+def test_identical_rewards_are_not_a_gain() -> None:
     draw = np.random.default_rng(0).normal(size=50).tolist()
     said = report(compared(draw, draw), NAMES, False)
     assert "other cannot be told from noise" in said
@@ -46,7 +46,7 @@ def test_the_same_rewards_are_no_gain() -> None:
     assert "difference +0.0000" in said
 
 
-def test_noise_is_called_noise_about_as_often_as_it_should_be() -> None:
+def test_false_positive_rate_is_close_to_nominal() -> None:
     draw = np.random.default_rng(1)
     verdicts = []
     for _ in range(60):
@@ -55,8 +55,8 @@ def test_noise_is_called_noise_about_as_often_as_it_should_be() -> None:
     assert sum(verdicts) >= 51
 
 
-def test_many_pairs_of_few_prompts_are_little_evidence() -> None:
-    """A gain on one prompt out of four, whether it has two pairs or twenty."""
+def test_many_pairs_of_few_prompts_are_weak_evidence() -> None:
+    """A gain on one prompt out of four stays weak, whether the prompt has two pairs or twenty."""
     for each in (2, 20):
         first = [1.0] * each * 3 + [-1.0] * each
         said = report(compared(first, [1.0] * each * 4, each), NAMES, False)
@@ -66,14 +66,14 @@ def test_many_pairs_of_few_prompts_are_little_evidence() -> None:
 @pytest.mark.parametrize(
     ("prompts", "verdict"), [(1, "cannot be told"), (5, "cannot be told"), (6, "is better")]
 )
-def test_gains_that_are_all_alike_need_enough_prompts(prompts: int, verdict: str) -> None:
-    """Resampling says nothing of them; six prompts out of six have a chance of 1 in 64 each way."""
+def test_identical_gains_need_enough_prompts(prompts: int, verdict: str) -> None:
+    """Resampling tells nothing about them; six of six prompts have probability 1/64 each way."""
     said = report(compared([-1.0] * prompts * 3, [1.0] * prompts * 3, 3), NAMES, False)
     assert verdict in said
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 5), (12, 3), (0, 7), (1, 0)])
-def test_mcnemar_is_the_exact_binomial_test(better: int, worse: int) -> None:
+def test_mcnemar_matches_the_exact_binomial_test(better: int, worse: int) -> None:
     gain = np.array([1.0] * better + [-1.0] * worse + [0.0] * 9)
     total = better + worse
     tails = sum(
@@ -90,7 +90,7 @@ def test_equal_rewards_count_half() -> None:
 
 
 def test_ties_are_left_out() -> None:
-    """Of a revision of before there were ties, all pairs are taken as no ties."""
+    """In a revision without the preference column, no pair is a tie."""
     preference = pa.array([1.0, 0.5, 0.75])
     first = table([1.0, -1.0, 2.0]).append_column("preference", preference)
     second = table([-1.0, 1.0, 3.0])
@@ -99,7 +99,9 @@ def test_ties_are_left_out() -> None:
     assert align(second, second, NAMES).ids == ["id0", "id1", "id2"]
 
 
-def test_pairs_are_matched_by_id_and_others_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_are_matched_by_id_and_others_are_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     first, second = table([1.0, -1.0, 2.0], ["a", "b", "c"]), table([5.0, 3.0], ["c", "b"])
     found = align(first, second, NAMES)
     assert found.ids == ["b", "c"]
@@ -109,7 +111,7 @@ def test_pairs_are_matched_by_id_and_others_left_out(capsys: pytest.CaptureFixtu
         align(first, table([1.0], ["z"]), NAMES)
 
 
-def test_pairs_that_changed_sides_are_listed_the_largest_change_first() -> None:
+def test_pairs_that_flipped_are_listed_largest_change_first() -> None:
     found = compared([-1.0] * 12 + [1.0], [float(n) for n in range(1, 13)] + [-9.0])
     shown = report(found, NAMES, False).splitlines()
     assert "better id11  margin -1.0000 -> +12.0000" in shown[4]
@@ -122,7 +124,7 @@ def test_pairs_that_changed_sides_are_listed_the_largest_change_first() -> None:
 @pytest.mark.parametrize(
     ("options", "file"), [([], "rewards.parquet"), (["--set", "mine"], "sets/mine.parquet")]
 )
-def test_revisions_are_read_from_dvc_and_the_workspace_from_the_disk(
+def test_revisions_are_read_from_dvc_and_the_workspace_from_disk(
     options: list[str],
     file: str,
     tmp_path: Path,
@@ -151,7 +153,7 @@ def test_revisions_are_read_from_dvc_and_the_workspace_from_the_disk(
 
 
 @pytest.mark.parametrize("name", ["no-such-thing", "workspace"])
-def test_what_cannot_be_had_is_a_sentence(
+def test_missing_revision_or_rewards_are_reported(
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

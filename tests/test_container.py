@@ -1,4 +1,4 @@
-"""The container file: what can be tested of it without building it."""
+"""The Containerfile, as far as it can be tested without building it."""
 
 import asyncio
 import json
@@ -21,39 +21,39 @@ LINES = [
 ]
 
 
-def of(instruction: str) -> list[str]:
-    """What the file has for an instruction, in order."""
+def arguments_of(instruction: str) -> list[str]:
+    """The arguments of every use of an instruction, in order."""
     return [rest for name, rest in LINES if name == instruction]
 
 
-def test_it_copies_what_the_package_is_built_of() -> None:
-    copied = [path for line in of("COPY") for path in line.split()[:-1]]
+def test_image_copies_the_package_sources() -> None:
+    copied = [path for line in arguments_of("COPY") for path in line.split()[:-1]]
     assert all((ROOT / path).exists() for path in copied)
     assert {"reward", "pyproject.toml", "README.md", "constraints.txt"} <= set(copied)
 
 
-def test_the_server_is_an_ordinary_user_and_ends_by_sigterm() -> None:
-    """The user who was made is the one who serves; as exec form it is the process that is asked."""
-    [user] = of("USER")
-    assert f"--uid {user} " in of("RUN")[0]
+def test_server_runs_as_ordinary_user_and_receives_sigterm() -> None:
+    """The created user runs the server, in exec form, so that the signal reaches the server."""
+    [user] = arguments_of("USER")
+    assert f"--uid {user} " in arguments_of("RUN")[0]
     assert int(user) > 0
     names = [name for name, _ in LINES]
     assert names.index("USER") < names.index("ENTRYPOINT")
 
 
-def test_it_serves_as_the_command_line_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    [command] = map(json.loads, of("ENTRYPOINT"))
+def test_entrypoint_is_a_valid_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    [command] = map(json.loads, arguments_of("ENTRYPOINT"))
     assert command[:3] == ["python", "-m", serve.__name__]
     monkeypatch.setattr("sys.argv", ["serve", *command[3:]])
     monkeypatch.setenv("REWARD_API_KEY", "sesame")
     options = serve.parse()
-    assert (options.model, f"{options.port}") == (Path("/model"), *of("EXPOSE"))
+    assert (options.model, f"{options.port}") == (Path("/model"), *arguments_of("EXPOSE"))
 
 
-def test_it_is_healthy_while_the_server_answers() -> None:
-    [line] = of("HEALTHCHECK")
+def test_image_is_healthy_while_the_server_answers() -> None:
+    [line] = arguments_of("HEALTHCHECK")
     python, *arguments = json.loads(line.partition(" CMD ")[2])
-    [port] = of("EXPOSE")
+    [port] = arguments_of("EXPOSE")
     assert python == "python"
 
     def status(found: int) -> int:

@@ -1,4 +1,4 @@
-"""dvc.yaml and pyproject.toml say what the code does: its imports, params, files, nothing else."""
+"""dvc.yaml and pyproject.toml match the code: its imports, params and files, and nothing else."""
 
 import ast
 import re
@@ -17,10 +17,10 @@ from tests.support import GROUPS, ROOT
 
 PACKAGES = ("reward", "stages")
 OUTSIDE = ("benchmarks", "tests", "tools")
-# What a module reads beside itself.
+# Files that modules read from their own folder.
 READ = {"reward.judging.page": "page.html", "reward.exporting.card": "card.md"}
-# From the top: none imports from a room above its own, or beside it.
-ROOMS = [
+# Layers from the top: no package imports from a layer above its own, or from another in its layer.
+LAYERS = [
     {"serving"},
     {"exporting"},
     {"judging", "model"},
@@ -30,9 +30,9 @@ ROOMS = [
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES: dict[str, Any] = PIPELINE["stages"]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-# Serves nobody: it reads what preprocess has made of the test sets, so it needs the pipeline.
+# Not part of serving: it reads the test sets that preprocess wrote, so it needs the pipeline.
 NEEDS_SPLITS = {"reward.serving.judge"}
-# What libraries import by themselves: transformers, to load quantized weights and to train.
+# Imported by a library: transformers needs it to load quantized weights and to train.
 INDIRECT = {"accelerate"}
 
 
@@ -42,13 +42,13 @@ def tree(module: str) -> ast.Module:
 
 
 def file_of(module: str) -> Path:
-    """The file of a dotted name of this project, a package's `__init__.py` among them."""
+    """The file of a dotted name in this project, which is `__init__.py` for a package."""
     path = ROOT / module.replace(".", "/")
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def imported(module: str, packages: Collection[str] = PACKAGES) -> set[str]:
-    """The modules of the given packages that a module imports itself, anywhere in it."""
+    """The modules of the given packages that a module imports directly, anywhere in its code."""
     names = set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -60,14 +60,14 @@ def imported(module: str, packages: Collection[str] = PACKAGES) -> set[str]:
 
 
 def with_packages(module: str) -> set[str]:
-    """A module and the packages that Python imports before it."""
+    """A module and its parent packages, which Python imports first."""
     parts = module.split(".")
     return {".".join(parts[: count + 1]) for count in range(len(parts))}
 
 
 @cache
 def transitive(module: str) -> frozenset[str]:
-    """A module and all those of this project that are imported with it."""
+    """A module and all modules of this project that it imports, directly or indirectly."""
     done: set[str] = set()
     waiting = [*with_packages(module)]
     while waiting:
@@ -79,7 +79,7 @@ def transitive(module: str) -> frozenset[str]:
 
 
 def libraries(files: Collection[Path]) -> set[str]:
-    """The distributions of what files import when they run, anywhere in them."""
+    """The distributions that files import at run time, anywhere in their code."""
     distributions, names = packages_distributions(), set[str]()
     for path in files:
         nodes = [ast.parse(path.read_text(encoding="utf-8"))]
@@ -97,12 +97,12 @@ def libraries(files: Collection[Path]) -> set[str]:
 
 
 def normal(requirement: str) -> str:
-    """The name in a requirement, as package indexes compare names."""
+    """The normalized name in a requirement, as package indexes compare names."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 
 def declared(*extras: str) -> set[str]:
-    """The distributions that pyproject.toml names for some extras and for everybody."""
+    """The distributions that pyproject.toml requires, in general and for the given extras."""
     found = [
         *PROJECT["dependencies"],
         *(name for extra in extras for name in PROJECT["optional-dependencies"][extra]),
@@ -120,7 +120,7 @@ def out_paths(stage: str) -> set[str]:
 
 
 def fields_read(module: str, group: str) -> set[str]:
-    """Attributes read anywhere in a module, as a bound on the params it reads."""
+    """Attributes read anywhere in a module, as an upper bound on the params it reads."""
     kind = GROUPS[group]
     return {
         node.attr
@@ -138,7 +138,7 @@ def test_deps_are_the_transitive_imports(stage: str) -> None:
     assert code == {path.relative_to(ROOT).as_posix() for path in files}
 
 
-def test_stages_are_exactly_those_of_the_pipeline() -> None:
+def test_every_stage_module_is_in_the_pipeline() -> None:
     assert {path.stem for path in (ROOT / "stages").glob("*.py")} == {*STAGES, "__init__"}
 
 
@@ -155,30 +155,30 @@ MODULES = sorted(
 )
 
 
-def floor_of(module: str) -> int:
-    """How far below the top a module is."""
-    [floor] = [floor for floor, rooms in enumerate(ROOMS) if module.split(".")[1] in rooms]
+def depth_of(module: str) -> int:
+    """The depth of a module's layer, counted from the top."""
+    [floor] = [floor for floor, rooms in enumerate(LAYERS) if module.split(".")[1] in rooms]
     return floor
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_the_library_imports_no_stage_and_never_climbs(module: str) -> None:
+def test_library_imports_no_stage_and_only_lower_layers(module: str) -> None:
     others = imported(module) - with_packages(module)
     assert not [other for other in others if other.startswith("stages")]
     for other in others - {"reward"}:
         same_room = other.split(".")[1] == module.split(".")[1]
-        lowest = module.split(".")[1] in ROOMS[-1]
-        assert same_room or lowest or floor_of(other) > floor_of(module), other
-        assert not lowest or floor_of(other) == floor_of(module), other
+        lowest = module.split(".")[1] in LAYERS[-1]
+        assert same_room or lowest or depth_of(other) > depth_of(module), other
+        assert not lowest or depth_of(other) == depth_of(module), other
 
 
-def test_nothing_imports_in_a_circle() -> None:
+def test_no_import_cycles() -> None:
     for module in MODULES:
         assert not any(module in transitive(other) for other in imported(module) - {module})
 
 
 def test_packages_have_a_docstring_and_no_code() -> None:
-    """DVC warns of every dependency that is an empty file. One import comes before all others."""
+    """DVC warns about empty dependencies, and one import has to run before all others."""
     for path in (ROOT / "reward").rglob("__init__.py"):
         docstring, *code = ast.parse(path.read_text(encoding="utf-8")).body
         assert isinstance(docstring, ast.Expr)
@@ -186,8 +186,8 @@ def test_packages_have_a_docstring_and_no_code() -> None:
         assert [ast.unparse(line) for line in code] == first
 
 
-def test_no_test_and_no_tool_imports_a_test_module() -> None:
-    """What tests share is in tests.support, their fixtures in conftest, which pytest imports."""
+def test_nothing_imports_a_test_module() -> None:
+    """Shared code is in tests.support, and shared fixtures in conftest, which pytest imports."""
     files = [path for name in OUTSIDE for path in (ROOT / name).rglob("*.py")]
     names = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in files]
     found = {(name, other) for name in names for other in imported(name, OUTSIDE)}
@@ -196,25 +196,25 @@ def test_no_test_and_no_tool_imports_a_test_module() -> None:
     assert [pair for pair in sorted(found) if tests.fullmatch(pair[1])] == []
 
 
-def test_the_dependencies_are_what_scoring_and_serving_import() -> None:
+def test_dependencies_are_what_scoring_and_serving_import() -> None:
     serving = {module for module in MODULES if ".serving." in module} - NEEDS_SPLITS
     served = [transitive(module) for module in serving]
     files = {file_of(name) for names in served for name in names}
     assert declared() == libraries(files) | INDIRECT
 
 
-def test_the_extras_are_what_the_pipeline_imports() -> None:
+def test_extras_are_what_the_pipeline_imports() -> None:
     files = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
     files += [ROOT / ".dvc" / "plots" / "make_page.py"]
     assert declared("train", "clients") == libraries(files) | INDIRECT
 
 
-def test_tests_benchmarks_and_tools_import_what_is_declared() -> None:
+def test_tests_benchmarks_and_tools_import_only_declared_packages() -> None:
     files = [path for name in OUTSIDE for path in (ROOT / name).rglob("*.py")]
     assert libraries(files) <= declared("train", "clients", "dev")
 
 
-# What a change of a file must rerun, and nothing else: DVC hashes whole files.
+# The stages that a change to a file must rerun, and no others: DVC hashes whole files.
 RERUN = {
     "reward.data.reading": {"preprocess"},
     "reward.data.splitting": {"preprocess"},
@@ -237,13 +237,13 @@ RERUN = {
 
 
 @pytest.mark.parametrize("module", RERUN)
-def test_a_change_reruns_the_stages_that_it_concerns(module: str) -> None:
+def test_change_reruns_only_the_affected_stages(module: str) -> None:
     path = file_of(module).relative_to(ROOT).as_posix()
     assert {name for name, stage in STAGES.items() if path in stage["deps"]} == RERUN[module]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_params_are_those_the_stage_loads(stage: str) -> None:
+def test_params_are_the_groups_that_the_stage_loads(stage: str) -> None:
     loaded = {
         node.args[0].value
         for node in ast.walk(tree(stage_of(stage)))
@@ -277,8 +277,8 @@ def test_deps_and_outs_are_sorted_and_described(stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_paths_in_the_code_are_those_of_the_stage(stage: str) -> None:
-    """Every path constant of a stage is a dep, an out, or lies beside or within one."""
+def test_paths_in_the_code_belong_to_the_stage(stage: str) -> None:
+    """Every path constant of a stage is a dep or an out, or is next to or inside one."""
     declared = out_paths(stage) | set(STAGES[stage]["deps"])
     for node in tree(stage_of(stage)).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Path("):

@@ -1,4 +1,4 @@
-"""The documentation says what is true: its commands, files and figures, in both languages."""
+"""The documentation is accurate: its commands, files and figures, in both languages."""
 
 import ast
 import json
@@ -33,19 +33,19 @@ TRACKED = set(
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines()
 )
-# Numbers are those of prose and tables; the digits of names, such as Qwen2-0.5B, are none.
+# Numbers in prose and tables; digits in names, such as Qwen2-0.5B, do not count.
 NUMBER = re.compile(r"(?<![A-Za-z0-9_.-])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?: (?:million|万))?")
 MOST_LINES = 200
 
 
 def blocks(text: str, language: str | None = None) -> list[str]:
-    """The blocks of code in a language, "" for those in none, or all of them."""
+    """The code blocks in a language ("" for untagged ones), or all of them."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     return [code for name, code in found if language in (None, name)]
 
 
 def prose(text: str) -> str:
-    """A page without its blocks of code."""
+    """A page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -56,7 +56,7 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def cells(text: str) -> list[list[str]]:
-    """The rows of all tables, without the spaces around their cells."""
+    """The rows of all tables, with stripped cells."""
     return [[cell.strip() for cell in row] for table in tables(text) for row in table]
 
 
@@ -69,13 +69,13 @@ def numbers(text: str) -> list[float]:
     return found
 
 
-def plain(chinese: str) -> str:
-    """Chinese text with the marks that English has around numbers."""
+def with_english_punctuation(chinese: str) -> str:
+    """Chinese text with English punctuation around numbers."""
     return chinese.replace("（", " (").replace("）", ")").replace(" 到 ", " to ")
 
 
 def page(name: str, language: str) -> str:
-    """The text of a page, named as the English one is without its ending."""
+    """The text of a page, by the English name without its suffix."""
     return TEXTS[name + language]
 
 
@@ -86,7 +86,7 @@ def anchors(text: str) -> set[str]:
 
 
 def links(name: str) -> Iterator[tuple[str, str]]:
-    """The page and the anchor, or nothing, of every link within the project."""
+    """The page and the anchor, each possibly empty, of every link within the project."""
     for target in re.findall(r"\]\(([^)]+)\)", prose(TEXTS[name])):
         if not target.startswith("https://"):
             path, _, anchor = target.partition("#")
@@ -100,7 +100,7 @@ def params_named(text: str) -> set[str]:
 
 
 def tree_of(block: str) -> set[str]:
-    """The paths of a tree, in which a name is indented two spaces more than its folder's."""
+    """The paths of a tree in which each level is indented by two spaces."""
     paths, above = set(), [""]
     for line in block.splitlines():
         name = line.split()[0]
@@ -115,7 +115,7 @@ def tree(name: str) -> set[str]:
     return tree_of(block)
 
 
-# --- what a page names -----------------------------------------------------------------------
+# --- names on a page -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -128,7 +128,7 @@ def test_every_make_target_exists(name: str) -> None:
 
 
 def code(name: str) -> list[str]:
-    """All code of a page, in blocks and in lines."""
+    """All code on a page, in blocks and inline."""
     return blocks(TEXTS[name], "sh") + re.findall("`([^`]+)`", prose(TEXTS[name]))
 
 
@@ -146,14 +146,14 @@ def test_many_params_are_named(language: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_module_that_is_run_exists(name: str) -> None:
+def test_every_module_in_a_command_exists(name: str) -> None:
     for module in re.findall(r"python -m ([a-z0-9_.]+)", TEXTS[name]):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_name_that_is_imported_from_the_library_exists(name: str) -> None:
+def test_every_name_imported_from_the_library_exists(name: str) -> None:
     for block in blocks(TEXTS[name], "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("reward"):
@@ -175,7 +175,7 @@ def test_every_path_exists_or_is_written_by_a_stage(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
+def test_every_link_points_to_a_file_and_a_heading(name: str) -> None:
     for target, anchor in links(name):
         path = ((ROOT / name).parent / target).resolve()
         assert path.exists(), target
@@ -184,7 +184,7 @@ def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_to_pages_stay_in_their_language_and_one_leads_to_the_other(name: str) -> None:
+def test_links_stay_in_their_language_except_one_to_the_other(name: str) -> None:
     here = (ROOT / name).parent
     found = [(here / target).resolve().relative_to(ROOT).as_posix() for target, _ in links(name)]
     chinese = name.endswith(".zh.md")
@@ -194,7 +194,7 @@ def test_links_to_pages_stay_in_their_language_and_one_leads_to_the_other(name: 
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_readme_leads_to_every_page(language: str) -> None:
+def test_readme_links_to_every_page(language: str) -> None:
     found = {target for target, _ in links(f"README{language}")}
     assert {name for name in PAGES if name.startswith("docs/")} & found == {
         name.replace(".md", language) for name in ENGLISH if name.startswith("docs/")
@@ -205,7 +205,7 @@ def test_the_readme_leads_to_every_page(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_tree_is_the_folder(language: str) -> None:
+def test_tree_in_the_readme_matches_the_folder(language: str) -> None:
     shown = tree(f"README{language}")
     hidden = {".ci", ".dvc", ".github"}
     folders = {f"{path.partition('/')[0]}/" for path in TRACKED if "/" in path}
@@ -214,7 +214,7 @@ def test_the_tree_is_the_folder(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_tree_of_modules_is_the_code(language: str) -> None:
+def test_tree_of_modules_matches_the_code(language: str) -> None:
     shown = {path for path in tree(f"docs/architecture{language}") if not path.endswith("/")}
     files = [path for folder in ("stages", "reward") for path in (ROOT / folder).rglob("*.py")]
     assert shown == {path.relative_to(ROOT).as_posix() for path in files} - {
@@ -226,13 +226,13 @@ def test_the_tree_of_modules_is_the_code(language: str) -> None:
 
 
 def printed(language: str) -> str:
-    """What the evaluation of the committed run printed, as the README has it."""
+    """The output of evaluate for the committed run, as shown in the README."""
     [block] = [each for each in blocks(page("README", language), "") if each.startswith("read ")]
     return block
 
 
 def slices(language: str) -> dict[str, dict[str, list[float]]]:
-    """Accuracy and its interval by column and value, as they were printed."""
+    """Accuracy and its interval by column and value, as printed."""
     found: dict[str, dict[str, list[float]]] = {}
     for column, value, *figures, _ in PRINTED.findall(printed(language)):
         found.setdefault(column, {})[value] = [float(each) for each in figures]
@@ -240,7 +240,7 @@ def slices(language: str) -> dict[str, dict[str, list[float]]]:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_figures_are_those_of_the_committed_run(language: str) -> None:
+def test_figures_match_the_committed_run(language: str) -> None:
     lines = {line.split()[0]: line for line in printed(language).splitlines()}
     accuracy, low, high = (EVALUATED[name] for name in ("accuracy", "low", "high"))
     assert lines["accuracy"] == (
@@ -257,28 +257,30 @@ def test_the_figures_are_those_of_the_committed_run(language: str) -> None:
     for name, figures in slices(language)["test set"].items():
         assert figures[0] == round(EVALUATED[f"sets/{name}"], 4)
     row = f"| all | {accuracy:.3f} | {low:.3f} to {high:.3f} |"
-    assert row in plain(page("docs/evaluation", language))
-    assert f"{accuracy:.3f} ({low:.3f} to {high:.3f})" in plain(page("README", language))
+    assert row in with_english_punctuation(page("docs/evaluation", language))
+    assert f"{accuracy:.3f} ({low:.3f} to {high:.3f})" in with_english_punctuation(
+        page("README", language)
+    )
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_tables_of_slices_have_what_was_printed(language: str) -> None:
+def test_tables_of_slices_match_the_printed_output(language: str) -> None:
     for name, column, values in (("docs/evaluation", "language", 3), ("docs/data", "kind", 1)):
-        rows = {row[0]: row[1:] for row in cells(plain(page(name, language)))}
+        rows = {row[0]: row[1:] for row in cells(with_english_punctuation(page(name, language)))}
         for value, figures in slices(language)[column].items():
             shown = numbers(" ".join(rows[value]))[:values]
-            # Both are rounded: that printed with four digits, that of the table with three.
+            # Both are rounded: the output to four digits, the table to three.
             assert shown == pytest.approx(figures[:values], abs=0.00055)
 
 
-def test_the_default_run_is_good_enough_to_show() -> None:
+def test_default_run_is_good_enough_to_show() -> None:
     assert EVALUATED["accuracy"] >= 0.70
     for _, low, _ in slices(".md")["language"].values():
         assert low > 0.5
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_every_key_of_the_evaluation_is_described_and_no_other(language: str) -> None:
+def test_docs_describe_exactly_the_keys_of_the_evaluation(language: str) -> None:
     figures = evaluation.measure(*measured())
     groups = ("calibration", "length", "ties", "rankings")
     keys = {"sets", *figures} - {*groups}
@@ -289,7 +291,7 @@ def test_every_key_of_the_evaluation_is_described_and_no_other(language: str) ->
 
 
 def measured() -> tuple[pa.Table, Any, Resampling]:
-    """Three comparisons of three answers to each of two prompts, as `evaluate` has them."""
+    """Three comparisons of three answers to each of two prompts, as in `evaluate`."""
     table = pa.table(
         {
             "id": ["a", "b", "c", "d", "e", "f"],
@@ -319,7 +321,7 @@ def described(language: str) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "result", "rows"), [("reproducibility", "torture", 11), ("performance", "serve", 4)]
 )
-def test_rows_of_figures_are_those_of_the_recorded_run(
+def test_rows_of_figures_match_the_recorded_run(
     name: str, result: str, rows: int, language: str
 ) -> None:
     recorded = cells((ROOT / f"benchmarks/results/{result}.md").read_text(encoding="utf-8"))
@@ -330,7 +332,7 @@ def test_rows_of_figures_are_those_of_the_recorded_run(
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_speeds_are_those_of_the_recorded_run(language: str) -> None:
+def test_speeds_match_the_recorded_run(language: str) -> None:
     recorded = cells((ROOT / "benchmarks/results/cpu.md").read_text(encoding="utf-8"))
     by_speed = {row[1]: row for row in recorded[2:]}
     rows = [row for row in cells(page("docs/performance", language)) if row[1] in by_speed]
@@ -369,13 +371,13 @@ def test_both_languages_have_the_same_headings_code_tables_and_numbers(name: str
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_readme_is_short(language: str) -> None:
+def test_readme_is_short(language: str) -> None:
     assert len(page("README", language).splitlines()) <= MOST_LINES
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_code_of_the_readme_is_that_of_the_clients(language: str) -> None:
-    """Which is compared with the model card, and run, by the tests of the export."""
+def test_code_in_the_readme_is_code_of_the_clients_page(language: str) -> None:
+    """The export tests compare that code with the model card, and run it."""
     found = blocks(page("README", language), "python")
     assert found
     assert set(found) <= set(blocks(page("docs/clients", language), "python"))

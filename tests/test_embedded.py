@@ -1,4 +1,4 @@
-"""The embedded model: a real Qwen2, the same bytes from the same seed."""
+"""The embedded model: a real Qwen2 with the same bytes for the same seed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """Two short steps, a small vocabulary: what is said here holds at any size."""
+    """Two short steps and a small vocabulary, because these tests hold at any size."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"VOCABULARY": 512, "STEPS": 2, "ROWS": 2, "LENGTH": 16}.items():
             patch.setattr(embedded, name, value)
@@ -25,7 +25,7 @@ def small() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three models: two of seed 0, one of seed 1."""
+    """Three models: two with seed 0, one with seed 1."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "same", "other")}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -38,17 +38,17 @@ def test_the_same_seed_gives_the_same_bytes(built: dict[str, Path]) -> None:
     assert digests(built["one"]) == digests(built["same"])
 
 
-def test_another_seed_gives_other_weights_and_nothing_else(built: dict[str, Path]) -> None:
+def test_another_seed_changes_only_the_weights(built: dict[str, Path]) -> None:
     one, other = digests(built["one"]), digests(built["other"])
     assert {name for name in one if one[name] != other[name]} == {"model.safetensors"}
     assert one.keys() == other.keys()
 
 
-def test_no_file_names_the_version_of_a_library(built: dict[str, Path]) -> None:
+def test_no_file_names_a_library_version(built: dict[str, Path]) -> None:
     assert "transformers_version" not in read_json(built["one"] / "config.json")
 
 
-def test_nothing_but_the_result_is_printed(
+def test_only_the_result_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import logging
@@ -62,7 +62,7 @@ def test_nothing_but_the_result_is_printed(
     assert err == ""
 
 
-def test_it_loads_as_a_qwen2_that_computes(built: dict[str, Path]) -> None:
+def test_model_loads_as_a_working_qwen2(built: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(built["one"])
@@ -85,19 +85,19 @@ def test_pretraining_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses[1] < losses[0] / 2
 
 
-def test_training_the_tokenizer_twice_gives_one_tokenizer(built: dict[str, Path]) -> None:
+def test_training_the_tokenizer_is_deterministic(built: dict[str, Path]) -> None:
     corpus = embedded.paragraphs(ROOT / embedded.CORPUS)
     again = embedded.train_tokenizer(corpus).to_str(pretty=True)
     assert again == (built["one"] / "tokenizer.json").read_text(encoding="utf-8")
 
 
-def test_every_text_survives_the_tokenizer(built: dict[str, Path]) -> None:
+def test_tokenizer_round_trips_any_text(built: dict[str, Path]) -> None:
     tokenizer = Tokenizer.from_file(str(built["one"] / "tokenizer.json"))
     for text in ("问:你好,12 + 30?\n\n答: 42", " \t two  spaces\r\n", "👩‍👩‍👧 ∮ ﷽ \x00"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_auto_tokenizer_reads_the_tokenizer_as_it_was_trained(built: dict[str, Path]) -> None:
+def test_auto_tokenizer_loads_the_trained_tokenizer(built: dict[str, Path]) -> None:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(built["one"])
@@ -110,7 +110,7 @@ def test_auto_tokenizer_reads_the_tokenizer_as_it_was_trained(built: dict[str, P
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_batches_read_every_paragraph_once_before_any_twice(
+def test_batches_use_every_paragraph_once_before_repeating_any(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     corpus = [f"Paragraph number {number}" for number in range(6)]
@@ -129,7 +129,7 @@ def test_batches_read_every_paragraph_once_before_any_twice(
 
 
 @pytest.mark.parametrize("content", [None, " \n\n "])
-def test_a_corpus_without_text_is_a_fault(content: str | None, tmp_path: Path) -> None:
+def test_corpus_without_text_is_a_fault(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "en.txt").write_text(content)
     with pytest.raises(Fault, match=r"has no .txt files with text, expected the corpus"):

@@ -1,4 +1,4 @@
-"""The evaluation: every figure against a slow loop, every file against what it promises."""
+"""The evaluation: every metric against a slow loop, and the contents of every file."""
 
 import json
 import math
@@ -33,7 +33,7 @@ Scorer = Callable[[dict[str, Any]], tuple[float, float]]
 def judged(
     workspace: Path, set_params: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Scorer], dict[str, Any]]:
-    """Run the stage with a function of a row in the model's place; returns its figures."""
+    """Run the stage with a function of a row in place of the model, and return its figures."""
     write_pairs(workspace / "data" / "raw" / "pairs.json", 100)
     set_params("preprocess", validation_fraction=0.1, test_fraction=0.2)
     preprocess.main()
@@ -61,13 +61,13 @@ def judged(
     return run
 
 
-def by_id(row: dict[str, Any]) -> tuple[float, float]:
-    """Rewards that say nothing, with some ties among them."""
+def arbitrary_rewards(row: dict[str, Any]) -> tuple[float, float]:
+    """Uninformative rewards, some of which are equal."""
     draw = random.Random(str((row["input_ids_j"], row["input_ids_k"])))
     return float(draw.randint(0, 3)), float(draw.randint(0, 3))
 
 
-def test_a_constant_scorer_is_right_half_of_the_time(
+def test_constant_scorer_has_accuracy_one_half(
     judged: Callable[[Scorer], dict[str, Any]],
 ) -> None:
     metrics = judged(lambda row: (0.25, 0.25))
@@ -83,7 +83,7 @@ def test_a_constant_scorer_is_right_half_of_the_time(
     assert metrics["length"]["correlation"] is None
 
 
-def test_a_random_scorer_is_right_half_of_the_time_within_its_interval(
+def test_interval_of_a_random_scorer_contains_one_half(
     judged: Callable[[Scorer], dict[str, Any]],
 ) -> None:
     draw = random.Random(5)
@@ -91,7 +91,7 @@ def test_a_random_scorer_is_right_half_of_the_time_within_its_interval(
     assert metrics["accuracy_low"] < 0.5 < metrics["accuracy_high"]
 
 
-def test_an_oracle_is_always_right_and_its_opposite_never(
+def test_oracle_is_always_correct_and_its_opposite_never(
     judged: Callable[[Scorer], dict[str, Any]],
 ) -> None:
     oracle, inverted = judged(lambda row: (1.0, 0.0)), judged(lambda row: (0.0, 1.0))
@@ -100,14 +100,14 @@ def test_an_oracle_is_always_right_and_its_opposite_never(
     assert oracle["loss"] < math.log(2) < inverted["loss"]
 
 
-def test_figures_are_those_of_a_plain_loop(judged: Callable[[Scorer], dict[str, Any]]) -> None:
-    metrics = judged(by_id)
+def test_figures_match_a_plain_loop(judged: Callable[[Scorer], dict[str, Any]]) -> None:
+    metrics = judged(arbitrary_rewards)
     rows = list(load_from_disk("data/tokenized/test"))
     figures: dict[str, list[float]] = {"all": [], "rude": [], "short": []}
     rewards: dict[str, list[float]] = {"chosen": [], "rejected": []}
     margins, losses, ties = [], [], 0
     for row in rows:
-        chosen, rejected = by_id(row)
+        chosen, rejected = arbitrary_rewards(row)
         hit = 0.5 if chosen == rejected else float(chosen > rejected)
         ties += chosen == rejected
         margins.append(chosen - rejected)
@@ -140,17 +140,17 @@ def test_figures_are_those_of_a_plain_loop(judged: Callable[[Scorer], dict[str, 
         assert 0 <= found["low"] <= found["accuracy"] <= found["high"] <= 1
 
 
-def test_rewards_of_every_pair_are_kept_in_order_with_its_columns(
+def test_rewards_of_every_pair_are_written_in_order_with_its_columns(
     judged: Callable[[Scorer], dict[str, Any]],
 ) -> None:
-    judged(by_id)
+    judged(arbitrary_rewards)
     found = pyarrow.parquet.read_table(evaluate.REPORTS / "rewards.parquet").to_pylist()
     wanted = [
         {
             "id": row["id"],
-            "reward_chosen": by_id(row)[0],
-            "reward_rejected": by_id(row)[1],
-            "margin": by_id(row)[0] - by_id(row)[1],
+            "reward_chosen": arbitrary_rewards(row)[0],
+            "reward_rejected": arbitrary_rewards(row)[1],
+            "margin": arbitrary_rewards(row)[0] - arbitrary_rewards(row)[1],
             "tokens_chosen": len(row["input_ids_j"]),
             "tokens_rejected": len(row["input_ids_k"]),
             **{name: row[name] for name in KNOWN},
@@ -162,7 +162,7 @@ def test_rewards_of_every_pair_are_kept_in_order_with_its_columns(
 
 
 def test_plots_show_every_pair_and_every_slice(judged: Callable[[Scorer], dict[str, Any]]) -> None:
-    metrics = judged(by_id)
+    metrics = judged(arbitrary_rewards)
     histogram = json.loads((evaluate.REPORTS / "margins.json").read_text())
     slices = json.loads((evaluate.REPORTS / "slices.json").read_text())
     assert sum(entry["pairs"] for entry in histogram) == metrics["pairs"]
@@ -172,8 +172,10 @@ def test_plots_show_every_pair_and_every_slice(judged: Callable[[Scorer], dict[s
     ]
 
 
-def test_runs_are_compared_by_few_figures(judged: Callable[[Scorer], dict[str, Any]]) -> None:
-    figures = judged(by_id)
+def test_metrics_file_holds_only_the_headline_figures(
+    judged: Callable[[Scorer], dict[str, Any]],
+) -> None:
+    figures = judged(arbitrary_rewards)
     assert json.loads(evaluate.METRICS.read_text()) == {
         "accuracy": figures["accuracy"],
         "low": figures["accuracy_low"],
@@ -186,15 +188,15 @@ def test_runs_are_compared_by_few_figures(judged: Callable[[Scorer], dict[str, A
     }
 
 
-def test_values_of_a_slice_are_in_the_order_of_numbers() -> None:
+def test_values_of_a_slice_are_sorted_numerically() -> None:
     values = {"10", "2", "-1", "b", "a", "1.5", "1e3", "nan"}
     assert evaluation.in_order(values) == ["-1", "1.5", "2", "10", "1e3", "a", "b", "nan"]
 
 
 def test_same_rewards_give_the_same_bytes(judged: Callable[[Scorer], dict[str, Any]]) -> None:
-    judged(by_id)
+    judged(arbitrary_rewards)
     first = digests(evaluate.REPORTS), evaluate.METRICS.read_bytes()
-    judged(by_id)
+    judged(arbitrary_rewards)
     plots = ("length", "length_curve", "margins", "reliability", "roc", "slices")
     assert first[0].keys() == {"figures.json", "index.html", "rewards.parquet"} | {
         f"{name}.json" for name in plots
@@ -203,7 +205,7 @@ def test_same_rewards_give_the_same_bytes(judged: Callable[[Scorer], dict[str, A
 
 
 def graded(preference: list[float], margin: list[float], **columns: list[str]) -> pa.Table:
-    """Comparisons of three answers to each prompt, as evaluate judges them."""
+    """Comparisons of three answers to each prompt, as judged by evaluate."""
     count = len(preference)
     return pa.table(
         {
@@ -228,7 +230,7 @@ def measured(table: pa.Table) -> dict[str, Any]:
     return evaluation.measure(table, evaluation.as_judged(table), Resampling(200, 0))
 
 
-def test_ties_enter_what_is_held_against_votes_and_nothing_else() -> None:
+def test_ties_count_only_in_loss_and_calibration() -> None:
     preference, margin = [1.0, 0.5, 0.75] * 4, [2.0, 9.0, -1.0] * 4
     table = graded(preference, margin, kind=["a", "b", "a"] * 4)
     found, decided = measured(table), measured(table.filter(pc.not_equal(table["preference"], 0.5)))
@@ -248,25 +250,25 @@ def test_ties_enter_what_is_held_against_votes_and_nothing_else() -> None:
     assert curves == others
 
 
-def test_weights_do_not_enter() -> None:
+def test_weights_are_ignored() -> None:
     preference, margin = [1.0, 0.5, 0.75] * 4, [2.0, 9.0, -1.0] * 4
     table = graded(preference, margin)
     alike = table.set_column(table.column_names.index("weight"), "weight", pa.array([1.0] * 12))
     assert measured(table) == measured(alike)
 
 
-def test_what_all_answers_begin_with_is_the_least_that_two_of_them_do() -> None:
+def test_shared_prefix_of_all_answers_is_the_shortest_of_any_two() -> None:
     judged = evaluation.as_judged(graded([1.0] * 6, [1.0] * 6))
     assert judged.prefix.tolist() == [8] * 6
     assert sorted(judged.answers.prompts.tolist()) == [0, 0, 0, 1, 1, 1]
 
 
-def test_ties_alone_cannot_be_judged() -> None:
+def test_judging_needs_pairs_that_are_not_ties() -> None:
     with pytest.raises(Fault, match="all 3 test pairs are ties, expected some"):
         measured(graded([0.5] * 3, [1.0] * 3))
 
 
-def test_a_set_of_ties_alone_has_no_accuracy() -> None:
+def test_set_of_only_ties_has_no_accuracy() -> None:
     table = graded([0.5] * 3, [1.0, 2.0, 3.0], kind=["a", "b", "c"])
     each = evaluation.TestSet("even", Dataset.from_dict({}), {"leaked": 1, "bad": 0, "too_long": 0})
     sets = evaluation.measure_sets([each], [table], Resampling(200, 0))
@@ -278,7 +280,7 @@ def test_a_set_of_ties_alone_has_no_accuracy() -> None:
     evaluation.report(figures, evaluate.TEST)
 
 
-def test_rewardbench_is_a_set_with_a_score_and_a_slice_for_each_subset() -> None:
+def test_rewardbench_set_has_a_score_and_a_slice_for_each_subset() -> None:
     names = [name for section in REWARDBENCH.values() for name in section]
     table = graded([1.0] * 23, [1.0] * 22 + [-1.0], subset=names)
     each = evaluation.TestSet(
@@ -297,7 +299,7 @@ def test_rewardbench_is_a_set_with_a_score_and_a_slice_for_each_subset() -> None
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_rewards_that_are_not_finite_stop_the_stage(
+def test_non_finite_rewards_stop_the_stage(
     judged: Callable[[Scorer], dict[str, Any]], broken: float
 ) -> None:
     with pytest.raises(Fault, match="rewards of 20 of 20 test pairs are not finite"):

@@ -1,4 +1,4 @@
-"""The families of docs/models.md: what becomes of their bases, that they train, what is said."""
+"""The families of docs/models.md: conversion of their bases, and what is quantized."""
 
 import re
 import shutil
@@ -29,14 +29,14 @@ IDS = torch.arange(5, 45)[None]
 
 
 @pytest.mark.parametrize("language", ["", ".zh"])
-def test_the_table_of_the_docs_has_the_families_that_are_tested(language: str) -> None:
+def test_table_in_the_docs_lists_the_tested_families(language: str) -> None:
     text = (ROOT / f"docs/models{language}.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+?) \| `", text, re.MULTILINE)
     assert rows == list(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_family_is_refused_by_its_configuration(family: str, tmp_path: Path) -> None:
+def test_configuration_of_every_family_is_accepted(family: str, tmp_path: Path) -> None:
     assert problem_with(read_json(fetched(family, tmp_path) / "config.json")) is None
 
 
@@ -44,7 +44,7 @@ def test_no_family_is_refused_by_its_configuration(family: str, tmp_path: Path) 
     ("family", "found"),
     [("Llama 2", "default"), ("Llama 3, 3.1, 3.2", "llama3"), ("Phi-4-mini", "longrope")],
 )
-def test_a_family_has_the_rope_that_it_is_in_the_table_for(
+def test_families_have_the_rope_type_they_are_listed_for(
     family: str, found: str, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(fetched(family, tmp_path))
@@ -52,7 +52,7 @@ def test_a_family_has_the_rope_that_it_is_in_the_table_for(
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "linear", "yarn"])
-def test_rope_that_scales_is_passed_through(rope: str) -> None:
+def test_scaled_rope_is_accepted(rope: str) -> None:
     scaling = {"rope_type": rope, "factor": 2.0, "original_max_position_embeddings": 64}
     assert problem_with({"model_type": "llama", "rope_scaling": scaling}) is None
     refused = problem_with({"model_type": "stablelm", "rope_scaling": scaling})
@@ -61,7 +61,7 @@ def test_rope_that_scales_is_passed_through(rope: str) -> None:
 
 @pytest.fixture
 def source(tmp_path: Path, tiny_base: Path) -> Path:
-    """A folder for a model that has the embedded tokenizer."""
+    """A model folder that so far has only the embedded tokenizer."""
     folder = tmp_path / "source"
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -69,15 +69,15 @@ def source(tmp_path: Path, tiny_base: Path) -> Path:
     return folder
 
 
-# --- what is converted -----------------------------------------------------------------------
+# --- conversion ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", CONVERTED)
-def test_a_converted_base_computes_what_it_computed(
+def test_converted_base_computes_the_same_logits(
     family: str, source: Path, set_params: SetParams
 ) -> None:
-    """Every logit, of the model that people have and of the one that fetch leaves."""
+    """All logits of the published model match those of the model that fetch writes."""
     model = save_family(family, source)
     set_params("base", name=str(source))
     fetch.main()
@@ -92,7 +92,7 @@ def test_a_converted_base_computes_what_it_computed(
 
 
 @pytest.mark.parametrize("family", CONVERTED)
-def test_a_converted_base_says_so_and_its_source_is_watched(
+def test_converted_base_is_recorded_and_its_source_is_checked(
     family: str, source: Path, set_params: SetParams
 ) -> None:
     from stages.train import require_same_source
@@ -111,10 +111,10 @@ def test_a_converted_base_says_so_and_its_source_is_watched(
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
-def test_of_gemma_3_the_language_model_is_kept_alone(
+def test_only_the_language_model_of_gemma_3_is_kept(
     prefix: str, source: Path, set_params: SetParams
 ) -> None:
-    """In shards, one of them of vision alone, under the names of both generations."""
+    """From shards, one of which has only vision weights, with both generations of weight names."""
     from safetensors.torch import save_file
 
     save_family("Gemma 3", source)
@@ -150,7 +150,7 @@ def test_of_gemma_3_the_language_model_is_kept_alone(
     assert not loading["unexpected_keys"]
 
 
-def test_a_model_without_its_text_part_is_refused(source: Path, set_params: SetParams) -> None:
+def test_model_without_its_text_part_is_refused(source: Path, set_params: SetParams) -> None:
     from safetensors.torch import save_file
 
     save_family("Gemma 3", source)
@@ -162,9 +162,7 @@ def test_a_model_without_its_text_part_is_refused(source: Path, set_params: SetP
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
-def test_granite_is_converted_whether_its_output_is_its_embeddings_or_not(
-    tied: bool, tmp_path: Path
-) -> None:
+def test_granite_is_converted_with_tied_and_untied_embeddings(tied: bool, tmp_path: Path) -> None:
     more = {"tie_word_embeddings": tied, "attention_bias": True}
     model = save_family("Granite", tmp_path / "other", **more)
     here = AutoModelForCausalLM.from_pretrained(fetched("Granite", tmp_path, **more)).eval()
@@ -172,8 +170,8 @@ def test_granite_is_converted_whether_its_output_is_its_embeddings_or_not(
     assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
 
-def test_a_scale_rounds_no_weight() -> None:
-    """A power of two keeps bf16, what has more digits becomes fp32."""
+def test_scaling_never_rounds_a_weight() -> None:
+    """A power of two keeps bf16; any other factor converts to fp32."""
     weights = torch.randn(100).to(torch.bfloat16)
     assert scaled(weights, 1) is weights
     assert scaled(weights, 0.125).dtype == torch.bfloat16
@@ -181,15 +179,15 @@ def test_a_scale_rounds_no_weight() -> None:
     assert torch.equal(scaled(weights, 0.22), weights.float() * 0.22)
 
 
-# --- what is really quantized ----------------------------------------------------------------
+# --- quantized weights -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["Llama 3, 3.1, 3.2", "GPT-2", "Qwen3-MoE"])
-def test_parameters_are_counted_by_what_they_are_in(
+def test_parameters_are_counted_by_precision(
     family: str, dtype: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the dense model: linear layers are in 4 bits, and the fused experts are not."""
+    """Against the dense model: linear layers are in 4 bits, and fused experts are not."""
     folder = fetched(family, tmp_path)
     dense = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).base_model
     linear = [each for each in dense.modules() if isinstance(each, (torch.nn.Linear, Conv1D))]
@@ -211,7 +209,7 @@ def test_parameters_are_counted_by_what_they_are_in(
     )
 
 
-def test_without_quantization_nothing_is_in_4_bits(tmp_path: Path) -> None:
+def test_nothing_is_in_4_bits_without_quantization(tmp_path: Path) -> None:
     base = load_base(fetched("Mixtral", tmp_path), Quantization.unquantized("float32"))
     model = add_lora(base, LoraConfig(target_modules=["q_proj"]))
     assert precisions(model)["four_bits"] == precisions(model)["half"] == 0

@@ -1,4 +1,4 @@
-"""Fetch: what reaches models/base from a folder and from a hub, and what is refused, and how."""
+"""Fetch: what it copies to models/base from a folder or a hub, and what it refuses."""
 
 import json
 import os
@@ -41,12 +41,12 @@ SetParams = Callable[..., None]
 CARD = {"license": "other", "license_name": "own", "license_link": "LICENSE", "tags": ["chat"]}
 LICENSE = {name: value for name, value in CARD.items() if name != "tags"}
 
-pytestmark = pytest.mark.usefixtures("nothing_outside", "here")
+pytestmark = pytest.mark.usefixtures("no_network", "here")
 
 
 @dataclass
 class Repository:
-    """A model on the fake hub: its files by commit, the commits by branch, who may read it."""
+    """A model on the fake hub: files by commit, commits by branch, and access."""
 
     commits: dict[str, Path]
     branches: dict[str, str]
@@ -56,7 +56,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """A hub on this machine, which remembers what it was asked for."""
+    """A local hub that records its requests."""
 
     endpoint: str
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Hub:
 
 
 def answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body for a path, as the Hub's own API gives them."""
+    """The status, headers and body of a path, as in the Hub's API."""
     if hub.page is not None:
         return 200, {}, hub.page
     parts = path.strip("/").split("/")
@@ -97,8 +97,8 @@ def answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
 
 
 @pytest.fixture
-def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail at once where a test asks for an address that is not on this machine."""
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail at once if a test resolves an address outside this machine."""
     resolve = socket.getaddrinfo
 
     def local(host: Any, *arguments: Any, **options: Any) -> Any:
@@ -110,14 +110,14 @@ def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def closed() -> str:
-    """An address of this machine at which nobody listens."""
+def closed_address() -> str:
+    """A local address on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    """What HF_ENDPOINT does when huggingface_hub is imported: both names are made of it there."""
+    """Set the two constants that huggingface_hub derives from HF_ENDPOINT on import."""
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -125,7 +125,7 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that huggingface_hub in this process talks to, with an empty cache and no token."""
+    """The hub that huggingface_hub uses in this process, with an empty cache and no token."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -170,14 +170,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def here(workspace: Path) -> Path:
-    """The workspace without a base model: the current folder."""
+    """The workspace without a base model, as the working directory."""
     shutil.rmtree(workspace / "models")
     return workspace
 
 
 @pytest.fixture
 def source(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A folder as people have them: a small Qwen2 with its tokenizer."""
+    """A typical model folder: a small Qwen2 with its tokenizer."""
     folder = tmp_path_factory.mktemp("source") / "qwen"
     shutil.copytree(tiny_base, folder)
     (folder / "base.json").unlink()
@@ -186,8 +186,8 @@ def source(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    """A Llama by its folder: byte-fallback BPE over ▁, a BOS before every text, special tokens
-    in a file of their own, a chat template in another, two shards of weights."""
+    """A typical Llama folder: byte-fallback BPE with ▁, a BOS before every text, separate files
+    for special tokens and chat template, and two weight shards."""
     folder = tmp_path / "llama"
     folder.mkdir()
     pieces = ["▁", "H", "e", "l", "o", "w", "r", "d", "i", "t", "a", "n", ",", "'", "s", "u"]
@@ -252,7 +252,7 @@ def write(path: Path, content: Any) -> None:
 
 
 def refused() -> str:
-    """The sentence by which fetch refuses; nothing may be left behind."""
+    """The one-line message with which fetch refuses, leaving nothing behind."""
     with pytest.raises(Fault) as caught:
         fetch.main()
     assert list(Path("models").iterdir()) == []
@@ -267,9 +267,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_local_folder_is_copied_with_its_weights_untouched(
-    source: Path, set_params: SetParams
-) -> None:
+def test_local_folder_is_copied_with_unchanged_weights(source: Path, set_params: SetParams) -> None:
     original = digests(source)
     set_params("base", name=str(source))
     fetch.main()
@@ -295,7 +293,7 @@ def test_a_local_folder_is_copied_with_its_weights_untouched(
         (None, {}),
     ],
 )
-def test_a_licence_is_known_where_the_card_says_it(
+def test_licence_is_read_from_the_card(
     tmp_path: Path, card: str | None, found: dict[str, str]
 ) -> None:
     if card is not None:
@@ -303,7 +301,7 @@ def test_a_licence_is_known_where_the_card_says_it(
     assert fetch.license_in(tmp_path) == found
 
 
-def test_files_have_the_usual_modes_whatever_the_source_has(
+def test_files_have_default_modes_whatever_the_source_has(
     here: Path, source: Path, set_params: SetParams
 ) -> None:
     for path in source.iterdir():
@@ -316,7 +314,7 @@ def test_files_have_the_usual_modes_whatever_the_source_has(
     assert usual & stat.S_IRUSR
 
 
-def test_a_second_run_writes_the_same_bytes(llama: Path, set_params: SetParams) -> None:
+def test_second_run_writes_the_same_bytes(llama: Path, set_params: SetParams) -> None:
     set_params("base", name=str(llama))
     fetch.main()
     first = digests(fetch.BASE)
@@ -324,7 +322,7 @@ def test_a_second_run_writes_the_same_bytes(llama: Path, set_params: SetParams) 
     assert digests(fetch.BASE) == first
 
 
-def test_a_folder_may_be_given_relative_or_from_home(
+def test_folder_may_be_relative_or_start_with_a_tilde(
     here: Path, source: Path, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(source.parent))
@@ -352,7 +350,7 @@ def test_shards_are_copied_with_their_index_and_nothing_else(
 
 
 @pytest.mark.parametrize("style", ["source", "llama"])
-def test_ids_are_those_of_the_source_by_every_way_to_load(
+def test_every_loader_gives_the_ids_of_the_source(
     style: str,
     set_params: SetParams,
     request: pytest.FixtureRequest,
@@ -370,7 +368,7 @@ def test_ids_are_those_of_the_source_by_every_way_to_load(
     assert len(set(map(tuple, expected))) == len(TEXTS)
 
 
-def test_a_bos_that_the_source_adds_is_kept(llama: Path, set_params: SetParams) -> None:
+def test_bos_added_by_the_source_is_kept(llama: Path, set_params: SetParams) -> None:
     set_params("base", name=str(llama))
     fetch.main()
     saved = Tokenizer.from_file(str(fetch.BASE / "tokenizer.json"))
@@ -378,7 +376,7 @@ def test_a_bos_that_the_source_adds_is_kept(llama: Path, set_params: SetParams) 
 
 
 @pytest.mark.parametrize("style", ["source", "llama"])
-def test_class_special_tokens_and_chat_template_need_no_further_file(
+def test_class_special_tokens_and_chat_template_need_no_extra_file(
     style: str, here: Path, set_params: SetParams, request: pytest.FixtureRequest
 ) -> None:
     from transformers import AutoTokenizer
@@ -414,9 +412,7 @@ def test_truncation_and_padding_of_the_source_are_dropped(
     assert saved.padding is None
 
 
-def test_one_of_several_chat_templates_is_the_default_one(
-    source: Path, set_params: SetParams
-) -> None:
+def test_default_of_several_chat_templates_is_kept(source: Path, set_params: SetParams) -> None:
     config = read_json(source / "tokenizer_config.json")
     config["chat_template"] = [
         {"name": "tools", "template": "tools"},
@@ -428,7 +424,7 @@ def test_one_of_several_chat_templates_is_the_default_one(
     assert read_json(fetch.BASE / "tokenizer_config.json")["chat_template"] == "plain"
 
 
-def test_code_of_the_model_neither_comes_along_nor_runs(
+def test_custom_code_is_neither_copied_nor_run(
     here: Path, source: Path, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modules = here / "modules"
@@ -459,7 +455,7 @@ def quantized(**recipe: Any) -> dict[str, Any]:
     return of("qwen2", "Qwen2ForCausalLM", quantization_config=recipe)
 
 
-# What is refused by config.json alone: what it has, and what is said of it.
+# Models that config.json alone rules out: its content, and words of the message.
 CONFIGS: dict[str, tuple[Any, str]] = {
     "encoder": (of("bert", "BertForMaskedLM"), "is a BertForMaskedLM, expected"),
     "encoder with a causal head": (
@@ -473,11 +469,11 @@ CONFIGS: dict[str, tuple[Any, str]] = {
         "is a CohereForCausalLM, for which transformers has no sequence classifier, expected",
     ),
     "no classifier over experts": (of("olmoe", "OlmoeForCausalLM"), "is a OlmoeForCausalLM, for"),
-    "code of its own": (
+    "custom code": (
         {"model_type": "novel", "auto_map": {"AutoModel": "x.Y"}},
         "is a novel whose own code would have to run, expected",
     ),
-    "nothing": ({}, "is a None, expected"),
+    "empty": ({}, "is a None, expected"),
     "a list": ([1], "broken config.json, a list"),
     "GPTQ": (quantized(quant_method="gptq", bits=4), "is already quantized (gptq), expected"),
     "AWQ": (quantized(quant_method="awq"), "is already quantized (awq), expected"),
@@ -486,7 +482,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
         quantized(quant_method="bitsandbytes", load_in_4bit=True),
         "is already quantized (bitsandbytes), expected",
     ),
-    "bitsandbytes of old": (
+    "old bitsandbytes": (
         quantized(load_in_8bit=True),
         "is already quantized (quantization_config), expected",
     ),
@@ -518,11 +514,11 @@ CONFIGS: dict[str, tuple[Any, str]] = {
         of("stablelm", "StableLmForCausalLM"),
         "cannot be packed: StableLmAttention does not receive the layout of its row",
     ),
-    "attention in both directions": (
+    "bidirectional attention": (
         of("gemma3_text", "Gemma3ForCausalLM", use_bidirectional_attention=True),
         "cannot be packed: Gemma3Attention also attends to later tokens, expected",
     ),
-    "a shape that is impossible": (
+    "impossible shape": (
         of("llama", "LlamaForCausalLM", num_attention_heads=7),
         "has a config.json from which transformers cannot build a model (",
     ),
@@ -530,7 +526,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_what_is_no_decoder_language_model_is_refused(
+def test_anything_but_a_decoder_language_model_is_refused(
     case: str, source: Path, set_params: SetParams
 ) -> None:
     config, found = CONFIGS[case]
@@ -583,16 +579,14 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_folder_that_lacks_something_is_refused_in_a_sentence(
-    case: str, source: Path, set_params: SetParams
-) -> None:
+def test_incomplete_folder_is_refused(case: str, source: Path, set_params: SetParams) -> None:
     change, found = BROKEN[case]
     change(source)
     set_params("base", name=str(source))
     assert found in refused()
 
 
-def test_a_missing_shard_and_a_broken_index_are_named(llama: Path, set_params: SetParams) -> None:
+def test_missing_shard_and_broken_index_are_named(llama: Path, set_params: SetParams) -> None:
     set_params("base", name=str(llama))
     (llama / "model-00002-of-00002.safetensors").unlink()
     assert "lacks model-00002-of-00002.safetensors" in refused()
@@ -601,14 +595,14 @@ def test_a_missing_shard_and_a_broken_index_are_named(llama: Path, set_params: S
         assert "has a broken model.safetensors.index.json" in refused()
 
 
-def test_a_shard_outside_the_folder_is_refused(llama: Path, set_params: SetParams) -> None:
+def test_shard_outside_the_folder_is_refused(llama: Path, set_params: SetParams) -> None:
     (llama.parent / "outside.safetensors").write_bytes(b"")
     write(llama / "model.safetensors.index.json", {"weight_map": {"w": "../outside.safetensors"}})
     set_params("base", name=str(llama))
     assert "lacks ../outside.safetensors" in refused()
 
 
-def test_a_hub_model_is_recorded_with_the_commit_of_its_revision(
+def test_hub_model_is_recorded_with_the_commit_of_its_revision(
     source: Path, llama: Path, hub: Hub, set_params: SetParams
 ) -> None:
     (source / "README.md").write_text(f"---\n{json.dumps(CARD)}\n---\n")
@@ -624,13 +618,11 @@ def test_a_hub_model_is_recorded_with_the_commit_of_its_revision(
     set_params("base", revision="pr/1")
     fetch.main()
     assert read_json(fetch.BASE / "base.json")["revision"] == SIDE
-    assert hub.revisions == {MAIN, SIDE}  # a branch that moves meanwhile mixes nothing
+    assert hub.revisions == {MAIN, SIDE}  # a branch that moves meanwhile cannot mix two commits
     assert read_json(fetch.BASE / "config.json")["model_type"] == "llama"
 
 
-def test_nothing_is_downloaded_that_is_not_needed(
-    llama: Path, hub: Hub, set_params: SetParams
-) -> None:
+def test_only_needed_files_are_downloaded(llama: Path, hub: Hub, set_params: SetParams) -> None:
     (llama / "README.md").write_text("---\nlicense: mit\n---\n")
     needed = names(llama)
     for name in ("consolidated.safetensors", "pytorch_model.bin", "own.py", "x.gguf"):
@@ -644,7 +636,7 @@ def test_nothing_is_downloaded_that_is_not_needed(
     assert sorted(hub.downloads) == sorted(needed)
 
 
-def test_files_that_an_earlier_download_left_in_the_cache_stay_there(
+def test_extra_files_in_the_cache_are_not_copied(
     here: Path, source: Path, hub: Hub, set_params: SetParams
 ) -> None:
     hub.add("org/model", source)
@@ -658,14 +650,18 @@ def test_files_that_an_earlier_download_left_in_the_cache_stay_there(
     assert digests(fetch.BASE) == first
 
 
-def test_a_cache_that_is_filled_will_do_without_the_hub(
-    source: Path, hub: Hub, set_params: SetParams, closed: str, monkeypatch: pytest.MonkeyPatch
+def test_cached_model_needs_no_hub(
+    source: Path,
+    hub: Hub,
+    set_params: SetParams,
+    closed_address: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub.add("org/model", source)
     set_params("base", name="org/model", revision=MAIN)
     fetch.main()
     first = digests(fetch.BASE)
-    use_endpoint(monkeypatch, closed)
+    use_endpoint(monkeypatch, closed_address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     fetch.main()
     assert digests(fetch.BASE) == first
@@ -677,7 +673,7 @@ def test_a_cache_that_is_filled_will_do_without_the_hub(
 
 
 @pytest.mark.parametrize("case", ["encoder", "GPTQ", "Gemma 2", "a quantized text part"])
-def test_weights_are_not_downloaded_of_what_cannot_be_used(
+def test_weights_of_unusable_models_are_not_downloaded(
     case: str, source: Path, hub: Hub, set_params: SetParams
 ) -> None:
     config, found = CONFIGS[case]
@@ -689,7 +685,7 @@ def test_weights_are_not_downloaded_of_what_cannot_be_used(
     assert "model.safetensors" not in hub.downloads
 
 
-def test_what_the_cache_has_is_refused_alike(
+def test_cached_models_are_refused_for_the_same_reasons(
     here: Path, source: Path, hub: Hub, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("org/model", source)
@@ -702,7 +698,7 @@ def test_what_the_cache_has_is_refused_alike(
     assert found in refused()
 
 
-def test_pickles_on_the_hub_are_refused_before_anything_is_downloaded(
+def test_pickles_on_the_hub_are_refused_before_any_download(
     source: Path, hub: Hub, set_params: SetParams
 ) -> None:
     pickle_only(source)
@@ -712,7 +708,7 @@ def test_pickles_on_the_hub_are_refused_before_anything_is_downloaded(
     assert hub.downloads == []
 
 
-def test_an_unknown_model_and_an_unknown_revision_are_told_apart(
+def test_unknown_model_and_unknown_revision_have_different_messages(
     source: Path, hub: Hub, set_params: SetParams
 ) -> None:
     set_params("base", name="org/nothing")
@@ -723,7 +719,7 @@ def test_an_unknown_model_and_an_unknown_revision_are_told_apart(
 
 
 @pytest.mark.parametrize("option", ["gated", "metadata_gated"])
-def test_a_gated_model_says_what_to_do(
+def test_message_for_a_gated_model_says_what_to_do(
     option: str, source: Path, hub: Hub, set_params: SetParams
 ) -> None:
     hub.add("org/model", source, **{option: True})
@@ -734,7 +730,7 @@ def test_a_gated_model_says_what_to_do(
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "two words", "~nobodyatall/model"])
-def test_a_name_that_is_neither_id_nor_folder_is_refused_without_a_request(
+def test_name_that_is_neither_id_nor_folder_is_refused_without_a_request(
     name: str, hub: Hub, set_params: SetParams
 ) -> None:
     set_params("base", name=name)
@@ -742,25 +738,25 @@ def test_a_name_that_is_neither_id_nor_folder_is_refused_without_a_request(
     assert hub.tokens == set()
 
 
-def test_a_page_that_is_no_hub_is_refused(hub: Hub, set_params: SetParams) -> None:
+def test_response_that_is_not_from_a_hub_is_refused(hub: Hub, set_params: SetParams) -> None:
     hub.page = b"<html>Please log in to the wireless network</html>"
     set_params("base", name="org/model")
     assert "does not answer like a Hub" in refused()
 
 
 @pytest.mark.usefixtures("hub")
-def test_an_unreachable_hub_is_refused_in_seconds(
-    closed: str, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+def test_unreachable_hub_is_reported_within_seconds(
+    closed_address: str, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_endpoint(monkeypatch, closed)
+    use_endpoint(monkeypatch, closed_address)
     set_params("base", name="org/model")
     start = time.monotonic()
-    assert f"{closed} could not be reached" in refused()
+    assert f"{closed_address} could not be reached" in refused()
     assert time.monotonic() - start < 5
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_hub_that_never_answers_is_given_up(
+def test_hub_that_never_answers_times_out(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -772,7 +768,7 @@ def test_a_hub_that_never_answers_is_given_up(
 
 
 def run_fetch(here: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
-    """`python -m stages.fetch` as DVC runs it, with HF_ENDPOINT, a token, a cache of its own."""
+    """`python -m stages.fetch` as DVC runs it, with HF_ENDPOINT, a token and its own cache."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= {
         "PYTHONPATH": str(ROOT),
@@ -780,7 +776,7 @@ def run_fetch(here: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
         "HF_HOME": str(here / "hf"),
         "HF_TOKEN": SECRET,
         "NO_PROXY": "127.0.0.1",
-        "ALL_PROXY": "http://127.0.0.1:9",  # an outside address ends here
+        "ALL_PROXY": "http://127.0.0.1:9",  # any outside address fails here
     }
     command = [sys.executable, "-m", "stages.fetch"]
     return subprocess.run(
@@ -788,7 +784,7 @@ def run_fetch(here: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_mirror_is_used_and_gets_the_token_which_no_output_has(
+def test_mirror_gets_the_token_and_no_output_contains_it(
     here: Path, source: Path, hub: Hub, set_params: SetParams
 ) -> None:
     hub.add("org/model", source)
@@ -801,20 +797,18 @@ def test_a_mirror_is_used_and_gets_the_token_which_no_output_has(
     assert MAIN in done.stdout
 
 
-def test_the_stage_ends_with_one_sentence_and_status_1(
-    here: Path, closed: str, set_params: SetParams
+def test_stage_exits_with_one_sentence_and_status_1(
+    here: Path, closed_address: str, set_params: SetParams
 ) -> None:
     set_params("base", name="org/model")
-    done = run_fetch(here, closed)
+    done = run_fetch(here, closed_address)
     assert done.returncode == 1
     assert done.stderr.startswith("params.yaml: base.name org/model is not a folder here, and ")
     assert done.stderr.count("\n") == 1
     assert list((here / "models").iterdir()) == []
 
 
-def test_a_changed_local_base_is_noticed_before_training(
-    llama: Path, set_params: SetParams
-) -> None:
+def test_changed_local_base_is_noticed_before_training(llama: Path, set_params: SetParams) -> None:
     from stages.train import require_same_source
 
     set_params("base", name=str(llama))
@@ -828,7 +822,7 @@ def test_a_changed_local_base_is_noticed_before_training(
         require_same_source()
 
 
-def test_a_local_base_that_is_gone_does_not_stop_training(
+def test_missing_local_source_does_not_stop_training(
     source: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from stages.train import require_same_source

@@ -1,6 +1,6 @@
-"""The forms in which preference data is published: what is recognized, and which pairs it gives.
+"""The forms in which preference data is published: which are recognized, and their pairs.
 
-tests/forms has a small file of each form, tests/forms/expected.yaml what becomes of it.
+tests/forms has a small file of each form, and tests/forms/expected.yaml what it is read as.
 """
 
 import json
@@ -31,14 +31,14 @@ def form_of(*records: Record) -> Form:
 
 
 def pairs_of(*records: Record) -> list[tuple[list[Record], int]]:
-    """The pairs of each record under the form that all of them have, and how many others tie."""
+    """The pairs and the number of ties of each record, read under the form of all records."""
     form = form_of(*records)
     read = [form.read(record) for record in records]
     return [(as_pairs(raw), ties_of(raw)) for raw in read]
 
 
 def read_all(source: Source) -> tuple[list[Record], int]:
-    """The pairs of a source, and how many others tie."""
+    """The pairs and the number of ties of a source."""
     found = [raw for _, raw in source if isinstance(raw, Raw)]
     return [pair for raw in found for pair in as_pairs(raw)], sum(map(ties_of, found))
 
@@ -83,7 +83,7 @@ def test_every_file_has_an_expectation() -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_published_form_gives_its_pairs(name: str) -> None:
+def test_published_form_gives_its_pairs(name: str) -> None:
     source, expected = source_of(FORMS / name), EXPECTED[name]
     found, ties = read_all(source)
     assert source.form.description == expected["said"]
@@ -97,7 +97,7 @@ def test_a_published_form_gives_its_pairs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_one_line_says_what_was_recognized(name: str) -> None:
+def test_one_line_names_the_recognized_form(name: str) -> None:
     source = source_of(FORMS / name)
     list(source)
     said = source.description
@@ -106,14 +106,14 @@ def test_one_line_says_what_was_recognized(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["canonical.jsonl", "rewardbench.jsonl"])
-def test_a_canonical_record_is_passed_on_as_it_is(name: str) -> None:
+def test_canonical_record_is_passed_on_unchanged(name: str) -> None:
     source = source_of(FORMS / name)
     records = [json.loads(line) for line in (FORMS / name).read_text().splitlines()]
     assert read_all(source) == (records, 0)
     assert all(source.form.read(record).columns is record for record in records)
 
 
-def test_messages_that_are_canonical_keep_their_id() -> None:
+def test_canonical_messages_keep_their_id() -> None:
     record = {
         "prompt": [system("s"), user("q")],
         "chosen": [{**answer("a"), "weight": None}],
@@ -130,9 +130,7 @@ def test_messages_that_are_canonical_keep_their_id() -> None:
 @pytest.mark.parametrize("role", ["human", "user"])
 @pytest.mark.parametrize("speaker", ["gpt", "assistant", "model", "bot"])
 @pytest.mark.parametrize("keys", [("role", "content"), ("role", "text"), ("from", "value")])
-def test_every_spelling_of_a_message_is_read(
-    role: str, speaker: str, keys: tuple[str, str]
-) -> None:
+def test_every_format_of_a_message_is_read(role: str, speaker: str, keys: tuple[str, str]) -> None:
     spoken = [
         dict(zip(keys, turn, strict=True))
         for turn in (("system", "s"), (role, "q"), (speaker, "a"), ("observation", "o"))
@@ -145,18 +143,18 @@ def test_every_spelling_of_a_message_is_read(
 @pytest.mark.parametrize(
     "name", ["messages", "conversations", "conversation", "context", "dialogue"]
 )
-def test_every_name_of_a_conversation_is_a_prompt(name: str) -> None:
+def test_every_name_for_a_conversation_is_a_prompt(name: str) -> None:
     [[[found], _]] = pairs_of({name: [user("q")], "chosen": "c", "rejected": "r"})
     assert found == {"prompt": [user("q")], "chosen": "c", "rejected": "r"}
 
 
 @pytest.mark.parametrize("name", ["question", "instruction", "query", "post", "history", "input"])
-def test_every_name_of_a_text_is_a_prompt(name: str) -> None:
+def test_every_name_for_a_text_is_a_prompt(name: str) -> None:
     [[[found], _]] = pairs_of({name: "q", "chosen": "c", "rejected": "r"})
     assert found == {"prompt": "q", "chosen": "c", "rejected": "r"}
 
 
-def test_system_and_history_come_before_the_prompt_and_before_whole_conversations() -> None:
+def test_system_and_history_precede_prompts_and_whole_conversations() -> None:
     before = {"system": "s", "history": [["q", "a"]]}
     head = [system("s"), user("q"), answer("a"), user("Why?")]
     [[[found], _]] = pairs_of(PLAIN | before)
@@ -169,7 +167,7 @@ def test_system_and_history_come_before_the_prompt_and_before_whole_conversation
         assert pair.answers[0] == (("assistant", "Because."),)
 
 
-def test_a_system_column_that_repeats_the_system_message_is_said_once() -> None:
+def test_system_column_that_repeats_the_system_message_is_used_once() -> None:
     messages = {"messages": [system("s"), user("q")], "system": "s"}
     record = {"chosen": "c", "rejected": "r"} | messages
     [[[found], _]] = pairs_of(record)
@@ -178,7 +176,7 @@ def test_a_system_column_that_repeats_the_system_message_is_said_once() -> None:
         pairs_of(record | {"system": "t"})
 
 
-def test_columns_that_come_late_in_the_file_are_in_the_conversation() -> None:
+def test_columns_that_first_appear_late_are_used() -> None:
     form = form_of(PLAIN)
     [found] = as_pairs(form.read(PLAIN | {"system": "s", "input": "more"}))
     assert found["prompt"] == [system("s"), user("Why?\nmore")]
@@ -188,7 +186,7 @@ def test_columns_that_come_late_in_the_file_are_in_the_conversation() -> None:
 
 
 @pytest.mark.parametrize("empty", [None, "", [], {}])
-def test_empty_values_are_as_good_as_no_column(empty: Any) -> None:
+def test_empty_values_count_as_missing_columns(empty: Any) -> None:
     assert is_absent(empty)
     names = ("system", "input", "history", "images", "question", "messages", "context")
     record = PLAIN | dict.fromkeys(names, empty)
@@ -197,13 +195,13 @@ def test_empty_values_are_as_good_as_no_column(empty: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["image", "images", "video", "videos", "audio", "audios"])
-def test_a_record_with_more_than_texts_is_bad(name: str) -> None:
+def test_record_with_media_is_bad(name: str) -> None:
     with pytest.raises(BadRecord, match=f"'{name}' has a value, expected text only") as caught:
         pairs_of(PLAIN | {name: ["a.png"]})
     assert caught.value.reason == "not_text"
 
 
-def test_a_part_that_is_not_a_text_is_named() -> None:
+def test_part_that_is_not_text_is_named() -> None:
     parts = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": "x"}]
     with pytest.raises(BadRecord, match="'prompt' has a part of type 'image_url'") as caught:
         pairs_of(PLAIN | {"prompt": [user("") | {"content": parts}]})
@@ -221,7 +219,7 @@ def test_a_part_that_is_not_a_text_is_named() -> None:
         ({"tools": "look_up"}, "'tools' is a string that is not JSON"),
     ],
 )
-def test_a_column_before_the_answers_of_another_kind_is_bad(change: Record, sentence: str) -> None:
+def test_context_column_of_the_wrong_type_is_bad(change: Record, sentence: str) -> None:
     with pytest.raises(BadRecord, match=sentence) as caught:
         form_of(PLAIN).read(PLAIN | change)
     assert caught.value.reason == "wrong_type"
@@ -233,7 +231,7 @@ TWO = {"prompt": "Why?", "response_0": "A.", "response_1": "B."}
 
 
 @pytest.mark.parametrize(("value", "chosen"), [(0, "A."), (1, "B."), (1.0, "B."), ("0", "A.")])
-def test_a_verdict_is_read_whether_number_or_text(value: Any, chosen: str) -> None:
+def test_verdict_may_be_a_number_or_a_text(value: Any, chosen: str) -> None:
     [[[found], _]] = pairs_of(TWO | {"better_response_id": value})
     assert found["chosen"] == chosen
 
@@ -243,7 +241,7 @@ def test_a_verdict_is_read_whether_number_or_text(value: Any, chosen: str) -> No
     [(2, "2"), (-1, "-1"), (True, "true"), ("A", '"A"'), ([0], "[0]"), ("", '""')],
 )
 @pytest.mark.parametrize("place", [2, 200])
-def test_a_verdict_without_a_meaning_stops_and_is_named(
+def test_verdict_without_a_meaning_stops_and_is_named(
     tmp_path: Path, place: int, value: Any, shown: str
 ) -> None:
     records = [TWO | {"better_response_id": 0}] * (place - 1)
@@ -264,12 +262,12 @@ def test_a_verdict_without_a_meaning_stops_and_is_named(
         ({"human_ref_A": "A.", "human_ref_B": "B.", "labels": 2}, "2"),
     ],
 )
-def test_a_verdict_that_counts_otherwise_stops(record: Record, inverted: str) -> None:
+def test_verdict_on_another_scale_stops(record: Record, inverted: str) -> None:
     with pytest.raises(UnknownVerdict, match=f" is {inverted}, expected "):
         pairs_of({"prompt": "Why?"} | record)
 
 
-def test_a_missing_verdict_is_a_bad_record() -> None:
+def test_missing_verdict_is_a_bad_record() -> None:
     form = form_of(TWO | {"better_response_id": 0})
     with pytest.raises(BadRecord, match="'better_response_id' is missing") as caught:
         form.read(TWO | {"better_response_id": None})
@@ -289,7 +287,7 @@ RANKED = {"prompt": "Why?", "answers": ["A.", "B.", "C."]}
         ({"scores": [0.5, 2, -1]}, ["BA", "AC", "BC"], 0),
     ],
 )
-def test_a_ranking_is_read_as_all_its_comparisons(
+def test_ranking_is_read_as_all_its_comparisons(
     worths: Record, pairs: list[str], ties: int
 ) -> None:
     [[found, tied]] = pairs_of(RANKED | worths)
@@ -307,7 +305,7 @@ def test_a_ranking_is_read_as_all_its_comparisons(
         ({"scores": [1, float("nan"), 2]}, "scores has NaN, expected numbers"),
     ],
 )
-def test_a_rank_or_score_without_a_meaning_stops(worths: Record, said: str) -> None:
+def test_rank_or_score_without_a_meaning_stops(worths: Record, said: str) -> None:
     with pytest.raises(UnknownVerdict, match=said):
         pairs_of(RANKED | worths)
 
@@ -320,14 +318,14 @@ def test_a_rank_or_score_without_a_meaning_stops(worths: Record, said: str) -> N
         ({"answers": ["A."], "ranks": [1]}, "empty"),
     ],
 )
-def test_a_list_that_does_not_fit_is_a_bad_record(change: Record, reason: str) -> None:
+def test_list_that_does_not_match_its_answers_is_a_bad_record(change: Record, reason: str) -> None:
     form = form_of(RANKED | {"ranks": [1, 2, 3]})
     with pytest.raises(BadRecord) as caught:
         form.read(RANKED | change)
     assert caught.value.reason == reason
 
 
-def test_an_order_of_preference_is_all_comparisons() -> None:
+def test_order_of_preference_is_read_as_all_comparisons() -> None:
     order = Listed(("answers",), "best_first")
     answers, _, comparisons = order.compared(RANKED)
     assert (answers, comparisons) == (
@@ -336,7 +334,7 @@ def test_an_order_of_preference_is_all_comparisons() -> None:
     )
 
 
-# --- what grades a comparison ----------------------------------------------------------------
+# --- preference, votes, weight and margin ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -357,7 +355,7 @@ def test_an_order_of_preference_is_all_comparisons() -> None:
         ({"votes": 17}, Comparison(0, 1)),
     ],
 )
-def test_columns_grade_a_pair(columns: Record, expected: Comparison) -> None:
+def test_grading_columns_are_read(columns: Record, expected: Comparison) -> None:
     raw = form_of(PLAIN | columns).read(PLAIN | columns)
     assert raw.comparisons == [expected]
     assert raw.answers == ["Because.", "No."]
@@ -379,13 +377,13 @@ def test_columns_grade_a_pair(columns: Record, expected: Comparison) -> None:
         ({"votes": [1.5, 1]}, "votes is [1.5, 1], expected two whole numbers"),
     ],
 )
-def test_a_grade_without_a_meaning_stops(columns: Record, said: str) -> None:
+def test_grade_without_a_meaning_stops(columns: Record, said: str) -> None:
     with pytest.raises(UnknownVerdict) as caught:
         pairs_of(PLAIN | columns)
     assert str(caught.value).startswith(said)
 
 
-def test_grades_that_come_late_in_the_file_count_too() -> None:
+def test_grades_that_first_appear_late_are_used() -> None:
     form = form_of(PLAIN)
     assert form.read(PLAIN | {"weight": 3}).comparisons == [Comparison(0, 1, weight=3)]
     with pytest.raises(UnknownVerdict, match='weight is "heavy", expected'):
@@ -393,14 +391,14 @@ def test_grades_that_come_late_in_the_file_count_too() -> None:
 
 
 @pytest.mark.parametrize("columns", [{"preference": 0.9}, {"votes": [2, 1]}, {"preference": 0.5}])
-def test_a_margin_where_no_answer_is_certainly_better_is_bad(columns: Record) -> None:
+def test_margin_of_an_uncertain_pair_is_bad(columns: Record) -> None:
     with pytest.raises(BadRecord, match="'margin' is 1 but no answer is certainly") as caught:
         pairs_of(PLAIN | columns | {"margin": 1})
     assert caught.value.reason == "unsure_margin"
     assert form_of(PLAIN | columns).read(PLAIN | columns | {"margin": 0}).comparisons
 
 
-def test_a_weight_is_that_of_every_comparison_of_a_ranking() -> None:
+def test_weight_of_a_ranking_applies_to_every_comparison() -> None:
     record = RANKED | {"ranks": [2, 1, 1], "weight": 2}
     assert form_of(record).read(record).comparisons == [
         Comparison(1, 0, weight=2),
@@ -409,7 +407,7 @@ def test_a_weight_is_that_of_every_comparison_of_a_ranking() -> None:
     ]
 
 
-def test_a_preference_of_alpaca_farm_is_a_number_of_an_answer() -> None:
+def test_preference_in_alpaca_farm_is_the_number_of_an_answer() -> None:
     record = {"prompt": "Why?", "output_1": "A.", "output_2": "B.", "preference": 1, "weight": 2}
     assert form_of(record).read(record).comparisons == [Comparison(0, 1, weight=2)]
 
@@ -429,7 +427,9 @@ def test_a_preference_of_alpaca_farm_is_a_number_of_an_answer() -> None:
         ("用Python写", "用Perl写", "用"),
     ],
 )
-def test_texts_are_cut_at_the_last_word_they_share(chosen: str, rejected: str, prompt: str) -> None:
+def test_texts_are_split_after_the_last_shared_word(
+    chosen: str, rejected: str, prompt: str
+) -> None:
     [[[found], _]] = pairs_of({"chosen": chosen, "rejected": rejected})
     assert found["prompt"] == prompt
     assert found["prompt"] + found["chosen"] == chosen
@@ -437,41 +437,41 @@ def test_texts_are_cut_at_the_last_word_they_share(chosen: str, rejected: str, p
     assert found["chosen"].strip()
 
 
-def test_a_text_that_begins_otherwise_is_a_bad_record() -> None:
+def test_text_with_another_beginning_is_a_bad_record() -> None:
     form = form_of({"chosen": "It is blue.", "rejected": "It is red."})
     with pytest.raises(BadRecord, match="the answers begin differently") as caught:
         form.read({"chosen": "Blue.", "rejected": "Red."})
     assert caught.value.reason == "missing_key"
 
 
-def test_a_text_without_turns_among_those_with_turns_is_a_bad_record() -> None:
+def test_text_without_turns_in_a_file_with_turns_is_a_bad_record() -> None:
     turns = {key: f"\n\nHuman: q\n\nAssistant: {key}" for key in ("chosen", "rejected")}
     with pytest.raises(BadRecord, match="'rejected' has no Human: and Assistant: turns"):
         form_of(turns).read(turns | {"rejected": "no"})
 
 
-def test_an_answer_that_does_not_repeat_the_prompt_among_those_that_do_is_a_bad_record() -> None:
+def test_answer_without_the_prompt_in_a_file_that_repeats_it_is_a_bad_record() -> None:
     repeated = {"prompt": "Why?", "chosen": "Why? A.", "rejected": "Why? B."}
     with pytest.raises(BadRecord, match="'chosen' does not begin with the prompt"):
         form_of(repeated).read(repeated | {"chosen": "A."})
 
 
-def test_a_repeated_prompt_in_turns_is_turns_once() -> None:
+def test_repeated_prompt_in_turns_is_parsed_once() -> None:
     prompt = "\n\nHuman: Why?\n\nAssistant:"
     record = {"prompt": prompt, "chosen": f"{prompt} A.", "rejected": f"{prompt} B."}
     [[[found], _]] = pairs_of(record)
     assert found == {"prompt": [user("Why?")], "chosen": "A.", "rejected": "B."}
 
 
-# --- what is not recognized ------------------------------------------------------------------
+# --- unknown forms ---------------------------------------------------------------------------
 
-# What is said of these is in tests/test_bad.py.
+# Their messages are tested in tests/test_bad.py.
 UNKNOWN: dict[str, Any] = YAML(typ="safe").load(Path(__file__).parent / "bad" / "forms.yaml")
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_an_entry_without_gaps_can_be_copied(tmp_path: Path, name: str) -> None:
-    """What is said to write is read, and where only a meaning was missing the data with it."""
+def test_suggested_entry_without_placeholders_can_be_copied(tmp_path: Path, name: str) -> None:
+    """The suggested entry is valid, and the record can be read with it."""
     entry = UNKNOWN[name].get("entry", "COLUMN").partition(" or x.jsonl: ")[0]
     if any(gap in entry for gap in ("COLUMN", "VALUE", "KEY")):
         return
@@ -481,7 +481,7 @@ def test_an_entry_without_gaps_can_be_copied(tmp_path: Path, name: str) -> None:
     assert [usable(raw) for _, raw in source]
 
 
-def test_a_file_that_is_read_alone_hears_of_its_folder(tmp_path: Path) -> None:
+def test_message_for_a_single_file_names_its_folder(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "Where is it?", "answer": "It is here."})
     advice = f"expected in {tmp_path}/dataset.yaml (and the folder {tmp_path} in params.yaml): "
     assert advice in fault(sources, path)

@@ -1,4 +1,4 @@
-"""Any bytes end in pairs or in a sentence: nothing else comes out of readers and checks."""
+"""Whatever the bytes, readers and checks give pairs or a one-sentence message, and nothing else."""
 
 import gzip
 import io
@@ -26,7 +26,7 @@ RECORDS: list[dict[str, Any]] = [
         "rejected": [{"role": "assistant", "content": "y"}],
     },
 ]
-# The same examples each time: a failure in continuous integration is one that can be repeated.
+# The same examples each time, so that a failure in CI can be reproduced.
 FEW = settings(max_examples=600, deadline=None, derandomize=True)
 MANY = settings(max_examples=2000, deadline=None, derandomize=True)
 
@@ -66,7 +66,7 @@ INTERESTING = [
 
 @st.composite
 def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A whole file with a few edits, by its name, or any bytes under the name of a format."""
+    """Name and content of a valid file with a few edits, or random bytes with a known suffix."""
     if draw(st.integers(0, 4)) == 0:
         return f"any{draw(st.sampled_from(SUFFIXES))}", draw(st.binary(max_size=300))
     name = draw(st.sampled_from(sorted(WHOLE)))
@@ -81,7 +81,7 @@ def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
 
 @FEW
 @given(damaged())
-def test_any_file_ends_in_pairs_or_in_a_sentence(file: tuple[str, bytes]) -> None:
+def test_any_file_gives_pairs_or_a_message(file: tuple[str, bytes]) -> None:
     name, content = file
     with TemporaryDirectory() as folder:
         path = Path(folder) / name
@@ -119,12 +119,12 @@ RECORD = st.fixed_dictionaries({}, optional=dict.fromkeys([*FIELDS, TOOLS, "id",
 
 @MANY
 @given(RECORD | ANYTHING)
-def test_any_value_is_a_pair_or_has_a_reason(record: Any) -> None:
+def test_any_value_is_a_pair_or_is_refused_with_a_reason(record: Any) -> None:
     judge(record)
 
 
 def judge(record: Any) -> None:
-    """A checked record has all that later stages rely on; any other has a reason in a sentence."""
+    """A checked record has all that later stages rely on; any other is refused with a reason."""
     pair: Record | None = None
     said = ""
     try:
