@@ -1,4 +1,4 @@
-"""Half precision on a CPU: the stages, a resumed run, scoring and serving compute in it."""
+"""Half precision on a CPU: stages, a resumed run, scoring and serving."""
 
 import asyncio
 import json
@@ -21,9 +21,9 @@ from reward.serving import score, serve
 from reward.serving.scorer import Scorer
 from stages import evaluate, export, train
 
-# The largest difference of a reward in half precision from the same one in fp32, as a share of the
-# rewards' deviation. Of bf16's 8 digits two layers leave about 6, of fp16's 11 about 9.
 PAIRS = Path("data/raw/pairs.json")
+# The largest difference between rewards in half precision and in fp32, relative to the rewards'
+# standard deviation. Two layers leave about 6 of the 8 bits of bf16, and 9 of the 11 of fp16.
 BOUND = {"bfloat16": 0.1, "float16": 0.02}
 
 
@@ -33,15 +33,15 @@ def set_precision(name: str) -> None:
     YAML().dump(content, Path("params.yaml"))
 
 
-def found_here(request: Request, elsewhere: Path) -> Any:
-    """What the process of export's clients finds, in this one."""
+def run_clients_unsilenced(request: Request, elsewhere: Path) -> Any:
+    """Run export's clients in this process, without silencing warnings."""
     pyarrow.parquet.write_table(clients.find(request), elsewhere / FOUND)
     return type("Done", (), {"returncode": 0})
 
 
 @pytest.fixture(scope="module")
 def half(complete: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder in which train and evaluate, and in bf16 export, were run; each made once."""
+    """A folder in which train and evaluate (and, in bf16, export) have run; each is made once."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -51,7 +51,7 @@ def half(complete: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
                 patch.delenv("DVC_ROOT", raising=False)
-                patch.setattr(gate, "run_clients", found_here)
+                patch.setattr(gate, "run_clients", run_clients_unsilenced)
                 set_precision(name)
                 for stage in (train, evaluate, *([export] if name == "bfloat16" else [])):
                     stage.main()
@@ -66,9 +66,9 @@ def rewards_of(folder: Path) -> torch.Tensor:
     return torch.tensor(columns, dtype=torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore")  # those of the clients' libraries
+@pytest.mark.filterwarnings("ignore")  # warnings of client libraries
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_rewards_are_those_of_fp32_within_the_rounding(
+def test_rewards_match_fp32_up_to_rounding(
     half: Callable[[str], Path], complete: Path, name: str
 ) -> None:
     folder = half(name)
@@ -77,7 +77,7 @@ def test_rewards_are_those_of_fp32_within_the_rounding(
     assert 0 < difference <= BOUND[name]
 
 
-@pytest.mark.filterwarnings("ignore")  # those of the clients' libraries
+@pytest.mark.filterwarnings("ignore")  # warnings of client libraries
 def test_every_client_loads_the_export_in_its_precision(half: Callable[[str], Path]) -> None:
     folder = half("bfloat16")
     assert read_json(folder / export.EXPORT / "reward.json")["dtype"] == "bfloat16"
@@ -86,10 +86,10 @@ def test_every_client_loads_the_export_in_its_precision(half: Callable[[str], Pa
     assert by_client["packs"]["packs"]["difference_max"] == 0
 
 
-def test_a_file_and_a_request_get_the_evaluated_rewards(
+def test_file_and_request_get_the_evaluated_rewards(
     half: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Within the rounding: the company of a text, and so the order of sums, is another."""
+    """Up to rounding, because the texts are packed differently, which changes the order of sums."""
     folder = half("bfloat16")
     monkeypatch.chdir(tmp_path)
     wanted = {tuple(pair.tolist()) for pair in rewards_of(folder).T}
@@ -119,7 +119,7 @@ def test_a_file_and_a_request_get_the_evaluated_rewards(
             assert any(pair == pytest.approx(row, abs=bound) for row in found)
 
 
-def test_a_killed_run_in_half_precision_ends_with_the_same_bytes(
+def test_killed_run_in_half_precision_ends_with_the_same_bytes(
     half: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = half("bfloat16")

@@ -1,4 +1,4 @@
-"""A base that is a reward model already: what is kept of it, and what is refused."""
+"""A base that is already a reward model: its head is kept, or the model is refused."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ KINDS = {"qwen2": Qwen2Config, "llama": LlamaConfig}
 
 
 def save_classifier(folder: Path, tokenizer: Path, kind: str = "qwen2", labels: int = 1) -> Path:
-    """A small random classifier as people have them, whose rewards are far from zero."""
+    """Save a small random classifier in its published format, with rewards far from zero."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, folder)
@@ -56,7 +56,7 @@ def save_classifier(folder: Path, tokenizer: Path, kind: str = "qwen2", labels: 
 def reward_model(
     workspace: Path, tiny_base: Path, set_params: SetParams, request: pytest.FixtureRequest
 ) -> Path:
-    """A classifier that is fetched as the base of 14 tokenized training pairs."""
+    """A classifier fetched as the base, with 14 tokenized training pairs."""
     kind = getattr(request, "param", "qwen2")
     folder = save_classifier(workspace / "classifier", tiny_base, kind)
     set_params("base", name="classifier")
@@ -69,7 +69,7 @@ def reward_model(
 
 
 def own_rewards(folder: Path, split: str) -> torch.Tensor:
-    """What transformers gives to the texts of each pair, one by one: [pairs, 2]."""
+    """The rewards from transformers for each text, one at a time: [pairs, 2]."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     rows = load_from_disk(f"data/tokenized/{split}")
     with torch.no_grad():
@@ -96,14 +96,14 @@ def validation_loss(rewards: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("reward_model", KINDS, indirect=True)
-def test_training_begins_with_the_rewards_of_the_base(reward_model: Path) -> None:
+def test_training_starts_with_the_rewards_of_the_base(reward_model: Path) -> None:
     own = own_rewards(reward_model, "train")
     found = score(built(), pairs_of(load_from_disk("data/tokenized/train")), 4096).view(-1, 2)
     assert own.std() > 0.2
     assert (found - own).abs().max() < 1e-4
 
 
-def test_the_first_validation_figures_are_those_of_the_base(
+def test_first_validation_figures_match_the_base(
     reward_model: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loss = validation_loss(own_rewards(reward_model, "validation"))
@@ -121,12 +121,10 @@ def test_the_first_validation_figures_are_those_of_the_base(
     assert printed.index(beside) < printed.index("step     0  validation loss")
     own, adapter = head_in(reward_model / "model.safetensors"), head_in(train.ADAPTER / WEIGHTS)
     assert torch.equal(head_of(built().get_base_model()).weight, own)
-    assert 0 < (adapter - own).norm() < 0.1 * own.norm()  # it trains on
+    assert 0 < (adapter - own).norm() < 0.1 * own.norm()  # training continues from it
 
 
-def test_a_new_head_takes_the_place_of_the_own_one(
-    reward_model: Path, set_params: SetParams
-) -> None:
+def test_new_head_replaces_that_of_the_base(reward_model: Path, set_params: SetParams) -> None:
     own = head_in(reward_model / "model.safetensors")
     heads = []
     for head in ("auto", "new"):
@@ -138,7 +136,7 @@ def test_a_new_head_takes_the_place_of_the_own_one(
 
 
 @pytest.mark.usefixtures("reward_model")
-def test_own_rewards_that_are_not_finite_stop_the_stage() -> None:
+def test_non_finite_rewards_of_the_base_stop_the_stage() -> None:
     model, options = built(), params.load("train", trainer.Train)
     with torch.no_grad():
         for parameter in head_of(model.get_base_model()).parameters():
@@ -151,8 +149,8 @@ def test_own_rewards_that_are_not_finite_stop_the_stage() -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_an_export_is_gone_on_with_from_a_copy() -> None:
-    """Its merged model has the rewards that were evaluated, and so has what is made of it."""
+def test_copy_of_an_export_can_be_trained_further() -> None:
+    """As a base, the merged model has the rewards that were evaluated."""
     shutil.copytree("models/export/merged", "models/mine")
     text = Path("params.yaml").read_text()
     name = json.loads(Path("models/base/base.json").read_text())["name"]
@@ -172,21 +170,21 @@ def test_an_export_is_gone_on_with_from_a_copy() -> None:
     assert (found - expected).abs().max() < 1e-4
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- refused models --------------------------------------------------------------------------
 
 
-def biased(folder: Path) -> None:
+def add_bias(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"score.bias": torch.ones(1)}, folder / "model.safetensors")
 
 
-def headless(folder: Path) -> None:
+def remove_head(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["score.weight"]
     save_file(tensors, folder / "model.safetensors")
 
 
-def two_rows(folder: Path) -> None:
+def double_head(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["score.weight"] = torch.ones(2, 64)
     save_file(tensors, folder / "model.safetensors")
@@ -197,12 +195,12 @@ def two_rows(folder: Path) -> None:
     [
         (None, 2, "is a classifier with 2 labels, expected one label, which is the reward"),
         (None, 3, "is a classifier with 3 labels, expected one label, which is the reward"),
-        (biased, 1, "has a head with a bias, score.bias, expected only score.weight"),
-        (headless, 1, "is a classifier without a head, expected score.weight among its weights"),
-        (two_rows, 1, "has a head with 2 labels, expected one label, which is the reward"),
+        (add_bias, 1, "has a head with a bias, score.bias, expected only score.weight"),
+        (remove_head, 1, "is a classifier without a head, expected score.weight among its weights"),
+        (double_head, 1, "has a head with 2 labels, expected one label, which is the reward"),
     ],
 )
-def test_a_head_that_gives_no_single_reward_is_refused(
+def test_head_without_a_single_reward_is_refused(
     workspace: Path,
     tiny_base: Path,
     set_params: SetParams,
@@ -222,7 +220,7 @@ def test_a_head_that_gives_no_single_reward_is_refused(
 
 
 @pytest.mark.parametrize("name", ["models/export", "models/export/merged", "mine"])
-def test_a_base_in_the_exported_folder_is_refused(
+def test_base_in_the_exported_folder_is_refused(
     workspace: Path, set_params: SetParams, name: str
 ) -> None:
     (workspace / "mine").symlink_to("models/export/merged")

@@ -1,4 +1,4 @@
-"""A folder from a stranger: no code of it runs, whichever way it comes in."""
+"""A model folder from an untrusted source: its code never runs, however it is loaded."""
 
 import sys
 from collections.abc import Callable
@@ -47,22 +47,22 @@ WAYS: dict[str, tuple[Callable[[], Any], list[str]]] = {
 
 @pytest.fixture
 def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that the hostile code makes when it runs; transformers copies code to a cache."""
+    """The file that hostile code would create; transformers would copy that code to a cache."""
     cache = tmp_path / "modules"
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
     monkeypatch.setattr("sys.path", [*sys.path, str(cache)])
     return tmp_path / "ran"
 
 
-def spoil(base: Path, canary: Path, **changes: Any) -> None:
-    """Put code into the folder of a base whose configuration names it."""
+def add_code(base: Path, canary: Path, **changes: Any) -> None:
+    """Add code to the folder of a base, and have its configuration refer to it."""
     (base / "modeling_own.py").write_text(CODE.format(canary=str(canary)), encoding="utf-8")
     config = read_json(base / "config.json") | {"auto_map": AUTO_MAP} | changes
     write_json(base / "config.json", config)
 
 
 def seal_again(folder: Path) -> None:
-    """Have the digests of an exported folder match what is in it, as whoever made it can."""
+    """Update the digests of an exported folder to its content, as an attacker could."""
     record = read_json(folder / DIGESTS)
     record["files"] = digests(folder)
     del record["files"][DIGESTS]
@@ -71,10 +71,10 @@ def seal_again(folder: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["own", "qwen2"])
 @pytest.mark.parametrize("way", WAYS)
-def test_no_code_of_an_exported_folder_runs(
+def test_code_in_an_exported_folder_never_runs(
     way: str, model_type: str, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil(export.EXPORT / "base", canary, model_type=model_type)
+    add_code(export.EXPORT / "base", canary, model_type=model_type)
     seal_again(export.EXPORT)
     folder, pairs, base = map(str, (export.EXPORT, export.TEST, export.BASE))
     request = clients.Request(folder, pairs, base, "light", 4096, [])
@@ -88,9 +88,9 @@ def test_no_code_of_an_exported_folder_runs(
 
 
 @pytest.mark.parametrize("stage", [evaluate, export])
-def test_no_code_of_a_base_runs(stage: Any, canary: Path) -> None:
-    """Base and adapter from another's cache, whose digests and records all match."""
-    spoil(export.BASE, canary, model_type="own")
+def test_code_in_a_base_never_runs(stage: Any, canary: Path) -> None:
+    """Base and adapter come from someone else's cache, with digests and records that all match."""
+    add_code(export.BASE, canary, model_type="own")
     base, adapter = map(read_json, (export.BASE / "base.json", evaluate.ADAPTER / DIGESTS))
     base["files"] = digests(export.BASE)
     del base["files"]["base.json"]
@@ -119,7 +119,7 @@ def test_no_code_of_a_base_runs(stage: Any, canary: Path) -> None:
         ("adapter_config.json", {"auto_mapping": {"parent_library": "own"}}),
     ],
 )
-def test_a_configuration_that_names_code_is_a_fault(name: str, change: dict[str, Any]) -> None:
+def test_configuration_that_names_code_is_a_fault(name: str, change: dict[str, Any]) -> None:
     path = export.EXPORT / name
     write_json(path, read_json(path) | change)
     seal_again(export.EXPORT)
@@ -127,12 +127,12 @@ def test_a_configuration_that_names_code_is_a_fault(name: str, change: dict[str,
         load_exported(export.EXPORT)
 
 
-def test_an_adapter_that_is_no_safetensors_is_not_loaded() -> None:
+def test_adapter_that_is_not_safetensors_is_not_loaded() -> None:
     (export.EXPORT / "adapter_model.safetensors").rename(export.EXPORT / "adapter_model.bin")
     seal_again(export.EXPORT)
     with pytest.raises(Fault, match=r"lacks adapter_model\.safetensors"):
         load_exported(export.EXPORT)
 
 
-def test_what_export_writes_has_no_code() -> None:
+def test_export_contains_no_code() -> None:
     require_no_code(export.EXPORT)

@@ -1,4 +1,4 @@
-"""Any reward model on the pipeline's test pairs: its own rewards, the figures of evaluate."""
+"""Judging any reward model on the pipeline's test pairs: its own rewards, evaluate's figures."""
 
 import shutil
 import sys
@@ -26,10 +26,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     judge.main()
 
 
-def test_an_exported_model_is_judged_as_it_was_evaluated_and_compared(
+def test_judging_an_exported_model_matches_its_evaluation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By transformers and its own chat template, which make the rewards of the evaluation."""
+    """Transformers and the exported chat template reproduce the rewards of evaluate."""
     run(monkeypatch, "models/export/merged")
     evaluated = Path("reports/evaluate")
     for file in ("rewards.parquet", "sets/by_hand.parquet"):
@@ -45,7 +45,7 @@ def test_an_exported_model_is_judged_as_it_was_evaluated_and_compared(
     for name in ("accuracy", "accuracy_low", "accuracy_high", "pairs"):
         assert found[name] == pytest.approx(expected[name])
     assert found["sets"]["by_hand"]["accuracy"] == expected["sets"]["by_hand"]["accuracy"]
-    assert found["sets"]["by_hand"]["leaked"] == 0  # what it was trained on is not known
+    assert found["sets"]["by_hand"]["leaked"] == 0  # its training data is unknown
 
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["compare", str(OUTPUT), "workspace"])
@@ -55,7 +55,7 @@ def test_an_exported_model_is_judged_as_it_was_evaluated_and_compared(
     assert f"for {OUTPUT}, " in said
 
 
-def test_the_intervals_are_those_of_the_parameters() -> None:
+def test_intervals_use_the_parameters_of_evaluate() -> None:
     options = read_yaml(ROOT / "params.yaml")["evaluate"]
     found = judge.RESAMPLING
     assert (found.samples, found.seed) == (options["bootstrap_samples"], options["seed"])
@@ -69,7 +69,7 @@ def test_the_intervals_are_those_of_the_parameters() -> None:
         ({"max_position_embeddings": 10}, "mine reads at most 10 tokens, answer "),
     ],
 )
-def test_what_is_no_reward_model_is_refused(
+def test_model_that_is_not_a_usable_reward_model_is_refused(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, object], found: str
 ) -> None:
     shutil.copytree("models/export/merged", "mine")
@@ -80,7 +80,7 @@ def test_what_is_no_reward_model_is_refused(
     assert found in str(fault.value)
 
 
-def test_weights_that_would_be_random_are_refused() -> None:
+def test_missing_weights_are_refused() -> None:
     shutil.copytree("models/export/merged", "mine")
     tensors = load_file("mine/model.safetensors")
     del tensors["score.weight"]
@@ -89,7 +89,7 @@ def test_weights_that_would_be_random_are_refused() -> None:
         judge.Judge(Path("mine"))
 
 
-def test_rewards_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_rewards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree("models/export/merged", "mine")
     tensors = load_file("mine/model.safetensors")
     tensors["score.weight"] = torch.full_like(tensors["score.weight"], torch.inf)
@@ -98,7 +98,7 @@ def test_rewards_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch
         run(monkeypatch, "mine")
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+def test_tokenizer_without_a_chat_template_is_refused() -> None:
     shutil.copytree("models/export/merged", "mine")
     config = read_json(Path("mine/tokenizer_config.json"))
     del config["chat_template"]
@@ -107,7 +107,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
         judge.Judge(Path("mine"))
 
 
-def test_a_folder_with_other_files_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_with_other_files_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Fault, match="--output is data, which has other files, expected a new"):
         run(monkeypatch, "models/export/merged", "--output", "data")
     assert Path("data/raw/pairs.json").exists()

@@ -1,4 +1,4 @@
-"""Figures of a judgement, each against a slow loop, or against the library that has it."""
+"""The metrics of a judgement, each against a slow loop or a library."""
 
 import math
 import random
@@ -15,8 +15,8 @@ from tests.judgements import pairs
 RESAMPLING = Resampling(samples=2000, seed=0)
 
 
-def some(count: int = 60, seed: int = 0, prompts: int = 25, votes: int = 1) -> Judged:
-    """Random pairs, some with equal rewards, some of equal length; ties if `votes` is even."""
+def random_judgement(count: int = 60, seed: int = 0, prompts: int = 25, votes: int = 1) -> Judged:
+    """Random pairs, some with equal rewards or lengths; some are ties if `votes` is even."""
     draw = random.Random(seed)
     rewards = [[float(draw.randint(-4, 4)) / 2 for _ in range(count)] for _ in range(2)]
     lengths = [[draw.randint(1, 6) for _ in range(count)] for _ in range(2)]
@@ -31,7 +31,7 @@ def some(count: int = 60, seed: int = 0, prompts: int = 25, votes: int = 1) -> J
     )
 
 
-def of(margin: Floats) -> Judged:
+def with_margins(margin: Floats) -> Judged:
     """Certain pairs with these margins."""
     return pairs(margin, np.zeros(len(margin)))
 
@@ -44,7 +44,7 @@ def sigmoid(margin: float) -> float:
 
 
 def slow_interval(values: list[float], prompts: list[int], samples: int) -> tuple[float, float]:
-    """Draw prompts with their pairs, with replacement; the middle 95% of the means."""
+    """The middle 95% of means over prompts, with all of their pairs, drawn with replacement."""
     draw = random.Random(1)
     names = sorted(set(prompts))
     means = []
@@ -60,7 +60,7 @@ def slow_interval(values: list[float], prompts: list[int], samples: int) -> tupl
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_interval_is_that_of_resampled_prompts(seed: int) -> None:
+def test_interval_matches_resampled_prompts(seed: int) -> None:
     draw = random.Random(seed)
     prompts = [draw.randrange(25) for _ in range(80)]
     right = [draw.choice([0.0, 0.5, 1.0, 1.0]) for _ in prompts]
@@ -69,7 +69,7 @@ def test_interval_is_that_of_resampled_prompts(seed: int) -> None:
 
 
 def test_pairs_of_one_prompt_count_as_one_draw() -> None:
-    """Ten copies of every pair are no more evidence than one."""
+    """Ten copies of every pair are not more evidence than one."""
     right = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.5])
     prompts = np.arange(8)
     once = RESAMPLING.interval_of_share(right, prompts)
@@ -78,19 +78,19 @@ def test_pairs_of_one_prompt_count_as_one_draw() -> None:
     assert once[1] - once[0] > 0.4
 
 
-def test_a_single_prompt_tells_nothing() -> None:
+def test_single_prompt_gives_no_information() -> None:
     assert RESAMPLING.interval_of_share(np.array([1.0, 1.0]), np.array([7, 7])) == (0.0, 1.0)
 
 
-def test_interval_follows_its_seed() -> None:
+def test_interval_depends_on_its_seed() -> None:
     right, prompts = np.array([1.0, 0.0] * 20), np.arange(40)
     other = Resampling(50, 1).interval_of_share(right, prompts)
     assert other == Resampling(50, 1).interval_of_share(right, prompts)
     assert other != Resampling(50, 2).interval_of_share(right, prompts)
 
 
-def test_all_right_or_all_wrong_is_not_certain() -> None:
-    """Ten prompts without a miss: a model that is right in 0.69 of prompts does it in 1 of 40."""
+def test_interval_has_width_if_all_or_none_are_correct() -> None:
+    """Ten of ten prompts: a model with an accuracy of 0.69 has a chance of 1 in 40."""
     prompts = np.arange(20) % 10
     low, high = RESAMPLING.interval_of_share(np.ones(20), prompts)
     assert low**10 == pytest.approx(0.025)
@@ -99,7 +99,7 @@ def test_all_right_or_all_wrong_is_not_certain() -> None:
 
 
 @pytest.mark.parametrize("prompts", [2, 5, 46])
-def test_one_miss_never_gives_a_better_interval_than_none(prompts: int) -> None:
+def test_one_error_never_gives_a_better_interval_than_none(prompts: int) -> None:
     names = np.repeat(np.arange(prompts), 10)
     all_right, one_miss = np.ones(len(names)), np.ones(len(names))
     one_miss[0] = 0
@@ -109,8 +109,8 @@ def test_one_miss_never_gives_a_better_interval_than_none(prompts: int) -> None:
 
 
 @pytest.mark.parametrize("prompts", [3, 6, 20, 60])
-def test_intervals_hold_the_truth_nearly_as_often_as_they_say(prompts: int) -> None:
-    """Pairs of a prompt are alike: each prompt has a difficulty of its own, 0.7 on average."""
+def test_interval_coverage_is_close_to_nominal(prompts: int) -> None:
+    """Pairs of a prompt are correlated: each prompt has its own accuracy, 0.7 on average."""
     draw, held = np.random.default_rng(prompts), 0
     names = np.repeat(np.arange(prompts), 6)
     for _ in range(300):
@@ -121,15 +121,15 @@ def test_intervals_hold_the_truth_nearly_as_often_as_they_say(prompts: int) -> N
 
 
 def test_accuracy_of_no_pairs_is_none() -> None:
-    assert RESAMPLING.accuracy(some().take(np.zeros(60, dtype=bool))) == {"pairs": 0}
+    assert RESAMPLING.accuracy(random_judgement().take(np.zeros(60, dtype=bool))) == {"pairs": 0}
 
 
 # --- calibration -----------------------------------------------------------------------------
 
 
-def test_losses_and_brier_score_are_those_of_scikit_learn() -> None:
-    """A pair is a case of the class "the chosen answer is preferred"."""
-    judged = some()
+def test_losses_and_brier_score_match_scikit_learn() -> None:
+    """Each pair is a sample of the class "the chosen answer is preferred"."""
+    judged = random_judgement()
     shown = np.array([sigmoid(each) for each in judged.margin])
     ones = np.ones(len(judged))
     found = judgement.losses(judged.margin, judged.preference).mean()
@@ -139,8 +139,8 @@ def test_losses_and_brier_score_are_those_of_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize("votes", [2, 3])
-def test_losses_and_brier_score_of_votes_are_those_of_a_plain_loop(votes: int) -> None:
-    judged = some(200, votes=votes)
+def test_losses_and_brier_score_of_votes_match_a_plain_loop(votes: int) -> None:
+    judged = random_judgement(200, votes=votes)
     losses, squares = [], []
     for margin, preference in zip(judged.margin, judged.preference, strict=True):
         chosen = sigmoid(margin)
@@ -149,12 +149,12 @@ def test_losses_and_brier_score_of_votes_are_those_of_a_plain_loop(votes: int) -
     found = judgement.losses(judged.margin, judged.preference)
     assert found == pytest.approx(np.array(losses))
     assert judgement.brier(judged) == pytest.approx(sum(squares) / 200)
-    # No model has a lower loss than one that gives every pair the share of its votes.
+    # No model has a lower loss than one that predicts each pair's share of votes.
     least = special.entr(judged.preference) + special.entr(1 - judged.preference)
     assert (found >= least).all()
 
 
-def test_losses_of_large_margins_neither_overflow_nor_vanish() -> None:
+def test_losses_of_large_margins_neither_overflow_nor_underflow() -> None:
     found = judgement.losses(np.array([-1e4, 1e4, 40.0]))
     assert found[0] == 1e4
     assert found[1] == 0
@@ -179,7 +179,7 @@ def slow_calibration_error(margins: list[float], preferences: list[float], bins:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_expected_calibration_error_is_that_of_a_plain_loop(seed: int) -> None:
+def test_expected_calibration_error_matches_a_plain_loop(seed: int) -> None:
     margin = np.random.default_rng(seed).normal(0.5, 2, 200)
     margin[:20] = 0
     margin[20] = 800
@@ -190,19 +190,19 @@ def test_expected_calibration_error_is_that_of_a_plain_loop(seed: int) -> None:
     assert sum(each["pairs"] for each in judgement.reliability(judged)) == 200
 
 
-def test_calibration_error_is_small_for_true_probabilities_and_large_for_boasting() -> None:
+def test_calibration_error_is_small_for_true_probabilities_and_large_for_overconfidence() -> None:
     draw = np.random.default_rng(0)
     logits = np.abs(draw.normal(0, 1.5, 20_000))
     signs = np.where(draw.random(20_000) < 1 / (1 + np.exp(-logits)), 1, -1)
-    true, boasting = of(signs * logits), of(signs * logits * 5)
+    true, boasting = with_margins(signs * logits), with_margins(signs * logits * 5)
     assert judgement.expected_calibration_error(true) < 0.01
     assert judgement.expected_calibration_error(boasting) > 0.1
     assert judgement.temperature(true) == pytest.approx(1, abs=0.05)
     assert judgement.temperature(boasting) == pytest.approx(5, rel=0.05)
 
 
-def test_a_model_that_tells_the_share_of_votes_is_calibrated() -> None:
-    """Every pair has the votes that its margin promises, times three."""
+def test_model_that_predicts_the_share_of_votes_is_calibrated() -> None:
+    """The votes of every pair match its margin; the second model triples all margins."""
     margin = np.random.default_rng(0).uniform(0.01, 3, 500)
     honest = pairs(margin, np.zeros(500), preference=special.expit(margin))
     boasting = pairs(3 * margin, np.zeros(500), preference=special.expit(margin))
@@ -213,8 +213,8 @@ def test_a_model_that_tells_the_share_of_votes_is_calibrated() -> None:
 
 
 @pytest.mark.parametrize("votes", [1, 2, 3])
-def test_no_temperature_is_better_than_the_one_found(votes: int) -> None:
-    judged = some(200, votes=votes)
+def test_fitted_temperature_is_the_best(votes: int) -> None:
+    judged = random_judgement(200, votes=votes)
     found = judgement.temperature(judged)
     assert found
     best = min(
@@ -225,8 +225,8 @@ def test_no_temperature_is_better_than_the_one_found(votes: int) -> None:
 
 
 @pytest.mark.parametrize("votes", [1, 2])
-def test_temperature_is_judged_on_other_prompts_than_it_is_fitted_on(votes: int) -> None:
-    judged = some(200, prompts=40, votes=votes)
+def test_temperature_is_evaluated_on_held_out_prompts(votes: int) -> None:
+    judged = random_judgement(200, prompts=40, votes=votes)
     found = judgement.calibration(judged, seed=3)
     assert found["temperature"] == judgement.temperature(judged)
     assert found["brier"] == judgement.brier(judged)
@@ -244,19 +244,19 @@ def test_temperature_is_judged_on_other_prompts_than_it_is_fitted_on(votes: int)
 
 
 @pytest.mark.parametrize("margins", [[], [1.0, 2.0], [0.0], [-1.0, 0.5], [-1.0, 1.0]])
-def test_where_no_finite_temperature_is_best_there_is_none(margins: list[float]) -> None:
-    assert judgement.temperature(of(np.array(margins))) is None
+def test_temperature_is_none_without_a_finite_optimum(margins: list[float]) -> None:
+    assert judgement.temperature(with_margins(np.array(margins))) is None
 
 
-def test_a_vote_against_all_others_makes_a_finite_temperature_the_best() -> None:
+def test_one_dissenting_vote_gives_a_finite_temperature() -> None:
     right = pairs(np.ones(2), np.zeros(2), preference=np.array([1.0, 0.75]))
     assert judgement.temperature(right) == pytest.approx(1 / special.logit(0.875), rel=1e-3)
     tied = pairs(np.ones(2), np.zeros(2), preference=np.array([0.5, 0.5]))
     assert judgement.temperature(tied) is None
 
 
-def test_all_right_and_a_single_prompt_have_no_loss_at_a_temperature() -> None:
-    right, single = of(np.ones(8)), some(200, prompts=1)
+def test_loss_at_temperature_needs_errors_and_several_prompts() -> None:
+    right, single = with_margins(np.ones(8)), random_judgement(200, prompts=1)
     assert judgement.calibration(right, 0)["loss_at_temperature"] is None
     assert judgement.calibration(single, 0)["loss_at_temperature"] is None
     assert judgement.calibration(single, 0)["temperature"] is not None
@@ -265,8 +265,8 @@ def test_all_right_and_a_single_prompt_have_no_loss_at_a_temperature() -> None:
 # --- ties ------------------------------------------------------------------------------------
 
 
-def test_ties_are_never_right_or_wrong() -> None:
-    judged = some(200, votes=2)
+def test_ties_are_neither_correct_nor_wrong() -> None:
+    judged = random_judgement(200, votes=2)
     assert 50 < judged.tied.sum() < 150
     found = RESAMPLING.accuracy(judged)
     right = [
@@ -281,8 +281,8 @@ def test_ties_are_never_right_or_wrong() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ties_are_told_apart_by_the_area_that_scikit_learn_finds(seed: int) -> None:
-    judged = some(200, seed, votes=2)
+def test_area_for_ties_matches_scikit_learn(seed: int) -> None:
+    judged = random_judgement(200, seed, votes=2)
     found = judgement.ties(judged)
     size = np.abs(judged.margin)
     assert found["area"] == pytest.approx(roc_auc_score(~judged.tied, size))
@@ -293,7 +293,7 @@ def test_ties_are_told_apart_by_the_area_that_scikit_learn_finds(seed: int) -> N
     assert judgement.ties(judged.take(judged.tied)) == {"pairs": found["pairs"]}
 
 
-def test_a_model_that_gives_ties_like_rewards_tells_them_apart() -> None:
+def test_small_margins_for_ties_give_the_full_area() -> None:
     preference = np.array([0.5, 0.5, 1.0, 1.0])
     for margin, area in (([0.1, -0.1, -3.0, 2.0], 1), ([2.0, -2.0, 1.0, -1.0], 0)):
         judged = pairs(np.array(margin), np.zeros(4), preference=preference)
@@ -304,8 +304,8 @@ def test_a_model_that_gives_ties_like_rewards_tells_them_apart() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_roc_has_the_area_that_scikit_learn_finds(seed: int) -> None:
-    judged = some(80, seed)
+def test_area_under_roc_matches_scikit_learn(seed: int) -> None:
+    judged = random_judgement(80, seed)
     curve = judgement.roc(judged, points=10_000)
     false, true = ([each[name] for each in curve] for name in ("false_positives", "true_positives"))
     scores = np.concatenate([judged.chosen, judged.rejected])
@@ -314,7 +314,7 @@ def test_roc_has_the_area_that_scikit_learn_finds(seed: int) -> None:
     assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
 
 
-def test_roc_of_many_pairs_is_a_few_points() -> None:
+def test_roc_of_many_pairs_has_few_points() -> None:
     draw = np.random.default_rng(0)
     judged = pairs(draw.normal(1, 1, 5000), draw.normal(0, 1, 5000))
     curve = judgement.roc(judged)
@@ -333,17 +333,17 @@ def test_histogram_counts_every_margin() -> None:
     for row in rows:
         low, high = row["margin"] - width / 2, row["margin"] + width / 2
         inside = sum(low < each < high for each in margin.tolist())
-        assert abs(inside - row["pairs"]) <= 2  # the middle is rounded
+        assert abs(inside - row["pairs"]) <= 2  # bin centers are rounded
 
 
-def test_spread_is_that_of_a_plain_loop() -> None:
+def test_spread_matches_a_plain_loop() -> None:
     values = [3.0, 1.0, 2.0, 10.0, 4.0]
     found = judgement.spread(np.array(values))
     mean = sum(values) / 5
     assert found["mean"] == mean
     assert found["std"] == pytest.approx(math.sqrt(sum((v - mean) ** 2 for v in values) / 5))
     assert found["q50"] == 3
-    # Linear between the sorted values: of five, the share q is at place 4q.
+    # Linear interpolation between the sorted values: for five of them, quantile q is at index 4q.
     assert found["q05"] == pytest.approx(1 + 0.2)
     assert found["q25"] == 2
     assert found["q75"] == 4

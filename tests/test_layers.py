@@ -1,4 +1,4 @@
-"""The layers of a frozen base: what they compute is what PyTorch, bitsandbytes and PEFT compute."""
+"""The layers of a frozen base compute the same as PyTorch, bitsandbytes and PEFT."""
 
 import contextlib
 from collections.abc import Callable
@@ -36,7 +36,7 @@ ADAPTED = ["q_proj", "v_proj", "down_proj"]
 def reward_model(
     folder: Path, family: str = "qwen2", quantization: str = "4", dropout: float = 0.0, **more: Any
 ) -> PeftModel:
-    """A tiny random model with adapters and norms that have an effect."""
+    """A tiny random model with non-trivial adapters and norms."""
     torch.manual_seed(0)
     causal = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE))
     for name, parameter in causal.named_parameters():
@@ -55,14 +55,14 @@ def modules(model: PeftModel, kind: type | tuple[type, ...]) -> dict[str, Any]:
     return {name: each for name, each in model.named_modules() if isinstance(each, kind)}
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def outcome(function: Any, x: Tensor, seed: int = 0, of: Any = None) -> list[Tensor]:
-    """Output of a module, then the gradients of its input and of whatever it trains.
+    """The output of a module, then the gradients of its input and of its trained parameters.
 
-    Or of a function that computes what a module does.
+    With `of`, the same for a function that computes what the module `of` does.
     """
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
@@ -74,7 +74,7 @@ def outcome(function: Any, x: Tensor, seed: int = 0, of: Any = None) -> list[Ten
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 57), (70, 128, 96)])
-def test_product_is_within_fp32_rounding_of_the_one_in_fp64(
+def test_product_matches_fp64_up_to_fp32_rounding(
     shape: tuple[int, int, int], onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "ONEDNN", onednn and layers.ONEDNN)
@@ -94,7 +94,7 @@ def test_product_is_within_fp32_rounding_of_the_one_in_fp64(
 @pytest.mark.parametrize("quantization", ["4", "none"])
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt_neox", "phi"])
 @pytest.mark.parametrize("training", [True, False])
-def test_every_layer_computes_what_it_computed_before(
+def test_swapped_layers_match_the_original_ones(
     tmp_path: Path, family: str, quantization: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if family == "gpt_neox":
@@ -125,14 +125,14 @@ def test_every_layer_computes_what_it_computed_before(
     assert compared >= len([name for name in linears if ".layers." in name and "lora_" not in name])
 
 
-def test_norms_of_a_decoder_are_among_them(tmp_path: Path) -> None:
+def test_norms_of_a_decoder_are_swapped(tmp_path: Path) -> None:
     norms = {n: m for n, m in reward_model(tmp_path).named_modules() if n.endswith("norm")}
     assert len(norms) == 5
     assert all(isinstance(module, Swapped) for module in norms.values())
 
 
-def test_a_norm_of_another_kind_is_left_alone() -> None:
-    """Gemma's norm has weights around 0; one that takes the mean off has the parts of RMS's."""
+def test_other_kinds_of_norms_are_not_swapped() -> None:
+    """Gemma's norm has weights around 0; one that subtracts the mean can look like RMSNorm."""
 
     class Centered(nn.Module):
         def __init__(self) -> None:
@@ -148,8 +148,8 @@ def test_a_norm_of_another_kind_is_left_alone() -> None:
         assert not any(layers.is_rms_norm(module) for module in causal.modules())
 
 
-def test_dropout_takes_the_random_numbers_that_pefts_takes(tmp_path: Path) -> None:
-    """So output and gradients are the same; in eval mode there is none."""
+def test_dropout_uses_the_same_random_numbers_as_peft(tmp_path: Path) -> None:
+    """Output and gradients are therefore the same; in eval mode there is no dropout."""
     model = reward_model(tmp_path, dropout=0.5)
     x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3))
     layer = next(module for module in modules(model, LoraLayer).values())
@@ -164,8 +164,8 @@ def test_dropout_takes_the_random_numbers_that_pefts_takes(tmp_path: Path) -> No
     assert relative(outcome(layer, x, seed=0)[0], outcome(layer, x, seed=1)[0]) > 0.01
 
 
-def test_a_forward_that_somebody_else_has_set_stays_theirs(tmp_path: Path) -> None:
-    """As accelerate's hooks do. Our classes are gone for a while, and back after an error too."""
+def test_forward_set_by_others_is_kept(tmp_path: Path) -> None:
+    """Accelerate's hooks set one. Our classes are swapped out, and restored even after an error."""
     model = reward_model(tmp_path)
     layer = next(module for module in modules(model, LoraLayer).values())
     theirs = layer.forward = lambda x: x
@@ -187,7 +187,7 @@ def test_swapping_keeps_parameters_and_their_names(tmp_path: Path) -> None:
         assert list(ours.items()) == list(model.named_parameters())
 
 
-def test_an_adapter_that_is_switched_off_adds_nothing(tmp_path: Path) -> None:
+def test_disabled_adapter_adds_nothing(tmp_path: Path) -> None:
     model = reward_model(tmp_path).eval()
     x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(4))
     layer = next(module for module in modules(model, LoraLayer).values())
@@ -200,7 +200,7 @@ def test_an_adapter_that_is_switched_off_adds_nothing(tmp_path: Path) -> None:
 
 
 def by_definition(module: Any) -> Callable[[Tensor], Tensor]:
-    """What a linear layer, one with an adapter, or an RMS norm is, in fp64."""
+    """A linear layer, with or without an adapter, or an RMS norm, by its definition in fp64."""
 
     def linear_layer(x: Tensor) -> Tensor:
         base: Any = getattr(module, "base_layer", module)
@@ -223,7 +223,7 @@ def by_definition(module: Any) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("family", "quantization"), [("qwen2", "4"), ("llama", "none")])
 @pytest.mark.parametrize("training", [True, False])
-def test_in_half_precision_every_layer_is_as_near_to_its_definition_as_before(
+def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original_ones(
     tmp_path: Path, family: str, quantization: str, training: bool, dtype: str
 ) -> None:
     """Output, gradient of the input, and gradients of adapters, which are fp32."""
@@ -248,7 +248,7 @@ def test_in_half_precision_every_layer_is_as_near_to_its_definition_as_before(
     assert kinds == {layers.AdaptedLayer, layers.FrozenLayer, layers.Norm}
 
 
-def test_dropout_in_half_precision_drops_what_pefts_drops(tmp_path: Path) -> None:
+def test_dropout_in_half_precision_drops_the_same_as_peft(tmp_path: Path) -> None:
     model = reward_model(tmp_path, dropout=0.5, dtype="bfloat16").train()
     x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     layer = next(module for module in modules(model, LoraLayer).values())
@@ -260,8 +260,8 @@ def test_dropout_in_half_precision_drops_what_pefts_drops(tmp_path: Path) -> Non
     assert relative(outcome(layer, x, seed=1)[0], wanted[0]) > 0.1
 
 
-def test_what_half_precision_keeps_for_gradients_is_half(tmp_path: Path) -> None:
-    """But for what is small: adapters, [rank, size], and one number a row of a norm."""
+def test_tensors_saved_for_backward_are_in_half_precision(tmp_path: Path) -> None:
+    """The exceptions are small: adapters, [rank, size], and one number per row of a norm."""
     model = reward_model(tmp_path, dtype="bfloat16").train()
     x = torch.randn(1, 50, 64).bfloat16().requires_grad_()
     for name, module in modules(model, Swapped).items():
@@ -279,11 +279,11 @@ def test_what_half_precision_keeps_for_gradients_is_half(tmp_path: Path) -> None
         assert all(each.numel() <= 4 * 96 for each in wide), name
 
 
-# --- what is kept ----------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------
 
 
-def test_a_frozen_layer_keeps_nothing_for_its_gradient(tmp_path: Path) -> None:
-    """No activation, and no copy of the dequantized weights."""
+def test_frozen_layer_saves_nothing_for_backward(tmp_path: Path) -> None:
+    """It saves no activation, and no copy of the dequantized weights."""
     model = reward_model(tmp_path)
     layer = next(
         module for name, module in modules(model, Linear4bit).items() if name.endswith("gate_proj")

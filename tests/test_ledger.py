@@ -1,4 +1,4 @@
-"""What preprocess notes of each record: which columns tell who judged."""
+"""The ledger of records in preprocess: which columns identify the annotator."""
 
 import random
 from array import array
@@ -15,7 +15,7 @@ NAMES = ("id", "annotator", "comment", "source")
 
 
 def draw(seed: int) -> list[Row]:
-    """File, position, answers and columns of some records, some of which are several pairs."""
+    """File, position, answers and columns of random records, some of which have several pairs."""
     random_ = random.Random(seed)
     rows: list[Row] = []
     for file in range(3):
@@ -32,8 +32,8 @@ def draw(seed: int) -> list[Row]:
     return rows
 
 
-def said(rows: list[Row]) -> list[frozenset[tuple[str, str]]]:
-    """The columns of each record that say who judged, by comparing every value of a file."""
+def slow_annotators(rows: list[Row]) -> list[frozenset[tuple[str, str]]]:
+    """The columns of each record that identify the annotator, by comparing all values of a file."""
     answers = defaultdict(set)
     for index, (file, position, answer, columns) in enumerate(rows):
         if index and rows[index - 1][:2] == (file, position):
@@ -50,7 +50,7 @@ def said(rows: list[Row]) -> list[frozenset[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_columns_that_count_are_those_with_a_value_beside_two_comparisons(
+def test_columns_count_if_one_value_has_several_comparisons(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger, "FIRST_LOOK", 4)
@@ -61,6 +61,6 @@ def test_columns_that_count_are_those_with_a_value_beside_two_comparisons(
         for values, value in zip((file, position, answers), row[:3], strict=True):
             values.append(value)
         judges.add(judges.hashed(row[3]))
-    hashes, expected = judges.all().tolist(), said(rows)
+    hashes, expected = judges.all().tolist(), slow_annotators(rows)
     assert len({*zip(hashes, expected, strict=True)}) == len({*hashes}) == len({*expected})
     assert judges.all().tolist() == hashes

@@ -1,4 +1,4 @@
-"""Reward and length: the audit, and length taken out, against slow loops and known curves."""
+"""Reward and length: the audit and the adjustment, against slow loops and known curves."""
 
 import math
 import random
@@ -15,8 +15,8 @@ from tests.judgements import pairs
 RESAMPLING = Resampling(samples=2000, seed=0)
 
 
-def some(count: int, seed: int = 0, prompts: int = 25, votes: int = 1) -> Judged:
-    """Random pairs, some with equal rewards, some of equal length; ties if `votes` is even."""
+def random_judgement(count: int, seed: int = 0, prompts: int = 25, votes: int = 1) -> Judged:
+    """Random pairs, some with equal rewards or lengths; some are ties if `votes` is even."""
     draw = np.random.default_rng(seed)
     return pairs(
         draw.integers(-4, 5, count) / 2 + 0.5,
@@ -27,8 +27,8 @@ def some(count: int, seed: int = 0, prompts: int = 25, votes: int = 1) -> Judged
     )
 
 
-def test_length_audit_is_that_of_a_plain_loop() -> None:
-    judged = some(120)
+def test_length_audit_matches_a_plain_loop() -> None:
+    judged = random_judgement(120)
     found = length.length_audit(judged, RESAMPLING)
     groups: dict[str, list[float]] = {"chosen_longer": [], "chosen_shorter": [], "equal": []}
     longer = []
@@ -54,7 +54,7 @@ def test_length_audit_is_that_of_a_plain_loop() -> None:
 
 
 @pytest.mark.parametrize(("sign", "correlation"), [(1.0, 1.0), (-1.0, -1.0)])
-def test_a_model_that_likes_length_is_found_out(sign: float, correlation: float) -> None:
+def test_preference_for_length_is_detected(sign: float, correlation: float) -> None:
     lengths: Ints = np.arange(1, 41)
     rewards: Floats = sign * lengths.astype(float)
     judged = pairs(rewards[:20], rewards[20:], (lengths[:20], lengths[20:]))
@@ -65,13 +65,13 @@ def test_a_model_that_likes_length_is_found_out(sign: float, correlation: float)
     assert found["chosen_shorter"]["accuracy"] == (0 if sign > 0 else 1)
 
 
-def test_a_constant_has_no_correlation() -> None:
+def test_constant_rewards_have_no_correlation() -> None:
     judged = pairs(np.zeros(4), np.zeros(4), (np.arange(4), np.arange(4)))
     assert length.length_audit(judged, RESAMPLING)["correlation"] is None
 
 
-def test_groups_of_length_difference_hold_every_pair_once() -> None:
-    judged = some(100)
+def test_every_pair_is_in_one_group_of_length_difference() -> None:
+    judged = random_judgement(100)
     rows = length.by_length_difference(judged, RESAMPLING)
     assert sum(row["pairs"] for row in rows) == 100
     differences = [row["difference"] for row in rows]
@@ -80,13 +80,13 @@ def test_groups_of_length_difference_hold_every_pair_once() -> None:
     assert mean == pytest.approx(judged.correct.mean())
 
 
-def test_groups_of_pairs_of_one_length_are_one() -> None:
+def test_pairs_of_equal_length_form_one_group() -> None:
     [row] = length.by_length_difference(pairs(np.arange(9.0), np.zeros(9)), RESAMPLING)
     assert row["pairs"] == 9
 
 
-def test_ties_have_no_part_in_the_audit_of_pairs() -> None:
-    judged = some(200, votes=2)
+def test_audit_ignores_ties() -> None:
+    judged = random_judgement(200, votes=2)
     found, decided = (length.length_audit(each, RESAMPLING) for each in (judged, judged.decided()))
     assert 50 < judged.tied.sum() < 150
     assert {**found, "adjusted": None} == {**decided, "adjusted": None}
@@ -94,9 +94,9 @@ def test_ties_have_no_part_in_the_audit_of_pairs() -> None:
     assert groups == length.by_length_difference(judged.decided(), RESAMPLING)
 
 
-# --- length taken out ------------------------------------------------------------------------
+# --- adjustment for length -------------------------------------------------------------------
 
-# Speeds and stopping distances of cars (Ezekiel 1930), and lowess(cars) of R 4.
+# Speeds and stopping distances of cars (Ezekiel 1930), and lowess(cars) in R 4.
 SPEED = [
     *(4, 4, 7, 7, 8, 9, 10, 10, 10, 11, 11, 12, 12, 12, 12, 13, 13, 13, 13, 14, 14, 14, 14, 15, 15),
     *(15, 16, 16, 17, 17, 17, 18, 18, 18, 18, 19, 19, 19, 20, 20, 20, 20, 20, 22, 23, 24, 24, 24),
@@ -113,7 +113,7 @@ SMOOTH |= {17: 43.463492, 18: 46.885479, 19: 50.793152, 20: 56.491224, 22: 67.58
 SMOOTH |= {23: 73.079695, 24: 78.643164, 25: 84.328698}
 
 
-def test_lowess_is_that_of_r() -> None:
+def test_lowess_matches_r() -> None:
     speeds: Ints = np.array([*SMOOTH])
     found = length.lowess(np.array(SPEED), np.array(DISTANCE, dtype=float), speeds)
     assert found == pytest.approx(np.array([*SMOOTH.values()]), abs=1e-6)
@@ -141,8 +141,8 @@ def slow_lowess(x: list[int], y: list[float], at: list[int]) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_lowess_is_that_of_a_plain_loop(seed: int) -> None:
-    """At other places than those of the points, with points that are far off."""
+def test_lowess_matches_a_plain_loop(seed: int) -> None:
+    """Includes places other than those of the points, and outliers."""
     draw = random.Random(seed)
     x = [draw.randint(0, 60) for _ in range(70)]
     y = [math.sin(each / 9) + draw.gauss(0, 0.1) + (draw.random() < 0.05) * 50 for each in x]
@@ -153,7 +153,7 @@ def test_lowess_is_that_of_a_plain_loop(seed: int) -> None:
     assert between == pytest.approx(np.array(slow_lowess(x, y, [min(x), max(x)])), abs=1e-9)
 
 
-def test_a_curve_of_many_lengths_is_fitted_at_some_of_them(
+def test_curve_of_many_lengths_is_fitted_at_some_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     draw = np.random.default_rng(0)
@@ -175,20 +175,18 @@ def test_a_curve_of_many_lengths_is_fitted_at_some_of_them(
         ([5, 9], [1.0, 3.0], 1),
     ],
 )
-def test_lowess_of_few_lengths_or_of_one_reward(
-    x: list[int], y: list[float], expected: float
-) -> None:
+def test_lowess_of_few_lengths_or_one_reward(x: list[int], y: list[float], expected: float) -> None:
     found = length.lowess(np.array(x), np.array(y), np.array([5]))
     assert found == pytest.approx(expected)
 
 
-def test_where_all_points_are_far_off_they_are_what_is_known() -> None:
+def test_lowess_uses_outliers_where_there_is_nothing_else() -> None:
     x, y = np.array([5] * 8 + [9, 9]), np.array([0.0, 1, 2, 3] * 2 + [60, -40])
     assert length.lowess(x, y, np.array([5, 9])) == pytest.approx([1.5, 10])
 
 
-def liking_length(seed: int = 0, prompts: int = 60) -> Judged:
-    """Six answers to a prompt, each pair compared by quality; the model adds a curve of length."""
+def judgement_favouring_length(seed: int = 0, prompts: int = 60) -> Judged:
+    """All pairs of six answers per prompt, ranked by quality; the reward adds a curve of length."""
     draw = np.random.default_rng(seed)
     rows = []
     for prompt in range(prompts):
@@ -206,8 +204,8 @@ def liking_length(seed: int = 0, prompts: int = 60) -> Judged:
     return Judged(*columns)
 
 
-def test_length_taken_out_leaves_the_quality() -> None:
-    judged = liking_length()
+def test_adjustment_for_length_recovers_quality() -> None:
+    judged = judgement_favouring_length()
     found = length.length_audit(judged, RESAMPLING)
     before, after = RESAMPLING.accuracy(judged), found["adjusted"]
     assert before["accuracy"] < 0.8
@@ -217,8 +215,8 @@ def test_length_taken_out_leaves_the_quality() -> None:
     assert (after["pairs"], after["prompts"]) == (len(judged), 60)
 
 
-def test_no_answer_has_a_part_in_what_is_taken_from_it() -> None:
-    judged = liking_length(prompts=20)
+def test_adjustment_of_an_answer_does_not_depend_on_its_prompt() -> None:
+    judged = judgement_favouring_length(prompts=20)
     answers, found = judged.answers, length.adjusted(judged, 3)
     drawn = np.random.default_rng(3).permutation(20)[:10]
     inside = np.array([prompt in drawn for prompt in answers.prompts])
@@ -226,7 +224,7 @@ def test_no_answer_has_a_part_in_what_is_taken_from_it() -> None:
         others = answers.tokens[~part], answers.rewards[~part]
         taken = length.lowess(*others, answers.tokens[part])
         assert found[part] == pytest.approx(answers.rewards[part] - taken)
-    # The rewards of a prompt move as they do by themselves.
+    # Raising the rewards of a prompt raises its adjusted rewards by the same amount.
     more = np.where(judged.prompts == 0, 5.0, 0.0)
     raised = replace(judged, chosen=judged.chosen + more, rejected=judged.rejected + more)
     half = inside == inside[answers.prompts == 0][0]
@@ -234,16 +232,16 @@ def test_no_answer_has_a_part_in_what_is_taken_from_it() -> None:
     assert length.adjusted(raised, 3)[half] == pytest.approx(expected)
 
 
-def test_each_answer_counts_once_however_often_it_was_compared() -> None:
-    judged = liking_length(prompts=20)
+def test_each_answer_counts_once_however_often_it_is_compared() -> None:
+    judged = judgement_favouring_length(prompts=20)
     assert len(judged.answers.rewards) == 120
     twice = judged.take(np.repeat(np.arange(len(judged)), 2))
     assert length.adjusted(twice, 0) == pytest.approx(length.adjusted(judged, 0))
     assert (judged.answers.tokens < 200).all()
 
 
-def test_the_curve_is_flat_where_length_was_taken_out() -> None:
-    rows = length.length_curve(liking_length(), 0)
+def test_curve_is_flat_after_adjustment() -> None:
+    rows = length.length_curve(judgement_favouring_length(), 0)
     tokens, rewards, left = (
         np.array([row[name] for row in rows]) for name in ("tokens", "reward", "adjusted")
     )
@@ -252,7 +250,7 @@ def test_the_curve_is_flat_where_length_was_taken_out() -> None:
     assert np.ptp(left) < 0.5
 
 
-def test_of_a_single_prompt_length_cannot_be_taken_out() -> None:
-    judged = some(20, prompts=1)
+def test_single_prompt_cannot_be_adjusted() -> None:
+    judged = random_judgement(20, prompts=1)
     assert length.length_audit(judged, RESAMPLING)["adjusted"] == {"pairs": 0}
     assert length.length_curve(judged, 0) == []

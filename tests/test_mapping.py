@@ -1,4 +1,4 @@
-"""dataset.yaml: what columns mean, which records are taken, which split a file is."""
+"""dataset.yaml: the meaning of columns, the selection of records, and the split of each file."""
 
 import json
 from pathlib import Path
@@ -103,13 +103,13 @@ def fault(folder: Path) -> str:
         ),
     ],
 )
-def test_an_entry_says_what_columns_mean(
+def test_entry_defines_the_meaning_of_columns(
     tmp_path: Path, entry: str, record: Record, expected: list[Any]
 ) -> None:
     assert triples(write(tmp_path, f"x.jsonl: {entry}\n", record)) == expected
 
 
-def test_a_mapped_verdict_without_a_meaning_stops_and_a_tie_does_not(tmp_path: Path) -> None:
+def test_unmapped_verdict_stops_and_a_mapped_tie_does_not(tmp_path: Path) -> None:
     mapping = "'*.jsonl': {prompt: ask, answers: [left, right], verdict: vote, first: l, second: r"
     records = [TWO, TWO | {"vote": "same"}]
     folder = write(tmp_path, f"{mapping}, tie: same}}", *records)
@@ -148,7 +148,7 @@ def test_a_mapped_verdict_without_a_meaning_stops_and_a_tie_does_not(tmp_path: P
         ("chosen: left, rejected: right, votes: null", {"votes": [0, 1]}, Comparison(0, 1)),
     ],
 )  # fmt: skip
-def test_an_entry_says_what_grades_a_comparison(
+def test_entry_defines_what_grades_a_comparison(
     tmp_path: Path, entry: str, columns: Record, expected: Comparison
 ) -> None:
     folder = write(tmp_path, f"x.jsonl: {{prompt: ask, {entry}}}", TWO | columns)
@@ -158,7 +158,7 @@ def test_an_entry_says_what_grades_a_comparison(
     assert raw.comparisons == [expected]
 
 
-def test_yes_and_no_are_texts_and_so_are_cells_of_a_table(tmp_path: Path) -> None:
+def test_yes_and_no_and_table_cells_are_texts(tmp_path: Path) -> None:
     write(
         tmp_path,
         "x.csv: {prompt: ask, answers: [a, b], verdict: better, first: [yes, 1], second: no}",
@@ -169,7 +169,7 @@ def test_yes_and_no_are_texts_and_so_are_cells_of_a_table(tmp_path: Path) -> Non
     assert triples(tmp_path) == [["Why?", "A.", "B."], ["How?", "B.", "A."], ["Who?", "A.", "B."]]
 
 
-# --- which records ---------------------------------------------------------------------------
+# --- selection of records --------------------------------------------------------------------
 
 
 def numbered(count: int) -> list[Record]:
@@ -183,20 +183,20 @@ def prompts(folder: Path) -> list[int]:
     return [int(pair["prompt"][:-1]) for pair in read(folder)[1]]
 
 
-def test_where_takes_the_records_with_one_of_the_values(tmp_path: Path) -> None:
+def test_where_selects_records_with_one_of_the_values(tmp_path: Path) -> None:
     folder = write(tmp_path, "x.jsonl: {where: {lang: [en, fr]}}", *numbered(20))
     assert prompts(folder) == [0, 4, 8, 12, 16]
     source, _ = read(folder)
     assert source.description.endswith(" as prompt, chosen and rejected, 5 of 20 records")
 
 
-def test_where_that_matches_nothing_is_named_beside_take(tmp_path: Path) -> None:
+def test_where_without_a_match_is_named_even_with_take(tmp_path: Path) -> None:
     entry = "{prompt: ask, chosen: left, rejected: right, where: {vote: r}, take: 1}"
     said = fault(write(tmp_path, f"x.jsonl: {entry}", TWO))
     assert "x.jsonl: where (vote) matches none of its 1 records" in said
 
 
-def test_take_draws_by_seed_and_more_draws_the_same_and_more(tmp_path: Path) -> None:
+def test_take_samples_by_seed_and_larger_samples_contain_smaller_ones(tmp_path: Path) -> None:
     def drawn(keys: str) -> list[int]:
         return prompts(write(tmp_path, f"x.jsonl: {{{keys}}}", *numbered(100)))
 
@@ -213,7 +213,7 @@ def test_take_draws_by_seed_and_more_draws_the_same_and_more(tmp_path: Path) -> 
     )
 
 
-def test_records_know_their_source(tmp_path: Path) -> None:
+def test_records_name_their_source(tmp_path: Path) -> None:
     records = [*numbered(1), numbered(2)[1] | {"source": "web"}]
     folder = write(tmp_path, "x.jsonl:\n", *records)
     assert [check(pair).columns["source"] for pair in read(folder)[1]] == ["x", "web"]
@@ -223,7 +223,7 @@ def test_records_know_their_source(tmp_path: Path) -> None:
     assert "source" not in check(read(folder)[1][0]).columns
 
 
-def test_licences_are_those_that_are_named(tmp_path: Path) -> None:
+def test_licences_are_collected_from_entries(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl"):
         write(
             tmp_path,
@@ -250,23 +250,21 @@ def test_licences_are_those_that_are_named(tmp_path: Path) -> None:
         ("my_test.jsonl", None),
     ],
 )
-def test_a_file_of_a_folder_is_the_split_that_it_is_called(
-    tmp_path: Path, name: str, split: str | None
-) -> None:
+def test_file_name_in_a_folder_sets_its_split(tmp_path: Path, name: str, split: str | None) -> None:
     path = tmp_path / name
     path.write_text(json.dumps(numbered(1)[0]))
     assert [source.split for source in sources(tmp_path)] == [split]
     assert [source.split for source in sources(path)] == [None]
 
 
-def test_an_entry_says_another_split(tmp_path: Path) -> None:
+def test_entry_overrides_the_split(tmp_path: Path) -> None:
     write(tmp_path, "test.jsonl: {split: train}", *numbered(1), name="test.jsonl")
     source, _ = read(tmp_path)
     assert source.split == "train"
     assert source.description.endswith(", 1 records for train")
 
 
-# --- what is wrong with it -------------------------------------------------------------------
+# --- faults ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -343,14 +341,14 @@ def test_an_entry_says_another_split(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_an_entry_is_said(tmp_path: Path, mapping: str, said: str) -> None:
+def test_fault_in_an_entry_is_reported(tmp_path: Path, mapping: str, said: str) -> None:
     found = fault(write(tmp_path, mapping, TWO))
     assert found.startswith(f"{tmp_path}/dataset.yaml")
     assert said in found
     assert "\n" not in found
 
 
-def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     found = fault(write(tmp_path, "x.jsonl: {take: 0, split: dev}\ny: {a: b}", TWO))
     assert [line.split(": ")[2].split(" ")[0] for line in found.splitlines()] == [
         "take",
@@ -359,8 +357,8 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_an_entry_for_a_file_that_is_read_alone_is_refused(tmp_path: Path) -> None:
-    """DVC sees the file that params.yaml names, and would not see dataset.yaml change."""
+def test_entry_for_a_file_that_is_read_by_itself_is_refused(tmp_path: Path) -> None:
+    """DVC watches the file that params.yaml names, and would miss a change of dataset.yaml."""
     write(tmp_path, "x.jsonl: {prompt: ask, chosen: left, rejected: right}", TWO)
     with pytest.raises(Fault, match=r"has an entry for x\.jsonl; expected the folder"):
         sources(tmp_path / "x.jsonl")
@@ -368,5 +366,5 @@ def test_an_entry_for_a_file_that_is_read_alone_is_refused(tmp_path: Path) -> No
     assert len(sources(tmp_path / "x.jsonl")) == 1
 
 
-def test_a_folder_without_it_has_none(tmp_path: Path) -> None:
+def test_folder_without_dataset_yaml_has_no_mapping(tmp_path: Path) -> None:
     assert read_mapping(tmp_path) is None

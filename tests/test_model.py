@@ -1,4 +1,4 @@
-"""The reward model: what is quantized, what the head is, and what a reward depends on."""
+"""The reward model: quantization, the head, and what a reward depends on."""
 
 import json
 import random
@@ -41,7 +41,7 @@ EOS = 0
 
 
 def build(base: Path, quantization: Quantization = NF4, head_seed: int = 0) -> PeftModel:
-    """A model as train builds it, but with adapters that are not zero."""
+    """A model as train builds it, but with non-zero adapters."""
     torch.manual_seed(0)
     model = load_base(base, quantization)
     new_head(model, head_seed)
@@ -51,7 +51,7 @@ def build(base: Path, quantization: Quantization = NF4, head_seed: int = 0) -> P
 
 
 def some_pairs(count: int, seed: int = 0) -> list[Texts]:
-    """Random pairs that share a prefix, of lengths from 2 to 60; every third text ends in eos."""
+    """Random pairs that share a prefix, of 2 to 60 tokens; in every third pair both end in EOS."""
     draw = random.Random(seed)
     pairs: list[Texts] = []
     for index in range(count):
@@ -67,7 +67,7 @@ def some_pairs(count: int, seed: int = 0) -> list[Texts]:
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("bits", [4, "none"])
-def test_the_bytes_of_a_base_are_known_before_it_is_loaded(
+def test_size_of_a_base_is_known_before_loading(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch, bits: Any, double: bool
 ) -> None:
     quantization = Quantization(bits, "nf4", double, "float32")
@@ -85,7 +85,7 @@ def test_the_bytes_of_a_base_are_known_before_it_is_loaded(
 
 
 def quant_state(layer: Linear4bit) -> Any:
-    """How a layer's weights are quantized."""
+    """The quantization state of a layer."""
     assert isinstance(layer.weight, Params4bit)
     return layer.weight.quant_state
 
@@ -106,7 +106,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # --- the base and the head -------------------------------------------------------------------
 
 
-def test_every_projection_of_the_base_is_nf4_and_nothing_else_is(tiny_base: Path) -> None:
+def test_exactly_the_projections_of_the_base_are_nf4(tiny_base: Path) -> None:
     model = load_base(tiny_base, NF4)
     linear = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
@@ -121,7 +121,7 @@ def test_every_projection_of_the_base_is_nf4_and_nothing_else_is(tiny_base: Path
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_quantization_follows_its_parameters(tiny_base: Path) -> None:
+def test_quantization_follows_its_params(tiny_base: Path) -> None:
     fp4 = Quantization(bits=4, quant_type="fp4", double_quant=True, compute_dtype="bfloat16")
     model = load_base(tiny_base, fp4)
     states = [quant_state(m) for m in model.modules() if isinstance(m, Linear4bit)]
@@ -140,10 +140,10 @@ def test_quantization_follows_its_parameters(tiny_base: Path) -> None:
         ((12, 0), torch.bfloat16),
     ],
 )
-def test_auto_is_what_the_card_is_fast_in(
+def test_auto_picks_the_fast_dtype_of_the_gpu(
     capability: tuple[int, int] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every card says that it supports bf16, because it is emulated, unless it is asked without."""
+    """Every GPU claims bf16 support, because it can emulate it, unless emulation is excluded."""
 
     def supported(including_emulation: bool = True) -> bool:
         return including_emulation or (capability or (0, 0)) >= (8, 0)
@@ -155,10 +155,10 @@ def test_auto_is_what_the_card_is_fast_in(
     assert Quantization(4, "nf4", False, "float32").dtype == torch.float32
 
 
-def test_gradients_in_float16_are_nearer_to_those_of_float32_than_in_bfloat16(
+def test_gradients_in_float16_are_closer_to_float32_than_in_bfloat16(
     tiny_base: Path,
 ) -> None:
-    """Without a scaler, from a head as small as it is at the first step: nothing is lost to it."""
+    """A head as small as at the first step loses no gradient to underflow without a scaler."""
 
     def gradient(dtype: Any) -> torch.Tensor:
         model = build(tiny_base, Quantization(4, "nf4", False, dtype))
@@ -176,7 +176,7 @@ def test_gradients_in_float16_are_nearer_to_those_of_float32_than_in_bfloat16(
     assert in_fp16 < in_bf16
 
 
-def test_bits_none_leaves_the_weights_as_they_are(tiny_base: Path) -> None:
+def test_bits_none_leaves_the_weights_unchanged(tiny_base: Path) -> None:
     from safetensors.torch import load_file
 
     model = load_base(tiny_base, PLAIN)
@@ -187,7 +187,7 @@ def test_bits_none_leaves_the_weights_as_they_are(tiny_base: Path) -> None:
             assert torch.equal(tensor, stored[name])
 
 
-def test_nf4_rewards_are_those_of_the_dequantized_weights(tiny_base: Path) -> None:
+def test_nf4_rewards_match_the_dequantized_weights(tiny_base: Path) -> None:
     pairs = some_pairs(4)
     quantized = build(tiny_base)
     dense = build(tiny_base, PLAIN)
@@ -228,7 +228,7 @@ def test_head_is_fp32_over_a_base_in_half_precision(tiny_base: Path) -> None:
     assert chosen.dtype == torch.float32
 
 
-def test_head_has_a_seed_of_its_own(tiny_base: Path) -> None:
+def test_head_has_its_own_seed(tiny_base: Path) -> None:
     one, again, other = (build(tiny_base, head_seed=seed).state_dict() for seed in (0, 0, 1))
     head = [name for name in one if "score.modules_to_save" in name]
     adapters = [name for name in one if "lora_A" in name]
@@ -249,7 +249,7 @@ def test_head_does_not_depend_on_the_global_random_state(tiny_base: Path) -> Non
     assert torch.equal(*heads)
 
 
-def test_targets_that_the_model_lacks_are_refused_with_those_it_has(tiny_base: Path) -> None:
+def test_unknown_targets_are_refused_with_the_known_ones(tiny_base: Path) -> None:
     model = load_base(tiny_base, NF4)
     with pytest.raises(Fault) as fault:
         add_lora(model, LoraConfig(target_modules=["q_proj", "query", "c_attn"]))
@@ -259,7 +259,7 @@ def test_targets_that_the_model_lacks_are_refused_with_those_it_has(tiny_base: P
 
 @pytest.mark.parametrize("quantization", [NF4, PLAIN])
 @pytest.mark.parametrize("family", ["Phi-3", "GPT-NeoX", "GPT-2"])
-def test_three_projections_in_one_are_meant_by_the_three_names_together(
+def test_fused_projection_is_targeted_by_all_three_names(
     family: str, quantization: Quantization, tmp_path: Path
 ) -> None:
     folder, [fused] = fetched(family, tmp_path), FAMILIES[family][2]
@@ -270,7 +270,7 @@ def test_three_projections_in_one_are_meant_by_the_three_names_together(
 
 
 @pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "OPT", "GPT-2"])
-def test_all_linear_are_the_layers_that_peft_means_by_it(family: str, tmp_path: Path) -> None:
+def test_all_linear_adapts_the_same_layers_as_peft(family: str, tmp_path: Path) -> None:
     def adapted(model: torch.nn.Module) -> set[str]:
         return {name for name, _ in model.named_parameters() if "lora_" in name}
 
@@ -285,7 +285,7 @@ def test_all_linear_are_the_layers_that_peft_means_by_it(family: str, tmp_path: 
 
 @pytest.mark.parametrize("quantization", [NF4, PLAIN])
 @pytest.mark.parametrize("names", [["q_proj"], [*SEPARATE, "o_proj"], ["c_attn", "fc"]])
-def test_other_names_are_refused_with_those_of_gpt2(
+def test_other_targets_are_refused_with_those_of_gpt2(
     names: list[str], quantization: Quantization, tmp_path: Path
 ) -> None:
     model = load_base(fetched("GPT-2", tmp_path), quantization)
@@ -302,7 +302,7 @@ def test_only_adapters_and_head_are_trained(tiny_base: Path) -> None:
     assert all("lora_" in name or "score" in name for name in trained)
 
 
-def test_a_model_without_a_score_head_is_refused(tmp_path: Path) -> None:
+def test_model_without_a_score_head_is_refused(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
     BertModel(
@@ -323,7 +323,7 @@ def test_a_model_without_a_score_head_is_refused(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def alone(model: PeftModel, ids: Sequence[int]) -> float:
-    """The reward of one unpadded text by the stock classifier of transformers."""
+    """The reward of one unpadded text from transformers' stock classifier."""
     with as_in_transformers(model) as classifier:
         classifier.config.pad_token_id = None
         return float(classifier(input_ids=torch.tensor([ids])).logits.item())
@@ -331,7 +331,7 @@ def alone(model: PeftModel, ids: Sequence[int]) -> float:
 
 @pytest.mark.parametrize("quantization", [NF4, PLAIN])
 @pytest.mark.parametrize("tokens_per_pack", [1, 150, 10**6])
-def test_reward_is_that_of_the_text_alone_whatever_its_pack(
+def test_reward_matches_the_text_alone_whatever_its_pack(
     tiny_base: Path, quantization: Quantization, tokens_per_pack: int
 ) -> None:
     model, pairs = build(tiny_base, quantization).eval(), some_pairs(6)
@@ -340,7 +340,7 @@ def test_reward_is_that_of_the_text_alone_whatever_its_pack(
     assert score(model, pairs, tokens_per_pack).tolist() == pytest.approx(wanted, abs=1e-5)
 
 
-def test_end_of_sequence_token_is_read_not_skipped(tiny_base: Path) -> None:
+def test_eos_token_is_not_skipped(tiny_base: Path) -> None:
     model = build(tiny_base)
     short = Texts([[7, 8, 9], [7, 8, 9, EOS]], 2)
     longer = Texts([[*range(1, 30)], [5, 6]], 0)
@@ -368,13 +368,13 @@ def test_score_halves_its_packs_until_they_fit_in_memory(
     monkeypatch.setattr(scoring, "rewards", limited)
     found = score(model, pairs, 10**6)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    # Each text once, and what those of a pair share only where they were divided.
+    # Each text is computed once, and a shared prefix again only where its pair was divided.
     computed = sum(size for size in asked if size <= room)
     shared = sum(texts.prefix for texts in pairs)
     assert sum(map(tokens, pairs)) <= computed <= sum(map(tokens, pairs)) + shared
 
 
-def test_a_prompt_too_long_for_memory_is_named(
+def test_prompt_too_long_for_memory_is_named(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any) -> torch.Tensor:
@@ -386,7 +386,7 @@ def test_a_prompt_too_long_for_memory_is_named(
         score(model, [pair, pair], 100)
 
 
-def test_gradient_does_not_depend_on_the_packs(tiny_base: Path) -> None:
+def test_gradient_does_not_depend_on_packing(tiny_base: Path) -> None:
     pairs = some_pairs(6)
 
     def gradients(groups: list[list[Texts]]) -> list[torch.Tensor]:
@@ -416,9 +416,7 @@ def test_score_keeps_the_order_of_pairs_and_the_mode_of_the_model(
     torch.testing.assert_close(rejected, backward[1].flip(0), rtol=0, atol=1e-5)
 
 
-def test_a_saved_model_has_the_same_rewards_and_the_same_bytes(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_saved_model_has_the_same_rewards_and_bytes(tiny_base: Path, tmp_path: Path) -> None:
     model, pairs = build(tiny_base), some_pairs(5)
     save(model, tmp_path / "one", "models/base", NF4)
     save(build(tiny_base), tmp_path / "two", "models/base", NF4)
@@ -437,18 +435,18 @@ def test_a_saved_model_has_the_same_rewards_and_the_same_bytes(
 
 
 def test_loading_the_libraries_prints_nothing() -> None:
-    """A fresh process, as of a stage; bitsandbytes would complain on some processors."""
+    """In a fresh process, like a stage; bitsandbytes would print a warning on some processors."""
     command = [sys.executable, "-W", "error", "-c", "import stages.train"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert (found.stdout, found.stderr) == ("", "")
 
 
-# --- the trap of processors with AVX512-BF16 -------------------------------------------------
+# --- bitsandbytes on processors with AVX512-BF16 ---------------------------------------------
 
 
 @pytest.fixture
 def bf16_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers are made as on a processor with AVX512-BF16, whatever runs the test."""
+    """Layers are built as on a processor with AVX512-BF16, whatever the test runs on."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
 
 
@@ -470,7 +468,7 @@ def test_without_the_guard_a_pass_in_eval_mode_rewrites_the_weights(
 
 
 @pytest.mark.usefixtures("bf16_processor")
-def test_with_the_guard_a_pass_in_eval_mode_leaves_the_weights_alone(tiny_base: Path) -> None:
+def test_with_the_guard_a_pass_in_eval_mode_keeps_the_weights(tiny_base: Path) -> None:
     model, pairs = build(tiny_base), some_pairs(3)
     before = weights_of(model)
     with_gradient = rewards(model, pack(pairs)).detach()
@@ -480,7 +478,7 @@ def test_with_the_guard_a_pass_in_eval_mode_leaves_the_weights_alone(tiny_base: 
 
 
 @pytest.mark.usefixtures("bf16_processor")
-def test_training_after_an_evaluation_is_training_without_one(tiny_base: Path) -> None:
+def test_evaluation_does_not_affect_training(tiny_base: Path) -> None:
     pairs = some_pairs(4)
 
     def gradients(evaluated: bool) -> list[torch.Tensor]:
@@ -494,9 +492,7 @@ def test_training_after_an_evaluation_is_training_without_one(tiny_base: Path) -
         assert torch.equal(one, other)
 
 
-def test_an_adapter_is_refused_over_a_base_quantized_otherwise(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_adapter_for_another_quantization_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     save(build(tiny_base), tmp_path, "models/base", NF4)
     seal(tmp_path, tiny_base)
     load(tiny_base, tmp_path, NF4)

@@ -1,4 +1,4 @@
-"""What stages write is whole or not there, and the same bytes for the same content."""
+"""Stages write outputs completely or not at all, with the same bytes for the same content."""
 
 import contextlib
 import errno
@@ -27,7 +27,7 @@ from reward.outputs import (
 from reward.process import Fault
 
 
-def test_a_folder_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path: Path) -> None:
+def test_complete_folder_replaces_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
     with whole_folder(tmp_path / "out") as folder:
@@ -38,7 +38,7 @@ def test_a_folder_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path: Path
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_interrupted_folder_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_interrupted_folder_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def fill() -> None:
         with whole_folder(tmp_path / "out") as folder:
             (folder / "half").touch()
@@ -49,7 +49,7 @@ def test_an_interrupted_folder_leaves_nothing(tmp_path: Path, error: type[BaseEx
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_stage_left_is_no_part_of_the_folder(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_stage_are_discarded(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "half").touch()
     with whole_folder(tmp_path / "out") as folder:
@@ -58,7 +58,7 @@ def test_what_a_killed_stage_left_is_no_part_of_the_folder(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, None])
-def test_a_partial_folder_is_empty_and_goes(
+def test_partial_folder_starts_empty_and_is_removed(
     tmp_path: Path, error: type[BaseException] | None
 ) -> None:
     (tmp_path / "out.partial").mkdir()
@@ -72,7 +72,7 @@ def test_a_partial_folder_is_empty_and_goes(
 
 
 @pytest.mark.parametrize("hard_links", [True, False])
-def test_a_linked_folder_takes_no_room_where_there_are_hard_links(
+def test_linked_folder_uses_hard_links_where_possible(
     tmp_path: Path, hard_links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object) -> None:
@@ -89,7 +89,7 @@ def test_a_linked_folder_takes_no_room_where_there_are_hard_links(
     assert [path.name for path in (tmp_path / "from").iterdir()] == ["deep"]
 
 
-def test_files_of_a_folder_have_the_usual_modes(tmp_path: Path) -> None:
+def test_files_in_a_folder_have_default_modes(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "out") as folder:
         (folder / "private").touch(mode=0o600)
         (folder / "plain").touch()
@@ -105,7 +105,7 @@ def test_json_is_sorted_readable_and_ends_with_a_newline(tmp_path: Path) -> None
     assert [child.name for child in path.parent.iterdir()] == ["file.json"]
 
 
-def test_json_never_holds_nan(tmp_path: Path) -> None:
+def test_json_never_contains_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "file.json", {"loss": 1})
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "file.json", {"loss": math.nan})
@@ -118,11 +118,11 @@ def test_digests_are_sha256_by_relative_path(tmp_path: Path) -> None:
     assert digests(tmp_path) == {"deep/file": hashlib.sha256(b"content").hexdigest()}
 
 
-# --- whose error it is -----------------------------------------------------------------------
+# --- errors during a write -------------------------------------------------------------------
 
 
 def raised(path: Path, error: Exception, room: int = 1 << 20) -> Exception:
-    """What comes out of a write to `path` in which `error` is raised."""
+    """The exception that leaves a write to `path` in which `error` is raised."""
     try:
         with writing(path, room):
             raise error
@@ -142,7 +142,7 @@ def raised(path: Path, error: Exception, room: int = 1 << 20) -> Exception:
     ],
 )
 @pytest.mark.parametrize("place", ["out", "out/file", "out.partial/file", "."])
-def test_a_failed_write_is_a_sentence(tmp_path: Path, number: int, end: str, place: str) -> None:
+def test_failed_write_is_reported(tmp_path: Path, number: int, end: str, place: str) -> None:
     error = OSError(number, os.strerror(number), tmp_path / place)
     found = raised(tmp_path / "out", error)
     assert isinstance(found, Fault)
@@ -151,7 +151,7 @@ def test_a_failed_write_is_a_sentence(tmp_path: Path, number: int, end: str, pla
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOTDIR, errno.EISDIR])
-def test_a_failed_read_of_another_place_is_none(tmp_path: Path, number: int) -> None:
+def test_failed_read_elsewhere_is_not_a_failed_write(tmp_path: Path, number: int) -> None:
     error = OSError(number, os.strerror(number), tmp_path / "source")
     assert raised(tmp_path / "out", error) is error
 
@@ -165,9 +165,7 @@ def test_a_failed_read_of_another_place_is_none(tmp_path: Path, number: int) -> 
         KeyError("errno 28"),
     ],
 )
-def test_an_error_that_hides_its_number_is_a_bug_where_the_disk_writes(
-    tmp_path: Path, error: Exception
-) -> None:
+def test_error_without_errno_is_a_bug_if_the_disk_works(tmp_path: Path, error: Exception) -> None:
     assert raised(tmp_path / "out", error) is error
     assert [*tmp_path.iterdir()] == []
 
@@ -175,12 +173,12 @@ def test_an_error_that_hides_its_number_is_a_bug_where_the_disk_writes(
 @pytest.mark.parametrize(
     ("written", "room", "fails"),
     [
-        (3_000_000, 1 << 20, True),  # what is left of a file tells how large it may become
+        (3_000_000, 1 << 20, True),  # the partial file shows how large a file may become
         (0, 1 << 20, False),
-        (0, 4 << 20, True),  # nothing is left: only the room that was wanted tells
+        (0, 4 << 20, True),  # without a partial file, only the required space counts
     ],
 )
-def test_an_error_that_hides_its_number_is_a_sentence_where_the_disk_is_full(
+def test_error_without_errno_is_reported_if_the_disk_is_full(
     tmp_path: Path, written: int, room: int, fails: bool
 ) -> None:
     if written:
@@ -198,13 +196,13 @@ def test_an_error_that_hides_its_number_is_a_sentence_where_the_disk_is_full(
     assert [path.name for path in tmp_path.iterdir()] == (["half"] if written else [])
 
 
-def test_a_fault_within_a_write_goes_on_as_it_is(tmp_path: Path) -> None:
+def test_fault_inside_a_write_passes_through(tmp_path: Path) -> None:
     fault = Fault("file: found this, wanted that")
     assert raised(tmp_path / "gone" / "out", fault) is fault
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC])
-def test_what_is_read_within_a_whole_folder_is_no_write(tmp_path: Path, number: int) -> None:
+def test_failed_read_inside_whole_folder_is_not_a_failed_write(tmp_path: Path, number: int) -> None:
     error = OSError(number, os.strerror(number), tmp_path / "source")
     with pytest.raises(OSError, match="source") as found, whole_folder(tmp_path / "out"):
         raise error
@@ -221,7 +219,7 @@ def unreadable(source: Path) -> None:
     ("damage", "end"),
     [(Path.unlink, "No such file or directory"), (unreadable, "Is a directory")],
 )
-def test_a_copy_names_the_source_that_cannot_be_read(
+def test_copy_names_the_source_that_cannot_be_read(
     tmp_path: Path, damage: Callable[[Path], None], end: str
 ) -> None:
     source = tmp_path / "source"
@@ -235,10 +233,10 @@ def test_a_copy_names_the_source_that_cannot_be_read(
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_copy_names_the_side_that_fails_halfway(
+def test_copy_names_the_side_that_fails_halfway(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
-    """sendfile names both files, and read and write none."""
+    """sendfile names both files; read and write name neither."""
     source, target = tmp_path / "source", tmp_path / "target"
 
     def failing(number: int) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""The installed package: the library whole, and usable from a script in any folder."""
+"""The installed package: the complete library, usable from a script in any folder."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ print({"datasets", "dvc", "scipy.stats", "stages", "vl_convert"} & sys.modules.k
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """What a package is built of, in a folder of its own: building leaves files beside it."""
+    """The sources of the package in a separate folder, because building leaves files there."""
     folder = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("reward", "stages"):
@@ -50,15 +50,15 @@ def call(
 
 
 def files_of(folder: Path) -> set[str]:
-    """Paths of all files but those that Python caches."""
+    """The paths of all files except Python's bytecode caches."""
     found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
     return {path.relative_to(folder).as_posix() for path in found}
 
 
-def test_a_script_anywhere_scores_with_the_installed_library(
+def test_script_in_any_folder_scores_with_the_installed_library(
     source: Path, complete: Path, tmp_path: Path
 ) -> None:
-    """The base dependencies suffice: nothing of what only the pipeline needs is imported."""
+    """The base dependencies suffice: nothing that only the pipeline needs is imported."""
     site, anywhere = tmp_path / "site", tmp_path / "anywhere"
     anywhere.mkdir()
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
@@ -73,15 +73,15 @@ def test_a_script_anywhere_scores_with_the_installed_library(
     assert printed.splitlines() == [f"{scorer} True", "set()"]
 
 
-def test_an_experiment_runs_its_own_code_beside_an_editable_package(
+def test_experiment_runs_its_own_code_despite_an_editable_install(
     source: Path, tmp_path: Path
 ) -> None:
-    """DVC runs `python -m stages.X` in a copy of the project, which may have changed."""
+    """DVC runs `python -m stages.X` in a copy of the project, whose code may differ."""
     call("-c", EDITABLE, cwd=source)
     [wheel] = (source / "editable").glob("*.whl")
     site, anywhere, experiment = (tmp_path / name for name in ("site", "anywhere", "experiment"))
     ZipFile(wheel).extractall(site)
-    # As site-packages are: what an editable package has there works by a .pth file.
+    # Like site-packages, where an editable install works through a .pth file.
     (site / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(site)!r})")
     anywhere.mkdir()
     where = ("-c", "import reward; print(reward.__file__)")

@@ -1,4 +1,4 @@
-"""Packs: every prompt once, in order, within the limit, nothing padded, every text to be found."""
+"""Packs: every prompt once, in order, within the limit, without padding, every text recoverable."""
 
 import random
 from itertools import pairwise
@@ -40,7 +40,7 @@ def random_prompts(seed: int, most_texts: int = 4) -> list[Texts]:
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("limit", [1, 64, 200, 10**6])
-def test_plan_holds_every_prompt_once_and_in_order(seed: int, limit: int) -> None:
+def test_plan_contains_every_prompt_once_and_in_order(seed: int, limit: int) -> None:
     lengths = random_lengths(seed)
     flat = [index for group in into_packs(lengths, limit) for index in group]
     assert flat == list(range(len(lengths)))
@@ -48,9 +48,7 @@ def test_plan_holds_every_prompt_once_and_in_order(seed: int, limit: int) -> Non
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("limit", [1, 64, 200, 10**6])
-def test_a_pack_is_within_the_limit_and_takes_the_next_prompt_if_it_fits(
-    seed: int, limit: int
-) -> None:
+def test_packs_are_within_the_limit_and_as_full_as_possible(seed: int, limit: int) -> None:
     lengths = random_lengths(seed)
     groups = into_packs(lengths, limit)
     for group in groups:
@@ -59,11 +57,11 @@ def test_a_pack_is_within_the_limit_and_takes_the_next_prompt_if_it_fits(
         assert sum(lengths[index] for index in [*group, following[0]]) > limit
 
 
-def test_plan_of_nothing_is_no_pack() -> None:
+def test_plan_for_nothing_is_empty() -> None:
     assert into_packs([], 64) == []
 
 
-def test_a_tokenized_pair_is_two_texts_of_one_prompt_chosen_first() -> None:
+def test_tokenized_pair_becomes_two_texts_of_a_prompt_chosen_first() -> None:
     row = {"input_ids_j": [1, 2, 3], "input_ids_k": [1, 2, 4, 5], "prefix_length": 2}
     texts = pair(row)
     assert (*map(list, texts.ids), texts.prefix) == ([1, 2, 3], [1, 2, 4, 5], 2)
@@ -71,9 +69,7 @@ def test_a_tokenized_pair_is_two_texts_of_one_prompt_chosen_first() -> None:
 
 
 @pytest.mark.parametrize(("limit", "sizes"), [(20, [2, 2, 1]), (26, [4, 1]), (5, [1] * 5)])
-def test_the_texts_of_a_prompt_are_divided_where_a_pack_is_too_small(
-    limit: int, sizes: list[int]
-) -> None:
+def test_texts_of_a_prompt_are_divided_if_a_pack_is_too_small(limit: int, sizes: list[int]) -> None:
     texts = [[0] * 10 + [place] * 4 for place in range(5)]
     parts = split_to_fit(texts_of(texts), limit)
     assert [len(part.ids) for part in parts] == sizes
@@ -81,7 +77,7 @@ def test_the_texts_of_a_prompt_are_divided_where_a_pack_is_too_small(
     assert limit < 14 or all(tokens(part) <= limit for part in parts)
 
 
-def test_a_pack_is_first_texts_then_the_rests_of_the_others() -> None:
+def test_pack_holds_whole_first_texts_then_suffixes_of_the_others() -> None:
     found = pack([Texts([[1, 2, 3], [1, 2, 4, 5]], 2), Texts([[6, 7], [8]], 0)])
     assert found.input_ids.tolist() == [[1, 2, 3, 6, 7, 4, 5, 8]]
     assert found.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
@@ -91,7 +87,7 @@ def test_a_pack_is_first_texts_then_the_rests_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_every_text_can_be_read_from_the_pack_and_nothing_else_is_in_it(seed: int) -> None:
+def test_pack_contains_every_text_and_nothing_else(seed: int) -> None:
     prompts = random_prompts(seed)
     found = pack(prompts)
     layout, row = found.layout, found.input_ids[0]
@@ -125,13 +121,13 @@ def test_every_text_can_be_read_from_the_pack_and_nothing_else_is_in_it(seed: in
         ([4000, 5, 3000, 6], 10**6, [0, 3, 1]),
     ],
 )
-def test_extremes_are_the_longest_and_the_shortest_that_fit_beside_it(
+def test_extremes_are_the_longest_and_the_shortest_that_fit_with_it(
     lengths: list[int], size: int, wanted: list[int]
 ) -> None:
     assert extremes(lengths, size) == wanted
 
 
-def test_packs_of_a_step_have_each_prompt_once_and_are_of_nearly_equal_size() -> None:
+def test_packs_of_a_step_contain_each_prompt_once_and_are_balanced() -> None:
     draw = random.Random(0)
     for _ in range(200):
         lengths = draw.choices(range(20, 400), k=draw.randrange(1, 200))
@@ -150,7 +146,7 @@ def test_packs_of_a_step_have_each_prompt_once_and_are_of_nearly_equal_size() ->
     ("tokens_per_pack", "count"),
     [(12800, 1), (12799, 2), (6400, 2), (6399, 4), (3199, 8), (1599, 16), (799, 24), (1, 128)],
 )
-def test_as_many_packs_as_are_needed_and_so_many_that_processes_share_them(
+def test_number_of_packs_suffices_and_can_be_shared_by_processes(
     tokens_per_pack: int, count: int
 ) -> None:
     assert len(balanced([100] * 128, tokens_per_pack)) == count

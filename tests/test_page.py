@@ -1,4 +1,4 @@
-"""The page of judgements: what it holds, and how it behaves in a browser."""
+"""The page of judgements: its content, and its behaviour in a browser."""
 
 import json
 import re
@@ -23,9 +23,9 @@ def write(
     scale: float = 1.0,
     filler: str = "",
 ) -> Path:
-    """The page of pairs of these texts; the first is the most confidently wrong one.
+    """Write the page for pairs of these texts; the first is the most confidently wrong one.
 
-    The filler follows each prompt and chosen answer.
+    The filler is appended to each prompt and chosen answer.
     """
     margins = [scale * (index - len(texts) / 3) for index in range(len(texts))]
     table = pa.table(
@@ -54,7 +54,7 @@ def write(
 
 
 def write_ranking(folder: Path) -> Path:
-    """The page of a prompt with four answers, and of another one with the same id, of two."""
+    """Write the page for a prompt with four answers and another with two, both with the same id."""
     compared = [(2, 0, 1.0), (2, 3, 0.75), (0, 3, 1.0), (1, 3, 0.5)]
     rewards, sizes = [1.0, -2.0, 0.5, 2.5], [10, 20, 30, 40]
     table = pa.table(
@@ -82,7 +82,7 @@ def write_ranking(folder: Path) -> Path:
     return path
 
 
-def some(count: int) -> list[tuple[str, str, str]]:
+def texts_of_pairs(count: int) -> list[tuple[str, str, str]]:
     named = [("怎么煮鸡蛋？", "冷水下锅。", "不知道。"), (HOSTILE, HOSTILE + "1", "2" + HOSTILE)]
     more = [(f"Question {n}?", f"good {n}", f"bad {n}") for n in range(count - 2)]
     return named + more
@@ -97,8 +97,8 @@ class Finder(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_the_page_is_whole_in_itself_and_holds_texts_as_texts(tmp_path: Path) -> None:
-    path = write(tmp_path, some(12))
+def test_page_is_self_contained_and_escapes_texts(tmp_path: Path) -> None:
+    path = write(tmp_path, texts_of_pairs(12))
     content = path.read_text(encoding="utf-8")
     finder = Finder()
     finder.feed(content)
@@ -123,14 +123,14 @@ def test_the_page_is_whole_in_itself_and_holds_texts_as_texts(tmp_path: Path) ->
     }
 
 
-def test_each_text_is_held_once_however_often_it_was_compared(tmp_path: Path) -> None:
+def test_each_text_is_stored_once_however_often_it_is_compared(tmp_path: Path) -> None:
     content = write_ranking(tmp_path).read_text(encoding="utf-8")
     for shown in ("Which?", *(f"answer {number}" for number in range(4)), "And here?"):
         assert content.count(f'"{shown}"') == 1
     assert "Nothing?" not in content
 
 
-def test_of_many_pairs_a_tie_is_kept_as_if_it_were_at_zero(
+def test_ties_count_as_zero_margin_when_pairs_are_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "MOST_PAIRS", 3)
@@ -138,29 +138,30 @@ def test_of_many_pairs_a_tie_is_kept_as_if_it_were_at_zero(
     assert re.findall(r'"id": "(\w+)"', content) == ["23", "03", "20"]
 
 
-def test_a_text_counts_once_however_often_it_was_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_counts_once_toward_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["Which?", *(f"answer {number}" for number in range(4)), "And here?", "worse", "better"]
     monkeypatch.setattr(page, "MOST_CHARACTERS", len("".join(texts)))
     assert '"summary": "5 test pairs"' in write_ranking(tmp_path).read_text(encoding="utf-8")
 
 
 def test_small_margins_are_not_equal_rewards(tmp_path: Path) -> None:
-    content = write(tmp_path, some(12), scale=1e-9).read_text(encoding="utf-8")
+    content = write(tmp_path, texts_of_pairs(12), scale=1e-9).read_text(encoding="utf-8")
     assert content.count('"margin": 0') == 1
     assert '"margin": -4e-09' in content
 
 
 @pytest.mark.parametrize(
     ("name", "limit"),
-    [("MOST_PAIRS", 5), ("MOST_CHARACTERS", sum(len("".join(texts)) for texts in some(5)))],
+    [
+        ("MOST_PAIRS", 5),
+        ("MOST_CHARACTERS", sum(len("".join(texts)) for texts in texts_of_pairs(5))),
+    ],
 )
-def test_of_many_pairs_the_worst_are_kept(
+def test_worst_pairs_are_kept_when_pairs_are_limited(
     name: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, name, limit)
-    content = write(tmp_path, some(12)).read_text(encoding="utf-8")
+    content = write(tmp_path, texts_of_pairs(12)).read_text(encoding="utf-8")
     assert '"summary": "the 5 with the lowest margins of 12 test pairs"' in content
     assert '"id4"' in content
     assert '"id5"' not in content
@@ -177,10 +178,10 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def browser(chromium: Browser, tmp_path: Path) -> Iterator[Browser]:
-    """The page of 30 pairs in a browser, which must have nothing to complain of at the end."""
+    """The page of 30 pairs in a browser, which must report no errors at the end."""
     chromium.errors.clear()
     chromium.requests.clear()
-    chromium.open(write(tmp_path, some(30)))
+    chromium.open(write(tmp_path, texts_of_pairs(30)))
     yield chromium
     assert chromium.errors == []
     assert {url.partition(":")[0] for url in chromium.requests} <= {"file", "data"}
@@ -198,7 +199,7 @@ def choose(browser: Browser, selector: str, value: str) -> None:
 
 
 def shown(browser: Browser) -> str:
-    """The id of the pair that is shown."""
+    """The id of the displayed pair."""
     found: str = browser.run(
         "[...document.querySelectorAll('dl div')].find(e => e.firstChild.textContent === 'id')"
         ".lastChild.textContent"
@@ -207,7 +208,7 @@ def shown(browser: Browser) -> str:
 
 
 @pytest.mark.browser
-def test_the_most_confidently_wrong_pair_comes_first_with_both_answers(browser: Browser) -> None:
+def test_most_confidently_wrong_pair_comes_first_with_both_answers(browser: Browser) -> None:
     assert shown(browser) == "id0"
     assert text(browser, "#count") == "30 of 30 pairs"
     found = browser.run("[...document.querySelectorAll('.text')].map(e => e.textContent)")
@@ -217,7 +218,7 @@ def test_the_most_confidently_wrong_pair_comes_first_with_both_answers(browser: 
 
 
 def answers_shown(browser: Browser) -> list[list[str]]:
-    """The heading and the text of each answer, in their order on the page."""
+    """The heading and text of each answer, in page order."""
     found: list[list[str]] = browser.run(
         "[...document.querySelectorAll('.sides > *')].map(e => "
         "[e.querySelector('h2').textContent, e.querySelector('.text').textContent])"
@@ -226,9 +227,7 @@ def answers_shown(browser: Browser) -> list[list[str]]:
 
 
 @pytest.mark.browser
-def test_all_answers_to_a_prompt_are_shown_in_the_order_of_their_rewards(
-    chromium: Browser, tmp_path: Path
-) -> None:
+def test_all_answers_to_a_prompt_are_sorted_by_reward(chromium: Browser, tmp_path: Path) -> None:
     chromium.open(write_ranking(tmp_path))
     assert (shown(chromium), text(chromium, ".row b")) == ("23", "−2.000")
     assert text(chromium, "dl").endswith("preference0.750")
@@ -247,9 +246,7 @@ def test_all_answers_to_a_prompt_are_shown_in_the_order_of_their_rewards(
 
 
 @pytest.mark.browser
-def test_a_tie_is_neither_right_nor_wrong_and_between_them(
-    chromium: Browser, tmp_path: Path
-) -> None:
+def test_tie_is_sorted_between_wrong_and_correct_pairs(chromium: Browser, tmp_path: Path) -> None:
     chromium.open(write_ranking(tmp_path))
     margins = "[...document.querySelectorAll('.row b')].map(e => e.textContent)"
     assert chromium.run(margins) == ["−2.000", "−1.500", "−0.500", "±4.500", "+0.000"]
@@ -270,7 +267,7 @@ def test_a_tie_is_neither_right_nor_wrong_and_between_them(
 
 
 @pytest.mark.browser
-def test_text_that_is_html_is_shown_as_text(browser: Browser) -> None:
+def test_html_in_texts_is_shown_as_text(browser: Browser) -> None:
     browser.press("j")
     assert shown(browser) == "id1"
     assert text(browser, "article .text") == HOSTILE
@@ -279,7 +276,7 @@ def test_text_that_is_html_is_shown_as_text(browser: Browser) -> None:
 
 
 @pytest.mark.browser
-def test_keys_go_to_the_next_the_previous_and_the_search(browser: Browser) -> None:
+def test_keys_move_between_pairs_and_to_the_search(browser: Browser) -> None:
     for key, wanted in (
         *(("j", "id1"), ("ArrowDown", "id2"), ("k", "id1"), ("ArrowUp", "id0"), ("k", "id0")),
         *(("End", "id29"), ("j", "id29"), ("Home", "id0")),
@@ -299,7 +296,7 @@ def test_keys_go_to_the_next_the_previous_and_the_search(browser: Browser) -> No
 
 
 @pytest.mark.browser
-def test_keys_go_on_after_a_filter_was_chosen_and_leave_it_alone(browser: Browser) -> None:
+def test_keys_work_after_choosing_a_filter_and_do_not_change_it(browser: Browser) -> None:
     browser.run("document.querySelector('#outcome').focus()")
     choose(browser, "#outcome", "wrong")
     for key, wanted in (("j", "id1"), ("j", "id2"), ("k", "id1")):
@@ -308,7 +305,7 @@ def test_keys_go_on_after_a_filter_was_chosen_and_leave_it_alone(browser: Browse
 
 
 @pytest.mark.browser
-def test_a_long_pair_is_scrolled_by_the_page_keys(chromium: Browser, tmp_path: Path) -> None:
+def test_page_keys_scroll_a_long_pair(chromium: Browser, tmp_path: Path) -> None:
     chromium.open(write(tmp_path, [("q", "a\n" * 200, "b\n" * 200)] * 3))
     scrolled = "document.querySelector('#pair').scrollTop"
     chromium.press("PageDown")
@@ -344,7 +341,7 @@ def test_search_filters_and_order_work_together(browser: Browser) -> None:
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "columns"), [(1280, 2), (500, 1)])
 @pytest.mark.parametrize("dark", [False, True])
-def test_it_fits_wide_and_narrow_light_and_dark(
+def test_layout_fits_wide_and_narrow_light_and_dark(
     browser: Browser, tmp_path: Path, width: int, columns: int, dark: bool
 ) -> None:
     browser.open(tmp_path / "index.html", width, 800, dark)
@@ -356,9 +353,9 @@ def test_it_fits_wide_and_narrow_light_and_dark(
 
 
 @pytest.mark.browser
-def test_thousands_of_pairs_stay_quick(browser: Browser, tmp_path: Path) -> None:
-    """Texts of 5 KB a pair, 20 MB in all."""
-    path = write(tmp_path, some(4000), filler=" word" * 500)
+def test_page_stays_fast_with_thousands_of_pairs(browser: Browser, tmp_path: Path) -> None:
+    """5 KB of text per pair, 20 MB in total."""
+    path = write(tmp_path, texts_of_pairs(4000), filler=" word" * 500)
     begun = time.monotonic()
     browser.open(path)
     assert time.monotonic() - begun < 5

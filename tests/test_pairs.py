@@ -1,4 +1,4 @@
-"""The preference record: what is read from files, what is refused, how it is split."""
+"""Preference records: reading files, refusing bad records, and splitting."""
 
 import csv
 import gzip
@@ -117,7 +117,7 @@ def test_positions_of_json_lines_are_line_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 16, 50])
-def test_array_is_read_the_same_wherever_a_chunk_ends(
+def test_array_is_read_correctly_wherever_a_chunk_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(reading, "CHUNK", chunk)
@@ -152,7 +152,7 @@ def test_array_of_30_mb_is_read_within_8_mb(tmp_path: Path) -> None:
     assert peak < 8_000_000
 
 
-def test_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path) -> None:
+def test_files_of_a_folder_are_sorted_by_name(tmp_path: Path) -> None:
     for name in ("b.json", "a.jsonl.gz", "c.parquet"):
         (tmp_path / name).touch()
     (tmp_path / "README.md").touch()
@@ -168,7 +168,7 @@ def test_path_without_preference_files_is_a_fault(tmp_path: Path, name: str) -> 
         files(tmp_path / name)
 
 
-# --- files that are broken -------------------------------------------------------------------
+# --- broken files ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\n", b"\xef\xbb\xbf", b"[]", b"[ \n]\n"])
@@ -194,14 +194,14 @@ def test_file_without_a_record_is_a_fault(tmp_path: Path, content: bytes) -> Non
         (lambda text: b"[" + b"9" * 5000 + b"]", "record 1: broken JSON: a number with too many"),
     ],
 )
-def test_broken_array_is_a_fault_that_says_where(
+def test_broken_array_is_a_fault_with_its_place(
     tmp_path: Path, broken: Callable[[bytes], bytes], found: str
 ) -> None:
     assert re.search(found, fault(write(tmp_path / "p.json", broken(as_array(RECORDS)))))
 
 
 @pytest.mark.parametrize("form", [as_array, as_lines])
-def test_file_cut_anywhere_is_a_fault_or_reads_as_whole_records(
+def test_truncated_file_is_a_fault_or_gives_whole_records(
     tmp_path: Path, form: Callable[[list[Any]], bytes]
 ) -> None:
     whole = form(RECORDS)
@@ -233,21 +233,21 @@ def test_file_cut_anywhere_is_a_fault_or_reads_as_whole_records(
         (b"chosen,rejected\n", "line 1.*found 'chosen,rejected'"),
     ],
 )
-def test_broken_lines_are_a_fault_that_says_where(
+def test_broken_lines_are_a_fault_with_their_place(
     tmp_path: Path, content: bytes, found: str
 ) -> None:
     assert re.search(found, fault(write(tmp_path / "p.jsonl", content)))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".json.gz"])
-def test_byte_that_is_not_utf8_is_named_with_its_place(tmp_path: Path, suffix: str) -> None:
+def test_byte_that_is_not_utf8_is_named_with_its_position(tmp_path: Path, suffix: str) -> None:
     content = as_lines(RECORDS).replace(b"three", b"thr\xffee")
     path = write(tmp_path / f"p{suffix}", content)
     place = content.index(b"\xff") + 1
     assert f"line 3: byte {place} of the file is 0xff" in fault(path)
 
 
-def test_character_cut_at_the_end_is_named_with_its_place(tmp_path: Path) -> None:
+def test_character_cut_at_the_end_is_named_with_its_position(tmp_path: Path) -> None:
     path = write(tmp_path / "p.json", as_lines(RECORDS[:1]) + "é".encode()[:1])
     assert "line 2: byte" in fault(path)
 
@@ -257,7 +257,7 @@ def test_utf16_is_refused(tmp_path: Path) -> None:
     assert "line 1: byte 1 of the file is 0xff" in fault(path)
 
 
-def test_gzip_that_is_cut_or_damaged_or_none_is_a_fault(tmp_path: Path) -> None:
+def test_truncated_damaged_or_fake_gzip_is_a_fault(tmp_path: Path) -> None:
     path = tmp_path / "p.json.gz"
     whole = gzip.compress(as_array(RECORDS * 100), mtime=0)
     damaged = bytearray(whole)
@@ -311,14 +311,12 @@ def test_tables_are_read_by_their_header(
         (b"", "has no records"),
     ],
 )
-def test_broken_table_is_a_fault_that_says_where(
-    tmp_path: Path, content: bytes, found: str
-) -> None:
+def test_broken_table_is_a_fault_with_its_place(tmp_path: Path, content: bytes, found: str) -> None:
     assert re.search(found, fault(write(tmp_path / "p.csv", content)))
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])
-def test_a_table_shows_what_separates_its_cells(tmp_path: Path, separator: str) -> None:
+def test_separator_of_a_table_is_detected(tmp_path: Path, separator: str) -> None:
     rows = [["prompt", "chosen", "rejected"], ["Why, please?", "a, b", "c"]]
     path = tmp_path / "p.csv"
     path.write_text("".join(separator.join(row) + "\n" for row in rows))
@@ -326,7 +324,7 @@ def test_a_table_shows_what_separates_its_cells(tmp_path: Path, separator: str) 
     assert (position, record) == (2, dict(zip(*rows, strict=True)))
 
 
-def test_a_cell_holds_messages_as_json(tmp_path: Path) -> None:
+def test_cell_may_contain_messages_as_json(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": 'Say "hi", please.'}]
     other = '[{"name": "an answer in JSON"}]'
     path = tmp_path / "p.tsv"
@@ -340,7 +338,7 @@ def test_a_cell_holds_messages_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_an_object_around_the_records_is_named_with_the_way_to_them(
+def test_object_around_the_records_is_named_with_a_way_to_extract_them(
     tmp_path: Path, indent: int | None
 ) -> None:
     path = tmp_path / "p.json"
@@ -351,7 +349,7 @@ def test_an_object_around_the_records_is_named_with_the_way_to_them(
         list(read(path))
 
 
-def test_a_cell_longer_than_the_librarys_limit_is_read(tmp_path: Path) -> None:
+def test_cell_longer_than_the_limit_of_csv_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "p.csv", b"a,b\n" + b"x" * 200_000 + b",y\n")
     assert contents(path) == [{"a": "x" * 200_000, "b": "y"}]
 
@@ -367,7 +365,7 @@ def test_a_cell_longer_than_the_librarys_limit_is_read(tmp_path: Path) -> None:
         ("question,good,bad\nWhere is it?,here,there ü\n", "UTF-16BE"),
     ],
 )
-def test_another_encoding_is_named_with_the_way_to_convert_it(
+def test_other_encoding_is_named_with_a_way_to_convert_it(
     tmp_path: Path, text: str, encoding: str
 ) -> None:
     path = write(tmp_path / "a b.csv", text.encode(encoding))
@@ -416,7 +414,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_record_gives_the_same_pair(form: str) -> None:
+def test_every_form_of_record_gives_the_same_pair(form: str) -> None:
     pair, plain = check(FORMS[form]), check(FORMS["texts"])
     assert (pair.prompt, pair.answers[0], pair.answers[1]) == ((USER,), (GOOD,), (BAD,))
     assert pair.prompt_hash == plain.prompt_hash
@@ -426,7 +424,7 @@ LONG = "Why is the sky blue, then?"
 
 
 @pytest.mark.parametrize("prompt", [LONG, "\n\nHuman: hi\n\nAssistant:", "怎样洗毛衣？"])
-def test_a_prompt_that_both_texts_repeat_is_there_once(prompt: str) -> None:
+def test_prompt_repeated_in_both_texts_is_used_once(prompt: str) -> None:
     pair = check({"prompt": prompt, "chosen": f"{prompt} Good.", "rejected": f"{prompt} Bad."})
     plain = check({"prompt": prompt, "chosen": " Good.", "rejected": " Bad."})
     assert (pair.prompt, pair.answers[0], pair.answers[1]) == (
@@ -455,12 +453,12 @@ def test_texts_that_do_not_both_repeat_the_prompt_stay_whole(
     )
 
 
-def test_an_answer_that_is_the_prompt_is_empty() -> None:
+def test_answer_that_equals_the_prompt_is_empty() -> None:
     with pytest.raises(BadRecord, match="'rejected' is empty"):
         check({"prompt": LONG, "chosen": f"{LONG} Good.", "rejected": LONG})
 
 
-def test_text_conversations_are_cut_behind_the_last_shared_turn_marker() -> None:
+def test_text_conversations_are_split_after_the_last_shared_turn_marker() -> None:
     head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
     pair = check({"chosen": f"{head} Like this.", "rejected": f"{head} Like that."})
     assert pair.prompt == (("user", head),)
@@ -468,14 +466,14 @@ def test_text_conversations_are_cut_behind_the_last_shared_turn_marker() -> None
     assert pair.answers[1] == (("assistant", " Like that."),)
 
 
-def test_conversations_that_part_early_are_cut_where_they_part() -> None:
+def test_conversations_that_diverge_early_are_split_there() -> None:
     head = "\n\nHuman: hi\n\nAssistant:"
     pair = check({"chosen": f"{head} a\n\nHuman: b\n\nAssistant: c", "rejected": f"{head} d"})
     assert pair.prompt == (("user", head),)
     assert pair.answers[1] == (("assistant", " d"),)
 
 
-def test_answers_that_begin_alike_are_no_conversation() -> None:
+def test_answers_with_a_common_beginning_are_not_a_conversation() -> None:
     with pytest.raises(BadRecord, match="'prompt' is missing"):
         check({"promt": "typo", "chosen": "The sky is blue.", "rejected": "The sky is red."})
 
@@ -494,12 +492,12 @@ def test_system_message_before_the_repeated_prompt_joins_it() -> None:
     assert (pair.prompt, pair.answers[0], pair.answers[1]) == ((SYSTEM, USER), (GOOD,), (BAD,))
 
 
-def test_shared_first_answer_is_no_part_of_the_prompt() -> None:
+def test_shared_first_answer_is_not_part_of_the_prompt() -> None:
     pair = check({"chosen": messages(USER, GOOD, MORE, GOOD), "rejected": messages(USER, GOOD)})
     assert (pair.prompt, pair.answers[1]) == ((USER,), (GOOD,))
 
 
-# --- what messages have besides their text -----------------------------------------------------
+# --- message parts other than text -----------------------------------------------------------
 
 LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "ü"}}}
 SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
@@ -517,7 +515,7 @@ def with_answer(**parts: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_answers_that_differ_in_a_part_alone_are_a_pair(part: str) -> None:
+def test_answers_that_differ_only_in_a_part_are_a_pair(part: str) -> None:
     pair = check(with_answer(**{part: PARTS[part]}))
     assert pair.answers[1] == (BAD,)
     assert pair.answers[0][0][:2] == BAD
@@ -527,13 +525,13 @@ def test_answers_that_differ_in_a_part_alone_are_a_pair(part: str) -> None:
 
 @pytest.mark.parametrize("empty", [None, "", [], {}])
 @pytest.mark.parametrize("part", PARTS)
-def test_an_empty_part_is_as_none(part: str, empty: Any) -> None:
+def test_empty_part_counts_as_missing(part: str, empty: Any) -> None:
     with pytest.raises(BadRecord, match="are the same"):
         check(with_answer(**{part: empty}))
 
 
 @pytest.mark.parametrize("answer", [{"content": None}, {}])
-def test_a_call_may_be_without_a_text(answer: dict[str, Any]) -> None:
+def test_tool_call_may_have_no_text(answer: dict[str, Any]) -> None:
     answer = {"role": "assistant", "tool_calls": [LOOK]} | answer
     [found] = check({"prompt": "hi", "chosen": [answer], "rejected": messages(BAD)}).answers[0]
     assert found[:2] == ("assistant", "")
@@ -549,7 +547,7 @@ def test_tools_are_the_first_message_of_the_prompt() -> None:
     assert asked.prompt == pair.prompt
 
 
-def test_hashes_and_ids_tell_parts_and_tools_apart() -> None:
+def test_hashes_and_ids_depend_on_parts_and_tools() -> None:
     records: list[dict[str, Any]] = [
         FORMS["messages"],
         FORMS["messages"] | {"tools": [SCHEMA]},
@@ -563,7 +561,7 @@ def test_hashes_and_ids_tell_parts_and_tools_apart() -> None:
     assert check(FORMS["messages"] | {"tools": []}) == checked[0]
 
 
-def test_a_prompt_is_repeated_only_with_its_parts() -> None:
+def test_prompt_counts_as_repeated_only_with_its_parts() -> None:
     named = turn("user", "hi") | {"name": "Ann"}
     good, bad = messages(GOOD)[0], messages(BAD)[0]
     record = {"prompt": [named], "chosen": [named, good], "rejected": [named, bad]}
@@ -572,7 +570,7 @@ def test_a_prompt_is_repeated_only_with_its_parts() -> None:
         check(record | {"chosen": messages(USER, GOOD)})
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- refused records -------------------------------------------------------------------------
 
 PLAIN = FORMS["texts"]
 
@@ -655,7 +653,7 @@ def ranking(answers: list[Any], comparisons: list[Comparison], prompt: Any = "Wh
     return Raw(prompt, answers, names, comparisons, {"kind": "x"})
 
 
-def test_a_ranking_has_the_ids_of_its_pairs() -> None:
+def test_ranking_has_the_ids_of_its_pairs() -> None:
     comparisons = [Comparison(0, 1), Comparison(2, 0), Comparison(2, 1, 0.5)]
     answers = ["a", "b", "c"]
     found = check(ranking(answers, comparisons))
@@ -667,7 +665,7 @@ def test_a_ranking_has_the_ids_of_its_pairs() -> None:
     assert found.answers == [(("assistant", answer),) for answer in answers]
 
 
-def test_the_prompt_is_what_all_answers_begin_with() -> None:
+def test_prompt_is_the_common_beginning_of_all_answers() -> None:
     asked = [turn("user", "q"), turn("assistant", "a"), turn("user", "more")]
     rest = [[*asked, turn("assistant", each)] for each in "xyz"]
     found = check(ranking(rest, [Comparison(0, 1), Comparison(1, 2)], prompt=None))
@@ -681,7 +679,7 @@ def test_the_prompt_is_what_all_answers_begin_with() -> None:
         check(ranking(["a", " ", "c"], [Comparison(0, 1)]))
 
 
-def test_equal_answers_that_tie_are_left_out_and_otherwise_are_bad() -> None:
+def test_equal_answers_are_left_out_if_tied_and_bad_otherwise() -> None:
     tie, other = Comparison(0, 1, 0.5), Comparison(2, 0)
     found = check(ranking(["a", "a", "c"], [tie, other]))
     assert (found.comparisons, found.faults) == ([other], [])
@@ -692,7 +690,7 @@ def test_equal_answers_that_tie_are_left_out_and_otherwise_are_bad() -> None:
     assert check(ranking(["a", "a"], [tie])).comparisons == []
 
 
-def test_a_comparison_without_weight_is_left_out_and_counted() -> None:
+def test_comparison_without_weight_is_left_out_and_counted() -> None:
     found = check(ranking(["a", "b", "c"], [Comparison(0, 1, weight=0), Comparison(0, 2)]))
     assert found.comparisons == [Comparison(0, 2)]
     assert [fault.reason for fault in found.faults] == ["no_weight"]
@@ -710,7 +708,7 @@ def test_id_is_the_digest_of_the_compact_json_of_the_raw_record() -> None:
     assert check(FORMS["no prompt"]).ids[0] == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def test_single_values_are_kept_as_text_and_ours_are_renamed() -> None:
+def test_scalar_columns_are_kept_as_text_and_reserved_names_are_renamed() -> None:
     more = {"kind": "a", "score": 1.5, "n": 2, "flag": True, "tags": ["x"], "none": None}
     ours = {"id": "7", "margin": 3, "prompt_id": "p", "test set": "t"}
     assert check(PLAIN | more | ours).columns == {
@@ -722,7 +720,7 @@ def test_single_values_are_kept_as_text_and_ours_are_renamed() -> None:
 # --- all records together --------------------------------------------------------------------
 
 
-def test_duplicates_and_contradictions_match_a_comparison_of_every_two_records() -> None:
+def test_duplicates_and_contradictions_match_pairwise_comparison() -> None:
     generator = np.random.default_rng(0)
     records = [
         (f"p{generator.integers(3)}", f"a{answers[0]}", f"a{answers[1]}")
@@ -738,7 +736,7 @@ def test_duplicates_and_contradictions_match_a_comparison_of_every_two_records()
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_answers_are_numbered_in_the_order_of_their_appearance(seed: int) -> None:
+def test_answers_are_numbered_in_order_of_appearance(seed: int) -> None:
     generator = np.random.default_rng(seed)
     prompts = generator.integers(0, 6, 50).astype(np.uint64)
     answers = generator.integers(0, 7, (50, 2)).astype(np.uint64)
@@ -762,15 +760,15 @@ def test_answers_are_numbered_in_the_order_of_their_appearance(seed: int) -> Non
     ]
 
 
-def test_hashes_of_several_differ_where_one_differs() -> None:
+def test_combined_hashes_differ_if_any_hash_differs() -> None:
     generator = np.random.default_rng(0)
     triples = np.array([*itertools.product(range(12), repeat=3)], np.uint64)
     for columns in (triples, triples << np.uint64(60), generator.permutation(triples)):
         assert len(set(combined(*columns.T).tolist())) == len(triples)
 
 
-def test_families_match_a_search_for_what_begins_every_prompt() -> None:
-    """A prompt's family is that of the shortest prompt that it begins with, or its own."""
+def test_families_match_a_search_for_the_shortest_prefix() -> None:
+    """A prompt belongs to the family of the shortest prompt that is a prefix of it."""
     generator = np.random.default_rng(1)
     prompts: list[Messages] = [
         tuple(("user", str(turn)) for turn in generator.integers(0, 2, generator.integers(1, 5)))
@@ -827,13 +825,13 @@ def test_votes_match_a_count_of_every_group() -> None:
 
 
 @pytest.mark.parametrize("known", [[], [3], [2**64 - 1, 0, 5, 5]])
-def test_among_is_membership(known: list[int]) -> None:
+def test_among_tests_membership(known: list[int]) -> None:
     values = [0, 5, 3, 5, 2**64 - 1, 7]
     found = among(np.array(values, np.uint64), np.array(known, np.uint64))
     assert found.tolist() == [value in known for value in values]
 
 
-def test_no_records_have_neither_duplicates_nor_contradictions() -> None:
+def test_empty_input_has_no_duplicates_or_contradictions() -> None:
     none = np.array([], dtype=np.uint64)
     assert not len(duplicates(none))
     assert not len(contradictions(none, none))
@@ -844,7 +842,7 @@ def prompts(count: int, start: int = 0) -> Hashes:
     return np.array([hash64(f"prompt {number}") for number in numbers], dtype=np.uint64)
 
 
-def test_records_of_one_prompt_never_fall_in_two_splits() -> None:
+def test_records_of_a_prompt_are_never_in_two_splits() -> None:
     unique = prompts(50)
     repeated = np.concatenate([unique, unique[::-1], unique])
     parts = split(repeated, 0.2, 0.2, 0)
@@ -852,25 +850,25 @@ def test_records_of_one_prompt_never_fall_in_two_splits() -> None:
         assert len(set(parts[repeated == prompt].tolist())) == 1
 
 
-def test_split_has_the_shares_asked_for() -> None:
+def test_split_has_the_requested_fractions() -> None:
     assert np.bincount(split(prompts(100), 0.1, 0.2, 0)).tolist() == [70, 10, 20]
     assert np.bincount(split(prompts(3), 0.01, 0.01, 0)).tolist() == [1, 1, 1]
     assert np.bincount(split(prompts(100), 0.1, 0, 0)).tolist() == [90, 10]
 
 
-def test_order_of_records_does_not_matter_for_the_split() -> None:
+def test_split_does_not_depend_on_the_order_of_records() -> None:
     found = prompts(60)
     order = np.random.default_rng(0).permutation(60)
     assert (split(found[order], 0.2, 0.2, 0) == split(found, 0.2, 0.2, 0)[order]).all()
 
 
-def test_seed_moves_the_split() -> None:
+def test_split_depends_on_the_seed() -> None:
     found = prompts(60)
     assert (split(found, 0.2, 0.2, 0) != split(found, 0.2, 0.2, 1)).any()
 
 
-def test_added_records_leave_the_ranks_of_the_others() -> None:
-    """Growth can only push prompts over the borders between the splits, never past each other."""
+def test_added_records_keep_the_order_of_the_others() -> None:
+    """Growth can move prompts across the borders between splits, but never past each other."""
     before, added = prompts(60), prompts(60, start=60)
     old = split(before, 0.2, 0.2, 0)
     new = split(np.concatenate([before, added]), 0.2, 0.2, 0)[:60]

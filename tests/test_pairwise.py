@@ -1,4 +1,4 @@
-"""The loss, the correct and the margins against plain Python, number by number."""
+"""Losses, correct counts and margins against plain Python, number by number."""
 
 import math
 import random
@@ -23,7 +23,7 @@ def log_sigmoid(number: float) -> float:
     return -math.log1p(math.exp(-number)) if number > 0 else number - math.log1p(math.exp(number))
 
 
-def test_loss_is_minus_the_log_of_the_probability_that_chosen_wins() -> None:
+def test_loss_is_the_negative_log_probability_that_chosen_wins() -> None:
     expected = [-log_sigmoid(one - other) for one, other in zip(CHOSEN, REJECTED, strict=True)]
     found = certain_losses(torch.tensor(CHOSEN), torch.tensor(REJECTED))
     assert found.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-30)
@@ -48,7 +48,7 @@ def test_gradient_of_the_loss_is_the_probability_of_the_wrong_order() -> None:
 
 
 def random_pairs(seed: int, count: int = 40) -> list[tuple[float, float, float, float, float]]:
-    """Rewards of j and k, preference, weight and margin; a margin only where j is certain."""
+    """Rewards of j and k, preference, weight and margin; only certain pairs have a margin."""
     draw = random.Random(seed)
     found = []
     for _ in range(count):
@@ -71,7 +71,7 @@ def slow_loss(
 
 @pytest.mark.parametrize("center", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_loss_of_graded_pairs_is_that_of_a_plain_loop(seed: int, center: float) -> None:
+def test_loss_of_graded_pairs_matches_a_plain_loop(seed: int, center: float) -> None:
     pairs = random_pairs(seed)
     j, k, *labels = torch.tensor(pairs).unbind(1)
     found = losses(j, k, Labels(*labels), center)
@@ -81,7 +81,7 @@ def test_loss_of_graded_pairs_is_that_of_a_plain_loop(seed: int, center: float) 
 
 
 @pytest.mark.parametrize("center", [0.0, 0.01])
-def test_gradients_of_graded_pairs_are_those_of_fp64_differences(center: float) -> None:
+def test_gradients_of_graded_pairs_match_fp64_differences(center: float) -> None:
     pairs = random_pairs(seed=3)
     j, k, *labels = torch.tensor(pairs).unbind(1)
     j.requires_grad_(), k.requires_grad_()
@@ -101,7 +101,7 @@ def test_gradients_of_graded_pairs_are_those_of_fp64_differences(center: float) 
             assert gradient == pytest.approx(slope, rel=1e-3, abs=1e-4)
 
 
-def test_a_soft_label_pulls_the_margin_to_its_log_odds() -> None:
+def test_soft_label_pulls_the_margin_to_its_log_odds() -> None:
     j = torch.tensor([math.log(0.8 / 0.2), 0.0], requires_grad=True)
     labels = Labels(torch.tensor([0.8, 0.5]), torch.ones(2), torch.zeros(2))
     losses(j, torch.zeros(2), labels).sum().backward()
@@ -121,7 +121,7 @@ def columns(**values: list[float]) -> dict[str, list[float]]:
     return {"preference": [1.0, 0.7], "weight": [1.0, 1.0], "margin": [0.0, 0.0]} | values
 
 
-def test_a_margin_of_an_uncertain_pair_is_refused() -> None:
+def test_margin_of_an_uncertain_pair_is_refused() -> None:
     with pytest.raises(ValueError, match="a pair has a margin, but its preference is not 1"):
         Labels.of(columns(margin=[0.0, 1.0]))
 
@@ -136,14 +136,14 @@ def test_labels_are_taken_by_row() -> None:
 # --- shapes ----------------------------------------------------------------------------------
 
 
-def test_a_hit_is_one_a_miss_is_none_a_tie_is_one_half() -> None:
+def test_correct_is_one_half_for_equal_rewards() -> None:
     expected = []
     for chosen, rejected in zip(CHOSEN, REJECTED, strict=True):
         expected.append(0.5 if chosen == rejected else float(chosen > rejected))
     assert correct(torch.tensor(CHOSEN), torch.tensor(REJECTED)).tolist() == expected
 
 
-def test_margin_is_taken_in_fp32_even_of_half_precision_rewards() -> None:
+def test_margins_of_half_precision_rewards_are_fp32() -> None:
     chosen = torch.tensor([256.0, 1.0]).bfloat16()
     rejected = torch.tensor([1.0, 0.5]).bfloat16()
     found = margins(chosen, rejected)
@@ -152,7 +152,7 @@ def test_margin_is_taken_in_fp32_even_of_half_precision_rewards() -> None:
 
 
 @pytest.mark.parametrize("function", [certain_losses, correct, margins])
-def test_every_figure_has_one_number_a_pair(function: Figure) -> None:
+def test_every_function_returns_one_number_per_pair(function: Figure) -> None:
     assert function(torch.zeros(5), torch.ones(5)).shape == (5,)
 
 

@@ -1,4 +1,4 @@
-"""params.yaml: strict and typed, every key documented, every fault named at once."""
+"""params.yaml: strict and typed, every key documented, all faults named at once."""
 
 import dataclasses
 import datetime
@@ -48,7 +48,7 @@ def yaml_of(**changes: str | None) -> str:
     return "\n".join(["sample:", *lines])
 
 
-def test_values_come_out_typed(tmp_path: Path) -> None:
+def test_values_are_loaded_typed(tmp_path: Path) -> None:
     assert load(tmp_path, yaml_of()) == Sample(3, 1e-05, "none", ["a", "b"])
     sample = load(tmp_path, yaml_of(share="0", mode="4"))
     assert (type(sample.share), sample.mode) == (float, 4)
@@ -92,8 +92,8 @@ def test_all_faults_of_a_group_are_named_at_once(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class OfToday:
-    """A group that has none of its removed keys."""
+class Current:
+    """A group without any removed key."""
 
     seed: Positive
 
@@ -108,48 +108,48 @@ class OfToday:
         ("train.head_seed", "was removed: the head uses train.seed"),
     ],
 )
-def test_a_key_that_is_gone_says_what_became_of_it(tmp_path: Path, key: str, became: str) -> None:
+def test_removed_key_is_named_with_what_replaced_it(tmp_path: Path, key: str, became: str) -> None:
     group, _, name = key.partition(".")
     path = tmp_path / "p.yaml"
     path.write_text(f"{group}:\n  seed: 1\n  {name}: 1\n")
     with pytest.raises(Fault) as fault:
-        params.load(group, OfToday, path)
+        params.load(group, Current, path)
     assert str(fault.value) == f"{path}: {key} {became}"
     assert key in params.GONE
 
 
-def test_no_other_key_is_said_to_be_gone(tmp_path: Path) -> None:
+def test_other_unknown_key_is_not_called_removed(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("train:\n  seed: 1\n  sets: 1\n")
     with pytest.raises(Fault, match=r"train\.sets is unknown, expected one of seed"):
-        params.load("train", OfToday, tmp_path / "p.yaml")
+        params.load("train", Current, tmp_path / "p.yaml")
 
 
 @pytest.mark.parametrize("text", ["", "sample:", "sample: 3", "other: {}", "- sample"])
-def test_a_missing_group_is_named(tmp_path: Path, text: str) -> None:
+def test_missing_group_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(Fault, match="the group sample is"):
         load(tmp_path, text)
 
 
 @pytest.mark.parametrize("text", ["sample: [", "sample:\n  count: 1\n  count: 2", "\tsample: 1"])
-def test_broken_yaml_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_broken_yaml_is_reported_in_one_sentence(tmp_path: Path, text: str) -> None:
     with pytest.raises(Fault, match="broken YAML") as fault:
         load(tmp_path, text)
     assert "\n" not in str(fault.value)
 
 
 @pytest.mark.parametrize("number", ["0x_", "0b_", "+_", "._", "9" * 5000])
-def test_a_number_without_digits_or_with_too_many_is_broken(tmp_path: Path, number: str) -> None:
+def test_number_without_digits_or_with_too_many_is_broken_yaml(tmp_path: Path, number: str) -> None:
     with pytest.raises(Fault, match="broken YAML"):
         load(tmp_path, yaml_of(count=number))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(Fault, match=r"nothing\.yaml does not exist"):
         params.load("sample", Sample, tmp_path / "nothing.yaml")
 
 
 @pytest.mark.parametrize(("name", "kind"), GROUPS.items())
-def test_the_committed_groups_load(name: str, kind: type[Any]) -> None:
+def test_committed_groups_load(name: str, kind: type[Any]) -> None:
     assert dataclasses.is_dataclass(params.load(name, kind, ROOT / "params.yaml"))
 
 
@@ -170,7 +170,7 @@ def test_every_key_has_a_sentence_above_it() -> None:
 def test_params_are_in_block_style_and_unquoted() -> None:
     values = [line for line in LINES if line and not line.lstrip().startswith("#")]
     assert not [line for line in values if re.search(r"""['\[{]""", line)]
-    # DVC stops at a date, which is a text only in quotes.
+    # DVC fails on a date, so a text that looks like one needs quotes.
     for line in (line for line in values if '"' in line):
         [value] = YAML(typ="safe").load(line.replace('"', "")).values()
         assert not isinstance(value, str)
@@ -187,7 +187,7 @@ def test_every_key_of_every_group_refuses_a_wrong_type(
     assert len(str(fault.value).splitlines()) == len(dataclasses.fields(kind))
 
 
-# --- as DVC reads it -------------------------------------------------------------------------
+# --- compatibility with DVC ------------------------------------------------------------------
 
 SCALARS = [
     *("1e-5", "1E5", ".5", "5.", "+1", "-1", "0", "-0", "12e03", "1.e5", ".5e5", ".5e-5", "1_000"),
@@ -221,7 +221,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def same(ours: Any, dvcs: Any) -> bool:
-    """Equal in types, values and order; where DVC has a date, ours is a text."""
+    """Equal in types, values and order, except that our dates are texts."""
     if isinstance(dvcs, datetime.date):
         return isinstance(ours, str) and ours.startswith(str(dvcs.year))
     if type(ours) is not type(dvcs):
@@ -234,7 +234,7 @@ def same(ours: Any, dvcs: Any) -> bool:
 
 
 @pytest.mark.parametrize("scalar", SCALARS)
-def test_every_scalar_is_what_dvc_reads(tmp_path: Path, scalar: str) -> None:
+def test_scalars_are_read_as_by_dvc(tmp_path: Path, scalar: str) -> None:
     path = written(tmp_path, f"a: {scalar}\nb:\n  - {scalar}\n  - c: {scalar}\n")
     assert same(read_yaml(path), load_yaml(path))
     if scalar:
@@ -248,7 +248,7 @@ def test_every_scalar_is_what_dvc_reads(tmp_path: Path, scalar: str) -> None:
     merged=st.lists(Flow, min_size=1, max_size=2),
     own=st.dictionaries(st.sampled_from("abcd"), st.sampled_from(SCALARS), max_size=3),
 )
-def test_every_document_is_what_dvc_reads(
+def test_documents_are_read_as_by_dvc(
     tmp_path: Path, documents: list[str], merged: list[str], own: dict[str, str]
 ) -> None:
     lines = [f"key{index}: &anchor{index} {text}" for index, text in enumerate(documents)]
@@ -263,8 +263,8 @@ def test_every_document_is_what_dvc_reads(
 
 @one_file
 @given(text=st.text("0179_+-.:eEoxbinfaNlusT~ #'\"=<,[]{}&*|>%@\\\n中", max_size=12))
-def test_what_both_read_is_the_same(tmp_path: Path, text: str) -> None:
-    """The two libraries refuse other texts; there DVC ends before a stage begins, or the stage."""
+def test_whatever_both_accept_is_read_the_same(tmp_path: Path, text: str) -> None:
+    """The two libraries refuse different texts; in those cases, DVC or the stage stops."""
     path = written(tmp_path, f"a: {text}\nb: [1, {text.strip()}]\n")
     try:
         ours, dvcs = read_yaml(path), load_yaml(path)
@@ -274,7 +274,7 @@ def test_what_both_read_is_the_same(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("date", ["2024-01-01", "2024-13-45", "2024-01-01T00:00:00Z"])
-def test_a_date_is_the_text_that_was_written(tmp_path: Path, date: str) -> None:
+def test_date_is_read_as_text(tmp_path: Path, date: str) -> None:
     assert read_yaml(written(tmp_path, f"a: {date}\n{date}: b\n")) == {"a": date, date: "b"}
 
 
@@ -289,6 +289,6 @@ def test_a_date_is_the_text_that_was_written(tmp_path: Path, date: str) -> None:
         "a: &a {b: 1}\nc:\n  <<: *a\n  <<: *a",
     ],
 )
-def test_a_key_twice_is_refused(tmp_path: Path, text: str) -> None:
+def test_duplicate_key_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(yaml.YAMLError, match="found duplicate key"):
         read_yaml(written(tmp_path, text))

@@ -1,4 +1,4 @@
-"""The whole pipeline under DVC, as a user runs it, on a tiny base and a few pairs."""
+"""The whole pipeline under DVC, as users run it, with a tiny base and a few pairs."""
 
 import json
 import os
@@ -96,7 +96,7 @@ STAGES = ["fetch", "preprocess", "train", "evaluate", "export"]
 
 
 class Project:
-    """A clone-like copy of this project, committed to git, with small params."""
+    """A copy of this project like a clone, committed to git, with small params."""
 
     first_output: str
 
@@ -122,18 +122,18 @@ class Project:
         return output
 
     def ran(self, *command: str) -> list[str]:
-        """The stages that a command ran."""
+        """The stages that a command runs."""
         return stages_in(self.call(*command))
 
 
 def stages_in(output: str) -> list[str]:
-    """The stages that DVC ran, by what it said."""
+    """The stages that DVC ran, according to its output."""
     return [stage for stage in STAGES if f"python -m stages.{stage}\n" in output]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, complete: Path) -> Project:
-    """A clone in which everything was run, where much is as it is nowhere else."""
+    """A clone in which all stages have run, in an environment full of unusual values."""
     home = tmp_path_factory.mktemp("canary-home")
     project = Project(
         tmp_path_factory.mktemp("another") / "folder",
@@ -153,7 +153,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, complete: Path) -> Project
 
 
 def fill(project: Project, complete: Path) -> None:
-    """Make the folder what a clone of a small project would be, with the inputs of `complete`."""
+    """Fill the folder like a clone of a small project, with the inputs of `complete`."""
     folder = project.folder
     ignore = shutil.ignore_patterns("__pycache__")
     for source, names in ((ROOT, CODE), (complete, INPUTS)):
@@ -180,28 +180,28 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_the_outputs_are_exactly_these(project: Project) -> None:
+def test_outputs_are_exactly_these(project: Project) -> None:
     assert {name: tree(project.folder / name) for name in OUTPUTS} == OUTPUTS
 
 
-def test_an_edit_of_an_output_leaves_the_cache_alone(project: Project) -> None:
-    """A superuser may write to files that are read-only: none is the cache's own."""
+def test_editing_an_output_does_not_change_the_cache(project: Project) -> None:
+    """No output is a hard link to the cache, because a superuser can write to read-only files."""
     files = [path for name in OUTPUTS for path in (project.folder / name).rglob("*")]
     assert {path.stat().st_nlink for path in files if path.is_file()} == {1}
 
 
-def test_nothing_is_left_beside_the_outputs(project: Project) -> None:
+def test_nothing_but_outputs_is_left(project: Project) -> None:
     assert names(project.folder / "data") == {"corpus", "raw", "sets", "tokenized"}
     models = {"adapter", "base", "checkpoints", "export"}
     assert names(project.folder / "models") == models | {".gitignore"}
     assert project.call("git", "status", "--short") == ""
 
 
-def test_a_second_run_runs_nothing(project: Project) -> None:
+def test_second_run_runs_nothing(project: Project) -> None:
     assert project.ran("dvc", "repro") == []
 
 
-def test_elsewhere_the_bytes_are_the_same_and_nothing_tells_of_the_place(
+def test_bytes_are_the_same_elsewhere_and_do_not_reveal_the_place(
     project: Project, complete: Path, tmp_path: Path
 ) -> None:
     """Another folder, home, token and hash seed, and processes of their own."""
@@ -222,7 +222,7 @@ def test_elsewhere_the_bytes_are_the_same_and_nothing_tells_of_the_place(
         assert str(project.folder).encode() not in content
 
 
-def test_another_rank_trains_evaluates_and_exports_only(project: Project) -> None:
+def test_another_lora_rank_reruns_only_train_evaluate_and_export(project: Project) -> None:
     command = ("dvc", "exp", "run", "--set-param", "lora.r=2")
     assert project.ran(*command) == ["train", "evaluate", "export"]
     shown = json.loads(project.call("dvc", "exp", "show", "--json"))
@@ -231,7 +231,7 @@ def test_another_rank_trains_evaluates_and_exports_only(project: Project) -> Non
     project.call("dvc", "checkout", "--quiet")
 
 
-def test_plots_open_without_a_network(project: Project) -> None:
+def test_plots_need_no_network(project: Project) -> None:
     shutil.copytree(ROOT / ".dvc" / "plots", project.folder / ".dvc" / "plots")
     project.call(sys.executable, ".dvc/plots/make_page.py")
     project.call("dvc", "plots", "show", "--out", "plots_here")
@@ -242,7 +242,7 @@ def test_plots_open_without_a_network(project: Project) -> None:
     shutil.rmtree(project.folder / "plots_here")
 
 
-def test_a_fault_is_one_sentence_under_dvc(project: Project) -> None:
+def test_fault_is_one_sentence_under_dvc(project: Project) -> None:
     params = project.folder / "params.yaml"
     before = params.read_text(encoding="utf-8")
     params.write_text(before.replace("max_length: 2040", "max_length: -1"), encoding="utf-8")
@@ -254,7 +254,7 @@ def test_a_fault_is_one_sentence_under_dvc(project: Project) -> None:
     project.call("dvc", "checkout", "--quiet")
 
 
-def test_a_registered_model_is_had_by_its_version(project: Project, tmp_path: Path) -> None:
+def test_registered_model_can_be_downloaded_by_version(project: Project, tmp_path: Path) -> None:
     project.call("gto", "register", "reward-model", "--version", "v1.0.0")
     project.call("gto", "assign", "reward-model", "--version", "v1.0.0", "--stage", "prod")
     got = [("v", "--rev", "v1.0.0"), ("p", "--stage", "prod")]

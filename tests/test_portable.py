@@ -1,4 +1,4 @@
-"""The exported tokenizer: a pad token of its own, a chat template that renders what is read."""
+"""The exported tokenizer: its own pad token, and a chat template that renders training texts."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Made = Callable[..., Path]
 
 @pytest.fixture
 def tokenizer_of(tiny_base: Path, tmp_path: Path) -> Made:
-    """A folder with the embedded tokenizer, with further special tokens and other settings."""
+    """A folder with the embedded tokenizer, with extra special tokens and other settings."""
 
     def make(tokens: tuple[str, ...] = (), bos: bool = False, **config: Any) -> Path:
         folder = tmp_path / "source"
@@ -60,7 +60,7 @@ def template_of(folder: Path, text: str = PLAIN, append_eos: bool = False) -> Te
     return Template.of(text, append_eos, 64, folder)
 
 
-def dressed(source: Path, template: Template, rows: int) -> tuple[Path, Pad]:
+def prepared(source: Path, template: Template, rows: int) -> tuple[Path, Pad]:
     folder = source.with_name("exported")
     folder.mkdir()
     tokenizer = prepare_tokenizer(source, template, rows)
@@ -72,21 +72,21 @@ def dressed(source: Path, template: Template, rows: int) -> tuple[Path, Pad]:
 # --- the pad token ---------------------------------------------------------------------------
 
 
-def test_a_pad_token_of_its_own_is_kept(tokenizer_of: Made) -> None:
+def test_own_pad_token_is_kept(tokenizer_of: Made) -> None:
     source = tokenizer_of(("<pad>",), pad_token="<pad>")
-    _, pad = dressed(source, template_of(source), rows_of(source) + 5)
+    _, pad = prepared(source, template_of(source), rows_of(source) + 5)
     assert pad == Pad("<pad>", 4096, 4102)
 
 
 @pytest.mark.parametrize("own", ["<|endoftext|>", None, {"content": "<|endoftext|>"}, "<|im_end|>"])
-def test_a_spare_row_takes_a_new_pad_token(tokenizer_of: Made, own: Any) -> None:
-    """Where the tokenizer's own is eos, missing, or stands in the chat template."""
+def test_new_pad_token_uses_a_spare_row(tokenizer_of: Made, own: Any) -> None:
+    """The tokenizer's own pad token is EOS, missing, or used in the chat template."""
     source = tokenizer_of(pad_token=own)
-    _, pad = dressed(source, template_of(source), 4100)
+    _, pad = prepared(source, template_of(source), 4100)
     assert pad == Pad(PAD, 4096, 4100)
 
 
-def test_without_a_spare_row_a_special_token_that_nothing_uses_is_the_pad(
+def test_unused_special_token_is_the_pad_without_a_spare_row(
     tokenizer_of: Made,
 ) -> None:
     source = tokenizer_of(("<bos>", "<unk>", "<in_template>", "<free>", "<free_too>"))
@@ -95,31 +95,31 @@ def test_without_a_spare_row_a_special_token_that_nothing_uses_is_the_pad(
         source / "tokenizer_config.json", read_json(source / "tokenizer_config.json") | config
     )
     template = template_of(source, "<in_template>{prompt}{answer}")
-    _, pad = dressed(source, template, rows_of(source))
+    _, pad = prepared(source, template, rows_of(source))
     assert pad == Pad("<free>", 4099, 4101)
 
 
-def test_without_that_the_embeddings_get_a_row(tokenizer_of: Made) -> None:
+def test_embeddings_get_an_extra_row_as_a_last_resort(tokenizer_of: Made) -> None:
     source = tokenizer_of()
-    _, pad = dressed(source, template_of(source), 4096)
+    _, pad = prepared(source, template_of(source), 4096)
     assert pad == Pad(PAD, 4096, 4097)
 
 
-def test_a_token_that_the_tokenizer_adds_is_no_pad(tokenizer_of: Made) -> None:
+def test_token_added_by_the_tokenizer_is_not_the_pad(tokenizer_of: Made) -> None:
     source = tokenizer_of(bos=True, chat_template=None)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     config = read_json(source / "tokenizer_config.json")
     assert find_pad(tokenizer, config, template_of(source), 4096).token == "<|im_end|>"
 
 
-def test_a_row_that_the_embeddings_lack_is_no_pad(tokenizer_of: Made) -> None:
+def test_token_without_an_embedding_row_is_not_the_pad(tokenizer_of: Made) -> None:
     source = tokenizer_of(("<pad>",), pad_token="<pad>")
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     config = read_json(source / "tokenizer_config.json")
     assert find_pad(tokenizer, config, template_of(source), 4096) == Pad(PAD, 4097, 4098)
 
 
-# --- what loaders read -----------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,13 @@ def test_a_row_that_the_embeddings_lack_is_no_pad(tokenizer_of: Made) -> None:
 @pytest.mark.parametrize("append_eos", [False, True])
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("roles", [("user", "assistant"), ("query", "document")])
-def test_the_chat_template_gives_the_ids_of_training(
+def test_chat_template_gives_the_ids_of_training(
     tokenizer_of: Made, name: str, append_eos: bool, bos: bool, roles: tuple[str, str]
 ) -> None:
     source = tokenizer_of(bos=bos)
     template = template_of(source, name, append_eos)
     encoder = Encoder(source, template)
-    folder, _ = dressed(source, template, 4096)
+    folder, _ = prepared(source, template, 4096)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for texts in TEXTS:
         rendered = encoder.render((("user", texts[0]),), (("assistant", texts[1]),))
@@ -172,13 +172,13 @@ CONVERSATIONS: list[tuple[list[Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("name", ["zh", SYSTEM, "{system}\n{prompt}{answer}", "chat"])
 @pytest.mark.parametrize("append_eos", [False, True])
-def test_the_chat_template_renders_and_refuses_what_training_does(
+def test_chat_template_renders_and_refuses_the_same_as_training(
     tokenizer_of: Made, name: str, append_eos: bool
 ) -> None:
     source = tokenizer_of(bos=name == SYSTEM)
     template = template_of(source, name, append_eos)
     encoder = Encoder(source, template)
-    folder, _ = dressed(source, template, 4096)
+    folder, _ = prepared(source, template, 4096)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def trained(messages: list[Any], more: dict[str, Any]) -> Any:
@@ -196,16 +196,16 @@ def test_the_chat_template_renders_and_refuses_what_training_does(
 
     rendered = 0
     for messages, more in CONVERSATIONS:
-        # What records refuse whatever the template is not the chat template's to refuse.
+        # With `chat`, some of these are refused by record checks, not by the chat template.
         if (wanted := trained(messages, more)) is not None or name != "chat":
             assert exported(messages, more) == wanted, messages
             rendered += wanted is not None
     assert rendered == {"zh": 3, "chat": 12}.get(name, 4)
 
 
-def test_a_prompt_without_an_answer_is_rendered_for_a_policy_alone(tokenizer_of: Made) -> None:
+def test_prompt_without_an_answer_is_rendered_only_for_a_policy(tokenizer_of: Made) -> None:
     source = tokenizer_of()
-    folder, _ = dressed(source, template_of(source, SYSTEM), 4096)
+    folder, _ = prepared(source, template_of(source, SYSTEM), 4096)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for prompt, text in (([U], "问:u\n\n答:"), ([S, U], "<s>\n\n问:u\n\n答:")):
         asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
@@ -217,7 +217,7 @@ def test_a_prompt_without_an_answer_is_rendered_for_a_policy_alone(tokenizer_of:
 
 
 def with_spaces(folder: Path) -> Tokenizer:
-    """A tokenizer that puts a space before a text, but not behind a special token within it."""
+    """A tokenizer that adds a space before a text, but not after a special token inside it."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     trainer = BpeTrainer(special_tokens=["<s>", "<unk>"], show_progress=False)
@@ -231,12 +231,12 @@ def with_spaces(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def test_a_space_before_texts_is_kept_behind_the_first_token(tmp_path: Path) -> None:
+def test_space_before_texts_is_kept_after_the_first_token(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     with_spaces(source).save(str(source / "tokenizer.json"))
     template = template_of(source)
-    folder, _ = dressed(source, template, 4096)
+    folder, _ = prepared(source, template, 4096)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for prompt, answer in TEXTS:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -244,7 +244,7 @@ def test_a_space_before_texts_is_kept_behind_the_first_token(tmp_path: Path) -> 
         assert [found] == Encoder(source, template).encode([f"问:{prompt}\n\n答:{answer}"])
 
 
-def test_a_tokenizer_that_no_chat_template_can_follow_is_a_sentence(tmp_path: Path) -> None:
+def test_tokenizer_that_no_chat_template_can_match_is_reported(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     tokenizer = with_spaces(source)
@@ -253,12 +253,12 @@ def test_a_tokenizer_that_no_chat_template_can_follow_is_a_sentence(tmp_path: Pa
     with pytest.raises(
         Fault, match=r"gives '问:a.*different ids after '<s>'.*set preprocess.template"
     ):
-        dressed(source, template_of(source), 4096)
+        prepared(source, template_of(source), 4096)
 
 
-def test_a_text_that_ends_in_eos_gets_no_second_one(tokenizer_of: Made) -> None:
+def test_text_that_ends_in_eos_gets_no_second_one(tokenizer_of: Made) -> None:
     source = tokenizer_of()
-    folder, _ = dressed(source, template_of(source, append_eos=True), 4096)
+    folder, _ = prepared(source, template_of(source, append_eos=True), 4096)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b<|endoftext|>"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "问:a\n\n答:b<|endoftext|>"
@@ -266,18 +266,18 @@ def test_a_text_that_ends_in_eos_gets_no_second_one(tokenizer_of: Made) -> None:
     assert generated == "问:a\n\n答:"
 
 
-def test_the_exported_tokenizer_gives_the_same_ids_to_our_encoder(tokenizer_of: Made) -> None:
+def test_our_encoder_gives_the_same_ids_with_the_exported_tokenizer(tokenizer_of: Made) -> None:
     source = tokenizer_of()
     template = template_of(source)
-    folder, _ = dressed(source, template, 4096)
+    folder, _ = prepared(source, template, 4096)
     texts = [" ".join(text) for text in TEXTS]
     exported = Template.load(folder / "template.json")
     assert Encoder(folder, exported).encode(texts) == Encoder(source, template).encode(texts)
 
 
-def test_loaders_pad_on_the_right_and_cut_on_the_left_at_the_maximum(tokenizer_of: Made) -> None:
+def test_loaders_pad_on_the_right_and_truncate_on_the_left(tokenizer_of: Made) -> None:
     source = tokenizer_of()
-    folder, pad = dressed(source, template_of(source), 4096)
+    folder, pad = prepared(source, template_of(source), 4096)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     long = " ".join(map(str, range(100)))
     whole = tokenizer(long)["input_ids"]
@@ -287,7 +287,7 @@ def test_loaders_pad_on_the_right_and_cut_on_the_left_at_the_maximum(tokenizer_o
     assert tokenizer.pad_token_id == pad.id != tokenizer.eos_token_id
 
 
-def test_a_literal_of_jinja_is_the_text() -> None:
+def test_jinja_literal_renders_to_the_text() -> None:
     from jinja2 import Environment
 
     for text in ("a\"b'c\\d\n\t\r\x07 {{ }} {% %}", "问 é \U0001f468 \u2028", ""):
@@ -296,8 +296,8 @@ def test_a_literal_of_jinja_is_the_text() -> None:
         assert json.loads(portable.literal(text)) == text
 
 
-def test_the_embedded_tokenizer_has_no_pad_of_its_own(tiny_base: Path) -> None:
-    """What the rule is for: pad is eos, and all other special tokens stand in the chat template."""
+def test_embedded_tokenizer_has_no_pad_of_its_own(tiny_base: Path) -> None:
+    """Its pad is EOS, and its chat template uses all other special tokens."""
     config = read_json(tiny_base / "tokenizer_config.json")
     assert config["pad_token"] == config["eos_token"] == embedded.SPECIAL[0]
     assert all(token in config["chat_template"] for token in embedded.SPECIAL[1:])
