@@ -1,4 +1,4 @@
-"""The stage preprocess: what it writes, what it counts, and when it stops."""
+"""The preprocess stage: what it writes, what it counts, and when it stops."""
 
 import argparse
 import gzip
@@ -74,10 +74,10 @@ def pair(index: int, **changes: Any) -> dict[str, Any]:
     return {"prompt": f"question {index}", "chosen": "good", "rejected": "bad"} | changes
 
 
-# --- what it writes --------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------
 
 
-def test_every_pair_is_written_with_the_articles_ids(data: Path) -> None:
+def test_every_pair_is_written_with_the_ids_of_the_article(data: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(preprocess.BASE)
@@ -143,7 +143,7 @@ def test_metrics_match_what_was_written() -> None:
     assert metrics["truncated"] == 0
 
 
-def test_kept_columns_of_some_records_are_null_in_the_others(data: Path) -> None:
+def test_columns_of_some_records_are_null_in_the_others(data: Path) -> None:
     rewrite(data, [pair(0, source="web", id="7"), *map(pair, range(1, 20))])
     run()
     rows = [row for part in written().values() for row in part]
@@ -154,7 +154,7 @@ def test_kept_columns_of_some_records_are_null_in_the_others(data: Path) -> None
 
 
 @pytest.mark.usefixtures("data")
-def test_batches_do_not_show_in_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     run()
     whole = written()
     monkeypatch.setattr(preprocess, "BATCH_CHARACTERS", 200)
@@ -162,7 +162,7 @@ def test_batches_do_not_show_in_the_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert written() == whole
 
 
-def test_order_of_records_and_files_does_not_move_a_prompt(data: Path) -> None:
+def test_split_of_a_prompt_does_not_depend_on_the_order_of_records(data: Path) -> None:
     def split_of() -> dict[str, str]:
         return {row["id"]: name for name, rows in written().items() for row in rows}
 
@@ -173,7 +173,7 @@ def test_order_of_records_and_files_does_not_move_a_prompt(data: Path) -> None:
     assert split_of() == first
 
 
-def test_folder_of_every_format_is_one_set(
+def test_folder_with_every_format_is_one_data_set(
     data: Path, workspace: Path, set_params: SetParams
 ) -> None:
     import pyarrow as pa
@@ -195,7 +195,7 @@ def test_folder_of_every_format_is_one_set(
 # --- the splits ------------------------------------------------------------------------------
 
 
-def test_no_prompt_stands_in_two_splits_whatever_its_form(data: Path) -> None:
+def test_no_prompt_appears_in_two_splits_whatever_its_form(data: Path) -> None:
     as_messages = [
         pair(i, prompt=[{"role": "user", "content": f"question {i}"}], chosen="better")
         for i in range(20)
@@ -214,7 +214,7 @@ def test_separate_test_set_is_the_test_split(workspace: Path, set_params: SetPar
 
 
 @pytest.mark.parametrize("changes", [{}, {"chosen": "bad", "rejected": "good"}, {"chosen": "fine"}])
-def test_training_records_with_a_prompt_of_the_test_set_are_listed_or_left_out(
+def test_training_records_with_a_test_prompt_are_listed_or_left_out(
     data: Path, workspace: Path, set_params: SetParams, changes: dict[str, str]
 ) -> None:
     rewrite(data, [pair(i) for i in range(20)])
@@ -243,7 +243,7 @@ def dialogue(index: int, turns: int) -> dict[str, Any]:
     }
 
 
-def test_dialogues_that_go_on_stay_in_one_split(data: Path, set_params: SetParams) -> None:
+def test_continued_dialogues_stay_in_one_split(data: Path, set_params: SetParams) -> None:
     rewrite(data, [dialogue(index, turns) for turns in (3, 1, 2) for index in range(15)])
     set_params("preprocess", template="chat")
     metrics = run()
@@ -260,9 +260,7 @@ def vote(index: int, annotator: str, reverse: bool = False) -> dict[str, Any]:
     return pair(index, chosen=answers[0], rejected=answers[1], annotator=annotator)
 
 
-def test_votes_are_merged_into_the_share_that_prefers_the_answer_of_most(
-    data: Path, set_params: SetParams
-) -> None:
+def test_votes_are_merged_into_the_share_of_the_majority(data: Path, set_params: SetParams) -> None:
     votes = [vote(20, name, name in "de") for name in "abcde"]
     lost = [vote(21, name, name in "bcd") for name in "abcd"]
     even = [vote(22, "a"), vote(22, "b", reverse=True)]
@@ -289,35 +287,31 @@ def test_votes_with_an_empty_column_are_votes_on_the_same_pair(data: Path) -> No
     assert run()["merged"] == 8
 
 
-def test_what_is_called_like_a_split_is_not_trained_on(
-    workspace: Path, set_params: SetParams
-) -> None:
+def test_file_named_like_a_split_is_not_trained_on(workspace: Path, set_params: SetParams) -> None:
     folder_of(workspace, set_params, pairs=[*map(pair, range(20))], testset=[pair(30)])
     assert "mine/testset.json is named like a test or validation set, but would" in fault()
     (workspace / "mine" / "dataset.yaml").write_text("testset.json: {split: test}\n")
     assert run()["pairs"]["test"] == 1
 
 
-def test_another_ending_of_dataset_yaml_is_a_fault(workspace: Path, set_params: SetParams) -> None:
+def test_dataset_yml_is_a_fault(workspace: Path, set_params: SetParams) -> None:
     folder = folder_of(workspace, set_params, pairs=[*map(pair, range(20))])
     (folder / "dataset.yml").write_text("pairs.json: {seed: 1}\n")
     assert "mine/dataset.yml is not read, rename it to dataset.yaml" in fault()
 
 
-def test_a_condition_that_matches_nothing_is_a_fault(
-    workspace: Path, set_params: SetParams
-) -> None:
+def test_condition_that_matches_nothing_is_a_fault(workspace: Path, set_params: SetParams) -> None:
     folder = folder_of(workspace, set_params, pairs=[*map(pair, range(20))])
     (folder / "dataset.yaml").write_text("pairs.json: {where: {prompt: nothing}}\n")
     assert "mine/pairs.json: where (prompt) matches none of its 20 records" in fault()
 
 
-def test_records_that_differ_in_no_other_column_are_no_votes(data: Path) -> None:
+def test_records_that_differ_in_no_other_column_are_not_votes(data: Path) -> None:
     rewrite(data, [*map(pair, range(20)), pair(3), pair(4, chosen="bad", rejected="good")])
     assert "bad records: 2 contradiction, 1 duplicate" in fault()
 
 
-def test_a_number_of_the_record_is_not_an_annotator(data: Path, set_params: SetParams) -> None:
+def test_record_number_is_not_an_annotator(data: Path, set_params: SetParams) -> None:
     found = [pair(i % 20, id=str(i), kind="rude" if i % 2 else "short") for i in range(20)]
     found += [pair(7, id="20", kind="rude", chosen="bad", rejected="good")]
     rewrite(data, found)
@@ -329,7 +323,9 @@ def test_a_number_of_the_record_is_not_an_annotator(data: Path, set_params: SetP
     assert (figures["votes"], figures["dropped"]) == (0, {"contradiction": 2, "duplicate": 2})
 
 
-def test_files_of_a_mapped_folder_are_no_annotators(workspace: Path, set_params: SetParams) -> None:
+def test_files_of_a_mapped_folder_are_not_annotators(
+    workspace: Path, set_params: SetParams
+) -> None:
     other = [pair(3), pair(4, chosen="bad", rejected="good")]
     folder = folder_of(workspace, set_params, one=[*map(pair, range(20))], two=other)
     (folder / "dataset.yaml").write_text("two.json: {source: another}\n")
@@ -337,7 +333,7 @@ def test_files_of_a_mapped_folder_are_no_annotators(workspace: Path, set_params:
 
 
 def folder_of(workspace: Path, set_params: SetParams, **contents: list[dict[str, Any]]) -> Path:
-    """A folder as preprocess.data, with a file for each list of records."""
+    """Use a folder with a file for each list of records as preprocess.data."""
     folder = workspace / "mine"
     folder.mkdir()
     for name, found in contents.items():
@@ -346,7 +342,7 @@ def folder_of(workspace: Path, set_params: SetParams, **contents: list[dict[str,
     return folder
 
 
-def test_files_called_test_and_validation_are_those_splits(
+def test_files_named_test_and_validation_are_those_splits(
     workspace: Path, set_params: SetParams
 ) -> None:
     parts = {"train": range(10), "validation": range(10, 12), "test": range(12, 15)}
@@ -360,7 +356,7 @@ def test_files_called_test_and_validation_are_those_splits(
     )
 
 
-def test_prompts_are_split_where_only_one_of_the_splits_is_a_file(
+def test_prompts_are_split_if_only_one_split_is_a_file(
     workspace: Path, set_params: SetParams
 ) -> None:
     folder_of(workspace, set_params, pairs=[*map(pair, range(20))], test=[pair(30), pair(31)])
@@ -379,7 +375,7 @@ def test_prompt_of_a_split_file_in_the_other_data_is_a_fault(
     assert fault() == f"{said}to leave them out set preprocess.on_bad_record to drop"
 
 
-def test_a_prompt_of_a_file_for_training_is_never_held_out(
+def test_prompt_of_a_training_file_is_never_held_out(
     workspace: Path, set_params: SetParams
 ) -> None:
     shared = [pair(i, chosen="better") for i in range(20)]
@@ -394,7 +390,7 @@ def test_a_prompt_of_a_file_for_training_is_never_held_out(
     assert {row["source"] for row in parts["train"]} == {"first", "more"}
 
 
-def test_a_ranking_is_a_row_for_each_comparison_and_its_answers_are_tokenized_once(
+def test_ranking_has_a_row_per_comparison_and_tokenizes_answers_once(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = ["first", "second", "third", "fourth"]
@@ -430,7 +426,7 @@ def test_a_ranking_is_a_row_for_each_comparison_and_its_answers_are_tokenized_on
     assert [json.loads(each)[0]["content"] for each in rows["response"]] == answers * 4
 
 
-def test_grades_of_records_are_those_of_the_rows(data: Path) -> None:
+def test_rows_have_the_grades_of_their_records(data: Path) -> None:
     graded = [
         pair(i, preference=i / 40, weight=1 + i % 3) | ({"margin": 2} if i in (0, 40) else {})
         for i in range(41)
@@ -450,7 +446,7 @@ def test_grades_of_records_are_those_of_the_rows(data: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"preference": 0.5}, {"preference": 0.8}, {"preference": 0}])
-def test_records_that_judge_the_same_answers_otherwise_are_contradictions(
+def test_records_that_judge_the_same_answers_differently_are_contradictions(
     data: Path, other: dict[str, Any]
 ) -> None:
     alike = {"chosen": pair(1)["rejected"], "rejected": pair(1)["chosen"], "preference": 0}
@@ -460,13 +456,13 @@ def test_records_that_judge_the_same_answers_otherwise_are_contradictions(
     assert "1 duplicate" in fault()
 
 
-def test_a_split_of_ties_alone_is_a_fault(workspace: Path, set_params: SetParams) -> None:
+def test_split_of_only_ties_is_a_fault(workspace: Path, set_params: SetParams) -> None:
     ties = [pair(30 + i, preference=0.5) for i in range(3)]
     folder_of(workspace, set_params, pairs=[*map(pair, range(20))], test=ties)
     assert "no pairs left for test out of 23 except ties; expected more prompts" in fault()
 
 
-def test_an_answer_that_is_too_long_takes_its_comparisons_with_it(
+def test_answer_that_is_too_long_is_dropped_with_its_comparisons(
     data: Path, set_params: SetParams
 ) -> None:
     ranked = {"answers": ["good", "bad", "x " * 400], "ranks": [1, 2, 3]}
@@ -497,7 +493,7 @@ def test_ties_are_kept_and_counted(data: Path, capsys: pytest.CaptureFixture[str
     assert "\ngraded     10 pairs are ties, 0 have a preference that is not certain\n" in said
 
 
-def test_each_file_is_said_with_its_form(
+def test_each_file_is_reported_with_its_form(
     workspace: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder_of(workspace, set_params, a=[*map(pair, range(20))], test=[pair(30)])
@@ -519,7 +515,7 @@ def test_too_few_prompts_for_three_splits_is_a_fault(data: Path) -> None:
 
 
 def bad_records() -> list[Any]:
-    """Good and bad records, with every reason to drop once."""
+    """Good and bad records, with every reason for dropping once."""
     return [
         *map(pair, range(20)),
         {"prompt": "question 21", "chosen": "good"},
@@ -565,8 +561,8 @@ def test_bad_records_are_dropped_and_counted_by_reason(
     ]
 
 
-def test_the_ten_faults_listed_are_the_first_of_all(workspace: Path, set_params: SetParams) -> None:
-    """Late reasons and lines of a second file do not push out earlier places, nor the reverse."""
+def test_first_ten_faults_are_listed(workspace: Path, set_params: SetParams) -> None:
+    """They are the first by place, whatever the check that found them, and across files."""
     folder = workspace / "many"
     folder.mkdir()
     kinds: list[Callable[[int], Any]] = [
@@ -585,7 +581,7 @@ def test_the_ten_faults_listed_are_the_first_of_all(workspace: Path, set_params:
     assert places == [*expected, ["many/b.json", "record 1"]]
 
 
-def test_nothing_left_is_a_fault_that_lists_the_reasons(data: Path, set_params: SetParams) -> None:
+def test_fault_lists_the_reasons_if_nothing_is_left(data: Path, set_params: SetParams) -> None:
     rewrite(data, [pair(0, chosen="bad"), 3])
     set_params("preprocess", on_bad_record="drop")
     message = fault()
@@ -598,7 +594,7 @@ def test_broken_file_leaves_no_output(data: Path) -> None:
     assert "record 40: broken JSON" in fault()
 
 
-# --- texts that are too long -----------------------------------------------------------------
+# --- long texts ------------------------------------------------------------------------------
 
 
 def long_records() -> list[dict[str, Any]]:
@@ -626,7 +622,7 @@ def test_long_texts_are_dropped_and_counted(data: Path, set_params: SetParams) -
     assert metrics["length"]["max"] <= 40
 
 
-def test_dropped_long_texts_take_no_place_among_the_faults(
+def test_dropped_long_texts_are_not_listed_among_the_faults(
     data: Path, set_params: SetParams
 ) -> None:
     long = [pair(i, prompt=f"{i} why " * 50) for i in range(15)]
@@ -637,7 +633,7 @@ def test_dropped_long_texts_take_no_place_among_the_faults(
     assert "record 16: identical_answers" in lines[0]
 
 
-def test_long_prompts_are_cut_and_counted(
+def test_long_prompts_are_truncated_and_counted(
     data: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite(data, long_records())
@@ -688,7 +684,7 @@ def test_fault_is_one_sentence_and_status_1(set_params: SetParams) -> None:
     assert result.stderr == wanted
 
 
-def test_the_first_training_pair_is_shown_as_the_model_sees_it(
+def test_first_training_pair_is_shown_as_the_model_sees_it(
     data: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite(data, [pair(index, rejected="bad\n" * 300) for index in range(20)])
@@ -701,9 +697,7 @@ def test_the_first_training_pair_is_shown_as_the_model_sees_it(
     assert len(rejected) == 11 + preprocess.EXAMPLE_CHARACTERS + len(" ... ")
 
 
-def test_answers_of_the_test_prompts_keep_their_words_and_training_does_without(
-    data: Path, set_params: SetParams
-) -> None:
+def test_texts_of_answers_are_kept_only_for_test_prompts(data: Path, set_params: SetParams) -> None:
     rewrite(data, [dialogue(index, 1 + index % 2) for index in range(20)])
     set_params("preprocess", template="chat")
     run()
@@ -725,7 +719,7 @@ def test_answers_of_the_test_prompts_keep_their_words_and_training_does_without(
             assert ids == row[f"input_ids_{side}"]
 
 
-def test_answers_of_scattered_records_are_gathered_by_their_prompts(
+def test_answers_of_scattered_records_are_grouped_by_prompt(
     data: Path, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = [pair(i, chosen=f"good {n}") for n in range(8) for i in range(40)]
@@ -755,10 +749,10 @@ def test_several_messages_are_shown_with_their_roles() -> None:
     assert shown(as_json(turns)) == "user: a\n\nassistant: b\ntool_calls: [1]"
 
 
-# --- what is named ---------------------------------------------------------------------------
+# --- messages --------------------------------------------------------------------------------
 
 
-def test_what_a_folder_has_besides_is_named(
+def test_other_files_in_a_folder_are_named(
     data: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("README.md", ".gitignore", "pairs.json.dvc", "notes.xlsx", "more.jsonl.zst"):
@@ -769,7 +763,7 @@ def test_what_a_folder_has_besides_is_named(
     assert "not read   more.jsonl.zst, notes.xlsx, older/ in data/raw\n" in capsys.readouterr().out
 
 
-def test_a_fault_names_no_parameter_that_is_set_already(data: Path, set_params: SetParams) -> None:
+def test_fault_suggests_no_parameter_that_is_already_set(data: Path, set_params: SetParams) -> None:
     rewrite(data, [pair(1, chosen="x " * 3000), pair(2, chosen="")])
     set_params("preprocess", on_bad_record="drop", over_length="drop")
     said = fault()
@@ -777,11 +771,11 @@ def test_a_fault_names_no_parameter_that_is_set_already(data: Path, set_params: 
     assert "; for long ones set preprocess.over_length to truncate_prompt" in said
 
 
-# --- its benchmark ---------------------------------------------------------------------------
+# --- the benchmark ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", benchmark.TEMPLATES)
-def test_the_benchmark_makes_a_folder_that_the_stage_reads(
+def test_benchmark_makes_a_folder_that_the_stage_reads(
     template: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = argparse.Namespace(seed=0, tokenizer=tiny_base)

@@ -1,4 +1,4 @@
-"""A stage's process: one sentence for a fault, no exit 0 when interrupted, never an orphan."""
+"""The process of a stage: a fault is one sentence, interrupts never exit with 0, no orphans."""
 
 import math
 import os
@@ -23,7 +23,7 @@ def main():
 
 run(main)
 """
-# What `python -m stages.stage` has on its command line, by which a command of ours is known.
+# The command line of `python -m stages.stage`, by which our commands are recognized.
 AS_COMMAND = ("-m", "stages.stage")
 
 
@@ -40,24 +40,24 @@ def start(tmp_path: Path, body: str, **environment: str) -> "subprocess.Popen[st
 
 
 def interruptible() -> None:
-    """Have a child end by SIGINT: tests that run in a shell's background hand down to ignore it."""
+    """Make SIGINT kill a child: shell background jobs ignore it, which children inherit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_a_fault_is_its_sentence_and_status_1(tmp_path: Path) -> None:
+def test_fault_prints_one_sentence_and_exits_with_1(tmp_path: Path) -> None:
     stage = start(tmp_path, 'raise Fault("file: found this, wanted that")')
     assert stage.communicate() == ("begun\n", "file: found this, wanted that\n")
     assert stage.returncode == 1
 
 
-def test_a_bug_shows_its_traceback(tmp_path: Path) -> None:
+def test_bug_shows_its_traceback(tmp_path: Path) -> None:
     stage = start(tmp_path, "1 / 0")
     assert "Traceback" in stage.communicate()[1]
     assert stage.returncode == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_stage_never_exits_0(tmp_path: Path, number: signal.Signals) -> None:
+def test_interrupted_stage_never_exits_with_0(tmp_path: Path, number: signal.Signals) -> None:
     stage = start(tmp_path, "time.sleep(60)")
     assert stage.stdout
     stage.stdout.readline()
@@ -67,11 +67,11 @@ def test_an_interrupted_stage_never_exits_0(tmp_path: Path, number: signal.Signa
     assert "Traceback" not in errors
 
 
-# The first package that is imported for `python -m`, and a long import after it.
+# The first package that `python -m` imports, followed by a long import.
 IMPORTING = 'import {package}, time\nprint("begun", flush=True)\ntime.sleep(60)\n'
 
 
-def test_a_process_ends_whose_launcher_is_gone_before_it_looks(tmp_path: Path) -> None:
+def test_process_exits_if_its_launcher_is_already_gone(tmp_path: Path) -> None:
     gone = start(tmp_path, "pass")
     gone.communicate()
     environment = {"DVC_ROOT": str(tmp_path), "REWARD_LAUNCHER": f"{gone.pid}"}
@@ -89,8 +89,8 @@ def test_a_process_ends_whose_launcher_is_gone_before_it_looks(tmp_path: Path) -
     ],
     ids=["stage", "importing stage", "importing child"],
 )
-def test_a_process_dies_with_its_parent(tmp_path: Path, code: str, under_dvc: bool) -> None:
-    """A parent that is killed takes it along, as DVC does not; one that is still importing too."""
+def test_process_dies_with_its_parent(tmp_path: Path, code: str, under_dvc: bool) -> None:
+    """It dies even during imports, whereas DVC alone would leave it running."""
     (tmp_path / "stage.py").write_text(code, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(tmp_path)}
     if not under_dvc:
@@ -125,7 +125,7 @@ def test_a_process_dies_with_its_parent(tmp_path: Path, code: str, under_dvc: bo
 
 
 def running(process: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is not a zombie."""
     done = subprocess.run(
         ["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False
     )
@@ -147,7 +147,7 @@ def running(process: int) -> bool:
         ({"cpu/cpu.cfs_quota_us": "200000\n"}, math.inf),
     ],
 )
-def test_the_quota_is_that_of_the_cgroup(
+def test_quota_is_read_from_the_cgroup(
     tmp_path: Path, files: dict[str, str], granted: float
 ) -> None:
     for name, content in files.items():
@@ -173,7 +173,7 @@ def test_the_quota_is_that_of_the_cgroup(
         ),
     ],
 )
-def test_free_memory_is_that_of_machine_and_cgroup(
+def test_free_memory_is_limited_by_machine_and_cgroup(
     tmp_path: Path, files: dict[str, str], free: float
 ) -> None:
     for name, content in files.items():
@@ -191,7 +191,7 @@ def test_free_memory_is_that_of_machine_and_cgroup(
         ({0, 1}, 0.2, 1),
     ],
 )
-def test_processors_are_those_of_the_affinity_within_the_quota(
+def test_processors_are_limited_by_affinity_and_quota(
     monkeypatch: pytest.MonkeyPatch, affinity: set[int], quota: float, granted: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity, raising=False)
@@ -199,7 +199,7 @@ def test_processors_are_those_of_the_affinity_within_the_quota(
     assert process.processors() == granted
 
 
-def test_where_there_is_no_affinity_all_processors_are_granted(
+def test_all_processors_are_granted_without_affinity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
@@ -209,7 +209,7 @@ def test_where_there_is_no_affinity_all_processors_are_granted(
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
-def test_a_child_that_may_use_one_processor_has_one(tmp_path: Path) -> None:
+def test_child_with_an_affinity_for_one_processor_gets_one(tmp_path: Path) -> None:
     one = min(os.sched_getaffinity(0))
     body = f"import os; os.sched_setaffinity(0, {{{one}}}); " + (
         "from reward.process import processors; print(processors())"
@@ -218,7 +218,7 @@ def test_a_child_that_may_use_one_processor_has_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("asked", "found"), [("3", 3), ("", 5), ("4,2", 5)])
-def test_threads_are_those_that_are_asked_for_as_everywhere(
+def test_threads_follow_omp_num_threads(
     monkeypatch: pytest.MonkeyPatch, asked: str, found: int
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", asked)

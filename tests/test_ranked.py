@@ -1,4 +1,4 @@
-"""Figures of more than two answers to a prompt, against scipy, scikit-learn and slow loops."""
+"""Metrics of more than two answers to a prompt, against scipy, scikit-learn and slow loops."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ Prompt = tuple[list[float], list[Comparison]]
 
 
 def compared(ranks: list[int]) -> list[Comparison]:
-    """All pairs of answers with these ranks, of which 1 is the best; equal ones tie."""
+    """All comparisons of answers with these ranks; 1 is the best, and equal ranks tie."""
     return [
         (*((a, b) if ranks[a] <= ranks[b] else (b, a)), 0.5 if ranks[a] == ranks[b] else 1.0)
         for a, b in itertools.combinations(range(len(ranks)), 2)
@@ -25,7 +25,7 @@ def compared(ranks: list[int]) -> list[Comparison]:
 
 
 def drawn(seed: int, most: int = 7) -> tuple[list[float], list[int]]:
-    """Rewards and ranks of some answers, with equal ones among both."""
+    """Random rewards and ranks of some answers; both may contain equal values."""
     draw = random.Random(seed)
     count = draw.randint(3, most)
     return (
@@ -40,22 +40,22 @@ def ranking(rewards: list[float], comparisons: list[Comparison]) -> Ranking:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_kendalls_tau_is_that_of_scipy_where_all_pairs_are_compared(seed: int) -> None:
+def test_kendalls_tau_of_all_pairs_matches_scipy(seed: int) -> None:
     rewards, ranks = drawn(seed)
     found = kendall_tau(ranking(rewards, compared(ranks)))
     expected = stats.kendalltau(rewards, [-rank for rank in ranks], variant="b").statistic
     assert found == pytest.approx(0 if np.isnan(expected) else expected)
 
 
-def test_kendalls_tau_of_some_pairs_counts_those_alone() -> None:
-    """Two of three decided pairs are right; one tie is of equal rewards, and one is not."""
+def test_kendalls_tau_counts_only_the_compared_pairs() -> None:
+    """Two of three decided pairs are correct; one tie has equal rewards, the other does not."""
     some = [(0, 1, 1.0), (1, 2, 1.0), (3, 0, 1.0), (3, 4, 0.5), (2, 4, 0.5)]
     found = kendall_tau(ranking([3.0, 2.0, 1.0, 0.0, 0.0], some))
     assert found == pytest.approx((2 - 1) / np.sqrt(3 * 4))
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_ndcg_is_that_of_scikit_learn(seed: int) -> None:
+def test_ndcg_matches_scikit_learn(seed: int) -> None:
     rewards, ranks = drawn(seed)
     won = [0.0] * len(ranks)
     for better, worse, preference in compared(ranks):
@@ -65,7 +65,7 @@ def test_ndcg_is_that_of_scikit_learn(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_best_of_n_is_how_often_a_highest_reward_is_that_of_a_best_answer(seed: int) -> None:
+def test_best_of_n_is_the_share_of_highest_rewards_on_best_answers(seed: int) -> None:
     rewards, ranks = drawn(seed)
     highest = [answer for answer, reward in enumerate(rewards) if reward == max(rewards)]
     hits = [ranks[answer] == min(ranks) for answer in highest]
@@ -73,8 +73,8 @@ def test_best_of_n_is_how_often_a_highest_reward_is_that_of_a_best_answer(seed: 
     assert found == pytest.approx((sum(hits) / len(hits), ranks.count(min(ranks)) / len(ranks)))
 
 
-def test_a_best_answer_is_one_that_no_other_is_preferred_to() -> None:
-    """Answers that were never compared with each other may both be best; a tie beats nobody."""
+def test_best_answers_are_those_to_which_no_other_is_preferred() -> None:
+    """Answers that were never compared with each other may both be best; a tie beats neither."""
     some = [(0, 1, 1.0), (2, 1, 0.75), (2, 3, 0.5)]
     assert best_of_n(ranking([0.0, 1.0, 2.0, -1.0], some)) == (1, 0.75)
     assert best_of_n(ranking([0.0, 3.0, 2.0, -1.0], some)) == (0, 0.75)
@@ -83,7 +83,7 @@ def test_a_best_answer_is_one_that_no_other_is_preferred_to() -> None:
 
 
 def mixed() -> tuple[list[Prompt], Judged]:
-    """Rankings of 3 to 7 answers, and prompts that are none: a pair, and answers that all tie."""
+    """Rankings of 3 to 7 answers, and prompts that are not rankings: pairs, and only ties."""
     some: list[Prompt] = [
         (rewards, compared(ranks)) for rewards, ranks in map(drawn, range(30)) if len({*ranks}) > 1
     ]
@@ -120,7 +120,7 @@ def test_figures_are_means_over_the_prompts_with_rankings() -> None:
     assert found["answers"] == sum(len(rewards) for rewards, _ in some)
 
 
-def test_intervals_are_those_of_resampled_prompts() -> None:
+def test_intervals_match_resampled_prompts() -> None:
     some, judged = mixed()
     values = [kendall_tau(ranking(*each)) for each in some]
     draw = random.Random(0)
@@ -129,7 +129,7 @@ def test_intervals_are_those_of_resampled_prompts() -> None:
     assert (found["low"], found["high"]) == pytest.approx((means[100], means[3900]), abs=0.03)
 
 
-def test_the_best_order_and_its_reverse() -> None:
+def test_figures_of_the_best_order_and_its_reverse() -> None:
     ranks = [1, 2, 3, 4]
     best = rankings(answered([([4.0, 3.0, 2.0, 1.0], compared(ranks))] * 5), RESAMPLING)
     worst = rankings(answered([([1.0, 2.0, 3.0, 4.0], compared(ranks))] * 5), RESAMPLING)
@@ -142,7 +142,7 @@ def test_the_best_order_and_its_reverse() -> None:
     assert (best["accuracy"], worst["accuracy"]) == (1, 0)
 
 
-def test_no_rankings_are_no_figures() -> None:
+def test_no_rankings_give_no_figures() -> None:
     pair, tied = ([1.0, 0.0], [(0, 1, 1.0)]), ([1.0, 0.0, 2.0], compared([1, 1, 1]))
     assert rankings(answered([pair, tied]), RESAMPLING) == {"prompts": 0}
     circle = ([0.0, 1.0, 2.0], [(0, 1, 1.0), (1, 2, 1.0), (2, 0, 1.0)])

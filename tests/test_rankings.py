@@ -1,4 +1,4 @@
-"""Rankings: every answer once, every comparison in one part, the rewards of the right texts."""
+"""Rankings: every answer once, every comparison in one part, and each reward of its own text."""
 
 import random
 from typing import Any
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 def rows_of(seed: int, prompts: int = 4) -> list[Row]:
-    """Comparisons of the answers to some prompts, in no order; most answers are in several."""
+    """Shuffled comparisons of the answers to some prompts; most answers appear in several."""
     draw = random.Random(seed)
     rows = []
     for prompt in range(prompts):
@@ -39,7 +39,7 @@ def slow_prefix(texts: list[list[int]]) -> int:
 
 
 def compared_ids(ranked: list[Ranking]) -> list[tuple[int, list[int], list[int]]]:
-    """The row, j's ids and k's ids of every comparison."""
+    """The row, the ids of j and the ids of k of every comparison."""
     return sorted(
         (each.row, [*ranking.texts.ids[each.j]], [*ranking.texts.ids[each.k]])
         for ranking in ranked
@@ -52,7 +52,7 @@ def expected_ids(rows: list[Row]) -> list[tuple[int, list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_each_answer_is_there_once_and_each_comparison_names_its_two(seed: int) -> None:
+def test_each_answer_appears_once_and_comparisons_refer_to_their_answers(seed: int) -> None:
     rows = rows_of(seed)
     found = rankings(rows)
     assert compared_ids(found) == expected_ids(rows)
@@ -65,7 +65,7 @@ def test_each_answer_is_there_once_and_each_comparison_names_its_two(seed: int) 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("limit", [1, 12, 20, 30, 10**6])
-def test_parts_fit_and_have_every_comparison_once(seed: int, limit: int) -> None:
+def test_parts_fit_and_contain_every_comparison_once(seed: int, limit: int) -> None:
     rows = rows_of(seed)
     parts = [part for ranking in rankings(rows) for part in divided(ranking, limit)]
     assert compared_ids(parts) == expected_ids(rows)
@@ -75,14 +75,14 @@ def test_parts_fit_and_have_every_comparison_once(seed: int, limit: int) -> None
         assert used == {*range(len(part.texts.ids))}
 
 
-def test_a_ranking_that_fits_is_one_part() -> None:
+def test_ranking_that_fits_is_one_part() -> None:
     ranking = rankings(rows_of(seed=0, prompts=1))[0]
     assert divided(ranking, tokens(ranking.texts)) == [ranking]
     assert len(divided(ranking, tokens(ranking.texts) - 1)) > 1
 
 
 def test_parts_of_a_full_ranking_have_many_comparisons_of_few_texts() -> None:
-    """Of 6 answers of which 4 fit: the first four are one part with all of their comparisons."""
+    """If 4 of 6 answers fit, the first four form one part with all of their comparisons."""
     rows = [
         {"prompt_id": "p", "answer_j": j, "answer_k": k}
         | {"input_ids_j": [7, 7, 10 + j], "input_ids_k": [7, 7, 10 + k]}
@@ -97,7 +97,7 @@ def test_parts_of_a_full_ranking_have_many_comparisons_of_few_texts() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("limit", [12, 10**6])
-def test_sides_are_the_rewards_of_the_rows(seed: int, limit: int) -> None:
+def test_sides_have_the_rewards_of_their_rows(seed: int, limit: int) -> None:
     rows = rows_of(seed)
     parts = [part for ranking in rankings(rows) for part in divided(ranking, limit)]
     texts = [ids for part in parts for ids in part.texts.ids]
@@ -109,7 +109,7 @@ def test_sides_are_the_rewards_of_the_rows(seed: int, limit: int) -> None:
     assert sorted(row.tolist()) == [*range(len(rows))]
 
 
-def test_the_gradient_of_a_reward_is_the_sum_over_its_comparisons() -> None:
+def test_gradient_of_a_reward_is_the_sum_over_its_comparisons() -> None:
     [ranking] = rankings(
         [
             {"prompt_id": "p", "answer_j": j, "answer_k": k}

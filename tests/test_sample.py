@@ -1,4 +1,4 @@
-"""The committed sample: reproducible, balanced in length, and free of leaks between prompts."""
+"""The committed sample: reproducible, balanced in length, and without leaks between prompts."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’)）]*$")
 
 
 def load_generator() -> ModuleType:
-    """Import data/raw/generate.py, which belongs to no package."""
+    """Import data/raw/generate.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location("generate", RAW / "generate.py")
     assert spec is not None
     assert spec.loader is not None
@@ -32,7 +32,7 @@ PAIRS: list[dict[str, str]] = json.loads((RAW / "pairs.json").read_text(encoding
 
 
 def texts_by_prompt() -> dict[str, set[str]]:
-    """Each prompt's texts: the prompt itself and every answer to it."""
+    """The texts of each prompt: the prompt itself and every answer to it."""
     texts: dict[str, set[str]] = defaultdict(set)
     for pair in PAIRS:
         texts[pair["prompt"]] |= {pair["prompt"], pair["chosen"], pair["rejected"]}
@@ -74,14 +74,14 @@ def test_prompts_have_five_to_seven_pairs_and_use_both_good_answers() -> None:
     assert {len(answers) for answers in chosen.values()} == {2}
 
 
-def test_kinds_are_evenly_spread() -> None:
+def test_kinds_are_evenly_distributed() -> None:
     counts = Counter((pair["language"], pair["kind"]) for pair in PAIRS)
     assert set(counts) == {(language, kind) for language in LANGUAGES for kind in generate.KINDS}
     assert min(counts.values()) >= 40
 
 
 @pytest.mark.parametrize("languages", [["en"], ["zh"], LANGUAGES])
-def test_length_does_not_tell_the_better_answer(languages: list[str]) -> None:
+def test_length_does_not_predict_the_better_answer(languages: list[str]) -> None:
     share = share_of_longer([pair for pair in PAIRS if pair["language"] in languages])
     assert 0.45 <= share <= 0.55
 
@@ -106,22 +106,22 @@ def test_cut_off_answers_do_not_end_a_sentence() -> None:
     assert [answer for answer in cut_off if SENTENCE_END.search(answer)] == []
 
 
-def test_no_text_serves_two_prompts() -> None:
-    """Whatever the seed of the split, then, no run of eight words stands in two splits."""
+def test_no_text_is_used_for_two_prompts() -> None:
+    """So no run of eight words appears in two splits, whatever the seed of the split."""
     assert generate.shared_runs(texts_by_prompt()) == []
     owners = Counter(text for texts in texts_by_prompt().values() for text in texts)
     assert [text for text, count in owners.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_no_run_of_the_sample_stands_in_the_corpus(language: str) -> None:
+def test_no_run_of_the_sample_appears_in_the_corpus(language: str) -> None:
     sample = [text for texts in texts_by_prompt().values() for text in texts]
     sources = {"sample": sample, "corpus": corpus_paragraphs(language)}
     assert generate.shared_runs(sources) == []
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_no_prompt_occurs_in_the_corpus(language: str) -> None:
+def test_no_prompt_appears_in_the_corpus(language: str) -> None:
     corpus = f" {' '.join(generate.words(' '.join(corpus_paragraphs(language))))} "
     prompts = [" ".join(generate.words(prompt)) for prompt in texts_by_prompt()]
     assert [prompt for prompt in prompts if f" {prompt} " in corpus] == []

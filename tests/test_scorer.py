@@ -1,4 +1,4 @@
-"""Scoring by an exported model: the rewards of a slow loop, whatever the company of a text."""
+"""Scoring with an exported model: rewards match a slow loop, whatever else is in the batch."""
 
 import math
 import random
@@ -38,7 +38,7 @@ def scorer() -> Scorer:
 
 
 def export_with(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> Path:
-    """A copy of the export with another template; the model stays."""
+    """A copy of the export with another template and the same model."""
     shutil.copytree(EXPORT, "changed", dirs_exist_ok=True)
     path = Path("changed/template.json")
     replace(Template.load(path), **changed).save(path)
@@ -55,7 +55,7 @@ def scorer_of(monkeypatch: pytest.MonkeyPatch, name: str, append_eos: bool = Fal
 
 @torch.no_grad()
 def one_by_one(texts: list[str]) -> list[float]:
-    """The reward of every text alone, by the tokenizer and the layers of transformers."""
+    """The reward of each text alone, from the tokenizer and layers of transformers."""
     model, tokenizer = load_exported(EXPORT), AutoTokenizer.from_pretrained(EXPORT)
     with as_in_transformers(model) as classifier:
         found = []
@@ -67,7 +67,7 @@ def one_by_one(texts: list[str]) -> list[float]:
 
 
 def some_prompts(count: int) -> list[tuple[str, list[str]]]:
-    """Prompts with one to six answers of all lengths, some equal, some empty."""
+    """Prompts with one to six answers of various lengths, some equal, some empty."""
     draw = random.Random(3)
     words = ["the", "a", "good", "bad", "answer", "水", "开", "后", "kind,", "word.", "12", "no"]
     return [
@@ -86,7 +86,7 @@ def some_prompts(count: int) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("tokens_per_pack", [1, 60, 4096])
-def test_rewards_are_those_of_every_text_alone(
+def test_rewards_match_each_text_alone(
     scorer: Scorer, tokens_per_pack: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "TOKENS_PER_PACK", tokens_per_pack)
@@ -99,7 +99,7 @@ def test_rewards_are_those_of_every_text_alone(
     assert len(set(found)) > 20
 
 
-def test_rewards_are_the_evaluated_ones(scorer: Scorer) -> None:
+def test_rewards_match_the_evaluation(scorer: Scorer) -> None:
     evaluated = {
         row["id"]: (row["reward_chosen"], row["reward_rejected"])
         for row in pyarrow.parquet.read_table("reports/evaluate/rewards.parquet").to_pylist()
@@ -114,7 +114,7 @@ def test_rewards_are_the_evaluated_ones(scorer: Scorer) -> None:
     assert seen == len(evaluated) > 0
 
 
-def test_texts_that_share_nothing_may_have_the_same_prompt(scorer: Scorer) -> None:
+def test_texts_of_a_prompt_need_not_share_a_prefix(scorer: Scorer) -> None:
     texts = ["one two", "three", "一", "three"]
     found = scorer.rewards(scorer.encode(texts), [0] * 4)
     assert found == pytest.approx(one_by_one(texts), abs=1e-5)
@@ -127,12 +127,12 @@ def test_equal_texts_of_a_prompt_have_equal_rewards(scorer: Scorer) -> None:
     assert len(set(found)) == 3
 
 
-def test_what_texts_of_a_prompt_share_is_computed_once() -> None:
+def test_shared_prefix_is_computed_once() -> None:
     texts = texts_of([[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7]])
     assert (texts.prefix, tokens(texts)) == (2, 2 + 2 + 3 + 1)
 
 
-def test_a_reward_that_is_not_finite_is_a_fault(scorer: Scorer) -> None:
+def test_non_finite_reward_is_a_fault(scorer: Scorer) -> None:
     for name, weight in scorer._model.named_parameters():
         if "score" in name:
             weight.data.fill_(torch.inf)
@@ -145,7 +145,7 @@ def test_equal_rewards_share_the_better_rank() -> None:
     assert ranks([]) == []
 
 
-def test_the_probability_of_being_the_best_is_that_of_bradley_and_terry() -> None:
+def test_probability_of_being_the_best_follows_bradley_terry() -> None:
     temperature, rewards = 2.0, [1.0, -0.5]
     first = 1 / (1 + math.exp(-(rewards[0] - rewards[1]) / temperature))
     assert probabilities(rewards, temperature) == pytest.approx([first, 1 - first])
@@ -176,14 +176,14 @@ def test_conversations_go_through_the_chat_template(monkeypatch: pytest.MonkeyPa
     assert ids == tokenizer.apply_chat_template([*prompt, *answer])["input_ids"]
 
 
-def test_the_first_text_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_text_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = Scorer(export_with(monkeypatch, max_length=5))
     with pytest.raises(Misfit, match=r"^the text has 6 tokens, expected at most 5$") as found:
         scorer.encode(["1", "12345", "123456", "1234567"])
     assert (found.value.index, found.value.reason) == (2, "over_length")
 
 
-def test_a_text_without_a_token_is_named(scorer: Scorer) -> None:
+def test_text_without_tokens_is_named(scorer: Scorer) -> None:
     with pytest.raises(Misfit, match=r"^the text has no token$") as found:
         scorer.encode(["1", ""])
     assert found.value.index == 1
@@ -199,7 +199,7 @@ def test_a_text_without_a_token_is_named(scorer: Scorer) -> None:
         ("{prompt}[{answer} ]<|im_end|>", " ]<|im_end|>"),
     ],
 )
-def test_a_whole_text_has_the_ids_of_training_whatever_it_ends_in(
+def test_whole_text_has_the_ids_of_training_whatever_its_ending(
     name: str, tail: str, append_eos: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer = scorer_of(monkeypatch, name, append_eos)
@@ -218,7 +218,7 @@ def test_a_whole_text_has_the_ids_of_training_whatever_it_ends_in(
         assert scorer.encode_pairs(["hi"], [f"{answer}<|im_end|>\n<|endoftext|>"])[0] == wanted
 
 
-def test_a_chat_template_that_trims_answers_trims_those_of_whole_texts(
+def test_chat_template_that_trims_answers_trims_them_in_whole_texts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     jinja = "{% for m in messages %}<|im_start|>{{ m.content | trim }} <|im_end|>\n{% endfor %}"
@@ -233,9 +233,7 @@ def test_a_chat_template_that_trims_answers_trims_those_of_whole_texts(
     ("ending", "token"),
     [("<|eot_id|>", "<|eot_id|>"), ("<｜end▁of▁sentence｜>\n", "<｜end▁of▁sentence｜>")],
 )
-def test_a_token_of_another_model_at_the_end_is_refused(
-    scorer: Scorer, ending: str, token: str
-) -> None:
+def test_end_token_of_another_model_is_refused(scorer: Scorer, ending: str, token: str) -> None:
     with pytest.raises(Misfit) as found:
         scorer.encode_rendered(["问:hi\n\n答:yes", f"问:hi\n\n答:yes{ending}"])
     assert (found.value.index, found.value.reason) == (1, "ending")
@@ -245,7 +243,7 @@ def test_a_token_of_another_model_at_the_end_is_refused(
     )
 
 
-def test_a_token_that_begins_a_message_ends_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_that_starts_a_message_does_not_end_one(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = scorer_of(monkeypatch, "chat")
     [text] = scorer.render(candidates({"prompt": "hi", "answer": "yes"}))
     with pytest.raises(Misfit, match=r"^the text ends in '<\|im_start\|>', expected the end"):
@@ -280,7 +278,7 @@ SPACED = " {prompt}\n{answer}"
         ),
     ],
 )
-def test_a_whole_text_of_another_template_is_refused(
+def test_whole_text_of_another_template_is_refused(
     name: str, text: str, shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer = scorer_of(monkeypatch, name)
@@ -312,21 +310,19 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("name", ["none", "{prompt}\n{answer}", SPACED, SYSTEM, "en", "chat"])
-def test_what_a_template_renders_is_never_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rendered_text_is_never_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer, rendered = scorer_of(monkeypatch, name), 0
     for prompt in CONVERSATIONS:
         for answer in ("yes", "", "a\nb"):
-            with suppress(BadRecord):  # a text template has no field for some
+            with suppress(BadRecord):  # text templates have no field for some parts
                 texts = scorer.render(candidates({"prompt": prompt, "answer": answer}))
                 rendered += 1
                 assert scorer.encode_rendered(texts) == scorer.encode(texts)
     assert rendered >= 3
 
 
-def test_a_whole_text_begins_as_those_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder may leave a space where the tokenizer had bos, and clients leave bos out."""
+def test_whole_text_gets_the_beginning_of_training_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder may leave a space in place of BOS, and clients leave BOS out."""
     plain = scorer_of(monkeypatch, "zh")
     assert plain.encode_rendered([" 问:hi\n\n答:yes"]) == plain.encode(["问:hi\n\n答:yes"])
     kept = scorer_of(monkeypatch, SPACED)
@@ -360,12 +356,12 @@ A = {"role": ASSISTANT, "content": "yes"}
         {"prompt": "hi", "answers": [[U, A]]},
     ],
 )
-def test_a_prompt_and_its_answers_come_in_several_forms(record: Any) -> None:
+def test_prompt_and_answers_may_have_several_forms(record: Any) -> None:
     found = candidates(record)
     assert (found.prompt, found.answers) == (((USER, "hi"),), [((ASSISTANT, "yes"),)])
 
 
-def test_a_pair_gives_chosen_and_then_rejected() -> None:
+def test_pair_gives_chosen_then_rejected() -> None:
     found = candidates({"prompt": "hi", "chosen": "yes", "rejected": "no"})
     assert [answer[0][1] for answer in found.answers] == ["yes", "no"]
 
@@ -406,13 +402,13 @@ def test_a_pair_gives_chosen_and_then_rejected() -> None:
         ),
     ],
 )
-def test_a_bad_record_gets_its_sentence(record: Any, reason: str, sentence: str) -> None:
+def test_bad_record_is_reported(record: Any, reason: str, sentence: str) -> None:
     with pytest.raises(BadRecord) as found:
         candidates(record)
     assert (found.value.reason, str(found.value)) == (reason, sentence)
 
 
-def test_half_a_character_is_no_text() -> None:
+def test_lone_surrogate_is_not_text() -> None:
     with pytest.raises(BadRecord, match="has a value that is not valid text"):
         candidates({"prompt": "a", "answer": "\ud800"})
 
@@ -420,7 +416,7 @@ def test_half_a_character_is_no_text() -> None:
 # --- TRL -------------------------------------------------------------------------------------
 
 
-def test_the_reward_function_takes_texts_and_messages() -> None:
+def test_reward_function_takes_texts_and_messages() -> None:
     reward = reward_function(EXPORT)
     texts = reward(["hi", "hi", "you"], ["yes", "1", "no<|im_end|>"], completion_ids=[[1], [2]])
     messages = reward(
@@ -431,7 +427,7 @@ def test_the_reward_function_takes_texts_and_messages() -> None:
     assert texts == messages == pytest.approx(wanted, abs=1e-5)
 
 
-def test_the_reward_function_says_what_it_cannot_score() -> None:
+def test_reward_function_names_what_it_cannot_score() -> None:
     with pytest.raises(Fault, match=r"^prompts\[1\] with its completion: 'prompt' is empty$"):
         reward_function(EXPORT)(["a", ""], ["b", "c"])
 
@@ -439,7 +435,7 @@ def test_the_reward_function_says_what_it_cannot_score() -> None:
 TOOL = {"role": "tool", "content": "4"}
 
 
-def test_a_completion_that_cannot_be_scored_has_no_reward_and_the_first_one_a_warning() -> None:
+def test_completions_that_cannot_be_scored_have_no_reward_and_one_warning() -> None:
     reward, lenient = reward_function(EXPORT, strict=True), reward_function(EXPORT)
     cases: list[tuple[Any, str]] = [
         ("1" * 3000, "the text has 3008 tokens, expected at most 2040"),
@@ -466,9 +462,9 @@ def test_a_completion_that_cannot_be_scored_has_no_reward_and_the_first_one_a_wa
             reward(["hi"], [completion])
 
 
-@pytest.mark.filterwarnings("ignore")  # TRL warns of itself
+@pytest.mark.filterwarnings("ignore")  # TRL's own warnings
 @pytest.mark.parametrize("conversational", [False, True])
-def test_a_step_of_grpo_has_the_rewards_of_the_export(conversational: bool) -> None:
+def test_grpo_step_uses_the_rewards_of_the_export(conversational: bool) -> None:
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 

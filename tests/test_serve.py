@@ -1,4 +1,4 @@
-"""The server: every accepted request gets its own rewards, whatever others ask meanwhile."""
+"""The server: every accepted request gets its own rewards, whatever other requests arrive."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ def scorer(complete: Path) -> Scorer:
 
 
 class Held:
-    """A scorer that scores when it may: a text is its own reward."""
+    """A scorer that waits for permission, and whose reward for a text is the text's number."""
 
     def __init__(self) -> None:
         self.encoded = 0
@@ -67,7 +67,7 @@ def held() -> Iterator[Held]:
 
 
 def served(scorer: Any, work: Callable[[Client], Awaitable[T]], key: str | None = None) -> T:
-    """What `work` returns beside a server in this process."""
+    """The result of `work` with a server in this process."""
 
     async def beside() -> T:
         application = serve.Service(cast(Scorer, scorer), key).application()
@@ -100,8 +100,8 @@ def test_prompts_with_answers_get_the_rewards_of_the_model(scorer: Scorer) -> No
     assert found["rewards"][0] == found["rewards"][1]
 
 
-def test_the_request_of_openrlhf_gets_what_it_reads(scorer: Scorer) -> None:
-    """Whole texts with their prompts and labels; rewards, scores and extra_logs."""
+def test_openrlhf_request_gets_the_expected_response(scorer: Scorer) -> None:
+    """It sends whole texts with prompts and labels, and reads rewards, scores and extra_logs."""
     query = ["问:hi\n\n答:yes", "问:hi\n\n答:no", "问:一\n\n答:yes"]
     content = {"query": query, "prompts": ["问:hi", "问:hi", "问:一"], "labels": [None, "a", 3]}
     status, found = served(scorer, lambda client: post(client, content))
@@ -113,8 +113,8 @@ def test_the_request_of_openrlhf_gets_what_it_reads(scorer: Scorer) -> None:
     assert alone["rewards"] == pytest.approx(wanted, abs=1e-5)
 
 
-def test_the_request_of_llama_factory_gets_the_scores_that_it_reads(scorer: Scorer) -> None:
-    """As get_rewards_from_server in its train/ppo/ppo_utils.py builds it."""
+def test_llama_factory_request_gets_the_expected_scores(scorer: Scorer) -> None:
+    """The request is what get_rewards_from_server in train/ppo/ppo_utils.py sends."""
     messages = ["问:hi\n\n答:yes", "问:hi\n\n答:no"]
     status, found = served(
         scorer, lambda client: post(client, {"model": "model", "messages": messages})
@@ -124,7 +124,7 @@ def test_the_request_of_llama_factory_gets_the_scores_that_it_reads(scorer: Scor
     assert found["scores"] == pytest.approx(wanted, abs=1e-5)
 
 
-def test_requests_at_once_get_each_their_own(scorer: Scorer) -> None:
+def test_concurrent_requests_get_their_own_rewards(scorer: Scorer) -> None:
     requests = [
         {
             "prompts": [f"Question {n % 5}"] * size,
@@ -143,7 +143,7 @@ def test_requests_at_once_get_each_their_own(scorer: Scorer) -> None:
 
 
 @pytest.mark.parametrize(("most", "calls"), [(100, [1, 9]), (4, [1, 4, 4, 1])])
-def test_what_comes_while_others_are_scored_is_scored_together(
+def test_requests_that_arrive_during_scoring_are_batched(
     held: Held, most: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue, "TOKENS_PER_PACK", most)
@@ -165,8 +165,8 @@ def test_what_comes_while_others_are_scored_is_scored_together(
 # --- limits ----------------------------------------------------------------------------------
 
 
-def test_hundreds_of_requests_at_once_are_all_answered(held: Held) -> None:
-    """Each on a connection of its own, as OpenRLHF sends its samples."""
+def test_hundreds_of_concurrent_requests_are_all_answered(held: Held) -> None:
+    """Each has its own connection, like the samples that OpenRLHF sends."""
     held.may.set()
     count = 500
     serve.raise_descriptors()
@@ -187,7 +187,7 @@ def test_hundreds_of_requests_at_once_are_all_answered(held: Held) -> None:
     ]
 
 
-def test_more_tokens_than_may_wait_are_sent_away_and_nothing_is_lost(
+def test_requests_beyond_the_queue_limit_are_refused_and_nothing_is_lost(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue, "MOST", 3)
@@ -210,7 +210,7 @@ def test_more_tokens_than_may_wait_are_sent_away_and_nothing_is_lost(
     served(held, work)
 
 
-def test_retry_after_is_when_what_waits_is_scored(
+def test_retry_after_is_the_time_to_score_the_queue(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token takes 0.12 s: nine take 1.08 s."""
@@ -239,7 +239,7 @@ def test_retry_after_is_when_what_waits_is_scored(
     assert took < 2
 
 
-def test_bodies_that_are_being_read_are_bounded_together(
+def test_total_size_of_bodies_being_read_is_limited(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "READING", 40)
@@ -264,9 +264,7 @@ def test_bodies_that_are_being_read_are_bounded_together(
     served(held, work)
 
 
-def test_a_body_that_does_not_end_takes_no_place_for_ever(
-    held: Held, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_body_that_never_ends_times_out(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "READING", 40)
     monkeypatch.setattr(serve, "PATIENCE", 0.2)
     held.may.set()
@@ -283,7 +281,7 @@ def test_a_body_that_does_not_end_takes_no_place_for_ever(
     served(held, work)
 
 
-def test_a_client_that_goes_away_takes_nothing_from_the_others(held: Held) -> None:
+def test_client_that_disconnects_does_not_affect_others(held: Held) -> None:
     async def work(client: Client) -> None:
         gone = asyncio.create_task(post(client, {"query": ["1"]}))
         await until(lambda: len(held.calls) == 1)
@@ -296,7 +294,7 @@ def test_a_client_that_goes_away_takes_nothing_from_the_others(held: Held) -> No
     served(held, work)
 
 
-def test_what_nobody_waits_for_any_more_leaves_the_queue(held: Held) -> None:
+def test_cancelled_texts_leave_the_queue(held: Held) -> None:
     async def work() -> None:
         waiting = queue.Queue(cast(Scorer, held), Metrics())
         gone = asyncio.create_task(waiting.rewards([[1, 2]], ["p"]))
@@ -313,7 +311,7 @@ def test_what_nobody_waits_for_any_more_leaves_the_queue(held: Held) -> None:
     assert held.calls == [[[3]]]
 
 
-def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
+def test_texts_of_a_disconnected_client_are_not_scored(
     slow: Callable[[float], tuple[Forked, str]],
 ) -> None:
     process, url = slow(1)
@@ -325,9 +323,9 @@ def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
     async def work() -> None:
         async with aiohttp.ClientSession() as session:
             first = asyncio.create_task(one(session, "a"))
-            await said(process, "scoring")
+            await read_until(process, "scoring")
             gone = asyncio.create_task(one(session, "aa"))
-            await said(process, "accepted")
+            await read_until(process, "accepted")
             gone.cancel()
             await first
         process.send_signal(signal.SIGTERM)
@@ -377,7 +375,7 @@ def test_what_a_client_that_is_gone_has_asked_for_is_not_scored(
         ),
     ],
 )
-def test_a_bad_request_gets_its_sentence(scorer: Scorer, body: bytes, sentence: str) -> None:
+def test_bad_request_is_reported(scorer: Scorer, body: bytes, sentence: str) -> None:
     async def work(client: Client) -> tuple[int, Any]:
         response = await client.post(REWARD, data=body)
         return response.status, await response.json()
@@ -388,7 +386,7 @@ def test_a_bad_request_gets_its_sentence(scorer: Scorer, body: bytes, sentence: 
     assert "\n" not in found["error"]
 
 
-def test_a_body_that_is_not_what_it_says_gets_its_sentence(held: Held) -> None:
+def test_body_with_a_wrong_encoding_is_reported(held: Held) -> None:
     async def work(client: Client) -> tuple[int, Any]:
         headers = {"Content-Encoding": "gzip"}
         response = await client.post(REWARD, data=b"no gzip", headers=headers)
@@ -399,7 +397,7 @@ def test_a_body_that_is_not_what_it_says_gets_its_sentence(held: Held) -> None:
     assert found["error"].startswith("the body cannot be read: ")
 
 
-def test_a_request_that_is_too_large_is_refused_while_it_is_read(
+def test_request_that_is_too_large_is_refused_during_reading(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "LARGEST", 1000)
@@ -407,7 +405,7 @@ def test_a_request_that_is_too_large_is_refused_while_it_is_read(
     assert found == (413, {"error": "the body has more than 1000 bytes"})
 
 
-def test_other_routes_and_methods_are_none(held: Held) -> None:
+def test_other_routes_and_methods_are_refused(held: Held) -> None:
     async def work(client: Client) -> list[int]:
         places = [client.get("/"), client.get(REWARD), client.post("/health")]
         return [(await place).status for place in places]
@@ -416,7 +414,7 @@ def test_other_routes_and_methods_are_none(held: Held) -> None:
 
 
 @pytest.mark.parametrize("error", [Fault("/secret/path: broken"), RuntimeError("/secret/path")])
-def test_what_cannot_be_scored_is_said_without_a_path_and_ends_nothing(
+def test_scoring_error_reveals_no_path_and_does_not_stop_the_server(
     held: Held, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held.may.set()
@@ -439,7 +437,7 @@ def test_what_cannot_be_scored_is_said_without_a_path_and_ends_nothing(
     assert json.loads(text) == {"error": "the texts cannot be scored"}
 
 
-def test_what_cannot_be_scored_does_not_fail_what_is_scored_with_it(
+def test_scoring_error_does_not_fail_requests_in_the_same_batch(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = held.rewards
@@ -467,7 +465,7 @@ def test_what_cannot_be_scored_does_not_fail_what_is_scored_with_it(
     assert len(held.calls[1]) == 3
 
 
-def test_the_load_test_sees_what_is_wrong_and_what_is_sent_away(
+def test_load_test_counts_wrong_rewards_and_refused_requests(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held.may.set()
@@ -493,7 +491,7 @@ def test_the_load_test_sees_what_is_wrong_and_what_is_sent_away(
 # --- metrics ---------------------------------------------------------------------------------
 
 
-def test_prometheus_reads_what_was_asked_and_what_waits(
+def test_metrics_for_prometheus_count_requests_and_the_queue(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue, "MOST", 3)
@@ -531,7 +529,7 @@ def test_prometheus_reads_what_was_asked_and_what_waits(
     served(held, work)
 
 
-# --- the key ---------------------------------------------------------------------------------
+# --- the API key -----------------------------------------------------------------------------
 
 
 KEY = "sesame-1+2"
@@ -558,7 +556,9 @@ def basic(password: str) -> str:
         (basic(KEY), 200),
     ],
 )
-def test_only_who_has_the_key_is_answered(held: Held, header: str | None, status: int) -> None:
+def test_only_requests_with_the_key_are_answered(
+    held: Held, header: str | None, status: int
+) -> None:
     held.may.set()
     headers = {} if header is None else {"Authorization": header}
 
@@ -578,8 +578,8 @@ def test_only_who_has_the_key_is_answered(held: Held, header: str | None, status
     )
 
 
-def test_trainers_send_the_key_in_their_url(held: Held) -> None:
-    """OpenRLHF and LLaMA-Factory send no headers of one's own."""
+def test_key_may_be_sent_in_the_url(held: Held) -> None:
+    """OpenRLHF and LLaMA-Factory cannot send custom headers."""
     held.may.set()
 
     async def work(client: Client) -> int:
@@ -604,7 +604,7 @@ def test_trainers_send_the_key_in_their_url(held: Held) -> None:
         (["--host", "0.0.0.0", "--api-key", "given"], "of the environment", "given"),
     ],
 )
-def test_the_key_comes_from_the_environment_or_the_command_line(
+def test_key_comes_from_the_environment_or_the_command_line(
     arguments: list[str], variable: str | None, key: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["serve", *arguments])
@@ -633,7 +633,7 @@ def test_the_key_comes_from_the_environment_or_the_command_line(
         (["--api-key", "a b"], "the API key is empty or has characters other"),
     ],
 )
-def test_a_key_that_is_missing_or_none_gets_its_sentence(
+def test_missing_or_invalid_key_is_reported(
     arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["serve", *arguments])
@@ -661,16 +661,16 @@ def slow() -> Iterator[Callable[[float], tuple[Forked, str]]]:
         process.end()
 
 
-async def said(process: Forked, what: str) -> None:
-    """Read what a process says until it has said this."""
+async def read_until(process: Forked, what: str) -> None:
+    """Read the output of a process up to this line."""
     line = ""
     while line != f"{what}\n":
         line = await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), PATIENCE)
         assert line, "the process has ended"
 
 
-def asked(url: str, count: int, process: Forked, *signals: int) -> "asyncio.Task[Any]":
-    """Requests that are all accepted; signals come one by one while the first is being scored."""
+def send_requests(url: str, count: int, process: Forked, *signals: int) -> "asyncio.Task[Any]":
+    """Send requests; once all are accepted, send signals while the first is being scored."""
 
     async def one(session: aiohttp.ClientSession, size: int) -> Any:
         async with session.post(url, json={"query": ["a" * size]}) as response:
@@ -680,7 +680,7 @@ def asked(url: str, count: int, process: Forked, *signals: int) -> "asyncio.Task
         async with aiohttp.ClientSession() as session:
             tasks = [asyncio.create_task(one(session, size + 1)) for size in range(count)]
             for _ in range(count):
-                await said(process, "accepted")
+                await read_until(process, "accepted")
             for number in signals:
                 await asyncio.sleep(0.3)
                 process.send_signal(number)
@@ -689,13 +689,13 @@ def asked(url: str, count: int, process: Forked, *signals: int) -> "asyncio.Task
     return asyncio.ensure_future(work())
 
 
-def test_what_was_accepted_is_answered_before_the_end(
+def test_accepted_requests_are_answered_before_shutdown(
     slow: Callable[[float], tuple[Forked, str]],
 ) -> None:
     process, url = slow(1.5)
 
     async def work() -> list[Any]:
-        return list(await asked(url, 5, process, signal.SIGTERM))
+        return list(await send_requests(url, 5, process, signal.SIGTERM))
 
     found = asyncio.run(work())
     assert [answer["rewards"] for answer in found] == [[float(size)] for size in range(1, 6)]
@@ -705,14 +705,14 @@ def test_what_was_accepted_is_answered_before_the_end(
     assert errors == ""
 
 
-def test_a_second_signal_ends_it_at_once(
+def test_second_signal_stops_the_server_at_once(
     slow: Callable[[float], tuple[Forked, str]],
 ) -> None:
     process, url = slow(60)
 
     async def work() -> None:
         with pytest.raises(aiohttp.ClientError):
-            await asked(url, 1, process, signal.SIGTERM, signal.SIGINT)
+            await send_requests(url, 1, process, signal.SIGTERM, signal.SIGINT)
 
     begin = time.monotonic()
     asyncio.run(work())
@@ -721,25 +721,25 @@ def test_a_second_signal_ends_it_at_once(
     assert time.monotonic() - begin < 20
 
 
-def test_an_address_that_cannot_be_had_gets_its_sentence(held: Held) -> None:
+def test_address_in_use_is_reported(held: Held) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(Fault, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"):
             asyncio.run(serve.serve(serve.Service(cast(Scorer, held)), "127.0.0.1", port))
 
 
-def test_a_host_that_can_have_no_address_gets_its_sentence(held: Held) -> None:
+def test_invalid_host_is_reported(held: Held) -> None:
     with pytest.raises(Fault, match=r"^cannot listen on a\.\.b:0: .*; expected a free"):
         asyncio.run(serve.serve(serve.Service(cast(Scorer, held)), "a..b", 0))
 
 
-def test_a_port_that_is_none_gets_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_port_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["serve", "--port", "70000"])
     with pytest.raises(Fault, match="--port is 70000, expected a number from 0 to 65535"):
         serve.main()
 
 
-# --- processes -------------------------------------------------------------------------------
+# --- several processes -----------------------------------------------------------------------
 
 COUNT = """
 from reward.serving.metrics import Metrics
@@ -755,7 +755,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def test_processes_share_a_port_and_its_requests() -> None:
+def test_processes_share_the_requests_to_a_port() -> None:
     port = free_port()
     with Forked(serve_named, port) as first, Forked(serve_named, port) as second:
         for process in (first, second):
@@ -780,7 +780,7 @@ def test_processes_share_a_port_and_its_requests() -> None:
             assert process.returncode == 0
 
 
-def test_processes_count_together(tmp_path: Path) -> None:
+def test_processes_share_their_metrics(tmp_path: Path) -> None:
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for total in (2, 4):
         printed = subprocess.run(
@@ -793,7 +793,7 @@ def test_processes_count_together(tmp_path: Path) -> None:
         assert f"reward_texts_total {total}.0\n" in printed
 
 
-def test_several_processes_begin_with_a_folder_and_time_to_end(
+def test_several_processes_start_with_a_metrics_folder_and_time_to_shut_down(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begun: dict[str, Any] = {}
@@ -815,7 +815,7 @@ def test_several_processes_begin_with_a_folder_and_time_to_end(
     assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "3600"
 
 
-def test_processes_cannot_share_a_port_that_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_cannot_share_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
     monkeypatch.setattr("sys.argv", ["serve", "--port", "0"])
     with pytest.raises(Fault, match=r"^--port is 0, but several processes must share"):

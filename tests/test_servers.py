@@ -1,4 +1,4 @@
-"""The merged model has what the loaders of vLLM and SGLang go by, as docs/clients.md has it."""
+"""The merged model has what the loaders of vLLM and SGLang read, as docs/clients.md describes."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.support import ROOT
 
 # A pooling configuration of sentence-transformers, which vLLM would follow.
 OTHER_POOLING = ("modules.json", "1_Pooling", "config_sentence_transformers.json")
-# By these vLLM makes a head of the words of a language model, or computes it in another type.
+# With these, vLLM builds a head from a language model's tokens, or uses another dtype for it.
 OTHER_HEAD = ("method", "classifier_from_token", "use_pad_token", "head_dtype")
 
 
@@ -27,7 +27,7 @@ def config(merged: Path) -> dict[str, Any]:
     return dict(read_json(merged / "config.json"))
 
 
-def test_it_is_a_classifier_with_one_output(merged: Path, config: dict[str, Any]) -> None:
+def test_merged_model_is_a_classifier_with_one_output(merged: Path, config: dict[str, Any]) -> None:
     [architecture] = config["architectures"]
     assert architecture == "Qwen2ForSequenceClassification"
     assert (config["id2label"], config["label2id"]) == ({"0": "reward"}, {"reward": 0})
@@ -38,8 +38,10 @@ def test_it_is_a_classifier_with_one_output(merged: Path, config: dict[str, Any]
     assert heads == {"score.weight": [1, config["hidden_size"]]}
 
 
-def test_nothing_is_done_to_the_output_nor_pooled(merged: Path, config: dict[str, Any]) -> None:
-    """The activation of vLLM's /classify, and of its /score, which takes only torch's own."""
+def test_output_has_no_activation_and_no_other_pooling(
+    merged: Path, config: dict[str, Any]
+) -> None:
+    """This sets the activation for vLLM's /classify and /score; the latter takes only torch's."""
     assert config["problem_type"] == "regression"
     activation = config["sentence_transformers"]["activation_fn"]
     assert activation == "torch.nn.modules.linear.Identity"
@@ -47,7 +49,7 @@ def test_nothing_is_done_to_the_output_nor_pooled(merged: Path, config: dict[str
 
 
 @pytest.mark.parametrize("language", [".md", ".zh.md"])
-def test_the_commands_have_the_type_and_the_longest_text(
+def test_commands_in_the_docs_have_the_dtype_and_the_maximum_length(
     merged: Path, config: dict[str, Any], language: str
 ) -> None:
     text = (ROOT / f"docs/clients{language}").read_text(encoding="utf-8")
@@ -62,7 +64,7 @@ def test_the_commands_have_the_type_and_the_longest_text(
 
 
 def test_messages_and_text_have_the_ids_of_training(merged: Path) -> None:
-    """This tokenizer adds nothing around a text, so that a text may be given as well."""
+    """The tokenizer adds no special tokens, so texts may be sent as well."""
     tokenizer: Any = AutoTokenizer.from_pretrained(merged)
     chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
     text = "问:Why?\n\n答:Because."

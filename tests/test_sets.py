@@ -1,4 +1,4 @@
-"""Extra test sets: read like all data, judged beside the test split, their leaks reported."""
+"""Extra test sets: read like other data, judged with the test split, with leaks reported."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def encoder(workspace: Path) -> Callable[[int], Encoder]:
     return lambda max_length: Encoder(base, Template.of("en", True, max_length, base))
 
 
-def test_ids_are_those_that_preprocess_gives(
+def test_ids_match_the_splits_of_preprocess(
     workspace: Path,
 ) -> None:
     data = write_pairs(workspace / "data" / "raw" / "pairs.json", 40)
@@ -63,7 +63,7 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(
     assert (len(found.rows), found.too_long, found.bad) == (1, 2, 0)
 
 
-def test_two_texts_with_the_same_ids_are_a_bad_record(encoder: Callable[[int], Encoder]) -> None:
+def test_answers_with_the_same_ids_are_a_bad_record(encoder: Callable[[int], Encoder]) -> None:
     write_set(Path("data/sets/alike.jsonl"), PAIR)
     found = encoder(100)
     found.encode_arrays = lambda texts: [as_array([1, 2])] * len(texts)  # type: ignore[method-assign]
@@ -71,7 +71,7 @@ def test_two_texts_with_the_same_ids_are_a_bad_record(encoder: Callable[[int], E
         read_sets(Path("data/sets"), found, drop=False)
 
 
-def test_a_set_is_read_in_its_own_form_with_its_ties(
+def test_each_set_is_read_in_its_own_form_with_ties(
     encoder: Callable[[int], Encoder],
 ) -> None:
     judged: list[dict[str, Any]] = [
@@ -89,7 +89,7 @@ def test_a_set_is_read_in_its_own_form_with_its_ties(
         read_sets(Path("data/sets"), encoder(100), drop=False)
 
 
-def test_no_set_is_none_and_a_readme_no_set(encoder: Callable[[int], Encoder]) -> None:
+def test_folder_with_only_a_readme_has_no_sets(encoder: Callable[[int], Encoder]) -> None:
     Path("data/sets/README.md").write_text("Sets.\n", encoding="utf-8")
     assert read_sets(Path("data/sets"), encoder(100), drop=False) == []
 
@@ -104,7 +104,7 @@ def test_no_set_is_none_and_a_readme_no_set(encoder: Callable[[int], Encoder]) -
         ),
     ],
 )
-def test_what_cannot_be_judged_is_a_sentence(
+def test_set_that_cannot_be_judged_is_reported(
     records: list[dict[str, Any]], said: str, encoder: Callable[[int], Encoder]
 ) -> None:
     write_set(Path("data/sets/bad.jsonl"), *records)
@@ -112,7 +112,7 @@ def test_what_cannot_be_judged_is_a_sentence(
         read_sets(Path("data/sets"), encoder(100), drop=False)
 
 
-def test_bad_records_are_counted_where_they_are_to_be_dropped(
+def test_bad_records_are_counted_if_dropped(
     encoder: Callable[[int], Encoder],
 ) -> None:
     write_set(Path("data/sets/some.jsonl"), PAIR, PAIR | {"chosen": " "}, {"prompt": "a"})
@@ -124,26 +124,26 @@ def test_bad_records_are_counted_where_they_are_to_be_dropped(
 
 
 @pytest.mark.usefixtures("workspace")
-def test_two_files_of_one_name_are_a_sentence(encoder: Callable[[int], Encoder]) -> None:
+def test_two_files_for_one_set_are_reported(encoder: Callable[[int], Encoder]) -> None:
     write_set(Path("data/sets/same.jsonl"), PAIR)
     write_set(Path("data/sets/same.json"), PAIR)
     with pytest.raises(Fault, match="data/sets has two files for the set same, expected one"):
         read_sets(Path("data/sets"), encoder(100), drop=False)
 
 
-def test_a_folder_that_is_not_there_is_a_sentence(encoder: Callable[[int], Encoder]) -> None:
+def test_missing_folder_is_reported(encoder: Callable[[int], Encoder]) -> None:
     with pytest.raises(
         Fault, match=r"preprocess.sets nowhere cannot be read: .*; expected a folder"
     ):
         read_sets(Path("nowhere"), encoder(100), drop=False)
 
 
-def test_sets_are_judged_as_slices_and_their_leaks_counted(
+def test_sets_are_judged_as_slices_and_leaks_are_counted(
     workspace: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A model in whose place the first answer always wins, but for the set named wrong."""
+    """The model is replaced: the first answer always wins, except in the set named wrong."""
     write_pairs(workspace / "data" / "raw" / "pairs.json", 100)
     preprocess.main()
     evaluate.ADAPTER.mkdir()

@@ -31,7 +31,7 @@ from reward.process import Fault
 
 
 def row(label: str, *seconds: float, losses: tuple[float, ...] = (0.7, 0.6)) -> Row:
-    """16 pairs of 200 tokens in each of the given times."""
+    """One measurement of 16 pairs with 200 tokens each for every given time."""
     found = [Measurement(16, each, 3200, 0.5, 0.75, list(losses)) for each in seconds]
     return Row(label, "floor", found, "")
 
@@ -44,7 +44,7 @@ ROWS = {
 }
 
 
-def test_lengths_go_through_the_percentiles_and_never_fall() -> None:
+def test_lengths_match_the_percentiles_and_never_decrease() -> None:
     shares = np.linspace(0, 1, 1001)
     for quantiles in (PREFIX, ANSWER):
         assert lengths(quantiles, list(quantiles)) == list(quantiles.values())
@@ -64,7 +64,7 @@ def test_generated_pairs_have_the_percentiles_of_a_preference_set() -> None:
 
 
 @pytest.mark.parametrize("answers", [2, 3])
-def test_generated_answers_share_their_prefix_and_no_more(answers: int) -> None:
+def test_generated_answers_share_exactly_their_prefix(answers: int) -> None:
     for texts in generated(300, answers, 1, [5, 7, 11], longest=64):
         assert len(texts.ids) == answers
         for one, other in combinations(texts.ids, 2):
@@ -73,14 +73,14 @@ def test_generated_answers_share_their_prefix_and_no_more(answers: int) -> None:
         assert {id_ for ids in texts.ids for id_ in ids} <= {5, 7, 11}
 
 
-def test_generated_pairs_are_those_of_their_seed() -> None:
+def test_generated_pairs_depend_only_on_their_seed() -> None:
     first, same, other = (generated(8, 2, seed, range(50), 99) for seed in (3, 3, 4))
     assert first == same != other
 
 
 def test_special_ids_are_not_drawn(tiny_base: Path) -> None:
     assert 4092 in (ids := usable_ids(tiny_base))
-    assert 4093 not in ids  # <|endoftext|>, which is the padding as well
+    assert 4093 not in ids  # <|endoftext|>, which is also the pad token
 
 
 def test_table_has_medians_ratios_and_shares() -> None:
@@ -93,7 +93,7 @@ def test_table_has_medians_ratios_and_shares() -> None:
     assert {line.count("|") for line in lines} == {10}
 
 
-def test_table_does_without_what_was_not_measured() -> None:
+def test_table_handles_missing_measurements() -> None:
     line = table({"trl-8": ROWS["trl-8"]}).splitlines()[2]
     assert (
         line == "| TRL, batch 8 | 2.00 | 1.00 to 2.00 | – | 200.0 | 0.75 | 0.50 | – | 0.6000000 |"
@@ -101,7 +101,7 @@ def test_table_does_without_what_was_not_measured() -> None:
     assert compared({"trl-8": ROWS["trl-8"]}) == []
 
 
-def test_best_of_trl_is_named_and_the_floor_by_onednn() -> None:
+def test_best_trl_row_and_onednn_floor_are_compared() -> None:
     more = {"trl-1": row("TRL, batch 1 x 8", 4.0), "floor-onednn": row("by oneDNN", 0.8)}
     best, share = compared(ROWS | more)
     assert '"TRL, batch 1 x 8" with 4.00 pairs/s: ours is 2.00 times as fast' in best
@@ -126,7 +126,7 @@ def test_rows_in_bf16_are_compared_with_ours_in_bf16() -> None:
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_bf16_is_measured_beside_fp32_where_the_processor_has_it(beside: bool) -> None:
+def test_bf16_is_also_measured_if_the_processor_supports_it(beside: bool) -> None:
     names = contenders(replace(CPU, bf16_beside=beside), answers=2)
     in_bf16 = {name for name, row in names.items() if "bf16" in name or row.floor == "floor-bf16"}
     trl = {f"trl-{batch}-bf16{more}" for batch in (8, 1) for more in ("", "-checkpointing")}
@@ -141,7 +141,7 @@ def test_bf16_is_measured_beside_fp32_where_the_processor_has_it(beside: bool) -
         (7, ["TRL, batch 7 x 12", "TRL, batch 1 x 84"]),
     ],
 )
-def test_batches_of_trl_make_up_the_steps_of_ours(answers: int, labels: list[str]) -> None:
+def test_trl_batches_add_up_to_our_steps(answers: int, labels: list[str]) -> None:
     rows = contenders(CPU, answers)
     assert [rows[name].label for name in ("trl-8", "trl-1")] == labels
     assert ("ours-by-pairs" in rows) == (answers > 2)
@@ -153,7 +153,7 @@ def test_chart_can_be_drawn() -> None:
     assert "article" not in drawn
 
 
-def test_contender_that_fails_stops_no_other(
+def test_failing_contender_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = []
@@ -179,7 +179,7 @@ def workload(base: Path, pairs: list[Texts]) -> Workload:
     return Workload(base, base, base, pairs, [(8, 4), (4, 8)], tokens_per_pack=64)
 
 
-def test_floor_multiplies_the_tokens_of_all_packs_but_those_of_the_first_step() -> None:
+def test_floor_covers_all_steps_except_the_first() -> None:
     pairs = [Texts(([1, 2, 3], [1, 2, 4, 5]), 2)] * 24
     in_half = partial(floor, multiply=by_onednn, dtype=torch.bfloat16)
     for products in (floor, in_half, floor_of_scoring):
@@ -209,17 +209,15 @@ def test_bad_arguments_are_refused(
     assert str(fault.value).startswith(sentence)
 
 
-def some(base: Path, prompts: int, answers: int) -> Namespace:
+def options_for(base: Path, prompts: int, answers: int) -> Namespace:
     return Namespace(
         base=base, data=None, prompts=prompts, answers=answers, seed=0, tokens_per_pack=512
     )
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_rankings_and_their_pairs_one_by_one_compute_the_same(
-    tiny_base: Path, tmp_path: Path
-) -> None:
-    same = prepare(some(tiny_base, prompts=8, answers=4), tmp_path)
+def test_rankings_and_single_pairs_compute_the_same_losses(tiny_base: Path, tmp_path: Path) -> None:
+    same = prepare(options_for(tiny_base, prompts=8, answers=4), tmp_path)
     whole, by_pairs = ours(same), ours(same, by_pairs=True)
     assert len(whole.losses) == 2
     assert by_pairs.losses == pytest.approx(whole.losses, abs=1e-5)
@@ -234,9 +232,9 @@ def test_rankings_and_their_pairs_one_by_one_compute_the_same(
     assert scoring(same, by_pairs=True).tokens == by_pairs.tokens
 
 
-@pytest.mark.filterwarnings("ignore")  # those of libraries, as the benchmark has them
-def test_ours_and_the_loop_of_the_article_compute_the_same(tiny_base: Path, tmp_path: Path) -> None:
-    same = prepare(some(tiny_base, prompts=24, answers=2), tmp_path)
+@pytest.mark.filterwarnings("ignore")  # library warnings, which the benchmark also gets
+def test_ours_and_the_article_loop_compute_the_same_losses(tiny_base: Path, tmp_path: Path) -> None:
+    same = prepare(options_for(tiny_base, prompts=24, answers=2), tmp_path)
     own, checkpointed, other = (
         contender(same) for contender in (ours, partial(ours, checkpointing=True), article)
     )

@@ -1,4 +1,4 @@
-"""Steps are planned before training: every row once an epoch, whole prompts where asked for."""
+"""Steps are planned before training: every row once per epoch, and whole prompts if requested."""
 
 from collections import Counter
 
@@ -17,17 +17,17 @@ def plan(step_of: StepOf, epochs: float = 1, max_steps: int = -1, seed: int = 0)
 
 @pytest.mark.parametrize("step_of", ["pairs", "prompts"])
 @pytest.mark.parametrize("epochs", [1, 2, 3])
-def test_an_epoch_takes_every_row_once(step_of: StepOf, epochs: int) -> None:
+def test_epoch_uses_every_row_once(step_of: StepOf, epochs: int) -> None:
     counts = Counter(row for step in plan(step_of, epochs) for row in step)
     assert counts == dict.fromkeys(range(len(PROMPTS)), epochs)
 
 
-def test_pairs_come_by_the_size_of_a_step() -> None:
+def test_steps_of_pairs_have_the_requested_size() -> None:
     assert [len(step) for step in plan("pairs", 2)] == [4, 4, 4, 4, 4, 2] * 2
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_prompts_come_whole_until_a_step_has_enough(seed: int) -> None:
+def test_steps_take_whole_prompts_until_they_have_enough(seed: int) -> None:
     steps = plan("prompts", seed=seed)
     for step in steps:
         sizes = Counter(PROMPTS[row] for row in step)
@@ -38,7 +38,7 @@ def test_prompts_come_whole_until_a_step_has_enough(seed: int) -> None:
 
 
 @pytest.mark.parametrize("step_of", ["pairs", "prompts"])
-def test_epochs_and_seeds_have_orders_of_their_own(step_of: StepOf) -> None:
+def test_each_epoch_and_seed_has_its_own_order(step_of: StepOf) -> None:
     once, twice = plan(step_of, 1), plan(step_of, 2)
     assert twice[: len(once)] == once
     assert len({str(once), str(twice[len(once) :]), str(plan(step_of, seed=1))}) == 3
@@ -47,17 +47,17 @@ def test_epochs_and_seeds_have_orders_of_their_own(step_of: StepOf) -> None:
 @pytest.mark.parametrize(
     ("epochs", "steps"), [(0.01, 1), (0.5, 3), (0.51, 4), (1, 6), (1.5, 9), (2.01, 13)]
 )
-def test_a_share_of_an_epoch_is_that_share_of_its_steps(epochs: float, steps: int) -> None:
+def test_fraction_of_an_epoch_is_that_fraction_of_its_steps(epochs: float, steps: int) -> None:
     assert len(plan("pairs", epochs)) == steps
     assert plan("pairs", 3)[:steps] == plan("pairs", epochs)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 6, 20])
-def test_a_number_of_steps_is_kept_whatever_the_epochs(steps: int) -> None:
+def test_max_steps_overrides_the_epochs(steps: int) -> None:
     assert plan("pairs", 1, steps) == plan("pairs", 4)[:steps]
 
 
-def test_a_step_has_the_texts_and_labels_of_its_rows() -> None:
+def test_step_has_the_texts_and_labels_of_its_rows() -> None:
     count = 6
     dataset = Dataset.from_dict(
         {
@@ -75,7 +75,7 @@ def test_a_step_has_the_texts_and_labels_of_its_rows() -> None:
     assert steps.sizes().tolist() == [2, 3]
     assert [len(ranking.texts.ids) for ranking in steps[0].rankings] == [2, 2]
     [first, second] = steps[1].rankings
-    # The second step has the rows 1 and 0, which share their answer 0, and row 4.
+    # The second step has rows 1 and 0, which share answer 0, and row 4.
     assert [*map(list, first.texts.ids)] == [[1], [11], [10]]
     assert [*first.comparisons] == [(0, 0, 1), (1, 0, 2)]
     assert [*second.comparisons] == [(2, 0, 1)]

@@ -1,4 +1,4 @@
-"""Text to ids: the article's ids, templates, the end of a text, the cut of a prompt."""
+"""Text to ids: the article's ids, templates, the end of a text, truncation of prompts."""
 
 import copy
 import dataclasses
@@ -79,7 +79,7 @@ def ids(encoder: Encoder, prompt: str, answer: str) -> list[int]:
 # --- templates -------------------------------------------------------------------------------
 
 
-def test_ids_equal_those_of_the_articles_code(encoder: Encoders, tokenizer: Any) -> None:
+def test_ids_match_the_code_of_the_article(encoder: Encoders, tokenizer: Any) -> None:
     ours = encoder("zh")
     for prompt in PROMPTS:
         for answer in ANSWERS:
@@ -103,9 +103,7 @@ def test_template_is_filled_with_prompt_and_answer(
     assert ids(encoder(name), "Hi?", "Yes {prompt}") == tokenizer(text)["input_ids"]
 
 
-def test_chat_is_what_the_tokenizer_makes_of_the_conversation(
-    encoder: Encoders, tokenizer: Any
-) -> None:
+def test_chat_matches_the_chat_template_of_the_tokenizer(encoder: Encoders, tokenizer: Any) -> None:
     prompt = (("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "你好？"))
     ours = encoder("chat")
     messages = [{"role": role, "content": text} for role, text in (*prompt, *assistant("😀"))]
@@ -142,7 +140,7 @@ def test_template_without_its_fields_is_a_fault(tiny_base: Path, name: str) -> N
         ),
     ],
 )
-def test_a_system_message_has_its_line_and_without_one_the_text_begins_after_it(
+def test_line_of_the_system_message_is_dropped_without_one(
     encoder: Encoders, name: str, with_system: str, without: str
 ) -> None:
     ours = encoder(name)
@@ -163,7 +161,7 @@ def test_a_system_message_has_its_line_and_without_one_the_text_begins_after_it(
         (assistant("Ho"), "no user message, which only preprocess"),
     ],
 )
-def test_what_needs_the_chat_template_is_said(
+def test_record_that_needs_the_chat_template_is_refused(
     encoder: Encoders, prompt: Messages, found: str
 ) -> None:
     with pytest.raises(BadRecord, match=f"^has {found}") as caught:
@@ -187,7 +185,7 @@ REPLY: dict[str, Any] = {"role": "assistant", "content": "Yes"}
         ("tools", {"tools": [SCHEMA], "rejected": "No"}),
     ],
 )
-def test_what_a_text_has_no_field_for_is_refused_by_its_name(
+def test_part_without_a_field_in_the_template_is_refused_by_name(
     encoder: Encoders, reason: str, record: dict[str, Any]
 ) -> None:
     chosen = "Yes" if record["rejected"] == "No" else [REPLY]
@@ -208,7 +206,7 @@ CALLS = (
 )
 
 
-def test_parts_and_tools_go_to_the_chat_template_whole(tiny_base: Path, tmp_path: Path) -> None:
+def test_chat_template_gets_complete_parts_and_tools(tiny_base: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     base = changed_base(tiny_base, tmp_path, chat_template=CALLS)
@@ -265,7 +263,7 @@ LOSSY = {
         ("another order", "content of message 2 (assistant): 'Bad'", {}),
     ],
 )  # fmt: skip
-def test_what_a_chat_template_leaves_out_is_a_bad_record(
+def test_text_left_out_by_the_chat_template_is_a_bad_record(
     tiny_base: Path, tmp_path: Path, name: str, lost: str, record: dict[str, Any]
 ) -> None:
     base = changed_base(tiny_base, tmp_path, chat_template=LOSSY[name])
@@ -292,9 +290,7 @@ REWRITES = (
 )
 
 
-def test_words_may_be_trimmed_or_escaped_and_calls_written_anew(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_chat_template_may_trim_escape_and_reformat(tiny_base: Path, tmp_path: Path) -> None:
     base = changed_base(tiny_base, tmp_path, chat_template=REWRITES)
     encoder = Encoder(base, Template.of("chat", False, 10, base))
     arguments = '{"at": "a \\"b\\" \\u00fc", "n": 3, "deep": [{"x": "\\\\"}, null]}'
@@ -311,7 +307,7 @@ def test_words_may_be_trimmed_or_escaped_and_calls_written_anew(
     assert encoder.render(pair.prompt, pair.answers[0])
 
 
-def test_an_error_within_a_chat_template_is_a_bad_record(tiny_base: Path, tmp_path: Path) -> None:
+def test_error_in_a_chat_template_is_a_bad_record(tiny_base: Path, tmp_path: Path) -> None:
     base = changed_base(tiny_base, tmp_path, chat_template="{{ messages[0].content + 1 }}")
     encoder = Encoder(base, Template.of("chat", False, 10, base))
     with pytest.raises(BadRecord, match="can only concatenate str") as caught:
@@ -320,7 +316,7 @@ def test_an_error_within_a_chat_template_is_a_bad_record(tiny_base: Path, tmp_pa
 
 
 def changed_base(base: Path, folder: Path, **config: Any) -> Path:
-    """A copy of the tokenizer of `base` with other values in its configuration."""
+    """A copy of the tokenizer of `base` with changes to its configuration."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, folder)
     path = folder / "tokenizer_config.json"
@@ -328,7 +324,7 @@ def changed_base(base: Path, folder: Path, **config: Any) -> Path:
     return folder
 
 
-def test_conversation_that_the_chat_template_refuses_is_a_bad_record(
+def test_conversation_refused_by_the_chat_template_is_a_bad_record(
     tiny_base: Path, tmp_path: Path
 ) -> None:
     base = changed_base(tiny_base, tmp_path, chat_template="{{ raise_exception('no system') }}")
@@ -342,10 +338,10 @@ def chat_from(path: Path, base: Path) -> Template:
     return Template.of("chat", False, 10, base, path)
 
 
-def test_a_chat_template_may_be_brought_to_a_base_without_one(
+def test_chat_template_may_be_supplied_for_a_base_without_one(
     tiny_base: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
-    """As a Jinja file, or in the configuration of another tokenizer; either travels as a text."""
+    """As a Jinja file or in another tokenizer's configuration; both are stored as text."""
     base = changed_base(tiny_base, tmp_path, chat_template=None)
     brought = tmp_path / "brought.jinja"
     brought.write_text(tokenizer.chat_template, encoding="utf-8")
@@ -376,7 +372,7 @@ def test_a_chat_template_may_be_brought_to_a_base_without_one(
         ("bad.jinja", b"a\n{% if %}", "bad.jinja: line 2 is broken: Expected an expression"),
     ],
 )
-def test_a_chat_template_that_cannot_be_used_is_a_sentence(
+def test_unusable_chat_template_is_reported(
     tiny_base: Path, tmp_path: Path, name: str, content: bytes | None, said: str
 ) -> None:
     if content is not None:
@@ -409,13 +405,13 @@ def test_template_is_read_as_it_was_written(tiny_base: Path, tmp_path: Path) -> 
     assert Template.load(tmp_path / "template.json") == template
 
 
-def test_template_of_another_version_is_a_sentence(tmp_path: Path) -> None:
+def test_template_of_another_version_is_reported(tmp_path: Path) -> None:
     (tmp_path / "template.json").write_text('{"template": "zh", "append_eos": true}')
     with pytest.raises(Fault, match=r"template.json has the keys append_eos, template, expected"):
         Template.load(tmp_path / "template.json")
 
 
-# --- nothing vanishes ------------------------------------------------------------------------
+# --- no words are lost -----------------------------------------------------------------------
 
 NAME = st.integers(100, 999).map("f{}".format)
 ODD = st.sampled_from(["怎么", "\n", '"x"', "\\", "<think>", "</think>"])
@@ -463,7 +459,7 @@ CHATS = {"calls": CALLS, "rewrites": REWRITES, "cuts thoughts": LOSSY["cuts thou
 
 
 def words_of(value: Any) -> list[str]:
-    """The words in all texts of a record, those in a JSON text among them, in no order."""
+    """The words in all texts of a record, including JSON texts, in any order."""
     if isinstance(value, str):
         with suppress(ValueError):
             value = json.loads(value)
@@ -488,7 +484,7 @@ def any_encoder(
 
 
 @pytest.mark.parametrize("name", ["zh", "en", "none", "<{prompt}|{answer}>", *CHATS])
-def test_no_word_of_a_kept_record_is_missing_in_its_text(
+def test_text_of_a_kept_record_contains_all_its_words(
     any_encoder: Callable[[str], Encoder], name: str
 ) -> None:
     encoder = any_encoder(name)
@@ -519,7 +515,7 @@ def test_no_word_of_a_kept_record_is_missing_in_its_text(
 
 # --- the date --------------------------------------------------------------------------------
 
-# As Llama 3.2 asks for it, as others do, and as Llama 3.1 does not.
+# The way of Llama 3.2, two other ways, and that of Llama 3.1, which does not ask for the date.
 TODAY = {
     "25 Dec 2031": (
         "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
@@ -538,7 +534,7 @@ TODAY = {
 
 @pytest.fixture(params=TODAY)
 def moved_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a template is to print for today, which is another day than it was."""
+    """The date that the template must print, although the clock now shows another day."""
     from transformers.utils import chat_template_utils
 
     class Later(datetime.datetime):
@@ -551,7 +547,7 @@ def moved_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("append_eos", [False, True])
-def test_the_date_is_that_of_preprocess_here_and_in_the_export(
+def test_date_is_that_of_preprocess_also_in_the_export(
     tiny_base: Path, tmp_path: Path, moved_clock: str, append_eos: bool
 ) -> None:
     from transformers import AutoTokenizer
@@ -574,14 +570,14 @@ def test_the_date_is_that_of_preprocess_here_and_in_the_export(
     assert there.render(user("Hi?"), assistant("Yes")) == rendered
 
 
-def test_a_date_that_nobody_fixed_is_a_fault(tiny_base: Path, tmp_path: Path) -> None:
+def test_date_that_is_not_fixed_is_a_fault(tiny_base: Path, tmp_path: Path) -> None:
     base = changed_base(tiny_base, tmp_path, chat_template="{{ strftime_now('%Y') }}")
     with pytest.raises(Fault, match="prints today's date"):
         Template.of("chat", False, 10, base)
 
 
 @pytest.mark.parametrize("day", ["2026-01-01", "2031-12-25", "2028-02-29"])
-def test_a_date_is_written_as_strftime_writes_it(day: str) -> None:
+def test_date_is_formatted_like_strftime(day: str) -> None:
     at = datetime.datetime.fromisoformat(day)
     for code in [
         *(f"%{letter}" for letter in DIRECTIVES),
@@ -607,17 +603,17 @@ def test_eos_is_appended_once(encoder: Encoders, tokenizer: Any, name: str) -> N
         )
 
 
-# --- the cut ---------------------------------------------------------------------------------
+# --- truncation ------------------------------------------------------------------------------
 
 
 def random_words(count: int, seed: int) -> str:
     words = ["sky", "blue", "怎么", "😀", "\n", "Why?", "煮鸡蛋", "x1"]
-    # The digit is an id of its own, which no template's head merges with.
+    # The digit is a separate id, which never merges with the head of a template.
     return "1 " + " ".join(random.Random(seed).choices(words, k=count))
 
 
 @pytest.mark.parametrize("append_eos", [False, True])
-def test_prompt_is_cut_from_the_left_by_the_same_amount_on_both_sides(
+def test_prompt_is_truncated_on_the_left_equally_for_both_answers(
     encoder: Encoders, tokenizer: Any, append_eos: bool
 ) -> None:
     ours = encoder("en", append_eos, max_length=40)
@@ -633,7 +629,7 @@ def test_prompt_is_cut_from_the_left_by_the_same_amount_on_both_sides(
 
 
 @pytest.mark.parametrize("name", ["zh", "en", "none", "chat", "{prompt} => {answer}!"])
-def test_cut_prompt_leaves_head_and_answer_whole(
+def test_truncation_keeps_head_and_answer_whole(
     encoder: Encoders, tokenizer: Any, name: str
 ) -> None:
     for seed in range(20):
@@ -649,7 +645,7 @@ def test_cut_prompt_leaves_head_and_answer_whole(
         assert prompt.endswith(rest[start : len(rest) - len(left)].lstrip("�"))
 
 
-def test_id_that_holds_the_end_of_the_head_is_kept(encoder: Encoders, tokenizer: Any) -> None:
+def test_id_that_contains_the_end_of_the_head_is_kept(encoder: Encoders, tokenizer: Any) -> None:
     cut = encoder("en", max_length=20).encode_cut(user("the " * 40), [assistant("a")] * 2)
     head = tokenizer("Question: the")["input_ids"]
     assert tokenizer.decode(head[-1]) == " the"
@@ -657,7 +653,7 @@ def test_id_that_holds_the_end_of_the_head_is_kept(encoder: Encoders, tokenizer:
     assert cut[0][: len(head)] == head
 
 
-def test_cut_of_a_chat_keeps_the_head_even_if_it_holds_the_prompts_words(
+def test_truncated_chat_keeps_its_head_even_if_it_contains_words_of_the_prompt(
     encoder: Encoders, tokenizer: Any
 ) -> None:
     prompt = (("system", "e"), ("user", "e"), ("assistant", "so " * 40), ("user", "e " * 40))
@@ -678,10 +674,10 @@ SOME = settings(max_examples=150, deadline=None, derandomize=True)
 
 @SOME
 @given(st.lists(st.tuples(ROLE, WORDS), min_size=1, max_size=6), st.booleans(), st.integers(20, 90))
-def test_cut_conversation_has_the_ids_of_its_last_turns(
+def test_truncated_conversation_has_the_ids_of_its_last_turns(
     whole_encoder: Encoder, turns: list[tuple[str, list[str]]], system: bool, most: int
 ) -> None:
-    """Of all that remains when turns go from the front, the longest that fits; or the last cut."""
+    """Turns go from the front until the rest fits; a last turn that does not fit is truncated."""
     encoder = copy.copy(whole_encoder)
     encoder.template = dataclasses.replace(encoder.template, max_length=most)
     head: Messages = (("system", "Be kind."),) if system else ()
@@ -701,7 +697,7 @@ def test_cut_conversation_has_the_ids_of_its_last_turns(
         assert encoder.decode(side).startswith("<|im_start|>system\nBe kind.<|im_end|>\n" * system)
 
 
-def test_a_cut_within_the_last_turn_leaves_what_follows_its_first_message(
+def test_truncating_the_last_turn_keeps_the_messages_after_its_first(
     tiny_base: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
     base = changed_base(tiny_base, tmp_path, chat_template=CALLS)
@@ -722,17 +718,17 @@ def test_a_cut_within_the_last_turn_leaves_what_follows_its_first_message(
     assert max(map(len, cut)) == 150
 
 
-def test_answer_too_long_by_itself_cannot_be_cut(encoder: Encoders) -> None:
+def test_answer_too_long_by_itself_cannot_be_truncated(encoder: Encoders) -> None:
     for max_length in range(1, 60):
         ours = encoder("zh", max_length=max_length)
         prompt, answer = "why " * 20, "long " * 20
         cut = ours.encode_cut(user(prompt), [assistant(answer), assistant("short")])
-        # All that may go is the prompt.
+        # Only the prompt may be truncated.
         least = len(ids(ours, prompt, answer)) - len(ids(ours, prompt, "")) + len(ids(ours, "", ""))
         assert (cut is None) == (max_length < least)
 
 
-def test_text_within_the_maximum_is_not_cut(encoder: Encoders) -> None:
+def test_text_within_the_maximum_is_not_truncated(encoder: Encoders) -> None:
     ours = encoder("zh")
     assert ours.encode_cut(user("Hi?"), [assistant("Yes")]) == [ids(ours, "Hi?", "Yes")]
 
@@ -747,7 +743,7 @@ def slow_prefix(chosen: Sequence[int], rejected: Sequence[int]) -> int:
     return length
 
 
-def test_prefix_length_is_the_longest_common_prefix_short_of_the_last_id() -> None:
+def test_prefix_length_is_the_longest_common_prefix_without_the_last_id() -> None:
     generator = random.Random(0)
     for _ in range(500):
         left, right = (generator.choices((1, 2), k=generator.randrange(1, 7)) for _ in "jk")

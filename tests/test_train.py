@@ -1,4 +1,4 @@
-"""Training: the same as a plain loop, the same whatever happens to it, and all of it on record."""
+"""Training: the same as a plain loop, the same after interruptions, and fully recorded."""
 
 import hashlib
 import itertools
@@ -38,7 +38,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(autouse=True)
 def prepared(workspace: Path, set_params: SetParams) -> Path:
-    """A workspace with 14 pairs to train on: 4 steps an epoch, 8 in all, the last of 2 pairs."""
+    """A workspace with 14 training pairs: 4 steps per epoch, 8 in total, the last with 2 pairs."""
     write_pairs(workspace / "data" / "raw" / "pairs.json", 20)
     set_params("preprocess", validation_fraction=0.1, test_fraction=0.2)
     preprocess.main()
@@ -51,7 +51,7 @@ def prepared(workspace: Path, set_params: SetParams) -> Path:
 
 
 def outs() -> dict[str, str]:
-    """Digests of everything that the stage leaves to DVC."""
+    """Digests of all outs of the stage."""
     return {
         **{f"adapter/{name}": value for name, value in digests(train.ADAPTER).items()},
         **{f"reports/{name}": value for name, value in digests(train.REPORTS).items()},
@@ -66,7 +66,7 @@ def remove_outs() -> None:
 
 
 def forget() -> None:
-    """Have the next run start afresh."""
+    """Make the next run start from scratch."""
     remove_outs()
     shutil.rmtree("models/checkpoints")
 
@@ -76,7 +76,7 @@ def weights() -> Tensors:
 
 
 def distance(one: Tensors, other: Tensors) -> float:
-    """The largest difference of two adapters, relative to the size of the tensor it is in."""
+    """The largest difference between tensors of two adapters, relative to the tensor's norm."""
     assert one.keys() == other.keys()
     return max(((one[n] - other[n]).norm() / (other[n].norm() + 1e-12)).item() for n in one)
 
@@ -86,7 +86,7 @@ def training_pairs() -> list[Texts]:
 
 
 def stock_reward(model: PeftModel, ids: list[int]) -> torch.Tensor:
-    """The reward of a text by transformers' own forward pass: no pack, and layers as they were."""
+    """The reward of a text from transformers' own forward pass: no pack, original layers."""
     with as_in_transformers(model) as classifier:
         classifier.config.pad_token_id = None
         found: torch.Tensor = classifier(input_ids=torch.tensor([ids])).logits[0, 0]
@@ -99,12 +99,12 @@ def curve(name: str) -> list[dict[str, float]]:
 
 
 class Killed(BaseException):
-    """The end of the process, as far as a test in the same process can have it."""
+    """Simulates the death of the process within the process of the test."""
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What every training step was given and what it returned."""
+    """The pairs and the loss of every training step."""
     seen: list[dict[str, Any]] = []
     original = trainer.RewardTrainer.training_step
 
@@ -123,7 +123,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the stage until `step` steps are done."""
+    """Run the stage and kill it after `step` steps."""
     original = trainer.RewardTrainer.training_step
 
     def deadly(self: trainer.RewardTrainer, *arguments: Any) -> Any:
@@ -137,16 +137,16 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             train.main()
 
 
-# --- what is learned -------------------------------------------------------------------------
+# --- optimization ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("pairs_per_step", "use_dora"), [(1, False), (4, True)])
-def test_trainer_takes_the_steps_of_a_plain_loop(
+def test_training_matches_a_plain_loop(
     set_params: SetParams, steps: list[dict[str, Any]], pairs_per_step: int, use_dora: bool
 ) -> None:
-    """AdamW by hand, one text a forward pass, the learning rate and the clipping spelt out.
+    """AdamW by hand, one text per forward pass, with explicit learning rates and clipping.
 
-    With one pair a step it is the article's loop: batch 1, nothing padded, nothing packed.
+    With one pair per step it is the article's loop: batch size 1, no padding, no packing.
     """
     rate, decay, norm = 3e-3, 0.1, 0.3
     set_params("lora", lora_dropout=0.0, use_dora=use_dora)
@@ -197,7 +197,7 @@ def test_trainer_takes_the_steps_of_a_plain_loop(
 
 
 def graded_rankings() -> Dataset:
-    """Every comparison of 5, 2 and 3 answers to three prompts, with labels of all kinds."""
+    """All comparisons of 5, 2 and 3 answers to three prompts, with all kinds of labels."""
     draw = random.Random(0)
     rows = []
     for prompt, count in enumerate((5, 2, 3)):
@@ -214,10 +214,10 @@ def graded_rankings() -> Dataset:
 
 
 @pytest.mark.parametrize("tokens_per_pack", [20, 40, 10**6])
-def test_gradient_of_a_step_is_that_of_its_comparisons_one_by_one(
+def test_gradient_of_a_step_matches_its_comparisons_one_by_one(
     set_params: SetParams, tokens_per_pack: int
 ) -> None:
-    """Rankings that fit into a pack and that do not, against passes of single texts."""
+    """Rankings that do and do not fit into a pack, against passes of single texts."""
     set_params("lora", lora_dropout=0.0)
     set_params("train", step_of="prompts", center_rewards=0.01, tokens_per_pack=tokens_per_pack)
     options, rows = params.load("train", trainer.Train), graded_rankings()
@@ -251,7 +251,7 @@ def test_gradient_of_a_step_is_that_of_its_comparisons_one_by_one(
         assert (parameter.grad - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7
 
 
-def test_a_step_computes_each_answer_once(
+def test_step_computes_each_answer_once(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_params("train", step_of="prompts", tokens_per_pack=10**6)
@@ -267,11 +267,11 @@ def test_a_step_computes_each_answer_once(
 
     monkeypatch.setattr(trainer, "rewards", noted)
     ours.attempt(steps[0])
-    # Three prompts of 6 tokens; answers of 3 to 7, 3 and 4, and 3 to 5 tokens.
+    # Three prompts of 6 tokens each; answers of 3 to 7, 3 and 4, and 3 to 5 tokens.
     assert computed == [3 * 6 + (3 + 4 + 5 + 6 + 7) + (3 + 4) + (3 + 4 + 5)]
 
 
-def test_curves_of_ties_alone_have_no_accuracy(set_params: SetParams, tmp_path: Path) -> None:
+def test_curves_of_only_ties_have_no_accuracy(set_params: SetParams, tmp_path: Path) -> None:
     set_params("train", max_steps=2, logging_steps=1, save_steps=2, eval_steps=2)
     rows = graded_rankings()
     ties = rows.filter(lambda row: row["preference"] == 0.5)
@@ -288,7 +288,7 @@ def test_curves_of_ties_alone_have_no_accuracy(set_params: SetParams, tmp_path: 
     assert read_json(tmp_path / "training.json")[0]["accuracy"] is None
 
 
-def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own(
+def test_every_epoch_uses_every_pair_once_in_its_own_order(
     steps: list[dict[str, Any]],
 ) -> None:
     train.main()
@@ -315,7 +315,7 @@ def test_result_does_not_depend_on_the_size_of_packs(set_params: SetParams) -> N
             assert entry == pytest.approx(wanted, rel=1e-3)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(set_params: SetParams) -> None:
+def test_gradient_checkpointing_does_not_change_the_result(set_params: SetParams) -> None:
     set_params("train", max_steps=4)
     train.main()
     wanted = weights()
@@ -333,10 +333,10 @@ def test_gradient_checkpointing_changes_nothing_but_memory(set_params: SetParams
         (130, MemoryError()),
     ],
 )
-def test_a_step_without_memory_begins_again_in_smaller_packs(
+def test_step_that_runs_out_of_memory_restarts_with_smaller_packs(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, room: int, error: Exception
 ) -> None:
-    """Out of memory in the backward pass: half of a gradient is there, random numbers are drawn."""
+    """Memory runs out in the backward pass, after a partial gradient and used random numbers."""
     set_params("lora", lora_dropout=0.0)
     set_params("train", max_steps=4, logging_steps=1)
     train.main()
@@ -360,10 +360,10 @@ def test_a_step_without_memory_begins_again_in_smaller_packs(
         assert entry == pytest.approx(figures, rel=1e-3)
 
 
-def test_a_repeated_step_has_the_random_numbers_of_the_first_attempt(
+def test_repeated_step_uses_the_same_random_numbers(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packs of one pair each whatever the limit: dropout then draws the same masks in both runs."""
+    """Each pack has one pair, whatever the limit, so dropout draws the same masks in both runs."""
     set_params("train", max_steps=3, pairs_per_step=1, logging_steps=2)
     train.main()
     wanted = weights()
@@ -384,7 +384,7 @@ def test_a_repeated_step_has_the_random_numbers_of_the_first_attempt(
     assert distance(weights(), wanted) == 0
 
 
-def test_a_pair_too_long_for_memory_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pair_too_long_for_memory_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
@@ -395,7 +395,7 @@ def test_a_pair_too_long_for_memory_stops_the_stage(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("room", [90, 150, 220, 10**6])
-def test_auto_finds_the_largest_pack_that_memory_holds(
+def test_auto_finds_the_largest_pack_that_fits_in_memory(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     set_params("train", tokens_per_pack="auto")
@@ -422,7 +422,7 @@ def test_auto_finds_the_largest_pack_that_memory_holds(
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_auto_tries_packs_as_training_will_compute_them_the_smallest_first(
+def test_auto_tries_packs_under_training_conditions_smallest_first(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     set_params("train", tokens_per_pack="auto", gradient_checkpointing=checkpointing)
@@ -450,7 +450,7 @@ def test_auto_tries_packs_as_training_will_compute_them_the_smallest_first(
         ("CUDA error: an illegal memory access was encountered", False),
     ],
 )
-def test_what_the_libraries_of_cuda_say_without_memory_is_known(
+def test_out_of_memory_errors_of_cuda_libraries_are_recognized(
     message: str, of_memory: bool
 ) -> None:
     def work() -> torch.Tensor:
@@ -463,8 +463,8 @@ def test_what_the_libraries_of_cuda_say_without_memory_is_known(
             within_memory(work)
 
 
-def test_deterministic_kernels_are_asked_for_and_not_only_warned_of(set_params: SetParams) -> None:
-    """Attention of a GPU takes others where PyTorch is told to warn."""
+def test_deterministic_kernels_are_required_without_warn_only(set_params: SetParams) -> None:
+    """With warn_only, attention on a GPU would use other kernels."""
     for deterministic in (True, False):
         set_params("train", deterministic=deterministic)
         built()
@@ -472,7 +472,7 @@ def test_deterministic_kernels_are_asked_for_and_not_only_warned_of(set_params: 
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def test_the_size_of_packs_is_in_the_checkpoint(
+def test_pack_size_is_in_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch, steps: list[dict[str, Any]]
 ) -> None:
     sizes = []
@@ -493,7 +493,7 @@ def test_the_size_of_packs_is_in_the_checkpoint(
     assert len(steps) == 5 + 4
 
 
-# --- the start and the stops -----------------------------------------------------------------
+# --- start and faults ------------------------------------------------------------------------
 
 
 def built() -> PeftModel:
@@ -514,7 +514,7 @@ def a_trainer() -> trainer.RewardTrainer:
     return trainer.RewardTrainer(built(), options, run, steps, watched, train.REPORTS)
 
 
-def test_all_layers_may_be_adapted_and_scaled_by_the_root_of_the_rank(
+def test_all_linear_layers_can_be_adapted_with_rank_stabilization(
     set_params: SetParams,
 ) -> None:
     set_params("lora", r=4, lora_alpha=32, use_rslora=True, target_modules="all-linear")
@@ -523,7 +523,7 @@ def test_all_layers_may_be_adapted_and_scaled_by_the_root_of_the_rank(
     assert {each.scaling["default"] for each in layers} == {32 / 2}
 
 
-def test_training_starts_undecided_however_large_the_head_is() -> None:
+def test_training_starts_undecided_whatever_the_scale_of_the_head() -> None:
     model, pairs = built(), training_pairs()
     with torch.no_grad():
         for parameter in head_of(model.get_base_model()).parameters():
@@ -540,7 +540,7 @@ def test_training_starts_undecided_however_large_the_head_is() -> None:
     assert abs(loss - math.log(2)) <= 0.05
 
 
-def test_a_decided_start_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decided_start_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "HEAD_MARGIN", 100.0)
     model, pairs = built(), training_pairs()
     with torch.no_grad():
@@ -550,7 +550,7 @@ def test_a_decided_start_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> Non
         trainer.scale_head(model, pairs, 4096)
 
 
-def test_rewards_that_are_not_finite_stop_the_stage() -> None:
+def test_non_finite_rewards_stop_the_stage() -> None:
     model, pairs = built(), training_pairs()
     with torch.no_grad():
         for parameter in head_of(model.get_base_model()).parameters():
@@ -560,7 +560,7 @@ def test_rewards_that_are_not_finite_stop_the_stage() -> None:
 
 
 @pytest.mark.parametrize("eval_steps", [1, 20])
-def test_a_loss_that_is_not_finite_stops_the_stage_with_its_step(
+def test_non_finite_loss_stops_the_stage_and_names_the_step(
     set_params: SetParams, eval_steps: int
 ) -> None:
     set_params("train", learning_rate=1e30, warmup_steps=0, eval_steps=eval_steps)
@@ -580,7 +580,7 @@ def test_save_steps_must_be_a_multiple_of_logging_steps(set_params: SetParams) -
 @pytest.mark.parametrize(
     ("key", "value"), [("optim", "lion_8bit"), ("lr_scheduler_type", "warmup_stable_decay")]
 )
-def test_what_needs_more_than_its_name_is_refused(
+def test_optimizers_and_schedules_that_need_extra_arguments_are_refused(
     set_params: SetParams, key: str, value: str
 ) -> None:
     set_params("train", **{key: value})
@@ -588,7 +588,7 @@ def test_what_needs_more_than_its_name_is_refused(
         train.main()
 
 
-def test_every_optimizer_and_schedule_that_is_offered_can_be_made(
+def test_every_offered_optimizer_and_schedule_can_be_created(
     set_params: SetParams, tmp_path: Path
 ) -> None:
     model, rows = built(), load_from_disk("data/tokenized/train")
@@ -604,7 +604,7 @@ def test_every_optimizer_and_schedule_that_is_offered_can_be_made(
         assert 0 <= ours.lr_scheduler.get_last_lr()[0] <= group.learning_rate
 
 
-def test_a_tracker_that_is_not_installed_is_named(
+def test_tracker_that_is_not_installed_is_named(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "find_spec", lambda name: None)
@@ -614,7 +614,7 @@ def test_a_tracker_that_is_not_installed_is_named(
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit"])
-def test_optimizers_for_cuda_fall_back_with_one_line(
+def test_cuda_optimizers_fall_back_with_one_line(
     tmp_path: Path,
     set_params: SetParams,
     monkeypatch: pytest.MonkeyPatch,
@@ -628,7 +628,7 @@ def test_optimizers_for_cuda_fall_back_with_one_line(
     assert capsys.readouterr().out.startswith(f"optimizer  adamw_torch_fused instead of {optim}, ")
 
 
-def test_a_step_has_its_pairs_however_many_gpus_are_in_sight(
+def test_number_of_pairs_per_step_does_not_depend_on_visible_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -644,7 +644,7 @@ def test_a_step_has_its_pairs_however_many_gpus_are_in_sight(
     ("found", "faster"),
     [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_bf16": False}, False)],
 )
-def test_auto_says_in_a_line_where_bf16_would_be_faster(
+def test_auto_reports_in_one_line_if_bf16_would_be_faster(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     found: dict[str, bool],
@@ -658,10 +658,10 @@ def test_auto_says_in_a_line_where_bf16_would_be_faster(
     assert ("faster in bf16" in printed) == (faster and compute_dtype == "auto")
 
 
-# --- what is written -------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------
 
 
-def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
+def test_run_writes_adapter_curves_and_metrics_and_prints_no_noise(
     steps: list[dict[str, Any]],
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -726,14 +726,14 @@ def test_run_leaves_adapter_curves_and_metrics_and_prints_no_noise(
     ]
 
 
-def test_evaluations_may_be_a_share_of_all_steps(set_params: SetParams) -> None:
+def test_eval_steps_may_be_a_fraction_of_all_steps(set_params: SetParams) -> None:
     set_params("train", max_steps=8, eval_steps=0.4)
     train.main()
     assert [point["step"] for point in curve("validation")] == [4, 8]
 
 
 @pytest.mark.parametrize("most", [1, 30, 31, 99, 100])
-def test_training_watches_whole_prompts_up_to_a_number_of_pairs(most: int) -> None:
+def test_validation_uses_whole_prompts_up_to_a_number_of_pairs(most: int) -> None:
     prompts = [f"p{index // 3}" for index in range(100)]
     rows = Dataset.from_dict({"prompt_id": prompts, "row": range(100)})
     found = trainer.watched(rows, most, 0)
@@ -745,7 +745,7 @@ def test_training_watches_whole_prompts_up_to_a_number_of_pairs(most: int) -> No
         assert list(found["row"]) != list(trainer.watched(rows, most, 1)["row"])
 
 
-def test_curves_can_be_seen_while_training_runs(
+def test_curves_are_written_during_training(
     monkeypatch: pytest.MonkeyPatch, set_params: SetParams
 ) -> None:
     set_params("train", max_steps=8, logging_steps=1, eval_steps=2, save_steps=8)
@@ -757,7 +757,7 @@ def test_curves_can_be_seen_while_training_runs(
     assert not train.ADAPTER.exists()
 
 
-def test_first_figures_are_those_of_an_undecided_model(set_params: SetParams) -> None:
+def test_first_loss_is_that_of_an_undecided_model(set_params: SetParams) -> None:
     set_params("train", max_steps=2, logging_steps=1)
     train.main()
     assert curve("training")[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
@@ -765,7 +765,7 @@ def test_first_figures_are_those_of_an_undecided_model(set_params: SetParams) ->
 
 @pytest.fixture
 def overtrained(set_params: SetParams, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validation pairs whose loss is smallest at a margin of 1.39, which training goes beyond."""
+    """Validation pairs whose loss is smallest at a margin of 1.39, which training exceeds."""
     set_params("train", keep="best", learning_rate=8e-3, lr_scheduler_type="constant")
     set_params("train", eval_steps=1, save_steps=1, logging_steps=1)
 
@@ -776,10 +776,10 @@ def overtrained(set_params: SetParams, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("overtrained")
-def test_the_best_adapter_is_that_of_the_smallest_validation_loss_and_outlives_a_kill(
+def test_best_adapter_has_the_smallest_validation_loss_and_survives_a_kill(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With DoRA: its magnitudes are kept, and are in checkpoints, as all that is trained."""
+    """With DoRA, whose magnitudes are kept and in checkpoints, like all trained weights."""
     seen: dict[int, list[torch.Tensor]] = {}
     original = trainer.RewardTrainer.evaluate
 
@@ -809,7 +809,7 @@ def test_the_best_adapter_is_that_of_the_smallest_validation_loss_and_outlives_a
     forget()
     kill_at(5, monkeypatch)
     left = {path.name for path in Path("models/checkpoints").glob("*/step-*")}
-    assert left == {"step-4", "step-5"}  # that of the best step is gone
+    assert left == {"step-4", "step-5"}  # the checkpoint of the best step is gone
     train.main()
     assert outs() == expected
 
@@ -826,7 +826,7 @@ UNDISTURBED: dict[int, dict[str, str]] = {}
 
 @pytest.fixture
 def undisturbed(set_params: SetParams) -> Callable[[int], dict[str, str]]:
-    """Outs of a run of so many steps that nothing happened to, made once for all tests."""
+    """The outs of an uninterrupted run of so many steps, made once for all tests."""
 
     def run(max_steps: int) -> dict[str, str]:
         set_params("train", max_steps=max_steps)
@@ -845,11 +845,11 @@ def undisturbed(set_params: SetParams) -> Callable[[int], dict[str, str]]:
     [
         (1, -1, 8),  # before the first checkpoint
         (3, -1, 6),  # in the middle of an epoch
-        (5, -1, 4),  # a checkpoint at the end of an epoch
+        (5, -1, 4),  # with a checkpoint at the end of an epoch
         (5, 7, 3),
     ],
 )
-def test_killed_run_ends_with_the_bytes_of_one_that_was_not(
+def test_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(
     undisturbed: Callable[[int], dict[str, str]],
     steps: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -867,7 +867,7 @@ def test_killed_run_ends_with_the_bytes_of_one_that_was_not(
 
 
 @pytest.mark.parametrize("max_steps", [-1, 7])
-def test_run_killed_after_its_last_step_writes_its_outs_without_another(
+def test_run_killed_after_its_last_step_writes_its_outs_without_extra_steps(
     undisturbed: Callable[[int], dict[str, str]],
     steps: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -888,7 +888,7 @@ def test_run_killed_after_its_last_step_writes_its_outs_without_another(
     assert outs() == wanted
 
 
-def test_finished_run_starts_afresh_once_dvc_lock_records_it_and_not_before(
+def test_finished_run_restarts_only_once_dvc_lock_records_it(
     undisturbed: Callable[[int], dict[str, str]], steps: list[dict[str, Any]]
 ) -> None:
     wanted = undisturbed(-1)
@@ -908,7 +908,7 @@ def test_finished_run_starts_afresh_once_dvc_lock_records_it_and_not_before(
     assert outs() == wanted
 
 
-def test_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_damaged_checkpoint_is_skipped_for_the_previous_one(
     undisturbed: Callable[[int], dict[str, str]],
     steps: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -923,10 +923,10 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert outs() == wanted
 
 
-def test_checkpoints_hold_nothing_that_could_run_code(
+def test_checkpoints_contain_nothing_that_could_run_code(
     undisturbed: Callable[[int], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Trainer's states are pickles: all of them are read as weights alone."""
+    """The states of the Trainer are pickles, and all are loaded with weights_only."""
     undisturbed(-1)
     kill_at(3, monkeypatch)
     read: dict[str, Any] = {}
@@ -946,7 +946,7 @@ def test_checkpoints_hold_nothing_that_could_run_code(
     }
 
 
-def test_other_parameters_have_other_checkpoints_and_a_run_has_one_trainer(
+def test_other_parameters_have_other_checkpoints_and_each_run_one_trainer(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "PATIENCE", 1)
@@ -966,10 +966,10 @@ def test_other_parameters_have_other_checkpoints_and_a_run_has_one_trainer(
         assert len({path.name for path in root.iterdir()} - before) == 1
 
 
-def test_a_run_that_goes_on_has_the_threads_that_it_began_with(
+def test_resumed_run_keeps_its_number_of_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The processors that are granted may be others by then; sums of floats depend on them."""
+    """The number of processors may have changed by then, and sums of floats depend on it."""
     threads = [3]
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
@@ -983,7 +983,7 @@ def test_a_run_that_goes_on_has_the_threads_that_it_began_with(
     assert read_json(last / "packs.json")["threads"] == 5
 
 
-def test_run_ended_by_sigkill_resumes_in_a_new_process(
+def test_run_killed_by_sigkill_resumes_in_a_new_process(
     undisturbed: Callable[[int], dict[str, str]],
 ) -> None:
     wanted = undisturbed(-1)
@@ -998,7 +998,7 @@ def test_run_ended_by_sigkill_resumes_in_a_new_process(
     assert outs() == wanted
 
 
-def test_ids_that_the_base_does_not_know_are_refused() -> None:
+def test_ids_unknown_to_the_base_are_refused() -> None:
     groups = (
         params.load("train", trainer.Train),
         params.load("lora", train.Lora),
@@ -1013,10 +1013,10 @@ def test_ids_that_the_base_does_not_know_are_refused() -> None:
 
 
 @pytest.mark.parametrize("longest", ["longrope", "positions"])
-def test_texts_that_may_be_too_long_for_the_base_are_refused_before_the_first_step(
+def test_maximum_length_beyond_the_base_is_refused_before_the_first_step(
     longest: str, set_params: SetParams, steps: list[dict[str, Any]]
 ) -> None:
-    """By the length that texts may have, because those of the test split may have it too."""
+    """The limit counts, not the lengths of training texts, because test texts may be longer."""
     config = read_json(train.BASE / "config.json")
     config["max_position_embeddings"] = 1024 if longest == "positions" else 131072
     if longest == "longrope":
@@ -1043,8 +1043,8 @@ def test_texts_that_may_be_too_long_for_the_base_are_refused_before_the_first_st
     train.main()
 
 
-def test_the_fingerprint_stands_for_what_auto_became(set_params: SetParams) -> None:
-    """A run that was killed on a GPU is not gone on with in another type on a CPU."""
+def test_fingerprint_depends_on_the_dtype_that_auto_selects(set_params: SetParams) -> None:
+    """A run that was killed on a GPU is not resumed with another dtype on a CPU."""
     set_params("train", max_steps=1)
     for dtype in ("auto", "float32", "bfloat16"):
         set_params("quantization", compute_dtype=dtype)
