@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 import weakref
@@ -735,6 +736,20 @@ def test_packs_have_the_size_recorded_by_evaluate(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Fault, match="failed with status 1"):
         export.main()
     assert [request.tokens_per_pack for request in requests] == [60]
+
+
+def test_interpreter_may_be_relative_to_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `PATH=.venv/bin:$PATH dvc repro`, while clients run in a folder of their own."""
+    python = Path(sys.executable)
+    commands: list[list[Path]] = []
+    monkeypatch.chdir(python.parent)
+    monkeypatch.setattr(sys, "executable", python.name)
+    monkeypatch.setattr(gate, "hub_cache", lambda *_: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    gate.run_clients(Request("f", "p", "b", "light", 1, []), tmp_path)
+    assert [command[0] for command in commands] == [python]
 
 
 def test_other_processes_only_share_the_packs(

@@ -47,8 +47,10 @@ def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProces
         "TMPDIR": str(elsewhere),
         LAUNCHER: str(os.getpid()),
     }
+    # PATH may name the interpreter relative to this folder, and the clients run in another.
+    python = Path(sys.executable).absolute()
     return subprocess.run(
-        [sys.executable, "-m", clients.__name__, str(elsewhere / "request.json")],
+        [python, "-m", clients.__name__, str(elsewhere / "request.json")],
         cwd=elsewhere / "empty",
         env=os.environ | where,
         capture_output=True,
