@@ -188,7 +188,7 @@ def test_two_machines_resume_after_a_killed_process_stopped_the_others(
         other_printed, other_errors = other.communicate()
     assert (head.returncode, errors, other.returncode, other_errors) == (0, "", 0, "")
     assert "resuming   from step-" in printed
-    assert re.fullmatch(r"processes  of 2 machines.*\n", other_printed)
+    assert re.fullmatch(r"processes  on 2 machines.*\n", other_printed)
     assert result() == expected
     assert not (elsewhere / "models" / "checkpoints").exists()
 

@@ -66,7 +66,7 @@ def test_intervals_use_the_parameters_of_evaluate() -> None:
     [
         ({"architectures": ["Qwen2ForCausalLM"]}, "mine is a Qwen2ForCausalLM, expected the fold"),
         ({"id2label": {"0": "a", "1": "b"}}, "mine is a classifier with 2 labels, expected one"),
-        ({"max_position_embeddings": 10}, "mine reads at most 10 tokens, answer "),
+        ({"max_position_embeddings": 10}, "mine reads at most 10 tokens, but answer "),
     ],
 )
 def test_model_that_is_not_a_usable_reward_model_is_refused(
