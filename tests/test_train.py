@@ -953,7 +953,7 @@ def test_other_parameters_have_other_checkpoints_and_each_run_one_trainer(
     root = Path("models/checkpoints")
     kill_at(0, monkeypatch)
     [first] = [path for path in root.iterdir() if path.is_dir()]
-    with checkpoints.locked(first.name), pytest.raises(Fault, match="in use: another trainer"):
+    with checkpoints.locked(first.name), pytest.raises(Fault, match="in use by another trainer"):
         train.main()
     for group, change in (
         ("lora", {"use_dora": True}),
