@@ -245,7 +245,7 @@ def test_each_visible_gpu_gets_a_process_if_a_step_has_enough_packs(
     launching.distribute(lambda: alone.append(True), "stages.train", train.useful)
     assert [each.nproc_per_node for each in launched] == [2] * (processes - 1)
     assert alone == [True] * (2 - processes)
-    told = "processes  1 on 2 GPUs: a step has no more packs to share; raise train.pairs_per_step"
+    told = "processes  1 on 2 GPUs, because the first step has no more packs; raise"
     assert (told in capsys.readouterr().out) == (processes == 1)
 
 

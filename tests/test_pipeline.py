@@ -290,13 +290,12 @@ def test_the_commands_of_a_sweep_do_what_the_documents_say(project: Project) -> 
     shell(remove)
     assert "rank-" not in shell(listed)
     shell(f"{collect} --force")
-    assert project.ran("dvc", "checkout") == []
 
     only = "dvc exp run preprocess"
     elsewhere = other_data.replace("dvc exp run --queue", f"{only} --temp")
     assert stages_in(shell(elsewhere)) == ["preprocess"]
-    assert stages_in(shell(chinese.replace("dvc exp run", only))) == ["preprocess"]
-    assert stages_in(shell(line_break.replace("dvc exp run", only))) == ["preprocess"]
+    both = f"{chinese} {line_break}".replace("dvc exp run", only, 1).replace("dvc exp run -S", "-S")
+    assert stages_in(shell(both)) == ["preprocess"]
     recorded = read_json(project.folder / "data" / "tokenized" / "template.json")
     assert "问：{prompt}\n答：{answer}" in recorded.values()
     project.call("git", "checkout", "--quiet", "--", ".")
