@@ -171,11 +171,11 @@ def write_folds(options: argparse.Namespace, records: Sequence[dict[str, str]]) 
     for fold in range(options.folds):
         folder = FOLDS / options.name / str(fold)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, wanted in (("test", True), ("rest", False)):
+        for name, held_back in (("test", True), ("rest", False)):
             lines = [
                 json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
                 for record, pair in zip(records, pairs, strict=True)
-                if (fold_of[pair.prompt_hash] == fold) == wanted
+                if (fold_of[pair.prompt_hash] == fold) == held_back
             ]
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 

@@ -194,9 +194,9 @@ def test_floor_covers_all_steps_except_the_first() -> None:
         (["--prompts", "20"], "--prompts is 20, expected a multiple of 8"),
         (["--prompts", "6", "--answers", "4"], "--prompts is 6, expected a multiple of 4"),
         (["--answers", "3", "--data", "pairs.json"], "--answers is 3, expected 2 or more, and 2"),
-        (["--repeats", "0"], "--repeats is 0, wanted at least 1"),
-        (["--tokens-per-pack", "-1"], "--tokens-per-pack is -1, wanted at least 1"),
-        (["--only", "ours", "theirs"], "--only names theirs, wanted some of ours, "),
+        (["--repeats", "0"], "--repeats is 0, expected at least 1"),
+        (["--tokens-per-pack", "-1"], "--tokens-per-pack is -1, expected at least 1"),
+        (["--only", "ours", "theirs"], "--only names theirs, expected some of ours, "),
         (["--only", "ours", "--base", "/nowhere"], "/nowhere/config.json is not here"),
     ],
 )

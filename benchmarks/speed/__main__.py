@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     for name, lowest in (("repeats", 1), ("threads", 1), ("tokens_per_pack", 1), ("seed", 0)):
         if (value := getattr(options, name)) < lowest:
-            raise Fault(f"--{name.replace('_', '-')} is {value}, wanted at least {lowest}")
+            raise Fault(f"--{name.replace('_', '-')} is {value}, expected at least {lowest}")
     if options.answers < 2 or (options.data and options.answers > 2):
         raise Fault(f"--answers is {options.answers}, expected 2 or more, and 2 with --data")
     step = prompts_per_step(options.answers)
@@ -82,9 +82,9 @@ def parse() -> argparse.Namespace:
             f"{least}: the first step of each contender is not counted"
         )
     if unknown := sorted(set(options.only or names) - set(names)):
-        raise Fault(f"--only names {', '.join(unknown)}, wanted some of {', '.join(names)}")
+        raise Fault(f"--only names {', '.join(unknown)}, expected some of {', '.join(names)}")
     if options.base and not (options.base / "config.json").is_file():
-        raise Fault(f"{options.base}/config.json is not here, wanted the folder of a base model")
+        raise Fault(f"{options.base}/config.json is not here, expected the folder of a base model")
     if any(name.startswith("trl") for name in options.only or names) and not find_spec("trl"):
         raise Fault("trl is not installed here; pip install -e .[bench], or leave it out by --only")
     return options
