@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-# Set before torch is imported: threads cost more than they gain in small passes. Where there are
+# Set before torch is imported: threads cost more than they gain in small passes. If there are
 # several, here or in processes that tests start, a waiting thread yields its processor.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in NEEDS:
             if item.get_closest_marker(name) and not here[name]:
-                item.add_marker(pytest.mark.skip(reason=f"no {name} here"))
+                item.add_marker(pytest.mark.skip(reason=f"needs {name}"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,7 +64,7 @@ def stage_threads() -> Iterator[Callable[[], AbstractContextManager[None]]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_main_file() -> Iterator[None]:
-    """A fingerprint covers the main file, which is pytest's here and missing in a worker."""
+    """Hide the main file from fingerprints: it is pytest's own, and xdist workers have none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("__main__.__file__", None, raising=False)
         yield

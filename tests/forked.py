@@ -103,12 +103,12 @@ def train_until(step: int) -> None:
     """Run the train stage, killed before the given step, or to its end if there is no such step."""
     original = trainer.RewardTrainer.training_step
 
-    def deadly(self: trainer.RewardTrainer, *arguments: Any) -> Any:
+    def killing(self: trainer.RewardTrainer, *arguments: Any) -> Any:
         if self.state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *arguments)
 
-    trainer.RewardTrainer.training_step = deadly  # type: ignore[assignment]
+    trainer.RewardTrainer.training_step = killing  # type: ignore[assignment]
     warnings.simplefilter("error")
     keep_threads()
     train.main()
@@ -119,7 +119,7 @@ def train_in_group(
 ) -> None:
     """Run the train stage as one of several processes.
 
-    `killed` is the rank of the process that kills itself, and the step before which it does. Packs
+    `killed` is the rank of a process that kills itself, and the step before which it does so. Packs
     of more than `room` tokens run out of memory.
     """
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}

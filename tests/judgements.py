@@ -1,4 +1,4 @@
-"""Judgements to compute metrics from: of single pairs, and of several answers to a prompt."""
+"""Judgements for tests of metrics: single pairs, and several answers to a prompt."""
 
 from collections.abc import Sequence
 

@@ -225,7 +225,7 @@ def run_clients_here(request: Request, elsewhere: Path) -> subprocess.CompletedP
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Limit the size of written files, so that each write fails as on a full disk."""
+    """Limit the size of written files, so that writes fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -28,11 +28,11 @@ def test_votes_give_a_share_and_a_majority(cast: list[int], share: float, majori
     assert votes.majority(record) == majority
 
 
-def test_vote_arm_holds_the_preference_for_the_first_answer() -> None:
+def test_record_of_an_arm_has_the_preference_for_the_first_answer() -> None:
     record = {"instruction": "ask", "input": "", "response1": "a", "response2": "b", "votes": [2]}
-    wanted = {"instruction": "ask", "chosen": "a", "rejected": "b", "preference": 0.25}
-    assert votes.graded(record, 0.25) == wanted
-    assert votes.graded(record | {"input": "in"}, 0.25) == wanted | {"input": "in"}
+    expected = {"instruction": "ask", "chosen": "a", "rejected": "b", "preference": 0.25}
+    assert votes.graded(record, 0.25) == expected
+    assert votes.graded(record | {"input": "in"}, 0.25) == expected | {"input": "in"}
 
 
 def test_arm_is_parsed_into_name_and_parameters() -> None:
@@ -68,7 +68,7 @@ def test_arms_are_compared_with_the_first_ignoring_ties(
     assert "| first | 0.5000 | 0.3333 to 0.6667 |" in report
     assert "| second | 0.8333 | 0.6667 to 1.0000 |" in report
     assert "| second | +0.3333 | +0.0000 to +1.0000 |" in report
-    # No temperature is best when half of the prompts have no margin against their label.
+    # If no margin of half the prompts contradicts its label, they have no best temperature.
     assert report.count("| nan | 3.0 |") == 2
 
 

@@ -35,7 +35,7 @@ from tests.support import (
 Attention = Callable[..., Tensor]
 
 # Families whose last layer is computed for all tokens.
-CALLED_OTHERWISE = {"OPT", "GPT-2"}
+WITH_WHOLE_LAST_LAYER = {"OPT", "GPT-2"}
 PLAIN = Quantization(bits="none", quant_type="nf4", double_quant=False, compute_dtype="float32")
 
 
@@ -45,10 +45,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 8)
 
 
-@pytest.fixture(params=["text by text", "by flash"])
+@pytest.fixture(params=["text by text", "flash"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The CPU path, and the GPU path with flash attention, whose kernels are emulated."""
-    if request.param == "by flash":
+    if request.param == "flash":
         monkeypatch.setattr(attention, "flash", partial(varlen.varlen_attn, enable_gqa=True))
         monkeypatch.setattr(attention, "has_flash", lambda device: True)
         types = (torch.float32, torch.bfloat16)
@@ -129,22 +129,22 @@ def test_rewards_and_gradients_match_stock_passes(
     tmp_path: Path, family: str, checkpointing: bool
 ) -> None:
     model, prompts = model_of(tmp_path, family), random_prompts(0)
-    wanted = stock_rewards(model, prompts)
-    wanted_gradients = gradients(model, wanted)
+    expected = stock_rewards(model, prompts)
+    expected_gradients = gradients(model, expected)
     if checkpointing:
         checkpoint_activations(model)
     model.train()
     found = rewards(model, pack(prompts))
     found_gradients = gradients(model, found)
-    assert relative(found, wanted) < 1e-5
-    assert wanted_gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert found_gradients.keys() == wanted_gradients.keys()
-    for name, gradient in wanted_gradients.items():
+    assert relative(found, expected) < 1e-5
+    assert expected_gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
         assert gradient.norm() > 0, name
         assert relative(found_gradients[name], gradient) < 5e-5, name
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - CALLED_OTHERWISE))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - WITH_WHOLE_LAST_LAYER))
 def test_last_layer_computes_only_the_last_tokens(tmp_path: Path, family: str) -> None:
     model, prompts = model_of(tmp_path, family), random_prompts(1)
     layers = cast(Any, model.get_base_model()).base_model.layers
@@ -160,10 +160,10 @@ def test_last_layer_computes_only_the_last_tokens(tmp_path: Path, family: str) -
 def test_adapters_on_lower_layers_only_have_the_same_gradients(tmp_path: Path) -> None:
     model = reward_model(tmp_path, "qwen2", SEPARATE, of_layers=1)
     prompts = random_prompts(2)
-    wanted = gradients(model, stock_rewards(model, prompts))
+    expected = gradients(model, stock_rewards(model, prompts))
     found = gradients(model, rewards(model, pack(prompts)))
     assert len(found) == 7
-    for name, gradient in wanted.items():
+    for name, gradient in expected.items():
         assert relative(found[name], gradient) < 1e-5
 
 
@@ -185,13 +185,13 @@ def test_reward_does_not_depend_on_the_rest_of_the_pack(tmp_path: Path) -> None:
     """Alone or in any pack and order, rewards agree within 1e-6 of their norm (fp32 rounding)."""
     model, prompts = reward_model(tmp_path, "qwen2", SEPARATE), random_prompts(5, 12)
     with torch.no_grad(), evaluating(model):
-        wanted = torch.cat([rewards(model, pack([texts])) for texts in prompts]).view(-1, 2)
+        expected = torch.cat([rewards(model, pack([texts])) for texts in prompts]).view(-1, 2)
         for seed, size in ((0, 12), (1, 5), (2, 2)):
             order = random.Random(seed).sample(range(12), 12)
             for start in range(0, 12, size):
                 group = order[start : start + size]
                 found = rewards(model, pack([prompts[index] for index in group])).view(-1, 2)
-                assert relative(found, wanted[group]) < 1e-6
+                assert relative(found, expected[group]) < 1e-6
 
 
 @pytest.mark.parametrize("changed", [0, 1])
@@ -229,16 +229,16 @@ def test_tokens_of_one_answer_never_change_the_reward_of_the_other(
 def test_sliding_window_is_respected(tmp_path: Path, family: str, shape: dict[str, Any]) -> None:
     targets = ["qkv_proj"] if family == "phi3" else SEPARATE
     model, prompts = reward_model(tmp_path, family, targets, **shape), random_prompts(7)
-    wanted = stock_rewards(model, prompts)
-    assert relative(rewards(model, pack(prompts)), wanted) < 1e-5
-    wanted_gradients = gradients(model, wanted)
+    expected = stock_rewards(model, prompts)
+    assert relative(rewards(model, pack(prompts)), expected) < 1e-5
+    expected_gradients = gradients(model, expected)
     for name, gradient in gradients(model, rewards(model, pack(prompts))).items():
-        assert relative(gradient, wanted_gradients[name]) < 1e-5
+        assert relative(gradient, expected_gradients[name]) < 1e-5
     cast(Any, model.config).sliding_window = None
     for module in model.modules():
         if hasattr(module, "sliding_window"):
             cast(Any, module).sliding_window = None
-    assert relative(rewards(model, pack(prompts)), wanted) > 1e-3
+    assert relative(rewards(model, pack(prompts)), expected) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,9 @@ def test_sliding_window_is_respected(tmp_path: Path, family: str, shape: dict[st
         ("cohere", "transformers has no sequence classifier for cohere"),
     ],
 )
-def test_other_attention_is_refused_by_name(tmp_path: Path, family: str, fault: str) -> None:
+def test_unsupported_attention_is_refused_and_named(
+    tmp_path: Path, family: str, fault: str
+) -> None:
     targets = ["query_key_value"] if family in ("falcon", "bloom") else SEPARATE
     shape = {"head_dim": 16} if family in ("gemma2", "gpt_oss") else {}
     with pytest.raises(Fault, match=fault):
@@ -360,12 +362,12 @@ def slow_attention(
     return torch.stack(outputs)[None]
 
 
-@pytest.fixture(params=["in blocks", "in one block", "by flash"])
+@pytest.fixture(params=["in blocks", "in one block", "flash"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attention:
     """Both implementations; the flash kernels, which need a GPU, are emulated as documented."""
     monkeypatch.setattr(attention, "BLOCK", 3 if request.param == "in blocks" else 64)
     monkeypatch.setattr(attention, "flash", partial(varlen.varlen_attn, enable_gqa=True))
-    return flash_attention if request.param == "by flash" else text_by_text
+    return flash_attention if request.param == "flash" else text_by_text
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
@@ -394,12 +396,12 @@ def test_implementations_match_the_definition(
         for n, tokens in shapes
     ]
     found = implementation(query, key, value, plan, 0.3, window)
-    wanted = slow_attention(query, key, value, plan, 0.3, window)
-    torch.testing.assert_close(found, wanted)
-    direction = torch.randn_like(wanted)
+    expected = slow_attention(query, key, value, plan, 0.3, window)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(expected)
     pairs = zip(
         torch.autograd.grad(found, tensors, direction),
-        torch.autograd.grad(wanted, tensors, direction),
+        torch.autograd.grad(expected, tensors, direction),
         strict=True,
     )
     for one, other in pairs:
@@ -435,16 +437,18 @@ def require_as_close_as_stock(folder: Path, family: str, checkpointing: bool) ->
     half = model_of(folder / "half", family, "bfloat16")
     exact = model_of(folder / "exact", family)
     exact.load_state_dict(half.state_dict())
-    wanted, stock = stock_rewards(exact, prompts), stock_rewards(half, prompts)
-    of_wanted, of_stock = gradients(exact, wanted), gradients(half, stock)
+    expected, stock = stock_rewards(exact, prompts), stock_rewards(half, prompts)
+    expected_gradients, stock_gradients = gradients(exact, expected), gradients(half, stock)
     if checkpointing:
         checkpoint_activations(half)
     found = rewards(half.train(), pack(prompts))
-    of_found = gradients(half, found)
-    assert relative(found, wanted) < 1.5 * relative(stock, wanted)
-    assert of_found.keys() == of_wanted.keys()
-    for name, gradient in of_wanted.items():
-        assert relative(of_found[name], gradient) < 1.5 * relative(of_stock[name], gradient), name
+    found_gradients = gradients(half, found)
+    assert relative(found, expected) < 1.5 * relative(stock, expected)
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        assert relative(found_gradients[name], gradient) < 1.5 * relative(
+            stock_gradients[name], gradient
+        ), name
 
 
 @pytest.mark.usefixtures("path")
@@ -468,9 +472,9 @@ def test_varlen_attention_is_called_with_the_signature_of_each_torch() -> None:
         declared = inspect.Signature(
             [inspect.Parameter(name, kind_of_parameter(name)) for name in names]
         )
-        attention_of_a_version: Any = lambda: None  # noqa: E731
-        attention_of_a_version.__signature__ = declared
-        asked = attention.gqa_flag(attention_of_a_version)
+        of_that_version: Any = lambda: None  # noqa: E731
+        of_that_version.__signature__ = declared
+        asked = attention.gqa_flag(of_that_version)
         assert asked == ({"enable_gqa": True} if "enable_gqa" in names else {})
         declared.bind_partial(*range(7), scale=1.0, window_size=(-1, 0), **asked)
         assert set(names) >= set(emulated) - {"enable_gqa"}
@@ -481,12 +485,12 @@ def test_varlen_attention_is_called_with_the_signature_of_each_torch() -> None:
 
 def kind_of_parameter(name: str) -> Any:
     """The first seven parameters are positional, the others are keywords."""
-    by_place = name in varlen.COMMON[:7]
-    return inspect.Parameter.POSITIONAL_OR_KEYWORD if by_place else inspect.Parameter.KEYWORD_ONLY
+    positional = name in varlen.COMMON[:7]
+    return inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
 
 
 def test_window_around_a_query_is_aligned_at_the_last_key() -> None:
-    """The emulation, for one text of 2 queries and 4 keys whose values encode their positions."""
+    """Checks the emulation with a text of 2 queries and 4 keys whose values encode positions."""
     query, key, value = torch.zeros(2, 1, 8), torch.zeros(4, 1, 8), torch.zeros(4, 1, 8)
     value[:, 0, 0] = torch.tensor([1.0, 10.0, 100.0, 1000.0])
     cu_queries, cu_keys = (torch.tensor([0, rows], dtype=torch.int32) for rows in (2, 4))
@@ -500,7 +504,7 @@ def test_window_around_a_query_is_aligned_at_the_last_key() -> None:
         assert found[:, 0, 0].tolist() == pytest.approx(seen)
 
 
-@pytest.mark.parametrize("path", ["by flash"], indirect=True)
+@pytest.mark.parametrize("path", ["flash"], indirect=True)
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", [12, 16])
 def test_layer_makes_two_flash_attention_calls_with_head_size_a_multiple_of_8(
@@ -520,11 +524,11 @@ def test_layer_makes_two_flash_attention_calls_with_head_size_a_multiple_of_8(
     found = rewards(model, pack(prompts))
     own = pack(prompts).layout.own
     assert seen == [(sum(own[:5]), 16), (sum(own[5:]), 16)] * 2 + [(5, 16)] * 2
-    wanted = stock_rewards(model, prompts)
-    assert relative(found, wanted) < 1e-5
-    wanted_gradients = gradients(model, wanted)
+    expected = stock_rewards(model, prompts)
+    assert relative(found, expected) < 1e-5
+    expected_gradients = gradients(model, expected)
     for name, gradient in gradients(model, rewards(model, pack(prompts))).items():
-        assert relative(gradient, wanted_gradients[name]) < 1e-5, name
+        assert relative(gradient, expected_gradients[name]) < 1e-5, name
 
 
 def test_kernels_get_only_supported_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,7 +550,7 @@ def test_kernels_get_only_supported_inputs(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_last_layer_shares_keys_with_other_layers() -> None:
-    """No extra transfer to a busy GPU is needed."""
+    """So it needs no extra transfer to a busy GPU."""
     plan = Plan(pack(random_prompts(0)).layout, torch.device("cpu"))
     x = torch.zeros(0)
     for whole, last in zip(plan.calls, attention.LastTokens(plan, (x, x)).calls, strict=True):
@@ -558,7 +562,7 @@ def test_last_layer_shares_keys_with_other_layers() -> None:
 
 
 def test_mask_for_a_gpu_owns_its_memory() -> None:
-    """Aligned, as the GPU's kernels require; `meta` stands in for a device other than the CPU."""
+    """It is aligned, as GPU kernels require; `meta` stands in for a device other than the CPU."""
     layout = pack(random_prompts(0, 20)).layout
     plan = Plan(layout, torch.device("meta"))
     most = max(before + own for before, own in zip(layout.prefix, layout.own, strict=True))
@@ -577,7 +581,7 @@ def test_mask_for_a_gpu_owns_its_memory() -> None:
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("heads", "grouped", "size"), [(4, 4, 64), (14, 2, 64), (6, 2, 24)])
 @pytest.mark.parametrize("at_ends", [False, True])
-def test_flash_attention_matches_text_by_text_within_bf16(
+def test_flash_attention_matches_text_by_text_up_to_bf16_rounding(
     window: int | None, heads: int, grouped: int, size: int, at_ends: bool
 ) -> None:
     layout = pack(random_prompts(0, 20)).layout
@@ -592,12 +596,12 @@ def test_flash_attention_matches_text_by_text_within_bf16(
     half = [x.requires_grad_() for x in tensors]
     (q, k, v), (exact_q, exact_k, exact_v) = half, exact
     found = flash_attention(q, k, v, plan, None, window)
-    wanted = text_by_text(exact_q, exact_k, exact_v, plan, None, window)
-    assert relative(found.float(), wanted) < 0.01
-    direction = torch.randn_like(wanted)
+    expected = text_by_text(exact_q, exact_k, exact_v, plan, None, window)
+    assert relative(found.float(), expected) < 0.01
+    direction = torch.randn_like(expected)
     for one, other in zip(
         torch.autograd.grad(found, half, direction.bfloat16()),
-        torch.autograd.grad(wanted, exact, direction),
+        torch.autograd.grad(expected, exact, direction),
         strict=True,
     ):
         assert relative(one.float(), other) < 0.02

@@ -49,16 +49,16 @@ READERS = {
 
 
 @pytest.fixture
-def said(
+def message_of(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[Callable[[], None]], str]:
-    """The message of a stage that exits with status 1 and changes nothing."""
+    """Run a stage that must exit with status 1 and change nothing; return its message."""
 
     def run_it(main: Callable[[], None]) -> str:
         before = sorted(workspace.rglob("*"))
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as caught:
             run(main)
-        assert ended.value.code == 1
+        assert caught.value.code == 1
         assert sorted(workspace.rglob("*")) == before
         printed = capsys.readouterr()
         assert printed.out == ""
@@ -74,15 +74,15 @@ def said(
 def check_message() -> Iterator[Callable[[str, str], None]]:
     """Compare the message of a case with messages.txt, or accept it."""
     head, *sections = MESSAGES.read_text(encoding="utf-8").rstrip("\n").split("\n\n")
-    messages = {case: said for case, _, said in (each.partition("\n") for each in sections)}
+    messages = {case: message for case, _, message in (each.partition("\n") for each in sections)}
     accept = bool(os.environ.get("ACCEPT"))
     assert accept or list(messages) == CASES, HOW
 
-    def compare(case: str, said: str) -> None:
-        said = "\n".join(f"  {line}" for line in without_library_words(said).split("\n"))
+    def compare(case: str, message: str) -> None:
+        message = "\n".join(f"  {line}" for line in without_library_words(message).split("\n"))
         if accept:
-            messages[case] = said
-        assert messages[case] == said, HOW
+            messages[case] = message
+        assert messages[case] == message, HOW
 
     yield compare
     if accept:
@@ -90,9 +90,9 @@ def check_message() -> Iterator[Callable[[str, str], None]]:
         MESSAGES.write_text("\n\n".join([head, *kept]) + "\n", encoding="utf-8")
 
 
-def without_library_words(said: str) -> str:
+def without_library_words(message: str) -> str:
     """The message with an ellipsis for the words of Python and libraries, which change."""
-    return re.sub(r"(broken \w+|to its end): ([A-Z]|while ).+?(, found|; |$)", r"\1: …\3", said)
+    return re.sub(r"(broken \w+|to its end): ([A-Z]|while ).+?(, found|; |$)", r"\1: …\3", message)
 
 
 # --- preference files ------------------------------------------------------------------------
@@ -105,13 +105,16 @@ def test_every_bad_file_has_a_message() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_bad_file_is_reported(
-    name: str, set_params: SetParams, said: Callable[..., str], check_message: Callable[..., None]
+    name: str,
+    set_params: SetParams,
+    message_of: Callable[..., str],
+    check_message: Callable[..., None],
 ) -> None:
     path = Path("data/raw") / name
     path.parent.mkdir(parents=True)
     shutil.copy(BAD / "data" / name, path)
     set_params("preprocess", data=str(path))
-    found = said(preprocess.main)
+    found = message_of(preprocess.main)
     assert found.startswith(str(path))
     assert [word for word in FILES[name] if word not in found] == []
     check_message(f"data/{name}", found)
@@ -136,7 +139,7 @@ def test_unknown_form_is_reported_with_the_entry_to_write(
 
 
 def test_record_of_another_type_after_25_mb_is_found(
-    workspace: Path, set_params: SetParams, said: Callable[..., str]
+    workspace: Path, set_params: SetParams, message_of: Callable[..., str]
 ) -> None:
     """Readers that infer types from the start of a file fail here without naming a line."""
     path = workspace / "data" / "pairs.jsonl"
@@ -149,11 +152,11 @@ def test_record_of_another_type_after_25_mb_is_found(
     path.write_text("\n".join([*lines, bad]) + "\n")
     assert path.stat().st_size > 25_000_000
     set_params("preprocess", data=str(path))
-    assert f"{path}: line 66: wrong_type: " in said(preprocess.main)
+    assert f"{path}: line 66: wrong_type: " in message_of(preprocess.main)
 
 
 def test_test_prompt_in_training_data_is_named(
-    workspace: Path, set_params: SetParams, said: Callable[..., str]
+    workspace: Path, set_params: SetParams, message_of: Callable[..., str]
 ) -> None:
     for name, answer in (("train", "b"), ("test", "c")):
         record = {"prompt": "a", "chosen": answer, "rejected": "d"}
@@ -163,7 +166,7 @@ def test_test_prompt_in_training_data_is_named(
         "1 records of data share their prompt with the test files: data/train.jsonl: line 1; "
         "to leave them out set preprocess.on_bad_record to drop"
     )
-    assert said(preprocess.main) == expected
+    assert message_of(preprocess.main) == expected
 
 
 # --- parameters ------------------------------------------------------------------------------
@@ -176,14 +179,17 @@ def test_every_key_has_bad_values() -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_bad_values_are_reported(
-    key: str, set_params: SetParams, said: Callable[..., str], check_message: Callable[..., None]
+    key: str,
+    set_params: SetParams,
+    message_of: Callable[..., str],
+    check_message: Callable[..., None],
 ) -> None:
     group, _, name = key.partition(".")
     lines = []
     for word, values in VALUES[key].items():
         for value in values:
             set_params(group, **{name: value})
-            found = said(READERS[group])
+            found = message_of(READERS[group])
             assert found.startswith((f"params.yaml: {key} ", f"{value} ", f"{value}: ")), found
             assert str(value) in found
             assert word in found
@@ -193,54 +199,54 @@ def test_bad_values_are_reported(
 
 @pytest.mark.parametrize("key", KEYS)
 def test_missing_and_misspelt_keys_are_named(
-    key: str, workspace: Path, said: Callable[..., str]
+    key: str, workspace: Path, message_of: Callable[..., str]
 ) -> None:
     yaml, path = YAML(), workspace / "params.yaml"
     content = yaml.load(path)
     group, _, name = key.partition(".")
     content[group][f"{name}x"] = content[group].pop(name)
     yaml.dump(content, path)
-    missing, unknown = sorted(said(READERS[group]).splitlines())
+    missing, unknown = sorted(message_of(READERS[group]).splitlines())
     assert missing.startswith(f"params.yaml: {key} is missing, must be ")
     assert unknown.startswith(f"params.yaml: {key}x is unknown, expected one of ")
 
 
 @pytest.mark.parametrize("group", PARAMS)
 def test_group_that_is_not_a_mapping_is_named(
-    group: str, workspace: Path, said: Callable[..., str]
+    group: str, workspace: Path, message_of: Callable[..., str]
 ) -> None:
     yaml, path = YAML(), workspace / "params.yaml"
     content = yaml.load(path)
     for value in (None, 3, "r: 4", ["r", 4]):
         content[group] = value
         yaml.dump(content, path)
-        found = said(READERS[group])
+        found = message_of(READERS[group])
         assert found.startswith(f"params.yaml: the group {group} is ")
         assert found.endswith(", must be a mapping of keys to values")
 
 
 BROKEN: dict[str, tuple[bytes | None, str]] = {
-    "a list that is cut": (b"train: [1, 2", "broken YAML"),
+    "a truncated list": (b"train: [1, 2", "broken YAML"),
     "a tab": (b"train:\n\tr: 4\n", "broken YAML"),
-    "a key twice": (b"base: {}\nbase: {}\n", "duplicate key"),
-    "an alias of nothing": (b"base: &a [*a]\nbase2: *b\n", "undefined alias"),
+    "a duplicate key": (b"base: {}\nbase: {}\n", "duplicate key"),
+    "an undefined alias": (b"base: &a [*a]\nbase2: *b\n", "undefined alias"),
     "not UTF-8": (b"\xff\xfe\xfd", "broken YAML"),
     "a null byte": (b"base: \x00\n", "broken YAML"),
-    "nothing inside": (b"", "the group base is None"),
+    "an empty file": (b"", "the group base is None"),
     "a list": (b"- base\n", "the group base is None"),
-    "a call": (b"base: !!python/object/apply:os.system [ls]\n", "broken YAML"),
-    "no file": (None, "does not exist"),
+    "a Python call": (b"base: !!python/object/apply:os.system [ls]\n", "broken YAML"),
+    "a missing file": (None, "does not exist"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_params_file_is_reported(
-    name: str, workspace: Path, said: Callable[..., str], check_message: Callable[..., None]
+    name: str, workspace: Path, message_of: Callable[..., str], check_message: Callable[..., None]
 ) -> None:
     path = workspace / "params.yaml"
     content, word = BROKEN[name]
     path.unlink() if content is None else path.write_bytes(content)
-    found = said(fetch.main)
+    found = message_of(fetch.main)
     assert found.startswith("params.yaml")
     assert word in found
     assert "\n" not in found

@@ -87,8 +87,8 @@ def test_damaged_checkpoint_is_skipped(
     else:
         path.write_text(content)
     assert run.latest() == tmp_path / "step-2"
-    said = "checkpoint step-4 is damaged or belongs to another run; it is ignored\n"
-    assert capsys.readouterr().out == said
+    printed = "checkpoint step-4 is damaged or belongs to another run; it is ignored\n"
+    assert capsys.readouterr().out == printed
 
 
 def test_checkpoint_of_another_run_is_skipped(tmp_path: Path) -> None:

@@ -160,8 +160,8 @@ def test_rollouts_return_the_chosen_answer_then_the_rejected(given: Given) -> No
     order = [prompts[1], prompts[1], prompts[0], prompts[0]]
     output = rollouts(order, None)
     pairs = list(sample_of_conversations(found).items())
-    wanted = [*pairs[1][1].answers, *pairs[0][1].answers]
-    assert found.tokenizer.batch_decode(output["completion_ids"]) == wanted
+    expected = [*pairs[1][1].answers, *pairs[0][1].answers]
+    assert found.tokenizer.batch_decode(output["completion_ids"]) == expected
     rollouts.rewards += [1.0, 2.0, 3.0, 4.0]
     assert rollouts.found == paired([pairs[1][0], pairs[0][0]], [1.0, 2.0, 3.0, 4.0])
 

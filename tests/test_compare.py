@@ -40,10 +40,10 @@ def test_clear_gain_is_better_and_clear_loss_is_worse() -> None:
 
 def test_identical_rewards_are_not_a_gain() -> None:
     draw = np.random.default_rng(0).normal(size=50).tolist()
-    said = report(compared(draw, draw), NAMES, False)
-    assert "other cannot be told from noise" in said
-    assert "0 pairs for the better, 0 for the worse; McNemar's exact p = 1" in said
-    assert "difference +0.0000" in said
+    printed = report(compared(draw, draw), NAMES, False)
+    assert "other cannot be told from noise" in printed
+    assert "0 pairs for the better, 0 for the worse; McNemar's exact p = 1" in printed
+    assert "difference +0.0000" in printed
 
 
 def test_false_positive_rate_is_close_to_nominal() -> None:
@@ -59,17 +59,17 @@ def test_many_pairs_of_few_prompts_are_weak_evidence() -> None:
     """A gain on one prompt out of four stays weak, whether the prompt has two pairs or twenty."""
     for each in (2, 20):
         first = [1.0] * each * 3 + [-1.0] * each
-        said = report(compared(first, [1.0] * each * 4, each), NAMES, False)
-        assert "cannot be told from noise" in said
+        printed = report(compared(first, [1.0] * each * 4, each), NAMES, False)
+        assert "cannot be told from noise" in printed
 
 
 @pytest.mark.parametrize(
     ("prompts", "verdict"), [(1, "cannot be told"), (5, "cannot be told"), (6, "is better")]
 )
 def test_identical_gains_need_enough_prompts(prompts: int, verdict: str) -> None:
-    """Resampling tells nothing about them; six of six prompts have probability 1/64 each way."""
-    said = report(compared([-1.0] * prompts * 3, [1.0] * prompts * 3, 3), NAMES, False)
-    assert verdict in said
+    """Resampling cannot tell; six of six prompts have a probability of 1/64 in each direction."""
+    printed = report(compared([-1.0] * prompts * 3, [1.0] * prompts * 3, 3), NAMES, False)
+    assert verdict in printed
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 5), (12, 3), (0, 7), (1, 0)])
@@ -147,9 +147,9 @@ def test_revisions_are_read_from_dvc_and_the_workspace_from_disk(
     monkeypatch.setattr(sys, "argv", ["compare", "main", "workspace", *options])
     compare.main()
     assert asked == [(f"reports/evaluate/{file}", "main", "rb")]
-    said = capsys.readouterr().out
-    assert "workspace is better" in said
-    assert "accuracy   0.0000 for main, 1.0000 for workspace, 20 pairs of 20 prompts" in said
+    printed = capsys.readouterr().out
+    assert "workspace is better" in printed
+    assert "accuracy   0.0000 for main, 1.0000 for workspace, 20 pairs of 20 prompts" in printed
 
 
 @pytest.mark.parametrize("name", ["no-such-thing", "workspace"])
@@ -161,9 +161,9 @@ def test_missing_revision_or_rewards_are_reported(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare", name, name])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         run(compare.main)
-    assert ended.value.code == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "expected" in said or "run dvc repro" in said
+    assert caught.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "expected" in printed or "run dvc repro" in printed

@@ -134,7 +134,7 @@ def test_deps_are_the_transitive_imports(stage: str) -> None:
     code = {dep for dep in STAGES[stage]["deps"] if dep.split("/")[0] in PACKAGES}
     modules = transitive(stage_of(stage))
     files = [file_of(module) for module in modules]
-    files += [file_of(name).with_name(beside) for name, beside in READ.items() if name in modules]
+    files += [file_of(name).with_name(file) for name, file in READ.items() if name in modules]
     assert code == {path.relative_to(ROOT).as_posix() for path in files}
 
 
@@ -157,8 +157,8 @@ MODULES = sorted(
 
 def depth_of(module: str) -> int:
     """The depth of a module's layer, counted from the top."""
-    [floor] = [floor for floor, rooms in enumerate(LAYERS) if module.split(".")[1] in rooms]
-    return floor
+    [depth] = [depth for depth, names in enumerate(LAYERS) if module.split(".")[1] in names]
+    return depth
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -166,9 +166,9 @@ def test_library_imports_no_stage_and_only_lower_layers(module: str) -> None:
     others = imported(module) - with_packages(module)
     assert not [other for other in others if other.startswith("stages")]
     for other in others - {"reward"}:
-        same_room = other.split(".")[1] == module.split(".")[1]
+        same_package = other.split(".")[1] == module.split(".")[1]
         lowest = module.split(".")[1] in LAYERS[-1]
-        assert same_room or lowest or depth_of(other) > depth_of(module), other
+        assert same_package or lowest or depth_of(other) > depth_of(module), other
         assert not lowest or depth_of(other) == depth_of(module), other
 
 

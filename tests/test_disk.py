@@ -54,12 +54,12 @@ def fault(capsys: pytest.CaptureFixture[str]) -> Callable[[Main], str]:
 
     def run_it(main: Main) -> str:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as caught:
             run(main)
-        assert ended.value.code == 1
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1
-        return said.rstrip("\n")
+        assert caught.value.code == 1
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        return message.rstrip("\n")
 
     return run_it
 
@@ -85,7 +85,7 @@ def left_over() -> list[Path]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_full_disk_is_reported_at_every_file(stage: str, fault: Callable[[Main], str]) -> None:
     main, outs = STAGES[stage]
-    wanted = state(outs)
+    expected = state(outs)
     files = [path for out in [*outs, "models/checkpoints"] for path in Path(out).rglob("*")]
     files = [path for path in [*files, *map(Path, outs)] if path.is_file()]
     if stage != "train":
@@ -95,24 +95,24 @@ def test_full_disk_is_reported_at_every_file(stage: str, fault: Callable[[Main],
     for size in sizes:
         remove([*outs, "models/checkpoints"])
         with file_size_limit(size - 1):
-            said = fault(main)
-        assert said.endswith(
+            message = fault(main)
+        assert message.endswith(
             "File too large; free some space, then run the same command again"
-        ) or ("No space left" in said)
+        ) or ("No space left" in message)
         found = state(outs)
-        assert found != wanted
+        assert found != expected
         found.pop("reports/train", None)  # the curves grow during training
-        assert found == {name: wanted[name] for name in found}
+        assert found == {name: expected[name] for name in found}
         assert left_over() == []
     run(main)
-    assert state(outs) == wanted
+    assert state(outs) == expected
 
 
 def test_checkpoint_that_does_not_fit_keeps_the_earlier_one(
     fault: Callable[[Main], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main, outs = STAGES["train"]
-    wanted = state(outs)
+    expected = state(outs)
     remove([*outs, "models/checkpoints"])
     original = trainer.RewardTrainer._save_checkpoint
 
@@ -126,7 +126,7 @@ def test_checkpoint_that_does_not_fit_keeps_the_earlier_one(
     [run_folder] = [path for path in Path("models/checkpoints").iterdir() if path.is_dir()]
     assert {path.name for path in run_folder.glob("step-*")} == {"step-1"}
     run(main)
-    assert state(outs) == wanted
+    assert state(outs) == expected
 
 
 # --- permissions -----------------------------------------------------------------------------
@@ -174,17 +174,17 @@ def test_read_only_folder_is_reported(
     stage: str, folder: str, fault: Callable[[Main], str]
 ) -> None:
     main, outs = STAGES[stage]
-    wanted = state(outs)
+    expected = state(outs)
     remove([*outs, *(str(path) for path in Path("models/checkpoints").glob("*"))])
     with enforced_permissions(folder):
-        said = fault(main)
-    assert said.startswith(folder)
-    assert said.endswith(
+        message = fault(main)
+    assert message.startswith(folder)
+    assert message.endswith(
         "cannot be written: Permission denied; allow writing there, then run the same command again"
     )
-    assert state(outs) != wanted
+    assert state(outs) != expected
     run(main)
-    assert state(outs) == wanted
+    assert state(outs) == expected
 
 
 def test_unreadable_input_is_reported(fault: Callable[[Main], str]) -> None:
@@ -208,8 +208,8 @@ def test_unreadable_source_is_not_reported_as_a_failed_write(fault: Callable[[Ma
     yaml.dump(content, Path("params.yaml"))
     remove(["models/base"])
     with enforced_permissions():
-        said = fault(fetch.main)
-    assert said == f"{source} cannot be read: Permission denied; expected a readable file"
+        message = fault(fetch.main)
+    assert message == f"{source} cannot be read: Permission denied; expected a readable file"
     assert state(["models/base"]) == {}
     assert left_over() == []
 
@@ -391,17 +391,18 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [(name, stage) for name, (_, them, _) in DAMAGES.items() for stage in them]
+    ("name", "stage"),
+    [(name, stage) for name, (_, stages, _) in DAMAGES.items() for stage in stages],
 )
 def test_damaged_input_is_named_and_not_used(
     name: str, stage: str, fault: Callable[[Main], str]
 ) -> None:
-    damage, _, wanted = DAMAGES[name]
+    damage, _, expected = DAMAGES[name]
     main, outs = STAGES[stage]
     damage()
     remove([*outs, "models/checkpoints"])
-    said = fault(main)
-    assert said.startswith(wanted)
-    assert "expected" in said or "run dvc repro" in said
+    message = fault(main)
+    assert message.startswith(expected)
+    assert "expected" in message or "run dvc repro" in message
     assert state(outs) == {}
     assert left_over() == []

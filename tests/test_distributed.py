@@ -85,8 +85,8 @@ def trained(size: int, *arguments: Any) -> list[tuple[int | None, str, str]]:
             running.enter_context(Forked(train_in_group, rank, size, port, *arguments))
             for rank in range(size)
         ]
-        said = [each.communicate() for each in ranks]
-        return [(each.returncode, *texts) for each, texts in zip(ranks, said, strict=True)]
+        printed = [each.communicate() for each in ranks]
+        return [(each.returncode, *texts) for each, texts in zip(ranks, printed, strict=True)]
 
 
 def require_trained(found: Sequence[tuple[int | None, str, str]]) -> None:
@@ -99,12 +99,12 @@ def test_bytes_do_not_depend_on_the_number_of_processes() -> None:
 
     One of four processes is killed, and two resume the run.
     """
-    whole, room = None, 90
-    require_trained(trained(1, whole, room))
+    unkilled, room = None, 90
+    require_trained(trained(1, unkilled, room))
     expected = result()
     forget()
 
-    require_trained(trained(2, whole, room))
+    require_trained(trained(2, unkilled, room))
     assert result() == expected
     forget()
 
@@ -112,18 +112,18 @@ def test_bytes_do_not_depend_on_the_number_of_processes() -> None:
     assert [status for status, _, _ in killed] == [1, 1, -signal.SIGKILL, 1]
     assert not train.ADAPTER.exists()
     assert "memory     ran out" in killed[0][1]
-    resumed = trained(2, whole, room)
+    resumed = trained(2, unkilled, room)
     require_trained(resumed)
     assert "resuming   from step-2" in resumed[0][1]
     assert result() == expected
     forget()
 
-    require_trained(trained(4, whole, room))
+    require_trained(trained(4, unkilled, room))
     assert result() == expected
 
 
-def test_processes_sum_their_own_packs_when_the_order_is_free(set_params: SetParams) -> None:
-    """The weights are the same up to rounding."""
+def test_summing_in_any_order_changes_weights_only_by_rounding(set_params: SetParams) -> None:
+    """Without `sum_in_order`, each process sums its own packs."""
     room = 90  # so that each process has several packs of a step
     require_trained(trained(1, None, room))
     [weights] = train.ADAPTER.glob("*.safetensors")
@@ -156,7 +156,7 @@ def test_process_group_of_a_caller_is_ignored(monkeypatch: pytest.MonkeyPatch) -
     assert (group.size(), group.rank(), group.leads()) == (1, 0, True)
 
 
-def test_two_machines_resume_after_a_killed_process_stopped_the_others(
+def test_two_machines_resume_a_run_that_a_killed_process_stopped(
     tmp_path: Path,
 ) -> None:
     require_trained(trained(1))
@@ -177,12 +177,12 @@ def test_two_machines_resume_after_a_killed_process_stopped_the_others(
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(".", elsewhere, ignore=shutil.ignore_patterns("checkpoints", "elsewhere"))
     port = free_port()
-    meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_LOCAL_ADDR": "127.0.0.1"}
-    meeting |= {"PET_RDZV_ENDPOINT": f"127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
+    rendezvous = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_LOCAL_ADDR": "127.0.0.1"}
+    rendezvous |= {"PET_RDZV_ENDPOINT": f"127.0.0.1:{port}", "OMP_NUM_THREADS": "1"}
     with (
-        Forked(launch_train, meeting | {"DVC_ROOT": os.fspath(Path.cwd())}) as head,
+        Forked(launch_train, rendezvous | {"DVC_ROOT": os.fspath(Path.cwd())}) as head,
         chdir(elsewhere),
-        Forked(launch_train, meeting) as other,
+        Forked(launch_train, rendezvous) as other,
     ):
         printed, errors = head.communicate()
         other_printed, other_errors = other.communicate()
@@ -209,10 +209,10 @@ def test_machine_that_exits_first_causes_no_stack_trace_on_the_others() -> None:
 
 
 def test_machines_that_do_not_connect_are_reported() -> None:
-    meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_LOCAL_ADDR": "127.0.0.1"}
-    meeting |= {"PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}"}
-    meeting |= {"PET_RDZV_CONF": "join_timeout=1"}
-    with Forked(launch_train, meeting) as alone:
+    rendezvous = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_LOCAL_ADDR": "127.0.0.1"}
+    rendezvous |= {"PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}"}
+    rendezvous |= {"PET_RDZV_CONF": "join_timeout=1"}
+    with Forked(launch_train, rendezvous) as alone:
         _, errors = alone.communicate()
     assert alone.returncode == 1
     assert re.fullmatch(r"the 2 machines of PET_NNODES did not meet at .* 1 sec.*\n", errors)
@@ -245,8 +245,8 @@ def test_each_visible_gpu_gets_a_process_if_a_step_has_enough_packs(
     launching.distribute(lambda: alone.append(True), "stages.train", train.useful)
     assert [each.nproc_per_node for each in launched] == [2] * (processes - 1)
     assert alone == [True] * (2 - processes)
-    told = "processes  1 on 2 GPUs, because the first step has no more packs; raise"
-    assert (told in capsys.readouterr().out) == (processes == 1)
+    note = "processes  1 on 2 GPUs, because the first step has no more packs; raise"
+    assert (note in capsys.readouterr().out) == (processes == 1)
 
 
 def test_torchrun_variables_set_the_number_of_processes_and_machines(
@@ -298,20 +298,20 @@ def test_process_sees_the_gpu_of_its_local_rank(
 # --- failures --------------------------------------------------------------------------------
 
 
-def failed(folder: Path, ended: dict[int, tuple[int, dict[str, Any] | None]]) -> Any:
+def failed(folder: Path, exits: dict[int, tuple[int, dict[str, Any] | None]]) -> Any:
     """The error that torchrun raises for these exit statuses, and messages where there are any."""
     failures = {}
-    for rank, (status, told) in ended.items():
+    for rank, (status, message) in exits.items():
         errors = folder / f"{rank}.json"
-        if told:
-            write_json(errors, told)
+        if message:
+            write_json(errors, message)
         failures[rank] = ProcessFailure(rank, 1, status, str(errors))
     return ChildFailedError("train", failures)
 
 
 def test_fault_in_several_processes_is_reported_once_by_the_first(tmp_path: Path) -> None:
-    told = {rank: {"message": f"fault {rank}", "timestamp": 9 - rank} for rank in (1, 2)}
-    error = failed(tmp_path, {0: (1, None), 1: (1, told[1]), 2: (1, told[2])})
+    messages = {rank: {"message": f"fault {rank}", "timestamp": 9 - rank} for rank in (1, 2)}
+    error = failed(tmp_path, {0: (1, None), 1: (1, messages[1]), 2: (1, messages[2])})
     assert launching.cause(error, tmp_path) == "fault 2"
 
 
@@ -364,9 +364,9 @@ def test_fault_in_one_of_several_processes_is_left_to_the_parent_or_the_other_ma
 
     errors = tmp_path / "error.json"
     monkeypatch.setattr(process, "ERRORS", str(errors))
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         process.run(faulty)
-    assert ended.value.code == 1
+    assert caught.value.code == 1
     assert capsys.readouterr().err == ""
     assert errors.exists() == (kind is Fault)
     assert kind is not Fault or read_json(errors)["message"] == "what is wrong"

@@ -209,8 +209,8 @@ def test_tree_in_the_readme_matches_the_folder(language: str) -> None:
     shown = tree(f"README{language}")
     hidden = {".ci", ".dvc", ".github"}
     folders = {f"{path.partition('/')[0]}/" for path in TRACKED if "/" in path}
-    rooms = {f"{path.parent.relative_to(ROOT)}/" for path in (ROOT / "reward").glob("*/*.py")}
-    assert shown == folders - {f"{name}/" for name in hidden} | rooms
+    packages = {f"{path.parent.relative_to(ROOT)}/" for path in (ROOT / "reward").glob("*/*.py")}
+    assert shown == folders - {f"{name}/" for name in hidden} | packages
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -313,8 +313,8 @@ def measured() -> tuple[pa.Table, Any, Resampling]:
 def described(language: str) -> set[str]:
     text = page("docs/evaluation", language)
     [table] = re.findall(r"^\| (?:key|键) \|.*?\n\n", text, re.DOTALL | re.MULTILINE)
-    firsts = [line.split("|")[1] for line in table.strip().splitlines()[2:]]
-    return {key for cell in firsts for key in re.findall("`(.+?)`", cell)}
+    first_cells = [line.split("|")[1] for line in table.strip().splitlines()[2:]]
+    return {key for cell in first_cells for key in re.findall("`(.+?)`", cell)}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -338,10 +338,10 @@ def test_speeds_match_the_recorded_run(language: str) -> None:
     rows = [row for row in cells(page("docs/performance", language)) if row[1] in by_speed]
     assert len(rows) == 8
     for _, speed, times, tokens, memory in rows:
-        wanted = by_speed[speed]
-        assert times == wanted[3]
-        assert tokens == f"{float(wanted[4]):.0f}"
-        assert memory in (wanted[5], "–")
+        expected = by_speed[speed]
+        assert times == expected[3]
+        assert tokens == f"{float(expected[4]):.0f}"
+        assert memory in (expected[5], "–")
 
 
 # --- both languages --------------------------------------------------------------------------

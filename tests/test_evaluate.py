@@ -145,7 +145,7 @@ def test_rewards_of_every_pair_are_written_in_order_with_its_columns(
 ) -> None:
     judged(arbitrary_rewards)
     found = pyarrow.parquet.read_table(evaluate.REPORTS / "rewards.parquet").to_pylist()
-    wanted = [
+    expected = [
         {
             "id": row["id"],
             "reward_chosen": arbitrary_rewards(row)[0],
@@ -158,7 +158,7 @@ def test_rewards_of_every_pair_are_written_in_order_with_its_columns(
         }
         for row in load_from_disk("data/tokenized/test")
     ]
-    assert found == wanted
+    assert found == expected
 
 
 def test_plots_show_every_pair_and_every_slice(judged: Callable[[Scorer], dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The export: complete, scored equally by every client, and usable as its card says."""
+"""The export: complete, with the same rewards in every client, and usable as its card says."""
 
 import contextlib
 import gc
@@ -95,7 +95,7 @@ IN_FLOAT16: Change = {
     "export": {"merge": "float32", "clients": "light", "tolerance_in_half": 0.02},
 }
 ADAPTER = {"peft", "transformers_adapter", "pipeline_adapter", "trl_grpo_adapter"}
-WHOLE = {
+MERGED = {
     *("transformers_merged", "pipeline_merged", "cross_encoder_merged"),
     *("trl_reward_merged", "trl_grpo_merged"),
 }
@@ -162,7 +162,7 @@ def evaluated(
 def exported(evaluated: Callable[[Change], Path]) -> Callable[[Change], Path]:
     """The same folder after export; only DEFAULT runs the clients in a fresh process.
 
-    There is no folder for temporary files.
+    The export must not need the folder for temporary files, so it is set to a missing one.
     """
 
     def make(change: Change) -> Path:
@@ -226,7 +226,7 @@ def assemble_here(merge: str = "none") -> str:
     return (export.EXPORT / "README.md").read_text(encoding="utf-8")
 
 
-def expected(folder: Path, prompt: str, answers: list[str]) -> list[float]:
+def our_rewards(folder: Path, prompt: str, answers: list[str]) -> list[float]:
     """The rewards of answers from our own scoring."""
     encoder = Encoder(folder, Template.load(folder / "template.json"))
     texts = [encoder.render((("user", prompt),), (("assistant", each),)) for each in answers]
@@ -248,7 +248,7 @@ class Quantized:
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """The garbage collector runs only when called."""
+    """Turn off automatic garbage collection."""
     gc.disable()
     yield
     gc.enable()
@@ -298,10 +298,10 @@ def test_every_client_reproduces_the_evaluated_rewards(
     found = read_json(folder / export.REPORTS / "figures.json")
     assert found["pairs"] == 4
     assert ("original_base" in found) == quantized
-    assert set(found["clients"]) == {"packs"} | ADAPTER | WHOLE
+    assert set(found["clients"]) == {"packs"} | ADAPTER | MERGED
     for client, forms in found["clients"].items():
         assert set(forms) == FORMS_OF.get(client, FORMS)
-        in_half = change == IN_HALF or (change == CHAT and client in WHOLE)
+        in_half = change == IN_HALF or (change == CHAT and client in MERGED)
         for figures in forms.values():
             # Each prompt has two pairs, and a GRPO step uses one of them.
             assert figures["pairs"] == (2 if "grpo" in client else 4)
@@ -413,8 +413,8 @@ def test_hub_base_is_referenced_with_its_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     names = run_code(snippets_of(export.EXPORT)["PEFT"])
     assert f'revision="{COMMIT}"' not in card
-    wanted = expected(export.EXPORT, names["prompt"], names["answers"])
-    assert names["rewards"] == pytest.approx(wanted, abs=2e-5)
+    expected = our_rewards(export.EXPORT, names["prompt"], names["answers"])
+    assert names["rewards"] == pytest.approx(expected, abs=2e-5)
 
     weights = tmp_path / "hub" / "models--Qwen--Qwen2-0.5B" / "snapshots" / COMMIT
     (weights / "model.safetensors").unlink()
@@ -507,7 +507,7 @@ def test_every_family_loads_with_its_rewards(
 ) -> None:
     """Adapter on the prepared base, and merged model; texts are padded on either side.
 
-    The cases with double quantization adapt all linear layers with rank-stabilized LoRA, those
+    The cases with double quantization adapt all linear layers with rank-stabilized LoRA; those
     quantized once use DoRA.
     """
     base = fetched(family, tmp_path / "of")
@@ -521,7 +521,7 @@ def test_every_family_loads_with_its_rewards(
     trained = add_lora(model, lora)
     change_magnitudes(trained)
     prompts = random_prompts(0)
-    wanted = score(trained, prompts, 4096).tolist()
+    expected = score(trained, prompts, 4096).tolist()
     save(trained, tmp_path, "base", quantization)
 
     model = load_stock(base, quantization)
@@ -541,11 +541,11 @@ def test_every_family_loads_with_its_rewards(
         for left in (False, True):
             found = padded(loaded, [ids for texts in prompts for ids in texts.ids], rows, left)
             counts_padding = left and loaded.config.model_type in COUNT_PADDING
-            assert (found == pytest.approx(wanted, rel=share, abs=most)) is not counts_padding
+            assert (found == pytest.approx(expected, rel=share, abs=most)) is not counts_padding
 
 
 def change_magnitudes(model: PeftModel) -> None:
-    """Change them as training does: DoRA initializes its magnitudes to the norms of the rows."""
+    """Change DoRA's magnitudes, as training does; they are initialized to the norms of the rows."""
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
@@ -685,8 +685,8 @@ def test_missing_library_is_named_before_any_work(
 ) -> None:
     set_export(clients="all")
     monkeypatch.setattr(clients_trl, "find_spec", lambda name: None)
-    wanted = "export.clients is all, but trl and sentence-transformers cannot be imported; run"
-    with pytest.raises(Fault, match=wanted):
+    expected = "export.clients is all, but trl and sentence-transformers cannot be imported; run"
+    with pytest.raises(Fault, match=expected):
         export.main()
     assert left_over() == []
 
@@ -752,7 +752,7 @@ def test_interpreter_may_be_relative_to_the_working_folder(
     assert [command[0] for command in commands] == [python]
 
 
-def test_other_processes_only_share_the_packs(
+def test_processes_other_than_the_first_only_score_packs(
     exported: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = exported(DEFAULT)
@@ -930,7 +930,7 @@ def test_clients_of_the_merged_model_need_a_merged_model() -> None:
     }
     assert names["all"] == {"packs"} | ADAPTER
     assert names["light"] == names["all"] - {"trl_grpo_adapter"}
-    assert set(CLIENTS) == {"packs"} | ADAPTER | WHOLE
+    assert set(CLIENTS) == {"packs"} | ADAPTER | MERGED
     assert {name: {form.name for form in each.forms} for name, each in CLIENTS.items()} == {
         name: FORMS_OF.get(name, FORMS) for name in CLIENTS
     } | {"packs": {"packs", "eos"}}
@@ -954,8 +954,8 @@ def test_figures_are_printed_as_a_table_with_warnings(capsys: pytest.CaptureFixt
     assert len(header) == len(row) == len(original)
     assert left_out.split() == ["peft", "left", "out:", "it", "does", "not", "fit", "in", "memory"]
     assert nothing.split() == ["packs", "packs", "0"]
-    wanted = "cross_encoder_merged single 277 0.53 6.5e-07 4 0.7500"
-    assert row.split() == wanted.split()
+    expected = "cross_encoder_merged single 277 0.53 6.5e-07 4 0.7500"
+    assert row.split() == expected.split()
     assert warning.endswith("differ by up to 0.53, which reorders 4 pairs")
     assert exported.startswith("exported   models/export; ")
 
@@ -1048,7 +1048,7 @@ def snippets_of_the_docs() -> list[str]:
 
 
 @pytest.fixture
-def beside(
+def go_to_export(
     exported: Callable[[Change], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Change], None]:
     """Change to a folder with models/export and models/base, and nothing else."""
@@ -1066,29 +1066,31 @@ def beside(
     "client", ["PEFT", "transformers", "transformers pipeline", "sentence-transformers"]
 )
 def test_code_in_the_card_gives_the_rewards(
-    client: str, change: Change, beside: Callable[[Change], None]
+    client: str, change: Change, go_to_export: Callable[[Change], None]
 ) -> None:
-    beside(change)
+    go_to_export(change)
     names = run_code(snippets_of(export.EXPORT)[client])
-    wanted = expected(export.EXPORT, names["prompt"], names["answers"])
+    expected = our_rewards(export.EXPORT, names["prompt"], names["answers"])
     in_half = change == CHAT and client != "PEFT"
-    assert names["rewards"] == pytest.approx(wanted, abs=0.02 if in_half else 2e-5)
+    assert names["rewards"] == pytest.approx(expected, abs=0.02 if in_half else 2e-5)
 
 
-def test_code_in_the_card_trains_a_policy_on_the_rewards(beside: Callable[[Change], None]) -> None:
-    beside(DEFAULT)
+def test_code_in_the_card_trains_a_policy_on_the_rewards(
+    go_to_export: Callable[[Change], None],
+) -> None:
+    go_to_export(DEFAULT)
     names = run_code(snippets_of(export.EXPORT)["TRL, as the reward in GRPO"])
     history = names["trainer"].state.log_history
     assert names["trainer"].state.global_step == 1
     assert any("rewards/merged/mean" in each for each in history)
 
 
-def test_code_in_the_card_judges_pairs(beside: Callable[[Change], None]) -> None:
-    beside(DEFAULT)
+def test_code_in_the_card_judges_pairs(go_to_export: Callable[[Change], None]) -> None:
+    go_to_export(DEFAULT)
     names = run_code(snippets_of(export.EXPORT)["TRL, to evaluate pairs"])
     [row] = names["pairs"]
     answers = [row[side][-1]["content"] for side in ("chosen", "rejected")]
-    chosen, rejected = expected(export.EXPORT, row["chosen"][0]["content"], answers)
+    chosen, rejected = our_rewards(export.EXPORT, row["chosen"][0]["content"], answers)
     assert names["figures"]["eval_margin"] == pytest.approx(chosen - rejected, abs=2e-5)
 
 
@@ -1102,9 +1104,9 @@ def test_card_shows_clients_of_the_merged_model_only_with_one(
 
 
 def test_reward_function_for_trl_trains_a_policy_as_documented(
-    beside: Callable[[Change], None],
+    go_to_export: Callable[[Change], None],
 ) -> None:
-    beside(DEFAULT)
+    go_to_export(DEFAULT)
     [code] = [snippet for snippet in snippets_of_the_docs() if "reward.serving.scorer" in snippet]
     trainer = run_code(code)["trainer"]
     assert trainer.state.global_step == 1

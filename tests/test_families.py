@@ -82,8 +82,8 @@ def test_converted_base_computes_the_same_logits(
     set_params("base", name=str(source))
     fetch.main()
     here = AutoModelForCausalLM.from_pretrained(fetch.BASE).eval()
-    wanted, found = (each(input_ids=IDS).logits for each in (model, here))
-    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    expected, found = (each(input_ids=IDS).logits for each in (model, here))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
     config = read_json(fetch.BASE / "config.json")
     assert (config["architectures"], config["model_type"]) == (
         [CONVERTED[family][0]],
@@ -166,8 +166,8 @@ def test_granite_is_converted_with_tied_and_untied_embeddings(tied: bool, tmp_pa
     more = {"tie_word_embeddings": tied, "attention_bias": True}
     model = save_family("Granite", tmp_path / "other", **more)
     here = AutoModelForCausalLM.from_pretrained(fetched("Granite", tmp_path, **more)).eval()
-    wanted, found = (each(input_ids=IDS).logits for each in (model, here))
-    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    expected, found = (each(input_ids=IDS).logits for each in (model, here))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_scaling_never_rounds_a_weight() -> None:
@@ -196,15 +196,18 @@ def test_parameters_are_counted_by_precision(
     quantization = Quantization(4, "nf4", False, dtype)
     base = load_base(folder, quantization)
     model = add_lora(base, LoraConfig(target_modules=FAMILIES[family][2]))
-    wanted = {"four_bits": quantized, "half": 0, "full": rest}
+    expected = {"four_bits": quantized, "half": 0, "full": rest}
     if dtype == "bfloat16":
-        wanted |= {"half": rest, "full": 0}
-    assert precisions(model) == wanted
+        expected |= {"half": rest, "full": 0}
+    assert precisions(model) == expected
     report_precisions(model, quantization)
-    said = capsys.readouterr().out
-    assert f"base       {quantized:,} parameters in 4 bits, {wanted['half']:,} in half and" in said
+    printed = capsys.readouterr().out
+    assert (
+        f"base       {quantized:,} parameters in 4 bits, {expected['half']:,} in half and"
+        in printed
+    )
     experts = 3 * 8 * 3 * 32 * 64  # three layers of 8 experts, each of three matrices
-    assert (f"note       {experts:,} of them are in experts, which" in said) == (
+    assert (f"note       {experts:,} of them are in experts, which" in printed) == (
         family == "Qwen3-MoE"
     )
 

@@ -666,10 +666,10 @@ def test_cached_model_needs_no_hub(
     fetch.main()
     assert digests(fetch.BASE) == first
     shutil.rmtree(fetch.BASE)
-    said = "is not a folder here and not in the Hub's cache, and HF_HUB_OFFLINE is set"
+    message = "is not a folder here and not in the Hub's cache, and HF_HUB_OFFLINE is set"
     for name in ("org/other", "no/such/id"):
         set_params("base", name=name)
-        assert said in refused()
+        assert message in refused()
 
 
 @pytest.mark.parametrize("case", ["encoder", "GPTQ", "Gemma 2", "a quantized text part"])

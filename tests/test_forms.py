@@ -1,6 +1,6 @@
 """The forms in which preference data is published: which are recognized, and their pairs.
 
-tests/forms has a small file of each form, and tests/forms/expected.yaml what it is read as.
+tests/forms has a small file of each form, and tests/forms/expected.yaml has what each is read as.
 """
 
 import json
@@ -86,7 +86,7 @@ def test_every_file_has_an_expectation() -> None:
 def test_published_form_gives_its_pairs(name: str) -> None:
     source, expected = source_of(FORMS / name), EXPECTED[name]
     found, ties = read_all(source)
-    assert source.form.description == expected["said"]
+    assert source.form.description == expected["description"]
     assert triples(found) == expected["pairs"]
     assert ties == expected.get("ties", 0)
     checked = [usable(raw) for _, raw in source]
@@ -100,9 +100,9 @@ def test_published_form_gives_its_pairs(name: str) -> None:
 def test_one_line_names_the_recognized_form(name: str) -> None:
     source = source_of(FORMS / name)
     list(source)
-    said = source.description
-    assert said.startswith(f"read       {FORMS / name} as {EXPECTED[name]['said']}, ")
-    assert said.endswith(" records")
+    description = source.description
+    assert description.startswith(f"read       {FORMS / name} as {EXPECTED[name]['description']}, ")
+    assert description.endswith(" records")
 
 
 @pytest.mark.parametrize("name", ["canonical.jsonl", "rewardbench.jsonl"])
@@ -241,7 +241,7 @@ def test_verdict_may_be_a_number_or_a_text(value: Any, chosen: str) -> None:
     [(2, "2"), (-1, "-1"), (True, "true"), ("A", '"A"'), ([0], "[0]"), ("", '""')],
 )
 @pytest.mark.parametrize("place", [2, 200])
-def test_verdict_without_a_meaning_stops_and_is_named(
+def test_verdict_without_a_meaning_is_an_error_and_is_named(
     tmp_path: Path, place: int, value: Any, shown: str
 ) -> None:
     records = [TWO | {"better_response_id": 0}] * (place - 1)
@@ -262,7 +262,7 @@ def test_verdict_without_a_meaning_stops_and_is_named(
         ({"human_ref_A": "A.", "human_ref_B": "B.", "labels": 2}, "2"),
     ],
 )
-def test_verdict_on_another_scale_stops(record: Record, inverted: str) -> None:
+def test_verdict_on_another_scale_is_an_error(record: Record, inverted: str) -> None:
     with pytest.raises(UnknownVerdict, match=f" is {inverted}, expected "):
         pairs_of({"prompt": "Why?"} | record)
 
@@ -278,7 +278,7 @@ RANKED = {"prompt": "Why?", "answers": ["A.", "B.", "C."]}
 
 
 @pytest.mark.parametrize(
-    ("worths", "pairs", "ties"),
+    ("grades", "pairs", "ties"),
     [
         ({"ranks": [1, 2, 3]}, ["AB", "AC", "BC"], 0),
         ({"ranks": [3, 2, 1]}, ["BA", "CA", "CB"], 0),
@@ -288,15 +288,15 @@ RANKED = {"prompt": "Why?", "answers": ["A.", "B.", "C."]}
     ],
 )
 def test_ranking_is_read_as_all_its_comparisons(
-    worths: Record, pairs: list[str], ties: int
+    grades: Record, pairs: list[str], ties: int
 ) -> None:
-    [[found, tied]] = pairs_of(RANKED | worths)
+    [[found, tied]] = pairs_of(RANKED | grades)
     assert [pair["chosen"][0] + pair["rejected"][0] for pair in found] == pairs
     assert tied == ties
 
 
 @pytest.mark.parametrize(
-    ("worths", "said"),
+    ("grades", "message"),
     [
         ({"ranks": [0, 1, 2]}, "ranks has 0, expected whole numbers from 1"),
         ({"ranks": [1, 1.5, 2]}, "ranks has 1.5, expected whole numbers from 1"),
@@ -305,9 +305,9 @@ def test_ranking_is_read_as_all_its_comparisons(
         ({"scores": [1, float("nan"), 2]}, "scores has NaN, expected numbers"),
     ],
 )
-def test_rank_or_score_without_a_meaning_stops(worths: Record, said: str) -> None:
-    with pytest.raises(UnknownVerdict, match=said):
-        pairs_of(RANKED | worths)
+def test_rank_or_score_without_a_meaning_is_an_error(grades: Record, message: str) -> None:
+    with pytest.raises(UnknownVerdict, match=message):
+        pairs_of(RANKED | grades)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_grading_columns_are_read(columns: Record, expected: Comparison) -> None
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "message"),
     [
         ({"preference": 2}, "preference is 2, expected a number from 0 to 1"),
         ({"preference": -0.1}, "preference is -0.1, expected a number from 0 to 1"),
@@ -377,10 +377,10 @@ def test_grading_columns_are_read(columns: Record, expected: Comparison) -> None
         ({"votes": [1.5, 1]}, "votes is [1.5, 1], expected two whole numbers"),
     ],
 )
-def test_grade_without_a_meaning_stops(columns: Record, said: str) -> None:
+def test_grade_without_a_meaning_is_an_error(columns: Record, message: str) -> None:
     with pytest.raises(UnknownVerdict) as caught:
         pairs_of(PLAIN | columns)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
 def test_grades_that_first_appear_late_are_used() -> None:
@@ -493,5 +493,5 @@ def test_recognition_looks_at_the_first_hundred_records(tmp_path: Path) -> None:
     path = write(tmp_path, *[empty] * 99, PLAIN)
     assert source_of(path).form.description == "prompt, chosen and rejected"
     path = write(tmp_path, *[empty] * 100, PLAIN)
-    said = "chosen and rejected are empty in all of the first 100 records"
-    assert said in fault(source_of, path)
+    message = "chosen and rejected are empty in all of the first 100 records"
+    assert message in fault(source_of, path)

@@ -86,15 +86,15 @@ def test_any_file_gives_pairs_or_a_message(file: tuple[str, bytes]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
-        said, last = "", 0
+        message, last = "", 0
         try:
             for position, record in read(path):
                 assert position > last
                 last = position
                 judge(record)
         except Fault as fault:
-            said = str(fault)
-        assert re.fullmatch(rf"({re.escape(str(path))}.*expected .*)?", said)
+            message = str(fault)
+        assert re.fullmatch(rf"({re.escape(str(path))}.*expected .*)?", message)
 
 
 TEXT = st.text(max_size=8) | st.sampled_from(["", " ", "a", "\ud800", "\n\nAssistant:", "x" * 500])
@@ -126,13 +126,13 @@ def test_any_value_is_a_pair_or_is_refused_with_a_reason(record: Any) -> None:
 def judge(record: Any) -> None:
     """A checked record has all that later stages rely on; any other is refused with a reason."""
     pair: Record | None = None
-    said = ""
+    reason = ""
     try:
         pair = check(record)
     except BadRecord as fault:
-        said = f"{fault.reason}: {fault}"
+        reason = f"{fault.reason}: {fault}"
     if pair is None:
-        assert re.fullmatch(r"[a-z_]+: .+", said)
+        assert re.fullmatch(r"[a-z_]+: .+", reason)
         return
     assert pair.answers[0] != pair.answers[1]
     turns = pair.prompt[1:] if pair.prompt[0][0] == TOOLS else pair.prompt

@@ -92,7 +92,7 @@ def test_file_and_request_get_the_evaluated_rewards(
     """Up to rounding, because the texts are packed differently, which changes the order of sums."""
     folder = half("bfloat16")
     monkeypatch.chdir(tmp_path)
-    wanted = {tuple(pair.tolist()) for pair in rewards_of(folder).T}
+    expected = {tuple(pair.tolist()) for pair in rewards_of(folder).T}
     scorer = Scorer(folder / score.EXPORT)
     monkeypatch.setattr(score, "Scorer", lambda _: scorer)
     given = (folder / PAIRS, "--model", folder / score.EXPORT, "--output", "rewards.jsonl")
@@ -115,7 +115,7 @@ def test_file_and_request_get_the_evaluated_rewards(
     from_server = list(zip(answered[::2], answered[1::2], strict=True))
     bound = BOUND["bfloat16"] * rewards_of(folder).std().item()
     for found in (from_file, from_server):
-        for pair in wanted:
+        for pair in expected:
             assert any(pair == pytest.approx(row, abs=bound) for row in found)
 
 

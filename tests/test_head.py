@@ -115,10 +115,10 @@ def test_first_validation_figures_match_the_base(
 
     set_params("quantization", bits=4)
     train.main()
-    beside = f"unquantized validation loss {loss:.4f}  accuracy"
+    unquantized = f"unquantized validation loss {loss:.4f}  accuracy"
     printed = capsys.readouterr().out
-    assert f"\n{beside}" in printed
-    assert printed.index(beside) < printed.index("step     0  validation loss")
+    assert f"\n{unquantized}" in printed
+    assert printed.index(unquantized) < printed.index("step     0  validation loss")
     own, adapter = head_in(reward_model / "model.safetensors"), head_in(train.ADAPTER / WEIGHTS)
     assert torch.equal(head_of(built().get_base_model()).weight, own)
     assert 0 < (adapter - own).norm() < 0.1 * own.norm()  # training continues from it
@@ -149,8 +149,8 @@ def test_non_finite_rewards_of_the_base_stop_the_stage() -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_copy_of_an_export_can_be_trained_further() -> None:
-    """As a base, the merged model has the rewards that were evaluated."""
+def test_copy_of_an_export_can_be_trained_again() -> None:
+    """As a base, the merged model has the rewards of the evaluation."""
     shutil.copytree("models/export/merged", "models/mine")
     text = Path("params.yaml").read_text()
     name = json.loads(Path("models/base/base.json").read_text())["name"]

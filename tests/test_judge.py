@@ -50,9 +50,9 @@ def test_judging_an_exported_model_matches_its_evaluation(
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["compare", str(OUTPUT), "workspace"])
     compare.main()
-    said = capsys.readouterr().out
-    assert "workspace cannot be told from noise" in said
-    assert f"for {OUTPUT}, " in said
+    printed = capsys.readouterr().out
+    assert "workspace cannot be told from noise" in printed
+    assert f"for {OUTPUT}, " in printed
 
 
 def test_intervals_use_the_parameters_of_evaluate() -> None:

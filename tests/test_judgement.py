@@ -194,22 +194,22 @@ def test_calibration_error_is_small_for_true_probabilities_and_large_for_overcon
     draw = np.random.default_rng(0)
     logits = np.abs(draw.normal(0, 1.5, 20_000))
     signs = np.where(draw.random(20_000) < 1 / (1 + np.exp(-logits)), 1, -1)
-    true, boasting = with_margins(signs * logits), with_margins(signs * logits * 5)
+    true, overconfident = with_margins(signs * logits), with_margins(signs * logits * 5)
     assert judgement.expected_calibration_error(true) < 0.01
-    assert judgement.expected_calibration_error(boasting) > 0.1
+    assert judgement.expected_calibration_error(overconfident) > 0.1
     assert judgement.temperature(true) == pytest.approx(1, abs=0.05)
-    assert judgement.temperature(boasting) == pytest.approx(5, rel=0.05)
+    assert judgement.temperature(overconfident) == pytest.approx(5, rel=0.05)
 
 
 def test_model_that_predicts_the_share_of_votes_is_calibrated() -> None:
     """The votes of every pair match its margin; the second model triples all margins."""
     margin = np.random.default_rng(0).uniform(0.01, 3, 500)
     honest = pairs(margin, np.zeros(500), preference=special.expit(margin))
-    boasting = pairs(3 * margin, np.zeros(500), preference=special.expit(margin))
+    overconfident = pairs(3 * margin, np.zeros(500), preference=special.expit(margin))
     assert judgement.expected_calibration_error(honest) == pytest.approx(0, abs=1e-12)
     assert judgement.brier(honest) == pytest.approx(0, abs=1e-12)
     assert judgement.temperature(honest) == pytest.approx(1, abs=1e-4)
-    assert judgement.temperature(boasting) == pytest.approx(3, abs=1e-3)
+    assert judgement.temperature(overconfident) == pytest.approx(3, abs=1e-3)
 
 
 @pytest.mark.parametrize("votes", [1, 2, 3])

@@ -86,8 +86,8 @@ def test_product_matches_fp64_up_to_fp32_rounding(
         torch.randn(outputs),
     )
     for given in (weight, weight.T.contiguous().T):
-        wanted = linear(x.double(), given.double(), bias.double())
-        assert relative(layers.product(x, given, bias), wanted) < 1e-6
+        expected = linear(x.double(), given.double(), bias.double())
+        assert relative(layers.product(x, given, bias), expected) < 1e-6
     assert relative(layers.product(x, weight), linear(x.double(), weight.double())) < 1e-6
 
 
@@ -116,9 +116,9 @@ def test_swapped_layers_match_the_original_ones(
         x = torch.randn(1, 9, features, generator=torch.Generator().manual_seed(2))
         found = outcome(module, x)
         with as_in_transformers(model):
-            wanted = outcome(module, x)
-        assert len(found) == len(wanted)
-        for one, other in zip(found, wanted, strict=True):
+            expected = outcome(module, x)
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
             assert relative(one, other) < 2e-6, name
         compared += 1
     linears = modules(model, (nn.Linear, LoraLayer))
@@ -157,8 +157,8 @@ def test_dropout_uses_the_same_random_numbers_as_peft(tmp_path: Path) -> None:
         model.train(training)
         found = outcome(layer, x)
         with as_in_transformers(model):
-            wanted = outcome(layer, x)
-        for one, other in zip(found, wanted, strict=True):
+            expected = outcome(layer, x)
+        for one, other in zip(found, expected, strict=True):
             assert relative(one, other) < 2e-6
     model.train()
     assert relative(outcome(layer, x, seed=0)[0], outcome(layer, x, seed=1)[0]) > 0.01
@@ -236,11 +236,11 @@ def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original
         features = module.in_features if hasattr(module, "in_features") else len(module.weight)
         x = torch.randn(1, 40, features, generator=torch.Generator().manual_seed(2))
         x = x.to(getattr(torch, dtype))
-        found, wanted = outcome(module, x), outcome(by_definition(module), x.double(), of=module)
+        found, expected = outcome(module, x), outcome(by_definition(module), x.double(), of=module)
         with as_in_transformers(model):
             stock = outcome(module, x)
         assert [each.dtype for each in found] == [each.dtype for each in stock]
-        for ours, theirs, exact in zip(found, stock, wanted, strict=True):
+        for ours, theirs, exact in zip(found, stock, expected, strict=True):
             rounding = relative(theirs.double(), exact.double())
             assert relative(ours.double(), exact.double()) < 1.05 * rounding + 1e-6, name
             assert rounding < 0.01, name
@@ -254,10 +254,10 @@ def test_dropout_in_half_precision_drops_the_same_as_peft(tmp_path: Path) -> Non
     layer = next(module for module in modules(model, LoraLayer).values())
     found = outcome(layer, x)
     with as_in_transformers(model):
-        wanted = outcome(layer, x)
-    for one, other in zip(found, wanted, strict=True):
+        expected = outcome(layer, x)
+    for one, other in zip(found, expected, strict=True):
         assert relative(one, other) < 0.02
-    assert relative(outcome(layer, x, seed=1)[0], wanted[0]) > 0.1
+    assert relative(outcome(layer, x, seed=1)[0], expected[0]) > 0.1
 
 
 def test_tensors_saved_for_backward_are_in_half_precision(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def slow_annotators(rows: list[Row]) -> list[frozenset[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_columns_count_if_one_value_has_several_comparisons(
+def test_column_identifies_annotators_if_a_value_has_several_comparisons(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger, "FIRST_LOOK", 4)

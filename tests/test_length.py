@@ -142,15 +142,15 @@ def slow_lowess(x: list[int], y: list[float], at: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_lowess_matches_a_plain_loop(seed: int) -> None:
-    """Includes places other than those of the points, and outliers."""
+    """Includes lengths outside the range of the points, and outliers."""
     draw = random.Random(seed)
     x = [draw.randint(0, 60) for _ in range(70)]
     y = [math.sin(each / 9) + draw.gauss(0, 0.1) + (draw.random() < 0.05) * 50 for each in x]
     at = [each for each in range(5, 55) if each in x]
     found = length.lowess(np.array(x), np.array(y), np.array(at))
     assert found == pytest.approx(np.array(slow_lowess(x, y, at)), abs=1e-9)
-    between = length.lowess(np.array(x), np.array(y), np.array([min(x) - 9, max(x) + 9]))
-    assert between == pytest.approx(np.array(slow_lowess(x, y, [min(x), max(x)])), abs=1e-9)
+    outside = length.lowess(np.array(x), np.array(y), np.array([min(x) - 9, max(x) + 9]))
+    assert outside == pytest.approx(np.array(slow_lowess(x, y, [min(x), max(x)])), abs=1e-9)
 
 
 def test_curve_of_many_lengths_is_fitted_at_some_of_them(
@@ -175,7 +175,9 @@ def test_curve_of_many_lengths_is_fitted_at_some_of_them(
         ([5, 9], [1.0, 3.0], 1),
     ],
 )
-def test_lowess_of_few_lengths_or_one_reward(x: list[int], y: list[float], expected: float) -> None:
+def test_lowess_handles_few_lengths_and_equal_rewards(
+    x: list[int], y: list[float], expected: float
+) -> None:
     found = length.lowess(np.array(x), np.array(y), np.array([5]))
     assert found == pytest.approx(expected)
 

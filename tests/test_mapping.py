@@ -109,7 +109,7 @@ def test_entry_defines_the_meaning_of_columns(
     assert triples(write(tmp_path, f"x.jsonl: {entry}\n", record)) == expected
 
 
-def test_unmapped_verdict_stops_and_a_mapped_tie_does_not(tmp_path: Path) -> None:
+def test_unmapped_verdict_is_an_error_and_a_mapped_tie_is_not(tmp_path: Path) -> None:
     mapping = "'*.jsonl': {prompt: ask, answers: [left, right], verdict: vote, first: l, second: r"
     records = [TWO, TWO | {"vote": "same"}]
     folder = write(tmp_path, f"{mapping}, tie: same}}", *records)
@@ -158,7 +158,7 @@ def test_entry_defines_what_grades_a_comparison(
     assert raw.comparisons == [expected]
 
 
-def test_yes_and_no_and_table_cells_are_texts(tmp_path: Path) -> None:
+def test_yes_no_and_table_cells_are_read_as_text(tmp_path: Path) -> None:
     write(
         tmp_path,
         "x.csv: {prompt: ask, answers: [a, b], verdict: better, first: [yes, 1], second: no}",
@@ -192,8 +192,8 @@ def test_where_selects_records_with_one_of_the_values(tmp_path: Path) -> None:
 
 def test_where_without_a_match_is_named_even_with_take(tmp_path: Path) -> None:
     entry = "{prompt: ask, chosen: left, rejected: right, where: {vote: r}, take: 1}"
-    said = fault(write(tmp_path, f"x.jsonl: {entry}", TWO))
-    assert "x.jsonl: where (vote) matches none of its 1 records" in said
+    message = fault(write(tmp_path, f"x.jsonl: {entry}", TWO))
+    assert "x.jsonl: where (vote) matches none of its 1 records" in message
 
 
 def test_take_samples_by_seed_and_larger_samples_contain_smaller_ones(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_entry_overrides_the_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mapping", "said"),
+    ("mapping", "message"),
     [
         ("x.jsonl: {promt: a}", "x.jsonl: promt is unknown, expected one of prompt, input, system"),
         ("x.jsonl: [a]", "x.jsonl: is ['a'], expected keys and values"),
@@ -341,10 +341,10 @@ def test_entry_overrides_the_split(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_fault_in_an_entry_is_reported(tmp_path: Path, mapping: str, said: str) -> None:
+def test_fault_in_an_entry_is_reported(tmp_path: Path, mapping: str, message: str) -> None:
     found = fault(write(tmp_path, mapping, TWO))
     assert found.startswith(f"{tmp_path}/dataset.yaml")
-    assert said in found
+    assert message in found
     assert "\n" not in found
 
 

@@ -199,8 +199,8 @@ def test_nf4_rewards_match_the_dequantized_weights(tiny_base: Path) -> None:
             assert isinstance(module, nn.Linear)
             assert not torch.equal(module.weight, weight)
             module.weight.data = weight
-    found, wanted = score(quantized, pairs, 4096), score(dense, pairs, 4096)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    found, expected = score(quantized, pairs, 4096), score(dense, pairs, 4096)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantization", [NF4, PLAIN])
@@ -259,7 +259,7 @@ def test_unknown_targets_are_refused_with_the_known_ones(tiny_base: Path) -> Non
 
 @pytest.mark.parametrize("quantization", [NF4, PLAIN])
 @pytest.mark.parametrize("family", ["Phi-3", "GPT-NeoX", "GPT-2"])
-def test_fused_projection_is_targeted_by_all_three_names(
+def test_names_of_separate_projections_target_the_fused_one(
     family: str, quantization: Quantization, tmp_path: Path
 ) -> None:
     folder, [fused] = fetched(family, tmp_path), FAMILIES[family][2]
@@ -285,7 +285,7 @@ def test_all_linear_adapts_the_same_layers_as_peft(family: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("quantization", [NF4, PLAIN])
 @pytest.mark.parametrize("names", [["q_proj"], [*SEPARATE, "o_proj"], ["c_attn", "fc"]])
-def test_other_targets_are_refused_with_those_of_gpt2(
+def test_unknown_targets_of_gpt2_are_refused_with_its_known_ones(
     names: list[str], quantization: Quantization, tmp_path: Path
 ) -> None:
     model = load_base(fetched("GPT-2", tmp_path), quantization)
@@ -335,9 +335,9 @@ def test_reward_matches_the_text_alone_whatever_its_pack(
     tiny_base: Path, quantization: Quantization, tokens_per_pack: int
 ) -> None:
     model, pairs = build(tiny_base, quantization).eval(), some_pairs(6)
-    wanted = [alone(model, ids) for texts in pairs for ids in texts.ids]
-    assert len({round(reward, 4) for reward in wanted}) == 12
-    assert score(model, pairs, tokens_per_pack).tolist() == pytest.approx(wanted, abs=1e-5)
+    expected = [alone(model, ids) for texts in pairs for ids in texts.ids]
+    assert len({round(reward, 4) for reward in expected}) == 12
+    assert score(model, pairs, tokens_per_pack).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_eos_token_is_not_skipped(tiny_base: Path) -> None:
@@ -356,7 +356,7 @@ def test_score_halves_its_packs_until_they_fit_in_memory(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     model, pairs = build(tiny_base), some_pairs(12)
-    wanted = score(model, pairs, 10**6)
+    expected = score(model, pairs, 10**6)
     asked: list[int] = []
 
     def limited(model: PeftModel, batch: Pack) -> torch.Tensor:
@@ -367,7 +367,7 @@ def test_score_halves_its_packs_until_they_fit_in_memory(
 
     monkeypatch.setattr(scoring, "rewards", limited)
     found = score(model, pairs, 10**6)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     # Each text is computed once, and a shared prefix again only where its pair was divided.
     computed = sum(size for size in asked if size <= room)
     shared = sum(texts.prefix for texts in pairs)

@@ -63,9 +63,12 @@ def test_partial_folder_starts_empty_and_is_removed(
 ) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "of a killed stage").touch()
-    with contextlib.suppress(ValueError, KeyboardInterrupt), partial_folder(tmp_path / "out") as it:
-        assert [*it.iterdir()] == []
-        (it / "new").touch()
+    with (
+        contextlib.suppress(ValueError, KeyboardInterrupt),
+        partial_folder(tmp_path / "out") as folder,
+    ):
+        assert [*folder.iterdir()] == []
+        (folder / "new").touch()
         if error:
             raise error
     assert [*tmp_path.iterdir()] == []
@@ -122,7 +125,7 @@ def test_digests_are_sha256_by_relative_path(tmp_path: Path) -> None:
 
 
 def raised(path: Path, error: Exception, room: int = 1 << 20) -> Exception:
-    """The exception that leaves a write to `path` in which `error` is raised."""
+    """The exception from a write to `path` if `error` is raised during the write."""
     try:
         with writing(path, room):
             raise error
@@ -197,7 +200,7 @@ def test_error_without_errno_is_reported_if_the_disk_is_full(
 
 
 def test_fault_inside_a_write_passes_through(tmp_path: Path) -> None:
-    fault = Fault("file: found this, wanted that")
+    fault = Fault("file: found this, expected that")
     assert raised(tmp_path / "gone" / "out", fault) is fault
 
 

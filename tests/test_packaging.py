@@ -96,5 +96,5 @@ def test_experiment_runs_its_own_code_despite_an_editable_install(
         assert old in content
         (experiment / name).write_text(content.replace(old, new), encoding="utf-8")
     stage = ("-m", "stages.fetch")
-    said = call(*stage, cwd=experiment, status=1, PYTHONPATH=str(site)).stderr
-    assert said == "params.yaml: base.name is 3, must be a text of the experiment\n"
+    message = call(*stage, cwd=experiment, status=1, PYTHONPATH=str(site)).stderr
+    assert message == "params.yaml: base.name is 3, must be a text of the experiment\n"

@@ -109,7 +109,7 @@ def test_pack_contains_every_text_and_nothing_else(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "size", "wanted"),
+    ("lengths", "size", "expected"),
     [
         ([5], 100, [0]),
         ([5, 9], 100, [1, 0]),
@@ -122,9 +122,9 @@ def test_pack_contains_every_text_and_nothing_else(seed: int) -> None:
     ],
 )
 def test_extremes_are_the_longest_and_the_shortest_that_fit_with_it(
-    lengths: list[int], size: int, wanted: list[int]
+    lengths: list[int], size: int, expected: list[int]
 ) -> None:
-    assert extremes(lengths, size) == wanted
+    assert extremes(lengths, size) == expected
 
 
 def test_packs_of_a_step_contain_each_prompt_once_and_are_balanced() -> None:

@@ -277,14 +277,14 @@ def test_html_in_texts_is_shown_as_text(browser: Browser) -> None:
 
 @pytest.mark.browser
 def test_keys_move_between_pairs_and_to_the_search(browser: Browser) -> None:
-    for key, wanted in (
+    for key, expected in (
         *(("j", "id1"), ("ArrowDown", "id2"), ("k", "id1"), ("ArrowUp", "id0"), ("k", "id0")),
         *(("End", "id29"), ("j", "id29"), ("Home", "id0")),
     ):
         browser.press(key)
-        assert shown(browser) == wanted
+        assert shown(browser) == expected
         selected = browser.run("document.querySelector('[aria-selected=true]').id")
-        assert selected == f"row-{int(wanted[2:])}"
+        assert selected == f"row-{int(expected[2:])}"
     browser.press("/")
     browser.type("QUESTION 28")
     assert text(browser, "#count") == "1 of 30 pairs"
@@ -299,9 +299,9 @@ def test_keys_move_between_pairs_and_to_the_search(browser: Browser) -> None:
 def test_keys_work_after_choosing_a_filter_and_do_not_change_it(browser: Browser) -> None:
     browser.run("document.querySelector('#outcome').focus()")
     choose(browser, "#outcome", "wrong")
-    for key, wanted in (("j", "id1"), ("j", "id2"), ("k", "id1")):
+    for key, expected in (("j", "id1"), ("j", "id2"), ("k", "id1")):
         browser.press(key)
-        assert (shown(browser), text(browser, "#count")) == (wanted, "10 of 30 pairs")
+        assert (shown(browser), text(browser, "#count")) == (expected, "10 of 30 pairs")
 
 
 @pytest.mark.browser

@@ -141,7 +141,7 @@ def test_records_longer_than_a_chunk_are_read(tmp_path: Path) -> None:
     assert contents(write(tmp_path / "p.json", as_array(long))) == long
 
 
-def test_array_of_30_mb_is_read_within_8_mb(tmp_path: Path) -> None:
+def test_array_of_30_mb_is_read_with_8_mb_of_memory(tmp_path: Path) -> None:
     one = json.dumps({"prompt": "word " * 80, "chosen": "yes " * 80, "rejected": "no " * 80})
     path = write(tmp_path / "p.json", f"[{','.join([one] * 30_000)}]".encode())
     assert path.stat().st_size > 28_000_000
@@ -211,7 +211,7 @@ def test_truncated_file_is_a_fault_or_gives_whole_records(
             found = contents(path)
         except Fault:
             continue
-        assert form is as_lines, "an array that is cut must never be read"
+        assert form is as_lines, "a truncated array must never be read"
         assert found == RECORDS[: len(found)]
 
 
@@ -344,8 +344,8 @@ def test_object_around_the_records_is_named_with_a_way_to_extract_them(
     path = tmp_path / "p.json"
     wrapped = {"version": 1, "data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}
     path.write_text(json.dumps(wrapped, indent=indent))
-    said = r"an object with the keys data, version \(jq -c '\.data\[\]' extracts them\)"
-    with pytest.raises(Fault, match=said):
+    message = r"an object with the keys data, version \(jq -c '\.data\[\]' extracts them\)"
+    with pytest.raises(Fault, match=message):
         list(read(path))
 
 
@@ -369,8 +369,8 @@ def test_other_encoding_is_named_with_a_way_to_convert_it(
     tmp_path: Path, text: str, encoding: str
 ) -> None:
     path = write(tmp_path / "a b.csv", text.encode(encoding))
-    wanted = f"expected UTF-8; it may be {encoding}: iconv -f {encoding} -t UTF-8 '{path}' > NEW"
-    assert fault(path).endswith(wanted)
+    expected = f"expected UTF-8; it may be {encoding}: iconv -f {encoding} -t UTF-8 '{path}' > NEW"
+    assert fault(path).endswith(expected)
 
 
 # --- forms of a record -----------------------------------------------------------------------
@@ -810,10 +810,10 @@ def test_votes_match_a_count_of_every_group() -> None:
         votes = [*ballots_cast.values()]
         total = sum(weight[votes])
         share = sum(weight[votes] * first[votes]) / total
-        [standing] = [row for row in rows if not found.merged[row]]
+        [kept] = [row for row in rows if not found.merged[row]]
         agree = [row for row in rows if (first[row] - 0.5) * (share - 0.5) > 0]
-        assert standing == (rows[0] if share == 0.5 else agree[0])
-        preference, mean, agreed = results.pop(standing)
+        assert kept == (rows[0] if share == 0.5 else agree[0])
+        preference, mean, agreed = results.pop(kept)
         assert preference == pytest.approx(max(share, 1 - share))
         assert mean == pytest.approx(total / len(votes))
         is_sure = preference == 1
@@ -825,7 +825,7 @@ def test_votes_match_a_count_of_every_group() -> None:
 
 
 @pytest.mark.parametrize("known", [[], [3], [2**64 - 1, 0, 5, 5]])
-def test_among_tests_membership(known: list[int]) -> None:
+def test_among_finds_members(known: list[int]) -> None:
     values = [0, 5, 3, 5, 2**64 - 1, 7]
     found = among(np.array(values, np.uint64), np.array(known, np.uint64))
     assert found.tolist() == [value in known for value in values]

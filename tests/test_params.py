@@ -75,7 +75,7 @@ def test_values_are_loaded_typed(tmp_path: Path) -> None:
         ("names", "[1]"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_is_expected(tmp_path: Path, key: str, value: str) -> None:
+def test_wrong_value_is_named_with_what_is_expected(tmp_path: Path, key: str, value: str) -> None:
     with pytest.raises(Fault, match=rf"sample\.{key} is .*, must be (a|an|one of) "):
         load(tmp_path, yaml_of(**{key: value}))
 
@@ -99,7 +99,7 @@ class Current:
 
 
 @pytest.mark.parametrize(
-    ("key", "became"),
+    ("key", "replacement"),
     [
         ("base.trust_remote_code", "was removed: code that comes with a model never runs"),
         ("evaluate.sets", "was renamed to preprocess.sets"),
@@ -108,13 +108,15 @@ class Current:
         ("train.head_seed", "was removed: the head uses train.seed"),
     ],
 )
-def test_removed_key_is_named_with_what_replaced_it(tmp_path: Path, key: str, became: str) -> None:
+def test_removed_key_is_named_with_what_replaced_it(
+    tmp_path: Path, key: str, replacement: str
+) -> None:
     group, _, name = key.partition(".")
     path = tmp_path / "p.yaml"
     path.write_text(f"{group}:\n  seed: 1\n  {name}: 1\n")
     with pytest.raises(Fault) as fault:
         params.load(group, Current, path)
-    assert str(fault.value) == f"{path}: {key} {became}"
+    assert str(fault.value) == f"{path}: {key} {replacement}"
     assert key in params.GONE
 
 

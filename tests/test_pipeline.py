@@ -180,7 +180,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_outputs_are_exactly_these(project: Project) -> None:
+def test_outputs_are_exactly_the_listed_files(project: Project) -> None:
     assert {name: tree(project.folder / name) for name in OUTPUTS} == OUTPUTS
 
 
@@ -204,7 +204,7 @@ def test_second_run_runs_nothing(project: Project) -> None:
 def test_bytes_are_the_same_elsewhere_and_do_not_reveal_the_place(
     project: Project, complete: Path, tmp_path: Path
 ) -> None:
-    """Another folder, home, token and hash seed, and processes of their own."""
+    """With another folder, home, token and hash seed, and in other processes."""
     here = Project(tmp_path / "here")
     here.folder.mkdir()
     fill(here, complete)
@@ -257,15 +257,15 @@ def test_fault_is_one_sentence_under_dvc(project: Project) -> None:
 def test_registered_model_can_be_downloaded_by_version(project: Project, tmp_path: Path) -> None:
     project.call("gto", "register", "reward-model", "--version", "v1.0.0")
     project.call("gto", "assign", "reward-model", "--version", "v1.0.0", "--stage", "prod")
-    got = [("v", "--rev", "v1.0.0"), ("p", "--stage", "prod")]
-    for name, *which in got:
+    versions = [("v", "--rev", "v1.0.0"), ("p", "--stage", "prod")]
+    for name, *which in versions:
         command = ("dvc", "artifacts", "get", str(project.folder), "reward-model")
         project.call(*command, *which, "--out", str(tmp_path / name))
         assert digests(tmp_path / name) == digests(project.folder / "models" / "export")
 
 
-def test_the_commands_of_a_sweep_do_what_the_documents_say(project: Project) -> None:
-    """Each line of the section, in its order; no model is trained, and `gc` is not asked."""
+def test_commands_for_sweeps_do_what_the_docs_say(project: Project) -> None:
+    """Runs every line of the section in order, except training, and `gc` without its question."""
     page = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
     section = page[page.index("\n## Sweeps\n") : page.index("\n## Results\n")]
     lines = [

@@ -197,9 +197,9 @@ def test_chat_template_renders_and_refuses_the_same_as_training(
     rendered = 0
     for messages, more in CONVERSATIONS:
         # With `chat`, some of these are refused by record checks, not by the chat template.
-        if (wanted := trained(messages, more)) is not None or name != "chat":
-            assert exported(messages, more) == wanted, messages
-            rendered += wanted is not None
+        if (expected := trained(messages, more)) is not None or name != "chat":
+            assert exported(messages, more) == expected, messages
+            rendered += expected is not None
     assert rendered == {"zh": 3, "chat": 12}.get(name, 4)
 
 

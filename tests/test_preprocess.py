@@ -220,8 +220,8 @@ def test_training_records_with_a_test_prompt_are_listed_or_left_out(
     rewrite(data, [pair(i) for i in range(20)])
     rewrite(workspace / "data" / "raw" / "test.json", [pair(30), pair(7, **changes)])
     set_params("preprocess", data="data/raw", on_bad_record="stop")
-    said = "1 records of data/raw share their prompt with the test files: "
-    assert said + "data/raw/pairs.json: record 8; " in fault()
+    message = "1 records of data/raw share their prompt with the test files: "
+    assert message + "data/raw/pairs.json: record 8; " in fault()
     set_params("preprocess", on_bad_record="drop")
     metrics = run()
     assert metrics["dropped"] == {"in_test_set": 1}
@@ -369,10 +369,10 @@ def test_prompt_of_a_split_file_in_the_other_data_is_a_fault(
 ) -> None:
     others = {"pairs": [*map(pair, range(20))], name: [pair(30), pair(7, chosen="fine")]}
     folder_of(workspace, set_params, **others)
-    said = (
+    message = (
         f"1 records of mine share their prompt with the {name} files: mine/pairs.json: record 8; "
     )
-    assert fault() == f"{said}to leave them out set preprocess.on_bad_record to drop"
+    assert fault() == f"{message}to leave them out set preprocess.on_bad_record to drop"
 
 
 def test_prompt_of_a_training_file_is_never_held_out(
@@ -417,9 +417,9 @@ def test_ranking_has_a_row_per_comparison_and_tokenizes_answers_once(
             texts = [answers[row[f"answer_{side}"]] for side in "jk"]
             for side, text in zip("jk", texts, strict=True):
                 assert tokenizer.decode(row[f"input_ids_{side}"]).endswith(f"答:{text}")
-            worths = [[1, 2, 2, 3][answers.index(text)] for text in texts]
-            assert row["preference"] == (0.5 if worths[0] == worths[1] else 1)
-            assert worths[0] <= worths[1]
+            ranks = [[1, 2, 2, 3][answers.index(text)] for text in texts]
+            assert row["preference"] == (0.5 if ranks[0] == ranks[1] else 1)
+            assert ranks[0] <= ranks[1]
             assert row["kind"] == "x"
     rows = load_from_disk(str(preprocess.TOKENIZED / "test" / "answers"))
     assert rows["answer"] == [0, 1, 2, 3] * 4
@@ -485,12 +485,12 @@ def test_ties_are_kept_and_counted(data: Path, capsys: pytest.CaptureFixture[str
     assert sum(metrics["pairs"].values()) == 30
     rows = [row for part in written().values() for row in part]
     assert sum(row["preference"] == 0.5 for row in rows) == 10
-    said = capsys.readouterr().out
-    assert said.startswith(
+    printed = capsys.readouterr().out
+    assert printed.startswith(
         "read       data/raw/pairs.json as prompt, response1 and response2 with "
     )
-    assert ", 30 records\n" in said
-    assert "\ngraded     10 pairs are ties, 0 have a preference that is not certain\n" in said
+    assert ", 30 records\n" in printed
+    assert "\ngraded     10 pairs are ties, 0 have a preference that is not certain\n" in printed
 
 
 def test_each_file_is_reported_with_its_form(
@@ -554,8 +554,8 @@ def test_bad_records_are_dropped_and_counted_by_reason(
         **{"contradiction": 2, "duplicate": 1, "empty": 1, "identical_answers": 1},
         **{"identical_tokens": 1, "missing_key": 1, "needs_chat": 1, "wrong_type": 1},
     }
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("clients ")]
-    assert said == [
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("clients ")]
+    assert printed == [
         "clients    none can score conversations like 1 of the records, because "
         "preprocess.template cannot render them"
     ]
@@ -680,8 +680,8 @@ def test_fault_is_one_sentence_and_status_1(set_params: SetParams) -> None:
         env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 1
-    wanted = "gone.json does not exist, expected a file or a folder of preference pairs\n"
-    assert result.stderr == wanted
+    expected = "gone.json does not exist, expected a file or a folder of preference pairs\n"
+    assert result.stderr == expected
 
 
 def test_first_training_pair_is_shown_as_the_model_sees_it(
@@ -766,9 +766,9 @@ def test_other_files_in_a_folder_are_named(
 def test_fault_suggests_no_parameter_that_is_already_set(data: Path, set_params: SetParams) -> None:
     rewrite(data, [pair(1, chosen="x " * 3000), pair(2, chosen="")])
     set_params("preprocess", on_bad_record="drop", over_length="drop")
-    said = fault()
-    assert "preprocess.on_bad_record" not in said
-    assert "; for long ones set preprocess.over_length to truncate_prompt" in said
+    message = fault()
+    assert "preprocess.on_bad_record" not in message
+    assert "; for long ones set preprocess.over_length to truncate_prompt" in message
 
 
 # --- the benchmark ---------------------------------------------------------------------------

@@ -45,8 +45,8 @@ def interruptible() -> None:
 
 
 def test_fault_prints_one_sentence_and_exits_with_1(tmp_path: Path) -> None:
-    stage = start(tmp_path, 'raise Fault("file: found this, wanted that")')
-    assert stage.communicate() == ("begun\n", "file: found this, wanted that\n")
+    stage = start(tmp_path, 'raise Fault("file: found this, expected that")')
+    assert stage.communicate() == ("begun\n", "file: found this, expected that\n")
     assert stage.returncode == 1
 
 
@@ -90,7 +90,7 @@ def test_process_exits_if_its_launcher_is_already_gone(tmp_path: Path) -> None:
     ids=["stage", "importing stage", "importing child"],
 )
 def test_process_dies_with_its_parent(tmp_path: Path, code: str, under_dvc: bool) -> None:
-    """It dies even during imports, whereas DVC alone would leave it running."""
+    """This holds even during imports; without our code, DVC would leave it running."""
     (tmp_path / "stage.py").write_text(code, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(tmp_path)}
     if not under_dvc:
@@ -121,7 +121,7 @@ def test_process_dies_with_its_parent(tmp_path: Path, code: str, under_dvc: bool
         if not running(stage):
             return
         time.sleep(0.1)
-    pytest.fail("the process runs on without its parent")
+    pytest.fail("the process still runs without its parent")
 
 
 def running(process: int) -> bool:

@@ -74,12 +74,12 @@ def test_best_of_n_is_the_share_of_highest_rewards_on_best_answers(seed: int) ->
 
 
 def test_best_answers_are_those_to_which_no_other_is_preferred() -> None:
-    """Answers that were never compared with each other may both be best; a tie beats neither."""
+    """Answers that were never compared with each other may both be best; no answer wins a tie."""
     some = [(0, 1, 1.0), (2, 1, 0.75), (2, 3, 0.5)]
     assert best_of_n(ranking([0.0, 1.0, 2.0, -1.0], some)) == (1, 0.75)
     assert best_of_n(ranking([0.0, 3.0, 2.0, -1.0], some)) == (0, 0.75)
-    circle = [(0, 1, 1.0), (1, 2, 1.0), (2, 0, 1.0)]
-    assert best_of_n(ranking([0.0, 1.0, 2.0], circle)) is None
+    cycle = [(0, 1, 1.0), (1, 2, 1.0), (2, 0, 1.0)]
+    assert best_of_n(ranking([0.0, 1.0, 2.0], cycle)) is None
 
 
 def mixed() -> tuple[list[Prompt], Judged]:
@@ -129,7 +129,7 @@ def test_intervals_match_resampled_prompts() -> None:
     assert (found["low"], found["high"]) == pytest.approx((means[100], means[3900]), abs=0.03)
 
 
-def test_figures_of_the_best_order_and_its_reverse() -> None:
+def test_best_order_has_the_highest_figures_and_its_reverse_the_lowest() -> None:
     ranks = [1, 2, 3, 4]
     best = rankings(answered([([4.0, 3.0, 2.0, 1.0], compared(ranks))] * 5), RESAMPLING)
     worst = rankings(answered([([1.0, 2.0, 3.0, 4.0], compared(ranks))] * 5), RESAMPLING)
@@ -145,7 +145,7 @@ def test_figures_of_the_best_order_and_its_reverse() -> None:
 def test_no_rankings_give_no_figures() -> None:
     pair, tied = ([1.0, 0.0], [(0, 1, 1.0)]), ([1.0, 0.0, 2.0], compared([1, 1, 1]))
     assert rankings(answered([pair, tied]), RESAMPLING) == {"prompts": 0}
-    circle = ([0.0, 1.0, 2.0], [(0, 1, 1.0), (1, 2, 1.0), (2, 0, 1.0)])
-    found = rankings(answered([circle]), RESAMPLING)
+    cycle = ([0.0, 1.0, 2.0], [(0, 1, 1.0), (1, 2, 1.0), (2, 0, 1.0)])
+    found = rankings(answered([cycle]), RESAMPLING)
     assert found["best_of_n"] == {"prompts": 0}
     assert found["kendall_tau"]["prompts"] == 1

@@ -1,4 +1,4 @@
-"""Rankings: every answer once, every comparison in one part, and each reward of its own text."""
+"""Rankings: every answer once, every comparison in one part, every reward from its own text."""
 
 import random
 from typing import Any

@@ -114,7 +114,7 @@ def test_no_text_is_used_for_two_prompts() -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_no_run_of_the_sample_appears_in_the_corpus(language: str) -> None:
+def test_no_run_of_words_in_the_sample_appears_in_the_corpus(language: str) -> None:
     sample = [text for texts in texts_by_prompt().values() for text in texts]
     sources = {"sample": sample, "corpus": corpus_paragraphs(language)}
     assert generate.shared_runs(sources) == []

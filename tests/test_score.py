@@ -57,12 +57,12 @@ def fault(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> C
     """Run a command that fails, and return its one-line error message."""
 
     def call(*arguments: Any) -> str:
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as caught:
             run(lambda: command(*arguments))
-        assert ended.value.code == 1
-        said = capsys.readouterr().err.rstrip("\n")
-        assert "\n" not in said
-        return said
+        assert caught.value.code == 1
+        message = capsys.readouterr().err.rstrip("\n")
+        assert "\n" not in message
+        return message
 
     return call
 
@@ -99,13 +99,13 @@ def test_every_record_is_returned_unchanged_with_rewards_and_ranks(
     assert [list(row) for row in found] == [[*records[0], *score.ADDED]] * len(records)
     for record, row in zip(records, found, strict=True):
         answers = record["answers"]
-        [*wanted] = (
+        [*expected] = (
             scorer.rewards(*scorer.encode_pairs([record["prompt"]], [answer]))[0]
             for answer in answers
         )
-        assert row.pop("rewards") == pytest.approx(wanted, abs=1e-5)
-        assert row.pop("ranks") == [1 + sum(b > a for b in wanted) for a in wanted]
-        shares = np.exp(np.array(wanted) / scorer.temperature)
+        assert row.pop("rewards") == pytest.approx(expected, abs=1e-5)
+        assert row.pop("ranks") == [1 + sum(b > a for b in expected) for a in expected]
+        shares = np.exp(np.array(expected) / scorer.temperature)
         assert row.pop("probabilities") == pytest.approx(shares / shares.sum(), abs=1e-5)
         assert row == record
     assert not JOURNAL.exists()
@@ -124,10 +124,10 @@ def test_pairs_get_the_evaluated_rewards_in_the_order_chosen_rejected(
 ) -> None:
     command("data/raw/pairs.json", "--output", OUTPUT)
     evaluated = pyarrow.parquet.read_table("reports/evaluate/rewards.parquet").to_pylist()
-    wanted = {(row["reward_chosen"], row["reward_rejected"]) for row in evaluated}
+    expected = {(row["reward_chosen"], row["reward_rejected"]) for row in evaluated}
     rows = [row["rewards"] for row in lines()]
     assert len(rows) == 20
-    for pair in wanted:
+    for pair in expected:
         assert sum(pair == pytest.approx(tuple(row), abs=1e-5) for row in rows) == 1
 
 
@@ -169,11 +169,11 @@ def test_summary_counts_prompts_and_texts(
 ) -> None:
     write(some_records(8))
     command(INPUT, "--output", OUTPUT)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "read       8 prompts with 20 texts"
-    assert said[1].startswith("scored     20 texts with ")
-    assert said[1].endswith("texts/s; 0 were already scored")
-    assert said[2] == "written    out.jsonl"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "read       8 prompts with 20 texts"
+    assert printed[1].startswith("scored     20 texts with ")
+    assert printed[1].endswith("texts/s; 0 were already scored")
+    assert printed[2] == "written    out.jsonl"
 
 
 def test_endless_input_is_scored_as_it_arrives(
@@ -231,14 +231,14 @@ def journal(command: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> by
 def test_output_has_the_same_bytes_wherever_the_journal_ends(
     command: Callable[..., None], journal: bytes
 ) -> None:
-    wanted = OUTPUT.read_bytes()
+    expected = OUTPUT.read_bytes()
     ends = [index + 1 for index, byte in enumerate(journal) if byte == ord("\n")]
     cuts = {0, 1, len(journal)} | {end + step for end in ends[::5] for step in (-2, -1, 0, 1)}
     for cut in sorted(cut for cut in cuts if cut <= len(journal)):
         OUTPUT.unlink()
         JOURNAL.write_bytes(journal[:cut])
         command(INPUT, "--output", OUTPUT)
-        assert OUTPUT.read_bytes() == wanted, cut
+        assert OUTPUT.read_bytes() == expected, cut
         assert not JOURNAL.exists()
 
 
@@ -301,14 +301,14 @@ def test_another_model_is_refused(journal: bytes, fault: Callable[..., str]) -> 
     )
 
 
-def test_two_processes_do_not_score_to_one_output(
-    journal: bytes, fault: Callable[..., str]
-) -> None:
+def test_two_processes_cannot_write_one_output(journal: bytes, fault: Callable[..., str]) -> None:
     JOURNAL.write_bytes(journal)
     with LOCK.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        said = fault(INPUT, "--output", OUTPUT)
-    assert said.startswith("out.jsonl.journal is in use by another process that writes out.jsonl")
+        message = fault(INPUT, "--output", OUTPUT)
+    assert message.startswith(
+        "out.jsonl.journal is in use by another process that writes out.jsonl"
+    )
     assert JOURNAL.read_bytes() == journal
     assert LOCK.exists()
 
@@ -319,8 +319,10 @@ def test_lock_removed_before_it_is_held_counts_as_in_use(
     """Another process may exit and remove the lock before this one holds it."""
     JOURNAL.write_bytes(journal)
     monkeypatch.setattr(fcntl, "flock", lambda *_: LOCK.unlink(missing_ok=True))
-    said = fault(INPUT, "--output", OUTPUT)
-    assert said.startswith("out.jsonl.journal is in use by another process that writes out.jsonl")
+    message = fault(INPUT, "--output", OUTPUT)
+    assert message.startswith(
+        "out.jsonl.journal is in use by another process that writes out.jsonl"
+    )
     assert JOURNAL.read_bytes() == journal
 
 
@@ -357,25 +359,25 @@ def test_output_below_a_file_is_reported(fault: Callable[..., str]) -> None:
 def test_full_disk_is_reported_and_loses_no_row(
     command: Callable[..., None], journal: bytes, fault: Callable[..., str]
 ) -> None:
-    wanted = OUTPUT.read_bytes()
+    expected = OUTPUT.read_bytes()
     OUTPUT.unlink()
     for path, size in (
         (JOURNAL, 10),
         (JOURNAL, len(journal) // 2),
         (JOURNAL, len(journal) - 1),
-        (OUTPUT, len(wanted) - 1),
+        (OUTPUT, len(expected) - 1),
     ):
         if path == OUTPUT:
             JOURNAL.write_bytes(journal)
         with file_size_limit(size):
-            said = fault(INPUT, "--output", OUTPUT)
-        assert said == (
+            message = fault(INPUT, "--output", OUTPUT)
+        assert message == (
             f"{path} cannot be written: File too large; free some space, "
             "then run the same command again"
         )
         assert not [*Path().glob("*.partial"), *Path().glob("out.jsonl")]
     command(INPUT, "--output", OUTPUT)
-    assert OUTPUT.read_bytes() == wanted
+    assert OUTPUT.read_bytes() == expected
 
 
 @pytest.fixture
@@ -490,6 +492,6 @@ def test_folder_that_is_not_an_export_is_reported(
 ) -> None:
     monkeypatch.setattr(score, "Scorer", Scorer)
     write(some_records(1))
-    said = fault(INPUT, "--output", OUTPUT, "--model", "data")
-    assert said.startswith("data/digests.json cannot be read (")
+    message = fault(INPUT, "--output", OUTPUT, "--model", "data")
+    assert message.startswith("data/digests.json cannot be read (")
     assert not JOURNAL.exists()

@@ -94,8 +94,8 @@ def test_rewards_match_each_text_alone(
     flat = [(prompt, answer) for prompt, answers in prompts for answer in answers]
     random.Random(0).shuffle(flat)
     found = scorer.rewards(*scorer.encode_pairs(*zip(*flat, strict=True)))
-    wanted = one_by_one([f"问:{prompt}\n\n答:{answer}" for prompt, answer in flat])
-    assert found == pytest.approx(wanted, abs=1e-5)
+    expected = one_by_one([f"问:{prompt}\n\n答:{answer}" for prompt, answer in flat])
+    assert found == pytest.approx(expected, abs=1e-5)
     assert len(set(found)) > 20
 
 
@@ -106,10 +106,10 @@ def test_rewards_match_the_evaluation(scorer: Scorer) -> None:
     }
     seen = 0
     for _, record in read(Path("data/raw/pairs.json")):
-        wanted = evaluated.get(check(record).ids[0])
-        if wanted:
+        expected = evaluated.get(check(record).ids[0])
+        if expected:
             texts = scorer.encode(scorer.render(candidates(record)))
-            assert scorer.rewards(texts, [0, 0]) == pytest.approx(wanted, abs=1e-5)
+            assert scorer.rewards(texts, [0, 0]) == pytest.approx(expected, abs=1e-5)
             seen += 1
     assert seen == len(evaluated) > 0
 
@@ -163,8 +163,8 @@ def test_eos_is_appended_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None
     scorer = Scorer(export_with(monkeypatch, append_eos=True))
     [plain] = Scorer(EXPORT).encode(["a b"])
     tokenizer = AutoTokenizer.from_pretrained(EXPORT)
-    wanted = [*plain, tokenizer.eos_token_id]
-    assert scorer.encode(["a b", f"a b{tokenizer.eos_token}"]) == [wanted, wanted]
+    expected = [*plain, tokenizer.eos_token_id]
+    assert scorer.encode(["a b", f"a b{tokenizer.eos_token}"]) == [expected, expected]
 
 
 def test_conversations_go_through_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_whole_text_has_the_ids_of_training_whatever_its_ending(
     scorer = scorer_of(monkeypatch, name, append_eos)
     for answer in ("yes, of course", "好", "two\nlines", "- \n"):
         text = scorer.render(candidates({"prompt": "hi", "answer": answer}))[0]
-        wanted = scorer.encode([text])
+        expected = scorer.encode([text])
         body = text.removesuffix(tail)
         endings = [tail, "", tail.rstrip(), "<|im_end|>", "<|im_end|>\n", "<|endoftext|>"]
         endings += [
@@ -214,8 +214,8 @@ def test_whole_text_has_the_ids_of_training_whatever_its_ending(
             f"{tail}<|im_end|>",
         ]
         for ending in endings:
-            assert scorer.encode_rendered([body + ending]) == wanted, ending
-        assert scorer.encode_pairs(["hi"], [f"{answer}<|im_end|>\n<|endoftext|>"])[0] == wanted
+            assert scorer.encode_rendered([body + ending]) == expected, ending
+        assert scorer.encode_pairs(["hi"], [f"{answer}<|im_end|>\n<|endoftext|>"])[0] == expected
 
 
 def test_chat_template_that_trims_answers_trims_them_in_whole_texts(
@@ -224,9 +224,11 @@ def test_chat_template_that_trims_answers_trims_them_in_whole_texts(
     jinja = "{% for m in messages %}<|im_start|>{{ m.content | trim }} <|im_end|>\n{% endfor %}"
     chat = {"template": "chat", "chat_template": jinja}
     scorer = Scorer(export_with(monkeypatch, **chat))
-    wanted = scorer.encode(["<|im_start|>hi <|im_end|>\n<|im_start|>yes <|im_end|>\n"])
+    expected = scorer.encode(["<|im_start|>hi <|im_end|>\n<|im_start|>yes <|im_end|>\n"])
     for text in ("yes", "yes \n", "yes\n<|im_end|>", "yes <|im_end|>\n"):
-        assert scorer.encode_rendered([f"<|im_start|>hi <|im_end|>\n<|im_start|>{text}"]) == wanted
+        assert (
+            scorer.encode_rendered([f"<|im_start|>hi <|im_end|>\n<|im_start|>{text}"]) == expected
+        )
 
 
 @pytest.mark.parametrize(
@@ -251,8 +253,8 @@ def test_token_that_starts_a_message_does_not_end_one(monkeypatch: pytest.Monkey
     with pytest.raises(Misfit, match=r"^the text has no token$"):
         scorer_of(monkeypatch, "none").encode_rendered(["<|im_end|>\n"])
     empty = scorer_of(monkeypatch, "{prompt}<|im_start|>\n{answer}<|im_end|>")
-    wanted = empty.encode(["hi<|im_start|>\n<|im_end|>"])
-    assert empty.encode_rendered(["hi<|im_start|>\n"]) == wanted
+    expected = empty.encode(["hi<|im_start|>\n<|im_end|>"])
+    assert empty.encode_rendered(["hi<|im_start|>\n"]) == expected
 
 
 CHATML = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes"
@@ -335,9 +337,9 @@ def test_whole_text_gets_the_beginning_of_training_texts(monkeypatch: pytest.Mon
     path = folder / "tokenizer_config.json"
     write_json(path, read_json(path) | {"bos_token": "<|endoftext|>"})
     chat = Scorer(folder)
-    wanted = chat.encode(["<|endoftext|>[hi][yes]"])
+    expected = chat.encode(["<|endoftext|>[hi][yes]"])
     for text in ("<|endoftext|>[hi][yes]", "[hi][yes]"):
-        assert chat.encode_rendered([text]) == wanted
+        assert chat.encode_rendered([text]) == expected
 
 
 # --- records ---------------------------------------------------------------------------------
@@ -423,8 +425,8 @@ def test_reward_function_takes_texts_and_messages() -> None:
         [[{"role": USER, "content": prompt}] for prompt in ("hi", "hi", "you")],
         [[{"role": ASSISTANT, "content": answer}] for answer in ("yes", "1", "no<|im_end|>\n")],
     )
-    wanted = one_by_one(["问:hi\n\n答:yes", "问:hi\n\n答:1", "问:you\n\n答:no"])
-    assert texts == messages == pytest.approx(wanted, abs=1e-5)
+    expected = one_by_one(["问:hi\n\n答:yes", "问:hi\n\n答:1", "问:you\n\n答:no"])
+    assert texts == messages == pytest.approx(expected, abs=1e-5)
 
 
 def test_reward_function_names_what_it_cannot_score() -> None:
@@ -457,8 +459,8 @@ def test_completions_that_cannot_be_scored_have_no_reward_and_one_warning() -> N
     assert found[1:-1] == [None] * len(bad)
     assert [found[0], found[-1]] == reward(["hi", "hi"], ["yes", "no"])
     for completion, sentence in cases:
-        said = re.escape(f"prompts[0] with its completion: {sentence}")
-        with pytest.raises(Fault, match=f"^{said}$"):
+        message = re.escape(f"prompts[0] with its completion: {sentence}")
+        with pytest.raises(Fault, match=f"^{message}$"):
             reward(["hi"], [completion])
 
 
@@ -502,8 +504,8 @@ def test_grpo_step_uses_the_rewards_of_the_export(conversational: bool) -> None:
         processing_class=AutoTokenizer.from_pretrained("models/base"),
     )
     trainer.train()
-    wanted = one_by_one([f"问:{prompt}\n\n答:{answer}" for prompt, answer, _ in seen])
+    expected = one_by_one([f"问:{prompt}\n\n答:{answer}" for prompt, answer, _ in seen])
     assert len(seen) == 4
-    assert [found for *_, found in seen] == pytest.approx(wanted, abs=1e-5)
+    assert [found for *_, found in seen] == pytest.approx(expected, abs=1e-5)
     logged = trainer.state.log_history[0]
-    assert logged["rewards/reward_model/mean"] == pytest.approx(sum(wanted) / 4, abs=1e-5)
+    assert logged["rewards/reward_model/mean"] == pytest.approx(sum(expected) / 4, abs=1e-5)

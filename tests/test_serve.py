@@ -69,12 +69,12 @@ def held() -> Iterator[Held]:
 def served(scorer: Any, work: Callable[[Client], Awaitable[T]], key: str | None = None) -> T:
     """The result of `work` with a server in this process."""
 
-    async def beside() -> T:
+    async def with_server() -> T:
         application = serve.Service(cast(Scorer, scorer), key).application()
         async with TestClient(TestServer(application)) as client:
             return await asyncio.wait_for(work(client), 60)
 
-    return asyncio.run(beside())
+    return asyncio.run(with_server())
 
 
 async def post(client: Client, content: Any) -> tuple[int, Any]:
@@ -94,9 +94,9 @@ def test_prompts_with_answers_get_the_rewards_of_the_model(scorer: Scorer) -> No
     prompts = ["hi", [{"role": "user", "content": "hi"}], "Why?"]
     answers = ["yes", [{"role": "assistant", "content": "yes"}], ""]
     status, found = served(scorer, lambda c: post(c, {"prompts": prompts, "answers": answers}))
-    wanted = scorer.rewards(*scorer.encode_pairs(prompts, answers))
+    expected = scorer.rewards(*scorer.encode_pairs(prompts, answers))
     assert status == 200
-    assert found["rewards"] == pytest.approx(wanted, abs=1e-5)
+    assert found["rewards"] == pytest.approx(expected, abs=1e-5)
     assert found["rewards"][0] == found["rewards"][1]
 
 
@@ -105,12 +105,12 @@ def test_openrlhf_request_gets_the_expected_response(scorer: Scorer) -> None:
     query = ["问:hi\n\n答:yes", "问:hi\n\n答:no", "问:一\n\n答:yes"]
     content = {"query": query, "prompts": ["问:hi", "问:hi", "问:一"], "labels": [None, "a", 3]}
     status, found = served(scorer, lambda client: post(client, content))
-    wanted = scorer.rewards(scorer.encode(query), [0, 1, 2])
+    expected = scorer.rewards(scorer.encode(query), [0, 1, 2])
     assert (status, found.keys()) == (200, {"rewards", "scores", "extra_logs"})
-    assert found["rewards"] == found["scores"] == pytest.approx(wanted, abs=1e-5)
+    assert found["rewards"] == found["scores"] == pytest.approx(expected, abs=1e-5)
     assert found["extra_logs"] == {}
     _, alone = served(scorer, lambda client: post(client, {"query": query}))
-    assert alone["rewards"] == pytest.approx(wanted, abs=1e-5)
+    assert alone["rewards"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_llama_factory_request_gets_the_expected_scores(scorer: Scorer) -> None:
@@ -119,9 +119,9 @@ def test_llama_factory_request_gets_the_expected_scores(scorer: Scorer) -> None:
     status, found = served(
         scorer, lambda client: post(client, {"model": "model", "messages": messages})
     )
-    wanted = scorer.rewards(scorer.encode(messages), [0, 1])
+    expected = scorer.rewards(scorer.encode(messages), [0, 1])
     assert status == 200
-    assert found["scores"] == pytest.approx(wanted, abs=1e-5)
+    assert found["scores"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_concurrent_requests_get_their_own_rewards(scorer: Scorer) -> None:
@@ -137,9 +137,9 @@ def test_concurrent_requests_get_their_own_rewards(scorer: Scorer) -> None:
         return await asyncio.gather(*(post(client, request) for request in requests))
 
     for request, (status, found) in zip(requests, served(scorer, all_at_once), strict=True):
-        wanted = scorer.rewards(*scorer.encode_pairs(request["prompts"], request["answers"]))
+        expected = scorer.rewards(*scorer.encode_pairs(request["prompts"], request["answers"]))
         assert status == 200
-        assert found["rewards"] == pytest.approx(wanted, abs=1e-5)
+        assert found["rewards"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(("most", "calls"), [(100, [1, 9]), (4, [1, 4, 4, 1])])
@@ -230,12 +230,12 @@ def test_retry_after_is_the_time_to_score_the_queue(
         await until(lambda: held.encoded == 11)
         async with client.post(REWARD, json={"query": ["9"]}) as response:
             assert response.status == 503
-            said = response.headers["Retry-After"]
+            header = response.headers["Retry-After"]
         await asyncio.gather(*waiting)
-        return said, time.monotonic() - begin, (await post(client, {"query": ["9"]}))[0]
+        return header, time.monotonic() - begin, (await post(client, {"query": ["9"]}))[0]
 
-    said, took, after = served(held, work)
-    assert (said, after) == ("2", 200)
+    header, took, after = served(held, work)
+    assert (header, after) == ("2", 200)
     assert took < 2
 
 
@@ -515,7 +515,7 @@ def test_metrics_for_prometheus_count_requests_and_the_queue(
         await waiting
         assert (await post(client, {"query": []}))[0] == 400
         found = await scrape(client)
-        wanted = {
+        expected = {
             "reward_requests_total200": 1,
             "reward_requests_total400": 1,
             "reward_requests_total503": 1,
@@ -524,7 +524,7 @@ def test_metrics_for_prometheus_count_requests_and_the_queue(
             "reward_queue_tokens": 0,
             "reward_request_seconds_count": 1,
         }
-        assert {name: found[name] for name in wanted} == wanted
+        assert {name: found[name] for name in expected} == expected
 
     served(held, work)
 
@@ -652,9 +652,9 @@ def slow() -> Iterator[Callable[[float], tuple[Forked, str]]]:
     def start(seconds: float) -> tuple[Forked, str]:
         process = Forked(serve_slowly, seconds)
         started.append(process)
-        said = process.stdout.readline().split()
-        assert said[0] == "serving", said
-        return process, said[1]
+        words = process.stdout.readline().split()
+        assert words[0] == "serving", words
+        return process, words[1]
 
     yield start
     for process in started:

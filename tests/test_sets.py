@@ -42,12 +42,12 @@ def test_ids_match_the_splits_of_preprocess(
     preprocess.main()
     found = load_from_disk("data/tokenized/sets/same")
     columns = ["id", "prompt_id", "input_ids_j", "input_ids_k", "prefix_length", "kind"]
-    wanted = {}
+    expected = {}
     for split in ("train", "validation", "test"):
         for row in load_from_disk(f"data/tokenized/{split}"):
-            wanted[row["id"]] = {name: row[name] for name in columns}
-    assert {row["id"]: {name: row[name] for name in columns} for row in found} == wanted
-    leaked = len(wanted) - len(load_from_disk("data/tokenized/test"))
+            expected[row["id"]] = {name: row[name] for name in columns}
+    assert {row["id"]: {name: row[name] for name in columns} for row in found} == expected
+    leaked = len(expected) - len(load_from_disk("data/tokenized/test"))
     assert read_json(Path("data/tokenized/sets/index.json")) == {
         "same": {"bad": 0, "leaked": leaked, "too_long": 0}
     }
@@ -95,7 +95,7 @@ def test_folder_with_only_a_readme_has_no_sets(encoder: Callable[[int], Encoder]
 
 
 @pytest.mark.parametrize(
-    ("records", "said"),
+    ("records", "message"),
     [
         ([PAIR, {"prompt": "a", "chosen": "b"}], "line 2: missing_key: 'rejected' is missing"),
         (
@@ -105,10 +105,10 @@ def test_folder_with_only_a_readme_has_no_sets(encoder: Callable[[int], Encoder]
     ],
 )
 def test_set_that_cannot_be_judged_is_reported(
-    records: list[dict[str, Any]], said: str, encoder: Callable[[int], Encoder]
+    records: list[dict[str, Any]], message: str, encoder: Callable[[int], Encoder]
 ) -> None:
     write_set(Path("data/sets/bad.jsonl"), *records)
-    with pytest.raises(Fault, match=said):
+    with pytest.raises(Fault, match=message):
         read_sets(Path("data/sets"), encoder(100), drop=False)
 
 
@@ -177,10 +177,10 @@ def test_sets_are_judged_as_slices_and_leaks_are_counted(
     assert wrong["by"] == {
         "depth": {"deep": {"accuracy": 0, "low": 0, "high": 1, "pairs": 1, "prompts": 1}}
     }
-    said = capsys.readouterr().out
-    assert "1 of 2 pairs of right have a prompt that the model was trained on" in said
-    assert "1 pairs of wrong are too long, and were left out" in said
-    assert "of right are too long" not in said
+    printed = capsys.readouterr().out
+    assert "1 of 2 pairs of right have a prompt that the model was trained on" in printed
+    assert "1 pairs of wrong are too long, and were left out" in printed
+    assert "of right are too long" not in printed
     assert read_json(evaluate.METRICS)["sets/right"] == 1
     assert read_json(evaluate.METRICS)["sets/wrong"] == 0
     slices = json.loads((evaluate.REPORTS / "slices.json").read_text())

@@ -1,3 +1,5 @@
+"""The speed benchmark: its workload, its contenders and its report."""
+
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -125,12 +127,12 @@ def test_rows_in_bf16_are_compared_with_ours_in_bf16() -> None:
     assert "TRL, bf16" in vl_convert.vegalite_to_svg(chart(rows), vl_version=VEGA_LITE)
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_bf16_is_also_measured_if_the_processor_supports_it(beside: bool) -> None:
-    names = contenders(replace(CPU, bf16_beside=beside), answers=2)
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_also_measured_if_the_processor_supports_it(supported: bool) -> None:
+    names = contenders(replace(CPU, bf16_beside=supported), answers=2)
     in_bf16 = {name for name, row in names.items() if "bf16" in name or row.floor == "floor-bf16"}
     trl = {f"trl-{batch}-bf16{more}" for batch in (8, 1) for more in ("", "-checkpointing")}
-    assert in_bf16 == ({"ours-bf16", "floor-bf16", *trl} if beside else set())
+    assert in_bf16 == ({"ours-bf16", "floor-bf16", *trl} if supported else set())
 
 
 @pytest.mark.parametrize(

@@ -343,13 +343,13 @@ def test_chat_template_may_be_supplied_for_a_base_without_one(
 ) -> None:
     """As a Jinja file or in another tokenizer's configuration; both are stored as text."""
     base = changed_base(tiny_base, tmp_path, chat_template=None)
-    brought = tmp_path / "brought.jinja"
-    brought.write_text(tokenizer.chat_template, encoding="utf-8")
+    supplied = tmp_path / "supplied.jinja"
+    supplied.write_text(tokenizer.chat_template, encoding="utf-8")
     own = Template.of("chat", False, 10, tiny_base)
-    assert chat_from(brought, base).chat_template == tokenizer.chat_template
+    assert chat_from(supplied, base).chat_template == tokenizer.chat_template
     assert chat_from(tiny_base / "tokenizer_config.json", base).chat_template == own.chat_template
-    chat_from(brought, base).save(tmp_path / "template.json")
-    brought.unlink()
+    chat_from(supplied, base).save(tmp_path / "template.json")
+    supplied.unlink()
     encoder = Encoder(base, Template.load(tmp_path / "template.json"))
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -362,7 +362,7 @@ def test_chat_template_may_be_supplied_for_a_base_without_one(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("none.jinja", None, "none.jinja cannot be read .*, expected a Jinja file"),
         ("odd.jinja", b"\xff", "odd.jinja cannot be read .*, expected a Jinja file"),
@@ -373,11 +373,11 @@ def test_chat_template_may_be_supplied_for_a_base_without_one(
     ],
 )
 def test_unusable_chat_template_is_reported(
-    tiny_base: Path, tmp_path: Path, name: str, content: bytes | None, said: str
+    tiny_base: Path, tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(Fault, match=f"params.yaml: preprocess.chat_template .*{said}"):
+    with pytest.raises(Fault, match=f"params.yaml: preprocess.chat_template .*{message}"):
         chat_from(tmp_path / name, tiny_base)
     assert Template.of("zh", False, 10, tiny_base, tmp_path / name).chat_template is None
 
@@ -503,10 +503,10 @@ def test_text_of_a_kept_record_contains_all_its_words(
             return
         kept += 1
         for side, text in zip(("chosen", "rejected"), texts, strict=True):
-            said = [record["prompt"], record[side], record.get("tools", [])]
+            parts = [record["prompt"], record[side], record.get("tools", [])]
             # A template may write a text as JSON, and JSON as a text.
             plain = text.replace("\\", "")
-            missing = [w for w in words_of(said) if w not in (plain if w != "\\" else text)]
+            missing = [w for w in words_of(parts) if w not in (plain if w != "\\" else text)]
             assert not missing
 
     holds()
@@ -515,7 +515,7 @@ def test_text_of_a_kept_record_contains_all_its_words(
 
 # --- the date --------------------------------------------------------------------------------
 
-# The way of Llama 3.2, two other ways, and that of Llama 3.1, which does not ask for the date.
+# As in Llama 3.2, in two other ways, and as in Llama 3.1, which does not ask for the date.
 TODAY = {
     "25 Dec 2031": (
         "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
@@ -534,7 +534,7 @@ TODAY = {
 
 @pytest.fixture(params=TODAY)
 def moved_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The date that the template must print, although the clock now shows another day."""
+    """The date that the template must print; the clock shows another day."""
     from transformers.utils import chat_template_utils
 
     class Later(datetime.datetime):
@@ -547,7 +547,7 @@ def moved_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("append_eos", [False, True])
-def test_date_is_that_of_preprocess_also_in_the_export(
+def test_date_is_that_of_preprocess_even_in_the_export(
     tiny_base: Path, tmp_path: Path, moved_clock: str, append_eos: bool
 ) -> None:
     from transformers import AutoTokenizer
@@ -677,7 +677,7 @@ SOME = settings(max_examples=150, deadline=None, derandomize=True)
 def test_truncated_conversation_has_the_ids_of_its_last_turns(
     whole_encoder: Encoder, turns: list[tuple[str, list[str]]], system: bool, most: int
 ) -> None:
-    """Turns go from the front until the rest fits; a last turn that does not fit is truncated."""
+    """Turns are dropped from the front until the rest fits; a last turn that is too long is cut."""
     encoder = copy.copy(whole_encoder)
     encoder.template = dataclasses.replace(encoder.template, max_length=most)
     head: Messages = (("system", "Be kind."),) if system else ()
@@ -697,7 +697,7 @@ def test_truncated_conversation_has_the_ids_of_its_last_turns(
         assert encoder.decode(side).startswith("<|im_start|>system\nBe kind.<|im_end|>\n" * system)
 
 
-def test_truncating_the_last_turn_keeps_the_messages_after_its_first(
+def test_truncating_the_last_turn_keeps_its_later_messages(
     tiny_base: Path, tmp_path: Path, tokenizer: Any
 ) -> None:
     base = changed_base(tiny_base, tmp_path, chat_template=CALLS)

@@ -99,7 +99,7 @@ def curve(name: str) -> list[dict[str, float]]:
 
 
 class Killed(BaseException):
-    """Simulates the death of the process within the process of the test."""
+    """Stands for a kill, in the process of the test."""
 
 
 @pytest.fixture
@@ -126,13 +126,13 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the stage and kill it after `step` steps."""
     original = trainer.RewardTrainer.training_step
 
-    def deadly(self: trainer.RewardTrainer, *arguments: Any) -> Any:
+    def killing(self: trainer.RewardTrainer, *arguments: Any) -> Any:
         if self.state.global_step == step:
             raise Killed
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.RewardTrainer, "training_step", deadly)
+        patch.setattr(trainer.RewardTrainer, "training_step", killing)
         with pytest.raises(Killed):
             train.main()
 
@@ -188,12 +188,12 @@ def test_training_matches_a_plain_loop(
                 weight.mul_(1 - now * decay)
                 mean, spread = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
                 weight.sub_(now * mean / (spread.sqrt() + 1e-8))
-    wanted = {
+    expected = {
         name.replace(".default", "").replace(".modules_to_save", ""): p.detach()
         for name, p in trained.items()
     }
-    assert any("lora_magnitude_vector" in name for name in wanted) == use_dora
-    assert distance(weights(), wanted) < 1e-3
+    assert any("lora_magnitude_vector" in name for name in expected) == use_dora
+    assert distance(weights(), expected) < 1e-3
 
 
 def graded_rankings() -> Dataset:
@@ -217,7 +217,7 @@ def graded_rankings() -> Dataset:
 def test_gradient_of_a_step_matches_its_comparisons_one_by_one(
     set_params: SetParams, tokens_per_pack: int
 ) -> None:
-    """Rankings that do and do not fit into a pack, against passes of single texts."""
+    """Includes rankings that do not fit into a pack; compares with passes of single texts."""
     set_params("lora", lora_dropout=0.0)
     set_params("train", step_of="prompts", center_rewards=0.01, tokens_per_pack=tokens_per_pack)
     options, rows = params.load("train", trainer.Train), graded_rankings()
@@ -308,20 +308,20 @@ def test_result_does_not_depend_on_the_size_of_packs(set_params: SetParams) -> N
         set_params("train", tokens_per_pack=tokens_per_pack)
         train.main()
         found.append((weights(), curve("training")))
-    wanted_weights, wanted_curve = found[2]
+    expected_weights, expected_curve = found[2]
     for adapter, figures in found[:2]:
-        assert distance(adapter, wanted_weights) < 1e-3
-        for entry, wanted in zip(figures, wanted_curve, strict=True):
-            assert entry == pytest.approx(wanted, rel=1e-3)
+        assert distance(adapter, expected_weights) < 1e-3
+        for entry, expected in zip(figures, expected_curve, strict=True):
+            assert entry == pytest.approx(expected, rel=1e-3)
 
 
 def test_gradient_checkpointing_does_not_change_the_result(set_params: SetParams) -> None:
     set_params("train", max_steps=4)
     train.main()
-    wanted = weights()
+    expected = weights()
     set_params("train", gradient_checkpointing=True)
     train.main()
-    assert distance(weights(), wanted) < 1e-4
+    assert distance(weights(), expected) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -336,11 +336,11 @@ def test_gradient_checkpointing_does_not_change_the_result(set_params: SetParams
 def test_step_that_runs_out_of_memory_restarts_with_smaller_packs(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, room: int, error: Exception
 ) -> None:
-    """Memory runs out in the backward pass, after a partial gradient and used random numbers."""
+    """Memory runs out in the backward pass, after a partial gradient and some random numbers."""
     set_params("lora", lora_dropout=0.0)
     set_params("train", max_steps=4, logging_steps=1)
     train.main()
-    wanted, wanted_curve = weights(), curve("training")
+    expected, expected_curve = weights(), curve("training")
     forget()
     original, failed = rewards, []
 
@@ -355,8 +355,8 @@ def test_step_that_runs_out_of_memory_restarts_with_smaller_packs(
     monkeypatch.setattr(trainer, "rewards", limited)
     train.main()
     assert failed
-    assert distance(weights(), wanted) < 1e-3
-    for entry, figures in zip(curve("training"), wanted_curve, strict=True):
+    assert distance(weights(), expected) < 1e-3
+    for entry, figures in zip(curve("training"), expected_curve, strict=True):
         assert entry == pytest.approx(figures, rel=1e-3)
 
 
@@ -366,7 +366,7 @@ def test_repeated_step_uses_the_same_random_numbers(
     """Each pack has one pair, whatever the limit, so dropout draws the same masks in both runs."""
     set_params("train", max_steps=3, pairs_per_step=1, logging_steps=2)
     train.main()
-    wanted = weights()
+    expected = weights()
     forget()
     original, calls = rewards, []
 
@@ -381,7 +381,7 @@ def test_repeated_step_uses_the_same_random_numbers(
     monkeypatch.setattr(trainer, "halved", lambda held, least, place: 10**6)
     train.main()
     assert len(calls) == 4
-    assert distance(weights(), wanted) == 0
+    assert distance(weights(), expected) == 0
 
 
 def test_pair_too_long_for_memory_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +399,7 @@ def test_auto_finds_the_largest_pack_that_fits_in_memory(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     set_params("train", tokens_per_pack="auto")
-    ours = a_trainer()
+    ours = new_trainer()
     assert ours.tokens_per_pack == 4096
     original = rewards
 
@@ -426,7 +426,7 @@ def test_auto_tries_packs_under_training_conditions_smallest_first(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     set_params("train", tokens_per_pack="auto", gradient_checkpointing=checkpointing)
-    ours = a_trainer()
+    ours = new_trainer()
     tried, original = [], ours.attempt
 
     def noted(step: Step) -> torch.Tensor | None:
@@ -504,7 +504,7 @@ def built() -> PeftModel:
     )
 
 
-def a_trainer() -> trainer.RewardTrainer:
+def new_trainer() -> trainer.RewardTrainer:
     pairs, watched = (load_from_disk(f"data/tokenized/{name}") for name in ("train", "validation"))
     run, options = (
         checkpoints.Run(Path("models/checkpoints/run")),
@@ -523,7 +523,7 @@ def test_all_linear_layers_can_be_adapted_with_rank_stabilization(
     assert {each.scaling["default"] for each in layers} == {32 / 2}
 
 
-def test_training_starts_undecided_whatever_the_scale_of_the_head() -> None:
+def test_initial_margins_are_small_whatever_the_scale_of_the_head() -> None:
     model, pairs = built(), training_pairs()
     with torch.no_grad():
         for parameter in head_of(model.get_base_model()).parameters():
@@ -540,7 +540,7 @@ def test_training_starts_undecided_whatever_the_scale_of_the_head() -> None:
     assert abs(loss - math.log(2)) <= 0.05
 
 
-def test_decided_start_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_initial_margins_stop_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "HEAD_MARGIN", 100.0)
     model, pairs = built(), training_pairs()
     with torch.no_grad():
@@ -779,7 +779,7 @@ def overtrained(set_params: SetParams, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_best_adapter_has_the_smallest_validation_loss_and_survives_a_kill(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With DoRA, whose magnitudes are kept and in checkpoints, like all trained weights."""
+    """Uses DoRA; like all trained weights, its magnitudes are kept and are in checkpoints."""
     seen: dict[int, list[torch.Tensor]] = {}
     original = trainer.RewardTrainer.evaluate
 
@@ -826,7 +826,7 @@ UNDISTURBED: dict[int, dict[str, str]] = {}
 
 @pytest.fixture
 def undisturbed(set_params: SetParams) -> Callable[[int], dict[str, str]]:
-    """The outs of an uninterrupted run of so many steps, made once for all tests."""
+    """The outs of an uninterrupted run of `max_steps` steps, made once for all tests."""
 
     def run(max_steps: int) -> dict[str, str]:
         set_params("train", max_steps=max_steps)
@@ -857,13 +857,13 @@ def test_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(
     max_steps: int,
     left: int,
 ) -> None:
-    wanted = undisturbed(max_steps)
+    expected = undisturbed(max_steps)
     kill_at(killed, monkeypatch)
     assert not train.ADAPTER.exists()
     steps.clear()
     train.main()
     assert len(steps) == left
-    assert outs() == wanted
+    assert outs() == expected
 
 
 @pytest.mark.parametrize("max_steps", [-1, 7])
@@ -873,7 +873,7 @@ def test_run_killed_after_its_last_step_writes_its_outs_without_extra_steps(
     monkeypatch: pytest.MonkeyPatch,
     max_steps: int,
 ) -> None:
-    wanted = undisturbed(max_steps)
+    expected = undisturbed(max_steps)
 
     def killed(*_: Any) -> None:
         raise Killed
@@ -885,19 +885,19 @@ def test_run_killed_after_its_last_step_writes_its_outs_without_extra_steps(
     steps.clear()
     train.main()
     assert not steps
-    assert outs() == wanted
+    assert outs() == expected
 
 
 def test_finished_run_restarts_only_once_dvc_lock_records_it(
     undisturbed: Callable[[int], dict[str, str]], steps: list[dict[str, Any]]
 ) -> None:
-    wanted = undisturbed(-1)
+    expected = undisturbed(-1)
     train.main()
     steps.clear()
     remove_outs()
     train.main()
     assert not steps
-    assert outs() == wanted
+    assert outs() == expected
 
     md5 = hashlib.md5(train.METRICS.read_bytes(), usedforsecurity=False).hexdigest()
     content = {"stages": {"train": {"outs": [{"path": str(train.METRICS), "md5": md5}]}}}
@@ -905,7 +905,7 @@ def test_finished_run_restarts_only_once_dvc_lock_records_it(
     remove_outs()
     train.main()
     assert len(steps) == 8
-    assert outs() == wanted
+    assert outs() == expected
 
 
 def test_damaged_checkpoint_is_skipped_for_the_previous_one(
@@ -913,14 +913,14 @@ def test_damaged_checkpoint_is_skipped_for_the_previous_one(
     steps: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wanted = undisturbed(-1)
+    expected = undisturbed(-1)
     kill_at(5, monkeypatch)
     [latest] = Path("models/checkpoints").glob("*/step-4")
     (latest / "optimizer.pt").unlink()
     steps.clear()
     train.main()
     assert len(steps) == 6
-    assert outs() == wanted
+    assert outs() == expected
 
 
 def test_checkpoints_contain_nothing_that_could_run_code(
@@ -946,7 +946,7 @@ def test_checkpoints_contain_nothing_that_could_run_code(
     }
 
 
-def test_other_parameters_have_other_checkpoints_and_each_run_one_trainer(
+def test_each_set_of_parameters_has_its_own_checkpoints_and_one_trainer(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "PATIENCE", 1)
@@ -986,7 +986,7 @@ def test_resumed_run_keeps_its_number_of_threads(
 def test_run_killed_by_sigkill_resumes_in_a_new_process(
     undisturbed: Callable[[int], dict[str, str]],
 ) -> None:
-    wanted = undisturbed(-1)
+    expected = undisturbed(-1)
     with Forked(train_until, 5) as killed:
         _, errors = killed.communicate()
         assert killed.returncode == -signal.SIGKILL, errors
@@ -995,7 +995,7 @@ def test_run_killed_by_sigkill_resumes_in_a_new_process(
         printed, errors = resumed.communicate()
         assert resumed.returncode == 0, errors
     assert "resuming   from step-4" in printed
-    assert outs() == wanted
+    assert outs() == expected
 
 
 def test_ids_unknown_to_the_base_are_refused() -> None:

@@ -3,7 +3,8 @@
     from torch.nn.attention.varlen import varlen_attn
 
 It takes tensors of any dtype and device and is differentiable. It refuses what the kernels refuse.
-Rows that belong to no text, which the kernels leave undefined, are NaN, also in the gradients.
+The kernels leave rows that belong to no text undefined. Here these rows and their gradients are
+NaN.
 """
 
 from itertools import pairwise
