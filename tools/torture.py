@@ -93,7 +93,7 @@ class Outcome:
     case: Case
     at: int | None = None
     repeated: int | None = None
-    mended: bool = False
+    detached: bool = False
     resumed: bool = False
     same: bool = False
     failures: list[str] = field(default_factory=list)
@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
 def cases(count: int, draw: random.Random) -> Iterator[Case]:
     """Random cases, in which all phases, victims, signals and commands are about as frequent."""
     kinds, modes = cycle(draw.sample(EVERY, len(EVERY))), cycle(draw.sample([*MODES], len(MODES)))
-    for number, (phase, victim, deadly), mode in zip(
+    for number, (phase, victim, signal_number), mode in zip(
         range(1, count + 1), kinds, modes, strict=False
     ):
         # When DVC commits the outputs, the trainer has already ended.
@@ -147,7 +147,7 @@ def cases(count: int, draw: random.Random) -> Iterator[Case]:
         who = draw.choice(("dvc", "group")) if ended else victim
         before = draw.choice(PROCESSES[1:] if who == "rank" else PROCESSES)
         after = draw.choice([count for count in PROCESSES if count != before])
-        yield Case(number, phase, mode, who, deadly, (before, after))
+        yield Case(number, phase, mode, who, signal_number, (before, after))
 
 
 # --- a project to run ------------------------------------------------------------------------
@@ -463,7 +463,7 @@ def run_again(project: Project, outcome: Outcome, expected: str) -> None:
         check=False,
     ).returncode:
         project.call("git", "switch", "--quiet", "main")
-        outcome.mended = True
+        outcome.detached = True
     project.forget()
     project.start(outcome.case.processes[1])
     end = time.monotonic() + PATIENCE
@@ -521,13 +521,13 @@ def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
 
 
 def row(name: str, outcomes: list[Outcome]) -> str:
-    resumed, mended, same = (
+    resumed, detached, same = (
         sum(getattr(outcome, name) for outcome in outcomes)
-        for name in ("resumed", "mended", "same")
+        for name in ("resumed", "detached", "same")
     )
     repeated = [outcome.repeated for outcome in outcomes if outcome.repeated is not None]
     steps = f"{median(repeated):.0f}, {max(repeated)}" if repeated else "–"
-    return f"| {name} | {len(outcomes)} | {resumed} | {mended} | {steps} | {same} |"
+    return f"| {name} | {len(outcomes)} | {resumed} | {detached} | {steps} | {same} |"
 
 
 if __name__ == "__main__":
