@@ -1,12 +1,12 @@
-"""How a change of parameters affects a reward model: arms of an experiment, over several seeds.
+"""How parameters affect a reward model: an experiment with several arms and seeds.
 
 python -m benchmarks.arms step-of pairs: prompts:train.step_of=prompts
 python -m benchmarks.arms soft soft:preprocess.data=data/soft hard:preprocess.data=data/hard
 
-An arm is a name and its parameters, separated by commas. The others are compared with the first
-arm. Each arm is trained once per seed, as a DVC experiment, and judged on the same test pairs.
-Intervals are of the mean over the seeds, over the prompts of the test pairs; the range over the
-seeds is beside them.
+An arm is a name, a colon, and parameters separated by commas. The other arms are compared with the
+first. Each arm is trained once per seed, as a DVC experiment, and judged on the same test pairs.
+Intervals are for the mean over the seeds and come from resampled prompts. The table also has the
+range over the seeds.
 
 Needs a separate clone with everything committed, because the experiments overwrite params.yaml.
 Existing runs are read, not repeated. The report is benchmarks/results/arms-NAME.md.
@@ -45,7 +45,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Found:
-    """The results of an arm: [seeds, pairs] each; loss at temperature and pairs/s, [seeds]."""
+    """The results of an arm: [seeds, pairs], but [seeds] for `calibrated` and `speed`."""
 
     right: Floats
     loss: Floats
@@ -69,24 +69,26 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help="of the experiment")
+    parser.add_argument("name", help="name of the experiment")
     parser.add_argument("arms", nargs="+", help="NAME:KEY=VALUE,KEY=VALUE")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
-    parser.add_argument("-S", "--set-param", action="append", default=[], help="for every run")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds per arm")
+    parser.add_argument(
+        "-S", "--set-param", action="append", default=[], help="KEY=VALUE for every run"
+    )
     return parser.parse_args()
 
 
 def run(name: str, arm: Arm, seed: int, settings: Sequence[str]) -> None:
     """Run the experiment of an arm and a seed, unless it exists."""
-    called, log = experiment(name, arm, seed), log_of(name, arm, seed)
-    if exists(called):
+    full_name, log = experiment(name, arm, seed), log_of(name, arm, seed)
+    if exists(full_name):
         return
     # An experiment leaves its parameters in the working tree.
     subprocess.run(["git", "restore", "params.yaml"], check=True)
     values = [f"train.seed={seed}", *settings, *arm.settings]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as output:
-        subprocess.run(command(called, values), check=True, stdout=output)
+        subprocess.run(command(full_name, values), check=True, stdout=output)
 
 
 def experiment(name: str, arm: Arm, seed: int) -> str:
@@ -101,12 +103,12 @@ def log_of(name: str, arm: Arm, seed: int) -> Path:
 
 
 def tables_of(name: str, arm: Arm, seeds: int) -> list[pa.Table]:
-    """The rewards of the test pairs by each seed, sorted by the pairs' ids."""
+    """The rewards of the test pairs for each seed, sorted by the ids of the pairs."""
     return [rewards_of(experiment(name, arm, seed)).sort_by("id") for seed in range(seeds)]
 
 
 def found(name: str, arm: Arm, tables: Sequence[pa.Table]) -> Found:
-    """Accuracy of the pairs that are no ties, and the cross-entropy of all, one seed a row."""
+    """The results of an arm from its tables, one per seed; ties have no accuracy."""
     margins = np.array([table["margin"].to_numpy() for table in tables], dtype=np.float64)
     preference = tables[0]["preference"].to_numpy()
     loss = losses(margins, preference)
@@ -117,7 +119,7 @@ def found(name: str, arm: Arm, tables: Sequence[pa.Table]) -> Found:
 
 
 def speed(name: str, arm: Arm, seed: int) -> float:
-    """Pairs per second, as training printed it; NaN if the log does not exist any more."""
+    """Pairs per second, as training printed it; NaN if the log has no such line."""
     path = log_of(name, arm, seed)
     line = re.search(r"^speed +([\d.]+) pairs/s", path.read_text("utf-8"), re.M)
     return float(line[1]) if line else float("nan")
@@ -126,7 +128,7 @@ def speed(name: str, arm: Arm, seed: int) -> float:
 def as_markdown(
     options: argparse.Namespace, arms: Sequence[Arm], tables: dict[str, list[pa.Table]]
 ) -> str:
-    """The tables of the arms and of their differences from the first."""
+    """The tables of the arms, and of their differences from the first arm."""
     first = tables[arms[0].name][0]
     prompts = np.unique(first["prompt_id"].to_numpy(), return_inverse=True)[1]
     results = {arm.name: found(options.name, arm, tables[arm.name]) for arm in arms}
@@ -136,10 +138,10 @@ def as_markdown(
         "",
         "Written by `python -m benchmarks.arms`, which says what is measured and how.",
         "",
-        f"- {len(first)} test pairs of {prompts.max() + 1} prompts, of which "
-        f"{int((~decided).sum())} are ties; {options.seeds} seeds",
-        *(f"- {arm.name}: {', '.join(arm.settings) or 'params.yaml as it is'}" for arm in arms),
-        *([f"- all: {', '.join(options.set_param)}"] if options.set_param else []),
+        f"- test pairs: {len(first)}, of {prompts.max() + 1} prompts; ties: "
+        f"{int((~decided).sum())}; seeds: {options.seeds}",
+        *(f"- {arm.name}: {', '.join(arm.settings) or 'params.yaml unchanged'}" for arm in arms),
+        *([f"- all arms: {', '.join(options.set_param)}"] if options.set_param else []),
         "",
         "| arm | accuracy | by seed | loss | by seed | loss at its best temperature | pairs/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -1,4 +1,4 @@
-"""What a bag of words achieves on the sample: the reference for a reward model.
+"""What a bag of words achieves on the sample: the baseline for a reward model.
 
     python -m benchmarks.bag_of_words data/tokenized
 
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 class BagOfWords:
-    """Prefers one of two answers by a weighted count of the words in which they differ."""
+    """Chooses between two answers by a weighted count of the words in which they differ."""
 
     def __init__(self, strength: float) -> None:
         self._counts = CountVectorizer(token_pattern=TOKEN, ngram_range=(1, 2))

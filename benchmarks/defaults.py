@@ -5,15 +5,15 @@ python -m benchmarks.defaults confirmed --together train.learning_rate train.pai
 python -m benchmarks.defaults real --data pairs.en.json pairs.zh.json -S base.name=models/smollm2
 
 Six parameters, each at two levels, in eight runs per fold of the data: a fractional factorial
-design (Box, Hunter and Hunter 2005, chapter 6), in which every run tells something about every
+design (Box, Hunter and Hunter 2005, chapter 6), in which every run is informative about every
 parameter. Each fold is held out and judged by the model that was trained on the others, so every
 pair is judged once per run. Without --data the pairs are the training and validation pairs of the
 sample; its test pairs stay unseen.
 
-The effects are confounded with interactions of two parameters, and each training has one seed only:
-intervals cover the choice of pairs, not the randomness of training. Instead of the design,
---together compares the named parameters at their high levels with all at their low levels, for each
-fold with each seed.
+The effects are confounded with interactions of two parameters. Each training has only one seed, so
+intervals cover the choice of pairs, not the randomness of training. --together replaces the design:
+for each fold and seed, it compares the named parameters at their high levels with all parameters at
+their low levels.
 
 Needs a separate clone with everything committed, because the experiments overwrite params.yaml.
 Existing runs are read, not repeated.
@@ -105,21 +105,29 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help="of these experiments")
+    parser.add_argument("name", help="name of the experiments")
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="preference files")
-    parser.add_argument("--folds", type=int, default=3, help="number of parts of the pairs")
-    parser.add_argument("--held", type=int, help="folds that are held out in turn, all by default")
+    parser.add_argument("--folds", type=int, default=3, help="number of folds")
+    parser.add_argument(
+        "--held", type=int, help="number of folds to hold out in turn, by default all"
+    )
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer for --cut")
     parser.add_argument(
-        "--cut", nargs=2, type=int, help="keep the last tokens of prompts, the first of answers"
+        "--cut",
+        nargs=2,
+        type=int,
+        metavar=("PROMPT", "ANSWER"),
+        help="keep this many last tokens of prompts and first tokens of answers",
     )
     parser.add_argument(
         "--together",
         nargs="*",
         metavar="KEY",
-        help="compare these at high levels with all at low levels",
+        help="compare these parameters at high levels with all at low levels",
     )
-    parser.add_argument("-S", "--set-param", action="append", default=[], help="for every run")
+    parser.add_argument(
+        "-S", "--set-param", action="append", default=[], help="KEY=VALUE for every run"
+    )
     options = parser.parse_args()
     options.held = options.held or options.folds
     return options
@@ -185,8 +193,8 @@ def write_folds(options: argparse.Namespace, records: Sequence[dict[str, str]]) 
 
 def run(name: str, levels: Levels, row: int, fold: int, settings: Sequence[str]) -> None:
     """Run the experiment of a row of the design and a fold, unless it exists."""
-    called = experiment(name, row, fold)
-    if exists(called):
+    full_name = experiment(name, row, fold)
+    if exists(full_name):
         return
     folder = FOLDS / name / str(fold)
     values = {
@@ -198,26 +206,26 @@ def run(name: str, levels: Levels, row: int, fold: int, settings: Sequence[str])
     for factor, level in zip(FACTORS, levels, strict=True):
         values[factor.key] = factor.high if level > 0 else factor.low
     arguments = [f"{key}={value}" for key, value in values.items()] + list(settings)
-    subprocess.run([*command(called, arguments), "--quiet"], check=True)
+    subprocess.run([*command(full_name, arguments), "--quiet"], check=True)
 
 
-def exists(called: str) -> bool:
+def exists(full_name: str) -> bool:
     """Whether an experiment with this name exists."""
     listed = subprocess.run(
         ["dvc", "exp", "list", "--name-only"], check=True, capture_output=True, text=True
     )
-    return called in listed.stdout.split()
+    return full_name in listed.stdout.split()
 
 
-def command(called: str, settings: Sequence[str]) -> list[str]:
+def command(full_name: str, settings: Sequence[str]) -> list[str]:
     """The command that runs an experiment up to its evaluation, with this name and parameters."""
     flags = [part for setting in settings for part in ("--set-param", setting)]
-    return ["dvc", "exp", "run", "--name", called, *flags, "evaluate"]
+    return ["dvc", "exp", "run", "--name", full_name, *flags, "evaluate"]
 
 
-def rewards_of(called: str) -> pa.Table:
+def rewards_of(full_name: str) -> pa.Table:
     """The rewards of an experiment's test pairs."""
-    return pyarrow.parquet.read_table(io.BytesIO(api.read(REWARDS, rev=called, mode="rb")))
+    return pyarrow.parquet.read_table(io.BytesIO(api.read(REWARDS, rev=full_name, mode="rb")))
 
 
 def experiment(name: str, row: int, fold: int) -> str:
@@ -225,7 +233,7 @@ def experiment(name: str, row: int, fold: int) -> str:
 
 
 def judged(options: argparse.Namespace, runs: int) -> tuple[Floats, npt.NDArray[np.str_]]:
-    """Margins, [runs, pairs], and the prompts of the pairs, in the same order for all runs."""
+    """Margins, [runs, pairs], and the prompt of each pair; all runs have the same order."""
     rows = []
     for row in range(runs):
         tables = [
@@ -242,7 +250,7 @@ def judged(options: argparse.Namespace, runs: int) -> tuple[Floats, npt.NDArray[
 
 
 def effects(design: Levels) -> Iterator[tuple[list[Factor], Levels]]:
-    """The factors that vary, those that vary together as one, and their levels: [runs]."""
+    """Yield each group of factors that vary together, and its levels: [runs]."""
     columns = design.T.tolist()
     for levels in map(list, dict.fromkeys(map(tuple, columns))):
         if len(set(levels)) > 1:
@@ -258,7 +266,7 @@ def as_markdown(
     numbers = np.unique(prompts, return_inverse=True)[1]
     right, loss = correct(margins), losses(margins)
     lines = [
-        f"# What the defaults could be: {options.name}",
+        f"# Parameters at two levels: {options.name}",
         "",
         f"Written by `benchmarks.defaults`: {margins.shape[1]} pairs of {numbers.max() + 1} "
         f"prompts, each judged once in each of {len(design)} runs, {options.held} of "

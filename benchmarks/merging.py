@@ -3,9 +3,9 @@
     python -m benchmarks.random_base models/qwen2-0.5b-shape
     python -m benchmarks.merging models/qwen2-0.5b-shape
 
-The base is in 4 bits, computed in fp32 and in bf16, and unquantized. base/ and merged/ are written
-to a temporary folder beside the model, each by a fresh process. Runs on Linux only, which can reset
-the peak memory of a process.
+The base is quantized to 4 bits, with computations in fp32 or bf16, or is unquantized. base/ and
+merged/ are written to a temporary folder next to the model, each by a fresh process. Needs Linux,
+where a process can reset its peak memory.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PARTS = ("base", "float32", "bfloat16")
 QUANTIZATIONS = {
     "nf4, fp32": Quantization(4, "nf4", False, "float32"),
     "nf4, bf16": Quantization(4, "nf4", False, "bfloat16"),
-    "as it is, bf16": Quantization.unquantized("bfloat16"),
+    "dense, bf16": Quantization.unquantized("bfloat16"),
 }
 
 
@@ -38,21 +38,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("base", type=Path)
+    parser.add_argument("base", type=Path, help="folder of the base model")
     base = parser.parse_args().base
-    print(f"{'base':<16}{'loaded, GB':>12}{'written':>20}{'GB':>8}{'more, GB':>10}{'s':>8}")
+    print(f"{'base':<16}{'loaded, GB':>12}{'written':>20}{'GB':>8}{'extra, GB':>10}{'s':>8}")
     with partial_folder(base) as folder:
         for name in QUANTIZATIONS:
             in_fresh_process(write_adapter, base, folder / "adapter", name)
             for part in PARTS:
-                loaded, more, seconds = in_fresh_process(measured, base, folder, name, part)
+                loaded, extra, seconds = in_fresh_process(measured, base, folder, name, part)
                 size = sum(path.stat().st_size for path in (folder / part).iterdir()) / 1e9
                 kind = part if part == "base" else f"merged, {part}"
-                print(f"{name:<16}{loaded:12.2f}{kind:>20}{size:8.2f}{more:10.2f}{seconds:8.1f}")
+                print(f"{name:<16}{loaded:12.2f}{kind:>20}{size:8.2f}{extra:10.2f}{seconds:8.1f}")
 
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns in a fresh process, whose memory was not used before."""
+    """Call `work` in a fresh process, which has no freed memory to reuse; return its result."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(work, arguments)
 
@@ -68,7 +68,7 @@ def write_adapter(base: Path, folder: Path, name: str) -> None:
 
 
 def measured(base: Path, folder: Path, name: str, part: str) -> tuple[float, float, float]:
-    """GB of the process before a part is written, extra GB at the peak, and seconds."""
+    """GB of the process before it writes a part, extra GB at the peak, and seconds."""
     model = load_stock(base, QUANTIZATIONS[name])
     portable.take_head(model, folder / "adapter")
     for weight in model.parameters():  # a memory-mapped weight takes no memory until it is read
@@ -85,7 +85,7 @@ def measured(base: Path, folder: Path, name: str, part: str) -> tuple[float, flo
 
 
 def status(key: str) -> float:
-    """A line of /proc/self/status, in GB."""
+    """A value from /proc/self/status, in GB."""
     [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
     return int(line.split()[1]) * 1024 / 1e9
 

@@ -2,9 +2,9 @@
 
 python -m benchmarks.preprocess
 
-The stage and a plain `encode_batch` over the texts that it renders alternate, each in a fresh
-process; the result is the median. Then the stage runs on more and more pairs of short texts. Prints
-the figures and writes them to benchmarks/results/preprocess.md.
+The stage alternates with a plain `encode_batch` over the texts that it renders, each in a fresh
+process, and results are medians. Then the stage runs on growing numbers of pairs of short texts.
+Prints the figures and writes them to benchmarks/results/preprocess.md.
 """
 
 import argparse
@@ -46,16 +46,16 @@ CHAT_TEMPLATE = """\
 """
 TEMPLATES = ("zh", "chat")
 STAGE = ("-m", "stages.preprocess")
-# Includes the library that the stage imports only when it writes.
+# Includes datasets, which the stage imports only when it writes.
 START_UP = ("-c", "import stages.preprocess, datasets")
 NONE = "–"
-# Texts per call of encode_batch; the fastest is compared.
+# Texts per call of encode_batch; the comparison uses the fastest.
 BATCHES = (1_000, 10_000, 100_000)
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """The most sentences in a generated prompt and in an answer; the least is one."""
+    """The maximum number of sentences in a generated prompt and answer; the minimum is one."""
 
     prompt: int
     answer: int
@@ -111,7 +111,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokenizer", type=Path, default=BASE, help="folder of the tokenizer")
-    parser.add_argument("--compared", type=int, default=50_000, help="pairs of the comparison")
+    parser.add_argument(
+        "--compared", type=int, default=50_000, help="number of pairs in the comparison"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of the comparison")
     parser.add_argument("--pairs", type=int, nargs="+", default=[10_000, 100_000, 1_000_000],
                         help="numbers of pairs at which growth is measured")  # fmt: skip
@@ -138,9 +140,9 @@ def compare(options: argparse.Namespace, template: str) -> Comparison:
             stage.append(spent(folder, *STAGE)[0])
             start_up.append(spent(folder, *START_UP)[0])
         tokens = read_json(folder / "reports" / "preprocess" / "figures.json")["tokens"]
-    whole, before = middle(stage), middle(start_up)
+    whole, before = medians(stage), medians(start_up)
     spent_on = replace(whole - before, memory=whole.memory)
-    return Comparison(template, spent_on, before, middle(bare), batch, tokens)
+    return Comparison(template, spent_on, before, medians(bare), batch, tokens)
 
 
 def grow(options: argparse.Namespace, count: int) -> Usage:
@@ -175,7 +177,7 @@ def spent(folder: Path, *arguments: str) -> tuple[Usage, str]:
 
 
 def encoded(folder: Path, template: str, batch: int) -> Usage:
-    """The cost of encode_batch in a fresh process; the time of loading does not count."""
+    """The cost of encode_batch in a fresh process, without the time to load."""
     call = f"from benchmarks.preprocess import encode; encode({template!r}, {batch})"
     usage, printed = spent(folder, "-c", call)
     seconds, processor = json.loads(printed)
@@ -194,7 +196,7 @@ def encode(template: str, batch: int) -> None:
     print(json.dumps([time.perf_counter() - begin, time.process_time() - processor]))
 
 
-def middle(usages: list[Usage]) -> Usage:
+def medians(usages: list[Usage]) -> Usage:
     """The median of each figure."""
     return Usage(
         median(usage.seconds for usage in usages),
@@ -229,9 +231,9 @@ def workspace(
 
 
 def records(count: int, most: Sentences, draw: random.Random) -> Iterator[dict[str, str]]:
-    """Distinct pairs of sentences from data/corpus, two per prompt, English and Chinese in turn.
+    """Distinct pairs with sentences from data/corpus, two per prompt, English or Chinese in turn.
 
-    Its number makes a prompt distinct, their first sentences the four answers to it.
+    Prompts differ in their numbers, and the four answers to a prompt in their first sentences.
     """
     languages = [(" ", sentences("en")), ("", sentences("zh"))]
     for number in range((count + 1) // 2):
@@ -268,7 +270,7 @@ def as_markdown(
         f"{os.cpu_count()} processors, {versions}",
         *(paragraph for each in compared for paragraph in comparison(options, each)),
         f"Medians of {options.repeats} repetitions over {options.compared:,} pairs. encode_batch "
-        "has all rendered texts in memory, and the batch size with the least processor time.",
+        "has all rendered texts in memory, in batches of the size with the least processor time.",
         "## Growth, with short texts",
         table(
             [
@@ -277,9 +279,9 @@ def as_markdown(
             ],
             growth,
         ),
-        "Start-up included. Extra pairs are those that a line has more than the line before. "
-        "Whatever the number of pairs, the allocator's pools grow during the first ten batches of "
-        "about half a million characters, which shows in lines below that size.",
+        "Start-up is included. Extra pairs are the difference from the row above. Whatever the "
+        "number of pairs, the allocator's pools grow during the first ten batches of about half a "
+        "million characters, which shows in rows with less text.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -298,8 +300,8 @@ def comparison(options: argparse.Namespace, compared: Comparison) -> list[str]:
     ]
     tokens = compared.tokens / options.compared / 2
     return [
-        f"## Compared with the tokenizer, template {compared.template}, {tokens:.0f} tokens per "
-        f"text: {share:.0%} of wall-clock time, {of_processor:.0%} of processor time",
+        f"## Template {compared.template}, {tokens:.0f} tokens per text: {share:.0%} of the "
+        f"tokenizer's speed in wall-clock time, {of_processor:.0%} in processor time",
         table(["", "seconds", "processor seconds", "peak memory, MB", "pairs/s"], speeds),
     ]
 
@@ -313,7 +315,7 @@ def per_second(options: argparse.Namespace, usage: Usage) -> str:
 
 
 def steps(grown: dict[int, Usage]) -> Iterator[list[str]]:
-    """Microseconds and bytes for each pair that a size has more than the one before."""
+    """Microseconds and bytes per extra pair, from each size to the next."""
     yield [NONE, NONE]
     for (fewer, before), (more, after) in pairwise(grown.items()):
         spent, pairs = after - before, more - fewer

@@ -16,8 +16,10 @@ from reward.model import embedded
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where to write the model")
     for name, default in (
         ("hidden-size", 896),
         ("num-hidden-layers", 24),
@@ -26,7 +28,7 @@ def main() -> None:
         ("intermediate-size", 4864),
         ("vocab-size", 151936),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"by default {default}")
     shape = vars(parser.parse_args())
     folder = shape.pop("folder")
     print(f"{make(folder, shape):,} random parameters in {folder}")

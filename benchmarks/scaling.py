@@ -1,14 +1,14 @@
-"""How busy several training processes are: simulated from the packs of each step.
+"""How busy several training processes are, simulated from the packs of each step.
 
     python -m benchmarks.scaling
 
-Steps of pairs, and of whole prompts with four ranked answers, with the lengths of a dataset of
-human preferences, are cut into packs as in training. The time of a pack is proportional to its
-tokens. As in the code, every process waits in each round for the longest pack; network time is left
-out. The busy share is the work of all packs divided by the time of all processes. For comparison,
-packs are filled in the order of the pairs, as for one process, and each goes to the next free
-process. Prints the table and writes it to benchmarks/results/scaling.md. Takes seconds and needs no
-GPU.
+Steps are divided into packs as in training: steps of pairs, and of prompts with four ranked
+answers, with the text lengths of a human-preference dataset. The time of a pack is proportional to
+its tokens. As in training, all processes wait for the longest pack of each round. Network time is
+left out. The busy share is the time of all packs divided by the time of all processes. For
+comparison, packs are filled in the order of the pairs, as for one process, and each goes to the
+next free process. Prints the table and writes it to benchmarks/results/scaling.md. Takes seconds
+and needs no GPU.
 """
 
 from collections.abc import Sequence
@@ -41,9 +41,9 @@ def main() -> None:
     paragraphs = [
         "# Several processes",
         "Written by `python -m benchmarks.scaling`, which says what is simulated and how.",
-        f"Packs of at most {TOKENS_PER_PACK} tokens. The share of the processes' time in which "
-        "they are busy; in brackets with packs filled in order; then what each process sends per "
-        "step, in sizes of the adapter's gradient.",
+        f"Packs of at most {TOKENS_PER_PACK} tokens. Each cell has the share of time in which the "
+        "processes are busy, in brackets the same for packs filled in order, and then what each "
+        "process sends per step, in multiples of the size of the adapter's gradient.",
         table(heads, rows),
     ]
     report = "\n\n".join(paragraphs) + "\n"
@@ -66,7 +66,7 @@ def row(
     for count in PROCESSES:
         ours = busy(packs, count, [in_rounds(each, count) for each in packs])
         other = busy(filled, count, [to_first_free(each, count) for each in filled])
-        # In each round all slices except its own, then its slice of the sum to each of the others.
+        # Per round, all slices except its own; then its slice of the sum to every other process.
         sent = np.mean([(-(-len(each) // count) + 1) * (1 - 1 / count) for each in packs])
         cells.append(f"{ours:.2f} ({other:.2f}), {sent:.1f}")
     return [name, str(pairs_per_step), f"{np.mean([*map(len, packs)]):.1f}", *cells]

@@ -2,10 +2,11 @@
 
 python -m benchmarks.score
 
-A random base of the size in benchmarks.speed goes through the pipeline with one training step. Then
-its export scores generated pairs from file to file, including reading, tokenizing and writing, but
-not start-up. This alternates with the matrix products of the base's linear layers, each in a fresh
-process; the result is the median. Prints a table and writes it to benchmarks/results/score.md.
+A random base of the size in benchmarks.speed goes through the pipeline with one training step. The
+exported model then scores generated pairs from file to file. The time includes reading, tokenizing
+and writing, but not start-up. Scoring alternates with the matrix products of the base's linear
+layers, each in a fresh process, and results are medians. Prints a table and writes it to
+benchmarks/results/score.md.
 """
 
 # Imported first, because it silences a warning of bitsandbytes at import.
@@ -69,8 +70,10 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", type=int, default=1000, help="number of scored pairs")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5, help="number of measurements of each")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="number of threads"
+    )
     return parser.parse_args()
 
 

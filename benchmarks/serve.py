@@ -2,11 +2,11 @@
 
 python -m benchmarks.serve
 
-Starts reward.serving.serve and sends it pairs of a preference file from a growing number of
-concurrent clients, each of which sends its next request as soon as it is answered. In the last load
+Starts reward.serving.serve and sends it pairs from a preference file. The number of concurrent
+clients grows, and each client sends its next request as soon as it has an answer. In the last load
 every request has its own client and connection, with one text and its prompt, as from OpenRLHF.
-Every reward is compared with the one that the model gives in this process. Prints a table and
-writes it to benchmarks/results/serve.md.
+Every reward is compared with the reward from the model in this process. Prints a table and writes
+it to benchmarks/results/serve.md.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Question:
 
 @dataclass
 class Load:
-    """What clients saw: statuses, seconds until rewards, and the number of wrong rewards."""
+    """What clients saw: statuses, seconds until the rewards arrived, and wrong rewards."""
 
     clients: int
     statuses: Counter[int] = field(default_factory=Counter)
@@ -93,20 +93,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="preference pairs to send")
     parser.add_argument("--pairs", type=int, default=200, help="number of different pairs")
     parser.add_argument(
-        "--clients", type=int, nargs="+", default=[1, 8, 64], help="numbers of concurrent clients"
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[1, 8, 64],
+        help="numbers of concurrent clients to test",
     )
     parser.add_argument(
-        "--requests", type=int, default=2000, help="limit for each number of clients"
+        "--requests", type=int, default=2000, help="maximum number of requests per load"
     )
-    parser.add_argument(
-        "--seconds", type=float, default=20, help="limit for each number of clients"
-    )
+    parser.add_argument("--seconds", type=float, default=20, help="maximum duration of a load")
     parser.add_argument("--seed", type=int, default=0, help="seed for drawing the pairs")
     return parser.parse_args()
 
 
 def prepare(options: argparse.Namespace) -> tuple[list[Question], list[Question]]:
-    """Requests of drawn pairs and of single texts, with the rewards of the model here."""
+    """Requests with pairs and with single texts, and the rewards that the model gives here."""
     records = [record for path in files(options.data) for _, record in read(path)]
     drawn = random.Random(options.seed).sample(records, min(options.pairs, len(records)))
     scorer = Scorer(options.model)
@@ -137,7 +139,7 @@ def as_json(messages: Messages) -> list[dict[str, str]]:
 async def measure(
     options: argparse.Namespace, questions: list[Question], single: list[Question]
 ) -> Measured:
-    """What each number of clients saw, and how the server ended."""
+    """Run every load; return what the clients saw and how the server ended."""
     async with server(options.model) as (url, process):
         await send_all(url, options, questions[:8], clients=1)
         loads = [await send_all(url, options, questions, clients) for clients in options.clients]
@@ -161,10 +163,10 @@ async def server(model: Path) -> AsyncIterator[tuple[str, "subprocess.Popen[str]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
-            said = process.stdout.readline().split()
-            if not said:
+            words = process.stdout.readline().split()
+            if not words:
                 raise Fault("reward.serving.serve did not start; its message is above")
-            yield said[1], process
+            yield words[1], process
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)
@@ -173,15 +175,15 @@ async def server(model: Path) -> AsyncIterator[tuple[str, "subprocess.Popen[str]
 async def send_all(
     url: str, options: argparse.Namespace, questions: list[Question], clients: int
 ) -> Load:
-    """Run this many concurrent clients until all requests are sent or the time is over."""
+    """Run this many concurrent clients until all requests are sent or the time is up."""
     load, rest = Load(clients), islice(cycle(questions), options.requests)
     begin = time.perf_counter()
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
-        clients_at_work = [
+        running = [
             client(session, url, rest, load, begin + options.seconds) for _ in range(clients)
         ]
-        await asyncio.gather(*clients_at_work)
+        await asyncio.gather(*running)
     load.seconds = time.perf_counter() - begin
     return load
 
@@ -212,8 +214,8 @@ async def client(
 
 def as_markdown(options: argparse.Namespace, questions: list[Question], measured: Measured) -> str:
     heads = [
-        *("clients", "requests/s", "latency ms, median", "95%", "99%", "answered", "rejected"),
-        *("no or another answer", "wrong rewards"),
+        *("clients", "requests/s", "latency ms, median", "95%", "99%", "answered", "turned away"),
+        *("no or unexpected answer", "wrong rewards"),
     ]
     lines = [heads, ["---:"] * len(heads), *(cells(load) for load in measured.loads)]
     texts = sum(len(asked.rewards) for asked in questions)
@@ -223,14 +225,14 @@ def as_markdown(options: argparse.Namespace, questions: list[Question], measured
         "Written by `python -m benchmarks.serve`, which says what is measured and how.",
         f"{os.cpu_count()} processors for server and clients; {options.model.name} and "
         f"{len(questions)} requests of {options.data.name} with {texts} texts, repeatedly; at "
-        f"most {options.requests} requests and {options.seconds:g} s for each line; aiohttp "
+        f"most {options.requests} requests and {options.seconds:g} s per row; aiohttp "
         f"{version('aiohttp')}, torch {version('torch')}",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        f"In the last line each of {options.requests} clients sends one text on a connection of "
-        f"its own, all at once. The server's memory was {before} GB at most before them, and "
-        f"{after} GB after. Requests that find the queue full are rejected with status {BUSY}. "
-        f"Rewards are wrong if they are further than {CLOSE:g} from those of the model in another "
-        f"process. At the end the server got SIGTERM and ended with status {measured.status}.",
+        f"In the last row, {options.requests} clients each send one text on their own connection, "
+        f"all at once. The server's peak memory was {before} GB before this load and {after} GB "
+        f"after it. Requests are turned away with status {BUSY} if the queue is full. Rewards are "
+        f"wrong if they differ by more than {CLOSE:g} from those of the model in another process. "
+        f"At the end the server got SIGTERM and exited with status {measured.status}.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 

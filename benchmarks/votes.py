@@ -5,13 +5,13 @@ python -m benchmarks.arms votes soft:preprocess.data=data/votes/soft \\
     majority:preprocess.data=data/votes/majority untied:preprocess.data=data/votes/untied
 
 Records have `instruction`, `input`, `response1`, `response2` and `votes`, a list of 1, 2, or 0 for
-equally good. Writes a folder of preference files for each arm. All arms share the test pairs,
-those of a third of the prompts, whose preference is the share of the votes. The other prompts are
-for training:
+equally good. Writes a folder of preference files for each arm. All arms share the test pairs, which
+come from a third of the prompts; their preference is the share of the votes. The arms differ in
+their training pairs, which come from the other prompts:
 
 - soft: the preference is the share of the votes;
-- majority: the answer with most votes is certainly preferred, or it is a tie;
-- untied: the same without ties.
+- majority: the answer with more votes is preferred with certainty; equal votes are a tie;
+- untied: as majority, without ties.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("votes", type=Path, help="a file of records with votes")
-    parser.add_argument("folder", type=Path, help="where to write the folders of the arms")
+    parser.add_argument("folder", type=Path, help="folder for the folders of the arms")
     options = parser.parse_args()
     records = [record for _, record in read(options.votes)]
     test = [graded(record, share(record)) for record in records if is_test(record)]
@@ -61,7 +61,7 @@ def share(record: Record) -> float:
 
 
 def majority(record: Record) -> float:
-    """1 or 0 for the answer with more votes, else 0.5."""
+    """1 if the first answer has more votes, 0 if the second has, and 0.5 for a tie."""
     first, second = (record["votes"].count(vote) for vote in (1, 2))
     return 0.5 if first == second else float(first > second)
 

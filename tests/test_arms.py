@@ -64,7 +64,7 @@ def test_arms_are_compared_with_the_first_ignoring_ties(
     }
     options: Any = argparse.Namespace(name="x", seeds=2, set_param=["base.name=b"])
     report = as_markdown(options, found, tables)
-    assert "4 test pairs of 2 prompts, of which 1 are ties; 2 seeds" in report
+    assert "test pairs: 4, of 2 prompts; ties: 1; seeds: 2" in report
     assert "| first | 0.5000 | 0.3333 to 0.6667 |" in report
     assert "| second | 0.8333 | 0.6667 to 1.0000 |" in report
     assert "| second | +0.3333 | +0.0000 to +1.0000 |" in report

@@ -106,8 +106,8 @@ def test_table_handles_missing_measurements() -> None:
 def test_best_trl_row_and_onednn_floor_are_compared() -> None:
     more = {"trl-1": row("TRL, batch 1 x 8", 4.0), "floor-onednn": row("by oneDNN", 0.8)}
     best, share = compared(ROWS | more)
-    assert '"TRL, batch 1 x 8" with 4.00 pairs/s: ours is 2.00 times as fast' in best
-    assert share.endswith("ours has 40%.")
+    assert '"TRL, batch 1 x 8" with 4.00 pairs/s. This project is 2.00 times as fast' in best
+    assert share.endswith("This project reaches 40% of the speed of the bare products by oneDNN.")
 
 
 def test_rows_in_bf16_are_compared_with_ours_in_bf16() -> None:
@@ -117,8 +117,11 @@ def test_rows_in_bf16_are_compared_with_ours_in_bf16() -> None:
     )
     rows = {**ROWS, "ours-bf16": ours, "trl-1-bf16": theirs, "floor-bf16": products}
     fp32, bf16 = compared(rows)
-    assert 'TRL\'s is "TRL, batch 8" with 2.00 pairs/s: ours is 4.00 times as fast' in fp32
-    assert 'TRL\'s in bf16 is "TRL, bf16" with 4.00 pairs/s: ours is 4.00 times as fast' in bf16
+    assert 'TRL row is "TRL, batch 8" with 2.00 pairs/s. This project is 4.00 times as fast' in fp32
+    assert (
+        'TRL row in bf16 is "TRL, bf16" with 4.00 pairs/s. This project is 4.00 times as fast'
+        in bf16
+    )
     lines = table(rows).splitlines()
     assert lines[6].startswith("| ours, bf16 | 16.00 | 16.00 to 16.00 | 1.00 |")
     assert lines[7].startswith(
@@ -129,7 +132,7 @@ def test_rows_in_bf16_are_compared_with_ours_in_bf16() -> None:
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_bf16_is_also_measured_if_the_processor_supports_it(supported: bool) -> None:
-    names = contenders(replace(CPU, bf16_beside=supported), answers=2)
+    names = contenders(replace(CPU, also_bf16=supported), answers=2)
     in_bf16 = {name for name, row in names.items() if "bf16" in name or row.floor == "floor-bf16"}
     trl = {f"trl-{batch}-bf16{more}" for batch in (8, 1) for more in ("", "-checkpointing")}
     assert in_bf16 == ({"ours-bf16", "floor-bf16", *trl} if supported else set())
@@ -195,11 +198,14 @@ def test_floor_covers_all_steps_except_the_first() -> None:
     [
         (["--prompts", "20"], "--prompts is 20, expected a multiple of 8"),
         (["--prompts", "6", "--answers", "4"], "--prompts is 6, expected a multiple of 4"),
-        (["--answers", "3", "--data", "pairs.json"], "--answers is 3, expected 2 or more, and 2"),
+        (
+            ["--answers", "3", "--data", "pairs.json"],
+            "--answers is 3, expected at least 2, and exactly 2",
+        ),
         (["--repeats", "0"], "--repeats is 0, expected at least 1"),
         (["--tokens-per-pack", "-1"], "--tokens-per-pack is -1, expected at least 1"),
         (["--only", "ours", "theirs"], "--only names theirs, expected some of ours, "),
-        (["--only", "ours", "--base", "/nowhere"], "/nowhere/config.json is not here"),
+        (["--only", "ours", "--base", "/nowhere"], "/nowhere/config.json does not exist"),
     ],
 )
 def test_bad_arguments_are_refused(

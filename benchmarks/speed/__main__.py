@@ -1,13 +1,13 @@
-"""Measure side by side how fast this pipeline and others train a reward model.
+"""Compare how fast this project and others train a reward model.
 
 python -m benchmarks.speed
 
-Ours against TRL's RewardTrainer, against the article's loop (one pair at a time, two passes), and
-against the bare matrix products of the base's linear layers. All have the same base, pairs, order
-of pairs, first adapter and head, optimizer and threads; they take turns, each time in a process of
-its own, and the median counts. Prints a table and writes it to benchmarks/results/<cpu or
-cuda>.md, with the raw figures (.json) and a picture (.svg) beside it; the name has the base and the
-number of answers too, where they are not the default's. Needs the extra `bench`.
+This project is compared with TRL's RewardTrainer, with the article's loop (one pair at a time, two
+passes), and with the bare matrix products of the base's linear layers. All have the same base,
+pairs, order of pairs, initial adapter and head, optimizer and threads. They alternate, each in a
+fresh process, and results are medians. Prints a table and writes it to
+benchmarks/results/<cpu or cuda>.md, with the raw figures (.json) and a chart (.svg). The file name
+also has the base and the number of answers, unless they are the defaults. Needs the extra `bench`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from reward.process import Fault, run
 
 def main() -> None:
     options = parse()
-    # Before the first process is started; bitsandbytes and PyTorch have each their own OpenMP.
+    # Set before the first process starts; bitsandbytes and PyTorch each have their own OpenMP.
     os.environ.update(OMP_NUM_THREADS=str(options.threads), MKL_NUM_THREADS=str(options.threads))
     os.environ["HF_HUB_OFFLINE"] = "1"
     chosen = {
@@ -51,42 +51,68 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line. Raises a Fault for what cannot be measured."""
+    """The command line. Raises a Fault if it asks for something that cannot be measured."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = list(contenders(HARDWARE, answers=3))
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each contender")
-    parser.add_argument("--prompts", type=int, default=256, help="a multiple of those of a step")
-    parser.add_argument("--answers", type=int, default=2, help="to each prompt, if generated")
-    parser.add_argument("--seed", type=int, default=0, help="of generating, or drawing, the pairs")
-    parser.add_argument("--data", type=Path, help="preference pairs instead of generated ones")
-    parser.add_argument("--template", default="zh", choices=[*TEMPLATES, "chat"], help="of --data")
-    parser.add_argument("--base", type=Path, help="folder of a base instead of a small random one")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tokens-per-pack", type=int, default=4096)
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of measurements of each contender"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=256,
+        help="number of prompts, a multiple of the prompts per step",
+    )
+    parser.add_argument(
+        "--answers", type=int, default=2, help="number of answers per generated prompt"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for generating or drawing pairs")
+    parser.add_argument("--data", type=Path, help="preference pairs, by default generated ones")
+    parser.add_argument(
+        "--template", default="zh", choices=[*TEMPLATES, "chat"], help="template for --data"
+    )
+    parser.add_argument(
+        "--base", type=Path, help="folder of a base model, by default a small random one"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help=f"contenders to measure, by default all: {', '.join(names)}",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="number of threads"
+    )
+    parser.add_argument("--tokens-per-pack", type=int, default=4096, help="maximum size of a pack")
     options = parser.parse_args()
     for name, lowest in (("repeats", 1), ("threads", 1), ("tokens_per_pack", 1), ("seed", 0)):
         if (value := getattr(options, name)) < lowest:
             raise Fault(f"--{name.replace('_', '-')} is {value}, expected at least {lowest}")
     if options.answers < 2 or (options.data and options.answers > 2):
-        raise Fault(f"--answers is {options.answers}, expected 2 or more, and 2 with --data")
+        raise Fault(
+            f"--answers is {options.answers}, expected at least 2, and exactly 2 with --data"
+        )
     step = prompts_per_step(options.answers)
     least = max(2 * step, 2 * max(HARDWARE.trl_batches) // comb(options.answers, 2))
     if options.prompts < least or options.prompts % step:
         raise Fault(
             f"--prompts is {options.prompts}, expected a multiple of {step} and at least "
-            f"{least}: the first step of each contender is not counted"
+            f"{least}, because the first step of each contender is not counted"
         )
     if unknown := sorted(set(options.only or names) - set(names)):
         raise Fault(f"--only names {', '.join(unknown)}, expected some of {', '.join(names)}")
     if options.base and not (options.base / "config.json").is_file():
-        raise Fault(f"{options.base}/config.json is not here, expected the folder of a base model")
+        raise Fault(
+            f"{options.base}/config.json does not exist, expected the folder of a base model"
+        )
     if any(name.startswith("trl") for name in options.only or names) and not find_spec("trl"):
-        raise Fault("trl is not installed here; pip install -e .[bench], or leave it out by --only")
+        raise Fault(
+            "trl is not installed; run pip install -e '.[bench]', or leave TRL out with --only"
+        )
     return options
 
 

@@ -1,4 +1,4 @@
-"""The rows of the table: ours, TRL's trainer, the article's loop, and the floor of each."""
+"""The rows of the table: this project, TRL, the article's loop, and the bare products."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -28,8 +28,8 @@ from reward.model.scoring import score
 from reward.model.steps import Steps
 from reward.model.trainer import RewardTrainer, Train
 
-# The arguments that all trainers share, by their names in transformers. One point of the curve a
-# step, so that the losses of all can be compared.
+# The arguments that all trainers share, by their names in transformers. The loss of every step is
+# logged, so that it can be compared.
 SHARED: dict[str, Any] = {
     "num_train_epochs": 1,
     "learning_rate": 2e-4,
@@ -43,70 +43,78 @@ SHARED: dict[str, Any] = {
     "report_to": "none",
 }
 
-# Columns that TRL takes for texts that are tokenized already.
+# The columns in which TRL expects tokenized texts.
 TRL_COLUMNS = ("chosen_ids", "rejected_ids")
 
 
 def contenders(hardware: Hardware, answers: int) -> dict[str, Contender]:
-    """All rows of the table by the names that --only takes, for prompts with so many answers."""
+    """All rows of the table, by the names that --only takes, for this many answers per prompt."""
     rows = {
-        "ours": Contender("ours", ours),
+        "ours": Contender("this project", ours),
         "ours-checkpointing": Contender(
-            "ours, gradient checkpointing", partial(ours, checkpointing=True)
+            "this project, gradient checkpointing", partial(ours, checkpointing=True)
         ),
     }
     if answers > 2:
-        rows["ours-by-pairs"] = Contender("ours, pair by pair", partial(ours, by_pairs=True))
+        rows["ours-by-pairs"] = Contender(
+            "this project, pair by pair", partial(ours, by_pairs=True)
+        )
     for name, label, batch in trl_batches(hardware, answers):
         if batch in (1, hardware.trl_batches[0]):
             rows[f"{name}-checkpointing"] = Contender(
-                f"{label}, gradient checkpointing (default)",
+                f"{label}, gradient checkpointing (its default)",
                 partial(trl, batch=batch, checkpointing=True),
             )
         rows[name] = Contender(label, partial(trl, batch=batch, checkpointing=False))
-    if hardware.bf16_beside:
+    if hardware.also_bf16:
         rows |= in_bf16(hardware, answers)
     rows |= {
         "article": Contender("the article's loop", article),
-        "floor": Contender("reference: bare matrix products", floor),
+        "floor": Contender("bare matrix products", floor),
     }
     if hardware is CPU:
         rows["floor-onednn"] = Contender(
-            "the reference by oneDNN, as ours multiplies", partial(floor, multiply=by_onednn)
+            "bare matrix products by oneDNN", partial(floor, multiply=by_onednn)
         )
-    rows["ours-scoring"] = Contender("ours, scoring", scoring, "floor-scoring")
+    rows["ours-scoring"] = Contender("this project, scoring", scoring, "floor-scoring")
     if answers > 2:
         rows["ours-scoring-by-pairs"] = Contender(
-            "ours, scoring pair by pair", partial(scoring, by_pairs=True), "floor-scoring"
+            "this project, scoring pair by pair", partial(scoring, by_pairs=True), "floor-scoring"
         )
     return rows | {
-        "floor-scoring": Contender("reference of scoring", floor_of_scoring, "floor-scoring"),
+        "floor-scoring": Contender(
+            "bare matrix products of scoring", floor_of_scoring, "floor-scoring"
+        ),
     }
 
 
 def trl_batches(hardware: Hardware, answers: int) -> Iterator[tuple[str, str, int]]:
-    """Name, label and size of TRL's batches; below those of a step they divide its pairs."""
+    """Name, label and size of TRL's batches; the pairs of a step are a multiple of smaller ones."""
     pairs = prompts_per_step(answers) * comb(answers, 2)
-    for asked in hardware.trl_batches:
-        batch = max(size for size in range(1, asked + 1) if asked > pairs or pairs % size == 0)
+    for most in hardware.trl_batches:
+        batch = max(size for size in range(1, most + 1) if most > pairs or pairs % size == 0)
         times = f" x {pairs // batch}" if batch < pairs else ""
-        yield f"trl-{asked}", f"TRL, batch {batch}{times}", batch
+        yield f"trl-{most}", f"TRL, batch {batch}{times}", batch
 
 
 def in_bf16(hardware: Hardware, answers: int) -> dict[str, Contender]:
-    """The rows in bf16 beside those in fp32: ours, TRL by all its defaults, and the products."""
-    rows = {"ours-bf16": Contender("ours, bf16", partial(ours, quantization=IN_BF16), "floor-bf16")}
+    """The additional rows in bf16: this project, TRL with its defaults, and the bare products."""
+    rows = {
+        "ours-bf16": Contender(
+            "this project, bf16", partial(ours, quantization=IN_BF16), "floor-bf16"
+        )
+    }
     for name, label, batch in trl_batches(hardware, answers):
         for suffix, checkpointing in (("-checkpointing", True), ("", False)):
             rows[f"{name}-bf16{suffix}"] = Contender(
                 f"{label}, bf16"
-                + (", gradient checkpointing (both default)" if checkpointing else ""),
+                + (", gradient checkpointing (both its defaults)" if checkpointing else ""),
                 partial(trl, batch=batch, checkpointing=checkpointing, bf16=True),
                 "floor-bf16",
             )
     return rows | {
         "floor-bf16": Contender(
-            "reference: bare matrix products, bf16",
+            "bare matrix products, bf16",
             partial(floor, multiply=by_onednn, dtype=torch.bfloat16),
             "floor-bf16",
         )
@@ -119,7 +127,7 @@ def ours(
     quantization: Quantization = QUANTIZATION,
     by_pairs: bool = False,
 ) -> Measurement:
-    """The trainer of stages.train, on rankings; or `by_pairs`, on each pair by itself."""
+    """This project's trainer on rankings, or with `by_pairs` on separate pairs."""
     group = Train(
         **SHARED,
         head="new",
@@ -140,7 +148,7 @@ def ours(
     model = with_adapter(load_base(workload.base, quantization), workload)
     with TemporaryDirectory() as name:
         folder, validation = Path(name), dataset.select([0])
-        # As all others here: the steps have the pairs of which the floor computes the packs.
+        # In order, as for the others, so that the floor has the packs of the same steps.
         starts = range(workload.pairs_per_step, len(dataset), workload.pairs_per_step)
         rows = np.split(np.arange(len(dataset)), starts)
         trainer = RewardTrainer(model, group, Run(folder), Steps(dataset, rows), validation, folder)
@@ -148,9 +156,9 @@ def ours(
 
 
 def as_tokenized(workload: Workload, by_pairs: bool) -> Dataset:
-    """The pairs as preprocess leaves them, with all that training reads.
+    """The pairs as preprocess writes them, with all columns that training reads.
 
-    With `by_pairs` each has a prompt of its own, so that nothing is known of what they share.
+    With `by_pairs`, each pair has its own prompt id, so training does not know what pairs share.
     """
     rows = []
     for prompt, (texts, j, k) in enumerate(compared(workload)):
@@ -165,14 +173,14 @@ def as_tokenized(workload: Workload, by_pairs: bool) -> Dataset:
 
 
 def compared(workload: Workload) -> Iterator[tuple[Texts, int, int]]:
-    """The texts of a prompt with two of them, the better one first: every pair, in order."""
+    """Every pair in order: its prompt's texts, and the indices of the better and worse one."""
     for texts in workload.prompts:
         for j, k in combinations(range(len(texts.ids)), 2):
             yield texts, j, k
 
 
 def trl(workload: Workload, batch: int, checkpointing: bool, bf16: bool = False) -> Measurement:
-    """TRL's RewardTrainer as documented, at the same pairs a step where the batch allows it."""
+    """TRL's RewardTrainer as documented, with the same pairs per step if the batch allows it."""
     from trl.trainer.reward_config import RewardConfig
     from trl.trainer.reward_trainer import RewardTrainer as TrlTrainer
 
@@ -198,7 +206,7 @@ def trl(workload: Workload, batch: int, checkpointing: bool, bf16: bool = False)
 
 
 class ArticleTrainer(Trainer):
-    """A Trainer of one pair at a time: a pass for the chosen text, another for the rejected one."""
+    """A Trainer with one pair at a time, and one pass each for the chosen and the rejected text."""
 
     def compute_loss(
         self,
@@ -211,7 +219,7 @@ class ArticleTrainer(Trainer):
         return losses(chosen, rejected, Labels.certain(len(chosen))).mean()
 
     def reward(self, input_ids: Tensor) -> Tensor:
-        """The reward of one text, [1], with the head in fp32 as it is in ours."""
+        """The reward of one text, [1], with the head in fp32, as in this project."""
         model: Any = self.model
         classifier = model.get_base_model()
         output = classifier.base_model(input_ids=input_ids, use_cache=False)
@@ -219,7 +227,7 @@ class ArticleTrainer(Trainer):
 
 
 def article(workload: Workload) -> Measurement:
-    """The loop of the article, with this project's steps of several pairs."""
+    """The article's loop, with several pairs per step, as in this project."""
     model = with_adapter(load_stock(workload.base, QUANTIZATION), workload, get_peft_model)
     with TemporaryDirectory() as output:
         trainer = ArticleTrainer(
@@ -236,7 +244,7 @@ def article(workload: Workload) -> Measurement:
 
 
 def others(workload: Workload, output: str, batch: int) -> dict[str, Any]:
-    """The arguments of trainers that are not ours."""
+    """The arguments of the other trainers."""
     return SHARED | {
         "output_dir": output,
         "per_device_train_batch_size": batch,
@@ -249,13 +257,13 @@ def others(workload: Workload, output: str, batch: int) -> dict[str, Any]:
 
 
 def for_trl(workload: Workload) -> Dataset:
-    """The ids of chosen and rejected in the columns of TRL."""
+    """The ids of chosen and rejected texts in TRL's columns."""
     pairs = [(texts.ids[j], texts.ids[k]) for texts, j, k in compared(workload)]
     return Dataset.from_list([dict(zip(TRL_COLUMNS, pair, strict=True)) for pair in pairs])
 
 
 def scoring(workload: Workload, by_pairs: bool = False) -> Measurement:
-    """The rewards of the same texts, without a gradient; or `by_pairs`, of each pair by itself."""
+    """Score the same texts without gradients, or with `by_pairs` each pair separately."""
     model = with_adapter(load_base(workload.base, QUANTIZATION), workload)
     stopwatch = Stopwatch(embedding_of(model))
     texts, count = workload.prompts, workload.prompts_per_step
@@ -273,7 +281,7 @@ def scoring(workload: Workload, by_pairs: bool = False) -> Measurement:
 
 
 def timed(trainer: Trainer, model: PeftModel, workload: Workload) -> Measurement:
-    """Train, and measure it."""
+    """Train and measure."""
     stopwatch = Stopwatch(embedding_of(model))
     trainer.add_callback(stopwatch)
     trainer.train()

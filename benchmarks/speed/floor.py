@@ -1,4 +1,4 @@
-"""The bare matrix products of the base's linear layers, with the tokens of our packs."""
+"""The bare matrix products of the base's linear layers, for the tokens of this project's packs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,20 +22,20 @@ def by_torch(x: Tensor, weight: Tensor, result: Tensor) -> None:
 
 
 def by_onednn(x: Tensor, weight: Tensor, _: Tensor) -> None:
-    """As the frozen layers of ours; oneDNN makes a result of its own."""
+    """Multiply like this project's frozen layers; oneDNN allocates its own result."""
     product(x, weight)
 
 
 def floor(
     workload: Workload, multiply: Multiply = by_torch, dtype: torch.dtype = QUANTIZATION.dtype
 ) -> Measurement:
-    """The products of a training step's passes: forward, and back to the layers' inputs."""
+    """The products of training: forward, and for the gradients of the layers' inputs."""
     steps = [[tokens(texts) for texts in step] for step in workload.steps()]
     return products(workload, steps, multiply, backward=True, dtype=dtype)
 
 
 def floor_of_scoring(workload: Workload) -> Measurement:
-    """The products of the passes that `scoring` makes, in its packs of pairs of like length."""
+    """The products of `scoring`, in its packs of prompts with similar lengths."""
     sizes, first = [tokens(texts) for texts in workload.prompts], workload.prompts_per_step
     parts = sizes[:first], sizes[first:]
     steps = [sorted(part, reverse=True) for part in parts]
@@ -49,10 +49,10 @@ def products(
     backward: bool,
     dtype: torch.dtype,
 ) -> Measurement:
-    """Multiply the tokens of each step's packs with all linear layers of the decoder, no more.
+    """Multiply the tokens of each step's packs with all linear layers of the decoder.
 
-    `steps` has the tokens of each prompt. What is multiplied is made before, and a place for each
-    size of result, so that no memory need be asked for meanwhile.
+    `steps` has the number of tokens of each prompt. All operands, and a tensor for each size of
+    result, are allocated before the measurement.
     """
     packs = [
         [

@@ -1,4 +1,4 @@
-"""How a contender is measured: in a process of its own, all steps but the first."""
+"""How a contender is measured: in a fresh process, over all steps except the first."""
 
 import gc
 import os
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender, once: all steps but the first. Memory in GB, a loss for each step."""
+    """A contender's figures over all steps except the first; `losses` has all. Memory is in GB."""
 
     pairs: int
     seconds: float
@@ -40,7 +40,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table; `floor` names the row of bare products that its speed is a share of."""
+    """A row of the table; `floor` names the row of bare products that it is compared with."""
 
     label: str
     measure: Callable[[Workload], Measurement]
@@ -49,7 +49,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """All measurements of a contender, or none and its error."""
+    """All measurements of a contender, or its error and no measurements."""
 
     label: str
     floor: str
@@ -66,10 +66,10 @@ class Row:
 
 
 def alone(work: Callable[[], T]) -> T:
-    """What `work` returns, from a fresh process, whose output is thrown away.
+    """Call `work` in a fresh process, discard what it prints, and return its result.
 
-    From a fork server: a process that is started directly counts the peak memory of the one that
-    starts it as its own (getrusage(2), execve(2)).
+    A fork server starts the process, because a process inherits the peak memory of the one that
+    starts it (getrusage(2), execve(2)).
     """
     context = get_context("forkserver")
     with ProcessPoolExecutor(1, mp_context=context, initializer=silence) as pool:
@@ -83,7 +83,7 @@ def silence() -> None:
 
 
 def measure(workload: Workload, chosen: dict[str, Contender], repeats: int) -> dict[str, Row]:
-    """Every contender once, then every one again; a line for each to stderr."""
+    """Measure all contenders in turn, `repeats` times; print a line for each to stderr."""
     rows = {name: Row(each.label, each.floor, [], "") for name, each in chosen.items()}
     turns = [(repeat, name) for repeat in range(1, repeats + 1) for name in chosen]
     for turn, (repeat, name) in enumerate(turns, start=1):
@@ -92,7 +92,7 @@ def measure(workload: Workload, chosen: dict[str, Contender], repeats: int) -> d
             continue
         try:
             measured = alone(partial(chosen[name].measure, workload))
-        except Exception as error:  # what stops one contender does not stop the others
+        except Exception as error:  # one failing contender must not stop the others
             outcome = f"{type(error).__name__}: {error}".splitlines()[0]
             rows[name] = replace(row, measurements=[], error=outcome)
         else:
@@ -103,10 +103,10 @@ def measure(workload: Workload, chosen: dict[str, Contender], repeats: int) -> d
 
 
 class Stopwatch(TrainerCallback):
-    """Time, tokens and memory of all steps but the first; neither loading nor saving counts."""
+    """Time, tokens and memory of all steps except the first, without loading and saving."""
 
     def __init__(self, embedding: nn.Module | None = None) -> None:
-        """Every token that is computed goes through the embedding once."""
+        """Every computed token passes through the embedding once."""
         self.tokens = 0
         if embedding is not None:
             embedding.register_forward_hook(self._count)
@@ -117,7 +117,7 @@ class Stopwatch(TrainerCallback):
     def prepare(self) -> None:
         """To be called before the first step."""
         gc.collect()
-        HARDWARE.forget_peak()
+        HARDWARE.reset_peak()
         self.memory_before = peak_memory()
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""The results: a table, the raw figures and a picture, with what they hold for."""
+"""The results: a table, the raw figures and a chart, with the conditions of the measurement."""
 
 import argparse
 from dataclasses import asdict
@@ -24,7 +24,7 @@ INK = "#222222"
 
 
 def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures hold for."""
+    """The conditions of the measurement."""
     config = read_json(workload.base / "config.json")
     answers = [len(ids) - texts.prefix for texts in workload.prompts for ids in texts.ids]
     return {
@@ -32,7 +32,7 @@ def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "base": options.base.name if options.base else "random",
         "shape": {name: config[name] for name in ("model_type", *SHAPE) if name in config},
-        "data": options.data.name if options.data else f"generated from seed {options.seed}",
+        "data": options.data.name if options.data else f"generated with seed {options.seed}",
         "prompts": len(workload.prompts),
         "answers": workload.answers,
         "pairs_per_prompt": workload.pairs_per_prompt,
@@ -46,33 +46,35 @@ def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def name_of(settings: dict[str, Any]) -> str:
-    """What the results are called: by hardware, base if it is not random, and answers above two."""
+    """The file name: hardware, the base unless it is random, and the answers if more than two."""
     base = "" if settings["base"] == "random" else f"-{settings['base']}"
     answers = f"-{settings['answers']}-answers" if settings["answers"] > 2 else ""
     return f"{HARDWARE.name}{base}{answers}"
 
 
 def many_answers(settings: dict[str, Any]) -> list[str]:
-    """How pairs and prompts go together, where that is not the same."""
+    """How pairs/s and prompts/s are related, if a prompt has several pairs."""
     pairs = settings["pairs_per_prompt"]
-    return [f"- every two answers are compared: prompts/s are pairs/s / {pairs}"] * (pairs > 1)
+    return [f"- all pairs of answers are compared: prompts/s is pairs/s divided by {pairs}"] * (
+        pairs > 1
+    )
 
 
 def percentiles(sizes: list[int]) -> list[int]:
-    """Those of the 50th, 90th and 99th percentile."""
+    """The sizes at the 50th, 90th and 99th percentile."""
     found: list[int] = np.quantile(sizes, [0.5, 0.9, 0.99], method="nearest").tolist()
     return found
 
 
 def as_markdown(settings: dict[str, Any], rows: dict[str, Row]) -> str:
-    """The table with what it holds for and how it is to be read."""
+    """The table, the conditions of the measurement, and how to read the table."""
     prefix, answer = ("/".join(map(str, settings[name])) for name in ("prefix", "answer"))
     shape = ", ".join(f"{name} {value}" for name, value in settings["shape"].items())
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     lines = [
-        f"# Speed of training on {HARDWARE.name.upper()}",
+        f"# Training speed on {HARDWARE.name.upper()}",
         "Written by `python -m benchmarks.speed`, which says what is measured and how.",
-        f"![Pairs per second, and tokens computed for a pair]({name_of(settings)}.svg)",
+        f"![Pairs per second, and tokens computed per pair]({name_of(settings)}.svg)",
         "\n".join(
             [
                 f"- {settings['hardware']}, threads: {settings['threads']}",
@@ -81,28 +83,28 @@ def as_markdown(settings: dict[str, Any], rows: dict[str, Row]) -> str:
                 f"{settings['data']}; tokens at the 50th/90th/99th percentile: prefix {prefix}, "
                 f"answer {answer}",
                 *many_answers(settings),
-                f"- {settings['pairs_per_step']} pairs a step, the first step not counted; at most "
-                f"{settings['tokens_per_pack']} tokens in one of our packs",
-                f"- median, and range, of {settings['repeats']} measurements, each in a process of "
-                "its own, the contenders taking turns",
+                f"- {settings['pairs_per_step']} pairs per step, excluding the first step; at most "
+                f"{settings['tokens_per_pack']} tokens in a pack of this project",
+                f"- medians and ranges; measurements per row: {settings['repeats']}, each in a "
+                "fresh process, alternating between the rows",
                 f"- {versions}",
             ]
         ),
         table(rows),
         *compared(rows),
-        "The reference is what the matrix products of the base's linear layers take with the tokens"
-        " of our packs: forward and back to the layers' inputs, for scoring forward alone. A row's "
-        "share of it is its speed by the reference's.",
+        "The bare products are the matrix products of the base's linear layers for the tokens of "
+        "this project's packs: forward, and for the gradients of the layers' inputs; for scoring "
+        "only forward. A row's share is its speed divided by theirs.",
         HARDWARE.note,
     ]
     return "\n\n".join(lines) + "\n"
 
 
 def table(rows: dict[str, Row]) -> str:
-    """One line for each contender; its error, where it has no figures."""
+    """One row per contender, with its error if it has no figures."""
     heads = [
-        *("", "pairs/s", "range", "ours is ... times as fast", "tokens computed for a pair"),
-        *("peak memory, GB", "before the first step, GB", "share of the reference"),
+        *("", "pairs/s", "range", "this project is ... times as fast", "tokens computed per pair"),
+        *("peak memory, GB", "before the first step, GB", "share of the bare products"),
         "loss of the last step",
     ]
     lines = [
@@ -138,12 +140,12 @@ def cells(row: Row, rows: dict[str, Row]) -> list[str]:
 
 
 def ours_of(row: Row) -> str:
-    """The name of our row that another is compared with: the one that computes in its numbers."""
+    """The name of this project's row in the same precision."""
     return "ours-bf16" if row.floor == "floor-bf16" else "ours"
 
 
 def compared(rows: dict[str, Row]) -> list[str]:
-    """The sentences on TRL at its best, in each precision, and on the floor by oneDNN."""
+    """Sentences about the fastest TRL row in each precision, and about oneDNN."""
     measured = {name: row for name, row in rows.items() if row.measurements}
     sentences = []
     for name, place in (("ours", ""), ("ours-bf16", " in bf16")):
@@ -153,21 +155,21 @@ def compared(rows: dict[str, Row]) -> list[str]:
         if name in measured and others:
             best, speed = max(others, key=lambda row: row.speed), measured[name].speed
             sentences += [
-                f'The fastest of TRL\'s{place} is "{best.label}" with {best.speed:.2f} pairs/s: '
-                f"ours is {speed / best.speed:.2f} times as fast."
+                f'The fastest TRL row{place} is "{best.label}" with {best.speed:.2f} pairs/s. This '
+                f"project is {speed / best.speed:.2f} times as fast."
             ]
     ours, fast = measured.get("ours"), measured.get("floor-onednn")
     if ours and fast:
         sentences += [
-            "PyTorch multiplies by MKL, ours by oneDNN, which knows more processors; a share of "
-            "the reference can then exceed 100%. Of the same reference by oneDNN, ours has "
-            f"{ours.speed / fast.speed:.0%}."
+            "PyTorch multiplies with MKL, this project with oneDNN, which is tuned for more "
+            "processors, so a share can exceed 100%. This project reaches "
+            f"{ours.speed / fast.speed:.0%} of the speed of the bare products by oneDNN."
         ]
     return sentences
 
 
 def chart(rows: dict[str, Row]) -> dict[str, Any]:
-    """Vega-Lite: pairs per second of training, and the tokens computed for a pair."""
+    """The Vega-Lite chart of training: pairs per second, and tokens computed per pair."""
     values = [
         {
             "row": row.label,
@@ -192,7 +194,7 @@ def chart(rows: dict[str, Row]) -> dict[str, Any]:
         "data": {"values": values},
         "hconcat": [
             panel("speed", "high", "pairs per second", ".3~r", labels, [across]),
-            panel("tokens", "tokens", "tokens computed for a pair", ".0f", None, []),
+            panel("tokens", "tokens", "tokens computed per pair", ".0f", None, []),
         ],
         "spacing": 40,
         "config": {"view": {"stroke": None}, "axis": {"grid": False, "tickCount": 5}},
@@ -207,7 +209,7 @@ def panel(
     labels: dict[str, Any] | None,
     across: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """A bar for each row, what is drawn `across` it, and the figure behind its `end`."""
+    """A bar for each row, the layers drawn `across` it, and its figure to the right of `end`."""
     colors = {"domain": list(COLORS), "range": list(COLORS.values())}
     return {
         "width": 300,
@@ -236,7 +238,7 @@ def panel(
 
 
 def write(settings: dict[str, Any], rows: dict[str, Row], report: str) -> None:
-    """Write table, raw figures and picture."""
+    """Write the table, the raw figures and the chart."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name_of(settings)}.md"
     raw = {name: asdict(row) for name, row in rows.items()}

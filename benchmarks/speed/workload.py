@@ -1,4 +1,4 @@
-"""What all contenders work on: base, pairs, first adapter and head."""
+"""What all contenders work on: the base, the pairs, and the initial adapter and head."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +27,8 @@ from reward.process import Fault
 
 LONGEST = 2040
 
-# Lengths in tokens of a well-known human-preference set at the 50th, 90th and 99th percentile. The
-# ends are a tenth of the median and twice the 99th percentile.
+# Text lengths in tokens, at the 50th, 90th and 99th percentile of a well-known human-preference
+# dataset. The ends are a tenth of the median and twice the 99th percentile.
 PREFIX = {0.0: 10, 0.5: 98, 0.9: 273, 0.99: 542, 1.0: 1084}
 ANSWER = {0.0: 3, 0.5: 30, 0.9: 95, 0.99: 220, 1.0: 440}
 
@@ -48,9 +48,9 @@ TARGETS = ["k_proj", "q_proj", "v_proj"]
 class Workload:
     """What all contenders work on.
 
-    `dense` is the dequantized base where TRL needs it, `adapter` a file with the first adapter and
-    head, `prompts` the texts of each prompt, all with the same number of answers, the better one
-    first, `linear` the [outputs, inputs] of each linear layer of the decoder.
+    `dense` is the dequantized base, if TRL needs it; `adapter` is a file with the initial adapter
+    and head. `prompts` has the texts of each prompt, the same number for all, from best to worst.
+    `linear` has the [outputs, inputs] of each linear layer of the decoder.
     """
 
     base: Path
@@ -78,7 +78,7 @@ class Workload:
 
     @property
     def counted(self) -> int:
-        """The pairs of all steps but the first, which does not count."""
+        """The number of pairs in all steps except the first, which is not counted."""
         return (len(self.prompts) - self.prompts_per_step) * self.pairs_per_prompt
 
     def steps(self) -> Iterator[list[Texts]]:
@@ -88,12 +88,12 @@ class Workload:
 
 
 def prompts_per_step(answers: int) -> int:
-    """How many prompts a step has: fewer where a prompt has many pairs."""
+    """The number of prompts per step: fewer if a prompt has many pairs."""
     return 8 if answers == 2 else 4
 
 
 def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
-    """Make or find base and pairs, and write what all contenders begin with to `scratch`."""
+    """Make or read base and pairs, and write what all contenders start from to `scratch`."""
     base = options.base
     if not base:
         base = scratch / "base"
@@ -135,10 +135,10 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
 
 
 def generated(count: int, answers: int, seed: int, ids: Sequence[int], longest: int) -> list[Texts]:
-    """Prompts of random ids, of the lengths of a human-preference set, no text over `longest`.
+    """Prompts of random ids with the lengths of a human-preference dataset, up to `longest`.
 
-    Each length is drawn from a share of its own of the distribution, so that few pairs have its
-    percentiles too. The answers differ in their first id: the prefix is all that they share.
+    Lengths are a stratified sample of their distribution, so even a few prompts have its
+    percentiles. Answers differ in their first id, so they share exactly the prefix.
     """
     draw = np.random.default_rng(seed)
     known = np.asarray(ids)
@@ -161,14 +161,14 @@ def generated(count: int, answers: int, seed: int, ids: Sequence[int], longest: 
 
 
 def lengths(quantiles: dict[float, int], shares: Any) -> list[int]:
-    """The quantile function at `shares`: between its points the logarithm of a length is linear."""
+    """The quantile function at `shares`; log lengths are interpolated linearly."""
     logs = np.log(list(quantiles.values()))
     found: list[int] = np.exp(np.interp(shares, list(quantiles), logs)).round().astype(int).tolist()
     return found
 
 
 def usable_ids(base: Path) -> list[int]:
-    """All ids that a base knows but the special ones, which can mean padding."""
+    """All ids of a base except the special ones, which may be padding."""
     special = set(AutoTokenizer.from_pretrained(base).all_special_ids)
     return [
         id_ for id_ in range(read_json(base / "config.json")["vocab_size"]) if id_ not in special
@@ -192,8 +192,8 @@ def drawn(options: argparse.Namespace, base: Path, longest: int) -> list[Texts]:
         if len(pairs) == options.prompts:
             return pairs
     raise Fault(
-        f"{options.data} has {len(pairs)} usable pairs of at most {longest} tokens under the "
-        f"template {options.template}, expected {options.prompts}; give another number by --prompts"
+        f"{options.data} has {len(pairs)} usable pairs of at most {longest} tokens with the "
+        f"template {options.template}, expected {options.prompts}; lower --prompts"
     )
 
 
@@ -202,7 +202,7 @@ def with_adapter(
     workload: Workload | None = None,
     add: Callable[[PreTrainedModel, LoraConfig], Any] = add_lora,
 ) -> PeftModel:
-    """The base with adapter and head: those of the workload, or fresh ones."""
+    """The base with the adapter and head of the workload, or with new ones."""
     new_head(model, seed=0)
     config = LoraConfig(
         TaskType.SEQ_CLS, r=4, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS
@@ -212,5 +212,7 @@ def with_adapter(
     if workload:
         found = adapted.load_state_dict(load_file(workload.adapter), strict=False)
         if found.unexpected_keys:
-            raise ValueError(f"{workload.adapter} has {found.unexpected_keys}, not in the model")
+            raise ValueError(
+                f"{workload.adapter} has {found.unexpected_keys}, which the model lacks"
+            )
     return adapted
