@@ -1,4 +1,4 @@
-"""Separate processes that start without the seconds it takes to import the libraries.
+"""Separate processes that start at once, because the libraries are already imported.
 
 They are forked from a server process that has imported the libraries, and otherwise behave like
 subprocess.Popen: output through pipes, signals, an exit status.
@@ -100,7 +100,7 @@ def score_files(batch: int, *arguments: str) -> None:
 
 
 def train_until(step: int) -> None:
-    """Run the train stage, killed before the given step, or to its end if there is no such step."""
+    """Run the train stage, which kills itself before this step if there is such a step."""
     original = trainer.RewardTrainer.training_step
 
     def killing(self: trainer.RewardTrainer, *arguments: Any) -> Any:

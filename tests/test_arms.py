@@ -68,7 +68,7 @@ def test_arms_are_compared_with_the_first_ignoring_ties(
     assert "| first | 0.5000 | 0.3333 to 0.6667 |" in report
     assert "| second | 0.8333 | 0.6667 to 1.0000 |" in report
     assert "| second | +0.3333 | +0.0000 to +1.0000 |" in report
-    # If no margin of half the prompts contradicts its label, they have no best temperature.
+    # Half of the prompts have no wrong margins, so no temperature is best for them.
     assert report.count("| nan | 3.0 |") == 2
 
 

@@ -464,7 +464,7 @@ def test_half_precision_is_as_close_to_fp32_as_transformers(
 
 
 def test_varlen_attention_is_called_with_the_signature_of_each_torch() -> None:
-    """The installed torch is a known one, and its emulation has the same parameter names."""
+    """The installed torch is a known version, and the emulation has the same parameter names."""
     version = ".".join(torch.__version__.split(".")[:2])
     assert tuple(inspect.signature(varlen_attn).parameters) == varlen.PARAMETERS[version]
     emulated = inspect.signature(varlen.varlen_attn).parameters

@@ -69,7 +69,7 @@ def test_equal_rewards_are_wrong_in_rewardbench() -> None:
         assert found["score"] == score
 
 
-def test_some_subsets_give_some_sections_and_no_score() -> None:
+def test_incomplete_benchmark_has_no_score() -> None:
     found = rewardbench(lambda name: 1.0 if "easy" in name else -1.0, {"alpacaeval-easy": 3})
     assert found
     assert found["parts"] == {"Chat": 1, "Chat Hard": None, "Safety": None, "Reasoning": None}
@@ -100,7 +100,7 @@ Rewards = tuple[list[float], list[float]]
 
 
 def rewardbench_2(records: list[tuple[str, str, Rewards]]) -> dict[str, Any]:
-    """The metrics of records of subset, id, and rewards of the correct and the wrong answers."""
+    """Benchmark metrics of records: subset, id, and rewards of correct and wrong answers."""
     prompts, names, ids = [], [], []
     for subset, record, (correct, wrong) in records:
         compared = [

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, named by all that affects the result, one trainer each."""
+"""Checkpoints: complete or absent, named after all that affects the result, with one trainer."""
 
 import errno
 import fcntl
@@ -241,7 +241,7 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_lock_is_released_when_its_process_dies(
     root: Path, kind: str, no_flock: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With flock, and with the lock file that replaces it where flock is missing."""
+    """With flock, and with the lock file that is used if flock is missing."""
     monkeypatch.setattr(checkpoints, "PATIENCE", 2)
     if kind == "soft":
         no_flock(errno.ENOSYS)

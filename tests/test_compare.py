@@ -67,7 +67,7 @@ def test_many_pairs_of_few_prompts_are_weak_evidence() -> None:
     ("prompts", "verdict"), [(1, "cannot be told"), (5, "cannot be told"), (6, "is better")]
 )
 def test_identical_gains_need_enough_prompts(prompts: int, verdict: str) -> None:
-    """Resampling cannot tell; six of six prompts have a probability of 1/64 in each direction."""
+    """Resampled identical gains have no spread; six of six has a probability of 1/64 per side."""
     printed = report(compared([-1.0] * prompts * 3, [1.0] * prompts * 3, 3), NAMES, False)
     assert verdict in printed
 

@@ -33,7 +33,7 @@ def test_image_copies_the_package_sources() -> None:
 
 
 def test_server_runs_as_ordinary_user_and_receives_sigterm() -> None:
-    """The created user runs the server, in exec form, so that the signal reaches the server."""
+    """The image creates this user, and the exec form lets the signal reach the server."""
     [user] = arguments_of("USER")
     assert f"--uid {user} " in arguments_of("RUN")[0]
     assert int(user) > 0

@@ -83,7 +83,9 @@ def left_over() -> list[Path]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_full_disk_is_reported_at_every_file(stage: str, fault: Callable[[Main], str]) -> None:
+def test_full_disk_is_reported_whichever_file_fills_it(
+    stage: str, fault: Callable[[Main], str]
+) -> None:
     main, outs = STAGES[stage]
     expected = state(outs)
     files = [path for out in [*outs, "models/checkpoints"] for path in Path(out).rglob("*")]

@@ -42,7 +42,7 @@ def prepared(workspace: Path, set_params: SetParams) -> None:
 
 
 def result(folder: Path = Path()) -> Bytes:
-    """Digests of the outs and of the last checkpoint, except for its own list of digests."""
+    """Digests of the outs and of the last checkpoint, without the list of digests in it."""
     [last] = (folder / "models" / "checkpoints").glob("*/step-6")
     found = {
         f"{path.name}/{name}": value
@@ -299,7 +299,7 @@ def test_process_sees_the_gpu_of_its_local_rank(
 
 
 def failed(folder: Path, exits: dict[int, tuple[int, dict[str, Any] | None]]) -> Any:
-    """The error that torchrun raises for these exit statuses, and messages where there are any."""
+    """The error that torchrun raises for these exit statuses and optional messages."""
     failures = {}
     for rank, (status, message) in exits.items():
         errors = folder / f"{rank}.json"

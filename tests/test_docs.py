@@ -376,7 +376,7 @@ def test_readme_is_short(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_code_in_the_readme_is_code_of_the_clients_page(language: str) -> None:
+def test_code_in_the_readme_is_also_on_the_clients_page(language: str) -> None:
     """The export tests compare that code with the model card, and run it."""
     found = blocks(page("README", language), "python")
     assert found

@@ -34,7 +34,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def test_the_same_seed_gives_the_same_bytes(built: dict[str, Path]) -> None:
+def test_same_seed_gives_the_same_bytes(built: dict[str, Path]) -> None:
     assert digests(built["one"]) == digests(built["same"])
 
 

@@ -33,7 +33,7 @@ Scorer = Callable[[dict[str, Any]], tuple[float, float]]
 def judged(
     workspace: Path, set_params: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Scorer], dict[str, Any]]:
-    """Run the stage with a function of a row in place of the model, and return its figures."""
+    """Run the stage with a function that scores rows instead of the model; return its figures."""
     write_pairs(workspace / "data" / "raw" / "pairs.json", 100)
     set_params("preprocess", validation_fraction=0.1, test_fraction=0.2)
     preprocess.main()

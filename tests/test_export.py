@@ -162,7 +162,7 @@ def evaluated(
 def exported(evaluated: Callable[[Change], Path]) -> Callable[[Change], Path]:
     """The same folder after export; only DEFAULT runs the clients in a fresh process.
 
-    The export must not need the folder for temporary files, so it is set to a missing one.
+    TMPDIR is a missing folder, because the export must not need one.
     """
 
     def make(change: Change) -> Path:
@@ -227,7 +227,7 @@ def assemble_here(merge: str = "none") -> str:
 
 
 def our_rewards(folder: Path, prompt: str, answers: list[str]) -> list[float]:
-    """The rewards of answers from our own scoring."""
+    """The rewards that the project's own scoring gives to answers."""
     encoder = Encoder(folder, Template.load(folder / "template.json"))
     texts = [encoder.render((("user", prompt),), (("assistant", each),)) for each in answers]
     rewards: list[float] = score(
@@ -561,7 +561,7 @@ def change_magnitudes(model: PeftModel) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_merge_weight_by_weight_gives_the_bytes_of_a_merge_in_memory(
+def test_merging_weight_by_weight_gives_the_bytes_of_merging_in_memory(
     family: str,
     quantization: Quantization,
     shard: int | str,
@@ -741,7 +741,7 @@ def test_packs_have_the_size_recorded_by_evaluate(monkeypatch: pytest.MonkeyPatc
 def test_interpreter_may_be_relative_to_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in `PATH=.venv/bin:$PATH dvc repro`, while clients run in a folder of their own."""
+    """It is in `PATH=.venv/bin:$PATH dvc repro`, and clients run in another folder."""
     python = Path(sys.executable)
     commands: list[list[Path]] = []
     monkeypatch.chdir(python.parent)

@@ -114,7 +114,7 @@ def test_converted_base_is_recorded_and_its_source_is_checked(
 def test_only_the_language_model_of_gemma_3_is_kept(
     prefix: str, source: Path, set_params: SetParams
 ) -> None:
-    """From shards, one of which has only vision weights, with both generations of weight names."""
+    """The weights are in shards, one with only vision weights, under old or new names."""
     from safetensors.torch import save_file
 
     save_family("Gemma 3", source)
@@ -187,7 +187,7 @@ def test_scaling_never_rounds_a_weight() -> None:
 def test_parameters_are_counted_by_precision(
     family: str, dtype: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Against the dense model: linear layers are in 4 bits, and fused experts are not."""
+    """Compares with the dense model: linear layers are in 4 bits, and fused experts are not."""
     folder = fetched(family, tmp_path)
     dense = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).base_model
     linear = [each for each in dense.modules() if isinstance(each, (torch.nn.Linear, Conv1D))]

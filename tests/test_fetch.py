@@ -252,7 +252,7 @@ def write(path: Path, content: Any) -> None:
 
 
 def refused() -> str:
-    """The one-line message with which fetch refuses, leaving nothing behind."""
+    """Run fetch, which must refuse and leave nothing behind; return its one-line message."""
     with pytest.raises(Fault) as caught:
         fetch.main()
     assert list(Path("models").iterdir()) == []
@@ -301,9 +301,7 @@ def test_licence_is_read_from_the_card(
     assert fetch.license_in(tmp_path) == found
 
 
-def test_files_have_default_modes_whatever_the_source_has(
-    here: Path, source: Path, set_params: SetParams
-) -> None:
+def test_copied_files_have_default_modes(here: Path, source: Path, set_params: SetParams) -> None:
     for path in source.iterdir():
         path.chmod(0o600)
     set_params("base", name=str(source))

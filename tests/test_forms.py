@@ -78,7 +78,7 @@ PLAIN = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
 # --- every form ------------------------------------------------------------------------------
 
 
-def test_every_file_has_an_expectation() -> None:
+def test_every_file_has_an_expected_result() -> None:
     assert {path.name for path in FORMS.iterdir()} == {*EXPECTED, "expected.yaml"}
 
 

@@ -1,4 +1,4 @@
-"""Judging any reward model on the pipeline's test pairs: its own rewards, evaluate's figures."""
+"""Judging any reward model on the pipeline's test pairs: its rewards, with evaluate's figures."""
 
 import shutil
 import sys

@@ -44,7 +44,7 @@ def sigmoid(margin: float) -> float:
 
 
 def slow_interval(values: list[float], prompts: list[int], samples: int) -> tuple[float, float]:
-    """The middle 95% of means over prompts, with all of their pairs, drawn with replacement."""
+    """The middle 95% of means over prompts drawn with replacement, with all of their pairs."""
     draw = random.Random(1)
     names = sorted(set(prompts))
     means = []
@@ -90,7 +90,7 @@ def test_interval_depends_on_its_seed() -> None:
 
 
 def test_interval_has_width_if_all_or_none_are_correct() -> None:
-    """Ten of ten prompts: a model with an accuracy of 0.69 has a chance of 1 in 40."""
+    """A model with an accuracy of 0.69 gets ten of ten prompts right with a chance of 1 in 40."""
     prompts = np.arange(20) % 10
     low, high = RESAMPLING.interval_of_share(np.ones(20), prompts)
     assert low**10 == pytest.approx(0.025)
@@ -213,7 +213,7 @@ def test_model_that_predicts_the_share_of_votes_is_calibrated() -> None:
 
 
 @pytest.mark.parametrize("votes", [1, 2, 3])
-def test_fitted_temperature_is_the_best(votes: int) -> None:
+def test_fitted_temperature_has_the_lowest_loss(votes: int) -> None:
     judged = random_judgement(200, votes=votes)
     found = judgement.temperature(judged)
     assert found

@@ -62,7 +62,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def outcome(function: Any, x: Tensor, seed: int = 0, of: Any = None) -> list[Tensor]:
     """The output of a module, then the gradients of its input and of its trained parameters.
 
-    With `of`, the same for a function that computes what the module `of` does.
+    With `of`, the function computes what this module does, and the module has the parameters.
     """
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()

@@ -51,7 +51,7 @@ def build(base: Path, quantization: Quantization = NF4, head_seed: int = 0) -> P
 
 
 def some_pairs(count: int, seed: int = 0) -> list[Texts]:
-    """Random pairs that share a prefix, of 2 to 60 tokens; in every third pair both end in EOS."""
+    """Random pairs of 2 to 60 tokens with a shared prefix; in every third pair both end in EOS."""
     draw = random.Random(seed)
     pairs: list[Texts] = []
     for index in range(count):
@@ -143,7 +143,7 @@ def test_quantization_follows_its_params(tiny_base: Path) -> None:
 def test_auto_picks_the_fast_dtype_of_the_gpu(
     capability: tuple[int, int] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every GPU claims bf16 support, because it can emulate it, unless emulation is excluded."""
+    """GPUs that emulate bf16 claim to support it, unless emulation is excluded."""
 
     def supported(including_emulation: bool = True) -> bool:
         return including_emulation or (capability or (0, 0)) >= (8, 0)
@@ -158,7 +158,7 @@ def test_auto_picks_the_fast_dtype_of_the_gpu(
 def test_gradients_in_float16_are_closer_to_float32_than_in_bfloat16(
     tiny_base: Path,
 ) -> None:
-    """A head as small as at the first step loses no gradient to underflow without a scaler."""
+    """Even with a head as small as at first, gradients do not underflow without a loss scaler."""
 
     def gradient(dtype: Any) -> torch.Tensor:
         model = build(tiny_base, Quantization(4, "nf4", False, dtype))
@@ -446,7 +446,7 @@ def test_loading_the_libraries_prints_nothing() -> None:
 
 @pytest.fixture
 def bf16_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers are built as on a processor with AVX512-BF16, whatever the test runs on."""
+    """Build layers as on a processor with AVX512-BF16, whatever the real processor is."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
 
 

@@ -265,7 +265,7 @@ def test_registered_model_can_be_downloaded_by_version(project: Project, tmp_pat
 
 
 def test_commands_for_sweeps_do_what_the_docs_say(project: Project) -> None:
-    """Runs every line of the section in order, except training, and `gc` without its question."""
+    """Runs every line of the section in order. No model is trained, and `gc` does not ask first."""
     page = (ROOT / "docs" / "reproducibility.md").read_text(encoding="utf-8")
     section = page[page.index("\n## Sweeps\n") : page.index("\n## Results\n")]
     lines = [

@@ -316,7 +316,7 @@ def test_record_number_is_not_an_annotator(data: Path, set_params: SetParams) ->
     found += [pair(7, id="20", kind="rude", chosen="bad", rejected="good")]
     rewrite(data, found)
     assert "2 contradiction" in fault()
-    # A whole record that appears twice has its number twice.
+    # If a whole record appears twice, so does its number.
     rewrite(data, [*found, found[3], found[4]])
     set_params("preprocess", on_bad_record="drop")
     figures = run()
@@ -562,7 +562,7 @@ def test_bad_records_are_dropped_and_counted_by_reason(
 
 
 def test_first_ten_faults_are_listed(workspace: Path, set_params: SetParams) -> None:
-    """They are the first by place, whatever the check that found them, and across files."""
+    """They are the first ten by file and position, whichever check found them."""
     folder = workspace / "many"
     folder.mkdir()
     kinds: list[Callable[[int], Any]] = [

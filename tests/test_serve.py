@@ -41,7 +41,7 @@ def scorer(complete: Path) -> Scorer:
 
 
 class Held:
-    """A scorer that waits for permission, and whose reward for a text is the text's number."""
+    """A scorer that waits for permission; the reward for a text is the number in the text."""
 
     def __init__(self) -> None:
         self.encoded = 0

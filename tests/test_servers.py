@@ -41,7 +41,7 @@ def test_merged_model_is_a_classifier_with_one_output(merged: Path, config: dict
 def test_output_has_no_activation_and_no_other_pooling(
     merged: Path, config: dict[str, Any]
 ) -> None:
-    """This sets the activation for vLLM's /classify and /score; the latter takes only torch's."""
+    """These keys set the activation of vLLM's /classify and /score; /score takes only torch's."""
     assert config["problem_type"] == "regression"
     activation = config["sentence_transformers"]["activation_fn"]
     assert activation == "torch.nn.modules.linear.Identity"

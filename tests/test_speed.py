@@ -33,7 +33,7 @@ from reward.process import Fault
 
 
 def row(label: str, *seconds: float, losses: tuple[float, ...] = (0.7, 0.6)) -> Row:
-    """One measurement of 16 pairs with 200 tokens each for every given time."""
+    """A row with one measurement per time, each of 16 pairs with 200 tokens."""
     found = [Measurement(16, each, 3200, 0.5, 0.75, list(losses)) for each in seconds]
     return Row(label, "floor", found, "")
 

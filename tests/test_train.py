@@ -99,7 +99,7 @@ def curve(name: str) -> list[dict[str, float]]:
 
 
 class Killed(BaseException):
-    """Stands for a kill, in the process of the test."""
+    """Simulates a kill without ending the process of the test."""
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_gradient_checkpointing_does_not_change_the_result(set_params: SetParams
 def test_step_that_runs_out_of_memory_restarts_with_smaller_packs(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, room: int, error: Exception
 ) -> None:
-    """Memory runs out in the backward pass, after a partial gradient and some random numbers."""
+    """Memory runs out in the backward pass, after part of the gradient was added."""
     set_params("lora", lora_dropout=0.0)
     set_params("train", max_steps=4, logging_steps=1)
     train.main()
