@@ -223,9 +223,9 @@ def as_markdown(options: argparse.Namespace, questions: list[Question], measured
     paragraphs = [
         "# The server under load",
         "Written by `python -m benchmarks.serve`, which says what is measured and how.",
-        f"{os.cpu_count()} processors for server and clients; {options.model.name} and "
-        f"{len(questions)} requests of {options.data.name} with {texts} texts, repeatedly; at "
-        f"most {options.requests} requests and {options.seconds:g} s per row; aiohttp "
+        f"{os.cpu_count()} processors for server and clients; model: {options.model.name}; "
+        f"{len(questions)} requests from {options.data.name} with {texts} texts, sent repeatedly; "
+        f"at most {options.requests} requests and {options.seconds:g} s per row; aiohttp "
         f"{version('aiohttp')}, torch {version('torch')}",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
         f"In the last row, {options.requests} clients each send one text on their own connection, "

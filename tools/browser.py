@@ -18,7 +18,7 @@ CHROMIUM = next(
 
 
 class Browser:
-    """Chromium over its DevTools protocol; `errors` and `requests` collect the page's own."""
+    """Chromium over its DevTools protocol; `errors` and `requests` are those of the page."""
 
     def __init__(self, profile: Path) -> None:
         if CHROMIUM is None:

@@ -89,7 +89,7 @@ def contenders(hardware: Hardware, answers: int) -> dict[str, Contender]:
 
 
 def trl_batches(hardware: Hardware, answers: int) -> Iterator[tuple[str, str, int]]:
-    """Name, label and size of TRL's batches; the pairs of a step are a multiple of smaller ones."""
+    """Name, label and size of TRL's batches; the pairs of a step fill smaller batches evenly."""
     pairs = prompts_per_step(answers) * comb(answers, 2)
     for most in hardware.trl_batches:
         batch = max(size for size in range(1, most + 1) if most > pairs or pairs % size == 0)
