@@ -1,4 +1,4 @@
-"""The library of the reward model: it imports no stage, and may be installed alone."""
+"""The library of the reward model. It imports no stage, and can be installed alone."""
 
-# First of all: a process that another one has started follows it before libraries are imported.
+# This import comes first, so that a process watches its parent before libraries are imported.
 import reward.process  # noqa: F401

@@ -1,4 +1,4 @@
-"""Locks between processes, which are released when their process ends, however it ends."""
+"""Locks between processes. A lock is released when its process ends, however it ends."""
 
 import errno
 import os
@@ -17,11 +17,11 @@ UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @contextmanager
 def hold(path: Path, seconds: float = 0) -> Iterator[None]:
-    """Hold the lock file `path` once it is free; with less than 0 seconds, wait without a limit.
+    """Wait up to `seconds` until the lock file `path` is free, and hold it. Below 0, wait forever.
 
     On a file system without flock, such as some Lustre mounts, a file with the process id is the
-    lock. Raises filelock.Timeout if another process still holds it after that time, and a Fault if
-    the file system refuses to lock, as NFS without its lock service does.
+    lock. Raises filelock.Timeout if another process still holds the lock after that time, and a
+    Fault if the file system refuses to lock, as NFS without its lock service does.
     """
     lock = FileLock(path, timeout=seconds, thread_local=False)
     try:
@@ -37,7 +37,7 @@ def hold(path: Path, seconds: float = 0) -> Iterator[None]:
                 f"({os.strerror(error.errno)}); expected {path.parent} on a local disk, or on one "
                 "that is mounted with flock"
             ) from None
-        error.filename = path  # as the user knows it, not the absolute path
+        error.filename = path  # as the user wrote it, not the absolute path
         with writing(path):
             raise
     try:

@@ -1,4 +1,4 @@
-"""Writing outputs: complete or not at all, and the same bytes for the same content."""
+"""Write outputs completely or not at all, and the same bytes for the same content."""
 
 import errno
 import hashlib
@@ -28,11 +28,11 @@ CHUNK = 1 << 20
 
 @contextmanager
 def writing(path: Path, room: int = CHUNK) -> Iterator[None]:
-    """Turn an error of a write into a Fault where the disk is full, read-only or broken.
+    """Turn an error of a write into a Fault if the disk is full, read-only or broken.
 
-    Some libraries hide the error number. Then a probe asks the disk for it by writing `room` bytes,
-    as many as a library may have written and removed again. An error that has nothing to do with
-    the disk of `path`, such as an unreadable file elsewhere, is raised unchanged.
+    Some libraries hide the error number. A probe then finds it by writing `room` bytes, as many as
+    the library may have written and removed again. An error that has nothing to do with the disk of
+    `path`, such as an unreadable file elsewhere, is raised unchanged.
     """
     try:
         yield
@@ -80,7 +80,7 @@ def _probe(folder: Path, room: int) -> int:
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """A fresh folder beside `path`, with the suffix .partial, that is removed after the block."""
+    """A fresh folder next to `path`, with the suffix .partial, that is removed after the block."""
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -95,7 +95,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A fresh folder to fill, which replaces `path` only if the block succeeds.
 
-    Errors of the block are raised unchanged, because its writes are each within `writing`.
+    Errors of the block are raised unchanged, because each of its writes is within `writing`.
     """
     with partial_folder(path) as partial:
         yield partial
@@ -110,7 +110,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def link_folder(source: Path, target: Path) -> None:
     """Make a second folder of the same files, hard-linked, so that it takes no space.
 
-    Copies them where the file system has no hard links. Raises a Fault where neither is possible.
+    Copies them if the file system has no hard links. Raises a Fault if neither is possible.
     """
 
     def link_file(file: str, place: str) -> None:
@@ -124,7 +124,7 @@ def link_folder(source: Path, target: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's bytes. Raises a Fault that names the side which failed."""
+    """Copy a file's bytes. Raises a Fault that names the file that cannot be read or written."""
     try:
         with writing(target):
             shutil.copyfile(source, target)
@@ -141,7 +141,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` with sorted keys and a final newline, through a rename."""
+    """Write `content` as JSON with sorted keys and a final newline, and replace `path` at once."""
     partial = path.with_name(path.name + ".partial")
     text = json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     with writing(path):

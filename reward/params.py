@@ -4,7 +4,7 @@ A group is a frozen dataclass in the module that owns it, with one annotated fie
 
     r: Annotated[int, Rule("a positive integer", lambda r: r > 0)]
 
-The code has no defaults: every key is in params.yaml. One message names all faults of a group.
+The code has no defaults, so every key is in params.yaml. One message lists all faults of a group.
 """
 
 import math
@@ -22,7 +22,7 @@ from reward.process import Fault
 
 Group = TypeVar("Group")
 
-# Keys of earlier versions or of other trainers. Whoever sets one should learn what became of it.
+# Keys of earlier versions. The message for such a key says what happened to it.
 GONE = {
     "base.trust_remote_code": "was removed: code that comes with a model never runs",
     "evaluate.sets": "was renamed to preprocess.sets",
@@ -107,7 +107,7 @@ def _conforms(value: Any, hint: Any) -> bool:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a YAML value has a type. 1 is also a float; true is not an int, NaN not a float."""
+    """Whether a YAML value has a type. 1 is also a float. True is not an int, nor NaN a float."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
@@ -156,8 +156,8 @@ def read_yaml(path: Path) -> Any:
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML 1.2's core schema, in which 1e-5 is a number, no is a string and 010 is ten.
 
-    PyYAML implements the schema of YAML 1.1. As in DVC's reader, numbers may have underscores or
-    be binary, and `<<` merges.
+    PyYAML itself implements YAML 1.1. As in DVC's reader, numbers may have underscores or be
+    binary, and `<<` merges mappings.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
@@ -167,10 +167,10 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         self._flattened: set[yaml.Node] = set()
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put the keys that `<<` merges before the node's own, which may not occur twice.
+        """Put the keys that `<<` merges before the node's own keys, which may not occur twice.
 
-        PyYAML calls this again for a node that another one merges. By then the merged keys are
-        among its own, and overriding one is not a duplicate.
+        PyYAML calls this again for a node that another one merges. By then, the merged keys are
+        among its own keys, and a key that overrides one of them is not a duplicate.
         """
         if node in self._flattened:
             return
@@ -188,7 +188,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         super().flatten_mapping(node)
 
     def integer(self, node: yaml.ScalarNode) -> int:
-        """The integer of a node, in the base that its prefix gives, by default ten."""
+        """The integer of a node, in the base given by its prefix, by default ten."""
         text = self.construct_scalar(node).replace("_", "")
         return int(text, {"0b": 2, "0o": 8, "0x": 16}.get(text.lstrip("-+")[:2], 10))
 

@@ -12,10 +12,10 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-# The parent of this process, and when it started. A launcher passes its own id, because it may have
-# ended before this is read.
+# The id of the parent process, and when this process started. A launcher passes its own id, because
+# it may have ended before this line runs.
 LAUNCHER = "REWARD_LAUNCHER"
-PARENT, BEGUN = int(os.environ.get(LAUNCHER) or os.getppid()), time.monotonic()
+PARENT, STARTED = int(os.environ.get(LAUNCHER) or os.getppid()), time.monotonic()
 # The cgroup of a container, as seen from inside.
 GROUP = Path("/sys/fs/cgroup")
 
@@ -27,24 +27,24 @@ def is_command(arguments: Sequence[str]) -> bool:
 
 
 def see_one_gpu() -> None:
-    """Let one of several processes see its own GPU only, before a library looks for GPUs."""
+    """Let this process, one of several, see only its own GPU. No library may have looked yet."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) != "":
         local = os.environ["LOCAL_RANK"]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)] if visible else local
 
 
-# Whether torchrun started this process as one of several. torchrun may also have started somebody
-# else's trainer that calls the reward function, which is left alone.
+# Whether torchrun started this process as one of several. If torchrun started another program, such
+# as a trainer that calls the reward function, this is False.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ and is_command(sys.orig_argv)
-# Whether DVC started this process, or a process that DVC started did.
+# Whether DVC started this process, directly or through another one.
 STAGED = "DVC_ROOT" in os.environ
 # The file from which torchrun reads the error of a process.
 ERRORS = os.environ.get("TORCHELASTIC_ERROR_FILE") if LAUNCHED else None
 if LAUNCHED:
     see_one_gpu()
 
-# Set before torch is imported: when another process has ended, its C++ code prints a stack trace.
-# Whoever catches the error reports what it means for the work.
+# Set before torch is imported: otherwise its C++ code prints a stack trace when another process has
+# ended. The code that catches the error prints what it means.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # bitsandbytes, which transformers and PEFT import, warns on some processors that an optional
 # package is missing. Nothing here needs that package.
@@ -52,9 +52,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class Fault(Exception):
-    """An error of the user's: where it is, what was found, what is expected. No traceback."""
+    """An error that the user can fix, printed without a traceback.
 
-    # Whether another process ended first, and reports the reason.
+    The message says where it is, what was found and what was expected.
+    """
+
+    # Whether another process ended first and reports the reason.
     elsewhere = False
 
 
@@ -78,7 +81,7 @@ def run(main: Callable[[], None]) -> None:
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     if STAGED and not LAUNCHED:
-        print(f"took       {time.monotonic() - BEGUN:.1f} s")
+        print(f"took       {time.monotonic() - STARTED:.1f} s")
 
 
 def threads() -> int:
@@ -90,10 +93,10 @@ def threads() -> int:
 def follow(parent: int) -> None:
     """End this process within half a second of its parent's end, however the parent was killed.
 
-    DVC does not stop its stages when it gets SIGTERM or SIGKILL. The orphan would keep working
-    beside the stage that the next `dvc repro` starts. `parent` must be a process id that was read
-    while the parent was certainly alive. While a library's code is being loaded, which may take two
-    seconds, no Python thread runs, including the one that watches.
+    DVC does not stop its stages when it gets SIGTERM or SIGKILL. The orphan would keep working next
+    to the stage that the next `dvc repro` starts. `parent` must be a process id that was read while
+    the parent was certainly alive. While a library's code is being loaded, which may take two
+    seconds, no Python thread runs, not even the one that watches the parent.
     """
 
     def watch() -> None:
@@ -107,7 +110,7 @@ def follow(parent: int) -> None:
 def processors() -> int:
     """How many processors this process may use: its CPU affinity, limited by its cgroup's quota.
 
-    On a shared machine a scheduler grants fewer than the machine has.
+    On a shared machine, a scheduler grants fewer than the machine has.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     granted = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -115,7 +118,7 @@ def processors() -> int:
 
 
 def free_memory(memory: Path = Path("/proc/meminfo"), group: Path = GROUP) -> float:
-    """Free bytes of the machine and its cgroup (version 2); infinite where neither is known.
+    """Bytes that are free in the machine and its cgroup (version 2); infinite if neither is known.
 
     The page cache counts as free.
     """
@@ -131,9 +134,9 @@ def free_memory(memory: Path = Path("/proc/meminfo"), group: Path = GROUP) -> fl
 
 
 def _quota(root: Path = GROUP) -> float:
-    """How many processors the quota of the cgroup (version 2 or 1) allows; infinite without one.
+    """How many processors the quota of the cgroup (version 2 or 1) allows; infinite if unset.
 
-    A container sees its own group at the root of the file system.
+    A container sees its own cgroup at the root of the cgroup file system.
     """
     try:
         limit, period = (root / "cpu.max").read_text().split()
@@ -147,6 +150,6 @@ def _quota(root: Path = GROUP) -> float:
     return math.inf if limit == "max" or int(limit) <= 0 else int(limit) / int(period)
 
 
-# From the first moment: the imports of libraries take seconds, in which who started it may be gone.
+# Watch from the start: importing libraries takes seconds, in which the parent may end.
 if is_command(sys.orig_argv) and (STAGED or LAUNCHED or LAUNCHER in os.environ):
     follow(PARENT)

@@ -1,4 +1,4 @@
 """The stages of dvc.yaml, each a module that runs as a process of its own."""
 
-# First of all: this process then ends with DVC while it still imports the libraries.
+# This import comes first, so that the process ends with DVC even while it imports libraries.
 import reward  # noqa: F401

@@ -1,11 +1,11 @@
-"""Judge the reward model on the test pairs.
+"""Evaluate the reward model on the test pairs.
 
     python -m stages.evaluate
 
-Reads data/tokenized/test, the extra test sets beside it, models/base and models/adapter. Writes
-metrics/evaluate.json and, in reports/evaluate, the rewards of all test pairs (rewards.parquet) and
-of the extra sets (sets/), all figures (figures.json), the data of the plots, and a page to read the
-judgements on (index.html).
+Reads data/tokenized/test, the extra test sets in data/tokenized/sets, models/base and
+models/adapter. Writes metrics/evaluate.json and, in reports/evaluate, the rewards of all test pairs
+(rewards.parquet) and of the extra sets (sets/), all figures (figures.json), the data of the plots,
+and a page with all judgements (index.html).
 """
 
 from collections.abc import Iterable
@@ -83,22 +83,22 @@ def main() -> None:
     sets = load_sets(SETS, BASE)
     datasets = [test, *(each.pairs for each in sets)]
     require_exact(model, full_pack(datasets, options.tokens_per_pack))
-    table, *further = [rewards_of(model, each, options.tokens_per_pack) for each in datasets]
+    table, *extra = [rewards_of(model, each, options.tokens_per_pack) for each in datasets]
     if not group.leads():
         return
     judged, resampling = as_judged(table), Resampling(options.bootstrap_samples, options.seed)
     figures = measure(table, judged, resampling)
-    figures["sets"] = measure_sets(sets, further, resampling)
+    figures["sets"] = measure_sets(sets, extra, resampling)
     with whole_folder(REPORTS) as folder:
         with writing(folder):
             pyarrow.parquet.write_table(table, folder / JUDGED.name)
             (folder / "sets").mkdir()
-            for each, rewards in zip(sets, further, strict=True):
+            for each, rewards in zip(sets, extra, strict=True):
                 pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
         for name, rows in curves(judged, resampling).items():
             write_json(folder / f"{name}.json", rows)
         write_json(folder / "slices.json", slices_as_rows(figures))
-        write_page(folder / PAGE.name, sets, [table, *further], figures)
+        write_page(folder / PAGE.name, sets, [table, *extra], figures)
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
     report(figures, TEST)
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def full_pack(datasets: Iterable[Dataset], tokens_per_pack: int) -> list[Texts]:
-    """The longest pair, and the shortest ones that fill up its pack, the shortest last."""
+    """The longest pair and the shortest pairs that fill up its pack, shortest last."""
     pairs = [pair for each in datasets for pair in pairs_of(each)]
     return [pairs[index] for index in extremes([*map(tokens, pairs)], tokens_per_pack)]
 
@@ -115,7 +115,8 @@ def full_pack(datasets: Iterable[Dataset], tokens_per_pack: int) -> list[Texts]:
 def rewards_of(model: PeftModel, dataset: Dataset, tokens_per_pack: int) -> pa.Table:
     """The rewards of a dataset's pairs as a table, with the size of the packs in its metadata.
 
-    In half precision, packs of another size are rounded differently.
+    In half precision, rounding depends on the size of the packs. Raises a Fault for rewards that
+    are not finite.
     """
     ranked = rankings_of(dataset)
     found = score(model, [each.texts for each in ranked], tokens_per_pack)
@@ -179,7 +180,7 @@ def write_page(
     tables: list[pa.Table],
     figures: dict[str, Any],
 ) -> None:
-    """Write the page of all judgements; the extra sets are slices of it."""
+    """Write the page of all judgements, where each extra set is a slice."""
     paths = {"test split": TEST} | {each.name: SETS / each.name for each in sets}
     marked = [
         table.append_column(TEST_SET, pa.array([name] * len(table)))
@@ -199,7 +200,7 @@ def write_page(
 
 
 def prompts_of(answers: Dataset) -> dict[str, page.Prompt]:
-    """The prompts of a split by id, as people read them."""
+    """The prompts of a split with their answers, by prompt id, as text for the page."""
     result: dict[str, page.Prompt] = {}
     for row in answers.select_columns([PROMPT_ID, ANSWER, PROMPT, RESPONSE]):
         if row[PROMPT_ID] not in result:

@@ -56,7 +56,7 @@ TOKENS_PER_PACK = b"tokens_per_pack"
 
 @dataclass(frozen=True)
 class Export:
-    """The group `export` of params.yaml, where each key is described."""
+    """The group `export` of params.yaml, which describes each key."""
 
     merge: Literal["float32", "bfloat16", "none"]
     clients: Literal["light", "all"]
@@ -102,7 +102,7 @@ def read_evaluated(test: Dataset) -> pa.Table:
 
 
 def licenses() -> list[str]:
-    """The licences of the data. Raises a Fault if the list of preprocess cannot be read."""
+    """The licences of the data. Raises a Fault if the list that preprocess wrote cannot be read."""
     try:
         found: list[str] = read_json(LICENSES)
     except (OSError, ValueError) as error:
@@ -119,7 +119,7 @@ def longer(evaluated: pa.Table) -> npt.NDArray[np.integer]:
 
 
 def packs_of(evaluated: pa.Table) -> int:
-    """The pack size of evaluate, because in half precision the rounding depends on it.
+    """The pack size that evaluate used. In half precision, rounding depends on it.
 
     Raises a Fault if evaluate has not recorded it.
     """
@@ -140,7 +140,7 @@ def score_elsewhere(
 ) -> pa.Table:
     """The rewards of the clients, computed in a new process on a linked copy of the export.
 
-    The copy is beside `folder`, not in the directory for temporary files, which may be too small.
+    The copy is next to `folder`, because the directory for temporary files may be too small.
     Raises a Fault if a client ends without rewards.
     """
     # Quantized weights and their modules form reference cycles, so they would stay on the GPU.
@@ -170,12 +170,12 @@ def require_alike(
 ) -> None:
     """Raises a Fault for the first client whose rewards differ by more than the tolerance.
 
-    Also raises one if only packs fit in memory, or if no other client got a pair, because then
+    Also raises a Fault if PACKS is the only client that fits in memory or got a pair, because then
     nothing was checked.
 
-    Packs compute as in the evaluation. In half precision the other clients round differently, and
-    the errors grow with the rewards, so the tolerance is multiplied by the rewards' `deviation` if
-    that is above 1.
+    PACKS computes as the evaluation does. In half precision, the other clients round differently,
+    and the errors grow with the rewards. The tolerance is then multiplied by `deviation`, the
+    standard deviation of the rewards, if that is above 1.
     """
     trained_in_half = quantization.dtype != DTYPES["float32"]
     for client in clients:
@@ -205,7 +205,7 @@ def require_alike(
 def headline(figures: dict[str, Any]) -> dict[str, float]:
     """The content of metrics/export.json: the worst figures of all clients.
 
-    The names have a slash, so --drop '.*/.*' hides them from short tables.
+    The names have a slash, so `dvc exp show --drop '.*/.*'` leaves them out.
     """
     compared = [
         form for forms in figures["clients"].values() for form in forms.values() if form["pairs"]
@@ -218,6 +218,7 @@ def headline(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def report(figures: dict[str, Any]) -> None:
+    """Print how far each client's rewards are from the evaluation's."""
     print(f"{'client':<22}{'form':<8}{'pairs':>6}  {'largest':>8}  {'mean':>8}  flips  accuracy")
     for client, forms in figures["clients"].items():
         for form, found in forms.items():

@@ -1,4 +1,4 @@
-"""Copy the base model to models/base: from the Hub, from a local folder, or the embedded one.
+"""Put the base model into models/base: from the Hub, from a local folder, or the embedded one.
 
     python -m stages.fetch
 
@@ -57,11 +57,13 @@ TOKENIZER = (
     "*.tiktoken",
 )
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+# Texts on which a tokenizer must give the same ids after it is saved.
 PROBES = [
     "问:What's 12 + 30?\n\n答: It's 42, 四十二。 <|endoftext|>",
     "  Two spaces,\ttabs\r\n\n\n and 1234567 CAPITALS </s> <|im_end|>",
     "e\u0301 é 👩‍👩‍👧 𝔘nicode \u00a0 ﬁn",
 ]
+# How long to wait for an answer of the Hub.
 SECONDS = 7
 
 
@@ -74,6 +76,7 @@ class Base:
     seed: Seed
 
     def fault(self, found: str) -> Fault:
+        """A Fault about the model that base.name names."""
         return Fault(f"params.yaml: base.name {self.name} {found}")
 
 
@@ -81,7 +84,7 @@ class Base:
 class Source:
     """Where a base comes from: the names of its files, and a function from name to local path.
 
-    `license` is what its card says about it, with the keys of the Hub.
+    `license` is what the model card says about the licence, with the keys of the Hub.
     """
 
     kind: str
@@ -157,7 +160,7 @@ def hub_repository(base: Base) -> Source:
             return Path(api.hf_hub_download(base.name, name, revision=commit))
 
     names = [file.rfilename for file in info.siblings or []]
-    # Read from the card itself, so that the cache has it for work without the Hub.
+    # Read from the card itself, so that the card is in the cache for offline use.
     found = license_in(download("README.md").parent) if "README.md" in names else {}
     return Source("hub", commit, names, download, found)
 
@@ -187,7 +190,7 @@ def license_in(folder: Path) -> dict[str, str]:
         card = metadata_load(folder / "README.md") or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    # A licence without a name has a link.
+    # A licence that the Hub does not know has a name and a link.
     found = {name: card.get(name) for name in ("license", "license_name", "license_link")}
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
@@ -197,8 +200,8 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
     """Turn an error of huggingface_hub about a model that cannot be downloaded into a Fault."""
     from huggingface_hub import errors
 
-    # The base class of the errors of the HTTP library: httpx or httpx2, by the version of the Hub's
-    # library.
+    # The base class of the errors of the HTTP library, which is httpx or httpx2, depending on the
+    # version of huggingface_hub.
     unreachable = errors.HTTPError  # type: ignore[attr-defined]
     try:
         yield
@@ -243,7 +246,7 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
 
 
 def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
-    """Copy only what a model needs; returns the entries of base.json about its origin."""
+    """Copy only what a model needs. Returns the entries of base.json about its origin."""
     from reward.model.converting import conversion_of
     from reward.model.head import is_classifier, problem_with_head
 
@@ -280,7 +283,7 @@ def require_weights(base: Base, source: Source) -> None:
 
 
 def copy_weights(base: Base, source: Source, folder: Path) -> list[str]:
-    """Copy the weight files byte for byte; returns their names."""
+    """Copy the weight files byte for byte. Returns their names."""
     names = weight_files(base, source)
     for name in watched(names, "copying weights"):
         copy_file(source.path(name), folder / name)
@@ -302,7 +305,7 @@ def shapes_of(base: Base, folder: Path) -> dict[str, list[int]]:
 def convert_weights(
     base: Base, source: Source, folder: Path, conversion: "Conversion"
 ) -> list[str]:
-    """Write the weights of the converted base file by file; returns the names of its sources."""
+    """Write the weights of the converted base file by file. Returns the names of the originals."""
     from safetensors.torch import save_file
 
     names = weight_files(base, source)
@@ -347,7 +350,7 @@ def tensors_of(base: Base, path: Path) -> Iterator[Any]:
 
 
 def shards(base: Base, source: Source) -> list[str]:
-    """The names of the index and of the shards that it lists."""
+    """The names of the index and of the shards that it lists. Raises a Fault if one is missing."""
     try:
         names = sorted(set(read_json(source.path(INDEX))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -384,6 +387,7 @@ def normalize_tokenizer(base: Base, folder: Path) -> None:
 
     The tokenizer that transformers builds from a folder is not always the one in its
     tokenizer.json. Later stages read only that file, so it must be the one transformers builds.
+    Raises a Fault if the saved tokenizer gives different ids.
     """
     tokenizer = load_tokenizer(base, folder)
     ids = tokenizer(PROBES)["input_ids"]

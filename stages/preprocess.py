@@ -1,4 +1,4 @@
-"""Check the preference pairs, turn them into ids and split them by prompt.
+"""Check the preference pairs, turn them into token ids and split them by prompt.
 
     python -m stages.preprocess
 
@@ -6,8 +6,8 @@ Reads preprocess.data, the extra test sets of preprocess.sets, the tokenizer of 
 chat template of preprocess.chat_template. Writes the datasets
 data/tokenized/{train,validation,test} and data/tokenized/sets/<name> with template.json and
 licenses.json, reports/preprocess/figures.json and metrics/preprocess.json.
-There are two passes, from the files to a scratch table on disk and from there to the datasets, so
-that memory holds a few numbers per pair, however long the texts.
+There are two passes: from the files to a scratch table on disk, and from there to the datasets.
+Memory holds only a few numbers per pair, however long the texts are.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BATCH_CHARACTERS = 1 << 19
 # Not an error in the data: a weight of 0 is a way to leave a comparison out.
 NEVER_STOP = {"no_weight"}
 EXAMPLE_CHARACTERS = 400
-# New objects after which Python collects garbage in reference cycles.
+# Python looks for garbage in reference cycles after this many new objects.
 OBJECTS = 100_000
 
 
@@ -145,7 +145,8 @@ def licenses(found: Iterable[Source]) -> list[str]:
 def collecting_rarely() -> Iterator[None]:
     """Collect cyclic garbage rarely, because none of the millions of lists made here is in a cycle.
 
-    The default threshold of 700 objects costs a fifth of the time outside the tokenizer.
+    With the default threshold of 700 objects, the collection takes a fifth of the time outside the
+    tokenizer.
     """
     usual = gc.get_threshold()
     gc.set_threshold(OBJECTS, *usual[1:])
@@ -174,7 +175,7 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
 
 
 def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
-    """The records that pass the checks, as text. The ledger counts the others."""
+    """The records that pass the checks, rendered as text. The ledger counts the others."""
     for index, source in enumerate(ledger.sources):
         bar = tqdm(source, desc=str(source.path), unit=" records", delay=2, disable=None)
         for position, raw in bar:
@@ -225,7 +226,10 @@ def encoded(
 def row_of(
     options: Preprocess, encoder: Encoder, item: Rendered, encoded: list[Array], ledger: Ledger
 ) -> Row | None:
-    """The scratch table's row of a record, which is added to the ledger; None if none is left."""
+    """The row of a record for the scratch table, or None if no comparison is left.
+
+    Adds the record to the ledger.
+    """
     file, position, record, texts = item
     ids = encoded
     if options.over_length == "truncate_prompt" and max(map(len, ids)) > options.max_length:
@@ -261,10 +265,10 @@ def over_length(options: Preprocess, fault: BadRecord) -> tuple[str, str]:
 
 
 def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
-    """Which records share their prompt, or its beginning, with a test or validation file.
+    """Which records have a prompt that is, begins or continues one of a test or validation file.
 
     Raises a Fault that lists the first ones, unless bad records are left out. The test files keep
-    all of their records, the validation files all whose prompts are not in the test files.
+    all of their records, and the validation files those whose prompts are not in the test files.
     """
     prompts, fixed = ledger.prompts, ledger.fixed(SPLITS)
     shared = np.zeros(len(fixed), dtype=bool)
@@ -320,7 +324,7 @@ def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_
 
 
 def refused(options: Preprocess, ledger: Ledger) -> set[str]:
-    """The reasons of bad records that params.yaml does not allow to leave out."""
+    """The reasons of bad records that params.yaml does not allow preprocess to leave out."""
     reasons = set(ledger.dropped) - NEVER_STOP
     if options.on_bad_record == "drop":
         reasons &= {"over_length"}
@@ -383,7 +387,7 @@ def write_splits(
 
 
 def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
-    """All figures of the pairs. Lengths are in tokens, of chosen and rejected together."""
+    """All figures of the pairs. `length` has quantiles over all texts, in tokens."""
     used = parts >= 0
     prompts = ledger.column("prompt")
     lengths = np.concatenate([ledger.column(side)[used] for side in ("chosen", "rejected")])
@@ -410,7 +414,7 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
 
 
 def largest_family(ledger: Ledger, used: npt.NDArray[np.bool_]) -> int:
-    """The most prompts that continue each other; 1 if none does."""
+    """The number of prompts in the largest family; 1 if no prompt continues another."""
     unique, first = np.unique(ledger.column("prompt")[used], return_index=True)
     families = ledger.prompts.families[used][first]
     return int(np.unique_counts(families).counts.max(initial=len(unique) and 1))
@@ -422,6 +426,7 @@ def headline(figures: dict[str, Any]) -> dict[str, int]:
 
 
 def report(read: list[Source], figures: dict[str, Any]) -> None:
+    """Print what was read and how much of it is in each split."""
     pairs, prompts, length = (figures[key] for key in ("pairs", "prompts", "length"))
     for source in read:
         print(source.description)
@@ -452,7 +457,7 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
 
 
 def report_clients(figures: dict[str, Any]) -> None:
-    """Print which training texts clients of the model cannot score as they were trained on."""
+    """Print how many texts clients of the model cannot score in the form that was trained on."""
     if cut := figures["truncated"]:
         print(
             f"clients    the whole texts of {cut} records whose prompts were cut are too long for "
@@ -468,7 +473,7 @@ def report_clients(figures: dict[str, Any]) -> None:
 
 
 def report_other_files(*folders: Path) -> None:
-    """Name the files of a folder that are not read, because they may be meant for training."""
+    """Print which files in the folders are not read, because they may be meant for training."""
     for folder in folders:
         if names := other_names(folder):
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

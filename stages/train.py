@@ -4,8 +4,8 @@
 
 Reads data/tokenized/{train,validation} and models/base. Writes models/adapter (adapter with head,
 template.json, quantization.json, training.json), the curves in reports/train, which grow during
-training, and metrics/train.json. Checkpoints are in models/checkpoints: a run that was killed
-continues from the last one, and ends with the same bytes.
+training, and metrics/train.json. Checkpoints are in models/checkpoints. A run that was killed
+continues from the last one and ends with the same bytes.
 """
 
 import gc
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def useful(gpus: int) -> int:
-    """How many of these GPUs have work, which is at most the number of packs in the first step."""
+    """How many of these GPUs would have work: at most as many as the first step has packs."""
     options = params.load("train", Train)
     if options.tokens_per_pack == "auto":
         return gpus
@@ -147,7 +147,7 @@ def require_possible(options: Train) -> None:
 
 
 def report_precision(quantization: Quantization) -> None:
-    """Print a note if `auto` computes in fp32 on a processor that is faster in bf16."""
+    """Print a note if `auto` means fp32 on a processor that is faster in bf16."""
     if quantization.compute_dtype == "auto" and device().type == "cpu" and multiplies_bf16():
         print(
             "precision  fp32, the choice of auto on a CPU; bf16 would be faster on this processor, "
@@ -222,9 +222,9 @@ def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
 def report_unquantized(
     options: Train, lora: Lora, quantization: Quantization, validation: Dataset
 ) -> None:
-    """Print the figures of an unquantized base that is a reward model, to compare with 4 bits.
+    """Print the figures of the unquantized base, to compare with those in 4 bits.
 
-    The base is loaded as it is stored for this, and released again.
+    Used for a base that already is a reward model. It is loaded as it is stored, and released.
     """
     if quantization.bits == "none":
         return
@@ -243,7 +243,7 @@ def report_unquantized(
 
 
 def report_precisions(model: PeftModel, quantization: Quantization) -> None:
-    """Print the precisions of the base, because not every parameter gets the requested one."""
+    """Print the precisions of the base, because not all parameters get the requested one."""
     bits, half, full = (f"{count:,}" for count in precisions(model).values())
     print(f"base       {bits} parameters in 4 bits, {half} in half and {full} in full precision")
     if quantization.bits == 4 and (experts := fused_experts(model)):
@@ -253,7 +253,7 @@ def report_precisions(model: PeftModel, quantization: Quantization) -> None:
 
 
 def require_fit(model: PeftModel, dataset: Dataset) -> None:
-    """Raises a Fault for an id that the base does not know."""
+    """Raises a Fault for an id that is not in the vocabulary of the base."""
     config: Any = model.get_base_model().config
     largest = max(pc.max(pc.list_flatten(dataset.data[name])).as_py() for name in IDS)
     if largest >= config.vocab_size:
@@ -264,7 +264,7 @@ def require_fit(model: PeftModel, dataset: Dataset) -> None:
 
 
 def steps(options: Train, dataset: Dataset) -> Steps:
-    """The number of steps of the whole training."""
+    """The steps of the whole training."""
     rows = planned(
         dataset[PROMPT_ID],
         options.pairs_per_step,

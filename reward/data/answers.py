@@ -1,7 +1,7 @@
-"""Where a form has its answers, and how it says which of them is better.
+"""How published forms store answers, and how they say which answer is better.
 
-A published form is a set of column names and the meaning of its verdict. Each class here reads the
-answers of a record and their comparisons.
+A form is a set of column names and the meaning of its verdict. Each class here reads the answers
+of a record and the comparisons between them.
 """
 
 import json
@@ -17,19 +17,19 @@ from reward.data.values import Columns, Record, is_absent, needed, plain, top, v
 
 
 class UnknownVerdict(Exception):
-    """A verdict with a value that has no meaning in its form; the message names both."""
+    """A verdict whose value has no meaning in its form. The message names column and value."""
 
 
 class Compared(NamedTuple):
-    """The answers of a record, their names in error messages, and their comparisons."""
+    """The answers of a record, their names in error messages, and the comparisons between them."""
 
     answers: list[Any]
     names: Sequence[str]
     comparisons: list[Comparison]
 
 
-def every(chosen: list[Any], rejected: list[Any]) -> Compared:
-    """Every chosen answer over every rejected one."""
+def every_pair(chosen: list[Any], rejected: list[Any]) -> Compared:
+    """Prefer every chosen answer to every rejected one."""
     first = len(chosen)
     places = product(range(first), range(first, first + len(rejected)))
     names = [PAIR[0]] * first + [PAIR[1]] * len(rejected)
@@ -37,7 +37,7 @@ def every(chosen: list[Any], rejected: list[Any]) -> Compared:
 
 
 class Answers(Protocol):
-    """Where a form has its answers, and how it says which is better."""
+    """How a form stores answers, and how it says which answer is better."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -45,18 +45,25 @@ class Answers(Protocol):
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """The paths of the verdict or scores; empty where the column names say which is better."""
+        """The paths of the verdict or the scores; empty if the column names say which is better."""
 
     @property
     def description(self) -> str:
-        """The form described by its column names."""
+        """The form in words, for messages."""
 
     def compared(self, record: Record) -> Compared:
-        """Raises BadRecord for what is missing, UnknownVerdict for a verdict without a meaning."""
+        """The answers of a record and their comparisons.
+
+        Raises BadRecord if a value is missing or has the wrong type, UnknownVerdict for a verdict
+        without a meaning.
+        """
 
 
 def answers_in(value: Any) -> list[Any]:
-    """The answers in a column: a text, a message or a list of messages is one answer."""
+    """The answers in a column, which holds one answer or a list of them.
+
+    A text, a message or a list of messages is one answer.
+    """
     if isinstance(value, list) and value:
         if all(isinstance(item, str) for item in value):
             return value
@@ -85,7 +92,7 @@ class Preferred:
         return f"{self.chosen} and {self.rejected}"
 
     def compared(self, record: Record) -> Compared:
-        return every(*(answers_in(needed(record, path)) for path in self.columns))
+        return every_pair(*(answers_in(needed(record, path)) for path in self.columns))
 
 
 CANONICAL = Preferred("chosen", "rejected")
@@ -93,7 +100,7 @@ CANONICAL = Preferred("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Continued:
-    """A conversation whose last message is the chosen answer, and a column of rejected ones."""
+    """A conversation whose last message is the chosen answer, and a column of rejected answers."""
 
     conversation: str
     rejected: str
@@ -111,17 +118,17 @@ class Continued:
         return f"{self.conversation} with {self.rejected}"
 
     def compared(self, record: Record) -> Compared:
-        spoken, rejected = (needed(record, path) for path in self.columns)
-        if not isinstance(spoken, list):
+        turns, rejected = (needed(record, path) for path in self.columns)
+        if not isinstance(turns, list):
             raise BadRecord("wrong_type", f"{self.conversation!r} is not a list of messages")
-        spoken = messages(self.conversation, spoken)
-        if not spoken or not isinstance(spoken[-1], dict) or spoken[-1]["role"] != "assistant":
+        turns = messages(self.conversation, turns)
+        if not turns or not isinstance(turns[-1], dict) or turns[-1]["role"] != "assistant":
             raise BadRecord("empty", f"{self.conversation!r} does not end with an answer")
         others = [
-            spoken[:-1] + as_messages(self.rejected, answer, "assistant")
+            turns[:-1] + as_messages(self.rejected, answer, "assistant")
             for answer in answers_in(rejected)
         ]
-        return every([spoken], others)
+        return every_pair([turns], others)
 
 
 @dataclass(frozen=True)
@@ -196,12 +203,13 @@ ORDERS: dict[Order, str] = {
 class Listed:
     """Any number of answers, each with a rank or score, or listed best first.
 
-    `answers` and `worths` are each one path to a list, or one path per answer.
+    `ratings` are the ranks or scores. `answers` and `ratings` are each one path to a list, or one
+    path per answer.
     """
 
     answers: tuple[str, ...]
     order: Order
-    worths: tuple[str, ...] = ()
+    ratings: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -209,30 +217,30 @@ class Listed:
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        return self.worths
+        return self.ratings
 
     @property
     def description(self) -> str:
         found = " and ".join(self.answers)
         if self.order == "best_first":
             return f"{found} in order of preference"
-        return f"{found} with {' and '.join(self.worths)} ({ORDERS[self.order]})"
+        return f"{found} with {' and '.join(self.ratings)} ({ORDERS[self.order]})"
 
     def compared(self, record: Record) -> Compared:
-        """Compare every two answers."""
+        """Compare each answer with each other one. Raises as `Answers.compared` does."""
         found = self._values(record, self.answers)
         if self.order == "best_first":
-            worths = [-float(place) for place in range(len(found))]
+            ratings = [-float(place) for place in range(len(found))]
         else:
-            worths = [self._worth(value) for value in self._values(record, self.worths)]
-        if len(worths) != len(found):
-            name, other = self.answers[0], self.worths[0]
+            ratings = [self._rating(value) for value in self._values(record, self.ratings)]
+        if len(ratings) != len(found):
+            name, other = self.answers[0], self.ratings[0]
             raise BadRecord(
-                "wrong_type", f"{name!r} has {len(found)} values and {other!r} has {len(worths)}"
+                "wrong_type", f"{name!r} has {len(found)} values and {other!r} has {len(ratings)}"
             )
         comparisons = [
-            Comparison(j, k, TIE if worths[j] == worths[k] else 1.0)
-            if worths[j] >= worths[k]
+            Comparison(j, k, TIE if ratings[j] == ratings[k] else 1.0)
+            if ratings[j] >= ratings[k]
             else Comparison(k, j)
             for j, k in combinations(range(len(found)), 2)
         ]
@@ -251,7 +259,7 @@ class Listed:
             raise BadRecord("empty", f"{paths[0]!r} has {len(found)} answers, expected two or more")
         return found
 
-    def _worth(self, value: Any) -> float:
+    def _rating(self, value: Any) -> float:
         number = plain(value)
         if isinstance(number, float) and math.isfinite(number):
             if self.order == "scores":
@@ -259,19 +267,19 @@ class Listed:
             if number >= 1 and number == int(number):
                 return -number
         raise UnknownVerdict(
-            f"{self.worths[0]} has {_shown(value)}, expected {ORDERS[self.order]}",
+            f"{self.ratings[0]} has {_shown(value)}, expected {ORDERS[self.order]}",
         )
 
 
-# --- how sure a verdict is -------------------------------------------------------------------
+# --- how certain a verdict is ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Grades:
-    """The columns that say how sure a verdict is and how much it counts; None without one.
+    """The columns that say how certain a verdict is and how much it counts; None if there is none.
 
     `preference` is the probability that chosen, or the first of two answers, is preferred. `votes`
-    are the counts for either answer, or single votes with this `meaning`.
+    are the numbers of votes for each answer, or a list of single votes with this `meaning`.
     """
 
     preference: str | None = None
@@ -286,18 +294,18 @@ class Grades:
         return tuple(path for path in named if path)
 
     def description(self, columns: Columns) -> str:
-        """Those of them that a file has, in words, to follow the description of its answers."""
+        """The grading columns that a file has, in words that continue the description of a form."""
         votes = f" ({self.meaning.description})" if self.meaning else ""
         found = [
             path + votes * (path in self.votes) for path in self.columns if top(path) in columns
         ]
         return f" with {' and '.join(found)}" if found else ""
 
-    def of(self, record: Record, comparisons: list[Comparison]) -> list[Comparison]:
-        """Comparisons with the preference, weight and margin of their record.
+    def graded(self, record: Record, comparisons: list[Comparison]) -> list[Comparison]:
+        """The comparisons of a record, with its preference, weight and margin.
 
-        Raises BadRecord for a margin where no answer is certainly better, UnknownVerdict for a
-        value without a meaning.
+        Raises BadRecord for a margin if no answer is certainly better, UnknownVerdict for a value
+        without a meaning.
         """
         preference = self._preference(record)
         margin = _number(record, self.margin, 0.0, NOT_NEGATIVE)
@@ -323,7 +331,7 @@ class Grades:
         return _number(record, self.preference, TIE, PROBABILITY)
 
     def _share(self, record: Record) -> float | None:
-        """The share of the votes for the first answer; one for neither counts half for each."""
+        """The share of the votes for the first answer. A tied vote counts half for each answer."""
         given = [value_at(record, path) for path in self.votes]
         found = given[0] if len(given) == 1 else given
         if is_absent(found) or found == [None, None]:
@@ -336,7 +344,7 @@ class Grades:
         return (first + equal / 2) / (first + second + equal)
 
     def _counts(self, votes: list[Any]) -> tuple[float, float, float] | None:
-        """The votes for the first answer, for the second and for neither; None if unknown."""
+        """The votes for the first answer, for the second and for a tie; None if unknown."""
         if self.meaning:
             signs = [self.meaning.sign(vote) for vote in votes]
             if None in signs:
@@ -359,7 +367,7 @@ def _is_count(number: Any) -> bool:
 
 
 def _number(record: Record, path: str | None, default: float, expected: str) -> float:
-    """The number at a path, or the default where there is none."""
+    """The number at a path, or the default if there is none. Raises UnknownVerdict."""
     value = value_at(record, path) if path else None
     if is_absent(value):
         return default
@@ -379,7 +387,7 @@ def _shown(value: Any) -> str:
 
 
 def as_messages(key: str, value: Any, role: str) -> list[Any]:
-    """A text as one message of `role`, a message as a list of one, messages unchanged."""
+    """A list of messages, made from a text (one message of `role`), a message or a list of them."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return messages(key, value) if isinstance(value, list) else [message(key, value)]

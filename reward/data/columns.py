@@ -4,13 +4,14 @@ ID, PROMPT_ID = "id", "prompt_id"
 IDS = ("input_ids_j", "input_ids_k")
 MASKS = ("attention_mask_j", "attention_mask_k")
 PREFIX = "prefix_length"
-# The number of an answer among all answers to its prompt in one folder.
+# The number of an answer among all answers to its prompt in the same folder.
 ANSWERS = ("answer_j", "answer_k")
 # The probability that j is preferred, the weight of the comparison, and by how much j is better.
 PREFERENCE, WEIGHT, TARGET_MARGIN = "preference", "weight", "margin"
 GRADES = (PREFERENCE, WEIGHT, TARGET_MARGIN)
 
-# Of the answers to test prompts: messages as JSON, and both as rendered by the template.
+# The columns of the folder `answers`. PROMPT and RESPONSE are messages as JSON, and TEXT is both as
+# rendered by the template.
 ANSWER = "answer"
 PROMPT, RESPONSE, TEXT = "prompt", "response", "text"
 CONVERSATION = (PROMPT, "chosen", "rejected")
@@ -20,7 +21,7 @@ TOKENS = ("tokens_chosen", "tokens_rejected")
 MARGIN = "margin"
 TEST_SET = "test set"
 
-# A column of a record that has one of these names is kept under another.
+# A column of a record that has one of these names is kept as raw_<name>.
 RESERVED = (
     *(ID, PROMPT_ID, *ANSWERS, *IDS, *MASKS, PREFIX, *GRADES),
     *(*REWARDS, *TOKENS, MARGIN, TEST_SET),

@@ -1,6 +1,7 @@
-"""Messages and conversations in any known spelling, as messages with role and content.
+"""Convert messages and conversations in any known spelling to messages with role and content.
 
-Anything else is left unchanged, because the check of a record reports what is wrong with it.
+Anything else is left unchanged, because `records.check` reports what is wrong with it. HH is
+Anthropic's data set hh-rlhf.
 """
 
 import re
@@ -25,7 +26,7 @@ Message = dict[str, Any]
 
 
 def spelling(item: Any) -> tuple[str, str] | None:
-    """The keys of a message's role and content, or None for what is not a message."""
+    """The keys of a message's role and content, or None if the item is not a message."""
     if isinstance(item, dict):
         for keys in SPELLINGS:
             if keys[0] in item and keys[1] in item:
@@ -61,7 +62,7 @@ def messages(key: str, value: list[Any]) -> list[Any]:
 
 
 def _joined(key: str, parts: list[Any]) -> Any:
-    """The text of a content that is a list of parts."""
+    """The text of a content that is a list of parts, or the list itself if it is malformed."""
     texts = []
     for part in parts:
         if not isinstance(part, dict) or "type" not in part:
@@ -82,27 +83,27 @@ def _joined(key: str, parts: list[Any]) -> Any:
 
 
 def has_turns(text: str) -> bool:
-    """Whether a text is a conversation as in HH: turns after Human: and Assistant:."""
+    """Whether a text is a conversation as in HH, in turns that begin with Human: or Assistant:."""
     return bool(FIRST_TURN.match(text)) and "\n\nAssistant:" in text
 
 
 def turns(text: str) -> list[Message]:
-    """The messages of a conversation as in HH, without the empty last one of a prompt."""
-    _, *found = TURN.split(text)
-    speakers, contents = found[::2], found[1::2]
-    spoken = [
+    """The messages of a conversation as in HH. An empty last turn, as in a prompt, is dropped."""
+    _, *parts = TURN.split(text)
+    speakers, contents = parts[::2], parts[1::2]
+    found = [
         {"role": "assistant" if speaker == "Assistant" else "user", "content": content.strip()}
         for speaker, content in zip(speakers, contents, strict=True)
     ]
-    return spoken[:-1] if spoken and not spoken[-1]["content"] else spoken
+    return found[:-1] if found and not found[-1]["content"] else found
 
 
 def shared_start(chosen: str, rejected: str) -> int:
-    """The length of the prompt with which two texts begin: up to the last word they share.
+    """The length of the prompt with which two texts begin, in characters.
 
-    Neither the white space after that word nor the whole of either text belongs to it. Chinese and
-    Japanese have no white space between words: there the prompt ends with the last shared sentence,
-    or else with the last shared character.
+    The prompt ends with the last word that they share, without the white space after it, and is
+    shorter than either text. Chinese and Japanese have no white space between words. There, it ends
+    with the last shared sentence, or else with the last shared character.
     """
     shorter = min(len(chosen.rstrip()), len(rejected.rstrip()))
     differ = (place for place in range(shorter) if chosen[place] != rejected[place])
@@ -126,5 +127,8 @@ def _within_word(text: str, cut: int) -> bool:
 
 
 def _is_ideographic(character: str) -> bool:
-    """Whether a character belongs to a script without white space between words, or its marks."""
+    """Whether a character belongs to a script without white space between words.
+
+    Punctuation marks of these scripts count too.
+    """
     return unicodedata.east_asian_width(character) in "WF" and not "가" <= character <= "힣"

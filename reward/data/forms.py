@@ -23,13 +23,13 @@ from reward.data.dialogue import (
 from reward.data.records import FIELDS, ROLES, BadRecord, Raw, raw_pair
 from reward.data.values import Record, is_absent, top, value_at
 
-# Names of the prompt column: of texts, of messages, and of either.
+# Names of a prompt column that holds texts, messages, or either.
 TEXTS = ("question", "instruction", "query", "post")
 CONVERSATIONS = ("messages", "conversations", "conversation", "context", "dialogue")
 PROMPTS = ("prompt", *TEXTS, *CONVERSATIONS, "history", "input")
 # Columns that may repeat the chosen conversation.
 REPEATING = frozenset({"messages", "conversations", "conversation"})
-# Columns that the model would never see. A record with a value there cannot be used.
+# Columns that a text model cannot see. A record with a value in one of them is bad.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -38,10 +38,10 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 @dataclass(frozen=True)
 class Context:
-    """The paths of the columns before the answers, all of them optional.
+    """The paths of the columns that come before the answers, all of them optional.
 
-    `rivals` are other columns that could be the prompt. A record in which one of them adds
-    something could be read in two ways.
+    `rivals` are other columns that could be the prompt. A record in which one of them has a value
+    of its own could be read in two ways.
     """
 
     prompt: str | None = None
@@ -56,7 +56,7 @@ class Context:
         return tuple(path for path in named if path)
 
     def prompt_of(self, record: Record) -> Any:
-        """The prompt of a record: a text, or a list of messages where there is more than one."""
+        """The prompt of a record: a text, a list of messages, or None. Raises BadRecord."""
         for name in MEDIA:
             if not is_absent(record.get(name)):
                 raise BadRecord("not_text", f"{name!r} has a value, expected text only")
@@ -68,7 +68,7 @@ class Context:
         return self._with_input(record, asked)
 
     def before(self, record: Record) -> list[Any]:
-        """The system message and the earlier turns."""
+        """The system message and the earlier turns, as messages. Raises BadRecord."""
         found = []
         system = value_at(record, self.system) if self.system else None
         if not is_absent(system):
@@ -91,7 +91,7 @@ class Context:
         return f"{asked}\n{more}"
 
     def _turns(self, history: Any) -> list[Message]:
-        """Earlier turns: lists of a question and its answer, or messages."""
+        """Earlier turns as messages, from messages or from lists of a question and its answer."""
         if isinstance(history, list):
             if all(isinstance(turn, list) for turn in history):
                 if all([type(text) for text in turn] == [str, str] for turn in history):
@@ -110,8 +110,8 @@ class Context:
 
 # --- a form ----------------------------------------------------------------------------------
 
-# Where the prompt is if the answers contain it: in their turns, in their shared first words, or in
-# a column of its own that they repeat.
+# Where the prompt is if the answers contain it: in their turns, in the words with which all of them
+# begin, or in its own column, which they repeat.
 Whole = Literal["", "turns", "words", "repeated"]
 WHOLES: dict[Whole, str] = {
     "": "",
@@ -130,15 +130,15 @@ class Form:
     grades: Grades = UNGRADED
     whole: Whole = ""
     description: str = ""
-    # Derived: the columns of prompt and answers, the columns that must not be ignored, and whether
-    # the form is prompt, chosen and rejected as they are.
+    # Derived: the columns that the form reads, those that need a conversion or a check if they have
+    # a value, and whether the form is prompt, chosen and rejected without any conversion.
     used: frozenset[str] = field(init=False)
     looked_at: frozenset[str] = field(init=False)
     is_canonical: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        # Once read, a verdict is dropped: without the order of the answers in the file it means
-        # nothing.
+        # A verdict is not kept as a column, because it means nothing without the order of the
+        # answers in the file.
         read = (*self.answers.verdicts, *self.grades.columns)
         paths = (*self.context.columns, *self.answers.columns, *read)
         used = {top(path) for path in paths}
@@ -163,7 +163,7 @@ class Form:
         if len(found) > 2 and isinstance(prompt, list) and not all(map(spelling, prompt)):
             raise BadRecord("wrong_type", f"{self.context.prompt!r} is not a list of messages")
         if self.grades.columns:
-            comparisons = self.grades.of(record, comparisons)
+            comparisons = self.grades.graded(record, comparisons)
         kept = {name: value for name, value in record.items() if name not in self.used}
         if "tools" in kept:
             kept["tools"] = _tools(kept["tools"])
@@ -181,7 +181,7 @@ class Form:
     def _conversation(
         self, before: list[Any], prompt: Any, found: list[Any], names: Sequence[str]
     ) -> tuple[Any, list[Any]]:
-        """Prompt and answers with role and content, after the earlier messages."""
+        """The prompt and the answers with role and content, after the earlier messages."""
         answers = [_answer(*each) for each in zip(names, found, strict=True)]
         prompt, answers = WHOLE_TEXTS[self.whole](prompt, answers, names)
         if isinstance(prompt, str) and self.whole != "words" and awaits_assistant(prompt):
@@ -196,7 +196,8 @@ class Form:
 def _is_canonical(record: Record, looked_at: frozenset[str]) -> bool:
     """Whether a record needs no conversion, or lacks an answer, which the check then reports.
 
-    The columns in question may be empty or repeat an answer, as `messages` of UltraFeedback does.
+    The columns `looked_at` may be empty or repeat the chosen answer, as `messages` of UltraFeedback
+    does.
     """
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if is_absent(chosen) or is_absent(rejected):
@@ -212,7 +213,7 @@ def _is_canonical(record: Record, looked_at: frozenset[str]) -> bool:
 
 
 def _are_plain(value: Any) -> bool:
-    """Whether these are messages with the keys role and content, and with text only."""
+    """Whether a value is a list of messages with the keys role and content, and with text only."""
     if type(value) is not list:
         return False
     for item in value:
@@ -231,7 +232,7 @@ def _answer(key: str, value: Any) -> Any:
 
 
 def _tools(value: Any) -> Any:
-    """The tools of a record, which some files have as a JSON string."""
+    """The tools of a record, which some files store as a JSON string."""
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
@@ -241,7 +242,7 @@ def _tools(value: Any) -> Any:
 
 
 def _joined(before: list[Any], asked: list[Any]) -> list[Any]:
-    """Earlier messages and those of the prompt; a system message that is in both appears once."""
+    """The earlier messages, then those of the prompt. A system message in both appears once."""
     systems = [[each for each in part if _has_role(each, "system")] for part in (before, asked)]
     if all(systems):
         if systems[0][0]["content"] != systems[1][0]["content"]:
@@ -256,7 +257,7 @@ def _has_role(item: Any, role: str) -> bool:
 
 
 def _after(before: list[Any], prompt: Any, answer: Any) -> Any:
-    """An answer; one that is a whole conversation gets the earlier messages too."""
+    """An answer. If it is a whole conversation, it gets the earlier messages too."""
     whole = isinstance(answer, list) and answer and not _has_role(answer[0], "assistant")
     if whole:
         return _joined(before, answer)

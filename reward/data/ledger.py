@@ -1,6 +1,6 @@
 """What preprocess knows about each comparison: a few numbers if it is usable, else what is wrong.
 
-Texts and ids are on disk, in the scratch table. Memory holds these numbers only, so a million
+Texts and ids are on disk, in the scratch table. Only these numbers are in memory, so a million
 pairs fit.
 """
 
@@ -37,12 +37,12 @@ from reward.data.splitting import (
 SHOWN = 10
 # A column is searched for repeated values at this many records, at twice as many, and so on.
 FIRST_LOOK = 1024
-# Probabilities are rounded to one part in this many before verdicts are compared.
+# Probabilities are rounded to multiples of 1 / PARTS before verdicts are compared.
 PARTS = 1_000_000
 
 
 class BadPlace(NamedTuple):
-    """The place of a bad record and what is wrong; sorts by file and position."""
+    """The place of a bad record and what is wrong with it. Sorts by file and position."""
 
     file: int
     position: int
@@ -60,9 +60,12 @@ def hashes() -> array[int]:
 
 @dataclass
 class Ledger:
-    """The numbers of all usable comparisons, one element each, and what is wrong with the others.
+    """The usable comparisons as arrays with one element each, and what is wrong with the others.
 
-    GRADES are kept only for comparisons that are not certain; `graded` are the rows of those.
+    `file` is the index of the source and `position` the place in it. `chosen`, `rejected` and
+    `prefix` are lengths in tokens; the other arrays of this length are hashes. `graded` are the
+    rows of comparisons whose GRADES are not the default, and `grades` their values. `begun` are the
+    hashes of the `beginnings` of all prompts, and `owner` the rows that these belong to.
     """
 
     sources: list[Source]
@@ -91,7 +94,7 @@ class Ledger:
     def add(
         self, file: int, position: int, record: Record, ids: Sequence[Array], kept: Kept
     ) -> None:
-        """Record the comparisons that are kept of a record, whose answers have these ids."""
+        """Add the comparisons of a record that are kept. `ids` are the token ids of its answers."""
         begun, answers = beginnings(record.prompt), [*map(hash_of, ids)]
         judged = self._judges.hashed(record.columns)
         self.columns.update(record.columns)
@@ -111,7 +114,7 @@ class Ledger:
             self._judges.add(judged)
 
     def grade(self, rows: Iterable[int], *grades: Iterable[float]) -> None:
-        """Set GRADES of some comparisons, replacing earlier ones."""
+        """Set the GRADES of some comparisons. Later values replace earlier ones."""
         self.graded.extend(rows)
         for noted, found in zip(self.grades.values(), grades, strict=True):
             noted.extend(found)
@@ -126,33 +129,34 @@ class Ledger:
         return found
 
     def bad(self, file: int, position: int, reason: str, sentence: str) -> None:
-        """Count a bad record, and keep its place if it is among the first with its reason.
+        """Count a bad record, and keep its place if it is one of the first SHOWN with its reason.
 
-        Only records with the same reason come in file order, because a record is checked long
-        before its ids are.
+        Records arrive in file order only within one reason, because the ids of a record are checked
+        long after the record itself.
         """
         self.dropped[reason] += 1
         if self.dropped[reason] <= SHOWN:
             self.faults.append(BadPlace(file, position, reason, sentence))
 
     def bad_rows(self, rows: Iterable[int], reason: str, sentence: str) -> None:
-        """The same for records that turn out bad when all records are compared."""
+        """Count records that turn out to be bad when all records are compared."""
         for row in rows:
             self.bad(self.file[row], self.position[row], reason, sentence)
 
     def column(self, name: str) -> npt.NDArray[Any]:
+        """One of the arrays, without a copy."""
         return np.asarray(getattr(self, name))
 
     def answers(self, start: int = 0) -> Hashes:
         """Hashes that are equal for the same two answers to one prompt, in either order.
 
-        For the comparisons from `start` on.
+        Shape [comparisons], without those before `start`.
         """
         prompt, one, other = (self.column(name)[start:] for name in ("prompt", *ANSWERS))
         return combined(prompt, np.minimum(one, other), np.maximum(one, other))
 
     def ballots(self) -> Ballots:
-        """What every comparison says about its answers."""
+        """The ballot of every comparison: [comparisons]."""
         preference, weight, margin = map(self.grade_of, GRADES)
         is_first = self.column(ANSWERS[0]) < self.column(ANSWERS[1])
         first, answers = np.where(is_first, preference, 1 - preference), self.answers()
@@ -160,7 +164,7 @@ class Ledger:
         return Ballots(answers, verdicts, first, weight, margin)
 
     def numbered(self, rows: npt.NDArray[np.bool_]) -> Numbered:
-        """The answers of some comparisons, numbered within their prompts."""
+        """The answers of the comparisons selected by `rows`, numbered within their prompts."""
         sides = [self.column(name)[rows] for name in ANSWERS]
         return number_answers(self.column("prompt")[rows], np.stack(sides, axis=1))
 
@@ -172,7 +176,10 @@ class Ledger:
         tokenizer: str,
         texts: bool,
     ) -> None:
-        """Write some comparisons of the scratch table to a new folder, with or without texts."""
+        """Write the comparisons selected by `rows` from the scratch table to a new folder.
+
+        With `texts`, write the texts of their answers too.
+        """
         numbers, first = self.numbered(rows)
         late = dict(zip(ANSWERS, numbers.T, strict=True))
         late |= {name: self.grade_of(name)[rows] for name in GRADES}
@@ -191,16 +198,17 @@ class Ledger:
         return self._judges.all()
 
     def fixed(self, splits: tuple[str, ...]) -> npt.NDArray[np.int8]:
-        """The index of the split of a record's file, -1 if its prompts are to be split."""
+        """The index of the split that the file is for, -1 if it is for none: [comparisons]."""
         found = [splits.index(each.split) if each.split else -1 for each in self.sources]
         return np.array(found, dtype=np.int8)[self.column("file")]
 
     def place(self, file: int, position: int) -> str:
+        """Where a record is, for messages."""
         path = self.sources[file].path
         return f"{path}: {unit(path)} {position}"
 
     def listed(self, reasons: set[str]) -> str:
-        """The first records that are bad for one of the reasons, one per line, and their number."""
+        """The first records that are bad for one of the reasons, one per line, and the counts."""
         shown = sorted(fault for fault in self.faults if fault.reason in reasons)[:SHOWN]
         lines = [
             f"{self.place(file, position)}: {reason}: {sentence}"
@@ -214,8 +222,8 @@ class Judges:
     """A hash of the other columns of each comparison, such as its judge.
 
     A column whose values are all different, such as an `id`, does not name a judge: if it counted,
-    two records would never contradict each other. Whether a value occurs again is known only at
-    the end of a file, so the hashes of a column wait until one does.
+    two records would never contradict each other. Whether a value is repeated may be known only at
+    the end of a file, so the hashes of a column wait until one of its values is.
     """
 
     def __init__(
@@ -225,7 +233,7 @@ class Judges:
         self._file, self._position, self._answers = file, position, answers
         self._sums = hashes()
         self._start = 0
-        # The columns of the current file; None for a column that counts.
+        # The waiting hashes of each column of the current file; None for a column that counts.
         self._waiting: dict[str, array[int] | None] = {}
 
     @staticmethod
@@ -258,10 +266,10 @@ class Judges:
         return np.array(self._sums, dtype=np.uint64)
 
     def _settle(self) -> None:
-        """Add the columns in which a value occurs with two different comparisons."""
+        """Add the columns in which a value occurs with two different pairs of answers."""
         sums, positions = (np.asarray(each)[self._start :] for each in (self._sums, self._position))
         answers = self._answers(self._start)
-        # The pairs of one record are consecutive and share its columns: only the first is compared.
+        # The pairs of a record are consecutive and share its columns, so the first is enough.
         first = np.diff(positions, prepend=0) != 0
         for name, waiting in self._waiting.items():
             if waiting is None:

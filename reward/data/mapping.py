@@ -1,6 +1,6 @@
 """dataset.yaml: what the columns of a folder's files mean, and which of their records are used.
 
-There is an entry for each file or pattern of files. Every key is optional; what an entry does not
+There is an entry for each file or pattern of files. Every key is optional. What an entry does not
 say about the columns is recognized:
 
     ratings-*.csv:
@@ -37,8 +37,8 @@ from reward.process import Fault
 
 ORDERED: tuple[Order, ...] = ("ranks", "scores")
 GRADED = ("preference", "margin", "weight")
-# Keys that say which of two answers is better, and how surely.
-SURE = ("votes", "preference")
+# Keys that say which of two answers is better, and with what probability.
+SOFT = ("votes", "preference")
 # Keys about the records of a file, not about its columns.
 RECORDS = ("take", "seed", "split", "source", "license")
 BEFORE = ("prompt", "input", "system", "history")
@@ -104,7 +104,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """The entry of a file; `paths` are the columns that it names, each with the key naming it."""
+    """The entry of a file. `paths` are the columns that it names, each with its key."""
 
     known: Known = field(default_factory=Known)
     paths: tuple[tuple[str, str], ...] = ()
@@ -124,7 +124,7 @@ class Mapping:
     entries: dict[str, Entry]
 
     def entry(self, name: str) -> Entry | None:
-        """The entry of a file, or of the pattern it matches. Raises a Fault for two patterns."""
+        """The entry of a file or of the pattern that it matches. Raises a Fault for several."""
         if name in self.entries:
             return self.entries[name]
         found = [pattern for pattern in self.entries if fnmatchcase(name, pattern)]
@@ -142,7 +142,7 @@ class Mapping:
 
 
 def read_mapping(folder: Path) -> Mapping | None:
-    """The dataset.yaml of a folder, if it has one. Raises a Fault that lists all faults in it."""
+    """The dataset.yaml of a folder, or None. Raises a Fault that lists everything wrong with it."""
     path = folder / MAPPING
     for other in (path.with_suffix(".yml"), path.with_name("Dataset.yaml")):
         if other.exists() and not path.exists():
@@ -184,16 +184,16 @@ def _faults(entry: Any) -> list[str]:
 
 def _conflicts(entry: dict[str, Any]) -> list[str]:
     """Keys of an entry that contradict each other."""
-    pair, ways = {"chosen", "rejected"} & entry.keys(), ("verdict", *ORDERED, "order", *SURE)
+    pair, ways = {"chosen", "rejected"} & entry.keys(), ("verdict", *ORDERED, "order", *SOFT)
     given = [way for way in ways if entry.get(way) is not None]
     if pair or "answers" not in entry:
-        given = [way for way in given if way not in SURE]
+        given = [way for way in given if way not in SOFT]
     faults = []
     if len(pair) == 1 or (pair and "answers" in entry):
         faults.append("expected chosen and rejected, or answers")
     if ("answers" in entry) != (len(given) == 1):
         return [*faults, f"expected answers with one of {', '.join(ways)}"]
-    for way in ("verdict", *SURE):
+    for way in ("verdict", *SOFT):
         if way in given and (not isinstance(entry["answers"], list) or len(entry["answers"]) != 2):
             faults.append(f"{way} needs two columns in answers")
     valued = {"first", "second", "tie"} & entry.keys()
@@ -220,7 +220,7 @@ def _conflicts(entry: dict[str, Any]) -> list[str]:
 
 
 def _listed(entry: dict[str, Any], key: str) -> Scalars:
-    """The values of a key, given as a list or as a single value."""
+    """The values of a key, which may be a list or a single value."""
     found = entry.get(key, [])
     return tuple(found) if isinstance(found, list) else (found,)
 
@@ -265,7 +265,7 @@ def _answers(entry: dict[str, Any]) -> Answers | None:
         meaning = _meaning(entry) or Meaning((), ())
         first, second = entry["answers"]
         return Judged(first, second, entry["verdict"], meaning)
-    if any(entry.get(way) for way in SURE):
+    if any(entry.get(way) for way in SOFT):
         return Preferred(*entry["answers"])
     for way in ORDERED:
         if way in entry:

@@ -1,7 +1,8 @@
-"""Which form a file has, by known columns with the values that they should have, or a Fault.
+"""Recognize the form of a file by its columns and their values.
 
-A form is a complete set of columns. A file that could be read in two ways is refused with the entry
-of dataset.yaml that decides, because training on an inverted verdict would go unnoticed.
+A form is a complete set of columns. A file that could be read in two ways is refused, because
+training on an inverted verdict would go unnoticed. The message then gives the entries of
+dataset.yaml that would decide.
 """
 
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from reward.data.values import (
 )
 from reward.process import Fault
 
+# How many records at the beginning of a file decide its form.
 HEAD = 100
 PREFERRED = (
     CANONICAL,
@@ -71,10 +73,11 @@ VOTED = Preferred("response1", "response2")
 VOTES = Grades(votes=("votes",), meaning=Meaning((1,), (2,), (0,)))
 # WebGPT comparisons
 SCORED = (Listed(("answer_0", "answer_1"), "scores", ("score_0", "score_1")),)
-# Lists of answers: their columns, the text of an answer that is an object, and its rank or score.
+# Lists of answers: their columns, and in answers that are objects, the keys of the text and of the
+# rank or score.
 LISTS = ("answers", "completions", "responses")
 ANSWER = ("answer", "response", "completion", "text", "content", "output")
-WORTHS: dict[Order, tuple[str, ...]] = {
+RATINGS: dict[Order, tuple[str, ...]] = {
     "ranks": ("rank", "ranks"),
     "scores": ("score", "scores", "overall_score", "rating", "ratings", "pm_score"),
 }
@@ -82,7 +85,10 @@ WORTHS: dict[Order, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Known:
-    """What dataset.yaml says about a file's columns; what it leaves out is recognized."""
+    """What dataset.yaml says about a file's columns. What it leaves out is recognized.
+
+    `named` are the keys that it gives, including those that are null.
+    """
 
     context: Context | None = None
     answers: Answers | None = None
@@ -94,7 +100,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
     """The form of the file `path`, recognized by its first records.
 
     `alone` says that params.yaml names the file and not its folder. Raises a Fault for an unknown
-    form, or one that could be read in two ways.
+    form, or a file that could be read in two ways.
     """
     objects = [record for record in records if isinstance(record, dict)]
     columns = columns_of(objects)
@@ -172,14 +178,14 @@ def _lists(columns: Columns) -> list[Answers]:
             if len(texts) == 1:
                 found += [
                     Listed((f"{name}[].{texts[0]}",), order, (f"{name}[].{key}",))
-                    for order, keys in WORTHS.items()
+                    for order, keys in RATINGS.items()
                     for key in keys
                     if key in inside
                 ]
         elif are_texts(items):
             found += [
                 Listed((name,), order, (key,))
-                for order, keys in WORTHS.items()
+                for order, keys in RATINGS.items()
                 for key in keys
                 if all(isinstance(value, list) for value in columns.get(key, [0]))
             ]
@@ -187,7 +193,7 @@ def _lists(columns: Columns) -> list[Answers]:
 
 
 def _are_votes(columns: Columns) -> bool:
-    """Whether the column of votes has lists of values that VOTES knows."""
+    """Whether the column `votes` has lists of values that have a meaning in VOTES."""
     signs = [
         VOTES.meaning.sign(vote) if VOTES.meaning else None
         for value in columns.get("votes", [None])
@@ -199,7 +205,7 @@ def _are_votes(columns: Columns) -> bool:
 def _grades(columns: Columns, answers: Answers, known: Known) -> Grades:
     """The columns that grade the comparisons, recognized by their names.
 
-    A column of that name without numbers means something else, and is kept as a column.
+    A column with one of these names but without numbers means something else, and is kept.
     """
     if answers == VOTED and not known.answers:
         return VOTES
@@ -226,7 +232,7 @@ def _grades(columns: Columns, answers: Answers, known: Known) -> Grades:
 
 
 def _are_counts(columns: Columns) -> bool:
-    """Whether the column of votes has the counts for chosen and for rejected."""
+    """Whether the column `votes` has the numbers of votes for chosen and for rejected."""
     return all(
         isinstance(value, list) and len(value) == 2 and are_numbers(value)
         for value in columns.get("votes", [None])
@@ -268,7 +274,7 @@ def _context(columns: Columns, answers: Answers, known: Known, unread: Unrecogni
 def _prompts(columns: Columns, taken: set[str]) -> dict[str, str]:
     """The columns that could be the prompt, each with the path to it.
 
-    A column that repeats another one does not count, such as `messages` of UltraFeedback.
+    A column that repeats another one, such as `messages` of UltraFeedback, does not count.
     """
     found: dict[str, str] = {}
     for name in PROMPTS:
@@ -298,7 +304,7 @@ def _prompt_path(name: str, values: list[Any]) -> str:
 
 
 def _is_prompt(name: str, values: list[Any]) -> bool:
-    """Whether the only column with a prompt's name has values that can be a prompt."""
+    """Whether the values of the only column with a prompt's name can be prompts."""
     if name in ("prompt", "info"):
         return True
     if all(are_messages(value) for value in values):
@@ -318,7 +324,7 @@ def _are_turns(values: list[Any]) -> bool:
 
 
 def _rivals(prompt: str | None, taken: set[str]) -> tuple[str, ...]:
-    """Other prompt columns: a record with a value in one could be read in two ways."""
+    """Other columns that could be the prompt. A record with a value there is ambiguous."""
     own = top(prompt) if prompt else None
     return tuple(name for name in PROMPTS if name not in (own, "input", "history", *taken))
 
@@ -327,7 +333,7 @@ def _rivals(prompt: str | None, taken: set[str]) -> tuple[str, ...]:
 
 
 def _whole(records: list[Record], context: Context, answers: Answers) -> Whole:
-    """How the chosen and rejected texts contain the prompt, if all of the first records do."""
+    """How the chosen and rejected texts contain the prompt, if they do in all of the records."""
     if not isinstance(answers, Preferred):
         return ""
     found = []
@@ -366,7 +372,7 @@ def _sentences(records: list[Record], answers: Answers) -> list[str]:
 
 
 def _hold_conversations(records: list[Record], answers: Answers) -> bool:
-    """Whether all answers are messages from the first turn on."""
+    """Whether all answers are whole conversations, as messages."""
     if isinstance(answers, Continued):
         return True
     for record in records:
@@ -381,7 +387,7 @@ def _hold_conversations(records: list[Record], answers: Answers) -> bool:
 
 
 def _description(form: Form, columns: Columns) -> str:
-    """A form described by its columns: `conversations with from/value, chosen and rejected`."""
+    """A form in words, such as `conversations with from/value, chosen and rejected`."""
     before = [
         name + _spelled(columns[name])
         for name in dict.fromkeys(map(top, form.context.columns))

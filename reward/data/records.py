@@ -1,10 +1,10 @@
-"""The preference record: what it may have, and the check that reports what is wrong with it.
+"""The preference record: what it may contain, and the check that reports what is wrong with it.
 
-A record has `chosen` and `rejected`, each a text or a list of {role, content} messages, and
-`prompt`: a text, a list of messages, or nothing if `chosen` and `rejected` are the whole
+A record has `chosen` and `rejected`, each a text or a list of {role, content} messages. It has a
+`prompt`, which is a text or a list of messages, unless `chosen` and `rejected` are whole
 conversations. Other forms have any number of answers and their comparisons. A message may also have
-the PARTS, and the record `tools`, a list of JSON schemas. Extra columns with a single value are
-kept. A record that is only scored may have any number of `answers`, or one `answer`, instead.
+PARTS, and a record may have `tools`, a list of JSON schemas. Extra columns with a single value are
+kept. A record that is only scored may have `answers`, any number of them, or one `answer` instead.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ ROLES = ("system", "user", "assistant", "tool")
 PAIR = ("chosen", "rejected")
 FIELDS = ("prompt", *PAIR)
 LAST_TURN = "\n\nAssistant:"
-# The most bytes of a prompt that answers may repeat by chance, such as a greeting.
+# Answers may begin with a prompt of at most this many bytes by chance, such as a greeting.
 GREETING = 15
 # Keys that a message may have besides role and content, which chat templates render.
 PARTS = ("reasoning_content", "tool_calls", "name", "tool_call_id")
-# Keys that a message must not have, because nothing in this project reads them.
+# Keys that a message must not have, because no code here reads them.
 UNREAD = ("audio", "function_call", "images", "reasoning", "thinking", "videos")
 TOOLS = "tools"
 
@@ -77,9 +77,9 @@ class Raw(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """A checked record. A text has become one message of the user or the assistant.
+    """A checked record, in which every text has become a message.
 
-    `ids` are the ids of the comparisons. `faults` are those of the comparisons that are left out.
+    `ids` are the ids of the comparisons. `faults` say why other comparisons were left out.
     """
 
     prompt: Messages
@@ -108,7 +108,7 @@ class Candidates:
     answers: list[Messages]
 
 
-# Made once, because json.dumps makes a new encoder for each call with options.
+# Created once, because json.dumps creates a new encoder for each call with options.
 compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -181,7 +181,7 @@ def _identities(raw: Raw, tools: Any) -> list[str]:
 
 
 def candidates(record: Any) -> Candidates:
-    """The answers of a record that are scored: those of a pair, its `answers`, or its `answer`.
+    """The answers of a record to be scored: those of a pair, its `answers`, or its `answer`.
 
     Raises BadRecord as `check` does.
     """
@@ -222,7 +222,7 @@ def _answers(record: dict[str, Any], key: str) -> list[tuple[str, Any]]:
 
 
 def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
-    """Prompt and answers as messages; an answer does not repeat the prompt."""
+    """The prompt and the answers as messages. If answers repeat the prompt, it is removed there."""
     prompt, answers, names, *_ = raw
     if all(isinstance(answer, str) for answer in answers):
         if prompt is None:
@@ -235,8 +235,8 @@ def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
             if isinstance(value, str):
                 found = f"{key!r} is a string while another answer is a list"
                 raise BadRecord("wrong_type", f"{found}, expected all strings or all lists")
-    spoken = [_messages(key, value) for key, value in zip(names, answers, strict=True)]
-    head = _shared_prompt(spoken)
+    conversations = [_messages(key, value) for key, value in zip(names, answers, strict=True)]
+    head = _shared_prompt(conversations)
     if prompt is not None:
         asked = _messages("prompt", prompt, "user")
         # The answers may repeat the prompt, and may begin with a system message that it lacks.
@@ -244,11 +244,11 @@ def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
             head = asked
     elif not any(message[0] == "user" for message in head):
         raise BadRecord("missing_key", "'prompt' is missing, and the first messages differ")
-    return head, [_without_prompt(head, *each) for each in zip(names, spoken, strict=True)]
+    return head, [_without_prompt(head, *each) for each in zip(names, conversations, strict=True)]
 
 
 def _without_prompt(prompt: Messages, key: str, messages: Messages) -> Messages:
-    """The answer alone, of messages that may repeat the prompt."""
+    """The messages of an answer without the prompt, which they may repeat."""
     repeated = messages[: len(prompt)] == prompt
     answer = messages[len(prompt) :] if repeated else messages
     if not answer or answer[-1][0] != "assistant":
@@ -262,7 +262,7 @@ def _without_prompt(prompt: Messages, key: str, messages: Messages) -> Messages:
 
 
 def _shared_prompt(answers: list[Messages]) -> Messages:
-    """The messages that all begin with, up to the last one that is not the assistant's."""
+    """The messages with which all answers begin, up to the last one not from the assistant."""
     count = 0
     for index, (message, *others) in enumerate(zip(*answers, strict=False), start=1):
         if any(other != message for other in others):
@@ -320,7 +320,7 @@ def _parts(key: str, item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tools(record: dict[str, Any]) -> Messages:
-    """The tools of a record as the message that begins its prompt, or no message."""
+    """The tools of a record as a message to put before its prompt, or no message."""
     tools = record.get(TOOLS)
     if not tools:
         return ()
@@ -353,7 +353,7 @@ def _parts_text(key: str, parts: Mapping[str, Any]) -> str:
 
 
 def parts_of(message: Message) -> dict[str, Any]:
-    """The parts of a message besides role and text, including a content of null."""
+    """The parts of a message besides role and text, including `content` if it is null."""
     parts: dict[str, Any] = json.loads(message[2]) if len(message) > 2 else {}
     return parts
 
@@ -363,7 +363,7 @@ def _is_empty(message: Message) -> bool:
 
 
 def _is_repeated(prompt: str, answers: list[str]) -> bool:
-    """Whether all answers begin with the whole prompt, and it is too long for chance."""
+    """Whether all answers begin with the whole prompt, and it is too long for a coincidence."""
     for answer in answers:
         if not answer.startswith(prompt):
             return False
@@ -371,9 +371,9 @@ def _is_repeated(prompt: str, answers: list[str]) -> bool:
 
 
 def _split_texts(answers: list[str]) -> tuple[str, list[str]]:
-    """Split conversations as in HH after the last turn marker that they share.
+    """Split conversations as in HH after the last LAST_TURN in the text that they share.
 
-    Without a marker nothing tells a prompt from answers that happen to begin alike.
+    Without it, a prompt cannot be told from answers that happen to begin with the same words.
     """
     cut = len(answers[0])
     while (cut := answers[0].rfind(LAST_TURN, 0, cut)) >= 0:
@@ -387,7 +387,7 @@ def _split_texts(answers: list[str]) -> tuple[str, list[str]]:
 
 
 def _columns(record: dict[str, Any]) -> dict[str, str]:
-    """The extra single values as strings; a name that is reserved becomes raw_<name>."""
+    """The extra single values as strings. A reserved name becomes raw_<name>."""
     return {
         f"raw_{key}" if key in RESERVED else key: str(value)
         for key, value in record.items()
@@ -404,5 +404,6 @@ def _kind(value: Any) -> str:
 
 
 def names_of(record: dict[str, Any]) -> str:
+    """The keys of a record in words, for messages."""
     shown = (key if key.isprintable() else repr(key) for key in sorted(record))
     return "the keys " + ", ".join(shown) if record else "no keys"

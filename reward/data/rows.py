@@ -26,7 +26,7 @@ Array = npt.NDArray[np.int32]
 
 
 class Kept(NamedTuple):
-    """The usable comparisons of a record once its ids are known, and the faults of the others."""
+    """The comparisons of a record that its ids leave usable, and the faults of the others."""
 
     comparisons: list[Comparison]
     compared: list[Compared]
@@ -34,10 +34,11 @@ class Kept(NamedTuple):
 
 
 def compare(record: Record, ids: Sequence[Array], most: int) -> Kept:
-    """The comparisons of a record whose answers have different ids, and at most `most` of them.
+    """The comparisons of a record whose two answers have different ids, at most `most` ids each.
 
-    Comparisons with longer answers are bad as `over_length`. Those with equal ids, which no model
-    can tell apart, are bad as `identical_tokens`, unless they are ties.
+    `ids` are the ids of each answer with its prompt. A comparison with longer ids is the fault
+    `over_length`. One with equal ids, which no model can tell apart, is the fault
+    `identical_tokens`, except that a tie is left out without a fault.
     """
     kept, compared, faults = [], [], []
     for name, each in zip(record.ids, record.comparisons, strict=True):
@@ -72,7 +73,7 @@ def as_json(messages: Messages) -> str:
 
 
 def _object(message: Message) -> str:
-    """A message as compact JSON. Without parts, only escaping its strings takes time."""
+    """A message as compact JSON. Most messages have no parts, and are written faster here."""
     if len(message) > 2:
         return compact_json(as_dict(message))
     role, content = map(encode_basestring, message)
@@ -80,11 +81,12 @@ def _object(message: Message) -> str:
 
 
 def as_dict(message: Message) -> dict[str, Any]:
+    """A message as an object with role, content and its other parts."""
     return {"role": message[0], "content": message[1], **parts_of(message)}
 
 
 def shown(messages: str) -> str:
-    """Such a JSON list for people: one message as its text, several with their roles."""
+    """A JSON list of messages in readable form: one as its text, several with their roles."""
     found = json.loads(messages)
     if len(found) == 1 and found[0].keys() == {"role", "content"}:
         return str(found[0]["content"])

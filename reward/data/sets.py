@@ -26,7 +26,7 @@ INDEX = "index.json"
 class TestSet:
     """The records of a file as rows of the scratch table, and their ledger.
 
-    `too_long` comparisons and `bad` records are left out and counted.
+    `too_long` and `bad` are the numbers of comparisons that were left out.
     """
 
     name: str
@@ -43,9 +43,9 @@ class TestSet:
 
 @dataclass(frozen=True)
 class Notes:
-    """How many pairs of a set were left out, or have leaked.
+    """How many pairs of a set were left out, and how many of the others have leaked.
 
-    A pair has leaked if its prompt is one that the model is trained on, or begins or continues one.
+    A pair has leaked if its prompt is, begins or continues a prompt that the model is trained on.
     """
 
     too_long: int
@@ -56,7 +56,7 @@ class Notes:
 def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
     """The sets of a folder, named after their files.
 
-    With `drop` bad records are left out, otherwise a Fault lists them. Raises a Fault for a file
+    With `drop`, bad records are left out, otherwise a Fault lists them. Raises a Fault for a file
     that cannot be read.
     """
     try:
@@ -75,6 +75,7 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
 
 
 def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
+    """The set of one file. Raises a Fault as `read_sets` does, and for a set without pairs."""
     rows, ledger = [], Ledger([source_of(path)])
     for position, raw in watched(ledger.sources[0], f"test set {path.name}", "records"):
         try:
@@ -108,7 +109,7 @@ def write_sets(
 ) -> dict[str, Notes]:
     """Write each set as a tokenized split, and an index, which may be empty.
 
-    `trained_on` are the prompts of training and validation.
+    `trained_on` are the prompts of training and validation. Returns what the index has.
     """
     with writing(folder):
         folder.mkdir()

@@ -18,9 +18,9 @@ from reward.data.suggestion import MAPPING
 from reward.data.values import plain, top, value_at
 from reward.process import Fault
 
-# As on the Hub: the word, not followed by a letter.
+# As on the Hub: the word at the beginning, not followed by a letter.
 SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
-# Other names of such files, which may also be ordinary words.
+# Other names of test and validation files, which may also be ordinary words.
 LIKE_A_SPLIT = re.compile(
     r"(test|valid|dev|eval)(s|set|ing|data|ation|uation)?(?![^\W\d_])", re.IGNORECASE
 )
@@ -70,7 +70,7 @@ class Source:
             yield found
 
     def _drawn(self) -> Iterator[tuple[int, Any]]:
-        """The records that match `where`, or a draw of them."""
+        """The records that match `where`, or a draw from them. Raises a Fault if none matches."""
         drawn = self._draw() if self.entry.take is not None else None
         matching = 0
         for position, record in read(self.path):
@@ -87,9 +87,9 @@ class Source:
             )
 
     def _draw(self) -> set[int]:
-        """Which of the matching records are taken: those whose position has the smallest hashes.
+        """Which matching records are taken, counted from 1: those with the smallest hashes.
 
-        A larger `take` therefore draws the same records and more.
+        The hash is of the seed and the count, so a larger `take` draws the same records and more.
         """
         count = sum(self._matches(record) for _, record in read(self.path))
         take = self.entry.take or 0
@@ -110,7 +110,7 @@ class Source:
 
     @property
     def description(self) -> str:
-        """A line for people on what was recognized and read."""
+        """The line to print about what was recognized and read."""
         of = "" if self.taken == self.seen else f" of {self.seen:,}"
         split = f" for {self.split}" if self.split else ""
         records = f"{self.taken:,}{of} records"
@@ -152,7 +152,7 @@ def sources(path: Path) -> list[Source]:
 
 
 def source_of(path: Path) -> Source:
-    """A file of a folder with its form. Raises a Fault if it cannot be read or recognized."""
+    """A file in a folder with its form. Raises a Fault if it cannot be read or recognized."""
     return _source(path, read_mapping(path.parent), alone=False)
 
 

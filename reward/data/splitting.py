@@ -1,6 +1,6 @@
-"""Work on all records at once: duplicates, contradictions, votes, and the split by prompt.
+"""What needs all records at once: duplicates, contradictions, votes, and the split by prompt.
 
-Here a record is a few 64-bit hashes, so millions of records fit in memory.
+Here, a record is a few 64-bit hashes, so millions of records fit in memory.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,10 @@ def among(values: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
 
 
 def combined(*parts: Hashes) -> Hashes:
-    """One hash of several in order, mixed by the finalizer of splitmix64 (Steele et al. 2014)."""
+    """Combine hashes into one that depends on their order, with the finalizer of splitmix64.
+
+    Steele et al. 2014. All shapes are the same.
+    """
     found = np.zeros_like(parts[0])
     for part in parts:
         found = found * np.uint64(0x9E3779B97F4A7C15) + part
@@ -55,13 +58,13 @@ def mixed(groups: Hashes, members: Hashes) -> npt.NDArray[np.bool_]:
 def contradictions(verdicts: Hashes, answers: Hashes) -> npt.NDArray[np.bool_]:
     """Which records contradict another one: the same prompt and answers with a different verdict.
 
-    Shapes [records]. All records of a contradiction count, because nothing tells which is right.
+    Shapes [records]. All records of a contradiction count, because no one knows which is right.
     """
     return mixed(answers, verdicts)
 
 
 class Ballots(NamedTuple):
-    """What records say about their two answers. Shapes [records].
+    """The verdict of each record on its two answers. Shapes [records].
 
     `answers` are equal for the same prompt and the same two answers in either order, and `verdicts`
     for the same preference between them. `first` is the probability that the answer with the
@@ -80,9 +83,10 @@ class Ballots(NamedTuple):
 
 
 class Votes(NamedTuple):
-    """Which records are votes on a common pair, and which are merged into another record. [records]
+    """Which records are votes on a common pair, and what becomes of them.
 
-    `rows` are the records that votes are merged into; their new grades are [pairs].
+    `cast` are the votes, and `merged` those of them that are merged into another one: [records].
+    `rows` are the records that they are merged into, followed by their new grades: [pairs].
     """
 
     cast: Flags
@@ -96,10 +100,10 @@ class Votes(NamedTuple):
 def count_votes(ballots: Ballots, columns: Hashes) -> Votes:
     """Merge records with the same prompt and the same two answers that differ in another column.
 
-    These are several annotators' votes on one pair, `cast`. The first record of the majority
-    represents all: its preference is the share of the weights that prefers its answer, its weight
-    the mean weight, and its margin the mean margin if nobody disagrees. Records that are equal in
-    all of their `columns` too are a single vote.
+    These are several annotators' votes on one pair. The first record of the majority represents all
+    of them. Its preference is the share of the total weight that prefers its answer, its weight is
+    the mean weight, and its margin is the mean margin, or 0 if anyone disagrees. Records with equal
+    verdicts and equal `columns` are a single vote. `columns` are hashes: [records].
     """
     answers = ballots.answers
     cast, merged = np.zeros((2, len(answers)), dtype=bool)
@@ -117,7 +121,7 @@ def count_votes(ballots: Ballots, columns: Hashes) -> Votes:
 
 
 def _count(ballots: Ballots, columns: Hashes) -> Votes:
-    """The same for records that all share their answers with others."""
+    """Merge votes as `count_votes` does, if every record shares its answers with others."""
     answers, verdicts, first, weight, margin = ballots
     _, group, size = np.unique(answers, return_inverse=True, return_counts=True)
     order = np.argsort(group, kind="stable")
@@ -145,8 +149,8 @@ def _count(ballots: Ballots, columns: Hashes) -> Votes:
 class Numbered(NamedTuple):
     """The answers of some comparisons, numbered within their prompts.
 
-    `numbers` is [comparisons, 2]. `first` are the flat places in it where each answer first
-    appears, in the order of prompts and, within a prompt, of answers. [answers]
+    `numbers` is [comparisons, 2]. `first` is [answers]: the flat indices into `numbers` at which
+    each answer first appears, in the order of prompts and, within a prompt, of numbers.
     """
 
     numbers: Indices
@@ -154,10 +158,10 @@ class Numbered(NamedTuple):
 
 
 def number_answers(prompts: Hashes, answers: Hashes) -> Numbered:
-    """Number the answers to each prompt 0, 1, ... in the order of their appearance.
+    """Number the answers to each prompt 0, 1, ... in the order in which they appear.
 
-    Equal hashes are the same prompt, and within it the same answer. Shapes [comparisons] and
-    [comparisons, 2].
+    Equal hashes mean the same prompt and, within a prompt, the same answer. Shapes [comparisons]
+    and [comparisons, 2].
     """
     prompt = np.repeat(prompts, 2)
     keys = combined(prompt, answers.ravel())
@@ -179,16 +183,20 @@ def number_answers(prompts: Hashes, answers: Hashes) -> Numbered:
 
 
 def beginnings(prompt: Messages) -> list[int]:
-    """Hashes of all prompts that this one continues, the shortest first.
+    """The hashes of all prompts that this one continues, shortest first.
 
-    They equal the `prompt_hash` of a record with such a prompt.
+    Each equals the `prompt_hash` of a record with that prompt.
     """
     return [hash64([prompt[:end]]) for end in range(1, len(prompt))]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of some records: `own` is [records], `begun` are the beginnings of record `owner`."""
+    """The prompts of some records, as hashes.
+
+    `own` is the prompt of each record: [records]. `begun` are the beginnings of all prompts, and
+    `owner` the index of the record that each belongs to: [beginnings].
+    """
 
     own: Hashes
     owner: Indices
@@ -205,7 +213,7 @@ class Prompts:
         )
 
     def take(self, rows: npt.NDArray[np.bool_]) -> "Prompts":
-        """The prompts of some of the records."""
+        """The prompts of the records selected by `rows`: [records]."""
         if not len(self.owner):
             return Prompts(self.own[rows], self.owner, self.begun)
         kept = rows[self.owner]
@@ -219,17 +227,17 @@ class Prompts:
 
     @property
     def families(self) -> Hashes:
+        """The family of every record: [records]."""
         return families(self.own, self.owner, self.begun)
 
 
 def families(prompts: Hashes, owners: Indices, begun: Hashes) -> Hashes:
-    """The family of every record: prompts of which one begins the other share a family.
+    """The family of every record. Two prompts are in one family if one begins with the other.
 
-    A dialogue that continues an earlier record shares its first turns with it, so the two must be
-    in one split. `prompts` and the result are [records]. `begun` are the concatenated `beginnings`
-    of all prompts, and `owners`, of the same length, the records that these belong to. The prompts
-    that begin one prompt form a chain, so the shortest prompt of a family begins all of it and
-    identifies it.
+    A dialogue that continues an earlier record shares its first turns, so both must be in the same
+    split. `prompts` and the result are [records]. `begun` are the concatenated `beginnings` of all
+    prompts, and `owners` the records that these belong to: [beginnings]. All prompts of a family
+    begin with its shortest one, which therefore identifies the family.
     """
     if not len(begun):
         return prompts
@@ -247,7 +255,7 @@ def split(prompts: Hashes, validation: float, test: float, seed: int) -> npt.NDA
     the share is above 0. A prompt's rank is a hash of it and the seed, so the order of records does
     not matter.
     """
-    # np.unique and np.isin hash, which takes several times the memory and time of sorting.
+    # np.unique and np.isin use hash tables, which take several times as much memory and time.
     unique = np.unique_counts(prompts).values
     ranks = np.fromiter((hash64([seed, int(prompt)]) for prompt in unique), np.uint64, len(unique))
     sizes = [max(1, round(share * len(unique))) if share else 0 for share in (test, validation)]

@@ -1,4 +1,4 @@
-"""The entry that dataset.yaml needs for columns that are not a known form."""
+"""Suggest an entry of dataset.yaml for a file whose columns are not a known form."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from reward.data.values import Columns, are_labels, are_numbers, are_texts, colu
 from reward.process import Fault
 
 MAPPING = "dataset.yaml"
-# Gaps that only the user can fill in.
+# Placeholders for what only the user knows.
 COLUMN, VALUE, KEY = "COLUMN", "VALUE", "KEY"
 
 Entry = dict[str, Any]
@@ -41,7 +41,7 @@ class Unrecognized:
     alone: bool
 
     def fault(self, found: str, *entries: Entry) -> Fault:
-        """A Fault with what was found, and the entries that would decide."""
+        """A Fault that says what was found, and gives the entries that would decide."""
         folder = f" (and the folder {self.path.parent} in params.yaml)" if self.alone else ""
         ways = " or ".join(flow(self.path.name, entry) for entry in entries)
         mapping = self.path.parent / MAPPING
@@ -64,14 +64,15 @@ def entry_of(answers: Answers) -> Entry:
         return entry | ({"tie": [*meaning.tie]} if meaning.tie else {})
     if isinstance(answers, Listed):
         both = [
-            paths[0] if len(paths) == 1 else [*paths] for paths in (answers.answers, answers.worths)
+            paths[0] if len(paths) == 1 else [*paths]
+            for paths in (answers.answers, answers.ratings)
         ]
         return {"answers": both[0], answers.order: both[1]}
     return dict(zip(("chosen", "rejected"), answers.columns, strict=True))
 
 
 def flow(name: str, entry: Entry) -> str:
-    """An entry of dataset.yaml on one line, to be copied there."""
+    """An entry of dataset.yaml on one line, which the user can copy."""
     parts = ", ".join(f"{key}: {_scalar(value)}" for key, value in entry.items())
     return f"{_scalar(name)}: {{{parts}}}"
 
@@ -97,7 +98,7 @@ def unknown(columns: Columns, unread: Unrecognized) -> Fault:
 
 
 def _guess(columns: Columns) -> tuple[Entry, list[str]]:
-    """The entry as far as the columns tell, and notes on values that must be known."""
+    """The entry as far as the columns show it, and notes on what the user must fill in."""
     texts = [name for name, values in columns.items() if _can_be_text(values)]
     twins = _twins(texts)
     lists = [name for name, values in columns.items() if _can_be_answers(values)]
@@ -112,7 +113,7 @@ def _guess(columns: Columns) -> tuple[Entry, list[str]]:
 
 
 def guessed_prompt(columns: Columns, entry: Entry) -> Entry:
-    """The entry with the column that is named like a prompt, or is the only text left."""
+    """The entry with its prompt: the column with such a name, or the only text that is left."""
     used = set(json.dumps([*entry.values()], ensure_ascii=False).split('"'))
     left = [name for name, values in columns.items() if name not in used and _can_be_text(values)]
     known = [name for name in PROMPTS if name in left]
@@ -121,7 +122,7 @@ def guessed_prompt(columns: Columns, entry: Entry) -> Entry:
 
 
 def _guessed_verdict(columns: Columns, entry: Entry, texts: list[str]) -> tuple[Entry, list[str]]:
-    """The entry of two answers with the column that may say which is better."""
+    """The entry of two answers with the column that may say which one is better, and notes."""
     labels = [name for name in columns if name not in texts and are_labels(columns[name])]
     numbers = _twins([name for name in labels if are_numbers(columns[name])])
     verdict = _like(labels, VERDICTS) or (labels[0] if len(labels) == 1 else None)
@@ -140,7 +141,7 @@ def _guessed_verdict(columns: Columns, entry: Entry, texts: list[str]) -> tuple[
 
 
 def _guessed_key(number: str, named: str) -> tuple[str, list[str]]:
-    """Whether numbers are ranks or scores, if their name says so: 1 may be best or worst."""
+    """The key for numbers, and notes if their name does not say whether 1 is the best."""
     for key, words in (("ranks", ("rank",)), ("scores", ("score", "rating", "reward"))):
         if any(word in number.lower() for word in words):
             return key, []
@@ -148,7 +149,7 @@ def _guessed_key(number: str, named: str) -> tuple[str, list[str]]:
 
 
 def _guessed_order(columns: Columns, name: str) -> tuple[Entry, list[str]]:
-    """The entry of a list of answers."""
+    """The entry of a list of answers, and notes."""
     items = [item for value in columns[name] for item in value]
     entry: Entry = {"answers": name}
     number = next((key for key in columns if _like([key], RANKERS)), None)
@@ -172,7 +173,7 @@ def _like(names: list[str], words: tuple[str, ...]) -> str | None:
 
 
 def _twins(names: list[str]) -> tuple[str, str] | None:
-    """Two columns whose names differ only in a number or letter that counts them."""
+    """Two columns whose names differ only in a number or letter, as answer_a and answer_b do."""
     for one in names:
         for other in names:
             if len(one) == len(other) and one < other:

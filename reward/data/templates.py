@@ -1,4 +1,4 @@
-"""Conversation to text, by a text template with fields or by a chat template in Jinja."""
+"""Turn a conversation into text, with a text template or with a chat template in Jinja."""
 
 import datetime
 import json
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from reward.data.records import TOOLS, BadRecord, Message, Messages, function_of, parts_of
 from reward.process import Fault
 
-# What a chat template may raise besides Jinja's own errors, because it is a program.
+# A chat template is a program, so it may raise these in addition to Jinja's own errors.
 ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 NEEDS_CHAT = "which only preprocess.template chat can render"
 NEEDS_SYSTEM = "which only preprocess.template chat, or one with {system}, can render"
@@ -31,8 +31,9 @@ FIELD = re.compile(r"\{(system|prompt|answer)\}")
 class Around(NamedTuple):
     """The text of a template around its fields.
 
-    `before` and `after` are the text before {system} and the rest of its line with the line breaks;
-    both are None without that field. `head` is the text after that, up to {prompt}.
+    `before` is the text before {system}, and `after` is the rest of its line with the line breaks.
+    Both are None if the template has no {system}. `head` is the text from there to {prompt},
+    `middle` the text from there to {answer}, and `tail` the rest.
     """
 
     before: str | None
@@ -42,7 +43,7 @@ class Around(NamedTuple):
     tail: str
 
     def opening(self, system: str | None) -> str:
-        """The text before the prompt; without a system message its line is left out."""
+        """The text before the prompt. Without a system message, its line is left out."""
         if system is None or self.before is None or self.after is None:
             return self.head
         return self.before + system + self.after + self.head
@@ -52,8 +53,8 @@ class Around(NamedTuple):
 def divide(template: str) -> Around:
     """Split a text template at its fields.
 
-    It has {prompt}, then {answer}, and optionally {system} on a line before them, each once. Raises
-    ValueError for any other text.
+    A template has {prompt}, then {answer}, and optionally {system} on a line before them, each
+    once. Raises ValueError for any other text.
     """
     found = FIELDS.fullmatch(template)
     if found is None or len(FIELD.findall(template)) > 2 + (found["before"] is not None):
@@ -64,7 +65,8 @@ def divide(template: str) -> Around:
 def fill(template: str, messages: Messages) -> str:
     """Fill a text template with a question, its answer, and an optional system message.
 
-    Raises BadRecord for any other conversation, and for a message without a field.
+    Raises BadRecord for any other conversation, and for a system message if the template has no
+    {system}.
     """
     around = divide(template)
     for message in messages:
@@ -84,7 +86,7 @@ def fill(template: str, messages: Messages) -> str:
 def read_chat_template(path: Path) -> str:
     """The chat template of a Jinja file, or of a tokenizer configuration in JSON.
 
-    Raises a Fault if there is none, or a broken one.
+    Raises a Fault if the file has none, or a broken one.
     """
     from jinja2 import TemplateSyntaxError
     from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -142,8 +144,8 @@ def dated(template: str, date: str | None) -> str:
     """A chat template that prints `date`, in ISO form, instead of today's date.
 
     Templates get today's date from `strftime_now`, a function that transformers passes in. A macro
-    of the same name in the template hides it, so every loader prints the date of training. Raises a
-    Fault if the template prints a date and `date` is None.
+    of the same name in the template hides that function, so every loader prints the date of
+    training. Raises a Fault if the template prints a date and `date` is None.
     """
     if "strftime_now" not in template:
         return template
@@ -165,9 +167,9 @@ def dated(template: str, date: str | None) -> str:
 def require_whole(text: str, messages: Messages) -> None:
     """Raise BadRecord `not_rendered` for the first part of a conversation missing from its text.
 
-    Chat templates cut reasoning out of answers, drop system messages, or ignore tools. Contents
-    must appear in order, up to surrounding white space and JSON escapes; names of tools and
-    speakers may be anywhere. The id of a tool call is only a link and is not searched for.
+    Some chat templates cut reasoning out of answers, drop system messages, or ignore tools.
+    Contents must appear in order, except for white space around them and JSON escapes. Names of
+    tools and speakers may be anywhere. The id of a tool call is only a link, so it may be missing.
     """
     end = 0
     for number, message in enumerate(messages, start=messages[0][0] != TOOLS):
@@ -189,7 +191,7 @@ def require_whole(text: str, messages: Messages) -> None:
 
 
 def _end_of(words: str, text: str, start: int) -> int:
-    """Where some words end in a text, plain or JSON-escaped once or twice; -1 if absent."""
+    """Where some words end in a text, plain or JSON-escaped once or twice, or -1."""
     for _ in range(3):
         place = text.find(words, start)
         if place >= 0:
@@ -199,7 +201,7 @@ def _end_of(words: str, text: str, start: int) -> int:
 
 
 def _arguments(call: dict[str, Any], text: str, start: int) -> list[str]:
-    """The strings in the arguments of a call, or the arguments as JSON if that appears as is."""
+    """The strings in the arguments of a call, or the whole JSON if the text contains it as is."""
     arguments = call.get("arguments")
     if isinstance(arguments, str) and _end_of(arguments.strip(), text, start) < 0:
         with suppress(ValueError):

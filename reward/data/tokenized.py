@@ -1,8 +1,8 @@
 """A tokenized split: a folder that `datasets.load_from_disk` reads, one row per comparison.
 
-Rows are written in two steps, so that memory holds one batch at a time: to a scratch table, before
-it is known which split they belong to, and from there to the folder. Where people or other programs
-read the answers, the folder `answers` inside it has their texts, one row per answer.
+Rows are written in two steps: to a scratch table, before it is known which split they belong to,
+and from there to the folder. Only one batch is in memory at a time. If people or other programs
+read the answers of a split, it has a folder `answers` with their texts, one row per answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ DATA = "data-00000-of-00001.arrow"
 # Key in the schema's metadata: the SHA-256 of the tokenizer.json that made the ids.
 TOKENIZER = b"tokenizer"
 KEPT, COMPARED, OWN_IDS = "columns", "comparisons", "input_ids"
-# The folder with the texts of a split, and how many of its rows are gathered at once.
+# The folder with the texts of a split, and how many of its rows are in memory at a time.
 ANSWERS_OF = "answers"
 GATHERED = 10_000
 INTEGERS = pa.list_(pa.int32())
@@ -88,7 +88,7 @@ def stream(
 ) -> Iterator[Append]:
     """A function that appends batches to a new Arrow stream, by default a scratch table.
 
-    With `pa.ipc.new_file` it is a file whose batches can be read in any order.
+    With `new=pa.ipc.new_file`, it is a file instead, whose batches can be read in any order.
     """
     with writing(path):
         sink = pa.OSFile(str(path), "wb")
@@ -106,7 +106,7 @@ def stream(
 
 
 def batch(rows: Sequence[Row]) -> pa.RecordBatch:
-    """Rows as a batch of the scratch table, built column by column."""
+    """One or more rows as a batch of the scratch table, built column by column."""
     ids = [each for row in rows for each in row.ids]
     answers = pa.StructArray.from_arrays(
         [
@@ -140,23 +140,24 @@ def batch(rows: Sequence[Row]) -> pa.RecordBatch:
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:
-    """Where each of several lists begins in their concatenation, and where the last one ends."""
+    """Where each list begins in their concatenation, and where the last one ends: [lists + 1]."""
     return pa.array(np.cumsum([0, *lengths], dtype=np.int32))
 
 
 def write(
     folder: Path,
     table: Path,
-    wanted: npt.NDArray[np.bool_],
+    selected: npt.NDArray[np.bool_],
     late: Mapping[str, npt.NDArray[Any]],
     columns: list[str],
     tokenizer: str,
 ) -> None:
-    """Write some comparisons of a scratch table, with these kept columns, to a new folder.
+    """Write the selected comparisons of a scratch table to a new folder.
 
-    `late` are the columns known only after all records, ANSWERS and GRADES, for the written rows.
-    `tokenizer` is the SHA-256 of the tokenizer that made the ids. The folder's fingerprint is the
-    beginning of its data's digest.
+    `selected` is [comparisons]. `late` are ANSWERS and GRADES of the selected ones, which are known
+    only after all records are read. `columns` are the extra columns to write. `tokenizer` is the
+    SHA-256 of the tokenizer that made the ids. The folder's fingerprint is the beginning of the
+    SHA-256 of its data.
     """
     from datasets import Features, List, Value
 
@@ -178,7 +179,7 @@ def write(
     with pa.OSFile(str(table)) as source, new_folder(folder, features, tokenizer) as append:
         for part in pa.ipc.open_stream(source):
             count = len(part[COMPARED].values)
-            rows = np.flatnonzero(wanted[start : start + count])
+            rows = np.flatnonzero(selected[start : start + count])
             start += count
             if len(rows):
                 known = {name: each[done : done + len(rows)] for name, each in late.items()}
@@ -189,11 +190,12 @@ def write(
 def write_answers(
     folder: Path, table: Path, sides: Indices, numbers: Indices, tokenizer: str
 ) -> None:
-    """Write the texts of answers of a scratch table to a new folder inside the folder of a split.
+    """Write texts of answers from a scratch table to a new folder inside the folder of a split.
 
-    `sides` say where an answer is: twice the index of its comparison, plus 1 if it is the rejected
-    one. `numbers` are its numbers within the prompt. Shapes [answers]. The texts go through a table
-    of their own in the order of the scratch table, so that memory never holds all of them.
+    `sides` says where each answer is: twice the index of a comparison, plus 1 if it is the rejected
+    one. `numbers` are the numbers of the answers within their prompts. Shapes [answers]. The texts
+    are first written to a separate table in the order of the scratch table, so that they are never
+    all in memory.
     """
     from datasets import Features, Value
 
@@ -212,7 +214,7 @@ def write_answers(
 def _write_in_order(
     path: Path, table: Path, sides: Indices, numbers: Indices, schema: pa.Schema
 ) -> Indices:
-    """Write answers in the order of a scratch table as a file of batches; where each batch ends."""
+    """Write answers to a file in the order of a scratch table. Returns the end of each batch."""
     start, ends = 0, [0]
     with pa.OSFile(str(table)) as source, stream(path, schema, pa.ipc.new_file) as append:
         for part in pa.ipc.open_stream(source):
@@ -235,7 +237,7 @@ def _write_in_order(
 
 
 def _gathered(reader: pa.RecordBatchFileReader, ends: Indices, places: Indices) -> pa.Table:
-    """The rows at `places` of a file whose batches end before the rows `ends`."""
+    """The rows at `places` in a file whose batches end before the rows `ends`."""
     which = np.searchsorted(ends, places, "right")
     order = np.argsort(which, kind="stable")
     taken = []
@@ -247,13 +249,13 @@ def _gathered(reader: pa.RecordBatchFileReader, ends: Indices, places: Indices) 
 
 
 def _records(part: pa.RecordBatch) -> Indices:
-    """The record of each comparison of a batch."""
+    """The record of each comparison of a batch: [comparisons]."""
     counts = np.diff(part[COMPARED].offsets.to_numpy())
     return np.repeat(np.arange(len(part)), counts)
 
 
 def _places(part: pa.RecordBatch, rows: Indices) -> list[Indices]:
-    """The indices of both answers of some comparisons among all answers of a batch."""
+    """The indices of the answers j and k of some comparisons in a batch: two of [rows]."""
     starts = part[ANSWERS_OF].offsets.to_numpy()[:-1][_records(part)[rows]]
     compared = part[COMPARED].values
     return [starts + compared.field(side).to_numpy()[rows] for side in ANSWERS]
@@ -317,13 +319,13 @@ def first_row(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, base: Path) -> "Dataset":
-    """A tokenized split. Raises a Fault if it is damaged, or was made by another tokenizer."""
+    """A tokenized split. Raises a Fault if it is damaged, or another tokenizer made its ids."""
     from datasets import Dataset
 
     try:
         state = read_json(path / "state.json")
         whole = digest(path / DATA)[:16] == state["_fingerprint"]
-        # A damaged file may hold anything, so nothing of it is read.
+        # A damaged file may contain anything, so it is not parsed.
         found = Dataset.load_from_disk(str(path)) if whole else None
         with pa.memory_map(str(path / DATA)) as source:
             tokenizer = pa.ipc.open_stream(source).schema.metadata[TOKENIZER].decode()
@@ -343,9 +345,9 @@ def load(path: Path, base: Path) -> "Dataset":
 def answers(path: Path, base: Path) -> "Dataset":
     """The texts of a tokenized split, one row per answer. Raises a Fault as `load` does.
 
-    Columns: `prompt_id` and `answer`, the number to which ANSWERS of the comparisons refer;
-    `prompt` and `response`, messages as JSON; `text`, both as rendered by the template. The answers
-    to one prompt are consecutive, in the order of their numbers.
+    The columns are `prompt_id` and `answer`, the number that the columns ANSWERS of the comparisons
+    refer to; `prompt` and `response`, messages as JSON; and `text`, both as rendered by the
+    template. The answers to one prompt are consecutive, in the order of their numbers.
     """
     return load(path / ANSWERS_OF, base)
 

@@ -26,13 +26,13 @@ TEMPLATES = {
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Messages with these roles at the head of a conversation are never cut.
 KEPT = ("system", TOOLS)
-# Replaces a message to find its place in a rendered text.
+# Takes the place of a message to find where a rendered text has that message.
 MARK = "\ue000\ue001\ue000"
 
 
 @dataclass(frozen=True)
 class Template:
-    """How text becomes ids. Written by preprocess; later stages read it only from here.
+    """How text becomes ids. Preprocess writes it to a file, and later stages read only that.
 
     `template` is a text with the fields {prompt} and {answer}, and optionally {system}, or "chat"
     for the Jinja template `chat_template`, which is None otherwise. `tokenizer` is the SHA-256 of
@@ -85,11 +85,12 @@ class Template:
         return cls(text, chat, append_eos, max_length, digest(path))
 
     def save(self, path: Path) -> None:
+        """Write the template to a JSON file."""
         write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "Template":
-        """Raises a Fault for a file of another version, which has other keys."""
+        """The template in a file. Raises a Fault if the file is of another version of the code."""
         content, names = read_json(path), {field.name for field in fields(cls)}
         if content.keys() != names:
             raise Fault(
@@ -100,7 +101,7 @@ class Template:
 
 
 class Encoder:
-    """The tokenizer of a base folder under a template."""
+    """The tokenizer of a base folder together with a template."""
 
     def __init__(self, base: Path, template: Template) -> None:
         """Raises a Fault if the tokenizer is another one, or lacks what the template needs."""
@@ -131,12 +132,14 @@ class Encoder:
         return render_chat(self.template.chat_template, messages, self._special_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, never cut: those of a plain tokenizer call, and eos if set."""
+        """The ids of each text, as a plain tokenizer call gives them, never cut, and eos if set."""
         return [self._finish(encoding.ids) for encoding in self._encodings(texts)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Array]:
-        """The same as arrays. Each is made before the next list of ids, because a list takes nine
-        times the memory."""
+        """The ids of each text as arrays.
+
+        Each array is made before the next list of ids, because a list takes nine times the memory.
+        """
         return [as_array(self._finish(encoding.ids)) for encoding in self._encodings(texts)]
 
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
@@ -173,11 +176,11 @@ class Encoder:
         return {token.content for token in tokens if token.special}
 
     def encode_cut(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
-        """The ids of one prompt with each answer, the prompt cut to the maximum length, or None.
+        """The ids of one prompt with each answer, with the prompt cut so that all of them fit.
 
         Whole turns are dropped first, the oldest first. If the last turn is still too long, the
-        same number of ids is cut from the left of its first message for each answer. None if that
-        message is too short. Raises BadRecord if the template cannot render the rest.
+        same number of ids is cut for each answer, at the left of the turn's first message. None if
+        that message is too short. Raises BadRecord if the template cannot render the rest.
         """
         shorter = prompt
         for shorter in shortened(prompt):
@@ -187,7 +190,7 @@ class Encoder:
         return self._cut_words(shorter, answers)
 
     def _cut_words(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
-        """The same for a prompt of one turn; the text before its first message is kept."""
+        """Cut the first message of a prompt of one turn, and keep the text before it."""
         sides, spans = [], []
         for answer in answers:
             text = self.render(prompt, answer)
@@ -208,7 +211,7 @@ class Encoder:
         ]
 
     def _place(self, prompt: Messages, answer: Messages, length: int) -> tuple[int, int]:
-        """Where the turn's first message begins and ends in its text of `length` characters."""
+        """Where the first message of the turn begins and ends in a text of `length` characters."""
         index = min(head_of(prompt), len(prompt) - 1)
         role, _, *parts = prompt[index]
         marked = (*prompt[:index], (role, MARK, *parts), *prompt[index + 1 :])
@@ -234,7 +237,7 @@ def head_of(prompt: Messages) -> int:
 
 
 def shortened(prompt: Messages) -> Iterator[Messages]:
-    """A prompt, then the prompt with one turn less each time, down to a single turn.
+    """A prompt, then the prompt with one turn fewer each time, down to a single turn.
 
     A turn begins with a user message, or at the beginning of the conversation.
     """

@@ -1,4 +1,4 @@
-"""The values of records: by path or by column, and of which kind they are."""
+"""The values of records, by path or by column, and tests of what they are."""
 
 import re
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ def is_absent(value: Any) -> bool:
 def value_at(record: Record, path: str) -> Any:
     """The value of a column, or of a path: `info.post`, `texts[0]`, `answers[].text` (a list).
 
-    None where there is nothing.
+    None if there is none.
     """
     if path in record:
         return record[path]
@@ -40,12 +40,12 @@ def _descend(value: Any, steps: list[str]) -> Any:
 
 
 def top(path: str) -> str:
-    """The column of a path."""
+    """The column that a path begins with."""
     return re.split(r"[.\[]", path, maxsplit=1)[0]
 
 
 def needed(record: Record, path: str) -> Any:
-    """The value at a path. Raises BadRecord where there is none."""
+    """The value at a path. Raises BadRecord if there is none."""
     value = value_at(record, path)
     if value is None:
         raise BadRecord("missing_key", f"{path!r} is missing, found {names_of(record)}")
@@ -53,7 +53,7 @@ def needed(record: Record, path: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A value as verdicts are compared: `1`, `1.0` and `"1"` are the same."""
+    """A value as it is compared with others: `1`, `1.0` and `"1"` become the same."""
     if not isinstance(value, int | float | str):
         return repr(value).lower()
     text = str(value).strip()
