@@ -204,6 +204,6 @@ def require_files(folder: Path, expected: dict[str, str]) -> None:
     """Raises a Fault for files that are missing or whose SHA-256 is not the expected one."""
     if changed := changed_files(folder, expected):
         raise Fault(
-            f"{folder}: {', '.join(changed)} damaged, replaced or missing, expected the files that "
-            "were written there; dvc repro restores them"
+            f"{folder}: damaged, replaced or missing: {', '.join(changed)}; expected the files "
+            "that were written there, which dvc repro restores"
         )

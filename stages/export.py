@@ -199,7 +199,7 @@ def require_alike(
         )
     others = [forms for name, forms in by_client.items() if name != PACKS.name]
     if not any(figures["pairs"] for forms in others for figures in forms.values()):
-        raise Fault(f"{EXPORT}: no client got a pair of {TEST}, expected at least one")
+        raise Fault(f"{EXPORT}: no client except packs got a pair of {TEST}, expected at least one")
 
 
 def headline(figures: dict[str, Any]) -> dict[str, float]:
@@ -228,8 +228,8 @@ def report(figures: dict[str, Any]) -> None:
     for client, forms in figures["clients"].items():
         if not any(found["pairs"] for found in forms.values()):
             print(
-                f"warning    nothing was compared in {client}, because it takes text, and no test "
-                "pair's text has the ids of training"
+                f"warning    nothing was compared in {client}, because it takes text, and no text "
+                "of a test pair gives it the token ids of training"
             )
     if original := figures.get(ORIGINAL.name):
         print(f"{'on the original base':<30}{in_columns(original)}")

@@ -153,7 +153,7 @@ def hub_repository(base: Base) -> Source:
         info = api.model_info(base.name, revision=base.revision, timeout=SECONDS)
     commit = info.sha
     if commit is None:
-        raise base.fault(f"has no commit at {api.endpoint}, expected a Hub that names one")
+        raise base.fault(f"has no commit at {api.endpoint}, expected a Hub that reports one")
 
     def download(name: str) -> Path:
         with hub_faults(base, api.endpoint), writing(Path(constants.HF_HUB_CACHE)):
@@ -174,7 +174,7 @@ def cached_repository(base: Base) -> Source:
         found = snapshot_download(base.name, revision=base.revision, local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError):
         raise base.fault(
-            f"at {base.revision} is not a folder here and not in the Hub's cache, and "
+            f"at {base.revision} is neither a local folder nor in the Hub's cache, and "
             "HF_HUB_OFFLINE is set; unset it to download the model"
         ) from None
     folder = Path(found)
@@ -207,7 +207,8 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
         yield
     except errors.HFValidationError:
         raise base.fault(
-            f"is not a folder here or a valid Hub id, expected one of these or {embedded.NAME}"
+            "is neither a local folder nor a valid Hub id, expected one of these or "
+            f"{embedded.NAME}"
         ) from None
     except errors.GatedRepoError:
         raise base.fault(
@@ -220,17 +221,17 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise base.fault(
-            f"is not a folder here or a model at {endpoint} that you can read, expected a Hub id, "
-            f"a local folder, or {embedded.NAME}; a private model needs HF_TOKEN"
+            f"is neither a local folder nor a model at {endpoint} that you can read, expected a "
+            f"Hub id, a local folder, or {embedded.NAME}; a private model needs HF_TOKEN"
         ) from None
     except errors.HfHubHTTPError as error:
         status = f"{error.response.status_code} {error.server_message or ''}".strip()
         raise base.fault(
-            f"is not a folder here, and {endpoint} answered {status}, expected the model's files"
+            f"is not a local folder, and {endpoint} answered {status}, expected the model's files"
         ) from None
     except json.JSONDecodeError:
         raise base.fault(
-            f"is not a folder here, and {endpoint} does not answer like a Hub, "
+            f"is not a local folder, and {endpoint} does not answer like a Hub, "
             "expected the Hub or a mirror of it in HF_ENDPOINT"
         ) from None
     except (
@@ -240,7 +241,7 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
         ConnectionError,
     ) as error:
         raise base.fault(
-            f"is not a folder here, and {endpoint} could not be reached ({type(error).__name__}), "
+            f"is not a local folder, and {endpoint} could not be reached ({type(error).__name__}), "
             "expected a connection, or a mirror in HF_ENDPOINT"
         ) from None
 
@@ -403,8 +404,8 @@ def normalize_tokenizer(base: Base, folder: Path) -> None:
     write_json(path, config)
     if ids != ids_of_file(folder) or ids != load_tokenizer(base, folder)(PROBES)["input_ids"]:
         raise base.fault(
-            "has a tokenizer that gives other ids after it is saved, expected one with a complete "
-            "tokenizer.json"
+            "has a tokenizer that gives different ids after it is saved, expected one with a "
+            "complete tokenizer.json"
         )
 
 

@@ -285,7 +285,7 @@ def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
             )
             raise Fault(
                 f"{len(places)} records of {options.data} share their prompt with the {name} "
-                f"files: {'; '.join([*places][:SHOWN])}; to leave them out set "
+                f"files: {'; '.join([*places][:SHOWN])}; to leave them out, set "
                 "preprocess.on_bad_record to drop"
             )
         ledger.bad_rows(rows, f"in_{name}_set", f"its prompt is in a {name} file")
@@ -335,10 +335,12 @@ def remedies(options: Preprocess, reasons: set[str]) -> list[str]:
     """Which parameters would let preprocess go on despite these reasons."""
     ways = []
     if reasons - {"over_length"} - NEVER_STOP and options.on_bad_record == "stop":
-        ways.append("to leave them out set preprocess.on_bad_record to drop")
+        ways.append("to leave them out, set preprocess.on_bad_record to drop")
     if "over_length" in reasons:
         others = ["drop", "truncate_prompt"][options.over_length == "drop" :]
-        ways.append(f"for long ones set preprocess.over_length to {' or '.join(others)}")
+        ways.append(
+            f"for texts that are too long, set preprocess.over_length to {' or '.join(others)}"
+        )
     return ways
 
 
@@ -360,8 +362,9 @@ def assign(
         if not (judged & (parts == index)).any():
             but_ties = " except ties" if (parts == index).any() else ""
             raise Fault(
-                f"{options.data}: no pairs left for {name} out of {used.sum()}{but_ties}; expected "
-                "more prompts, or other values of preprocess.validation_fraction and test_fraction"
+                f"{options.data}: no pairs{but_ties} left for {name}, out of {used.sum()}; "
+                "expected more prompts, or other values of preprocess.validation_fraction and "
+                "test_fraction"
             )
     return parts
 
@@ -442,13 +445,13 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
         )
     if figures["votes"]:
         print(
-            f"votes      {figures['votes']} records are votes on pairs that others judge too; "
-            f"{figures['merged']} of them are merged into the first of the majority"
+            f"votes      {figures['votes']} records are votes on pairs that other records judge "
+            f"too; {figures['merged']} of them are merged into the first record of the majority"
         )
     if figures["largest_family"] > 1:
         print(
-            f"dialogues  up to {figures['largest_family']} prompts continue each other, and stay "
-            "in one split"
+            f"dialogues  up to {figures['largest_family']} prompts continue each other; all of "
+            "them are in the same split"
         )
     print(
         f"tokens     {figures['tokens']:>8}, {length['q50']} per text at the median and "
@@ -460,15 +463,15 @@ def report_clients(figures: dict[str, Any]) -> None:
     """Print how many texts clients of the model cannot score in the form that was trained on."""
     if cut := figures["truncated"]:
         print(
-            f"clients    the whole texts of {cut} records whose prompts were cut are too long for "
-            "them: score and serve refuse such texts, others cut off the beginning of the template"
+            f"clients    the prompts of {cut} records were cut, so their whole texts are too long "
+            "for clients: score and serve refuse them, others cut off the beginning of the template"
         )
     if refused := sum(
         figures["dropped"].get(reason, 0) for reason in ("needs_chat", TOOLS, *PARTS)
     ):
         print(
-            f"clients    none can score conversations like {refused} of the records, because "
-            "preprocess.template cannot render them"
+            f"clients    none can score conversations like those of {refused} dropped records, "
+            "because preprocess.template cannot render them"
         )
 
 

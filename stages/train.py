@@ -178,7 +178,7 @@ def require_same_source() -> None:
         return
     folder = Path(base["name"]).expanduser()
     if not folder.is_dir():
-        print(f"base       {base['name']} does not exist any more; {BASE} is used as it was copied")
+        print(f"base       {base['name']} no longer exists; {BASE} is used as it is")
         return
     if changed := changed_files(folder, base["source"]):
         raise Fault(
@@ -248,7 +248,8 @@ def report_precisions(model: PeftModel, quantization: Quantization) -> None:
     print(f"base       {bits} parameters in 4 bits, {half} in half and {full} in full precision")
     if quantization.bits == 4 and (experts := fused_experts(model)):
         print(
-            f"note       {experts:,} of them are in experts, which bitsandbytes does not quantize"
+            f"note       {experts:,} parameters are in experts, which bitsandbytes does not "
+            "quantize"
         )
 
 

@@ -292,17 +292,17 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "base truncated": (
         lambda: truncate("models/base/model.safetensors"),
         ["train", "evaluate", "export"],
-        "models/base: model.safetensors damaged, replaced or missing, expected the files",
+        "models/base: damaged, replaced or missing: model.safetensors; expected the files",
     ),
     "base with a flipped bit": (
         lambda: flip_bit("models/base/model.safetensors"),
         ["train", "evaluate", "export"],
-        "models/base: model.safetensors damaged",
+        "models/base: damaged, replaced or missing: model.safetensors",
     ),
     "base without its weights": (
         lambda: Path("models/base/model.safetensors").unlink(),
         ["train", "evaluate", "export"],
-        "models/base: model.safetensors damaged, replaced or missing",
+        "models/base: damaged, replaced or missing: model.safetensors",
     ),
     "base record missing": (
         lambda: Path("models/base/base.json").unlink(),
@@ -322,17 +322,17 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "adapter truncated": (
         lambda: truncate("models/adapter/adapter_model.safetensors"),
         ["evaluate", "export"],
-        "models/adapter: adapter_model.safetensors damaged",
+        "models/adapter: damaged, replaced or missing: adapter_model.safetensors",
     ),
     "adapter with a flipped bit": (
         lambda: flip_bit("models/adapter/adapter_model.safetensors"),
         ["evaluate", "export"],
-        "models/adapter: adapter_model.safetensors damaged",
+        "models/adapter: damaged, replaced or missing: adapter_model.safetensors",
     ),
     "adapter scale changed": (
         lambda: flip_bit("models/adapter/adapter_config.json"),
         ["evaluate", "export"],
-        "models/adapter: adapter_config.json damaged",
+        "models/adapter: damaged, replaced or missing: adapter_config.json",
     ),
     "adapter digests missing": (
         lambda: Path("models/adapter/digests.json").unlink(),
@@ -342,12 +342,12 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "data of another tokenizer": (
         replace_tokenizer,
         ["train"],
-        "data/tokenized/train was made by another tokenizer than that of models/base; run",
+        "data/tokenized/train was made with a different tokenizer from that of models/base",
     ),
     "test data of another tokenizer": (
         replace_tokenizer,
         ["evaluate", "export"],
-        "data/tokenized/test was made by another tokenizer than that of models/base",
+        "data/tokenized/test was made with a different tokenizer from that of models/base",
     ),
     "data truncated": (
         lambda: truncate(f"data/tokenized/train/{ARROW}"),
@@ -362,7 +362,7 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "data swapped": (
         lambda: overwrite(f"data/tokenized/test/{ARROW}", f"data/tokenized/train/{ARROW}"),
         ["evaluate", "export"],
-        "data/tokenized/test is damaged, expected it as preprocess wrote it; run dvc repro",
+        "data/tokenized/test is damaged, expected the bytes that preprocess wrote; run dvc repro",
     ),
     "data without its state": (
         lambda: Path("data/tokenized/test/state.json").unlink(),

@@ -710,7 +710,7 @@ def test_unknown_model_and_unknown_revision_have_different_messages(
     source: Path, hub: Hub, set_params: SetParams
 ) -> None:
     set_params("base", name="org/nothing")
-    assert "org/nothing is not a folder here or a model at http://127.0.0.1" in refused()
+    assert "org/nothing is neither a local folder nor a model at http://127.0.0.1" in refused()
     hub.add("org/model", source)
     set_params("base", name="org/model", revision="v9")
     assert "has no revision v9" in refused()
@@ -732,7 +732,7 @@ def test_name_that_is_neither_id_nor_folder_is_refused_without_a_request(
     name: str, hub: Hub, set_params: SetParams
 ) -> None:
     set_params("base", name=name)
-    assert f"{name} is not a folder here or a valid Hub id" in refused()
+    assert f"{name} is neither a local folder nor a valid Hub id" in refused()
     assert hub.tokens == set()
 
 
@@ -801,7 +801,7 @@ def test_stage_exits_with_one_sentence_and_status_1(
     set_params("base", name="org/model")
     done = run_fetch(here, closed_address)
     assert done.returncode == 1
-    assert done.stderr.startswith("params.yaml: base.name org/model is not a folder here, and ")
+    assert done.stderr.startswith("params.yaml: base.name org/model is not a local folder, and ")
     assert done.stderr.count("\n") == 1
     assert list((here / "models").iterdir()) == []
 
@@ -829,4 +829,4 @@ def test_missing_local_source_does_not_stop_training(
     fetch.main()
     shutil.rmtree(source)
     require_same_source()
-    assert "does not exist any more" in capsys.readouterr().out
+    assert "no longer exists" in capsys.readouterr().out

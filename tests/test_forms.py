@@ -180,7 +180,7 @@ def test_columns_that_first_appear_late_are_used() -> None:
     form = form_of(PLAIN)
     [found] = as_pairs(form.read(PLAIN | {"system": "s", "input": "more"}))
     assert found["prompt"] == [system("s"), user("Why?\nmore")]
-    with pytest.raises(BadRecord, match="has a prompt in each of prompt and question") as caught:
+    with pytest.raises(BadRecord, match="prompt and question could both be the prompt") as caught:
         form.read(PLAIN | {"question": "Or that?"})
     assert caught.value.reason == "several_kinds"
 
@@ -212,9 +212,9 @@ def test_part_that_is_not_text_is_named() -> None:
     ("change", "sentence"),
     [
         ({"system": 3}, "'system' is not a string"),
-        ({"history": ["q", "a"]}, "'history' is not a list of questions with their answers"),
-        ({"history": [["q"]]}, "'history' is not a list of questions with their answers"),
-        ({"history": [["q", None]]}, "'history' is not a list of questions with their answers"),
+        ({"history": ["q", "a"]}, "'history' is not a list of .question, answer. lists"),
+        ({"history": [["q"]]}, "'history' is not a list of .question, answer. lists"),
+        ({"history": [["q", None]]}, "'history' is not a list of .question, answer. lists"),
         ({"input": ["x"]}, "'input' and 'prompt' are not both strings"),
         ({"tools": "look_up"}, "'tools' is a string that is not JSON"),
     ],
@@ -392,7 +392,7 @@ def test_grades_that_first_appear_late_are_used() -> None:
 
 @pytest.mark.parametrize("columns", [{"preference": 0.9}, {"votes": [2, 1]}, {"preference": 0.5}])
 def test_margin_of_an_uncertain_pair_is_bad(columns: Record) -> None:
-    with pytest.raises(BadRecord, match="'margin' is 1 but no answer is certainly") as caught:
+    with pytest.raises(BadRecord, match="'margin' is 1, but no answer is certainly") as caught:
         pairs_of(PLAIN | columns | {"margin": 1})
     assert caught.value.reason == "unsure_margin"
     assert form_of(PLAIN | columns).read(PLAIN | columns | {"margin": 0}).comparisons
@@ -483,9 +483,9 @@ def test_suggested_entry_without_placeholders_can_be_copied(tmp_path: Path, name
 
 def test_message_for_a_single_file_names_its_folder(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "Where is it?", "answer": "It is here."})
-    advice = f"expected in {tmp_path}/dataset.yaml (and the folder {tmp_path} in params.yaml): "
+    advice = f"; set preprocess.data to {tmp_path} and write in {tmp_path}/dataset.yaml: "
     assert advice in fault(sources, path)
-    assert f"expected in {tmp_path}/dataset.yaml: " in fault(sources, tmp_path)
+    assert f"; write in {tmp_path}/dataset.yaml: " in fault(sources, tmp_path)
 
 
 def test_recognition_looks_at_the_first_hundred_records(tmp_path: Path) -> None:

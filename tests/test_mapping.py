@@ -272,7 +272,7 @@ def test_entry_overrides_the_split(tmp_path: Path) -> None:
     [
         ("x.jsonl: {promt: a}", "x.jsonl: promt is unknown, expected one of prompt, input, system"),
         ("x.jsonl: [a]", "x.jsonl: is ['a'], expected keys and values"),
-        ("- a", " has no entries, expected the name of a file with keys below it"),
+        ("- a", " has no entries, expected the name of a file and the keys of its entry"),
         ("", " has no entries"),
         ("x.jsonl: {prompt: a", " broken YAML: "),
         ("x.jsonl: {seed: 1}\nx.jsonl: {seed: 2}", " broken YAML: "),
@@ -315,21 +315,21 @@ def test_entry_overrides_the_split(tmp_path: Path) -> None:
         ("x.jsonl: {chosen: a, rejected: b, votes: [c]}", "votes is ['c'], expected the name of a"),
         (
             "x.jsonl: {chosen: a, rejected: b, votes: v, preference: p}",
-            "votes and preference both say how sure a verdict is",
+            "votes and preference both say how certain a verdict is",
         ),
         (
             "x.jsonl: {chosen: a, rejected: b, votes: [v, w], first: 1, second: 2}",
-            "first, second and tie are values of verdict or votes",
+            "first, second and tie need a verdict, or a single column of votes",
         ),
         (
             "x.jsonl: {chosen: a, rejected: b, votes: v, first: 1}",
             "single votes need first and second",
         ),
         ("x.jsonl: {weight: [a]}", "weight is ['a'], expected the name of a column, or null"),
-        ("y.jsonl: {prompt: a}", "y.jsonl matches no file, expected some of x.jsonl"),
+        ("y.jsonl: {prompt: a}", "y.jsonl matches none of the files x.jsonl"),
         (
             "'x*': {prompt: ask}\n'*.jsonl': {prompt: ask}",
-            "x.jsonl has two entries, x* and *.jsonl; expected one",
+            "x.jsonl matches x* and *.jsonl, expected only one entry",
         ),
         (
             "x.jsonl: {prompt: aks, chosen: left, rejected: right}",
@@ -360,7 +360,9 @@ def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
 def test_entry_for_a_file_that_is_read_by_itself_is_refused(tmp_path: Path) -> None:
     """DVC watches the file that params.yaml names, and would miss a change of dataset.yaml."""
     write(tmp_path, "x.jsonl: {prompt: ask, chosen: left, rejected: right}", TWO)
-    with pytest.raises(Fault, match=r"has an entry for x\.jsonl; expected the folder"):
+    with pytest.raises(
+        Fault, match=r"has an entry for x\.jsonl; set preprocess\.data to the folder"
+    ):
         sources(tmp_path / "x.jsonl")
     write(tmp_path, "y.jsonl:\n", *numbered(1))
     assert len(sources(tmp_path / "x.jsonl")) == 1

@@ -181,7 +181,7 @@ def test_file_without_a_record_is_a_fault(tmp_path: Path, content: bytes) -> Non
     [
         (lambda text: b"{" + text[1:], "line 1: broken JSON.*expected one record per line"),
         (lambda text: text[1:], "line 2: broken JSON"),
-        (lambda text: text[:-1], "record 3.*found 'the end of the file'"),
+        (lambda text: text[:-1], "record 3.*found the end of the file;"),
         (lambda text: text[:27], "record 1.*Unterminated"),
         (lambda text: text.replace(b'"three"', b"three"), "record 3.*found 'three,"),
         (lambda text: text.replace(b'"kind": "b"', b'"kind" "b"'), "record 2.*':' delimiter"),
@@ -220,11 +220,11 @@ def test_truncated_file_is_a_fault_or_gives_whole_records(
     [
         (
             b'{"data": [{"prompt": "a"}]}',
-            "line 1: an object with the keys data .*; expected one rec",
+            "line 1: an object with the key data; expected one rec",
         ),
         (
             b'{\n"data": []}',
-            "p.jsonl: an object with the keys data .* over several lines; expected",
+            "p.jsonl: one object over several lines, with the key data; expected",
         ),
         (b'{\n"data": [', "line 1: broken JSON.*expected one record per line"),
         (as_lines(RECORDS) + b"\n\n{,}", "line 6: broken JSON"),
@@ -302,7 +302,7 @@ def test_tables_are_read_by_their_header(
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"a,b\n1,2\n1,2,3\n", r"row 3 \(line 3\) has 3 cells, expected 2 as in the header"),
+        (b"a,b\n1,2\n1,2,3\n", r"row 3 \(line 3\) has 3 cells, expected 2, as in the header"),
         (b'a,b\n"1\n",2\n1\n', r"row 3 \(line 4\) has 1 cells"),
         (b"a,b,a\n1,2,3\n", "row 1: the column 'a' appears twice"),
         (b'a,b\n"1,2\n', r"row 2 \(line 2\): broken table: "),
@@ -599,8 +599,8 @@ def without(key: str) -> dict[str, Any]:
         ("wrong_type", "'rejected' is bytes", PLAIN | {"rejected": b"bad"}),
         ("wrong_type", "'rejected' is a string while", PLAIN | {"chosen": messages(GOOD)}),
         ("wrong_type", "a message of 'prompt' is a string", PLAIN | {"prompt": ["hi"]}),
-        ("wrong_type", "has the keys role", PLAIN | {"prompt": [{"role": "user"}]}),
-        ("wrong_type", "a content in 'prompt' is null",
+        ("wrong_type", "has the key role", PLAIN | {"prompt": [{"role": "user"}]}),
+        ("wrong_type", "the content of a message of 'prompt' is null",
          PLAIN | {"prompt": [{"role": "user", "content": None}]}),
         ("unknown_role", "the role 'human'", PLAIN | {"prompt": messages(("human", "hi"))}),
         ("unknown_role", r"the role \['user'\]",
@@ -608,7 +608,7 @@ def without(key: str) -> dict[str, Any]:
         ("wrong_type", "'name' in 'chosen' is a number, expected a string", with_answer(name=3)),
         ("wrong_type", "'tool_calls' in 'chosen' is a string, expected a list of objects",
          with_answer(tool_calls="look")),
-        ("wrong_type", "an item of 'tool_calls' in 'chosen' has the keys id, expected a function",
+        ("wrong_type", "an item of 'tool_calls' in 'chosen' has the key id, expected a function",
          with_answer(tool_calls=[LOOK, {"id": 3}])),
         ("wrong_type", "'tools' is a string, expected a list", PLAIN | {"tools": "look"}),
         ("wrong_type", "an item of 'tools' is a string, expected", PLAIN | {"tools": ["look"]}),

@@ -297,7 +297,7 @@ def test_file_named_like_a_split_is_not_trained_on(workspace: Path, set_params: 
 def test_dataset_yml_is_a_fault(workspace: Path, set_params: SetParams) -> None:
     folder = folder_of(workspace, set_params, pairs=[*map(pair, range(20))])
     (folder / "dataset.yml").write_text("pairs.json: {seed: 1}\n")
-    assert "mine/dataset.yml is not read, rename it to dataset.yaml" in fault()
+    assert "mine/dataset.yml is not read; rename it to dataset.yaml" in fault()
 
 
 def test_condition_that_matches_nothing_is_a_fault(workspace: Path, set_params: SetParams) -> None:
@@ -459,7 +459,7 @@ def test_records_that_judge_the_same_answers_differently_are_contradictions(
 def test_split_of_only_ties_is_a_fault(workspace: Path, set_params: SetParams) -> None:
     ties = [pair(30 + i, preference=0.5) for i in range(3)]
     folder_of(workspace, set_params, pairs=[*map(pair, range(20))], test=ties)
-    assert "no pairs left for test out of 23 except ties; expected more prompts" in fault()
+    assert "no pairs except ties left for test, out of 23; expected more prompts" in fault()
 
 
 def test_answer_that_is_too_long_is_dropped_with_its_comparisons(
@@ -508,7 +508,7 @@ def test_each_file_is_reported_with_its_form(
 
 def test_too_few_prompts_for_three_splits_is_a_fault(data: Path) -> None:
     rewrite(data, [pair(0), pair(1)])
-    assert "no pairs left for train out of 2; expected more prompts" in fault()
+    assert "no pairs left for train, out of 2; expected more prompts" in fault()
 
 
 # --- bad records -----------------------------------------------------------------------------
@@ -540,7 +540,7 @@ def test_bad_records_stop_the_stage_and_are_listed_in_order(data: Path) -> None:
         for position, reason in enumerate(reasons, start=21)
     ]
     assert lines[-1].startswith("bad records: 2 contradiction, 1 duplicate, 1 empty, ")
-    assert lines[-1].endswith("to leave them out set preprocess.on_bad_record to drop")
+    assert lines[-1].endswith("to leave them out, set preprocess.on_bad_record to drop")
 
 
 def test_bad_records_are_dropped_and_counted_by_reason(
@@ -609,7 +609,7 @@ def test_long_texts_stop_the_stage_by_default(data: Path, set_params: SetParams)
     assert "record 21: over_length: has" in lines[0]
     assert "at most 40 fit" in lines[0]
     assert lines[2].startswith(
-        "bad records: 2 over_length; for long ones set preprocess.over_length to drop or"
+        "bad records: 2 over_length; for texts that are too long, set preprocess.over_length to "
     )
 
 
@@ -643,9 +643,7 @@ def test_long_prompts_are_truncated_and_counted(
     assert metrics["truncated"] == 1
     assert metrics["length"]["max"] == 40
     assert sum(metrics["pairs"].values()) == 21
-    assert "\nclients    the whole texts of 1 records whose prompts were cut are too long for " in (
-        capsys.readouterr().out
-    )
+    assert "\nclients    the prompts of 1 records were cut, so " in (capsys.readouterr().out)
 
 
 def test_answer_too_long_by_itself_stops_the_stage(data: Path, set_params: SetParams) -> None:

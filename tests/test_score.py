@@ -420,7 +420,7 @@ def test_killed_process_loses_and_duplicates_nothing(start: Callable[[str], Fork
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        ('{"prompt": "a"}', "missing_key: 'chosen' is missing, found the keys prompt"),
+        ('{"prompt": "a"}', "missing_key: 'chosen' is missing, found the key prompt"),
         (
             '{"prompt": "a", "answer": "b", "ranks": []}',
             "taken_key: has the key 'ranks', which the output needs",
@@ -431,8 +431,8 @@ def test_killed_process_loses_and_duplicates_nothing(start: Callable[[str], Fork
         ),
         (
             '{"prompt": [{"role": "system", "content": "b"}], "answer": "c"}',
-            "needs_chat: has a system message, which only preprocess.template chat, or "
-            "one with {system}, can render",
+            "needs_chat: has a system message, but only preprocess.template chat, or "
+            "one with {system}, can render it",
         ),
     ],
 )

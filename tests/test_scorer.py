@@ -372,8 +372,8 @@ def test_pair_gives_chosen_then_rejected() -> None:
     ("record", "reason", "sentence"),
     [
         (3, "wrong_type", "is a number, expected an object"),
-        ({"prompt": "a"}, "missing_key", "'chosen' is missing, found the keys prompt"),
-        ({"answer": "a"}, "missing_key", "'prompt' is missing, found the keys answer"),
+        ({"prompt": "a"}, "missing_key", "'chosen' is missing, found the key prompt"),
+        ({"answer": "a"}, "missing_key", "'prompt' is missing, found the key answer"),
         (
             {"prompt": "a", "answer": "b", "answers": ["c"]},
             "several_kinds",

@@ -100,7 +100,7 @@ def test_folder_with_only_a_readme_has_no_sets(encoder: Callable[[int], Encoder]
         ([PAIR, {"prompt": "a", "chosen": "b"}], "line 2: missing_key: 'rejected' is missing"),
         (
             [PAIR | {"chosen": "far too long " * 200}],
-            "no pairs left to judge: 1 too long, 0 bad",
+            "no pairs left to evaluate: 1 too long, 0 bad",
         ),
     ],
 )
@@ -119,7 +119,7 @@ def test_bad_records_are_counted_if_dropped(
     [found] = read_sets(Path("data/sets"), encoder(100), drop=True)
     assert (len(found.rows), found.bad) == (1, 2)
     Path("data/sets/dataset.yaml").write_text("other.jsonl: {take: 1}\n")
-    with pytest.raises(Fault, match=r"other\.jsonl matches no file, expected some of"):
+    with pytest.raises(Fault, match=r"other\.jsonl matches none of the files "):
         read_sets(Path("data/sets"), encoder(100), drop=True)
 
 

@@ -148,7 +148,7 @@ def test_line_of_the_system_message_is_dropped_without_one(
     assert ours.render((*system, *user("Hi")), assistant("Yes")) == with_system
     assert ours.render(user("Hi"), assistant("Yes")) == without
     for prompt in ((*system, *system, *user("Hi")), (*user("Hi"), *system), system):
-        with pytest.raises(BadRecord, match=r"which only preprocess\.template chat can") as caught:
+        with pytest.raises(BadRecord, match=r"but only preprocess\.template chat can") as caught:
             ours.render(prompt, assistant("Yes"))
         assert caught.value.reason == "needs_chat"
 
@@ -156,9 +156,9 @@ def test_line_of_the_system_message_is_dropped_without_one(
 @pytest.mark.parametrize(
     ("prompt", "found"),
     [
-        ((("system", "Be kind."), *user("Hi")), "a system message, which only preprocess.template"),
-        ((*user("Hi"), *assistant("Ho"), *user("Ha")), "several turns, which only preprocess"),
-        (assistant("Ho"), "no user message, which only preprocess"),
+        ((("system", "Be kind."), *user("Hi")), "a system message, but only preprocess.template"),
+        ((*user("Hi"), *assistant("Ho"), *user("Ha")), "several turns, but only preprocess"),
+        (assistant("Ho"), "no user message, but only preprocess"),
     ],
 )
 def test_record_that_needs_the_chat_template_is_refused(
@@ -190,7 +190,7 @@ def test_part_without_a_field_in_the_template_is_refused_by_name(
 ) -> None:
     chosen = "Yes" if record["rejected"] == "No" else [REPLY]
     pair = check({"prompt": "Hi?", "chosen": chosen} | record)
-    with pytest.raises(BadRecord, match=f"has {reason}, which only preprocess.template chat") as e:
+    with pytest.raises(BadRecord, match=f"has {reason}, but only preprocess.template chat") as e:
         encoder("zh").render(pair.prompt, pair.answers[1])
     assert e.value.reason == reason
 

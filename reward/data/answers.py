@@ -123,7 +123,9 @@ class Continued:
             raise BadRecord("wrong_type", f"{self.conversation!r} is not a list of messages")
         turns = messages(self.conversation, turns)
         if not turns or not isinstance(turns[-1], dict) or turns[-1]["role"] != "assistant":
-            raise BadRecord("empty", f"{self.conversation!r} does not end with an answer")
+            raise BadRecord(
+                "empty", f"{self.conversation!r} does not end with an assistant message"
+            )
         others = [
             turns[:-1] + as_messages(self.rejected, answer, "assistant")
             for answer in answers_in(rejected)
@@ -318,8 +320,8 @@ class Grades:
             if margin and found[-1].preference < 1:
                 raise BadRecord(
                     "unsure_margin",
-                    f"{self.margin!r} is {margin:g} but no answer is certainly better, "
-                    "expected 0 or a certain preference",
+                    f"{self.margin!r} is {margin:g}, but no answer is certainly better; "
+                    "expected a margin of 0, or a preference of 0 or 1",
                 )
         return found
 
@@ -357,7 +359,7 @@ class Grades:
 
 
 UNGRADED = Grades()
-COUNTS = "two whole numbers, the votes for each answer"
+COUNTS = "two whole numbers, the votes for each answer, not both 0"
 NOT_NEGATIVE = "a non-negative number"
 PROBABILITY = "a number from 0 to 1, the probability that the first answer is preferred"
 

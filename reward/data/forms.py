@@ -104,7 +104,8 @@ class Context:
             elif all(isinstance(turn, dict) for turn in history):
                 return messages(self.history or "", history)
         raise BadRecord(
-            "wrong_type", f"{self.history!r} is not a list of questions with their answers"
+            "wrong_type",
+            f"{self.history!r} is not a list of [question, answer] lists or of messages",
         )
 
 
@@ -175,8 +176,8 @@ class Form:
             value = record.get(name)
             if is_absent(value) or any(value == record.get(column) for column in self.used):
                 continue
-            names = [*filter(None, [self.context.prompt]), name]
-            raise BadRecord("several_kinds", f"has a prompt in each of {' and '.join(names)}")
+            own = self.context.prompt or "a part of the answers"
+            raise BadRecord("several_kinds", f"{own} and {name} could both be the prompt")
 
     def _conversation(
         self, before: list[Any], prompt: Any, found: list[Any], names: Sequence[str]

@@ -130,7 +130,7 @@ class Mapping:
         found = [pattern for pattern in self.entries if fnmatchcase(name, pattern)]
         if len(found) > 1:
             patterns = " and ".join(found)
-            raise Fault(f"{self.path}: {name} has two entries, {patterns}; expected one")
+            raise Fault(f"{self.path}: {name} matches {patterns}, expected only one entry")
         return self.entries[found[0]] if found else None
 
     def require_files(self, names: list[str]) -> None:
@@ -138,7 +138,7 @@ class Mapping:
         for pattern in self.entries:
             if not any(fnmatchcase(name, pattern) or name == pattern for name in names):
                 found = ", ".join(names)
-                raise Fault(f"{self.path}: {pattern} matches no file, expected some of {found}")
+                raise Fault(f"{self.path}: {pattern} matches none of the files {found}")
 
 
 def read_mapping(folder: Path) -> Mapping | None:
@@ -146,7 +146,7 @@ def read_mapping(folder: Path) -> Mapping | None:
     path = folder / MAPPING
     for other in (path.with_suffix(".yml"), path.with_name("Dataset.yaml")):
         if other.exists() and not path.exists():
-            raise Fault(f"{other} is not read, rename it to {MAPPING}")
+            raise Fault(f"{other} is not read; rename it to {MAPPING}")
     try:
         document = read_yaml(path)
     except FileNotFoundError:
@@ -156,7 +156,7 @@ def read_mapping(folder: Path) -> Mapping | None:
     except (yaml.YAMLError, ValueError) as error:
         raise Fault(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise Fault(f"{path} has no entries, expected the name of a file with keys below it")
+        raise Fault(f"{path} has no entries, expected the name of a file and the keys of its entry")
     faults = [
         f"{path}: {name}: {fault}" for name, entry in document.items() for fault in _faults(entry)
     ]
@@ -200,11 +200,11 @@ def _conflicts(entry: dict[str, Any]) -> list[str]:
     if "verdict" in entry and not {"first", "second"} <= entry.keys():
         faults.append("verdict needs first and second, the values that prefer each answer")
     elif valued and not ("verdict" in entry or _is_path(entry.get("votes"))):
-        faults.append("first, second and tie are values of verdict or votes, expected one of these")
+        faults.append("first, second and tie need a verdict, or a single column of votes")
     elif valued and not {"first", "second"} <= entry.keys():
         faults.append("single votes need first and second, the values that prefer each answer")
     if entry.get("votes") and entry.get("preference"):
-        faults.append("votes and preference both say how sure a verdict is, expected one of them")
+        faults.append("votes and preference both say how certain a verdict is, expected only one")
     meanings = [plain(value) for key in ("first", "second", "tie") for value in _listed(entry, key)]
     if len({*meanings}) != len(meanings):
         faults.append("first, second and tie share a value, expected one meaning for each value")

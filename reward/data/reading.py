@@ -142,7 +142,7 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
                 if len(cells) != len(header):
                     raise Fault(
                         f"{path}: row {position} (line {rows.line_num}) has {len(cells)} cells, "
-                        f"expected {len(header)} as in the header"
+                        f"expected {len(header)}, as in the header"
                     )
                 yield (
                     position,
@@ -275,14 +275,14 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
             except (ValueError, RecursionError) as error:
                 if not seen and (spread := _spread(path)):
                     raise Fault(
-                        f"{path}: {_wrapped(spread)} over several lines; {expected}"
+                        f"{path}: one object over several lines, {_wrapped(spread, expected)}"
                     ) from None
                 raise Fault(
                     f"{path}: line {number}: broken JSON: {_reason(error)}, found {text[:20]!r}; "
                     f"{expected}"
                 ) from None
             if not seen and _is_wrapper(record):
-                raise Fault(f"{path}: line {number}: {_wrapped(record)}; {expected}")
+                raise Fault(f"{path}: line {number}: an object {_wrapped(record, expected)}")
             seen = True
             yield number, record
 
@@ -298,11 +298,11 @@ def _spread(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _wrapped(record: dict[str, Any]) -> str:
-    """An object around records in words, with how to extract them."""
+def _wrapped(record: dict[str, Any], expected: str) -> str:
+    """The message about an object around records, with a command that extracts them."""
     inside = next((key for key, value in record.items() if isinstance(value, list)), None)
     way = f" (jq -c '.{inside}[]' extracts them)" if inside and inside.isidentifier() else ""
-    return f"an object with {names_of(record)}{way}"
+    return f"with {names_of(record)}; {expected}{way}"
 
 
 def _is_wrapper(record: Any) -> bool:
@@ -334,7 +334,8 @@ def _array(path: Path) -> Iterator[tuple[int, Any]]:
                 at_end = error.pos > len(buffer) - LONGEST_TOKEN
                 more = file.read(size) if at_end or "Unterminated" in error.msg else ""
                 if not more:
-                    found = repr(buffer[error.pos : error.pos + 20] or "the end of the file")
+                    rest = buffer[error.pos : error.pos + 20]
+                    found = repr(rest) if rest else "the end of the file"
                     raise Fault(
                         f"{path}: record {position}: broken JSON: {error.msg}, found {found}; "
                         "expected an array of records"
@@ -350,9 +351,9 @@ def _array(path: Path) -> Iterator[tuple[int, Any]]:
             position, start, size = position + 1, end, CHUNK
             if separator == "]":
                 break
-        if rest := (buffer[start:] + file.read(CHUNK)).strip():
+        if after := (buffer[start:] + file.read(CHUNK)).strip():
             raise Fault(
-                f"{path}: found {rest[:20]!r} after the array, expected the end of the file"
+                f"{path}: found {after[:20]!r} after the array, expected the end of the file"
             )
 
 

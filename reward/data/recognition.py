@@ -112,7 +112,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
     whole = _whole(objects, context, answers)
     if context.prompt is None and not whole and not _hold_conversations(objects, answers):
         raise unread.fault(
-            f"none of the columns {names_in(columns)} is the prompt of {answers.description}",
+            f"none of the columns {names_in(columns)} is recognized as the prompt",
             guessed_prompt(columns, {"prompt": COLUMN} | entry_of(answers)),
         )
     if context.prompt is None and answers == CANONICAL:

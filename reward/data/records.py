@@ -293,13 +293,15 @@ def _message(key: str, item: Any) -> Message:
     role, content = item["role"], item.get("content")
     if role not in ROLES:
         raise BadRecord(
-            "unknown_role", f"{key!r} has the role {role!r}, expected one of {', '.join(ROLES)}"
+            "unknown_role",
+            f"a message of {key!r} has the role {role!r}, expected one of {', '.join(ROLES)}",
         )
     if content is None and "tool_calls" in parts:
         return role, "", _parts_text(key, parts | {"content": None})
     if not isinstance(content, str):
         raise BadRecord(
-            "wrong_type", f"a content in {key!r} is {_kind(content)}, expected a string"
+            "wrong_type",
+            f"the content of a message of {key!r} is {_kind(content)}, expected a string",
         )
     return (role, content, _parts_text(key, parts)) if parts else (role, content)
 
@@ -308,7 +310,7 @@ def _parts(key: str, item: dict[str, Any]) -> dict[str, Any]:
     """The PARTS of a message that are not empty."""
     for part in UNREAD:
         if item.get(part):
-            raise BadRecord("unread", f"a message of {key!r} has {part!r}, which nothing reads")
+            raise BadRecord("unread", f"a message of {key!r} has {part!r}, which is not supported")
     parts = {part: item[part] for part in PARTS if item.get(part)}
     for part, value in parts.items():
         if part == "tool_calls":
@@ -406,4 +408,6 @@ def _kind(value: Any) -> str:
 def names_of(record: dict[str, Any]) -> str:
     """The keys of a record in words, for messages."""
     shown = (key if key.isprintable() else repr(key) for key in sorted(record))
-    return "the keys " + ", ".join(shown) if record else "no keys"
+    if not record:
+        return "no keys"
+    return f"the {'key' if len(record) == 1 else 'keys'} {', '.join(shown)}"

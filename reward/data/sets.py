@@ -95,11 +95,12 @@ def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
     too_long, bad = ledger.dropped["over_length"], sum(ledger.dropped[reason] for reason in reasons)
     if reasons and not drop:
         raise Fault(
-            f"{ledger.listed(reasons)}; to leave them out set preprocess.on_bad_record to drop"
+            f"{ledger.listed(reasons)}; to leave them out, set preprocess.on_bad_record to drop"
         )
     if not rows:
         raise Fault(
-            f"{path}: no pairs left to judge: {too_long} too long, {bad} bad; expected at least one"
+            f"{path}: no pairs left to evaluate: {too_long} too long, {bad} bad; "
+            "expected at least one"
         )
     return TestSet(name_of(path), rows, ledger, too_long, bad)
 

@@ -135,8 +135,8 @@ def sources(path: Path) -> list[Source]:
         mapping.require_files([file.name for file in paths])
     elif mapping and mapping.entry(path.name):
         raise Fault(
-            f"{mapping.path} has an entry for {path.name}; expected the folder {path.parent} in "
-            f"params.yaml instead of {path}, so that DVC sees a change of the entry"
+            f"{mapping.path} has an entry for {path.name}; set preprocess.data to the folder "
+            f"{path.parent} instead of {path}, so that DVC notices a change of the entry"
         )
     found = [_source(file, mapping, path.is_file()) for file in paths]
     for source in found if path.is_dir() else []:
@@ -145,7 +145,7 @@ def sources(path: Path) -> list[Source]:
         if source.split is None and LIKE_A_SPLIT.match(source.path.name):
             raise Fault(
                 f"{source.path} is named like a test or validation set, but would be trained on; "
-                "expected a name that begins with test or validation, or its split in "
+                "expected a name that begins with test or validation, or a split for it in "
                 f"{path / MAPPING}"
             )
     return found

@@ -42,10 +42,10 @@ class Unrecognized:
 
     def fault(self, found: str, *entries: Entry) -> Fault:
         """A Fault that says what was found, and gives the entries that would decide."""
-        folder = f" (and the folder {self.path.parent} in params.yaml)" if self.alone else ""
+        folder = f"set preprocess.data to {self.path.parent} and " if self.alone else ""
         ways = " or ".join(flow(self.path.name, entry) for entry in entries)
         mapping = self.path.parent / MAPPING
-        return Fault(f"{self.path}: {found}; expected in {mapping}{folder}: {ways}")
+        return Fault(f"{self.path}: {found}; {folder}write in {mapping}: {ways}")
 
 
 def names_in(columns: Columns) -> str:
@@ -92,8 +92,13 @@ def unknown(columns: Columns, unread: Unrecognized) -> Fault:
     entry, notes = _guess(columns)
     missing = [key for key, value in entry.items() if value in (COLUMN, VALUE) or key == KEY]
     verb = "is" if len(missing) == 1 else "are"
-    lacking = f"{', '.join(missing)} {verb} missing" if missing else "say what they mean"
-    found = f"the columns {names_in(columns)} are not a known form: {lacking}"
+    lacking = (
+        f": {', '.join(missing)} {verb} missing"
+        if missing
+        else "; check that the entry says what they mean"
+    )
+    subject = "the columns {} are" if len(columns) > 1 else "the column {} is"
+    found = f"{subject.format(names_in(columns))} not a known form{lacking}"
     return unread.fault("; ".join([found, *notes]), entry)
 
 
@@ -135,8 +140,8 @@ def _guessed_verdict(columns: Columns, entry: Entry, texts: list[str]) -> tuple[
     if "verdict" in entry and verdict:
         one, other = entry["answers"]
         values = ", ".join(sorted({_scalar(value) for value in columns[verdict]})[:6])
-        meant = f"first is the value that prefers {one}, second the one that prefers {other}"
-        notes = [f"{verdict} has {values}: {meant}"]
+        meant = f"first: the value that prefers {one}, second: the value that prefers {other}"
+        notes = [f"{verdict} has {values} ({meant})"]
     return guessed_prompt(columns, entry), notes
 
 
@@ -145,7 +150,7 @@ def _guessed_key(number: str, named: str) -> tuple[str, list[str]]:
     for key, words in (("ranks", ("rank",)), ("scores", ("score", "rating", "reward"))):
         if any(word in number.lower() for word in words):
             return key, []
-    return KEY, [f"{KEY} is ranks if 1 is the best of {named}, or scores if more is better"]
+    return KEY, [f"{KEY} is ranks if 1 is the best value of {named}, or scores if more is better"]
 
 
 def _guessed_order(columns: Columns, name: str) -> tuple[Entry, list[str]]:
@@ -162,7 +167,7 @@ def _guessed_order(columns: Columns, name: str) -> tuple[Entry, list[str]]:
         key, notes = _guessed_key(number, number)
         return guessed_prompt(columns, entry | {key: number}), notes
     notes = [
-        f"nothing says which of {name} is better (order: best_first if they are in that order)"
+        f"no column says which of {name} is better (VALUE: best_first if the best comes first)"
     ]
     return guessed_prompt(columns, entry | {"order": VALUE}), notes
 

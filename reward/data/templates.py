@@ -14,8 +14,8 @@ from reward.process import Fault
 
 # A chat template is a program, so it may raise these in addition to Jinja's own errors.
 ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-NEEDS_CHAT = "which only preprocess.template chat can render"
-NEEDS_SYSTEM = "which only preprocess.template chat, or one with {system}, can render"
+NEEDS_CHAT = "but only preprocess.template chat can render such a conversation"
+NEEDS_SYSTEM = "but only preprocess.template chat, or one with {system}, can render it"
 # The strftime codes that give the same text for a date on every platform.
 DIRECTIVES = "aAbBcdHIjmMpSUwWxXyY"
 SHOWN = 40
@@ -100,7 +100,7 @@ def read_chat_template(path: Path) -> str:
     if not isinstance(template, str) or not template.strip():
         raise Fault(
             f"{where} has no chat template, which preprocess.template chat needs; expected a Jinja "
-            "file, such as the instruction-tuned model with the same tokenizer has"
+            "file, such as that of the instruction-tuned model with the same tokenizer"
         )
     try:
         _compile_jinja_template(template)

@@ -336,9 +336,11 @@ def load(path: Path, base: Path) -> "Dataset":
             f"{path} cannot be read ({reason}), expected a split that preprocess wrote"
         ) from None
     if found is None:
-        raise Fault(f"{path} is damaged, expected it as preprocess wrote it; run dvc repro")
+        raise Fault(f"{path} is damaged, expected the bytes that preprocess wrote; run dvc repro")
     if tokenizer != here:
-        raise Fault(f"{path} was made by another tokenizer than that of {base}; run dvc repro")
+        raise Fault(
+            f"{path} was made with a different tokenizer from that of {base}; run dvc repro"
+        )
     return found
 
 

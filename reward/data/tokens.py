@@ -72,9 +72,9 @@ class Template:
                 ) from None
         if "\\n" in text:
             raise Fault(
-                f"params.yaml: preprocess.template is {name!r}, which has a backslash and an n, "
-                'expected a line break: in params.yaml "{prompt}\\n{answer}" in double quotes, in '
-                "a shell -S $'preprocess.template=\"{prompt}\\n{answer}\"'"
+                f"params.yaml: preprocess.template is {name!r}, with a backslash and an n instead "
+                'of a line break; write "{prompt}\\n{answer}" with double quotes in params.yaml, '
+                "or -S $'preprocess.template=\"{prompt}\\n{answer}\"' in a shell"
             )
         path = base / "tokenizer.json"
         if not path.is_file():
