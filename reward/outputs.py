@@ -58,8 +58,8 @@ def _refused(error: Exception, path: Path, room: int) -> int:
         return _probe(path if path.is_dir() else path.parent, room)
     # A file below `path`, its temporary name (path.partial), or a folder above it.
     known, found = str(path.absolute()), str(Path(os.fsdecode(place)).absolute())
-    ours = found.startswith(known) or known.startswith(f"{found}{os.sep}")
-    return int(number or 0) if ours else 0
+    is_related = found.startswith(known) or known.startswith(f"{found}{os.sep}")
+    return int(number or 0) if is_related else 0
 
 
 def _probe(folder: Path, room: int) -> int:

@@ -27,7 +27,7 @@ def is_command(arguments: Sequence[str]) -> bool:
 
 
 def see_one_gpu() -> None:
-    """Let this process, one of several, see only its own GPU. No library may have looked yet."""
+    """Let this process, one of several, see only its own GPU. Call it before a library looks."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) != "":
         local = os.environ["LOCAL_RANK"]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)] if visible else local
@@ -73,8 +73,8 @@ def run(main: Callable[[], None]) -> None:
         if not ERRORS:
             print(fault, file=sys.stderr)
         elif not fault.elsewhere:
-            told = {"message": str(fault), "timestamp": int(time.time())}
-            Path(ERRORS).write_text(json.dumps(told), encoding="utf-8")
+            report = {"message": str(fault), "timestamp": int(time.time())}
+            Path(ERRORS).write_text(json.dumps(report), encoding="utf-8")
         sys.exit(1)
     except KeyboardInterrupt:
         if not LAUNCHED:
@@ -86,8 +86,8 @@ def run(main: Callable[[], None]) -> None:
 
 def threads() -> int:
     """How many threads to use: OMP_NUM_THREADS, set for several processes, or one per processor."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() else processors()
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    return int(requested) if requested.isdecimal() else processors()
 
 
 def follow(parent: int) -> None:
@@ -127,9 +127,9 @@ def free_memory(memory: Path = Path("/proc/meminfo"), group: Path = GROUP) -> fl
         of_machine = dict(line.split(":") for line in memory.read_text().splitlines())
         free.append(int(of_machine["MemAvailable"].split()[0]) * 1024)
     with suppress(OSError, ValueError):  # "max" is not a number
-        most, taken = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         of_group = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free.append(most - taken + int(of_group["active_file"]) + int(of_group["inactive_file"]))
+        free.append(limit - used + int(of_group["active_file"]) + int(of_group["inactive_file"]))
     return min(free)
 
 

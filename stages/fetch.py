@@ -63,7 +63,7 @@ PROBES = [
     "  Two spaces,\ttabs\r\n\n\n and 1234567 CAPITALS </s> <|im_end|>",
     "e\u0301 é 👩‍👩‍👧 𝔘nicode \u00a0 ﬁn",
 ]
-# How long to wait for an answer of the Hub.
+# How long to wait for an answer from the Hub.
 SECONDS = 7
 
 

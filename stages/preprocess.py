@@ -318,8 +318,8 @@ def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_
         raise Fault(f"{ledger.listed(reasons)}; {', '.join(remedies(options, reasons))}")
     if not used.any():
         reasons = set(ledger.dropped)
-        said = "; ".join([ledger.listed(reasons), *remedies(options, reasons)])
-        raise Fault(f"{said}; expected at least one usable record")
+        message = "; ".join([ledger.listed(reasons), *remedies(options, reasons)])
+        raise Fault(f"{message}; expected at least one usable record")
     return used
 
 
@@ -488,8 +488,10 @@ def report_sets(notes: Mapping[str, Notes]) -> None:
     for name, found in notes.items():
         counts = asdict(found)
         if any(counts.values()):
-            said = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
-            print(f"set        {name}: {said}")
+            left_out = ", ".join(
+                f"{count} {what.replace('_', ' ')}" for what, count in counts.items()
+            )
+            print(f"set        {name}: {left_out}")
 
 
 def show_example(encoder: Encoder) -> None:

@@ -97,7 +97,7 @@ def main() -> None:
     require_possible(options)
     require_same_source()
     report_precision(quantization)
-    most = recorded(TOKENIZED / "template.json")["max_length"]
+    max_length = recorded(TOKENIZED / "template.json")["max_length"]
     train, validation = (tokenized.load(path, BASE) for path in SPLITS)
     with checkpoints.shared(fingerprint(options, lora, quantization)) as saved:
         saved.forget_if_recorded(Path("dvc.lock"), "train")
@@ -106,7 +106,7 @@ def main() -> None:
             report_unquantized(options, lora, quantization, validation)
         model = build(options, lora, quantization)
         report_precisions(model, quantization)
-        require_length(model.get_base_model().config, BASE, most)
+        require_length(model.get_base_model().config, BASE, max_length)
         trainer = RewardTrainer(model, options, saved, steps(options, train), validation, REPORTS)
         for dataset in (train, validation):
             require_fit(model, dataset)

@@ -607,7 +607,7 @@ def test_long_texts_stop_the_stage_by_default(data: Path, set_params: SetParams)
     set_params("preprocess", max_length=40, on_bad_record="drop")
     lines = fault().splitlines()
     assert "record 21: over_length: has" in lines[0]
-    assert "at most 40 fit" in lines[0]
+    assert "expected at most 40 (" in lines[0]
     assert lines[2].startswith(
         "bad records: 2 over_length; for texts that are too long, set preprocess.over_length to "
     )

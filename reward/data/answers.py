@@ -145,13 +145,13 @@ class Meaning:
     def description(self) -> str:
         parts = [(self.first, "the first answer"), (self.second, "the second")]
         parts += [(self.tie, "a tie")] if self.tie else []
-        return ", ".join(f"{_listed(values)} for {meant}" for values, meant in parts)
+        return ", ".join(f"{_listed(values)} for {answer}" for values, answer in parts)
 
     def sign(self, value: Any) -> int | None:
         """1 if the first answer is better, -1 if the second is, 0 for a tie, None if unknown."""
         found = plain(value)
         for sign, values in ((1, self.first), (-1, self.second), (0, self.tie)):
-            if found in [plain(meant) for meant in values]:
+            if found in [plain(known) for known in values]:
                 return sign
         return None
 
@@ -340,8 +340,10 @@ class Grades:
             return None
         counts = self._counts(found) if isinstance(found, list) else None
         if counts is None or not sum(counts):
-            meant = f"a list of votes, {self.meaning.description}" if self.meaning else COUNTS
-            raise UnknownVerdict(f"{' and '.join(self.votes)} is {_shown(found)}, expected {meant}")
+            expected = f"a list of votes, {self.meaning.description}" if self.meaning else COUNTS
+            raise UnknownVerdict(
+                f"{' and '.join(self.votes)} is {_shown(found)}, expected {expected}"
+            )
         first, second, equal = counts
         return (first + equal / 2) / (first + second + equal)
 
@@ -374,8 +376,8 @@ def _number(record: Record, path: str | None, default: float, expected: str) -> 
     if is_absent(value):
         return default
     number = plain(value)
-    most = 1.0 if expected == PROBABILITY else math.inf
-    if not isinstance(number, float) or not math.isfinite(number) or not 0 <= number <= most:
+    limit = 1.0 if expected == PROBABILITY else math.inf
+    if not isinstance(number, float) or not math.isfinite(number) or not 0 <= number <= limit:
         raise UnknownVerdict(
             f"{path} is {_shown(value)}, expected {expected} (if it means "
             f"something else, write {path}: null in dataset.yaml)"

@@ -60,12 +60,12 @@ class Context:
         for name in MEDIA:
             if not is_absent(record.get(name)):
                 raise BadRecord("not_text", f"{name!r} has a value, expected text only")
-        asked = value_at(record, self.prompt) if self.prompt else None
-        if spelling(asked):
-            asked = [asked]
-        if isinstance(asked, list):
-            asked = messages(self.prompt or "", asked)
-        return self._with_input(record, asked)
+        prompt = value_at(record, self.prompt) if self.prompt else None
+        if spelling(prompt):
+            prompt = [prompt]
+        if isinstance(prompt, list):
+            prompt = messages(self.prompt or "", prompt)
+        return self._with_input(record, prompt)
 
     def before(self, record: Record) -> list[Any]:
         """The system message and the earlier turns, as messages. Raises BadRecord."""
@@ -78,17 +78,17 @@ class Context:
         history = value_at(record, self.history) if self.history else None
         return found if is_absent(history) else found + self._turns(history)
 
-    def _with_input(self, record: Record, asked: Any) -> Any:
+    def _with_input(self, record: Record, prompt: Any) -> Any:
         more = value_at(record, self.input) if self.input else None
         if is_absent(more) or (isinstance(more, str) and not more.strip()):
-            return asked
-        if is_absent(asked):
+            return prompt
+        if is_absent(prompt):
             return more
-        if not isinstance(more, str) or not isinstance(asked, str):
+        if not isinstance(more, str) or not isinstance(prompt, str):
             raise BadRecord(
                 "wrong_type", f"{self.input!r} and {self.prompt!r} are not both strings"
             )
-        return f"{asked}\n{more}"
+        return f"{prompt}\n{more}"
 
     def _turns(self, history: Any) -> list[Message]:
         """Earlier turns as messages, from messages or from lists of a question and its answer."""
@@ -242,15 +242,15 @@ def _tools(value: Any) -> Any:
         raise BadRecord("wrong_type", "'tools' is a string that is not JSON") from None
 
 
-def _joined(before: list[Any], asked: list[Any]) -> list[Any]:
+def _joined(before: list[Any], prompt: list[Any]) -> list[Any]:
     """The earlier messages, then those of the prompt. A system message in both appears once."""
-    systems = [[each for each in part if _has_role(each, "system")] for part in (before, asked)]
+    systems = [[each for each in part if _has_role(each, "system")] for part in (before, prompt)]
     if all(systems):
         if systems[0][0]["content"] != systems[1][0]["content"]:
             raise BadRecord("prompt_differs", "'system' differs from the prompt's system message")
         before = [each for each in before if not _has_role(each, "system")]
-        return [*asked[:1], *before, *asked[1:]]
-    return [*before, *asked]
+        return [*prompt[:1], *before, *prompt[1:]]
+    return [*before, *prompt]
 
 
 def _has_role(item: Any, role: str) -> bool:

@@ -116,8 +116,8 @@ class Ledger:
     def grade(self, rows: Iterable[int], *grades: Iterable[float]) -> None:
         """Set the GRADES of some comparisons. Later values replace earlier ones."""
         self.graded.extend(rows)
-        for noted, found in zip(self.grades.values(), grades, strict=True):
-            noted.extend(found)
+        for values, found in zip(self.grades.values(), grades, strict=True):
+            values.extend(found)
 
     def grade_of(self, name: str) -> Floats:
         """One of GRADES: [comparisons]. Only values other than the default take memory."""

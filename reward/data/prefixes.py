@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 
 def prefix_length(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> int:
-    """The length of the common prefix, at most one less than the shorter sequence."""
+    """The length of the common prefix of two [ids], at most one less than the shorter length."""
     left, right = np.asarray(chosen), np.asarray(rejected)
     limit = max(min(len(left), len(right)) - 1, 0)
     differs = left[:limit] != right[:limit]

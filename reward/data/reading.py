@@ -306,7 +306,7 @@ def _wrapped(record: dict[str, Any], expected: str) -> str:
 
 
 def _is_wrapper(record: Any) -> bool:
-    """Whether this is an object around a list of records, and not a record itself."""
+    """Whether this is an object that contains a list of records, and not a record itself."""
     if not isinstance(record, dict) or record.keys() & set(FIELDS):
         return False
     firsts = [value[0] for value in record.values() if isinstance(value, list) and value]

@@ -36,7 +36,7 @@ Messages = tuple[Message, ...]
 
 
 class BadRecord(Exception):
-    """A record that cannot be used: `reason` is a word to count by, the message is for people."""
+    """A record that cannot be used. `reason` is a key for counting, the message is for people."""
 
     def __init__(self, reason: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -222,7 +222,7 @@ def _answers(record: dict[str, Any], key: str) -> list[tuple[str, Any]]:
 
 
 def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
-    """The prompt and the answers as messages. If answers repeat the prompt, it is removed there."""
+    """The prompt and the answers as messages. The answers do not repeat the prompt any more."""
     prompt, answers, names, *_ = raw
     if all(isinstance(answer, str) for answer in answers):
         if prompt is None:
@@ -238,10 +238,10 @@ def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
     conversations = [_messages(key, value) for key, value in zip(names, answers, strict=True)]
     head = _shared_prompt(conversations)
     if prompt is not None:
-        asked = _messages("prompt", prompt, "user")
+        given = _messages("prompt", prompt, "user")
         # The answers may repeat the prompt, and may begin with a system message that it lacks.
-        if tuple(message for message in head if message[0] != "system") != asked:
-            head = asked
+        if tuple(message for message in head if message[0] != "system") != given:
+            head = given
     elif not any(message[0] == "user" for message in head):
         raise BadRecord("missing_key", "'prompt' is missing, and the first messages differ")
     return head, [_without_prompt(head, *each) for each in zip(names, conversations, strict=True)]

@@ -26,15 +26,15 @@ Array = npt.NDArray[np.int32]
 
 
 class Kept(NamedTuple):
-    """The comparisons of a record that its ids leave usable, and the faults of the others."""
+    """The comparisons of a record that are usable with its ids, and the faults of the others."""
 
     comparisons: list[Comparison]
     compared: list[Compared]
     faults: list[BadRecord]
 
 
-def compare(record: Record, ids: Sequence[Array], most: int) -> Kept:
-    """The comparisons of a record whose two answers have different ids, at most `most` ids each.
+def compare(record: Record, ids: Sequence[Array], max_length: int) -> Kept:
+    """The comparisons of a record whose two answers have different ids, at most `max_length` each.
 
     `ids` are the ids of each answer with its prompt. A comparison with longer ids is the fault
     `over_length`. One with equal ids, which no model can tell apart, is the fault
@@ -44,8 +44,10 @@ def compare(record: Record, ids: Sequence[Array], most: int) -> Kept:
     for name, each in zip(record.ids, record.comparisons, strict=True):
         left, right = ids[each.j], ids[each.k]
         longest = max(len(left), len(right))
-        if longest > most:
-            faults.append(BadRecord("over_length", f"has {longest} tokens, at most {most} fit"))
+        if longest > max_length:
+            faults.append(
+                BadRecord("over_length", f"has {longest} tokens, expected at most {max_length}")
+            )
         elif len(left) != len(right) or not np.array_equal(left, right):
             kept.append(each)
             compared.append(Compared(name, each.j, each.k, prefix_length(left, right)))
@@ -73,7 +75,7 @@ def as_json(messages: Messages) -> str:
 
 
 def _object(message: Message) -> str:
-    """A message as compact JSON. Most messages have no parts, and are written faster here."""
+    """A message as compact JSON. Most messages have no parts and take this faster way."""
     if len(message) > 2:
         return compact_json(as_dict(message))
     role, content = map(encode_basestring, message)

@@ -26,7 +26,7 @@ INDEX = "index.json"
 class TestSet:
     """The records of a file as rows of the scratch table, and their ledger.
 
-    `too_long` and `bad` are the numbers of comparisons that were left out.
+    `too_long` and `bad` count the comparisons or records that were left out.
     """
 
     name: str

@@ -80,16 +80,16 @@ class Source:
                 if drawn is None or matching in drawn:
                     yield position, record
         if not matching:
-            asked = ", ".join(path for path, _ in self.entry.where)
+            paths = ", ".join(path for path, _ in self.entry.where)
             raise Fault(
-                f"{self.path}: where ({asked}) matches none of its {self.seen:,} records, expected "
+                f"{self.path}: where ({paths}) matches none of its {self.seen:,} records, expected "
                 "at least one"
             )
 
     def _draw(self) -> set[int]:
-        """Which matching records are taken, counted from 1: those with the smallest hashes.
+        """Which matching records are taken, numbered from 1: those with the smallest hashes.
 
-        The hash is of the seed and the count, so a larger `take` draws the same records and more.
+        A hash is of the seed and the number, so a larger `take` draws the same records and more.
         """
         count = sum(self._matches(record) for _, record in read(self.path))
         take = self.entry.take or 0

@@ -139,11 +139,11 @@ def _count(ballots: Ballots, columns: Hashes) -> Votes:
     preference = np.maximum(for_first, for_second) / total
     fits = (for_first == for_second) | ((first > TIE) == (for_first > for_second)) & (first != TIE)
     rows = np.arange(len(answers))
-    standing = rows == each(np.minimum, np.where(fits, rows, len(answers)))
+    stays = rows == each(np.minimum, np.where(fits, rows, len(answers)))
     agreed = np.where(preference == 1, each(np.add, counted * margin) / total, 0)
     weight = total / each(np.add, is_new.astype(np.int64))
-    kept = np.flatnonzero(cast & standing)
-    return Votes(cast, cast & ~standing, kept, preference[kept], weight[kept], agreed[kept])
+    kept = np.flatnonzero(cast & stays)
+    return Votes(cast, cast & ~stays, kept, preference[kept], weight[kept], agreed[kept])
 
 
 class Numbered(NamedTuple):

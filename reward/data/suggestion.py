@@ -92,13 +92,13 @@ def unknown(columns: Columns, unread: Unrecognized) -> Fault:
     entry, notes = _guess(columns)
     missing = [key for key, value in entry.items() if value in (COLUMN, VALUE) or key == KEY]
     verb = "is" if len(missing) == 1 else "are"
-    lacking = (
+    problem = (
         f": {', '.join(missing)} {verb} missing"
         if missing
         else "; check that the entry says what they mean"
     )
     subject = "the columns {} are" if len(columns) > 1 else "the column {} is"
-    found = f"{subject.format(names_in(columns))} not a known form{lacking}"
+    found = f"{subject.format(names_in(columns))} not a known form{problem}"
     return unread.fault("; ".join([found, *notes]), entry)
 
 
@@ -140,8 +140,8 @@ def _guessed_verdict(columns: Columns, entry: Entry, texts: list[str]) -> tuple[
     if "verdict" in entry and verdict:
         one, other = entry["answers"]
         values = ", ".join(sorted({_scalar(value) for value in columns[verdict]})[:6])
-        meant = f"first: the value that prefers {one}, second: the value that prefers {other}"
-        notes = [f"{verdict} has {values} ({meant})"]
+        meaning = f"first: the value that prefers {one}, second: the value that prefers {other}"
+        notes = [f"{verdict} has {values} ({meaning})"]
     return guessed_prompt(columns, entry), notes
 
 

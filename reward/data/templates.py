@@ -174,8 +174,8 @@ def require_whole(text: str, messages: Messages) -> None:
     end = 0
     for number, message in enumerate(messages, start=messages[0][0] != TOOLS):
         parts, start = parts_of(message), end
-        said = {"reasoning_content": parts.get("reasoning_content", ""), "content": message[1]}
-        for part, words in said.items():
+        contents = {"reasoning_content": parts.get("reasoning_content", ""), "content": message[1]}
+        for part, words in contents.items():
             for piece in re.split("</?think>", words):
                 end = _end_of(piece.strip(), text, end)
                 if end < 0:

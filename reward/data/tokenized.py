@@ -360,6 +360,6 @@ def conversations(pairs: "Dataset", found: "Dataset") -> list[tuple[str, str, st
     texts = dict(zip(keys, zip(found[PROMPT], found[RESPONSE], strict=True), strict=True))
     result = []
     for prompt, j, k in zip(*(pairs[name] for name in (PROMPT_ID, *ANSWERS)), strict=True):
-        (asked, chosen), (_, rejected) = texts[prompt, j], texts[prompt, k]
-        result.append((asked, chosen, rejected))
+        (question, chosen), (_, rejected) = texts[prompt, j], texts[prompt, k]
+        result.append((question, chosen, rejected))
     return result
