@@ -27,7 +27,10 @@ def is_command(arguments: Sequence[str]) -> bool:
 
 
 def see_one_gpu() -> None:
-    """Let this process, one of several, see only its own GPU. Call it before a library looks."""
+    """Let this process, one of several, see only its own GPU.
+
+    Call it before any library looks for GPUs.
+    """
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) != "":
         local = os.environ["LOCAL_RANK"]
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)] if visible else local

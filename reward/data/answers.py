@@ -229,7 +229,7 @@ class Listed:
         return f"{found} with {' and '.join(self.ratings)} ({ORDERS[self.order]})"
 
     def compared(self, record: Record) -> Compared:
-        """Compare each answer with each other one. Raises as `Answers.compared` does."""
+        """Compare each answer with every other one. Raises as `Answers.compared` does."""
         found = self._values(record, self.answers)
         if self.order == "best_first":
             ratings = [-float(place) for place in range(len(found))]

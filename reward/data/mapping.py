@@ -124,7 +124,10 @@ class Mapping:
     entries: dict[str, Entry]
 
     def entry(self, name: str) -> Entry | None:
-        """The entry of a file or of the pattern that it matches. Raises a Fault for several."""
+        """The entry of a file or of the pattern that it matches, or None.
+
+        Raises a Fault if several patterns match.
+        """
         if name in self.entries:
             return self.entries[name]
         found = [pattern for pattern in self.entries if fnmatchcase(name, pattern)]

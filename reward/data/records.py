@@ -222,7 +222,7 @@ def _answers(record: dict[str, Any], key: str) -> list[tuple[str, Any]]:
 
 
 def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
-    """The prompt and the answers as messages. The answers do not repeat the prompt any more."""
+    """The prompt and the answers as messages. A repeated prompt is removed from answers."""
     prompt, answers, names, *_ = raw
     if all(isinstance(answer, str) for answer in answers):
         if prompt is None:

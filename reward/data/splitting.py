@@ -255,7 +255,8 @@ def split(prompts: Hashes, validation: float, test: float, seed: int) -> npt.NDA
     the share is above 0. A prompt's rank is a hash of it and the seed, so the order of records does
     not matter.
     """
-    # np.unique and np.isin use hash tables, which take several times as much memory and time.
+    # np.unique and np.isin use hash tables, which take several times the memory and time of
+    # sorting.
     unique = np.unique_counts(prompts).values
     ranks = np.fromiter((hash64([seed, int(prompt)]) for prompt in unique), np.uint64, len(unique))
     sizes = [max(1, round(share * len(unique))) if share else 0 for share in (test, validation)]

@@ -49,7 +49,7 @@ class Unrecognized:
 
 
 def names_in(columns: Columns) -> str:
-    """The column names, for people."""
+    """The column names, for messages."""
     return ", ".join(name if name.isprintable() else repr(name) for name in columns)
 
 
