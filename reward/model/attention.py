@@ -32,9 +32,9 @@ BLOCK = 64
 
 
 def gqa_flag(function: Callable[..., Any]) -> dict[str, bool]:
-    """The argument that makes variable-length attention share keys between heads.
+    """The argument that lets several query heads share a key head in variable-length attention.
 
-    torch 2.11 has no such argument, because it always shares them.
+    torch 2.11 has no such argument, because it always allows this.
     """
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
 
@@ -47,8 +47,9 @@ class Call:
     """One call of variable-length attention.
 
     `queries` is the number of queries and `keys` selects the keys from the row. `cu_queries` and
-    `cu_keys` are the cumulative lengths at which queries and keys are cut into texts: int32,
-    [texts + 1], on the device.
+    `cu_keys` are the cumulative lengths at which queries and keys are cut into texts, such as
+    0, 3, 7 for texts of 3 and 4 tokens: int32, [texts + 1], on the device. `max_queries` and
+    `max_keys` are the most queries and keys of any text.
     """
 
     queries: int
@@ -65,6 +66,7 @@ class Plan:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device = layout, device
         self.masks: dict[int | None, Tensor] = {}
+        # The most keys that a query sees.
         self.most = max(map(add, layout.prefix, layout.own))
         # On a GPU the number of calls determines the time, so each text is one call.
         self.block = BLOCK if device.type == "cpu" else self.most
@@ -75,19 +77,20 @@ class Plan:
         return to_device(torch.tensor(self.layout.ends), self.device)
 
     def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values that a layer's queries attend to, given those it has computed."""
+        """The keys and values that a layer's queries attend to, given those that it computed."""
         return key, value
 
     def mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """0 where a query sees a key, -inf elsewhere: [queries, keys], at most a block's queries.
 
-        The last query always belongs to the last key, so every mask is the lower right corner of
-        the largest one, which is created once per window. GPU kernels read masks in aligned pieces
-        of 16 bytes. A corner may start at any address, and PyTorch checks only its strides, so a
-        GPU gets a copy.
+        The last query and the last key always belong to the same token, so every mask is the lower
+        right corner of the largest one, which is created once per window. GPU kernels read masks in
+        aligned pieces of 16 bytes. A corner may start at any address, and PyTorch checks only its
+        strides, so a GPU gets a copy.
         """
         block, most = self.block, self.most
         if window not in self.masks:
+            # `distance` is how many tokens a key is before a query; negative for a later key.
             last = torch.arange(most - block, most, device=self.device)[:, None]
             distance = last - torch.arange(most, device=self.device)
             unseen = (distance < 0) | (distance >= (window or most))
@@ -100,9 +103,9 @@ class Plan:
     def calls(self) -> list[Call]:
         """One call for the first texts of all prompts, one for the other texts if there are any.
 
-        First texts see only their own tokens, which come first in the row, so their keys are a
-        slice of it. The keys of another text are in two places, the prefix in its owner and the
-        text's own tokens: `pieces` holds the indices of both, one tensor for each text.
+        First texts see only their own tokens. These come first in the row, so the keys are a slice
+        of it. The keys of another text are in two places: the prefix in the text that owns it, and
+        the text's own tokens. `pieces` holds the indices of both, one tensor for each text.
         """
         layout, firsts = self.layout, self.layout.firsts
         starts = [end + 1 - own for end, own in zip(layout.ends, layout.own, strict=True)]
@@ -216,14 +219,15 @@ def flash_attention(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """One or two variable-length calls, with heads padded with zeros to a multiple of 8.
+    """One or two variable-length calls, with zeros that make the head size a multiple of 8.
 
     The zeros do not change the products of queries and keys, and the zeros that they add to the
-    output are cut off. The default scale is that of the unpadded size.
+    output are cut off. The default scale is that of the unpadded size. `window_size` is the number
+    of tokens that a query sees before and after its own, -1 for all.
     """
     size = query.shape[-1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    if size % 8:  # because pad copies even if it adds nothing
+    if size % 8:  # because pad would copy even if it added nothing
         query, key, value = (pad(x, (0, -size % 8)) for x in (query, key, value))
     parts = query.split([call.queries for call in plan.calls])
     outputs = [
@@ -257,13 +261,13 @@ def text_by_text(
 ) -> Tensor:
     """One call for each block of a text's queries, with the keys that the block sees.
 
-    A block of queries ends at `end` among the text's keys, prefix included. Without a window it
-    sees the keys 0 to end; with one, the first key is the one that the block's first query still
-    sees. If there are as many queries as keys, the kernel's own causal mask is right; a single
-    query without a window sees all keys and needs no mask.
+    A block sees the text's keys from `start` to `end`, counted from the start of the prefix. `end`
+    is after the block's last token. `start` is 0 without a window, otherwise the first key that the
+    block's first query sees. If there are as many queries as keys, the kernel's own causal mask is
+    right. A single query that sees all of its keys needs no mask.
 
-    The row is split, not sliced, because the gradient of each slice would be a whole row. A CPU
-    computes in fp32, because its kernels take twice as long for gradients in half precision.
+    The row is split, not sliced, because the gradient of each slice would be as large as the row. A
+    CPU computes in fp32, because its kernels take twice as long for gradients in half precision.
     """
     layout, dtype = plan.layout, query.dtype
     if query.device.type == "cpu" and dtype in FLASH_DTYPES:
@@ -300,13 +304,15 @@ def text_by_text(
 class LastLayer(Swapped):
     """A decoder's last layer, computed only at the texts' last tokens, where rewards are read.
 
-    As in generation, keys and values are computed for all tokens, but queries, and everything
-    after attention, only for the last ones. This saves most of the layer's work. A layer projects
-    its input and adds its result to it in a single forward, whose parts have different names in
-    each model family, so the input cannot be cut for the queries and stay whole for the keys.
-    Therefore the layer is called twice. In the first call, over all tokens, attention raises an
-    exception that carries the keys and values, because a layer that returned would have done all
-    of its work. The second call is over the last tokens and uses these keys and values.
+    As in generation, keys and values are computed for all tokens, but queries, and everything after
+    attention, only for the last ones. This saves most of the layer's work.
+
+    A layer computes queries, keys and values from one input, in a forward whose parts have
+    different names in each model family. So it cannot get all tokens for the keys and only the last
+    ones for the queries. It is called twice instead. The first call is over all tokens. Its
+    attention raises an exception that carries the keys and values, because a layer that returned
+    would have done all of its work. The second call is over the last tokens and uses these keys and
+    values.
     """
 
     def forward(self, hidden_states: Tensor, *, plan: Plan | None = None, **rest: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layers of a frozen base in less time and memory, with the same results up to rounding.
+"""Layers for a frozen base that take less time and memory, with the same results up to rounding.
 
 Products in fp32 on a CPU use oneDNN if PyTorch has it, because MKL, PyTorch's default, runs at
 about half speed on processors that are not from Intel. An adapter adds its part in place to the
@@ -50,7 +50,7 @@ def swap_layers(model: PeftModel) -> None:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight' + bias: [..., outputs] from [..., inputs] and [outputs, inputs].
 
-    In half precision PyTorch uses oneDNN itself.
+    The mark ' is the transpose. In half precision PyTorch uses oneDNN itself.
     """
     if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -82,12 +82,16 @@ def output(layer: Any, x: Tensor) -> Tensor:
 
 # --- linear layers and adapters --------------------------------------------------------------
 
+# A Function defines an operation and its gradient. `backward` gets the gradient of the result of
+# `forward` and returns a gradient for each argument of `forward`, None for those that have none.
+# `ctx` carries what `backward` needs from `forward`.
+
 
 class Frozen(Function):
     """x W' + bias for a frozen W.
 
-    The gradient of x is G W, which needs W but not x, so nothing is saved. W is dequantized again
-    in backward, which takes less memory than keeping it.
+    With G, the gradient of the result, the gradient of x is G W. It needs W but not x, so nothing
+    is saved. W is dequantized again in backward, which takes less memory than keeping it.
     """
 
     @staticmethod
@@ -125,9 +129,9 @@ class Adapted(Function):
 
         dx = G W,  dy = S A,  dA = S' y,  dB = s G' (y A').
 
-    So backward needs y and the small product y A', [rows, rank], which forward saves. Without
-    dropout y is x, and dx and dy are added up in one tensor. PEFT's own forward also creates the
-    adapter's output and its scaled copy, each as large as the layer's output.
+    So forward saves y and the small product y A', [rows, rank]. Without dropout y is x, and dx and
+    dy are added up in one tensor. PEFT's own forward also creates the adapter's output and its
+    scaled copy, each as large as the layer's output.
     """
 
     @staticmethod
@@ -161,7 +165,10 @@ class Adapted(Function):
 
 
 class AdaptedLayer(Swapped):
-    """A LoRA layer with one adapter over one of the layers of this module."""
+    """A LoRA layer with one adapter on a linear layer.
+
+    Without dropout, PEFT's dropout module returns x itself.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         lora: Any = self
@@ -182,13 +189,13 @@ class RootMeanSquare(Function):
     """w x / sqrt(mean(x^2) + eps): Zhang and Sennrich 2019, equation 4.
 
     Of tensors as large as x, only x itself is saved. Let c = 1 / sqrt(mean(x^2) + eps), one number
-    per row, and n the number of features. The derivative of c by x is -c^3 x / n, so with the
-    gradient G of the result the gradient of x is
+    per row, and n the number of features. The derivative of c with respect to x is -c^3 x / n. With
+    the gradient G of the result, the gradient of x is therefore
 
         dx = c w G - c^3 / n (w G . x) x.
 
-    All of this is computed in fp32. As in transformers, the normalized x is rounded to its dtype
-    before the multiplication by w.
+    All of this is computed in fp32. As in transformers, the normalized x is rounded to the dtype of
+    x before it is multiplied by w.
     """
 
     @staticmethod
