@@ -317,7 +317,8 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "adapter of another base": (
         replace_base,
         ["evaluate", "export"],
-        "models/adapter was trained on a different base than models/base: model.safetensors differ",
+        "models/adapter was trained on a different base than models/base, which differs in "
+        "model.safetensors",
     ),
     "adapter truncated": (
         lambda: truncate("models/adapter/adapter_model.safetensors"),

@@ -458,7 +458,7 @@ def test_export_names_no_path_or_library_version_of_this_machine() -> None:
     for path in filter(Path.is_file, export.EXPORT.rglob("*")):
         assert str(Path.cwd()).encode() not in path.read_bytes()
         assert b"transformers_version" not in path.read_bytes()
-    assert "# Reward model over my-model" in card
+    assert "# Reward model based on my-model" in card
 
 
 # --- loading ---------------------------------------------------------------------------------
@@ -1141,10 +1141,10 @@ def test_card_escapes_quoted_text() -> None:
         r"so\|urce: a \| b \# c",
     ]
     assert all(len(re.split(r"(?<!\\)\|", line)) == 6 for line in slices)
-    assert r"# Reward model over \*tiny\* \<b\> \`x\` \# Another heading" in card.splitlines()
+    assert r"# Reward model based on \*tiny\* \<b\> \`x\` \# Another heading" in card.splitlines()
     assert r'with the template ```` "```\nQ: {prompt}\n`A`: {answer}" ````.' in card
     assert [line for line in card.splitlines() if line.startswith("# ")] == [
-        r"# Reward model over \*tiny\* \<b\> \`x\` \# Another heading"
+        r"# Reward model based on \*tiny\* \<b\> \`x\` \# Another heading"
     ]
 
 
@@ -1174,7 +1174,7 @@ def test_card_has_licences_and_a_citation() -> None:
     sealed = read_json(export.EXPORT / "digests.json")["files"]
     assert sealed == {k: v for k, v in digests(export.EXPORT).items() if k != "digests.json"}
     assert f"has SHA-256 {sealed['adapter_model.safetensors']}}}" in card
-    assert r"title = {Reward model over 100\%\_mine}," in card
+    assert r"title = {Reward model based on 100\%\_mine}," in card
     data = ModelCard(card).data
     assert data.to_dict().items() >= found.items()
     ModelCard(card).save("card.md")
@@ -1192,7 +1192,7 @@ def test_card_has_data_parameters_and_figures() -> None:
     assert all(digest in card for digest in files.values())
     [parameters] = re.findall(r"```json\n(.*?)```", card, re.DOTALL)
     bits, half, full = map(training["base_parameters"].get, ("four_bits", "half", "full"))
-    assert f"parameters {bits:,} are in 4 bits, {half:,} in half and\n{full:,} in full" in card
+    assert f"parameters, {bits:,} are in 4 bits, {half:,} in half and\n{full:,} in full" in card
     assert json.loads(parameters) == {
         name: training[name] for name in ("quantization", "lora", "train")
     }

@@ -240,15 +240,15 @@ def test_end_token_of_another_model_is_refused(scorer: Scorer, ending: str, toke
         scorer.encode_rendered(["问:hi\n\n答:yes", f"问:hi\n\n答:yes{ending}"])
     assert (found.value.index, found.value.reason) == (1, "ending")
     assert str(found.value) == (
-        f"the text ends in {token!r}, expected the end of an answer, or a special token with "
-        "which the reward model's tokenizer ends answers"
+        f"the text ends in {token!r}, expected no special token at the end, or one of the reward "
+        "model's tokenizer that ends answers"
     )
 
 
 def test_token_that_starts_a_message_does_not_end_one(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = scorer_of(monkeypatch, "chat")
     [text] = scorer.render(candidates({"prompt": "hi", "answer": "yes"}))
-    with pytest.raises(Misfit, match=r"^the text ends in '<\|im_start\|>', expected the end"):
+    with pytest.raises(Misfit, match=r"^the text ends in '<\|im_start\|>', expected no special"):
         scorer.encode_rendered([f"{text}<|im_start|>\n"])
     with pytest.raises(Misfit, match=r"^the text has no token$"):
         scorer_of(monkeypatch, "none").encode_rendered(["<|im_end|>\n"])

@@ -546,7 +546,7 @@ def test_large_initial_margins_stop_the_stage(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         for parameter in head_of(model.get_base_model()).parameters():
             parameter.mul_(1000)
-    with pytest.raises(Fault, match="before the first step the margins have a deviation of"):
+    with pytest.raises(Fault, match="before the first step the margins have a standard deviation"):
         trainer.scale_head(model, pairs, 4096)
 
 

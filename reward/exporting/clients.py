@@ -2,11 +2,11 @@
 
     python -m reward.exporting.clients request.json
 
-request.json is a `Request`. What the clients find is written beside it to found.parquet, with the
+request.json is a `Request`. The rewards are written to found.parquet in the same folder, with the
 columns client, form, pair (its index), reward_chosen and reward_rejected. Export runs this module
-on the folder that it is about to finish, in a new process that ends with export, in an empty
-working directory. All clients except packs get ids or text in several forms: padded on the right or
-on the left, one text at a time, or with eos at the end.
+on the folder that it is about to finish, in a new process with an empty working directory. The
+process ends when export ends. All clients except packs get ids or text in several forms: padded on
+the right or on the left, one text at a time, or with eos at the end.
 """
 
 import argparse
@@ -72,8 +72,8 @@ CLIENT, FORM, FOUND, LEFT_OUT = "client", "form", "found.parquet", b"left_out"
 class Request:
     """What to score with which clients: the paths of an exported folder, its pairs and its base.
 
-    Packs score all pairs, with at most `tokens_per_pack` tokens as in the evaluation. The other
-    clients score the pairs with the indices `compared`.
+    The client `packs` scores all pairs, in packs of at most `tokens_per_pack` tokens as in the
+    evaluation. The other clients score the pairs with the indices `compared`.
     """
 
     folder: str
@@ -87,7 +87,9 @@ class Request:
 def main() -> None:
     """Handle the request, with one process for each GPU."""
     parser = argparse.ArgumentParser(description="Score pairs with an exported reward model.")
-    parser.add_argument("request", type=Path, help="JSON; found.parquet is written beside it")
+    parser.add_argument(
+        "request", type=Path, help="JSON file; found.parquet is written to its folder"
+    )
     path = parser.parse_args().request
     request = Request(**read_json(path))
     distribute(
@@ -99,7 +101,7 @@ def main() -> None:
 
 
 def handle(request: Request, output: Path) -> None:
-    """Score the pairs and write what the clients find."""
+    """Score the pairs with all clients and write the rewards."""
     torch.set_num_threads(threads())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -110,7 +112,7 @@ def handle(request: Request, output: Path) -> None:
 
 
 def find(request: Request) -> pa.Table:
-    """What the clients find and, if the base is quantized, the rewards on the original base.
+    """The rewards of the clients and, if the base is quantized, those on the original base.
 
     Clients that do not fit in memory are left out and named in the table's metadata. Several
     processes share the packs; only the first one runs the other clients.
@@ -136,7 +138,7 @@ def find(request: Request) -> pa.Table:
 
 
 def fits(client: Client, exported: Exported) -> bool:
-    """Whether the weights of a client fit in free memory; if not, the system kills the process.
+    """Whether the weights of a client fit in free memory. If not, the system kills the process.
 
     On a GPU this is always true, because running out of memory is an ordinary error there.
     """
@@ -149,7 +151,7 @@ def fits(client: Client, exported: Exported) -> bool:
 
 
 def found_by(client: Client, exported: Exported) -> pa.Table:
-    """What a client finds in all its forms."""
+    """The rewards of a client in all its forms."""
     # The previous client's model has reference cycles, so only the garbage collector frees it.
     gc.collect()
     torch.cuda.empty_cache()
@@ -171,7 +173,7 @@ def packs(exported: Exported) -> Score:
 
 
 def original_base(exported: Exported) -> Score:
-    """The adapter on the base before its quantization, with the dtype of training."""
+    """The adapter on the base before quantization, with the compute dtype of training."""
     dtype = exported_quantization(exported.folder).compute_dtype
     base = load_base(exported.base, Quantization.unquantized(dtype))
     return by_packs(exported, adapt(base, exported.folder))
@@ -238,7 +240,8 @@ def of_ids(texts: Sequence[tuple[int, ...]], model: Any, tokenizer: Any, form: F
 
 def pipeline_adapter(exported: Exported) -> Score:
     model = exported.load_adapter()
-    # The configuration of a base on the Hub does not say that the model is a regression.
+    # The configuration of a base on the Hub does not say that the model is a regression, so the
+    # pipeline would apply a sigmoid.
     scorer = pipeline(
         "text-classification",
         model,

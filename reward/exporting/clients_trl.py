@@ -40,7 +40,7 @@ def require_libraries() -> None:
     if missing:
         raise Fault(
             f"params.yaml: export.clients is all, but {' and '.join(missing)} cannot be imported; "
-            f"run pip install {' '.join(missing)} or set it to light"
+            f"run pip install {' '.join(missing)} or set export.clients to light"
         )
 
 
@@ -80,6 +80,7 @@ def trl_reward_merged(exported: Exported) -> Score:
             return paired([], [])
         batches.clear()
         trainer.evaluate(dataset(pairs))
+        # The first half of each of TRL's batches is the chosen texts, the second the rejected ones.
         halves = [(batch[: len(batch) // 2], batch[len(batch) // 2 :]) for batch in batches]
         both = [side for batch in halves for pair in zip(*batch, strict=True) for side in pair]
         return paired(list(pairs), both)
@@ -100,7 +101,7 @@ def trl_reward_merged(exported: Exported) -> Score:
 
 
 def trl_grpo_adapter(exported: Exported) -> Score:
-    """GRPO loads the folder by its path if the base is in it; otherwise it gets a loaded model."""
+    """GRPO loads the folder by its path if it contains the base, or else gets a loaded model."""
     if not exported.has_base:
         return by_grpo(exported, exported.load_adapter())
     with chdir(exported.folder):
@@ -143,7 +144,7 @@ def by_grpo(exported: Exported, reward_model: str | PreTrainedModel) -> Score:
 class Rollouts:
     """Replaces sampling: the completions of a prompt are the pair's chosen and rejected answer.
 
-    `found` holds the rewards observed, in the order in which the answers were given.
+    `found` holds the observed rewards, in the order in which the answers were given.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pairs: dict[int, Conversation]) -> None:
@@ -154,7 +155,7 @@ class Rollouts:
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         answers: list[str] = []
-        for [message] in prompts[::2]:
+        for [message] in prompts[::2]:  # because GRPO repeats each prompt num_generations times
             index, pair = self.pairs[message["content"]]
             self.given.append(index)
             answers += pair.answers

@@ -1,10 +1,10 @@
-"""Report whether one reward model judges better than another, or whether that is unclear.
+"""Compare two reward models: is the second one better, or may the difference be noise?
 
     python -m reward.judging.compare main my-experiment
 
 Takes two revisions of this repository (branches, tags, commits, names of experiments, or
-"workspace") or folders that reward.serving.judge wrote. Compares the rewards that evaluate wrote
-there pair by pair, on the test pairs or on an extra test set.
+"workspace") or folders that reward.serving.judge wrote. Compares their rewards pair by pair, on the
+test pairs or on an extra test set.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("first", help="a revision, an experiment, workspace, or a folder")
-    parser.add_argument("second", help="the one that may be better")
+    parser.add_argument("first", help='a revision, an experiment, "workspace", or a folder')
+    parser.add_argument("second", help="the one that may be better, in the same form")
     parser.add_argument("--set", metavar="NAME", help="compare on this extra test set")
     parser.add_argument("--all", action="store_true", help="list all pairs whose verdict changed")
     return parser.parse_args()
@@ -103,10 +103,10 @@ def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparis
     ids = first["id"].to_pylist()
     rows = [index for index, key in enumerate(ids) if key in places]
     if not rows:
-        raise Fault(f"{names[0]} and {names[1]} have judged no common pairs, expected some")
+        raise Fault(f"{names[0]} and {names[1]} have no judged pairs in common, expected some")
     if others := (len(ids) - len(rows)) + (len(places) - len(rows)):
         print(
-            f"note       {others} pairs were judged by only one of the two, and are left out",
+            f"note       {others} pairs were judged by only one of the two and are left out",
             file=sys.stderr,
         )
     taken = [places[ids[index]] for index in rows]
@@ -119,7 +119,7 @@ def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparis
 
 
 def decided(table: pa.Table) -> pa.Table:
-    """The rows that are not ties. Older tables, without a column of preferences, have no ties."""
+    """The rows that are not ties. Older tables have no column of preferences, and no ties."""
     if PREFERENCE not in table.column_names:
         return table
     return table.filter(pa.compute.not_equal(table[PREFERENCE], TIE))
@@ -132,8 +132,8 @@ def margins_of(table: pa.Table, rows: list[int]) -> Floats:
 def mcnemar(gain: Floats) -> float:
     """The exact p-value of the numbers of improved and worsened pairs (McNemar 1947).
 
-    A change from or to equal rewards counts by its direction. The test assumes independent pairs,
-    but pairs of one prompt are not, so the verdict is based on the interval.
+    A change from or to equal rewards counts by its direction. The test assumes independent pairs.
+    Pairs of one prompt are not independent, so the verdict is based on the interval.
     """
     better, changed = int((gain > 0).sum()), int((gain != 0).sum())
     return float(stats.binomtest(better, changed).pvalue) if changed else 1.0

@@ -1,4 +1,4 @@
-"""How a model judges test sets: the table of its rewards, all figures, and the printed report."""
+"""How a model judges test sets: the table of rewards, all figures and the printed report."""
 
 import re
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ from reward.judging.rankings import rankings
 from reward.outputs import recorded
 from reward.process import Fault
 
-# RewardBench has 23 subsets.
+# The most values of a column that slices the pairs. RewardBench has 23 subsets.
 SLICE_VALUES = 30
 
 Slices = dict[str, dict[str, Figures]]
@@ -68,7 +68,7 @@ def load_sets(folder: Path, base: Path) -> list[TestSet]:
 def as_table(
     test: Dataset, chosen: npt.NDArray[np.float32], rejected: npt.NDArray[np.float32]
 ) -> pa.Table:
-    """One row per comparison: id, rewards, margin, lengths in tokens, and its human grades.
+    """One row per comparison: id, rewards, margin, lengths in tokens, preference and weight.
 
     The kept columns follow the prompt_id.
     """
@@ -162,7 +162,7 @@ def measure_sets(
 
 
 def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
-    """Accuracy for every value of each kept column that has few enough values for slices.
+    """Accuracy for every value of each kept column with at most SLICE_VALUES values.
 
     A value that only ties have is left out.
     """
@@ -218,7 +218,7 @@ def report(figures: dict[str, Any], read: Path) -> None:
         f"with standard deviation {figures['margin_std']:.4f}"
     )
     fit, audit = figures["calibration"], figures["length"]
-    corrected = "no temperature is best"
+    corrected = "no finite temperature is best"
     if fit["loss_at_temperature"] is not None:
         corrected = f"loss {fit['loss_at_temperature']:.4f} at temperature {fit['temperature']:.3g}"
     print(
@@ -254,9 +254,9 @@ def report(figures: dict[str, Any], read: Path) -> None:
                 "prompt that the model was trained on"
             )
         if found["bad"]:
-            print(f"note       {found['bad']} records of {name} are bad, and were left out")
+            print(f"note       {found['bad']} records of {name} are bad and were left out")
         if found["too_long"]:
-            print(f"note       {found['too_long']} pairs of {name} are too long, and were left out")
+            print(f"note       {found['too_long']} pairs of {name} are too long and were left out")
 
 
 def report_ties(found: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ DIGESTS, ADAPTER_WEIGHTS = "digests.json", "adapter_model.safetensors"
 
 # PEFT's name for all linear layers except the head.
 ALL_LINEAR = "all-linear"
-# The projections of attention, and the names of projections that combine all three.
+# The names of attention's projections, and those of a projection that combines all three.
 SEPARATE = {"q_proj", "k_proj", "v_proj"}
 FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
 
@@ -60,7 +60,7 @@ class Quantization:
 
     @classmethod
     def unquantized(cls, compute_dtype: ComputeDtype) -> "Quantization":
-        """A base whose weights are not quantized, so the settings for 4 bits have no effect."""
+        """The setting for a base that is not quantized. The 4-bit settings have no effect."""
         return cls("none", "nf4", False, compute_dtype)
 
     @property
@@ -84,9 +84,9 @@ class Quantization:
 def fast_dtype() -> torch.dtype:
     """The dtype that the GPU's tensor cores multiply, or fp32 on a CPU.
 
-    From Ampere on this is bf16. Volta and Turing only have fp16: they report support for bf16, but
+    From Ampere on, this is bf16. Volta and Turing have only fp16. They report support for bf16, but
     emulate it, which is very slow. Adapters, head and loss are fp32 whatever the base uses, so fp16
-    needs no gradient scaling; its gradients are closer to those of fp32 than bf16's are. A base
+    needs no gradient scaling. Its gradients are closer to those of fp32 than bf16's are. A base
     whose activations overflow in fp16 is rejected before the first step.
     """
     if not torch.cuda.is_available():
@@ -121,7 +121,7 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
         base,
         num_labels=1,
         dtype=quantization.dtype,
-        # Not passed as None either, because that would hide a stored quantization.
+        # Omitted instead of None, because None would hide a stored quantization.
         **({"quantization_config": BitsAndBytesConfig(**recipe)} if recipe else {}),
         device_map={"": device()},
         trust_remote_code=False,
@@ -148,11 +148,11 @@ def require_room(base: Path, quantization: Quantization) -> None:
 
 
 def weight_bytes(base: Path, quantization: Quantization) -> int:
-    """The bytes that the weights of a folder will take once bitsandbytes has quantized them.
+    """How many bytes the weights in a folder take after bitsandbytes has quantized them.
 
-    A number takes 4 bits, and every 64 numbers share a scale. The scale is fp32, or with double
-    quantization 8 bits, with an fp32 scale for every 256 of them (Dettmers et al. 2023, "QLoRA").
-    Weights that are stored in 4 bits stay as they are.
+    Each number takes 4 bits, and every 64 numbers share a scale. The scale is fp32. With double
+    quantization it takes 8 bits, and every 256 scales share an fp32 scale of their own (Dettmers et
+    al. 2023, "QLoRA"). Weights that are stored in 4 bits stay as they are.
     """
     scale = (8 + 32 / 256) / 64 if quantization.double_quant else 32 / 64
     stored = "quantization_config" in read_json(base / "config.json")
@@ -172,14 +172,14 @@ def weight_bytes(base: Path, quantization: Quantization) -> int:
 
 
 def memory() -> float:
-    """The bytes of memory that the GPU has, or without a GPU, that are free on the machine."""
+    """The memory of the GPU or, without a GPU, the free memory of the machine, in bytes."""
     if device().type == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
     return free_memory()
 
 
 def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
-    """The base as a frozen classifier whose head is still to be set.
+    """The base as a frozen classifier whose head has yet to be set.
 
     It uses the attention over packs, and its own dropout is off. Raises a Fault if the model has no
     score head or does not support transformers' attention interface.
@@ -241,14 +241,14 @@ def keep_weights_unpacked(model: nn.Module) -> None:
 
 
 def new_head(model: PreTrainedModel, seed: int) -> None:
-    """Give the model a new scalar head, drawn from its own seed."""
+    """Give the model a new scalar head, drawn at random with this seed."""
     features = head_of(model).in_features
     weight = torch.randn(1, features, generator=torch.Generator().manual_seed(seed))
     set_head(model, weight / features**0.5)
 
 
 def has_head(base: Path) -> bool:
-    """Whether a base is already a reward model, whose head `load_stock` loads too."""
+    """Whether a base is already a reward model. `load_stock` then loads its head, too."""
     return is_classifier(read_json(base / "config.json"))
 
 
@@ -265,7 +265,7 @@ def head_of(model: nn.Module) -> nn.Linear:
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """LoRA in fp32 on a base from load_base, on the configured projections or on all.
+    """Add LoRA in fp32 to a base from load_base: to the configured projections or to all.
 
     Raises a Fault for names that the model lacks.
     """
@@ -309,7 +309,7 @@ def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
     """A trained reward model, ready to score.
 
     Raises a Fault if files are damaged, if the base is not the one that the adapter was trained on,
-    or if it would be quantized or computed differently: an adapter only fits its own base.
+    or if the base would be quantized or computed differently. An adapter only fits its own base.
     """
     require_sealed(adapter, base)
     trained, here = read_json(adapter / "quantization.json"), quantization.recipe
@@ -334,9 +334,9 @@ def adapt(model: PreTrainedModel, adapter: Path) -> PeftModel:
 def silent_peft() -> Iterator[None]:
     """Suppress three warnings of PEFT that tell the user nothing.
 
-    It reads a property that transformers has renamed. It reports that it has noticed the transposed
-    weights of GPT-2's Conv1D. It warns of a pattern of its own for the fused experts of mixtures,
-    which get no adapters here.
+    PEFT reads a property that transformers has renamed. It reports that it has noticed the
+    transposed weights of GPT-2's Conv1D. It also warns that its own pattern for the fused experts
+    of mixtures matches nothing, because fused experts get no adapters here.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -348,8 +348,8 @@ def silent_peft() -> Iterator[None]:
 def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) -> None:
     """Write adapter, head and the recipe of the base; equal weights give equal bytes.
 
-    `base` becomes base_model_name_or_path. PEFT writes its model card and the target modules in the
-    order of a set, so the card is removed and the modules are sorted.
+    `base` becomes base_model_name_or_path. PEFT writes a model card, which is removed, and the
+    target modules in the order of a set, so they are sorted.
     """
     with writing(folder, room=trained_bytes(model)):
         model.save_pretrained(str(folder), safe_serialization=True)
@@ -363,8 +363,8 @@ def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) 
 def name_magnitudes(path: Path) -> None:
     """Give DoRA's magnitudes in a saved adapter the full names of their parameters.
 
-    PEFT omits `.weight` and reads either name. transformers only looks for the full name; without
-    it, it uses the norms of the base's rows and raises no error.
+    PEFT omits `.weight` and reads either name. transformers only reads the full name. If that is
+    missing, it uses the norms of the base's rows and raises no error.
     """
     tensors = {
         f"{name}.weight" if name.endswith("lora_magnitude_vector") else name: tensor
@@ -374,7 +374,7 @@ def name_magnitudes(path: Path) -> None:
 
 
 def settle_config(folder: Path, **changes: str) -> None:
-    """Apply changes to an adapter's configuration and sort its modules, which PEFT does not."""
+    """Apply changes to an adapter's configuration and sort its modules, because PEFT does not."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text()) | changes
     config["target_modules"] = sorted(config["target_modules"])
@@ -412,8 +412,8 @@ def require_sealed(adapter: Path, base: Path) -> None:
     if found["base"] != files:
         differing = sorted({name for name, _ in found["base"].items() ^ files.items()})
         raise Fault(
-            f"{adapter} was trained on a different base than {base}: {', '.join(differing)} "
-            "differ; run dvc repro"
+            f"{adapter} was trained on a different base than {base}, which differs in "
+            f"{', '.join(differing)}; run dvc repro"
         )
     require_files(adapter, found["files"])
     require_files(base, files)

@@ -34,14 +34,17 @@ TOKENS = 5
 
 
 def problem_with(config: dict[str, Any]) -> str | None:
-    """Why a model with this config.json cannot become a reward model, as a predicate, or None."""
+    """Why a model with this config.json cannot become a reward model, or None.
+
+    The reason is the rest of a sentence that begins with the name of the model.
+    """
     return problem_with_class(config) or problem_with_labels(config) or problem_with_model(config)
 
 
 def problem_with_class(config: dict[str, Any]) -> str | None:
-    """Why its class is not a decoder of transformers for which there is also a classifier.
+    """Why its class is not a decoder for which transformers also has a classifier.
 
-    It may already be that classifier, but not one that also reads images.
+    The class may already be that classifier, but not one that also reads images.
     """
     kind = str(config.get("model_type"))
     classes = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind)]
@@ -58,7 +61,7 @@ def problem_with_class(config: dict[str, Any]) -> str | None:
 
 
 def problem_with_quantization(config: dict[str, Any]) -> str | None:
-    """Why its stored weights cannot be trained on: they are already quantized.
+    """Why training cannot use its stored weights: they are already quantized.
 
     Training on such weights would use a different base than the one that is recorded.
     """
@@ -69,7 +72,7 @@ def problem_with_quantization(config: dict[str, Any]) -> str | None:
                 method = recipe.get("quant_method") if isinstance(recipe, dict) else None
                 return (
                     f"is already quantized ({method or key}), expected the unquantized model that "
-                    "its page names as its source, which quantization.bits then quantizes"
+                    "is named on its page; quantization.bits then quantizes that model"
                 )
     return None
 
@@ -163,7 +166,7 @@ def record_window(
 
 
 def problem_with_layers(model: PreTrainedModel, windows: list[int | None]) -> str | None:
-    """Why its layers do something other than attention, or attention they have not declared."""
+    """Why it does not call attention once per layer, or not as its config declares."""
     config = model.config.get_text_config()
     layers, name = config.num_hidden_layers, type(model).__name__
     if len(windows) != layers:

@@ -1,18 +1,18 @@
 """The Trainer for pairs: a batch is the pairs of one optimizer step, computed in packs.
 
 The training loop is that of transformers, with its schedules, optimizers, callbacks, trackers and
-checkpoints, from which training resumes with the same bytes. It is overridden where packs of pairs
-need something else:
+checkpoints. A resumed training ends with the same bytes. The loop is overridden where packs of
+pairs need something else:
 
 - A batch is one object, not padded tensors, so no library pads it or iterates over its ids. The
-  pairs of every batch are planned in advance: an epoch of the Trainer is the whole training.
+  pairs of every batch are planned in advance, so one epoch of the Trainer is the whole training.
 - `training_step` cuts the batch into packs and adds up the gradient of the mean loss over the
   step's pairs. So memory depends only on `tokens_per_pack` and the gradient only on the step's
-  pairs, whereas the Trainer's own accumulation ties both to one number. If memory runs out, the
-  step starts again with smaller packs.
-- With several processes, each has a Trainer that does not know of the others. They share the packs
+  pairs. The Trainer's own accumulation ties both to one number. If memory runs out, the step starts
+  again with smaller packs.
+- Each process has a Trainer that does not know about the other processes. They share the packs
   of a step. What a pack adds to the gradient, dropout included, is the same whichever process
-  computes it, so the bytes do not depend on the number of processes, and all take the same step.
+  computes it. So the bytes do not depend on the number of processes, and all take the same step.
 - `evaluate` scores the validation pairs in packs, as `stages.evaluate` does.
 - `_save_checkpoint` runs in the first process and writes to a temporary folder that is renamed when
   it is complete. It adds what the Trainer does not save: the pack size and the number of threads,
@@ -71,7 +71,7 @@ SECONDS_BETWEEN_CURVES = 2.0
 # Extra files in a checkpoint.
 PACKS, BEST = "packs.json", "best.safetensors"
 
-# The ones in transformers that need no extra package or argument.
+# The optimizers and schedules of transformers that need no extra package or argument.
 OPTIMIZERS = (
     *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
     *("adafactor", "sgd"),
@@ -153,7 +153,7 @@ class RewardTrainer(Trainer):
         self.validation = validation_step(validation, options)
         self.center_rewards = options.center_rewards
         self.sum_in_order = options.sum_in_order
-        self.size_on_trial = options.tokens_per_pack == "auto" and device().type == "cuda"
+        self.finds_pack_size = options.tokens_per_pack == "auto" and device().type == "cuda"
         self.tokens_per_pack = (
             TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
         )
@@ -248,6 +248,7 @@ class RewardTrainer(Trainer):
             self.drawn = time.monotonic()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Always 0, because the Trainer can only count the tokens of padded tensors."""
         return 0
 
     def fit(self, new_head: bool) -> None:
@@ -267,7 +268,7 @@ class RewardTrainer(Trainer):
 
     def begin(self, new_head: bool) -> None:
         """Train from the first step. A head that is not new is evaluated first, not scaled."""
-        if self.size_on_trial:
+        if self.finds_pack_size:
             self.tokens_per_pack = largest_pack(self)
         rows = self.steps.dataset
         first = pairs_of(rows.select(range(min(HEAD_PAIRS, len(rows)))))
@@ -295,7 +296,7 @@ class RewardTrainer(Trainer):
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < state.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint))
-        else:  # the Trainer would take an extra step if the last epoch is not a whole one
+        else:  # because the Trainer would take an extra step if the last epoch is not a whole one
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
 
@@ -317,10 +318,12 @@ class RewardTrainer(Trainer):
                 if self.best:
                     save_file(dict(zip(self.names, self.best, strict=True)), partial / BEST)
             self.args.output_dir = folder
+            # The Trainer writes to a folder of its own in the output folder. Move its files up.
             written = partial / f"checkpoint-{step}"
             for path in written.iterdir():
                 path.rename(partial / path.name)
             written.rmdir()
+            # A pickle of the arguments, which resuming does not read.
             (partial / "training_args.bin").unlink(missing_ok=True)
             settle_config(partial)
             packs = {"tokens_per_pack": self.tokens_per_pack, "threads": torch.get_num_threads()}
@@ -374,15 +377,15 @@ def require_finite(name: str, value: float, step: int) -> None:
 
 
 def optimizer(options: Train) -> str:
-    """The optimizer in use: paged and 8-bit optimizers exist only for CUDA."""
+    """The optimizer in use. Paged and 8-bit optimizers exist only for CUDA."""
     special = "8bit" in options.optim or "paged" in options.optim
     return "adamw_torch_fused" if special and not torch.cuda.is_available() else options.optim
 
 
 def arguments(options: Train, folder: Path, steps: int) -> TrainingArguments:
-    """The Trainer's arguments; keys of params.yaml have the Trainer's names.
+    """The Trainer's arguments. Keys of params.yaml have the Trainer's names.
 
-    An item of the training data is a step; the Trainer takes each step once, in order.
+    An item of the training data is a step. The Trainer takes each step once, in order.
     """
     optim = optimizer(options)
     if optim != options.optim:
@@ -421,8 +424,8 @@ def arguments(options: Train, folder: Path, steps: int) -> TrainingArguments:
 class LastStep(TrainerCallback):
     """Evaluate and save at the last step, whatever the intervals are.
 
-    Every point of the training curve covers the same number of steps. Leftover steps make no point,
-    unless there are no others.
+    Every point of the training curve covers the same number of steps. Leftover steps at the end add
+    no point unless there are no others.
     """
 
     def on_step_end(
@@ -489,7 +492,7 @@ def peak_memory() -> float:
     """The peak memory in GB, of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
@@ -520,10 +523,10 @@ def validation_step(dataset: Dataset, options: Train) -> Step:
 
 
 def watched(dataset: Dataset, most: int, seed: int) -> Dataset:
-    """About `most` validation pairs at most: all pairs of some prompts, drawn by their hash.
+    """About `most` of the validation pairs: all pairs of some prompts, drawn by their hash.
 
-    A tenth of a million pairs, scored every few steps, would take longer than the training. The
-    order of the rows stays. The last prompt drawn may add a few pairs more than `most`.
+    With a million pairs, scoring a tenth of them every few steps would take longer than training.
+    The rows keep their order. The last prompt drawn may add a few pairs more than `most`.
     """
     if len(dataset) <= most:
         return dataset
@@ -549,9 +552,9 @@ def first_margins(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int
 def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -> None:
     """Scale the head so that the margins of the first pairs are small.
 
-    With a root mean square of at most HEAD_MARGIN, their deviation is at most 0.05 and their mean
-    loss within 0.03 of ln 2: training starts undecided, however large the base's activations are.
-    Raises a Fault if rewards are not finite.
+    With a root mean square of at most HEAD_MARGIN, their standard deviation is at most 0.05 and
+    their mean loss is within 0.03 of ln 2. So training starts undecided, however large the base's
+    activations are. Raises a Fault if rewards are not finite.
     """
     size = first_margins(model, pairs, tokens_per_pack).square().mean().sqrt().item()
     head = head_of(model.get_base_model())
@@ -563,8 +566,8 @@ def scale_head(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -
     loss = losses(found, torch.zeros_like(found), Labels.certain(len(pairs))).mean().item()
     if deviation > 0.1 or abs(loss - math.log(2)) > 0.05:
         raise Fault(
-            f"before the first step the margins have a deviation of {deviation:.3f} and the loss "
-            f"is {loss:.3f}, expected at most 0.1 and ln 2 = 0.693"
+            f"before the first step the margins have a standard deviation of {deviation:.3f} and "
+            f"the loss is {loss:.3f}, expected at most 0.1 and ln 2 = 0.693"
         )
 
 

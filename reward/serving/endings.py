@@ -1,8 +1,8 @@
-"""The endings of whole texts, which become exactly those of training.
+"""Makes the endings of whole texts exactly those of training.
 
 A reward is read at the last token, but the texts that trainers send do not end like those of
 training. They end as the policy samples them: with an end-of-sequence token or cut off before it,
-and without the line break that a chat template puts after it.
+and without the line break that a chat template puts after that token.
 """
 
 import re
@@ -18,7 +18,7 @@ CONTROL = re.compile(r"<[|｜][^\s<>|｜]{1,80}[|｜]>\Z")
 class Endings:
     """The endings of whole texts under a template.
 
-    A text may end in any special token of the tokenizer, except those that the template only puts
+    A text may end in any special token of the tokenizer, except those that the template puts only
     before an answer.
     """
 
@@ -29,7 +29,7 @@ class Endings:
         """A whole text with what the template puts after an answer, however the text ends.
 
         If there is nothing but endings, the result is empty. Raises BadRecord for a text that ends
-        in a special token with which no text of training ends.
+        in a special token that ends no text of training.
         """
         body = self.without(text)
         self._require_ending(body.rstrip())
@@ -64,8 +64,8 @@ class Endings:
         if found and not self._before.rstrip().endswith(found):
             raise BadRecord(
                 "ending",
-                f"the text ends in {found!r}, expected the end of an answer, or a special token "
-                "with which the reward model's tokenizer ends answers",
+                f"the text ends in {found!r}, expected no special token at the end, or one of the "
+                "reward model's tokenizer that ends answers",
             )
 
     @cached_property

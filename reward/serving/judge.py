@@ -1,11 +1,12 @@
-"""Evaluate any reward model on the test pairs and test sets of this pipeline.
+"""Evaluate any reward model on this pipeline's test pairs and extra test sets.
 
     python -m reward.serving.judge models/skywork data/tokenized
     python -m reward.judging.compare reports/judged/skywork workspace
 
 FOLDER holds a sequence classifier with one label, and SETS is the output of preprocess.
 transformers loads the model without running any code from the folder. The model's own chat template
-renders the texts, which are scored one at a time. Writes rewards and figures as evaluate does.
+renders the texts, which are scored one at a time. Writes rewards and figures in the same form as
+evaluate.
 """
 
 import argparse
@@ -88,7 +89,7 @@ class Judge:
         or if its reward is not finite.
         """
         found = {}
-        for row in watched(answers, f"judging by {self.folder}", "answers"):
+        for row in watched(answers, f"judging with {self.folder}", "answers"):
             key = row[PROMPT_ID], row[ANSWER]
             ids = self.ids(key, json.loads(row[PROMPT]) + json.loads(row[RESPONSE]))
             found[key] = Judged(np.array(ids, dtype=np.int32), self.reward(ids))

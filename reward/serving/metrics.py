@@ -5,8 +5,8 @@ import os
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-# The folder in which several processes count together, and whether this process does. The library
-# reads the variable when it is imported.
+# The environment variable for the folder in which several processes count together, and whether it
+# is set. The library reads it when it is imported.
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SHARED = FOLDER in os.environ
 # In seconds. OpenRLHF's timeout is 180.
@@ -26,7 +26,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "reward_request_seconds",
-            "Seconds from the request's headers to its rewards.",
+            "Seconds from the headers of a request to its rewards.",
             buckets=BOUNDS,
             registry=self._registry,
         )

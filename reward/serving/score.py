@@ -3,13 +3,13 @@
     python -m reward.serving.score data/raw/pairs.json --output rewards.jsonl
 
 Reads records with `prompt` and one `answer` or a list of `answers`, or preference pairs, in any
-file format that preprocess reads. Writes each record unchanged with three more keys, in the order
-of its answers (chosen, then rejected): `rewards`, `ranks` (1 is the best) and `probabilities` of
-being the best. A Parquet output has the columns `position`, `file` and `record` (as JSON text), and
-those three.
+file format that preprocess reads. Writes each record unchanged with three more keys: `rewards`,
+`ranks` (1 is the best) and `probabilities` of being the best. Each is a list in the order of the
+answers (chosen, then rejected). A Parquet output has the columns `position`, `file` and `record`
+(as JSON text), and those three.
 
-If it is interrupted, run the same command again to continue: finished rows are kept in a journal
-beside the output. All visible GPUs share the work, with one process each.
+To continue after an interruption, run the same command again: finished rows are kept in a journal
+next to the output. All visible GPUs share the work, with one process each.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from reward.serving.scorer import Misfit, Scorer, probabilities, ranks
 
 EXPORT = Path("models/export")
 ADDED = ("rewards", "ranks", "probabilities")
-# The characters of records and texts that are scored together; a kill loses at most one batch.
+# The characters of the records and texts in a batch. A kill loses at most one batch.
 BATCH_CHARACTERS = 1 << 18
 ROWS = 1000
 SCHEMA = pa.schema(
@@ -133,7 +133,7 @@ def require_output(output: Path, inputs: list[Path]) -> None:
 
 
 def score_files(scorer: Scorer, paths: list[Path], journal: "Journal | None") -> Totals:
-    """Score all records that are not in the journal yet, and add them to it.
+    """Score all records that are not in the journal yet, and add their rows to it.
 
     Only the first of several processes has the journal; the others share the packs.
     """
@@ -165,7 +165,7 @@ def items(scorer: Scorer, paths: list[Path]) -> Iterator[Item]:
 
 
 def as_text(record: Row) -> str:
-    """A record as JSON. Raises BadRecord if that would lose something."""
+    """A record as JSON. Raises BadRecord if information would be lost."""
     if taken := [name for name in ADDED if name in record]:
         raise BadRecord("taken_key", f"has the key {taken[0]!r}, which the output needs")
     try:

@@ -2,18 +2,20 @@
 
     python -m reward.serving.serve --port 5000
 
-POST /get_reward takes a JSON object in one of two forms. With `query`, a list of whole texts, each
-text is scored with the ending that it would have had in training; `prompts`, if given, tell the
-server which texts share a prompt. With `prompts` and `answers`, both texts or lists of messages,
-the model's own template renders them. The response has `rewards`, one for each text. GET /health
-responds as long as the server runs, and GET /metrics returns metrics for Prometheus.
+POST /get_reward takes a JSON object in one of two forms. The first has `query`, a list of whole
+texts. Each is scored with the ending that it would have had in training. If it also has `prompts`,
+they tell the server which texts share a prompt. The second form has `prompts` and `answers`, texts
+or lists of messages, which the model's own template renders. The response has `rewards`, one for
+each text. GET /health responds as long as the server runs, and GET /metrics returns metrics for
+Prometheus.
 
-With an API key, in the environment variable REWARD_API_KEY or as --api-key, the server only answers
-requests that send it, as `Authorization: Bearer KEY` or as the password of `http://any:KEY@host`.
+If an API key is set, with the environment variable REWARD_API_KEY or --api-key, the server only
+answers requests that send it, as `Authorization: Bearer KEY` or as the password of
+`http://any:KEY@host`.
 
-There is one process for each visible GPU; all of them share the port. Concurrent requests are
+There is one process for each visible GPU, and all of them share the port. Concurrent requests are
 scored together. The first SIGTERM or SIGINT ends the server after it has answered all accepted
-requests; a second one ends it at once.
+requests. A second one ends it at once.
 """
 
 import argparse
@@ -47,16 +49,16 @@ from reward.serving.queue import Full, Queue, Unscored
 from reward.serving.scorer import Ids, Misfit, Scorer
 
 EXPORT = Path("models/export")
-# The most bytes and texts of a request, and the most bytes of all requests not tokenized yet.
+# The most bytes and texts of a request, and the most bytes of all requests not yet tokenized.
 LARGEST, TEXTS, READING = 1 << 23, 1 << 16, 1 << 28
 # The number of requests that are tokenized at the same time.
 READERS = 2
-# The connections that may wait to be accepted; the system reduces this to its own limit.
+# The connections that may wait to be accepted. The system reduces this to its own limit.
 BACKLOG = (1 << 16) - 1
 # The seconds in which a body must arrive, and in which accepted requests are answered at the end.
 PATIENCE, GRACE = 30.0, 3600.0
 
-# The environment variable for the API key, because other users of the machine can see arguments.
+# The environment variable for the API key. Other users of the machine can see arguments.
 KEY = "REWARD_API_KEY"
 REWARD, HEALTH = "/get_reward", "/health"
 # The keys of a request that can hold its texts.
@@ -129,11 +131,11 @@ def raise_descriptors() -> None:
 
 
 async def serve(service: "Service", host: str, port: int, shared: bool = False) -> None:
-    """Serve until a signal arrives; `shared` shares the address with other processes.
+    """Serve until a signal arrives. If `shared`, other processes use the same address.
 
     Raises a Fault if the address cannot be bound.
     """
-    # With cancellation, the texts of a client that has disconnected are not scored.
+    # Because of handler_cancellation, the texts of a client that has disconnected are not scored.
     runner = web.AppRunner(
         service.application(), access_log=None, shutdown_timeout=GRACE, handler_cancellation=True
     )
@@ -165,7 +167,7 @@ def binding(host: str, port: int) -> Iterator[None]:
 
 
 async def require_free(host: str, port: int) -> None:
-    """Raises a Fault for an address in use, because processes that share it would not notice."""
+    """Raises a Fault for an address in use. Processes that share an address would not notice."""
     with binding(host, port):
         server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
     server.close()
@@ -173,7 +175,7 @@ async def require_free(host: str, port: int) -> None:
 
 
 def end(ended: asyncio.Event, number: int) -> None:
-    """End in order at the first signal, at once at the second."""
+    """Shut down gracefully at the first signal, immediately at the second."""
     if ended.is_set():
         os._exit(128 + number)
     ended.set()
@@ -183,7 +185,7 @@ def end(ended: asyncio.Event, number: int) -> None:
 
 
 class Refused(Exception):
-    """A bad request: one sentence that says what is wrong."""
+    """A bad request. One sentence says what is wrong."""
 
 
 class Service:
@@ -370,7 +372,7 @@ def whole_texts(texts: list[Any]) -> list[str]:
 
 
 def start() -> None:
-    """Serve in this process or in one for each visible GPU; they share a folder for the metrics.
+    """Serve in this process or in one for each visible GPU, with a common folder for the metrics.
 
     Raises a Fault for an address that several processes cannot share.
     """
