@@ -1,6 +1,6 @@
-"""Write page.html, the page of `dvc plots show`, with the chart libraries inside: no network.
+"""Write page.html, the template of `dvc plots show`, with the chart libraries in it.
 
-DVC writes its charts for Vega-Lite 5.
+So the page works offline. DVC writes its charts for Vega-Lite 5.
 
 python .dvc/plots/make_page.py
 """
@@ -24,7 +24,7 @@ body {{ font-family: sans-serif; margin: 2rem; display: grid;
 </html>
 """
 
-# The stub of the library demands a snippet, which the function itself has a default for.
+# The library's type stub requires a snippet, but the function has a default for it.
 bundle = vl_convert.javascript_bundle(vl_version="5.21")  # type: ignore[call-arg]
 scripts = bundle.replace("</script", "<\\/script")
 Path(__file__).with_name("page.html").write_text(PAGE.format(scripts=scripts), encoding="utf-8")

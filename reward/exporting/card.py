@@ -1,6 +1,6 @@
 """The model card of an exported folder: what the model is, how good it is and how to load it.
 
-Its template is card.md beside this module.
+Its template is card.md in the same folder.
 """
 
 import json
@@ -94,7 +94,7 @@ def licence(base: dict[str, Any]) -> dict[str, Any]:
 
 
 def span(text: str) -> str:
-    """Text as inline code, between more backticks than its longest run of them."""
+    """Text as inline code, between more backticks than any run of them in the text."""
     marks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{marks} {text} {marks}"
 

@@ -4,7 +4,7 @@ README.md                                             the model card
 adapter_config.json, adapter_model.safetensors        LoRA and the head
 template.json, tokenizer.json, tokenizer_config.json  how texts become ids
 quantization.json, training.json                      how the adapter was trained
-reward.json                                           what is known of the rewards
+reward.json                                           what is known about the rewards
 base/, merged/                                        the base and the merged model, if exported
 digests.json                                          SHA-256 of the files and of the base's
 """
@@ -82,8 +82,8 @@ class Trained:
 def write_exported(folder: Path, trained: Trained, merge: str) -> card.Facts:
     """Write all files of an exported folder except the card; returns the facts for the card.
 
-    The folder must be empty. `merge` is the dtype of the merged model, or none. Memory needs room
-    for the loaded base and one merged weight. Raises a Fault if the adapter is damaged.
+    The folder must be empty. `merge` is the dtype of the merged model, or none. The loaded base and
+    one merged weight must fit in memory. Raises a Fault if the adapter is damaged.
     """
     base, adapter = trained.base, trained.adapter
     require_sealed(adapter, base)
@@ -199,7 +199,7 @@ def exported_quantization(folder: Path) -> Quantization:
 
 
 def hub_base(folder: Path, files: dict[str, str]) -> Path:
-    """The base that an exported folder names, weights and configuration, from the Hub or its cache.
+    """Weights and configuration of the base that an exported folder names, from the Hub or a cache.
 
     `files` are the SHA-256 of the base's files. Raises a Fault if they cannot be downloaded.
     """
@@ -210,7 +210,7 @@ def hub_base(folder: Path, files: dict[str, str]) -> Path:
     needed = {k: v for k, v in files.items() if k == "config.json" or k.startswith("model")}
     try:
         path = snapshot_download(name, revision=revision, allow_patterns=sorted(needed))
-    # The base class of the HTTP library's errors: httpx or httpx2, depending on the Hub's version.
+    # HTTPError is from httpx or httpx2, depending on the version of huggingface_hub.
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         raise Fault(
             f"{folder}: its base {name} at {revision} cannot be downloaded "

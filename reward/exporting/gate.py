@@ -1,6 +1,6 @@
-"""The gate of export: the clients' rewards must be those of evaluate.
+"""The gate of export: the rewards of all clients must match those of evaluate.
 
-`run_clients` lets the clients score with the folder in a new process; `measure` compares.
+`run_clients` runs the clients on the folder in a new process. `measure` compares their rewards.
 """
 
 import json
@@ -33,26 +33,26 @@ ByClient = dict[str, dict[str, Figures]]
 
 
 def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProcess[str]:
-    """Run reward.exporting.clients on a request; it writes `elsewhere`/found.parquet.
+    """Run reward.exporting.clients on a request. The clients write `elsewhere`/found.parquet.
 
     A base from the Hub is linked into a Hub cache, so no client downloads it.
     """
     hub_cache(elsewhere / "hub", Path(request.base))
     (elsewhere / "empty").mkdir()
     write_json(elsewhere / "request.json", asdict(request))
-    where = {
+    variables = {
         "PYTHONPATH": str(Path(clients.__file__).parents[2]),
         "HF_HUB_CACHE": str(elsewhere / "hub"),
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(elsewhere),
         LAUNCHER: str(os.getpid()),
     }
-    # PATH may name the interpreter relative to this folder, and the clients run in another.
+    # PATH may name the interpreter relative to this folder, but the clients run in another.
     python = Path(sys.executable).absolute()
     return subprocess.run(
         [python, "-m", clients.__name__, str(elsewhere / "request.json")],
         cwd=elsewhere / "empty",
-        env=os.environ | where,
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -76,10 +76,10 @@ def hub_cache(cache: Path, base: Path) -> None:
 def select_pairs(
     lengths: npt.NDArray[np.integer], evaluated: Rewards, most: int, seed: int
 ) -> list[int]:
-    """The indices of at most `most` pairs, in ascending order, where differences are most likely.
+    """The indices of at most `most` pairs, many of them where differences are most likely.
 
     A quarter of them are the longest pairs, a quarter those with the closest rewards, and the rest
-    are random. `lengths` is [pairs], `evaluated` [pairs, 2].
+    are random. The order is ascending. `lengths` is [pairs], `evaluated` [pairs, 2].
     """
     if len(lengths) <= most:
         return [*range(len(lengths))]
@@ -128,12 +128,12 @@ def measure(found: pa.Table, selected: Sequence[Client], evaluated: Rewards) -> 
 
 
 def rows(found: pa.Table, client: Client, form: Form) -> pa.Table:
-    """The rewards that a client found in a form."""
+    """The rewards that a client computed in a form."""
     return found.filter((pc.field(CLIENT) == client.name) & (pc.field(FORM) == form.name))
 
 
 def difference(found: pa.Table, expected: Rewards) -> Figures:
-    """How far the rewards of some pairs are from the expected ones; without pairs, just a 0."""
+    """How far the rewards of some pairs are from the expected ones, and the number of pairs."""
     if not len(found):
         return {"pairs": 0}
     here, there = rewards_of(found), expected[found[PAIR].to_numpy()]

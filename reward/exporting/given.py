@@ -72,8 +72,8 @@ class Exported:
 
     `rankings` are the same pairs grouped by prompt, as in the packs of evaluate. `messages` are
     prompt, chosen and rejected of each pair as JSON. `base` is the base as fetch wrote it, and
-    `tokens_per_pack` is the pack size of evaluate. Clients other than packs get the pairs with the
-    indices `compared`, some or all of them, in ascending order.
+    `tokens_per_pack` is the pack size of evaluate. `compared` are the indices of the pairs that
+    clients other than packs get, some or all, in ascending order.
     """
 
     folder: Path
@@ -150,7 +150,7 @@ class Exported:
 
     @cached_property
     def texts(self) -> dict[int, list[str]]:
-        """The pairs as text; only pairs whose text has the same ids."""
+        """The pairs as text. Pairs whose text is not tokenized to the same ids are left out."""
         found = {
             index: self.tokenizer.batch_decode(pair, clean_up_tokenization_spaces=False)
             for index, pair in self.ids.items()
@@ -163,7 +163,7 @@ class Exported:
 
     @cached_property
     def conversations(self) -> dict[int, Conversation]:
-        """The pairs as a prompt and two answers; only pairs that are rendered to the same ids."""
+        """The pairs as a prompt and two answers. Pairs that render to other text are left out."""
         found = {}
         for index, texts in self.texts.items():
             turns = [json.loads(side) for side in self.messages[index]]
@@ -197,7 +197,7 @@ class Exported:
         return read_json(self.base / "config.json")["model_type"] in COUNT_PADDING
 
     def select(self, pairs: dict[int, Pair], form: Form) -> dict[int, Pair]:
-        """All pairs or those of the sample; none if the form is not right for the model."""
+        """All pairs or those of the sample. None of them if the form does not suit the model."""
         if form.side == "left" and self.counts_padding:
             return {}
         if not form.sample:
@@ -213,7 +213,7 @@ Score = Callable[[Form], pa.Table]
 class Client:
     """A way to load an exported folder and to score pairs with it, in some forms.
 
-    `open` loads the model; with `merged` it is the merged model, which not every folder has.
+    `open` loads the model. If `merged`, it is the merged model, which not every folder has.
     """
 
     name: str
@@ -230,7 +230,7 @@ def is_one_text(messages: list[dict[str, Any]]) -> bool:
 def once(
     texts: Sequence[Text], score: Callable[..., Sequence[float]], *arguments: Any
 ) -> list[float]:
-    """The rewards of texts; equal texts are scored once, because an answer is in many pairs."""
+    """The rewards of texts. Equal texts are scored once, because an answer may be in many pairs."""
     distinct = list(dict.fromkeys(texts))
     found = dict(zip(distinct, score(distinct, *arguments), strict=True))
     return [found[text] for text in texts]

@@ -1,7 +1,8 @@
 """The merged model, written one weight at a time, so that memory never holds more than one.
 
-LoRA is merged in fp32 into the dequantized weights of the base. PEFT's merge would quantize the
-result again, and the original weights are not those of training: both would change the rewards.
+LoRA is merged in fp32 into the dequantized weights of the base, which are those of training.
+Merging into the original weights would change the rewards, and so would PEFT's merge, which
+quantizes the result again.
 """
 
 import copy
@@ -25,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from reward.model.base import head_of, silent_peft
 from reward.outputs import write_json, writing
 
-# The names of weights and index and the largest file, as in save_pretrained.
+# The file names of weights and index, and the size of the largest file, as in save_pretrained.
 WEIGHTS, INDEX, SHARD = "model{suffix}.safetensors", "model.safetensors.index.json", "50GB"
 FORMAT = {torch.float32: "F32", torch.bfloat16: "BF16"}
 # How many numbers are converted to another dtype at a time.
@@ -126,8 +127,8 @@ def write_weights(
     (https://github.com/huggingface/safetensors#format), which needs all weights at once.
     """
     places = {}
-    for path, those in shapes.items():
-        for name, place in write_header(path, dtype, those).items():
+    for path, by_name in shapes.items():
+        for name, place in write_header(path, dtype, by_name).items():
             places[name] = path, place
     for name, weight in weights:
         path, place = places[name]
@@ -138,7 +139,10 @@ def write_weights(
 
 
 def write_header(path: Path, dtype: torch.dtype, shapes: dict[str, torch.Size]) -> dict[str, int]:
-    """Write the header of a safetensors file; returns the byte offset of each weight."""
+    """Write the header of a safetensors file; returns the byte offset of each weight.
+
+    The header is its length in 8 bytes, then JSON, padded with spaces to a multiple of 8.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places, end = {}, 0
     for name, shape in sorted(shapes.items()):

@@ -1,8 +1,9 @@
 """A tokenizer and a model configuration with which plain loaders compute the right rewards.
 
-Plain loaders know nothing of this project. They read the reward at the last token that is not the
-pad token, render conversations with the tokenizer's chat template, truncate on the tokenizer's
-side, and apply a sigmoid unless the configuration says that the model is a regression.
+Plain loaders know nothing about this project. They read the reward at the last token that is not
+the pad token, render conversations with the tokenizer's chat template, truncate on the side that
+the tokenizer names, and apply a sigmoid unless the configuration says that the model is a
+regression.
 """
 
 import hashlib
@@ -36,8 +37,8 @@ ROLES = """\
 {%- endfor -%}
 {%- set messages = ns.turns -%}
 """
-# A text template as a chat template; like training, it rejects what the text template has no field
-# for.
+# A text template as a chat template. Like training, it rejects everything for which the text
+# template has no field.
 FIELDS = """\
 {%- set ns = namespace(roles=[]) -%}
 {%- for message in messages -%}
@@ -70,7 +71,8 @@ FIELDS = """\
 {{ __EOS__ }}
 {%- endif -%}
 """
-# A chat template whose text ends in eos unless it already does.
+# A chat template whose text gets an eos unless it already ends in one. Empty expressions such as
+# {{ '' }} protect the white space at the ends of the body, which the blocks around it would strip.
 ENDED = """\
 {%- set text %}{{ '' }}__BODY__{{ '' }}{% endset -%}
 {{ text }}
@@ -91,7 +93,7 @@ class Pad:
 
 @dataclass(frozen=True)
 class PortableTokenizer:
-    """The content of tokenizer.json and tokenizer_config.json, and the template they belong to."""
+    """The content of tokenizer.json and tokenizer_config.json, and the template for them."""
 
     content: str
     config: dict[str, Any]
@@ -195,10 +197,10 @@ def in_jinja(tokenizer: Tokenizer, around: Around, eos: str) -> str:
 
 
 def opening(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
-    """What to put before and after a text to get, without special tokens, the ids with them.
+    """The special tokens as text, to put before and after a text that is tokenized without them.
 
-    These are the special tokens themselves. Some tokenizers put a space before a text, but not
-    after a special token, so the space has to be added. Raises a Fault if that does not help.
+    The ids are then the same as with special tokens. Some tokenizers put a space before a text, but
+    not after a special token, so the space has to be added. Raises a Fault if that does not help.
     """
     before, after = map("".join, around(tokenizer))
     expected = tokenizer.encode(text).ids

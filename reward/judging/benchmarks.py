@@ -129,7 +129,7 @@ def record_of(judged: Judged) -> Record:
 
 
 def best(record: Record) -> float:
-    """1 if a correct answer has the highest reward; of equal ones, the share of correct ones."""
+    """The share of correct answers among those with the highest reward, usually a single one."""
     highest = max(record.correct.max(), record.wrong.max())
     correct, wrong = (int((each == highest).sum()) for each in record)
     return correct / (correct + wrong)
@@ -138,11 +138,16 @@ def best(record: Record) -> float:
 def ties_score(found: Mapping[str, Record]) -> float | None:
     """The rule of the subset Ties, for records named such as "ref:7" and "tied:7".
 
-    The prompt of a reference has one correct answer, its tied counterpart several. The score is the
-    sum of 0.3 times the share of references, and 0.3 times the share of tied records, whose correct
-    answers are all above the wrong ones; 0.2 times the share of tied records whose correct answers
-    are closer to each other than to the best wrong one; 0.2 times the same with the smaller gap of
-    the two counterparts; and 0.01 times how much closer, through tanh. None without counterparts.
+    A reference has one correct answer, its tied counterpart several. The score is the sum of
+
+    - 0.3 times the share of references whose correct answer is above all wrong ones
+    - 0.3 times the share of tied records whose correct answers are all above the wrong ones
+    - 0.2 times the share of tied records whose correct answers are closer to each other than to the
+      best wrong one
+    - 0.2 times the same with the smaller gap of the two counterparts
+    - 0.01 times the mean of tanh(that gap / the spread of the correct answers - 1)
+
+    None without counterparts.
     """
     single, tied = (
         {name.partition(":")[2]: each for name, each in found.items() if name.startswith(kind)}
@@ -154,7 +159,7 @@ def ties_score(found: Mapping[str, Record]) -> float | None:
     spread = np.array([np.ptp(tied[name].correct) for name in both])
     gap = np.array([tied[name].gap for name in both])
     hard = np.minimum(gap, [single[name].gap for name in both])
-    # If all correct answers have the same reward, their spread is 0.
+    # The spread is 0 if all correct answers have the same reward.
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = np.nan_to_num(np.tanh(hard / spread - 1))
     shares = [np.mean([each.gap > 0 for each in group.values()]) for group in (single, tied)]

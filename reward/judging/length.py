@@ -8,8 +8,8 @@ from scipy import stats
 
 from reward.judging.metrics import Figures, Floats, Ints, Judged, Resampling, half
 
-# Parameters of Cleveland's LOWESS as in R: the share of the points in each local fit, and how often
-# outliers are given less weight.
+# Parameters of Cleveland's LOWESS as in R: the share of the points in each local fit, and the
+# number of repeated fits with less weight for outliers.
 SHARE, REWEIGHTINGS = 2 / 3, 3
 # The most places at which a curve is fitted; between them it is linear.
 PLACES = 100
@@ -64,7 +64,7 @@ def by_length_difference(judged: Judged, resampling: Resampling, groups: int = 8
 def adjusted_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
     """Accuracy and correlation with length after its effect is removed from the rewards.
 
-    For a single prompt only the number of pairs.
+    If there is only one prompt, the result has only `pairs`, which is 0.
     """
     if len(np.unique(judged.prompts)) < 2:
         return {"pairs": 0}
@@ -77,8 +77,8 @@ def adjusted(judged: Judged, seed: int) -> Floats:
     """The reward of each answer minus the mean reward at its length: [answers].
 
     LOWESS estimates that mean (Huang et al. 2024, "Post-hoc Reward Calibration: A Case Study on
-    Length Bias"), for each half of the prompts from the other half, so that no answer influences
-    what is subtracted from it. There must be at least two prompts.
+    Length Bias"). The mean for each half of the prompts is estimated from the other half, so that
+    no answer influences what is subtracted from it. There must be at least two prompts.
     """
     answers = judged.answers
     inside = half(answers.prompts, seed)
@@ -108,7 +108,7 @@ def length_curve(judged: Judged, seed: int) -> list[Figures]:
 
 
 def lowess(x: Ints, y: Floats, at: Ints) -> Floats:
-    """Locally weighted regression of y on x, evaluated at other x: [points], [points] and [places].
+    """Locally weighted regression of y on x, [points], evaluated at the values `at`, [places].
 
     Cleveland 1979, "Robust locally weighted regression and smoothing scatterplots": a straight line
     at each place, fitted to the nearest SHARE of the points with tricube weights. Outliers lose
@@ -144,7 +144,7 @@ def local_mean(x: Ints, y: Floats, weights: Floats, place: int) -> float:
     near = (distance == 0).astype(float)
     if reach:
         near = (1 - np.minimum(distance / reach, 1) ** 3) ** 3
-    # If all points around it are outliers, there is nothing better to use.
+    # If all points around the place are outliers, there is nothing better to use.
     near = near * weights if (near * weights).any() else near
     near /= near.sum()
     center, mean = near @ x, near @ y

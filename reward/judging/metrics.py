@@ -21,7 +21,7 @@ Figures = dict[str, float]
 TIE = 0.5
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CONFIDENCE_BINS = 10
-# The range in which the best temperature is searched.
+# The range of temperatures in which the best one is searched for.
 COLDEST, HOTTEST = 1e-3, 1e3
 
 
@@ -42,12 +42,12 @@ class Answers:
 
 @dataclass(frozen=True)
 class Judged:
-    """Comparisons of two answers to a prompt, of which chosen is not the worse one.
+    """Comparisons of two answers to a prompt. The chosen answer is never the worse one.
 
-    `preference` is the probability that chosen is preferred, from 0.5, a tie, to 1. `prompts`
-    numbers the prompts from 0, `answer_chosen` and `answer_rejected` the answers to a prompt.
-    Lengths are in tokens; `prefix` is the length of the common prefix of all answers, including
-    the prompt.
+    `preference` is the probability that chosen is preferred, from 0.5, a tie, to 1. `prompts` are
+    the numbers of the prompts, from 0. `answer_chosen` and `answer_rejected` are the numbers of the
+    answers to a prompt. Lengths are in tokens. `prefix` is the length of the common prefix of all
+    answers, including the prompt.
     """
 
     chosen: Floats
@@ -129,7 +129,7 @@ class Resampling:
         return float(result.low), float(result.high)
 
     def interval_of_share(self, right: Floats, prompts: Ints) -> tuple[float, float]:
-        """The same for values from 0 to 1, and no narrower than the number of prompts allows.
+        """The same for values from 0 to 1, but no narrower than the number of prompts allows.
 
         Resamples of a few similar values say too little about unseen ones, so the interval reaches
         at least to the exact binomial bounds of prompts that are all correct or all wrong (Clopper
@@ -150,9 +150,9 @@ class Resampling:
         return {"mean": float(values.mean()), "low": low, "high": high, "prompts": len(values)}
 
     def accuracy(self, judged: Judged) -> Figures:
-        """Accuracy with its interval, and the numbers of pairs; without pairs only their number.
+        """Accuracy with its interval, and the numbers of pairs and prompts. Ties are left out.
 
-        Ties are left out.
+        Without pairs there is only their number.
         """
         judged = judged.decided()
         if not len(judged):
@@ -199,7 +199,7 @@ def calibration(judged: Judged, seed: int) -> dict[str, float | None]:
 
     All but `expected_error` include ties, whose preference is one half. `temperature` is fitted on
     all pairs. `loss_at_temperature` is the loss of each half of the prompts at the temperature
-    fitted on the other half. None if no finite temperature is best.
+    fitted on the other half. Each of the two is None if no finite temperature is best.
     """
     inside = half(judged.prompts, seed)
     halves = judged.take(inside), judged.take(~inside)
@@ -224,10 +224,11 @@ def half(prompts: Ints, seed: int) -> Bools:
 
 
 def reliability(judged: Judged) -> list[Figures]:
-    """Mean confidence, accuracy and number of pairs of each bin of confidence with pairs.
+    """Mean confidence, accuracy and number of pairs of each confidence bin that has pairs.
 
     Confidence is the probability of the answer that the model prefers, from 0.5 to 1. Accuracy is
-    the mean preference for that answer, for certain preferences the share of correct pairs.
+    the mean preference for that answer. If all preferences are certain, that is the share of
+    correct pairs.
     """
     confidence = special.expit(np.abs(judged.margin))
     right = 0.5 + (judged.correct - 0.5) * (2 * judged.preference - 1)
@@ -262,8 +263,9 @@ def brier(judged: Judged) -> float:
 def temperature(judged: Judged) -> float | None:
     """The T that minimizes the mean loss of margins / T (Guo et al. 2017, section 4.2).
 
-    The loss is convex in 1 / T. If no margin contradicts a vote, the loss falls as T goes to 0; if
-    margins and votes disagree on average, it falls as T grows without limit. None in both cases.
+    The loss is convex in 1 / T. If no margin contradicts a vote, the loss falls as T goes to 0. If
+    margins and votes disagree on average, it falls as T grows without limit. In both cases the
+    result is None.
     """
     margin, preference = judged.margin, judged.preference
     against = (margin < 0) | ((margin > 0) & (preference < 1))
@@ -282,12 +284,12 @@ def temperature(judged: Judged) -> float | None:
 
 
 def ties(judged: Judged) -> dict[str, Any]:
-    """How far apart the model puts the answers of ties, compared with those of other pairs.
+    """How far apart the rewards of tied answers are, compared with those of other pairs.
 
-    `margin` and `margin_of_others` are the spreads of |margin|. `area` is the area under the ROC of
-    |margin| as a score for "this is not a tie": 1 if every tie has a smaller |margin| than all
-    others, 0.5 if it tells nothing (Mann and Whitney 1947). Without ties, or without others, only
-    the number of ties.
+    `margin` and `margin_of_others` are the spreads of |margin|. `area` is the area under the ROC
+    curve of |margin| as a score for "this is not a tie" (Mann and Whitney 1947). It is 1 if every
+    tie has a smaller |margin| than all other pairs, and 0.5 if |margin| says nothing about ties.
+    Without ties, or without other pairs, there is only the number of ties.
     """
     size = np.abs(judged.margin)
     on_ties, on_others = size[judged.tied], size[~judged.tied]
@@ -306,13 +308,14 @@ def ties(judged: Judged) -> dict[str, Any]:
 
 
 def roc(judged: Judged, points: int = 200) -> list[Figures]:
-    """The ROC of rewards as scores for "this is a chosen answer" (Fawcett 2006, algorithm 1).
+    """The ROC curve of rewards as scores for "this is a chosen answer", at most `points` points.
 
-    Has at most about `points` points.
+    Fawcett 2006, algorithm 1.
     """
     scores = np.concatenate([judged.chosen, judged.rejected])
     good = np.concatenate([np.ones(len(judged)), np.zeros(len(judged))])
     order = np.argsort(-scores, kind="stable")
+    # The last of each run of equal scores. NaN differs from every score, so the end counts, too.
     last = np.flatnonzero(np.diff(scores[order], append=np.nan))
     true = np.concatenate([[0.0], np.cumsum(good[order])[last] / len(judged)])
     false = np.concatenate([[0.0], np.cumsum(1 - good[order])[last] / len(judged)])
@@ -324,7 +327,7 @@ def roc(judged: Judged, points: int = 200) -> list[Figures]:
 
 
 def histogram(margin: Floats, bins: int = 30) -> list[Figures]:
-    """Pairs by margin, in bins of equal width; a bin is named by its middle.
+    """Pairs by margin, in bins of equal width. `margin` is the middle of the bin.
 
     `density` is the share of the pairs per unit of margin, so runs with different spreads can be
     drawn on one scale. The first and the last bin are empty.

@@ -1,4 +1,4 @@
-"""A single page to read the judgements on: prompts, answers, rewards. It needs no network."""
+"""A single HTML page with the judgements: prompts, answers and rewards. It works offline."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ MOST_CHARACTERS = 50_000_000
 
 
 class Prompt(NamedTuple):
-    """A prompt and its answers by number, as people read them."""
+    """The text of a prompt, and of its answers by number."""
 
     text: str
     answers: dict[int, str]

@@ -24,10 +24,10 @@ class Ranking:
 
 
 def rankings(judged: Judged, resampling: Resampling) -> dict[str, Any]:
-    """Figures of the prompts with more than two answers, some of which are preferred to others.
+    """Figures of the prompts with more than two answers that are not all tied.
 
-    `accuracy` is over their pairs; all others are means over the prompts, with intervals. Without
-    such prompts only their number.
+    `accuracy` is over their pairs. All others are means over the prompts, with intervals. Without
+    such prompts there is only their number.
     """
     compared = np.bincount(judged.answers.prompts) > 2
     compared[compared] = np.isin(np.flatnonzero(compared), judged.prompts[~judged.tied])
@@ -65,8 +65,9 @@ def by_prompt(judged: Judged) -> Iterator[Ranking]:
 def best_of_n(ranking: Ranking) -> tuple[float, float] | None:
     """Whether the answer with the highest reward is a best one, and the probability by chance.
 
-    A best answer is one to which no other is preferred. Among equal highest rewards it is the share
-    of best answers. None if every answer has a better one, as in a cycle.
+    A best answer is one to which no other is preferred. If several answers have the highest reward,
+    the result is the share of best ones among them. It is None if another answer is preferred to
+    each, as in a cycle.
     """
     best = np.ones(len(ranking.rewards), dtype=bool)
     best[ranking.rejected[~ranking.tied]] = False
@@ -87,7 +88,7 @@ def kendall_tau(ranking: Ranking) -> float:
 
 
 def ndcg(ranking: Ranking) -> float:
-    """The normalized discounted cumulative gain (Järvelin and Kekäläinen 2002) of the order.
+    """The normalized discounted cumulative gain (Järvelin and Kekäläinen 2002) of the ranking.
 
     The gain of an answer is the number of comparisons it won, a tie counting half. Answers with
     equal rewards share their places.

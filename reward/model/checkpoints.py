@@ -1,4 +1,4 @@
-"""Checkpoints that survive the run: where they are, whether they are intact, who may use them.
+"""Checkpoints that survive the run: where they are, whether they are intact, and who may use them.
 
 They are in $DVC_ROOT/models/checkpoints/<fingerprint>/step-<n>, ignored by git and DVC, so they
 are not lost with a failed stage or an experiment's temporary folder. The fingerprint covers
@@ -29,6 +29,7 @@ from reward.process import Fault
 DIGESTS = "digests.json"
 KEPT_STEPS = 2
 KEPT_RUNS = 5
+# How many times to try to lock a run, every tenth of a second.
 PATIENCE = 50
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -93,7 +94,10 @@ class Run:
             shutil.rmtree(old)
 
     def forget_if_recorded(self, lock: Path, stage: str) -> None:
-        """Remove the checkpoints of a finished run that `lock` records: this is a forced rerun."""
+        """Remove the checkpoints of a finished run that `lock` records.
+
+        DVC starts such a run again only if the user forces it, so it must not resume.
+        """
         marker = self.folder / "finished.json"
         if not marker.exists():
             return
@@ -122,15 +126,16 @@ def shared(name: str) -> Iterator[Run]:
 
 @contextmanager
 def locked(name: str) -> Iterator[Run]:
-    """The run of a fingerprint, locked against other trainers; all but a few old runs are removed.
+    """The run of a fingerprint, locked against other trainers. All but a few old runs are removed.
 
-    Waits a moment for a trainer whose parent was killed to end, then raises a Fault.
+    Raises a Fault if another trainer still holds the run after a few seconds. A trainer whose
+    parent was killed may take that long to end.
     """
     root = Path(os.environ.get("DVC_ROOT", ".")) / "models" / "checkpoints"
     folder = root / name
     with ExitStack() as held:
         for patience in reversed(range(PATIENCE)):
-            # One process at a time, so that none removes a folder another is about to lock.
+            # One process at a time, so that none removes a folder that another is about to lock.
             with hold(root / "lock", seconds=-1), suppress(Timeout):
                 with writing(folder):
                     folder.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
 """Conversion of bases that differ from another transformers model only in names and constants.
 
-Some models have no classifier in transformers, or only one that also covers images. fetch writes
-the decoder language model that computes the same: its configuration, and the weights with that
-model's names and scales. Everything after fetch sees only the converted model.
+Some models have no classifier in transformers, or only one that also covers images. For them, fetch
+writes an equivalent decoder language model: its configuration, and the weights with its names and
+scales. Everything after fetch sees only the converted model.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Conversion:
     """What a base becomes: a configuration, and how each of its tensors is converted.
 
     `description` is for people. `tensors` maps a tensor's name and value to the new tensors, none
-    if it is dropped. `kept` says by its name whether a tensor is read at all.
+    if it is dropped. `kept` maps a tensor's name to whether the tensor is read at all.
     """
 
     description: str
@@ -42,7 +42,7 @@ def conversion_of(config: dict[str, Any]) -> Conversion | None:
 
 # --- the text part of Gemma 3 ----------------------------------------------------------------
 
-# Its prefixes in checkpoints, from before and after transformers put the vision tower beside it.
+# The prefixes of its weights in older and newer checkpoints, and what replaces them.
 TEXT_PARTS = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -78,13 +78,13 @@ def llama_from_granite(config: dict[str, Any]) -> Conversion:
     """The Llama that computes what a Granite computes.
 
     A Granite is a Llama with four extra constants, and transformers has no classifier for it. The
-    constants are folded into the weights. With embeddings e, the parts f of the layers and the norm
-    n, the residual stream h is
+    constants are folded into the weights. With embeddings e, parts f of the layers and norm n, the
+    residual stream h is
 
         h = embedding_multiplier e;  h = h + residual_multiplier f(n(h));  logits = W n(h) / scaling
 
     Apart from its epsilon, a norm does not depend on the scale of its input. So dividing the whole
-    stream by residual_multiplier, and epsilon by its square, leaves n(h) as it was: the embeddings
+    stream by residual_multiplier, and epsilon by its square, leaves n(h) as it was. The embeddings
     are scaled, and the layers add f(n(h)) as in Llama. The weights of the layers stay as they are,
     except those of the queries, because Llama scales scores by 1 / sqrt(head size) and Granite by
     attention_multiplier.

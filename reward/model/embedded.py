@@ -1,6 +1,6 @@
 """The embedded base model: a real but very small Qwen2, built from a seed and data/corpus.
 
-It lets the whole pipeline run, and learn something, without a network. Its tokenizer is a
+With it the whole pipeline runs, and learns something, without internet access. Its tokenizer is a
 byte-level BPE with Qwen2's special tokens and pre-tokenization and a chat template like Qwen2's.
 Its weights come from a short pretraining on the committed corpus. It is only for trying things out.
 """
@@ -164,7 +164,7 @@ def pretrain(corpus: list[str], tokenizer: "Tokenizer", seed: int) -> "Qwen2ForC
 def batches(
     corpus: list[str], tokenizer: "Tokenizer", end: int, generator: "Generator"
 ) -> Iterator["Tensor"]:
-    """Endless batches of shape [ROWS, LENGTH]; every epoch shuffles the paragraphs anew."""
+    """Endless batches of shape [ROWS, LENGTH]; the paragraphs are shuffled in every epoch."""
     import torch
 
     encoded = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(corpus)]

@@ -24,18 +24,18 @@ from torch.nn.functional import pad
 from reward.process import LAUNCHER, Fault
 
 Value = TypeVar("Value")
-# How long a process waits for the others, because one may read, check or write large files alone.
+# How long a process waits for the others. One of them may read, check or write large files alone.
 PATIENCE = timedelta(minutes=30)
 
 
 class Lost(Fault):
-    """Another process has ended, so this one cannot continue: the fault is not here."""
+    """Another process has ended, so this one cannot continue. The cause is in the other process."""
 
     elsewhere = True
 
 
-# This process's rank and the number of processes. torch.distributed may have others: a trainer may
-# call the reward function in each of its own processes, with different texts.
+# This process's rank and the number of processes. torch.distributed may report other numbers,
+# because a trainer may call the reward function in each of its own processes, with different texts.
 _own: tuple[int, int] | None = None
 
 
@@ -63,7 +63,7 @@ def joined() -> Iterator[None]:
     global _own
     with lost_on_error():
         store, place, count = next(rendezvous("env://", timeout=PATIENCE))
-        # The first process must be on the machine where DVC runs, but torchrun sorts by address.
+        # The first process must be on the machine where DVC runs, but torchrun orders by address.
         store.set(f"under DVC/{place}", str("DVC_ROOT" in os.environ))
         under_dvc = [store.get(f"under DVC/{each}") == b"True" for each in range(count)]
         first = under_dvc.index(True) if True in under_dvc else 0
@@ -175,7 +175,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 class PlainSum:
-    """The sum of the tensors of all processes, each of which first adds up its own.
+    """The sum of the tensors of all processes. Each process first adds up its own.
 
     The order of the additions, and so the rounding, depends on the number of processes. Only one
     tensor per process is communicated.
@@ -199,12 +199,12 @@ class PlainSum:
 
 
 class OrderedSum:
-    """The sum of numbered tensors in the order of their numbers, whichever process has which.
+    """The sum of numbered tensors in the order of their numbers, whichever process computed them.
 
     A sum of floats depends on the order of its terms, so no process adds up its own tensors.
     Instead, each process is responsible for one slice of the numbers: it receives that slice of
     every tensor and adds the slices in order. `total` then collects the summed slices in every
-    process. A process sends and receives as many numbers as its tensors have, and the sum once.
+    process. Each process sends and receives as many numbers as its own tensors have, plus the sum.
     """
 
     def __init__(self) -> None:
@@ -214,8 +214,8 @@ class OrderedSum:
     def add(self, tensor: Tensor, count: int) -> None:
         """Add the next `count` tensors, one from each of the first `count` processes.
 
-        The tensors are [numbers], fp32. The other processes pass one of the same length, which is
-        ignored. The caller must not use the tensor afterwards.
+        The tensors are [numbers], fp32. The other processes pass a tensor of the same length, which
+        is ignored. The caller must not use the tensor afterwards.
         """
         self.length = len(tensor)
         for part in exchanged(tensor)[:count]:

@@ -15,7 +15,7 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
 
 
 def problem_with_labels(config: Mapping[str, Any]) -> str | None:
-    """Why a classifier with this config.json gives no reward, unless it has exactly one label."""
+    """Why a classifier with this config.json does not give one reward, or None."""
     names = config.get("id2label")
     # transformers does not write the labels to config.json if there are two.
     count = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
@@ -25,7 +25,7 @@ def problem_with_labels(config: Mapping[str, Any]) -> str | None:
 
 
 def problem_with_head(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """Why training cannot continue with the head of a classifier whose tensors have these shapes.
+    """Why training cannot start from the head among tensors of these shapes, or None.
 
     transformers would drop a bias without an error and initialize a missing head at random.
     """

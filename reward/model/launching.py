@@ -1,7 +1,7 @@
-"""Run a stage in several processes, on one machine or more: the stage calls torchrun itself.
+"""Run a stage in several processes, on one machine or more. The stage calls torchrun itself.
 
 The number of processes is set in torchrun's environment variables, not in params.yaml, because it
-changes no byte of the result. By default there is one process for each visible GPU.
+does not change a byte of the result. By default there is one process for each visible GPU.
 
     CUDA_VISIBLE_DEVICES=0,1 dvc repro
     PET_NPROC_PER_NODE=2 dvc repro
@@ -29,7 +29,7 @@ from torch.distributed.launcher.api import elastic_launch
 from reward.model import group
 from reward.process import LAUNCHED, LAUNCHER, Fault, processors
 
-# The number of seconds in which all machines must have joined.
+# The number of seconds within which all machines must join.
 PATIENCE = 600
 
 
@@ -43,10 +43,10 @@ def distribute(
 ) -> None:
     """Call `main` in the requested number of processes, by default one for each visible GPU.
 
-    The processes run `module` with `arguments`, which must call this function again. Given the
-    number of GPUs, `useful` returns how many of them there is work for. `machines` allows a stage
-    to run on several machines. With `together` the processes form one group; otherwise each is a
-    group of one.
+    Each process runs `module` with `arguments`, and the module must call this function again. Given
+    the number of GPUs, `useful` returns how many of them there is work for. `machines` allows a
+    stage to run on several machines. With `together` the processes form one group. Otherwise each
+    is a group of one.
     """
     if LAUNCHED:
         with group.joined() if together else group.without_torchrun():
@@ -93,7 +93,7 @@ def torchrun_options(command: Sequence[str], machines: bool) -> Namespace:
 def launch(options: Namespace) -> None:
     """Start the processes and wait until they end. Raises a Fault if one of them fails."""
     # torch.distributed's warnings take many lines for what a Fault says in one. Each of its modules
-    # sets its own level, so the warnings are stopped at the logger that they all pass.
+    # sets its own level, so the warnings are stopped at the logger that they all propagate to.
     logger = logging.getLogger("torch.distributed")
     logger.handlers, logger.propagate = [logging.NullHandler()], False
     os.environ.setdefault(
@@ -126,13 +126,13 @@ def launch(options: Namespace) -> None:
 def cause(error: ChildFailedError, logs: Path) -> str:
     """Why the processes on this machine ended, in a sentence; also prints their tracebacks."""
     failures: Mapping[int, Any] = error.failures
-    told = [each for each in failures.values() if "timestamp" in each.error_file_data]
-    if told:
-        return str(min(told, key=lambda each: each.timestamp).message)
+    reported = [each for each in failures.values() if "timestamp" in each.error_file_data]
+    if reported:
+        return str(min(reported, key=lambda each: each.timestamp).message)
     for each in failures.values():
         for log in logs.rglob(f"{each.local_rank}/stderr.log"):
             sys.stderr.write(log.read_text(encoding="utf-8", errors="replace"))
-    # Name the first process, not those that the launcher then terminates with SIGTERM.
+    # Name the process that ended first, not those that the launcher then ended with SIGTERM.
     ended = {rank: signal_of(each.exitcode) for rank, each in failures.items()}
     for rank, name in sorted(ended.items(), key=lambda item: item[1] == "SIGTERM"):
         if name:

@@ -1,12 +1,12 @@
 """Packs of pairs: rows of tokens without padding that hold shared prefixes only once.
 
 The two texts of a pair begin with the same tokens, because they share their prompt. A pack is a
-single row of tokens,
+single row of tokens:
 
-    [ prefix and rest of chosen ] of every pair, then [ rest of rejected ] of every pair,
+    [ prefix and rest of chosen ] of every pair, then [ rest of rejected ] of every pair
 
-in which the positions of a rest continue where its prefix ends. Attention is causal, so a text that
-sees only its prefix and itself has the same reward and the same gradient as in a row of its own.
+The positions of each rest continue where its prefix ends. Attention is causal, so a text that sees
+only its prefix and itself has the same reward and the same gradient as in a row of its own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ ENOUGH = 4096
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of one prompt as ids; all begin with the same `prefix` ids and are longer."""
+    """The texts of one prompt as ids. All begin with the same `prefix` ids and are longer."""
 
     ids: Sequence[Sequence[int]]
     prefix: int
@@ -126,7 +126,7 @@ def balanced(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
     """Indices of prompts in packs of nearly equal size, the largest pack first.
 
     There are as many packs as are needed for at most `tokens_per_pack` tokens each, rounded up to
-    1, 2, 4 or a multiple of 8, so that this many processes get equal work. From the longest prompt
+    1, 2, 4 or a multiple of 8, so that 2, 4 or 8 processes get equal work. From the longest prompt
     to the shortest, each goes into the pack with the fewest tokens (Graham 1969, "Bounds on
     multiprocessing timing anomalies"). A prompt that is too long gets its own pack.
     """
@@ -162,10 +162,10 @@ def split_to_fit(texts: Texts, tokens_per_pack: int) -> list[Texts]:
 
 
 def extremes(lengths: Sequence[int], tokens_per_pack: int) -> list[int]:
-    """Indices of a full pack: the longest prompt, then the shortest ones that fit beside it.
+    """Indices of a full pack: the longest prompt, then as many of the shortest as also fit.
 
-    They end with the shortest prompt of all, which is included even if it does not fit. The pack
-    has at most ENOUGH tokens unless the longest and the shortest prompt alone have more.
+    The shortest prompt of all is the last, and is included even if it does not fit. The pack has at
+    most ENOUGH tokens unless the longest and the shortest prompt alone have more.
     """
     *others, longest = sorted(range(len(lengths)), key=lengths.__getitem__)
     held = accumulate((lengths[index] for index in others), initial=lengths[longest])
@@ -185,7 +185,8 @@ def pack(prompts: Sequence[Texts]) -> Pack:
     ids = [prompts[prompt].ids[text] for prompt, text, _ in parts]
     prefix = [before for _, _, before in parts]
     own = [len(text) - before for text, before in zip(ids, prefix, strict=True)]
-    # A prompt's first text has the prompt's own index in the row, so that index is also the owner.
+    # The first texts come first in the row, so the index of a prompt is also that of its first
+    # text, which owns the prefix.
     layout = Layout(own, own, prefix, [prompt for prompt, _, _ in parts])
     return Pack(
         as_row(np.asarray(text[before:]) for text, before in zip(ids, prefix, strict=True)),
@@ -204,7 +205,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to the device without waiting for the GPU.
 
     A copy from pageable memory blocks until the GPU has finished all queued work. A copy from
-    pinned memory is only queued, so the CPU can go on.
+    pinned memory is only queued, so the CPU can continue.
     """
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

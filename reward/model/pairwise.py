@@ -70,9 +70,9 @@ def losses(j: Tensor, k: Tensor, labels: Labels, center: float = 0.0) -> Tensor:
     """The weighted loss of every pair, in fp32.
 
     With d = r_j - r_k, the loss of a certain pair is -log sigmoid(d - margin) (Touvron et al. 2023,
-    "Llama 2", equation 2). That of a pair with preference p is the cross-entropy
-    -p log sigmoid(d) - (1 - p) log sigmoid(-d). The added term `center` times (r_j + r_k)^2 keeps
-    rewards around zero (Eisenstein et al. 2023, "Helping or herding?", equation 5).
+    "Llama 2", equation 2). The loss of a pair with preference p is the cross-entropy
+    -p log sigmoid(d) - (1 - p) log sigmoid(-d). The term `center` times (r_j + r_k)^2 is added to
+    keep rewards around zero (Eisenstein et al. 2023, "Helping or herding?", equation 5).
     """
     difference = margins(j, k) - same_shape(j, labels.margin)
     preference, weight = same_shape(j, labels.preference), same_shape(j, labels.weight)

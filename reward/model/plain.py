@@ -1,7 +1,7 @@
 """The conditions under which packs are exact for a base.
 
-Its attention is plain and causal, which is checked when it is called. The rotation of a token
-depends only on its position in its own text, not on anything else in the row.
+The attention of the base must be plain and causal, which is checked when it is called. The rotation
+of a token must depend only on its position in its own text, not on anything else in the row.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reward.process import Fault
 
-# Arguments with which models tell attention functions to do more than plain attention.
+# Arguments by which models request more than plain attention from an attention function.
 EXTRAS = {"softcap", "s_aux", "position_bias"}
 
 
@@ -50,8 +50,8 @@ def require_length(config: Any, base: Path, most: int) -> None:
     """Raises a Fault if texts of `most` tokens are too long, or could change others in their pack.
 
     LongRoPE rotates all texts of a row by other factors once one of them is longer than the texts
-    of the original pretraining. Dynamic scaling does so above the maximum number of positions,
-    which no text may exceed anyway.
+    of the original pretraining. Dynamic scaling does the same above the maximum number of
+    positions, which no text may exceed anyway.
     """
     limits = {
         f"{base} reads at most {{}} tokens": getattr(config, "max_position_embeddings", None),

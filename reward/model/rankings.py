@@ -1,7 +1,7 @@
 """Rankings: the comparisons of a prompt's answers, grouped so that each answer is computed once.
 
 A row of the tokenized data compares two texts, j and k. A ranking holds the texts of one prompt and
-their comparisons. It has n texts for n answers, whereas their n (n - 1) / 2 pairs have n (n - 1).
+their comparisons. For n answers it has n texts, whereas the n (n - 1) / 2 pairs have n (n - 1).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ class Ranking:
 
 
 def rankings(rows: Iterable[Mapping[str, Any]]) -> list[Ranking]:
-    """The rows of tokenized data by prompt; prompts and answers in order of first appearance."""
+    """Tokenized rows grouped by prompt. Prompts and answers are in order of first appearance."""
     texts: dict[str, dict[int, Sequence[int]]] = {}
     compared: dict[str, list[Comparison]] = {}
     for index, row in enumerate(rows):

@@ -18,8 +18,8 @@ from reward.model.packing import Pack, Texts, into_packs, pack, split_to_fit, to
 from reward.model.swapping import swapped_out
 from reward.process import Fault
 
-# The texts of plain RuntimeErrors that mean out of memory: on a CPU, of CUDA, and of cuBLAS, which
-# allocates its own memory for every thread that uses it.
+# The texts of plain RuntimeErrors that mean out of memory: from a CPU, from CUDA, and from cuBLAS,
+# which allocates its own memory for every thread that uses it.
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -47,6 +47,7 @@ def last_hidden(model: PeftModel, batch: Pack) -> Tensor:
         .base_model(input_ids=ids, position_ids=positions, plan=plan, use_cache=False)
         .last_hidden_state[0]
     )
+    # LastLayer returns only the last token of each text, but some models keep their own layer.
     if len(hidden) != len(order):
         hidden = hidden[plan.ends]
     return cast(Tensor, hidden[order])
@@ -61,7 +62,7 @@ def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> T
     them get all rewards. Raises a Fault if memory runs out for a single text.
     """
     found = torch.zeros(sum(len(texts.ids) for texts in prompts))
-    # The texts without rewards so far, each prompt with the index of its first text in `found`.
+    # The texts that have no reward yet, by prompt, with the index of the first text in `found`.
     waiting: list[tuple[int, Texts]] = []
     start = 0
     for texts in prompts:
@@ -130,7 +131,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def within_memory(work: Callable[..., Result], *arguments: Any) -> Result | None:
-    """What `work` returns, or None if memory ran out; its memory is then freed."""
+    """What `work` returns, or None if memory ran out. The memory that it used is then freed."""
     try:
         return work(*arguments)
     except (MemoryError, RuntimeError) as error:
@@ -144,8 +145,8 @@ def within_memory(work: Callable[..., Result], *arguments: Any) -> Result | None
 def halved(held: Sequence[Texts], least: int, place: str) -> int:
     """Half the size, in tokens, of a pack of these texts that did not fit into memory.
 
-    Raises a Fault, which begins with `place`, if the pack has only the `least` texts that must
-    share one.
+    Raises a Fault, which begins with `place`, if the pack has only the `least` texts that must stay
+    together.
     """
     size, count = sum(map(tokens, held)), sum(len(texts.ids) for texts in held)
     if count <= least:
@@ -172,13 +173,13 @@ def as_in_transformers(model: PeftModel) -> Iterator[PreTrainedModel]:
 def require_exact(model: PeftModel, prompts: Sequence[Texts]) -> None:
     """Raises a Fault unless texts in a pack get the same hidden states as from transformers.
 
-    `prompts` is a full pack with the longest prompt first and the shortest last. Anything other
-    than plain causal attention, with or without a window, shows in a text that is long enough, and
-    the influence of a long text on others in its row shows in a short one.
+    `prompts` is a full pack with the longest prompt first and the shortest last. The longest shows
+    whether attention is anything other than plain and causal, with or without a window. The
+    shortest shows whether a long text influences the others in its row.
 
     Adapters are off, as before the first step. In half precision, trained adapters amplify rounding
-    differences, with a real model beyond what is allowed, and evaluation must not reject what
-    training accepted.
+    differences. With a real model the differences exceeded what is allowed, but evaluation must not
+    reject what training accepted.
     """
     with evaluating(model), model.disable_adapter():
         found = last_hidden(model, pack(prompts)).float()

@@ -72,7 +72,7 @@ def planned(
         generator = np.random.default_rng([seed, epoch])
         found = [*one_epoch(prompt_of, pairs_per_step, step_of, generator)]
         share = 1.0 if max_steps > 0 else min(1.0, epochs - epoch)
-        steps += found[: -int(-share * len(found) // 1)]
+        steps += found[: -int(-share * len(found) // 1)]  # rounded up
         epoch += 1
     return steps[:max_steps] if max_steps > 0 else steps
 
@@ -80,7 +80,7 @@ def planned(
 def one_epoch(
     prompt_of: Rows, size: int, step_of: StepOf, generator: np.random.Generator
 ) -> Iterator[Rows]:
-    """All rows once: `size` rows per step, or whole prompts until there are at least that many."""
+    """All rows once: `size` rows per step, or whole prompts with at least `size` rows together."""
     if step_of == "pairs":
         rows = generator.permutation(len(prompt_of))
         yield from (rows[start : start + size] for start in range(0, len(rows), size))

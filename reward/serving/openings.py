@@ -1,10 +1,10 @@
 """The beginning of whole texts, by which a text of the wrong template is recognized.
 
-The reward of a text that another template has rendered, or none, means nothing. A text template
-puts the same words into every text. A chat template is a program, so its source does not show what
-all of its texts have in common. A few conversations of all kinds are therefore rendered, and of
-their common parts only special tokens count, with the word directly after one, because everything
-else may depend on the conversation.
+If another template, or none, has rendered a text, the reward means nothing. A text template puts
+the same words into every text. A chat template is a program, so its source does not show what all
+of its texts have in common. Therefore a few conversations of all kinds are rendered. Of their
+common parts, only special tokens count, and the word directly after the last one. Everything else
+may depend on the conversation.
 """
 
 import json
@@ -48,7 +48,7 @@ SHOWN = 40
 
 
 class Openings:
-    """What whole texts under a template begin with and have before an answer."""
+    """What all whole texts of a template begin with, and what they have before an answer."""
 
     def __init__(self, encoder: Encoder, bos: str | None) -> None:
         self._encoder, self._bos = encoder, bos
@@ -56,8 +56,9 @@ class Openings:
     def complete(self, text: str) -> str:
         """A whole text with the beginning of the template: no extra white space, and with bos.
 
-        Tokenizers that mark words by the space before them decode a space after bos. Raises
-        BadRecord for a text that the template cannot have rendered.
+        Tokenizers that mark words by the space before them cause the extra white space, because
+        they decode a space after bos. Raises BadRecord for a text that the template cannot have
+        rendered.
         """
         if not text.strip():
             return text
@@ -77,7 +78,7 @@ class Openings:
 
     @cached_property
     def _fixed(self) -> list[tuple[str, ...]]:
-        """Alternatives; a text has all parts of one of them in order, from its beginning."""
+        """Alternatives. A text must have all parts of one of them in order, from its beginning."""
         if self._encoder.template.chat_template is not None:
             return [self._of_chats()]
         around = divide(self._encoder.template.template)

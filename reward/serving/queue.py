@@ -1,4 +1,4 @@
-"""The queue of requests: limited by tokens and scored in packs, first come, first served."""
+"""The queue of requests: limited in tokens, and scored in packs, first come, first served."""
 
 import asyncio
 import math
@@ -21,7 +21,7 @@ FADING = 0.9
 
 
 class Full(Exception):
-    """The queue is full: why, and the number of seconds after which to try again."""
+    """The queue is full. Says why, and after how many seconds to try again."""
 
     def __init__(self, sentence: str, seconds: int) -> None:
         super().__init__(f"{sentence}; try again in {seconds} s")
@@ -72,7 +72,7 @@ class Queue:
     def seconds(self) -> int:
         """The seconds until everything that waits is scored, at the rate of the last packs.
 
-        At least 1, and 1 before the first pack.
+        It is at least 1, and 1 before the first pack.
         """
         pace = self._took / self._scored if self._scored else 0.0
         return max(1, math.ceil(self.tokens * pace))

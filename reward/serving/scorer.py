@@ -25,7 +25,7 @@ from reward.process import Fault
 from reward.serving.endings import Endings
 from reward.serving.openings import Openings
 
-# The most tokens of a pack; it affects memory, and rewards only by rounding.
+# The most tokens of a pack. It affects memory, and rewards only by rounding.
 TOKENS_PER_PACK = 4096
 # The reasons for which TRL's reward function may leave out a completion.
 UNSCORABLE = {"no_answer", "over_length"}
@@ -61,7 +61,7 @@ class Scorer:
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, as in training.
 
-        Raises Misfit for the first text that has no ids, or more than texts of training may have.
+        Raises Misfit for the first text that has no ids or more than max_length.
         """
         found, most = self._encoder.encode(texts), self._template.max_length
         for index, ids in enumerate(found):
@@ -150,7 +150,7 @@ def ranks(rewards: Sequence[float]) -> list[int]:
 
 
 def probabilities(rewards: Sequence[float], temperature: float) -> list[float]:
-    """The probability of each answer of being the best for its prompt.
+    """For each answer, the probability that it is the best for its prompt.
 
     This is the softmax of rewards / temperature: the first choice in the Plackett-Luce model, and
     with two answers the Bradley-Terry model. [log 3, 0] gives [0.75, 0.25] at temperature 1.
@@ -168,7 +168,7 @@ def reward_function(
 
     Prompts and completions are texts or lists of messages, which the model's own template renders.
     A completion that is empty, too long or does not end in a message of the assistant gets the
-    reward None, which TRL ignores; the first one causes a warning. If `strict`, it is a Fault
+    reward None, which TRL ignores. The first one causes a warning. With `strict`, it causes a Fault
     instead. The function raises a Fault for anything else that it cannot render.
     """
     scorer, warned = Scorer(Path(folder)), False
@@ -183,12 +183,12 @@ def reward_function(
                 [ids], [asked] = scorer.encode_pairs([prompt], [completion])
                 kept[index] = ids, asked
             except BadRecord as error:
-                said = f"prompts[{index}] with its completion: {error}"
+                message = f"prompts[{index}] with its completion: {error}"
                 if strict or error.reason not in UNSCORABLE:
-                    raise Fault(said) from None
+                    raise Fault(message) from None
                 if not warned:
                     others = "its reward is None; there is no warning for later ones"
-                    warnings.warn(f"{said}; {others}", stacklevel=2)
+                    warnings.warn(f"{message}; {others}", stacklevel=2)
                     warned = True
         found = scorer.rewards(*zip(*kept.values(), strict=True)) if kept else []
         for index, reward in zip(kept, found, strict=True):
@@ -204,6 +204,6 @@ def require_answer(completion: Any) -> None:
     if isinstance(last, dict) and last.get("role") != "assistant":
         role = last.get("role")
         raise BadRecord("no_answer", f"the completion ends in a message with the role {role!r}")
-    said = (last.get("content") or last.get("tool_calls")) if isinstance(last, dict) else last
-    if not said or (isinstance(said, str) and not said.strip()):
+    content = (last.get("content") or last.get("tool_calls")) if isinstance(last, dict) else last
+    if not content or (isinstance(content, str) and not content.strip()):
         raise BadRecord("no_answer", "the completion is empty")
