@@ -1,5 +1,6 @@
 """How the process of a stage starts and ends: one sentence for a fault, and no orphans."""
 
+import argparse
 import json
 import logging
 import math
@@ -62,6 +63,17 @@ class Fault(Exception):
 
     # Whether another process ended first and reports the reason.
     elsewhere = False
+
+
+def run_stage(name: str, description: str | None, main: Callable[[], None]) -> None:
+    """Run the `main` of a stage, which takes no arguments but --help: it reads params.yaml."""
+    argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="A stage takes its parameters from params.yaml; `dvc repro` runs all of them.",
+    ).parse_args()
+    run(main)
 
 
 def run(main: Callable[[], None]) -> None:

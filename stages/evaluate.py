@@ -53,7 +53,7 @@ from reward.model.rankings import rankings_of, sides
 from reward.model.scoring import require_exact, score
 from reward.outputs import whole_folder, write_json, writing
 from reward.params import Positive, Seed
-from reward.process import Fault, run, threads
+from reward.process import Fault, run_stage, threads
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -210,4 +210,8 @@ def prompts_of(answers: Dataset) -> dict[str, page.Prompt]:
 
 
 if __name__ == "__main__":
-    run(lambda: distribute(main, "stages.evaluate", useful=lambda gpus: gpus))
+    run_stage(
+        "stages.evaluate",
+        __doc__,
+        lambda: distribute(main, "stages.evaluate", useful=lambda gpus: gpus),
+    )

@@ -40,7 +40,7 @@ from reward.outputs import (
     write_json,
 )
 from reward.params import Positive, Seed, ZeroOrMore
-from reward.process import Fault, processors, run
+from reward.process import Fault, processors, run_stage
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -252,4 +252,4 @@ def in_columns(figures: Figures) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage("stages.export", __doc__, main)

@@ -33,7 +33,7 @@ from reward.outputs import (
     writing,
 )
 from reward.params import Seed, Text
-from reward.process import Fault, run
+from reward.process import Fault, run_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -463,4 +463,4 @@ def self_contained(config: dict[str, Any], tokenizer: "PreTrainedTokenizerFast")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage("stages.fetch", __doc__, main)

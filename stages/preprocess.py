@@ -41,7 +41,7 @@ from reward.data.tokenized import Row
 from reward.data.tokens import Array, Encoder, Template, as_array
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
-from reward.process import Fault, run
+from reward.process import Fault, run_stage
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -506,4 +506,4 @@ def show_example(encoder: Encoder) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage("stages.preprocess", __doc__, main)

@@ -66,7 +66,7 @@ from reward.outputs import (
     write_json,
 )
 from reward.params import AboveZero, Fraction, Positive, Rule, Switch
-from reward.process import Fault, run, threads
+from reward.process import Fault, run_stage, threads
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -322,4 +322,6 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
 
 
 if __name__ == "__main__":
-    run(lambda: distribute(main, "stages.train", useful, machines=True))
+    run_stage(
+        "stages.train", __doc__, lambda: distribute(main, "stages.train", useful, machines=True)
+    )

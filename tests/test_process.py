@@ -50,6 +50,24 @@ def test_fault_prints_one_sentence_and_exits_with_1(tmp_path: Path) -> None:
     assert stage.returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("argument", "status", "printed"),
+    [("--help", 0, "What the stage does."), ("lora.r=8", 2, "unrecognized arguments: lora.r=8")],
+)
+def test_stage_takes_no_argument_except_help(
+    argument: str,
+    status: int,
+    printed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["stage.py", argument])
+    with pytest.raises(SystemExit) as ended:
+        process.run_stage("stages.stage", "What the stage does.", lambda: pytest.fail("it ran"))
+    assert ended.value.code == status
+    assert printed in "".join(capsys.readouterr())
+
+
 def test_bug_shows_its_traceback(tmp_path: Path) -> None:
     stage = start(tmp_path, "1 / 0")
     assert "Traceback" in stage.communicate()[1]
