@@ -3,6 +3,7 @@
 python -m benchmarks.pictures
 """
 
+import argparse
 import subprocess
 import time
 from pathlib import Path
@@ -31,4 +32,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

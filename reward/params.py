@@ -82,7 +82,7 @@ def _read(name: str, path: Path) -> dict[str, Any]:
     except OSError as error:
         raise Fault(f"{path} cannot be read: {error.strerror}; expected the parameters") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise Fault(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+        raise Fault(f"{path}: broken YAML: {yaml_error(error)}") from None
     group = document.get(name) if isinstance(document, dict) else None
     if not isinstance(group, dict):
         raise Fault(f"{path}: the group {name} is {group!r}, must be a mapping of keys to values")
@@ -142,6 +142,11 @@ SCHEMA = (
     ),
     ("merge", "<<", "<"),
 )
+
+
+def yaml_error(error: Exception) -> str:
+    """What is wrong with a YAML file and where, in one line."""
+    return " ".join(str(error).split()).replace('in "<byte string>",', "at")
 
 
 def read_yaml(path: Path) -> Any:

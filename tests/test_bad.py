@@ -92,7 +92,7 @@ def check_message() -> Iterator[Callable[[str, str], None]]:
 
 def without_library_words(message: str) -> str:
     """The message with an ellipsis for the words of Python and libraries, which change."""
-    return re.sub(r"(broken \w+|to its end): ([A-Z]|while ).+?(, found|; |$)", r"\1: …\3", message)
+    return re.sub(r"(broken \w+|to the end): ([A-Z]|while ).+?(, found|; |$)", r"\1: …\3", message)
 
 
 # --- preference files ------------------------------------------------------------------------

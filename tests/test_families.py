@@ -207,7 +207,7 @@ def test_parameters_are_counted_by_precision(
         in printed
     )
     experts = 3 * 8 * 3 * 32 * 64  # three layers of 8 experts, each of three matrices
-    assert (f"note       {experts:,} of them are in experts, which" in printed) == (
+    assert (f"note       {experts:,} parameters are in experts, which" in printed) == (
         family == "Qwen3-MoE"
     )
 

@@ -664,7 +664,7 @@ def test_cached_model_needs_no_hub(
     fetch.main()
     assert digests(fetch.BASE) == first
     shutil.rmtree(fetch.BASE)
-    message = "is not a folder here and not in the Hub's cache, and HF_HUB_OFFLINE is set"
+    message = "is neither a local folder nor in the Hub's cache, and HF_HUB_OFFLINE is set"
     for name in ("org/other", "no/such/id"):
         set_params("base", name=name)
         assert message in refused()

@@ -344,7 +344,7 @@ def test_object_around_the_records_is_named_with_a_way_to_extract_them(
     path = tmp_path / "p.json"
     wrapped = {"version": 1, "data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}
     path.write_text(json.dumps(wrapped, indent=indent))
-    message = r"an object with the keys data, version \(jq -c '\.data\[\]' extracts them\)"
+    message = r"object .*with the keys data, version; .* \(jq -c '\.data\[\]' extracts them\)"
     with pytest.raises(Fault, match=message):
         list(read(path))
 

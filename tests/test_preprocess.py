@@ -372,7 +372,7 @@ def test_prompt_of_a_split_file_in_the_other_data_is_a_fault(
     message = (
         f"1 records of mine share their prompt with the {name} files: mine/pairs.json: record 8; "
     )
-    assert fault() == f"{message}to leave them out set preprocess.on_bad_record to drop"
+    assert fault() == f"{message}to leave them out, set preprocess.on_bad_record to drop"
 
 
 def test_prompt_of_a_training_file_is_never_held_out(
@@ -556,7 +556,7 @@ def test_bad_records_are_dropped_and_counted_by_reason(
     }
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("clients ")]
     assert printed == [
-        "clients    none can score conversations like 1 of the records, because "
+        "clients    none can score conversations like those of 1 dropped records, because "
         "preprocess.template cannot render them"
     ]
 
@@ -766,7 +766,7 @@ def test_fault_suggests_no_parameter_that_is_already_set(data: Path, set_params:
     set_params("preprocess", on_bad_record="drop", over_length="drop")
     message = fault()
     assert "preprocess.on_bad_record" not in message
-    assert "; for long ones set preprocess.over_length to truncate_prompt" in message
+    assert "; for texts that are too long, set preprocess.over_length to truncate_prompt" in message
 
 
 # --- the benchmark ---------------------------------------------------------------------------

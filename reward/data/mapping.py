@@ -32,7 +32,7 @@ from reward.data.forms import Context
 from reward.data.recognition import Known
 from reward.data.suggestion import MAPPING
 from reward.data.values import plain
-from reward.params import read_yaml
+from reward.params import read_yaml, yaml_error
 from reward.process import Fault
 
 ORDERED: tuple[Order, ...] = ("ranks", "scores")
@@ -157,7 +157,7 @@ def read_mapping(folder: Path) -> Mapping | None:
     except OSError as error:
         raise Fault(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise Fault(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+        raise Fault(f"{path}: broken YAML: {yaml_error(error)}") from None
     if not isinstance(document, dict):
         raise Fault(f"{path} has no entries, expected the name of a file and the keys of its entry")
     faults = [

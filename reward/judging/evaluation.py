@@ -233,7 +233,7 @@ def report(figures: dict[str, Any], read: Path) -> None:
     )
     if audit["adjusted"]["pairs"]:
         print(
-            f"           with length taken out the accuracy is {audit['adjusted']['accuracy']:.4f}"
+            f"           adjusted for length, the accuracy is {audit['adjusted']['accuracy']:.4f}"
         )
     report_ties(figures["ties"])
     report_rankings(figures["rankings"])

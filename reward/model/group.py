@@ -108,7 +108,7 @@ def lost_on_error() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise Lost(f"another process of the training has ended ({error})") from None
+        raise Lost(f"another process has ended ({error})") from None
 
 
 def minimum(value: int) -> int:
