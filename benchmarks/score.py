@@ -31,7 +31,7 @@ from benchmarks.preprocess import LONG, ROOT, records, table
 from benchmarks.speed.floor import floor_of_scoring
 from benchmarks.speed.hardware import HARDWARE, QUANTIZATION
 from benchmarks.speed.measuring import Contender, Measurement, Row, Stopwatch, alone, measure
-from benchmarks.speed.workload import SHAPE, Workload
+from benchmarks.speed.workload import PROMPTS_PER_STEP, SHAPE, Workload
 from reward.data.reading import read
 from reward.data.records import candidates
 from reward.model.base import load_base
@@ -112,7 +112,7 @@ def workload_of() -> Workload:
         if isinstance(module, nn.Linear)
     ]
     nowhere = Path()
-    return Workload(nowhere, nowhere, nowhere, texts, linear, TOKENS_PER_PACK)
+    return Workload(nowhere, nowhere, nowhere, texts, linear, TOKENS_PER_PACK, PROMPTS_PER_STEP)
 
 
 def score(folder: Path, workload: Workload) -> Measurement:

@@ -132,22 +132,24 @@ def test_rows_in_bf16_are_compared_with_ours_in_bf16() -> None:
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_bf16_is_also_measured_if_the_processor_supports_it(supported: bool) -> None:
-    names = contenders(replace(CPU, also_bf16=supported), answers=2)
+    names = contenders(replace(CPU, also_bf16=supported), answers=2, prompts_per_step=8)
     in_bf16 = {name for name, row in names.items() if "bf16" in name or row.floor == "floor-bf16"}
     trl = {f"trl-{batch}-bf16{more}" for batch in (8, 1) for more in ("", "-checkpointing")}
     assert in_bf16 == ({"ours-bf16", "floor-bf16", *trl} if supported else set())
 
 
 @pytest.mark.parametrize(
-    ("answers", "labels"),
+    ("answers", "prompts_per_step", "labels"),
     [
-        (2, ["TRL, batch 8", "TRL, batch 1 x 8"]),
-        (4, ["TRL, batch 8 x 3", "TRL, batch 1 x 24"]),
-        (7, ["TRL, batch 7 x 12", "TRL, batch 1 x 84"]),
+        (2, 8, ["TRL, batch 8", "TRL, batch 1 x 8"]),
+        (4, 4, ["TRL, batch 8 x 3", "TRL, batch 1 x 24"]),
+        (7, 4, ["TRL, batch 7 x 12", "TRL, batch 1 x 84"]),
     ],
 )
-def test_trl_batches_add_up_to_our_steps(answers: int, labels: list[str]) -> None:
-    rows = contenders(CPU, answers)
+def test_trl_batches_add_up_to_our_steps(
+    answers: int, prompts_per_step: int, labels: list[str]
+) -> None:
+    rows = contenders(CPU, answers, prompts_per_step)
     assert [rows[name].label for name in ("trl-8", "trl-1")] == labels
     assert ("ours-by-pairs" in rows) == (answers > 2)
 
@@ -181,7 +183,9 @@ def test_failing_contender_does_not_stop_the_others(
 
 
 def workload(base: Path, pairs: list[Texts]) -> Workload:
-    return Workload(base, base, base, pairs, [(8, 4), (4, 8)], tokens_per_pack=64)
+    return Workload(
+        base, base, base, pairs, [(8, 4), (4, 8)], tokens_per_pack=64, prompts_per_step=8
+    )
 
 
 def test_floor_covers_all_steps_except_the_first() -> None:
@@ -197,7 +201,10 @@ def test_floor_covers_all_steps_except_the_first() -> None:
     ("arguments", "sentence"),
     [
         (["--prompts", "20"], "--prompts is 20, expected a multiple of 8"),
-        (["--prompts", "6", "--answers", "4"], "--prompts is 6, expected a multiple of 4"),
+        (
+            ["--prompts", "36", "--prompts-per-step", "8"],
+            "--prompts is 36, expected a multiple of 8",
+        ),
         (
             ["--answers", "3", "--data", "pairs.json"],
             "--answers is 3, expected at least 2, and exactly 2",
@@ -219,7 +226,13 @@ def test_bad_arguments_are_refused(
 
 def options_for(base: Path, prompts: int, answers: int) -> Namespace:
     return Namespace(
-        base=base, data=None, prompts=prompts, answers=answers, seed=0, tokens_per_pack=512
+        base=base,
+        data=None,
+        prompts=prompts,
+        prompts_per_step=4 if answers == 4 else 8,
+        answers=answers,
+        seed=0,
+        tokens_per_pack=512,
     )
 
 

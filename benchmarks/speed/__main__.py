@@ -25,7 +25,7 @@ from benchmarks.speed.contenders import contenders
 from benchmarks.speed.hardware import HARDWARE
 from benchmarks.speed.measuring import alone, measure
 from benchmarks.speed.report import as_markdown, describe, write
-from benchmarks.speed.workload import prepare, prompts_per_step
+from benchmarks.speed.workload import PROMPTS_PER_STEP, prepare
 from reward.data.tokens import TEMPLATES
 from reward.process import Fault, run
 
@@ -37,7 +37,9 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     chosen = {
         name: contender
-        for name, contender in contenders(HARDWARE, options.answers).items()
+        for name, contender in contenders(
+            HARDWARE, options.answers, options.prompts_per_step
+        ).items()
         if name in (options.only or [name])
     }
     with TemporaryDirectory() as scratch:
@@ -57,7 +59,7 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = list(contenders(HARDWARE, answers=3))
+    names = list(contenders(HARDWARE, answers=3, prompts_per_step=PROMPTS_PER_STEP))
     parser.add_argument(
         "--repeats", type=int, default=3, help="number of measurements of each contender"
     )
@@ -69,6 +71,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--answers", type=int, default=2, help="number of answers per generated prompt"
+    )
+    parser.add_argument(
+        "--prompts-per-step",
+        type=int,
+        default=PROMPTS_PER_STEP,
+        help="number of prompts per optimizer step",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed for generating or drawing pairs")
     parser.add_argument("--data", type=Path, help="preference pairs, by default generated ones")
@@ -89,14 +97,20 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tokens-per-pack", type=int, default=4096, help="maximum size of a pack")
     options = parser.parse_args()
-    for name, lowest in (("repeats", 1), ("threads", 1), ("tokens_per_pack", 1), ("seed", 0)):
+    for name, lowest in (
+        ("repeats", 1),
+        ("threads", 1),
+        ("tokens_per_pack", 1),
+        ("seed", 0),
+        ("prompts_per_step", 1),
+    ):
         if (value := getattr(options, name)) < lowest:
             raise Fault(f"--{name.replace('_', '-')} is {value}, expected at least {lowest}")
     if options.answers < 2 or (options.data and options.answers > 2):
         raise Fault(
             f"--answers is {options.answers}, expected at least 2, and exactly 2 with --data"
         )
-    step = prompts_per_step(options.answers)
+    step = options.prompts_per_step
     least = max(2 * step, 2 * max(HARDWARE.trl_batches) // comb(options.answers, 2))
     if options.prompts < least or options.prompts % step:
         raise Fault(

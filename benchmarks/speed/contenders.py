@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from benchmarks.speed.floor import by_onednn, floor, floor_of_scoring
 from benchmarks.speed.hardware import CPU, HARDWARE, IN_BF16, QUANTIZATION, Hardware
 from benchmarks.speed.measuring import Contender, Measurement, Stopwatch
-from benchmarks.speed.workload import DENSE, Workload, prompts_per_step, with_adapter
+from benchmarks.speed.workload import DENSE, Workload, with_adapter
 from reward.data.columns import ANSWERS, GRADES, IDS, PREFIX, PROMPT_ID
 from reward.model.base import Quantization, head_of, load_base, load_stock
 from reward.model.checkpoints import Run
@@ -47,8 +47,9 @@ SHARED: dict[str, Any] = {
 TRL_COLUMNS = ("chosen_ids", "rejected_ids")
 
 
-def contenders(hardware: Hardware, answers: int) -> dict[str, Contender]:
-    """All rows of the table, by the names that --only takes, for this many answers per prompt."""
+def contenders(hardware: Hardware, answers: int, prompts_per_step: int) -> dict[str, Contender]:
+    """All rows of the table, by the names that --only takes."""
+    pairs_per_step = prompts_per_step * comb(answers, 2)
     rows = {
         "ours": Contender("this project", ours),
         "ours-checkpointing": Contender(
@@ -59,7 +60,7 @@ def contenders(hardware: Hardware, answers: int) -> dict[str, Contender]:
         rows["ours-by-pairs"] = Contender(
             "this project, pair by pair", partial(ours, by_pairs=True)
         )
-    for name, label, batch in trl_batches(hardware, answers):
+    for name, label, batch in trl_batches(hardware, pairs_per_step):
         if batch in (1, hardware.trl_batches[0]):
             rows[f"{name}-checkpointing"] = Contender(
                 f"{label}, gradient checkpointing (its default)",
@@ -67,7 +68,7 @@ def contenders(hardware: Hardware, answers: int) -> dict[str, Contender]:
             )
         rows[name] = Contender(label, partial(trl, batch=batch, checkpointing=False))
     if hardware.also_bf16:
-        rows |= in_bf16(hardware, answers)
+        rows |= in_bf16(hardware, pairs_per_step)
     rows |= {
         "article": Contender("the article's loop", article),
         "floor": Contender("bare matrix products", floor),
@@ -88,23 +89,26 @@ def contenders(hardware: Hardware, answers: int) -> dict[str, Contender]:
     }
 
 
-def trl_batches(hardware: Hardware, answers: int) -> Iterator[tuple[str, str, int]]:
+def trl_batches(hardware: Hardware, pairs_per_step: int) -> Iterator[tuple[str, str, int]]:
     """Name, label and size of TRL's batches; the pairs of a step fill smaller batches evenly."""
-    pairs = prompts_per_step(answers) * comb(answers, 2)
     for most in hardware.trl_batches:
-        batch = max(size for size in range(1, most + 1) if most > pairs or pairs % size == 0)
-        times = f" x {pairs // batch}" if batch < pairs else ""
+        batch = max(
+            size
+            for size in range(1, most + 1)
+            if most > pairs_per_step or pairs_per_step % size == 0
+        )
+        times = f" x {pairs_per_step // batch}" if batch < pairs_per_step else ""
         yield f"trl-{most}", f"TRL, batch {batch}{times}", batch
 
 
-def in_bf16(hardware: Hardware, answers: int) -> dict[str, Contender]:
+def in_bf16(hardware: Hardware, pairs_per_step: int) -> dict[str, Contender]:
     """The additional rows in bf16: this project, TRL with its defaults, and the bare products."""
     rows = {
         "ours-bf16": Contender(
             "this project, bf16", partial(ours, quantization=IN_BF16), "floor-bf16"
         )
     }
-    for name, label, batch in trl_batches(hardware, answers):
+    for name, label, batch in trl_batches(hardware, pairs_per_step):
         for suffix, checkpointing in (("-checkpointing", True), ("", False)):
             rows[f"{name}-bf16{suffix}"] = Contender(
                 f"{label}, bf16"

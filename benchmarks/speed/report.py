@@ -13,7 +13,7 @@ import vl_convert
 
 from benchmarks.speed.hardware import HARDWARE
 from benchmarks.speed.measuring import Row
-from benchmarks.speed.workload import SHAPE, Workload
+from benchmarks.speed.workload import PROMPTS_PER_STEP, SHAPE, Workload
 from reward.outputs import read_json, write_json
 
 RESULTS = Path("benchmarks/results")
@@ -36,6 +36,7 @@ def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
         "prompts": len(workload.prompts),
         "answers": workload.answers,
         "pairs_per_prompt": workload.pairs_per_prompt,
+        "prompts_per_step": workload.prompts_per_step,
         "pairs_per_step": workload.pairs_per_step,
         "prefix": percentiles([texts.prefix for texts in workload.prompts]),
         "answer": percentiles(answers),
@@ -46,10 +47,12 @@ def describe(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def name_of(settings: dict[str, Any]) -> str:
-    """The file name: hardware, the base unless it is random, and the answers if more than two."""
+    """The file name: hardware, and what is not the default of base, answers and step."""
     base = "" if settings["base"] == "random" else f"-{settings['base']}"
-    answers = f"-{settings['answers']}-answers" if settings["answers"] > 2 else ""
-    return f"{HARDWARE.name}{base}{answers}"
+    answers, step = settings["answers"], settings["prompts_per_step"]
+    many = f"-{answers}-answers" if answers > 2 else ""
+    larger = f"-steps-of-{step}" if step != PROMPTS_PER_STEP else ""
+    return f"{HARDWARE.name}{base}{many}{larger}"
 
 
 def many_answers(settings: dict[str, Any]) -> list[str]:

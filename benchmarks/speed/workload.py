@@ -25,7 +25,7 @@ from reward.model.trainer import HEAD_PAIRS, scale_head
 from reward.outputs import read_json
 from reward.process import Fault
 
-LONGEST = 2040
+LONGEST, PROMPTS_PER_STEP = 2040, 8
 
 # Text lengths in tokens, at the 50th, 90th and 99th percentile of a well-known human-preference
 # dataset. The ends are a tenth of the median and twice the 99th percentile.
@@ -59,6 +59,7 @@ class Workload:
     prompts: list[Texts]
     linear: list[tuple[int, int]]
     tokens_per_pack: int
+    prompts_per_step: int
 
     @property
     def answers(self) -> int:
@@ -67,10 +68,6 @@ class Workload:
     @property
     def pairs_per_prompt(self) -> int:
         return comb(self.answers, 2)
-
-    @property
-    def prompts_per_step(self) -> int:
-        return prompts_per_step(self.answers)
 
     @property
     def pairs_per_step(self) -> int:
@@ -85,11 +82,6 @@ class Workload:
         """The prompts of each optimizer step."""
         for start in range(0, len(self.prompts), self.prompts_per_step):
             yield self.prompts[start : start + self.prompts_per_step]
-
-
-def prompts_per_step(answers: int) -> int:
-    """The number of prompts per step: fewer if a prompt has many pairs."""
-    return 8 if answers == 2 else 4
 
 
 def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
@@ -131,6 +123,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
         prompts,
         linear,
         options.tokens_per_pack,
+        options.prompts_per_step,
     )
 
 
