@@ -78,7 +78,9 @@ def _read(name: str, path: Path) -> dict[str, Any]:
     try:
         document = read_yaml(path)
     except FileNotFoundError:
-        raise Fault(f"{path} does not exist in the folder {Path.cwd()}") from None
+        raise Fault(
+            f"{path} does not exist in the folder {Path.cwd()}, expected the root of the project"
+        ) from None
     except OSError as error:
         raise Fault(f"{path} cannot be read: {error.strerror}; expected the parameters") from None
     except (yaml.YAMLError, ValueError) as error:

@@ -234,9 +234,7 @@ def report_unquantized(
         size = TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
         print(line_of("unquantized", figures(model, validation_step(validation, options), size)))
     else:
-        print(
-            "note       the unquantized base does not fit into memory, so its figures are left out"
-        )
+        print("note       the unquantized base does not fit in memory, so its figures are left out")
     del model
     gc.collect()
     torch.cuda.empty_cache()

@@ -238,7 +238,9 @@ class Listed:
         if len(ratings) != len(found):
             name, other = self.answers[0], self.ratings[0]
             raise BadRecord(
-                "wrong_type", f"{name!r} has {len(found)} values and {other!r} has {len(ratings)}"
+                "wrong_type",
+                f"{name!r} has {len(found)} values and {other!r} has {len(ratings)}, expected the "
+                "same number",
             )
         comparisons = [
             Comparison(j, k, TIE if ratings[j] == ratings[k] else 1.0)

@@ -155,7 +155,7 @@ def read_mapping(folder: Path) -> Mapping | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise Fault(f"{path} cannot be read: {error.strerror}") from None
+        raise Fault(f"{path} cannot be read: {error.strerror}; expected a readable file") from None
     except (yaml.YAMLError, ValueError) as error:
         raise Fault(f"{path}: broken YAML: {yaml_error(error)}") from None
     if not isinstance(document, dict):
@@ -218,7 +218,9 @@ def _conflicts(entry: dict[str, Any]) -> list[str]:
         elif (
             isinstance(columns, list) and isinstance(answers, list) and len(columns) != len(answers)
         ):
-            faults.append(f"{way} has {len(columns)} columns, answers has {len(answers)}")
+            faults.append(
+                f"{way} has {len(columns)} columns, answers has {len(answers)}, expected as many"
+            )
     return faults
 
 

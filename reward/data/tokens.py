@@ -121,7 +121,8 @@ class Encoder:
             self._eos = self._tokenizer.token_to_id(self.eos) if self.eos else None
             if self._eos is None:
                 raise Fault(
-                    f"params.yaml: preprocess.append_eos is true, but {base} has no eos token"
+                    f"params.yaml: preprocess.append_eos is true, but {base} has no eos token; set "
+                    "preprocess.append_eos to false"
                 )
 
     def render(self, prompt: Messages, answer: Messages) -> str:
