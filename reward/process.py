@@ -13,8 +13,8 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-# The id of the parent process, and when this process started. A launcher passes its own id, because
-# it may have ended before this line runs.
+# The id of the parent process, and when this process started. A launcher passes its id, because the
+# launcher may have ended before this line runs.
 LAUNCHER = "REWARD_LAUNCHER"
 PARENT, STARTED = int(os.environ.get(LAUNCHER) or os.getppid()), time.monotonic()
 # The cgroup of a container, as seen from inside.
@@ -66,7 +66,7 @@ class Fault(Exception):
 
 
 def run_stage(name: str, description: str | None, main: Callable[[], None]) -> None:
-    """Run the `main` of a stage, which takes no arguments but --help: it reads params.yaml."""
+    """Run the `main` of a stage. A stage reads params.yaml, so its only argument is --help."""
     argparse.ArgumentParser(
         prog=f"python -m {name}",
         description=description,
@@ -79,8 +79,8 @@ def run_stage(name: str, description: str | None, main: Callable[[], None]) -> N
 def run(main: Callable[[], None]) -> None:
     """Call the `main` of a stage or command. A Fault prints its sentence and exits with status 1.
 
-    Ctrl-C exits with 130. Under DVC it prints how long it took. One of several processes leaves
-    all printing to its parent.
+    Ctrl-C exits with 130. Under DVC, the time taken is printed. If there are several processes,
+    each leaves all printing to its parent.
     """
     try:
         main()

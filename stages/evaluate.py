@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def full_pack(datasets: Iterable[Dataset], tokens_per_pack: int) -> list[Texts]:
-    """The longest pair and the shortest pairs that fill up its pack, shortest last."""
+    """The longest pair and the shortest pairs that fill up its pack, the shortest last."""
     pairs = [pair for each in datasets for pair in pairs_of(each)]
     return [pairs[index] for index in extremes([*map(tokens, pairs)], tokens_per_pack)]
 
@@ -180,7 +180,7 @@ def write_page(
     tables: list[pa.Table],
     figures: dict[str, Any],
 ) -> None:
-    """Write the page of all judgements, where each extra set is a slice."""
+    """Write the page of all judgements, where each extra test set is a slice."""
     paths = {"test split": TEST} | {each.name: SETS / each.name for each in sets}
     marked = [
         table.append_column(TEST_SET, pa.array([name] * len(table)))

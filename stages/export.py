@@ -140,7 +140,7 @@ def score_elsewhere(
 ) -> pa.Table:
     """The rewards of the clients, computed in a new process on a linked copy of the export.
 
-    The copy is next to `folder`, because the directory for temporary files may be too small.
+    The copy is next to `folder`, because the folder for temporary files may be too small.
     Raises a Fault if a client ends without rewards.
     """
     # Quantized weights and their modules form reference cycles, so they would stay on the GPU.

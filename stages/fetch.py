@@ -143,7 +143,7 @@ def local_folder(base: Base) -> Source | None:
 
 
 def hub_repository(base: Base) -> Source:
-    """The model with that id on the Hub, or on the mirror in HF_ENDPOINT, at its commit."""
+    """The model on the Hub, or on the mirror in HF_ENDPOINT, at the commit of base.revision."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
@@ -166,7 +166,7 @@ def hub_repository(base: Base) -> Source:
 
 
 def cached_repository(base: Base) -> Source:
-    """The model in the local Hub cache, for HF_HUB_OFFLINE."""
+    """The model in the local Hub cache, which is used if HF_HUB_OFFLINE is set."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -443,7 +443,7 @@ def ids_of_file(folder: Path) -> list[list[int]]:
 def self_contained(config: dict[str, Any], tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
     """The configuration with the special tokens and chat template from other files of the source.
 
-    A class from the model's own code is dropped, because a complete tokenizer.json needs none.
+    A class from the model's own code is left out, because a complete tokenizer.json needs none.
     """
     config = {key: value for key, value in config.items() if key != "fast_tokenizer_files"}
     if config.pop("auto_map", None) or "tokenizer_class" not in config:

@@ -6,6 +6,7 @@ Reads preprocess.data, the extra test sets of preprocess.sets, the tokenizer of 
 chat template of preprocess.chat_template. Writes the datasets
 data/tokenized/{train,validation,test} and data/tokenized/sets/<name> with template.json and
 licenses.json, reports/preprocess/figures.json and metrics/preprocess.json.
+
 There are two passes: from the files to a scratch table on disk, and from there to the datasets.
 Memory holds only a few numbers per pair, however long the texts are.
 """
@@ -252,7 +253,7 @@ def row_of(
 
 
 def over_length(options: Preprocess, fault: BadRecord) -> tuple[str, str]:
-    """The reason and the message. If prompts are cut, the answer itself is too long."""
+    """The reason and the message of a fault, which is about the answer if prompts are cut."""
     if fault.reason != "over_length":
         return fault.reason, str(fault)
     sentence = f"{fault} (preprocess.max_length)"
@@ -460,7 +461,7 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
 
 
 def report_clients(figures: dict[str, Any]) -> None:
-    """Print how many texts clients of the model cannot score in the form that was trained on."""
+    """Print how many texts clients of the model cannot score as training saw them."""
     if cut := figures["truncated"]:
         print(
             f"clients    the prompts of {cut} records were cut, so their whole texts are too long "
@@ -484,14 +485,12 @@ def report_other_files(*folders: Path) -> None:
 
 
 def report_sets(notes: Mapping[str, Notes]) -> None:
-    """Print what was left out of the extra test sets."""
+    """Print how many pairs of the extra test sets were left out or have leaked."""
     for name, found in notes.items():
         counts = asdict(found)
         if any(counts.values()):
-            left_out = ", ".join(
-                f"{count} {what.replace('_', ' ')}" for what, count in counts.items()
-            )
-            print(f"set        {name}: {left_out}")
+            shown = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
+            print(f"set        {name}: {shown}")
 
 
 def show_example(encoder: Encoder) -> None:

@@ -736,13 +736,13 @@ def test_eval_steps_may_be_a_fraction_of_all_steps(set_params: SetParams) -> Non
 def test_validation_uses_whole_prompts_up_to_a_number_of_pairs(most: int) -> None:
     prompts = [f"p{index // 3}" for index in range(100)]
     rows = Dataset.from_dict({"prompt_id": prompts, "row": range(100)})
-    found = trainer.watched(rows, most, 0)
+    found = trainer.validation_sample(rows, most, 0)
     assert most <= len(found) < most + 3
     assert list(found["row"]) == sorted(found["row"])
     for prompt in set(found["prompt_id"]):
         assert list(found["prompt_id"]).count(prompt) == prompts.count(prompt)
     if most < 99:
-        assert list(found["row"]) != list(trainer.watched(rows, most, 1)["row"])
+        assert list(found["row"]) != list(trainer.validation_sample(rows, most, 1)["row"])
 
 
 def test_curves_are_written_during_training(
@@ -772,7 +772,7 @@ def overtrained(set_params: SetParams, monkeypatch: pytest.MonkeyPatch) -> None:
     def uncertain(dataset: Dataset, *_: Any) -> Dataset:
         return dataset.remove_columns("preference").add_column("preference", [0.8] * len(dataset))
 
-    monkeypatch.setattr(trainer, "watched", uncertain)
+    monkeypatch.setattr(trainer, "validation_sample", uncertain)
 
 
 @pytest.mark.usefixtures("overtrained")

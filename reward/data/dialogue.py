@@ -88,7 +88,7 @@ def has_turns(text: str) -> bool:
 
 
 def turns(text: str) -> list[Message]:
-    """The messages of a conversation as in HH. An empty last turn, as in a prompt, is dropped."""
+    """The messages of a conversation as in HH. An empty last turn, as in a prompt, is left out."""
     _, *parts = TURN.split(text)
     speakers, contents = parts[::2], parts[1::2]
     found = [

@@ -62,8 +62,8 @@ def hashes() -> array[int]:
 class Ledger:
     """The usable comparisons as arrays with one element each, and what is wrong with the others.
 
-    `file` is the index of the source and `position` the place in it. `chosen`, `rejected` and
-    `prefix` are lengths in tokens; the other arrays of this length are hashes. `graded` are the
+    `file` is the index of the source and `position` the place in it. `prompt`, `answer_j` and
+    `answer_k` are hashes; `chosen`, `rejected` and `prefix` are lengths in tokens. `graded` are the
     rows of comparisons whose GRADES are not the default, and `grades` their values. `begun` are the
     hashes of the `beginnings` of all prompts, and `owner` the rows that these belong to.
     """
@@ -194,11 +194,11 @@ class Ledger:
 
     @property
     def judges(self) -> Hashes:
-        """Hashes of the other columns of each comparison, such as its judge: [comparisons]."""
+        """Hashes of the extra columns of each comparison, such as its judge: [comparisons]."""
         return self._judges.all()
 
     def fixed(self, splits: tuple[str, ...]) -> npt.NDArray[np.int8]:
-        """The index of the split that the file is for, -1 if it is for none: [comparisons]."""
+        """The split that each comparison's file is for, -1 if it is for none: [comparisons]."""
         found = [splits.index(each.split) if each.split else -1 for each in self.sources]
         return np.array(found, dtype=np.int8)[self.column("file")]
 
@@ -219,11 +219,11 @@ class Ledger:
 
 
 class Judges:
-    """A hash of the other columns of each comparison, such as its judge.
+    """A hash of the extra columns of each comparison, such as its judge.
 
     A column whose values are all different, such as an `id`, does not name a judge: if it counted,
     two records would never contradict each other. Whether a value is repeated may be known only at
-    the end of a file, so the hashes of a column wait until one of its values is.
+    the end of a file, so the hashes of a column wait until a value is repeated.
     """
 
     def __init__(

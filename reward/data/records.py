@@ -3,8 +3,9 @@
 A record has `chosen` and `rejected`, each a text or a list of {role, content} messages. It has a
 `prompt`, which is a text or a list of messages, unless `chosen` and `rejected` are whole
 conversations. Other forms have any number of answers and their comparisons. A message may also have
-PARTS, and a record may have `tools`, a list of JSON schemas. Extra columns with a single value are
-kept. A record that is only scored may have `answers`, any number of them, or one `answer` instead.
+PARTS, and a record may have `tools`, a list of JSON schemas. Extra columns are kept if their value
+is a string, a number or a boolean. A record that is only scored may have `answers`, any number of
+them, or one `answer` instead.
 """
 
 import hashlib
@@ -389,7 +390,7 @@ def _split_texts(answers: list[str]) -> tuple[str, list[str]]:
 
 
 def _columns(record: dict[str, Any]) -> dict[str, str]:
-    """The extra single values as strings. A reserved name becomes raw_<name>."""
+    """The extra columns that are kept, as strings. A reserved name becomes raw_<name>."""
     return {
         f"raw_{key}" if key in RESERVED else key: str(value)
         for key, value in record.items()

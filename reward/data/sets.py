@@ -110,7 +110,7 @@ def write_sets(
 ) -> dict[str, Notes]:
     """Write each set as a tokenized split, and an index, which may be empty.
 
-    `trained_on` are the prompts of training and validation. Returns what the index has.
+    `trained_on` are the prompts of training and validation. Returns the content of the index.
     """
     with writing(folder):
         folder.mkdir()

@@ -18,7 +18,7 @@ from reward.data.suggestion import MAPPING
 from reward.data.values import plain, top, value_at
 from reward.process import Fault
 
-# As on the Hub: the word at the beginning, not followed by a letter.
+# As on the Hub, the name of a file begins with that of its split, and no letter follows.
 SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
 # Other names of test and validation files, which may also be ordinary words.
 LIKE_A_SPLIT = re.compile(

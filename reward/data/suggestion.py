@@ -118,7 +118,7 @@ def _guess(columns: Columns) -> tuple[Entry, list[str]]:
 
 
 def guessed_prompt(columns: Columns, entry: Entry) -> Entry:
-    """The entry with its prompt: the column with such a name, or the only text that is left."""
+    """The entry with its prompt: a column named like one, or the only text that is left."""
     used = set(json.dumps([*entry.values()], ensure_ascii=False).split('"'))
     left = [name for name, values in columns.items() if name not in used and _can_be_text(values)]
     known = [name for name in PROMPTS if name in left]

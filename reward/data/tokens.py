@@ -133,7 +133,7 @@ class Encoder:
         return render_chat(self.template.chat_template, messages, self._special_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, as a plain tokenizer call gives them, never cut, and eos if set."""
+        """The ids of each text as a plain tokenizer call gives them, never cut, with eos if set."""
         return [self._finish(encoding.ids) for encoding in self._encodings(texts)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Array]:
@@ -181,7 +181,7 @@ class Encoder:
 
         Whole turns are dropped first, the oldest first. If the last turn is still too long, the
         same number of ids is cut for each answer, at the left of the turn's first message. None if
-        that message is too short. Raises BadRecord if the template cannot render the rest.
+        that message has too few. Raises BadRecord if the template cannot render the rest.
         """
         shorter = prompt
         for shorter in shortened(prompt):

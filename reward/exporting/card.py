@@ -26,9 +26,10 @@ class Facts:
     """What a card says about an export.
 
     `base` and `training` are the records of fetch and train, `recipe` is the quantization of the
-    base and `metrics` is what evaluate measured. `pad` is the pad token. `adapter` is the SHA-256
-    of the adapter's weights, and `licenses` are those of the data. `left_out` are the clients that
-    could not be compared because they did not fit in memory.
+    base, `reward` is what clients need to know about the rewards and `metrics` is what evaluate
+    measured. `pad` is the pad token. `adapter` is the SHA-256 of the adapter's weights, and
+    `licenses` are those of the data. `left_out` are the clients that could not be compared because
+    they did not fit in memory.
     """
 
     base: dict[str, Any]

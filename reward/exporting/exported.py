@@ -189,7 +189,7 @@ def load_exported(folder: Path) -> PeftModel:
 
 
 def exported_quantization(folder: Path) -> Quantization:
-    """The quantization and compute dtype of an exported folder's base in training."""
+    """The quantization and compute dtype with which an exported adapter was trained."""
     recipe = read_json(folder / QUANTIZATION)
     dtype = read_json(folder / REWARD)["dtype"]
     if recipe is None:

@@ -1,4 +1,4 @@
-"""The merged model, written one weight at a time, so that memory never holds more than one.
+"""The merged model, written one weight at a time, so that memory never holds two merged weights.
 
 LoRA is merged in fp32 into the dequantized weights of the base, which are those of training.
 Merging into the original weights would change the rewards, and so would PEFT's merge, which

@@ -147,7 +147,7 @@ def ties_score(found: Mapping[str, Record]) -> float | None:
     - 0.2 times the same with the smaller gap of the two counterparts
     - 0.01 times the mean of tanh(that gap / the spread of the correct answers - 1)
 
-    None without counterparts.
+    None if no reference has a tied counterpart.
     """
     single, tied = (
         {name.partition(":")[2]: each for name, each in found.items() if name.startswith(kind)}

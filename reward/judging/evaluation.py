@@ -146,7 +146,7 @@ def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str
 def measure_sets(
     sets: list[TestSet], tables: list[pa.Table], resampling: Resampling
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy on every extra set, and how many of its pairs were left out or have leaked."""
+    """Accuracy on every extra test set, and how many of its pairs were left out or have leaked."""
     result = {}
     for each, table in zip(sets, tables, strict=True):
         judged = as_judged(table)
@@ -190,7 +190,7 @@ def in_order(values: Iterable[str]) -> list[str]:
 
 
 def slices_as_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each slice of the test pairs, and for each extra set."""
+    """One row for each slice of the test pairs, and for each extra test set."""
     return [
         {"slice": f"{column}: {value}"}
         | {name: found[name] for name in ("accuracy", "low", "high", "pairs")}
@@ -206,7 +206,7 @@ def has_best(ranked: dict[str, Any]) -> bool:
 
 
 def report(figures: dict[str, Any], read: Path) -> None:
-    """Print what matters most of the figures of the split `read` and of the extra sets."""
+    """Print the main figures of the split `read` and of the extra test sets."""
     extra = f"; {', '.join(figures['sets'])}" if figures["sets"] else ""
     print(f"read       {read}, {figures['pairs']} pairs of {figures['prompts']} prompts{extra}")
     print(

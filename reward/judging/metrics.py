@@ -152,7 +152,7 @@ class Resampling:
     def accuracy(self, judged: Judged) -> Figures:
         """Accuracy with its interval, and the numbers of pairs and prompts. Ties are left out.
 
-        Without pairs there is only their number.
+        Without pairs, the result has only their number.
         """
         judged = judged.decided()
         if not len(judged):
@@ -289,7 +289,7 @@ def ties(judged: Judged) -> dict[str, Any]:
     `margin` and `margin_of_others` are the spreads of |margin|. `area` is the area under the ROC
     curve of |margin| as a score for "this is not a tie" (Mann and Whitney 1947). It is 1 if every
     tie has a smaller |margin| than all other pairs, and 0.5 if |margin| says nothing about ties.
-    Without ties, or without other pairs, there is only the number of ties.
+    Without ties, or without other pairs, the result has only the number of ties.
     """
     size = np.abs(judged.margin)
     on_ties, on_others = size[judged.tied], size[~judged.tied]

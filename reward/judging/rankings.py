@@ -27,7 +27,7 @@ def rankings(judged: Judged, resampling: Resampling) -> dict[str, Any]:
     """Figures of the prompts with more than two answers that are not all tied.
 
     `accuracy` is over their pairs. All others are means over the prompts, with intervals. Without
-    such prompts there is only their number.
+    such prompts, the result has only their number.
     """
     compared = np.bincount(judged.answers.prompts) > 2
     compared[compared] = np.isin(np.flatnonzero(compared), judged.prompts[~judged.tied])

@@ -51,7 +51,7 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Quantization:
-    """The group `quantization` of params.yaml, where each key is described."""
+    """The group `quantization` of params.yaml, which describes each key."""
 
     bits: Literal[4, "none"]
     quant_type: Literal["nf4", "fp4"]

@@ -1,4 +1,4 @@
-"""Run a stage in several processes, on one machine or more. The stage calls torchrun itself.
+"""Run a stage in several processes, on one or more machines. The stage calls torchrun itself.
 
 The number of processes is set in torchrun's environment variables, not in params.yaml, because it
 does not change a byte of the result. By default there is one process for each visible GPU.

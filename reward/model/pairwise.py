@@ -19,7 +19,7 @@ from reward.model.packing import to_device
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of pairs, fp32: [pairs] each.
+    """The labels of pairs, from the columns GRADES of the data, fp32: [pairs] each.
 
     `preference` is the probability that j is preferred, 0.5 for a tie. `weight` is how much a pair
     counts. `margin` is the target margin, which the difference of the rewards should exceed.

@@ -143,7 +143,7 @@ def within_memory(work: Callable[..., Result], *arguments: Any) -> Result | None
 
 
 def halved(held: Sequence[Texts], least: int, place: str) -> int:
-    """Half the size, in tokens, of a pack of these texts that did not fit into memory.
+    """Half the size, in tokens, of a pack of these texts that did not fit in memory.
 
     Raises a Fault, which begins with `place`, if the pack has only the `least` texts that must stay
     together.

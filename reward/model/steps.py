@@ -18,7 +18,7 @@ StepOf = Literal["pairs", "prompts"]
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from; the rows of the rankings index the labels."""
+    """What one optimizer step learns from. The row of a comparison is its index in the labels."""
 
     rankings: list[Ranking]
     labels: Labels

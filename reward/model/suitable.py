@@ -42,7 +42,7 @@ def problem_with(config: dict[str, Any]) -> str | None:
 
 
 def problem_with_class(config: dict[str, Any]) -> str | None:
-    """Why its class is not a decoder for which transformers also has a classifier.
+    """Why a model's class is not a decoder for which transformers also has a classifier.
 
     The class may already be that classifier, but not one that also reads images.
     """
@@ -61,7 +61,7 @@ def problem_with_class(config: dict[str, Any]) -> str | None:
 
 
 def problem_with_quantization(config: dict[str, Any]) -> str | None:
-    """Why training cannot use its stored weights: they are already quantized.
+    """Why training cannot use a model's stored weights: they are already quantized.
 
     Training on such weights would use a different base than the one that is recorded.
     """
@@ -78,7 +78,7 @@ def problem_with_quantization(config: dict[str, Any]) -> str | None:
 
 
 def problem_with_model(config: dict[str, Any]) -> str | None:
-    """Why the model that transformers builds from it cannot compute the rewards of packs."""
+    """Why the model that transformers builds from a config.json cannot be packed, or None."""
     windows: list[int | None] = []
     try:
         model = build(config)
@@ -99,7 +99,7 @@ def problem_with_model(config: dict[str, Any]) -> str | None:
 
 
 def problem_with_interface(model: PreTrainedModel) -> str | None:
-    """Why the model has no score head, or does not allow its attention to be replaced."""
+    """Why a model without a score head or replaceable attention cannot be used, or None."""
     name = type(model).__name__
     if not isinstance(getattr(model, "score", None), nn.Linear):
         return f"is not a decoder: {name} has no score head, {EXPECTED}"
@@ -166,7 +166,7 @@ def record_window(
 
 
 def problem_with_layers(model: PreTrainedModel, windows: list[int | None]) -> str | None:
-    """Why it does not call attention once per layer, or not as its config declares."""
+    """Why a model cannot be packed, judged by the window of each call of attention, or None."""
     config = model.config.get_text_config()
     layers, name = config.num_hidden_layers, type(model).__name__
     if len(windows) != layers:

@@ -84,7 +84,7 @@ SCHEDULES = (
 
 @dataclass(frozen=True)
 class Train:
-    """The group `train` of params.yaml, where each key is described."""
+    """The group `train` of params.yaml, which describes each key."""
 
     head: Literal["auto", "new"]
     pairs_per_step: Positive
@@ -425,7 +425,7 @@ class LastStep(TrainerCallback):
     """Evaluate and save at the last step, whatever the intervals are.
 
     Every point of the training curve covers the same number of steps. Leftover steps at the end add
-    no point unless there are no others.
+    no point unless there is no other point.
     """
 
     def on_step_end(
@@ -512,17 +512,17 @@ def longest(dataset: Dataset, count: int) -> list[Texts]:
 
 
 def full_pack(dataset: Dataset, tokens_per_pack: int) -> list[Texts]:
-    """The longest pair and the shortest ones that fill its pack, the shortest last."""
+    """The longest pair and the shortest pairs that fill up its pack, the shortest last."""
     return pairs_of(dataset.select(extremes(lengths_of(dataset).tolist(), tokens_per_pack)))
 
 
 def validation_step(dataset: Dataset, options: Train) -> Step:
     """The validation pairs that are evaluated during training, in the form of a step."""
-    pairs = watched(dataset, options.validation_pairs, options.seed)
+    pairs = validation_sample(dataset, options.validation_pairs, options.seed)
     return Step(rankings_of(pairs), Labels.of(pairs))
 
 
-def watched(dataset: Dataset, most: int, seed: int) -> Dataset:
+def validation_sample(dataset: Dataset, most: int, seed: int) -> Dataset:
     """About `most` of the validation pairs: all pairs of some prompts, drawn by their hash.
 
     With a million pairs, scoring a tenth of them every few steps would take longer than training.

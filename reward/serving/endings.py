@@ -1,4 +1,4 @@
-"""Makes the endings of whole texts exactly those of training.
+"""Make the endings of whole texts exactly those of training.
 
 A reward is read at the last token, but the texts that trainers send do not end like those of
 training. They end as the policy samples them: with an end-of-sequence token or cut off before it,

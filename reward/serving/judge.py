@@ -5,7 +5,7 @@
 
 FOLDER holds a sequence classifier with one label, and SETS is the output of preprocess.
 transformers loads the model without running any code from the folder. The model's own chat template
-renders the texts, which are scored one at a time. Writes rewards and figures in the same form as
+renders the texts, which are scored one at a time. Writes rewards and figures in the format of
 evaluate.
 """
 

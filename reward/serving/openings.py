@@ -1,8 +1,8 @@
-"""The beginning of whole texts, by which a text of the wrong template is recognized.
+"""The beginning of whole texts, by which a text from another template is recognized.
 
-If another template, or none, has rendered a text, the reward means nothing. A text template puts
-the same words into every text. A chat template is a program, so its source does not show what all
-of its texts have in common. Therefore a few conversations of all kinds are rendered. Of their
+The reward of a text that another template, or none, has rendered means nothing. A text template
+puts the same words into every text. A chat template is a program, so its source does not show what
+all of its texts have in common. Therefore a few conversations of all kinds are rendered. Of their
 common parts, only special tokens count, and the word directly after the last one. Everything else
 may depend on the conversation.
 """

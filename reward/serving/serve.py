@@ -3,11 +3,11 @@
     python -m reward.serving.serve --port 5000
 
 POST /get_reward takes a JSON object in one of two forms. The first has `query`, which some clients
-call `messages`: a list of whole texts. Each is scored with the ending that it would have had in
-training. If it also has `prompts`, they tell the server which texts share a prompt. The second form
-has `prompts` and `answers`, texts or lists of messages, which the model's own template renders. The
-response has `rewards`, one for each text. GET /health responds as long as the server runs, and
-GET /metrics returns metrics for Prometheus.
+call `messages`: a list of whole texts, that is, prompts with their answers, already rendered. Each
+is scored with the ending that it would have had in training. Optional `prompts` tell the server
+which texts share a prompt. The second form has `prompts` and `answers`, texts or lists of messages,
+which the model's own template renders. The response has `rewards`, one for each text. GET /health
+responds as long as the server runs, and GET /metrics returns metrics for Prometheus.
 
 If an API key is set, with the environment variable REWARD_API_KEY or --api-key, the server only
 answers requests that send it, as `Authorization: Bearer KEY` or as the password of
