@@ -103,7 +103,7 @@ def main() -> None:
     write_json(METRICS, headline(figures))
     report(figures, TEST)
     print(f"written    {REPORTS}, {METRICS}")
-    print(f"look at    {PAGE} for the judgements themselves, dvc plots show for the curves")
+    print(f"look at    {PAGE} for the judgements, and `dvc plots show` for the curves")
 
 
 def full_pack(datasets: Iterable[Dataset], tokens_per_pack: int) -> list[Texts]:
