@@ -173,9 +173,9 @@ def require_alike(
     Also raises a Fault if PACKS is the only client that fits in memory or got a pair, because then
     nothing was checked.
 
-    PACKS computes as the evaluation does. In half precision, the other clients round differently,
-    and the errors grow with the rewards. The tolerance is then multiplied by `deviation`, the
-    standard deviation of the rewards, if that is above 1.
+    PACKS computes as the evaluation does. The other clients round differently, and the errors grow
+    with the rewards: for them, the tolerance is multiplied by `deviation`, the standard deviation
+    of the rewards, if that is above 1.
     """
     trained_in_half = quantization.dtype != DTYPES["float32"]
     for client in clients:
@@ -183,8 +183,10 @@ def require_alike(
             continue
         merged_in_half = client.merged and options.merge == "bfloat16"
         allowed, key = options.tolerance, "tolerance"
-        if client != PACKS and (trained_in_half or merged_in_half):
-            allowed, key = options.tolerance_in_half * max(1.0, deviation), "tolerance_in_half"
+        if client != PACKS:
+            if trained_in_half or merged_in_half:
+                allowed, key = options.tolerance_in_half, "tolerance_in_half"
+            allowed *= max(1.0, deviation)
         for form, figures in by_client[client.name].items():
             if figures["pairs"] and not figures["difference_max"] <= allowed:
                 raise Fault(
