@@ -284,9 +284,9 @@ def test_commands_for_sweeps_do_what_the_docs_say(project: Project) -> None:
     assert shell(queue).count("Queued experiment") == 3
     project.call("dvc", "queue", "remove", "--all")
     shell(start)
-    for name in ("rank-eight", "rank-sixteen"):
+    for name in ("rank-eight", "rank-thirty-two"):
         project.call("dvc", "exp", "save", "--name", name)
-    assert {"rank-eight", "rank-sixteen"} <= set(shell(listed).split())
+    assert {"rank-eight", "rank-thirty-two"} <= set(shell(listed).split())
     shell(remove)
     assert "rank-" not in shell(listed)
     shell(f"{collect} --force")
