@@ -71,7 +71,7 @@ def run_stage(name: str, description: str | None, main: Callable[[], None]) -> N
         prog=f"python -m {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="A stage takes its parameters from params.yaml; `dvc repro` runs all of them.",
+        epilog="A stage takes its parameters from params.yaml. `dvc repro` runs all stages.",
     ).parse_args()
     run(main)
 
