@@ -7,7 +7,8 @@ passes), and with the bare matrix products of the base's linear layers. All have
 pairs, order of pairs, initial adapter and head, optimizer and threads. They alternate, each in a
 fresh process, and results are medians. Prints a table and writes it to
 benchmarks/results/<cpu or cuda>.md, with the raw figures (.json) and a chart (.svg). The file name
-also has the base and the number of answers, unless they are the defaults. Needs the extra `bench`.
+also has the base, the number of answers and the prompts per step, unless they are the defaults.
+Needs the extra `bench`.
 """
 
 import argparse
