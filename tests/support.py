@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet
 
+from reward import params
+from reward.data import tokenized
 from reward.data.records import TIE, Raw
 from reward.exporting import clients
 from reward.exporting.clients import FOUND, Request
 from reward.model.base import Quantization
+from reward.model.checkpoints import Run
 from reward.model.converting import conversion_of
 from reward.model.packing import Texts
 from reward.model.pairwise import Labels, losses
-from reward.model.trainer import Train
+from reward.model.trainer import RewardTrainer, Train
 from reward.outputs import read_json, write_json
+from stages import train
 from stages.evaluate import Evaluate
 from stages.export import Export
 from stages.fetch import Base, Source, convert_weights
@@ -28,6 +32,7 @@ from stages.preprocess import Preprocess
 from stages.train import Lora
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -177,6 +182,23 @@ def write_pairs(path: Path, count: int = 40) -> Path:
     return path
 
 
+def built() -> "PeftModel":
+    """The model of the working directory with new adapters, as train builds it."""
+    return train.build(
+        params.load("train", Train),
+        params.load("lora", Lora),
+        params.load("quantization", Quantization),
+    )
+
+
+def new_trainer() -> RewardTrainer:
+    """A trainer for the tokenized pairs of the working directory, at its first step."""
+    options = params.load("train", Train)
+    pairs, validation = (tokenized.load(path, train.BASE) for path in train.SPLITS)
+    run, steps = Run(Path("models/checkpoints/run")), train.steps(options, pairs)
+    return RewardTrainer(built(), options, run, steps, validation, train.REPORTS)
+
+
 def chosen_and_rejected(rewards: "Tensor") -> "tuple[Tensor, Tensor]":
     """Split rewards that alternate between the chosen and the rejected text of each pair."""
     chosen, rejected = rewards.view(-1, 2).unbind(1)
@@ -185,7 +207,9 @@ def chosen_and_rejected(rewards: "Tensor") -> "tuple[Tensor, Tensor]":
 
 def pair_losses(rewards: "Tensor") -> "Tensor":
     """The loss of each pair, from rewards that alternate between chosen and rejected."""
-    return losses(*chosen_and_rejected(rewards), Labels.certain(len(rewards) // 2))
+    return losses(
+        *chosen_and_rejected(rewards), Labels.certain(len(rewards) // 2).to(rewards.device)
+    )
 
 
 def as_pairs(raw: Raw) -> list[dict[str, Any]]:

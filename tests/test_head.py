@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -16,13 +15,13 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2C
 from reward import params
 from reward.data.columns import IDS
 from reward.model import checkpoints, trainer
-from reward.model.base import Quantization, head_of
+from reward.model.base import head_of
 from reward.model.packing import pairs_of
 from reward.model.scoring import score
 from reward.outputs import read_json
 from reward.process import Fault
 from stages import fetch, preprocess, train
-from tests.support import write_pairs
+from tests.support import built, write_pairs
 
 SetParams = Callable[..., None]
 WEIGHTS = "adapter_model.safetensors"
@@ -81,14 +80,6 @@ def own_rewards(folder: Path, split: str) -> torch.Tensor:
 def head_in(path: Path) -> torch.Tensor:
     [found] = [each for name, each in load_file(path).items() if name.endswith("score.weight")]
     return found
-
-
-def built() -> Any:
-    return train.build(
-        params.load("train", trainer.Train),
-        params.load("lora", train.Lora),
-        params.load("quantization", Quantization),
-    )
 
 
 def validation_loss(rewards: torch.Tensor) -> float:

@@ -30,7 +30,7 @@ from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
 from tests.forked import Forked, train_until
-from tests.support import chosen_and_rejected, write_pairs
+from tests.support import built, chosen_and_rejected, new_trainer, write_pairs
 
 SetParams = Callable[..., None]
 Tensors = dict[str, torch.Tensor]
@@ -494,24 +494,6 @@ def test_pack_size_is_in_the_checkpoint(
 
 
 # --- start and faults ------------------------------------------------------------------------
-
-
-def built() -> PeftModel:
-    return train.build(
-        params.load("train", trainer.Train),
-        params.load("lora", train.Lora),
-        params.load("quantization", Quantization),
-    )
-
-
-def new_trainer() -> trainer.RewardTrainer:
-    pairs, watched = (load_from_disk(f"data/tokenized/{name}") for name in ("train", "validation"))
-    run, options = (
-        checkpoints.Run(Path("models/checkpoints/run")),
-        params.load("train", trainer.Train),
-    )
-    steps = train.steps(options, pairs)
-    return trainer.RewardTrainer(built(), options, run, steps, watched, train.REPORTS)
 
 
 def test_all_linear_layers_can_be_adapted_with_rank_stabilization(

@@ -1,0 +1,155 @@
+"""The pipeline on a GPU: all stages, a run that was killed, memory, and the GPU's queue."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from reward.exporting import clients
+from reward.model import trainer
+from reward.model.attention import Plan, text_by_text
+from reward.model.base import fast_dtype
+from reward.model.packing import pack, tokens
+from reward.model.steps import Step
+from reward.outputs import digests, read_json
+from stages import export, preprocess, train
+from tests.support import new_trainer, random_prompts, write_pairs
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore"),  # warnings of client libraries
+]
+
+
+def set_train(**values: Any) -> None:
+    content = YAML().load(Path("params.yaml"))
+    content["train"] |= values
+    YAML().dump(content, Path("params.yaml"))
+
+
+def forget() -> None:
+    """Make the next run start from scratch."""
+    for path in (train.ADAPTER, Path("models/checkpoints")):
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def whole_memory() -> Iterator[None]:
+    """Lifts a limit on the GPU's memory after the test."""
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.usefixtures("project")
+def test_every_client_loads_the_export_of_a_gpu() -> None:
+    dtype = str(fast_dtype()).removeprefix("torch.")
+    assert read_json(export.EXPORT / "reward.json")["dtype"] == dtype
+    by_client = read_json(export.REPORTS / "figures.json")["clients"]
+    assert by_client.keys() == {client.name for client in clients.select("light", merged=True)}
+    assert by_client["packs"]["packs"]["difference_max"] == 0
+
+
+@pytest.mark.usefixtures("project")
+def test_killed_deterministic_run_ends_with_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_train(deterministic=True)
+    forget()
+    train.main()
+    expected = digests(train.ADAPTER)
+    forget()
+    original, steps = trainer.RewardTrainer.training_step, []
+
+    def killed_at_the_second(self: Any, *arguments: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(trainer.RewardTrainer, "training_step", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    train.main()
+    assert steps == [0, 1, 1]
+    assert digests(train.ADAPTER) == expected
+
+
+@pytest.mark.usefixtures("project", "whole_memory")
+@pytest.mark.parametrize("auto", [False, True])
+def test_packs_shrink_until_they_fit_in_the_memory_of_the_gpu(auto: bool) -> None:
+    """A fifth of the memory that one pack of all pairs needs."""
+    ours, step = large_step(tokens_per_pack="auto" if auto else 10**6)
+    ours.tokens_per_pack = 10**6
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    expected = gradient(ours, step)
+    needed = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + needed / 5) / total)
+    if auto:
+        ours.tokens_per_pack = trainer.largest_pack(ours)
+    found = gradient(ours, step)
+    size = sum(tokens(each.texts) for each in step.rankings)
+    assert size / 64 < ours.tokens_per_pack < size / 2
+    assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.usefixtures("project")
+def test_pack_never_waits_for_the_gpu() -> None:
+    ours, step = large_step()
+    packs = step.packs(ours.tokens_per_pack)
+    ours.addend(step, packs, 0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours.addend(step, packs, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.float16, 0.01)])
+@pytest.mark.parametrize(("heads", "grouped"), [(4, 4), (14, 2)])
+@pytest.mark.parametrize("window", [None, 6])
+def test_attention_without_flash_matches_a_cpu(
+    window: int | None, heads: int, grouped: int, dtype: torch.dtype, rounding: float
+) -> None:
+    """The path of cards such as a T4, and of fp32. Masks of all alignments occur."""
+    for seed in range(3):
+        layout = pack(random_prompts(seed, 20)).layout
+        torch.manual_seed(seed)
+        shapes = (heads, grouped, grouped)
+        exact = [torch.randn(1, n, sum(layout.own), 64).to(dtype) for n in shapes]
+        here = [x.float().requires_grad_() for x in exact]
+        there = [x.cuda().requires_grad_() for x in exact]
+        (q, k, v), (on_gpu_q, on_gpu_k, on_gpu_v) = here, there
+        expected = text_by_text(q, k, v, Plan(layout, torch.device("cpu")), None, window)
+        plan = Plan(layout, torch.device("cuda"))
+        found = text_by_text(on_gpu_q, on_gpu_k, on_gpu_v, plan, None, window)
+        direction = torch.randn_like(expected)
+        for one, other in zip(
+            (found, *torch.autograd.grad(found, there, direction.to(found))),
+            (expected, *torch.autograd.grad(expected, here, direction)),
+            strict=True,
+        ):
+            difference = one.detach().float().cpu() - other.detach()
+            assert difference.norm() < rounding * other.detach().norm()
+
+
+def large_step(**values: Any) -> tuple[trainer.RewardTrainer, Step]:
+    """A trainer, and a step of 500 pairs."""
+    write_pairs(Path("data/raw/pairs.json"), 800)
+    preprocess.main()
+    set_train(pairs_per_step=500, **values)
+    ours = new_trainer()
+    return ours, ours.steps[0]
+
+
+def gradient(ours: trainer.RewardTrainer, step: Step) -> torch.Tensor:
+    """The gradient of a step, flattened."""
+    ours.training_step(ours.reward_model, {"step": step})
+    found = torch.cat([each.grad.flatten() for each in ours.trained if each.grad is not None])
+    assert len(found) == sum(each.numel() for each in ours.trained)
+    return found.clone()
