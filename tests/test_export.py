@@ -783,19 +783,21 @@ def test_clients_load_a_copy_next_to_the_export(
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_process_of_the_clients_exits_with_the_export(
+def test_process_of_the_clients_exits_with_the_export_and_finds_its_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    followed: list[str] = []
+    seen: list[dict[str, str]] = []
 
     def started(_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[str]:
-        followed.append(env["REWARD_LAUNCHER"])
+        seen.append(env)
         return subprocess.CompletedProcess([], 0)
 
     monkeypatch.setattr(subprocess, "run", started)
     monkeypatch.setattr(gate, "hub_cache", lambda *_: None)
+    monkeypatch.setenv("PYTHONPATH", "/packages")
     gate.run_clients(Request("export", "test", "base", "light", 60, []), tmp_path)
-    assert followed == [str(os.getpid())]
+    assert seen[0]["REWARD_LAUNCHER"] == str(os.getpid())
+    assert seen[0]["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/packages"]
 
 
 @pytest.mark.usefixtures("ready", "clients_here")

@@ -40,8 +40,9 @@ def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProces
     hub_cache(elsewhere / "hub", Path(request.base))
     (elsewhere / "empty").mkdir()
     write_json(elsewhere / "request.json", asdict(request))
+    path = [str(Path(clients.__file__).parents[2]), os.environ.get("PYTHONPATH")]
     variables = {
-        "PYTHONPATH": str(Path(clients.__file__).parents[2]),
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "HF_HUB_CACHE": str(elsewhere / "hub"),
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(elsewhere),
