@@ -112,7 +112,9 @@ def parse() -> argparse.Namespace:
             f"--answers is {options.answers}, expected at least 2, and exactly 2 with --data"
         )
     step = options.prompts_per_step
-    least = max(2 * step, 2 * max(HARDWARE.trl_batches) // comb(options.answers, 2))
+    measured = [name for name in options.only or names if name.startswith("trl")]
+    batch = max((int(name.split("-")[1]) for name in measured), default=0)
+    least = max(2 * step, 2 * batch // comb(options.answers, 2))
     if options.prompts < least or options.prompts % step:
         raise Fault(
             f"--prompts is {options.prompts}, expected a multiple of {step} and at least "
@@ -124,7 +126,7 @@ def parse() -> argparse.Namespace:
         raise Fault(
             f"{options.base}/config.json does not exist, expected the folder of a base model"
         )
-    if any(name.startswith("trl") for name in options.only or names) and not find_spec("trl"):
+    if measured and not find_spec("trl"):
         raise Fault(
             "trl is not installed; run pip install -e '.[bench]', or leave TRL out with --only"
         )

@@ -53,7 +53,7 @@ CPU = Hardware(
 )
 CUDA = Hardware(
     "cuda",
-    trl_batches=(8, 1, 2, 4, 16, 32),
+    trl_batches=(8, 1, 2, 4, 16, 32, 64),
     trl_dense=False,
     also_bf16=False,
     synchronize=torch.cuda.synchronize,
