@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.gpt_neox import modeling_gpt_neox
 
 from reward.model import layers
 from reward.model.base import Quantization, add_lora, load_base, new_head
@@ -31,6 +32,8 @@ SHAPE = {
     "eos_token_id": 2,
 }
 ADAPTED = ["q_proj", "v_proj", "down_proj"]
+# The swapped modules that map a tensor to one of as many rows.
+PARTS = (layers.AdaptedLayer, layers.FrozenLayer, layers.Norm)
 
 
 def reward_model(
@@ -102,9 +105,7 @@ def test_swapped_layers_match_the_original_ones(
     if family == "phi":
         monkeypatch.setattr(f"{__name__}.ADAPTED", ["q_proj", "fc1"])
     model = reward_model(tmp_path, family, quantization).train(training)
-    swapped = {
-        name: module for name, module in model.named_modules() if isinstance(module, Swapped)
-    }
+    swapped = {name: module for name, module in model.named_modules() if isinstance(module, PARTS)}
     compared = 0
     module: Any
     for name, module in swapped.items():
@@ -196,6 +197,40 @@ def test_disabled_adapter_adds_nothing(tmp_path: Path) -> None:
     assert not torch.equal(layer(x), layer.base_layer(x))
 
 
+# --- rotary embedding ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 6])
+def test_rotation_and_its_gradient_match_transformers(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, heads, 9, 16).to(dtype).requires_grad_() for heads in (4, 2))
+    angles = torch.randn(1, 9, width // 2).repeat(1, 1, 2)
+    turn = angles.cos().to(dtype), angles.sin().to(dtype)
+    found, stock = layers.rotate(q, k, *turn), modeling_gpt_neox.apply_rotary_pos_emb(q, k, *turn)
+    weights = [torch.randn_like(each) for each in found]
+    rounding = 1e-6 if dtype == torch.float32 else 0.01
+    for one, other in zip(
+        (*found, *torch.autograd.grad(found, (q, k), weights)),
+        (*stock, *torch.autograd.grad(stock, (q, k), weights)),
+        strict=True,
+    ):
+        assert one.dtype == other.dtype
+        assert relative(one.float(), other.float()) < rounding
+
+
+@pytest.mark.parametrize(
+    ("family", "swapped"),
+    [("llama", True), ("gpt_neox", True), ("cohere", False), ("gpt_oss", False), ("gpt2", False)],
+)
+def test_only_attention_that_rotates_halves_is_swapped(family: str, swapped: bool) -> None:
+    """Cohere rotates neighbours, gpt-oss has another function, and GPT-2 does not rotate."""
+    causal = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE))
+    found = [type(each).__name__ for each in causal.modules() if layers.rotates_halves(each)]
+    assert len(found) == (2 if swapped else 0)
+    assert all(name.endswith("Attention") for name in found)
+
+
 # --- half precision --------------------------------------------------------------------------
 
 
@@ -226,18 +261,19 @@ def by_definition(module: Any) -> Callable[[Tensor], Tensor]:
 def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original_ones(
     tmp_path: Path, family: str, quantization: str, training: bool, dtype: str
 ) -> None:
-    """Output, gradient of the input, and gradients of adapters, which are fp32."""
+    """Output, gradient of the input, and gradients of adapters, which are fp32.
+
+    The original layers run in automatic mixed precision, which rounds adapters for products, too.
+    """
     model = reward_model(tmp_path, family, quantization, dtype=dtype).train(training)
     kinds = set()
     module: Any
-    for name, module in modules(model, Swapped).items():
-        if name.endswith("layers.1"):
-            continue
+    for name, module in modules(model, PARTS).items():
         features = module.in_features if hasattr(module, "in_features") else len(module.weight)
         x = torch.randn(1, 40, features, generator=torch.Generator().manual_seed(2))
         x = x.to(getattr(torch, dtype))
         found, expected = outcome(module, x), outcome(by_definition(module), x.double(), of=module)
-        with as_in_transformers(model):
+        with as_in_transformers(model), torch.autocast("cpu", x.dtype):
             stock = outcome(module, x)
         assert [each.dtype for each in found] == [each.dtype for each in stock]
         for ours, theirs, exact in zip(found, stock, expected, strict=True):
@@ -245,7 +281,7 @@ def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original
             assert relative(ours.double(), exact.double()) < 1.05 * rounding + 1e-6, name
             assert rounding < 0.01, name
         kinds.add(type(module).__mro__[1])
-    assert kinds == {layers.AdaptedLayer, layers.FrozenLayer, layers.Norm}
+    assert kinds == {*PARTS}
 
 
 def test_dropout_in_half_precision_drops_the_same_as_peft(tmp_path: Path) -> None:
@@ -264,8 +300,8 @@ def test_tensors_saved_for_backward_are_in_half_precision(tmp_path: Path) -> Non
     """The exceptions are small: adapters, [rank, size], and one number per row of a norm."""
     model = reward_model(tmp_path, dtype="bfloat16").train()
     x = torch.randn(1, 50, 64).bfloat16().requires_grad_()
-    for name, module in modules(model, Swapped).items():
-        if name.endswith("layers.1") or "down_proj" in name:
+    for name, module in modules(model, PARTS).items():
+        if "down_proj" in name:
             continue
         kept: list[Tensor] = []
 

@@ -2,8 +2,8 @@
 
 A pack holds several texts in one row. Each text attends causally to its own tokens and to the
 prefix that it shares with other texts, and no other scores are computed. On a GPU in half precision
-this takes two calls of variable-length flash attention: one for the first texts of all prompts, one
-for the other texts. Elsewhere PyTorch's scaled_dot_product_attention is called for one block of a
+this is one call of variable-length flash attention, with a copy of the shared keys and values for
+each text. Elsewhere PyTorch's scaled_dot_product_attention is called for one block of a
 text's queries at a time.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from operator import add
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +44,15 @@ flash: Callable[..., Any] = partial(varlen_attn, **gqa_flag(varlen_attn))  # typ
 
 @dataclass(frozen=True)
 class Call:
-    """One call of variable-length attention.
+    """The arguments of variable-length attention that are the same in every layer.
 
-    `queries` is the number of queries and `keys` selects the keys from the row. `cu_queries` and
-    `cu_keys` are the cumulative lengths at which queries and keys are cut into texts, such as
-    0, 3, 7 for texts of 3 and 4 tokens: int32, [texts + 1], on the device. `max_queries` and
-    `max_keys` are the most queries and keys of any text.
+    `keys` selects the keys of all texts from the row: int64, [keys]. `cu_queries` and `cu_keys` are
+    the cumulative lengths at which queries and keys are cut into texts, such as 0, 3, 7 for texts
+    of 3 and 4 tokens: int32, [texts + 1]. All are on the device. `max_queries` and `max_keys` are
+    the most queries and keys of any text.
     """
 
-    queries: int
-    keys: slice | Tensor
+    keys: Tensor
     cu_queries: Tensor
     cu_keys: Tensor
     max_queries: int
@@ -100,14 +99,13 @@ class Plan:
         return corner if self.device.type == "cpu" else corner.clone()
 
     @cached_property
-    def calls(self) -> list[Call]:
-        """One call for the first texts of all prompts, one for the other texts if there are any.
+    def call(self) -> Call:
+        """The keys of a text are in two places: the prefix in the text that owns it, and its own.
 
-        First texts see only their own tokens. These come first in the row, so the keys are a slice
-        of it. The keys of another text are in two places: the prefix in the text that owns it, and
-        the text's own tokens. `pieces` holds the indices of both, one tensor for each text.
+        A call for the first texts, whose keys are a slice of the row, and one for the other texts
+        would copy less, but each call takes a GPU's CPU longer than the copy takes the GPU.
         """
-        layout, firsts = self.layout, self.layout.firsts
+        layout = self.layout
         starts = [end + 1 - own for end, own in zip(layout.ends, layout.own, strict=True)]
         pieces = [
             torch.cat([torch.arange(prefix) + starts[owner], torch.arange(own) + start])
@@ -116,18 +114,12 @@ class Plan:
             )
         ]
         seen = [len(piece) for piece in pieces]
-        calls = [self._call(slice(sum(seen[:firsts])), layout.queries[:firsts], seen[:firsts])]
-        if firsts < len(pieces):
-            keys = to_device(torch.cat(pieces[firsts:]), self.device)
-            calls.append(self._call(keys, layout.queries[firsts:], seen[firsts:]))
-        return calls
-
-    def _call(self, keys: slice | Tensor, queries: list[int], seen: list[int]) -> Call:
         cu_queries, cu_keys = (
             to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), self.device)
-            for lengths in (queries, seen)
+            for lengths in (layout.queries, seen)
         )
-        return Call(sum(queries), keys, cu_queries, cu_keys, max(queries), max(seen))
+        keys = to_device(torch.cat(pieces), self.device)
+        return Call(keys, cu_queries, cu_keys, max(layout.queries), max(seen))
 
 
 class KeysOnly(Plan):
@@ -156,17 +148,10 @@ class LastTokens(Plan):
         return self._known
 
     @cached_property
-    def calls(self) -> list[Call]:
-        """The calls of the other layers with one query per text, so cu_queries is 0, 1, 2, ..."""
-        return [
-            replace(
-                call,
-                queries=len(call.cu_keys) - 1,
-                cu_queries=torch.arange(len(call.cu_keys), dtype=torch.int32, device=self.device),
-                max_queries=1,
-            )
-            for call in self._plan.calls
-        ]
+    def call(self) -> Call:
+        """The call of the other layers with one query per text, so cu_queries is 0, 1, 2, ..."""
+        every = torch.arange(len(self.layout.own) + 1, dtype=torch.int32, device=self.device)
+        return replace(self._plan.call, cu_queries=every, max_queries=1)
 
 
 def attend(
@@ -219,36 +204,28 @@ def flash_attention(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """One or two variable-length calls, with zeros that make the head size a multiple of 8.
+    """One variable-length call, with zeros that make the head size a multiple of 8.
 
     The zeros do not change the products of queries and keys, and the zeros that they add to the
     output are cut off. The default scale is that of the unpadded size. `window_size` is the number
     of tokens that a query sees before and after its own, -1 for all.
     """
-    size = query.shape[-1]
+    size, call = query.shape[-1], plan.call
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if size % 8:  # because pad would copy even if it added nothing
         query, key, value = (pad(x, (0, -size % 8)) for x in (query, key, value))
-    parts = query.split([call.queries for call in plan.calls])
-    outputs = [
-        flash(
-            part,
-            select(key, call.keys),
-            select(value, call.keys),
-            call.cu_queries,
-            call.cu_keys,
-            call.max_queries,
-            call.max_keys,
-            scale=size**-0.5 if scaling is None else scaling,
-            window_size=(window - 1 if window and window < call.max_keys else -1, 0),
-        )
-        for part, call in zip(parts, plan.calls, strict=True)
-    ]
-    return torch.cat(outputs)[None, ..., :size]
-
-
-def select(rows: Tensor, which: slice | Tensor) -> Tensor:
-    return rows[which] if isinstance(which, slice) else rows.index_select(0, which)
+    found = flash(
+        query,
+        key.index_select(0, call.keys),
+        value.index_select(0, call.keys),
+        call.cu_queries,
+        call.cu_keys,
+        call.max_queries,
+        call.max_keys,
+        scale=size**-0.5 if scaling is None else scaling,
+        window_size=(window - 1 if window and window < call.max_keys else -1, 0),
+    )
+    return cast(Tensor, found[None, ..., :size])
 
 
 def text_by_text(

@@ -6,21 +6,23 @@ result of its layer. Forward saves only what backward needs: a linear layer with
 nothing, because its weights are frozen.
 
 In half precision, the base's weights, inputs and outputs are fp16 or bf16. Adapters and their
-gradients are fp32, norms compute in fp32, and saved inputs stay in half precision and are cast to
-fp32 when they are used.
+gradients are fp32. For a product, an adapter is rounded to the base's dtype, as in automatic mixed
+precision. All sums are accumulated in fp32.
 """
 
+import inspect
+from functools import cache
+from types import FunctionType
 from typing import Any, cast
 
 import torch
-from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 from transformers import PreTrainedModel
 
 from reward.model.swapping import Swapped, swap_in
@@ -45,6 +47,18 @@ def swap_layers(model: PeftModel) -> None:
             swap_in(module, FrozenLayer)
         elif is_rms_norm(module):
             swap_in(module, Norm)
+    if prefers_few_operations(classifier.device):
+        for module in classifier.base_model.modules():
+            if rotates_halves(module):
+                swap_in(module, Rotating)
+
+
+def prefers_few_operations(device: torch.device) -> bool:
+    """Whether each operation has a high fixed cost, as on a GPU, where the CPU has to launch it.
+
+    A CPU takes as long with PyTorch's own operations.
+    """
+    return device.type == "cuda"
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,11 +87,15 @@ def dense(layer: nn.Module) -> Tensor:
 
 
 def output(layer: Any, x: Tensor) -> Tensor:
-    """The output of a linear layer. On a GPU, bitsandbytes has kernels that read 4-bit weights."""
-    if x.is_cuda and isinstance(layer, Linear4bit):
-        weight: Any = layer.weight
-        return matmul_4bit(x, weight, weight.quant_state, bias=layer.bias)
+    """The output of a linear layer."""
     return product(x, dense(layer), layer.bias)
+
+
+def gradient_of(one: Tensor, other: Tensor) -> Tensor:
+    """one @ other in fp32, [n, m] from [n, rows] and [rows, m]; the factors may be fp16 or bf16."""
+    if one.is_cuda and one.dtype != torch.float32:
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return one.float() @ other.float()
 
 
 # --- linear layers and adapters --------------------------------------------------------------
@@ -112,55 +130,46 @@ class FrozenLayer(Swapped):
         return cast(Tensor, Frozen.apply(x, self))
 
 
-def add_product(to: Tensor, one: Tensor, other: Tensor, scaling: float = 1.0) -> None:
-    """Add scaling * (one @ other) in place; the factors are fp32, `to` may be in half precision."""
-    if to.dtype == one.dtype:
-        to.addmm_(one, other, alpha=scaling)
-    else:
-        to.add_(one @ other, alpha=scaling)
-
-
 class Adapted(Function):
     """x W' + bias + s (y A') B', where y is x after dropout, or None without dropout.
 
-    W is frozen; A is [rank, inputs] and B is [outputs, rank]. Everything that involves A or B is
-    computed in fp32, the rest in the base's dtype. With G, the gradient of the result, and
-    S = s G B, [rows, rank], the chain rule gives
+    W is frozen; A is [rank, inputs] and B is [outputs, rank]. With G, the gradient of the result,
+    and S = s G B, [rows, rank], the chain rule gives
 
         dx = G W,  dy = S A,  dA = S' y,  dB = s G' (y A').
 
     So forward saves y and the small product y A', [rows, rank]. Without dropout y is x, and dx and
     dy are added up in one tensor. PEFT's own forward also creates the adapter's output and its
-    scaled copy, each as large as the layer's output.
+    scaled copy, each as large as the layer's output, and in half precision an fp32 copy of x.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scaling: float, layer: Any
     ) -> Tensor:
-        kept = x if y is None else y
-        inner = kept.flatten(0, -2).float() @ a.T
+        kept, a, b = x if y is None else y, a.to(x.dtype), b.to(x.dtype)
+        inner = kept.flatten(0, -2) @ a.T
         ctx.save_for_backward(kept, inner, a, b)
         ctx.scaling, ctx.layer, ctx.dropped = scaling, layer, y is not None
         found = output(layer, x)
-        add_product(found.view(-1, len(b)), inner, b.T, scaling)
+        found.view(-1, len(b)).addmm_(inner, b.T, alpha=scaling)
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         kept, inner, a, b = ctx.saved_tensors
         [gradient] = gradients
-        rows = gradient.flatten(0, -2).float()
+        rows = gradient.flatten(0, -2)
         scaled = (rows @ b).mul_(ctx.scaling)
         of_x = of_y = None
         if ctx.needs_input_grad[0]:
             of_x = product(gradient, dense(ctx.layer).T)
             if not ctx.dropped:
-                add_product(of_x.view(-1, a.shape[1]), scaled, a)
+                of_x.view(-1, a.shape[1]).addmm_(scaled, a)
         if ctx.needs_input_grad[1]:
-            of_y = (scaled @ a).to(kept.dtype).view_as(kept)
-        of_a = scaled.T @ kept.flatten(0, -2).float()
-        of_b = (rows.T @ inner).mul_(ctx.scaling)
+            of_y = (scaled @ a).view_as(kept)
+        of_a = gradient_of(scaled.T, kept.flatten(0, -2))
+        of_b = gradient_of(rows.T, inner).mul_(ctx.scaling)
         return of_x, of_y, of_a, of_b, None, None
 
 
@@ -223,6 +232,9 @@ class Norm(Swapped):
 
 
 def root_mean_square(module: Any, x: Tensor) -> Tensor:
+    """PyTorch has one kernel for it on a GPU, and one for its gradient."""
+    if prefers_few_operations(x.device):
+        return rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
     return cast(Tensor, RootMeanSquare.apply(x, module.weight, module.variance_epsilon))
 
 
@@ -237,3 +249,97 @@ def is_rms_norm(module: nn.Module) -> bool:
     rounding = 1e-5 if weight.dtype == torch.float32 else 1e-2
     close = (found - expected).norm() <= rounding * expected.norm()
     return found.shape == expected.shape and bool(close)
+
+
+# --- rotary embedding ------------------------------------------------------------------------
+
+# The function of a family's module that its attention calls.
+ROTARY = "apply_rotary_pos_emb"
+
+
+class Rotation(Function):
+    """x cos + rot(x) sin, where rot turns the halves (u, v) of each head into (-v, u).
+
+    Su et al. 2021, "RoFormer", equation 34, for pairs of numbers half a head apart. x is [1, heads,
+    tokens, size]; cos and sin are [1, 1, tokens, size], and their halves are equal. So the gradient
+    is the rotation by the opposite angle. PyTorch's own gradient of slices and their concatenation
+    takes three times as many operations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        [gradient], (cos, sin) = gradients, ctx.saved_tensors
+        return rotated(gradient, cos, sin, -1), None, None
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    found, half = x * cos, x.shape[-1] // 2
+    found[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    found[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return found.to(x.dtype)
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The rotated queries and keys, [1, heads, tokens, size]; cos and sin are [1, tokens, size].
+
+    The parameters are those of the function in transformers. If cos is narrower than a head, only
+    the head's first numbers are rotated.
+    """
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    size = cos.shape[-1]
+    parts = (x if x.shape[-1] == size else x[..., :size] for x in (q, k))
+    one, other = (cast(Tensor, Rotation.apply(part, cos, sin)) for part in parts)
+    if q.shape[-1] == size:
+        return one, other
+    return torch.cat([one, q[..., size:]], -1), torch.cat([other, k[..., size:]], -1)
+
+
+class Rotating(Swapped):
+    """An attention layer with `rotate`.
+
+    Its forward looks the function up in its module, so it runs with another value of this name.
+    """
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        stock: Any = self.stock
+        return rotating(stock)(self, *arguments, **named)
+
+
+@cache
+def rotating(kind: Any) -> FunctionType:
+    """The forward of a class with `rotate` in place of the function ROTARY."""
+    forward = inspect.unwrap(kind.forward)
+    changed = FunctionType(
+        forward.__code__,
+        forward.__globals__ | {ROTARY: rotate},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    return changed
+
+
+@torch.no_grad()
+def rotates_halves(module: nn.Module) -> bool:
+    """Whether a module calls a function that computes the same as `rotate` on a test input."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    if ROTARY not in forward.__code__.co_names:
+        return False
+    function: Any = inspect.unwrap(forward.__globals__[ROTARY])
+    if "rotate_half" not in function.__code__.co_names:
+        return False
+    q, k = torch.linspace(-1, 3, 48).view(1, 2, 3, 8), torch.linspace(-2, 1, 24).view(1, 1, 3, 8)
+    angles = torch.linspace(0, 2, 12).view(1, 3, 4).repeat(1, 1, 2)
+    arguments = q, k, angles.cos(), angles.sin()
+    return all(
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+        for one, other in zip(rotate(*arguments), function(*arguments), strict=True)
+    )

@@ -84,7 +84,8 @@ def losses(j: Tensor, k: Tensor, labels: Labels, center: float = 0.0) -> Tensor:
 
 def correct(j: Tensor, k: Tensor) -> Tensor:
     """1 where j has the higher reward, 0 where k has, and 0.5 where they are equal."""
-    return torch.heaviside(margins(j, k), torch.tensor(0.5, device=j.device))
+    found = margins(j, k)
+    return torch.heaviside(found, found.new_full((), 0.5))
 
 
 def margins(j: Tensor, k: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def sides(rewards: Tensor, ranked: Sequence[Ranking]) -> tuple[Tensor, Tensor, T
     for ranking in ranked:
         found += [(row, start + j, start + k) for row, j, k in ranking.comparisons]
         start += len(ranking.texts.ids)
-    row, j, k = torch.tensor(found).unbind(1)
+    row, j, k = torch.tensor(found).T.contiguous()
     # index_select, because its gradient is summed in a fixed order on every device.
     one, other = (rewards.index_select(0, to_device(place, rewards.device)) for place in (j, k))
     return one, other, row

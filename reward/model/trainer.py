@@ -347,9 +347,9 @@ def random_numbers(seed: int, step: int, pack: int) -> Iterator[None]:
 
 def judged(j: Tensor, k: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
     """Of the pairs that are not ties: how many are correct, the sum of their margins, the count."""
+    # Multiplied, not selected: a GPU must finish its queue before the size of a selection is known.
     decided = labels.decided
-    right, margin = correct(j, k)[decided], margins(j, k)[decided]
-    return right.sum(), margin.sum(), decided.sum()
+    return (correct(j, k) * decided).sum(), (margins(j, k) * decided).sum(), decided.sum()
 
 
 def figures(model: PeftModel, step: Step, tokens_per_pack: int) -> dict[str, float]:
