@@ -83,7 +83,6 @@ def test_pack_holds_whole_first_texts_then_suffixes_of_the_others() -> None:
     assert found.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
     assert found.order.tolist() == [0, 2, 1, 3]
     assert found.layout.ends == [2, 4, 6, 7]
-    assert found.layout.firsts == 2
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -327,14 +327,19 @@ def rotating(kind: Any) -> FunctionType:
     return changed
 
 
+def names_in(function: Any) -> tuple[str, ...]:
+    """The global names and attributes that a function uses; none if it is not a Python function."""
+    return function.__code__.co_names if isinstance(function, FunctionType) else ()
+
+
 @torch.no_grad()
 def rotates_halves(module: nn.Module) -> bool:
     """Whether a module calls a function that computes the same as `rotate` on a test input."""
     forward: Any = inspect.unwrap(type(module).forward)
-    if ROTARY not in forward.__code__.co_names:
+    if ROTARY not in names_in(forward):
         return False
-    function: Any = inspect.unwrap(forward.__globals__[ROTARY])
-    if "rotate_half" not in function.__code__.co_names:
+    function = inspect.unwrap(forward.__globals__.get(ROTARY))
+    if "rotate_half" not in names_in(function):
         return False
     q, k = torch.linspace(-1, 3, 48).view(1, 2, 3, 8), torch.linspace(-2, 1, 24).view(1, 1, 3, 8)
     angles = torch.linspace(0, 2, 12).view(1, 3, 4).repeat(1, 1, 2)

@@ -57,11 +57,6 @@ class Layout:
     owner: list[int]
 
     @property
-    def firsts(self) -> int:
-        """How many texts are the first of their prompt; they precede all others in the row."""
-        return sum(index == owner for index, owner in enumerate(self.owner))
-
-    @property
     def ends(self) -> list[int]:
         """The index in the row of each text's last token."""
         return [end - 1 for end in accumulate(self.own)]
