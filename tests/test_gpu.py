@@ -79,7 +79,7 @@ def test_killed_deterministic_run_ends_with_the_same_bytes(monkeypatch: pytest.M
 @pytest.mark.usefixtures("project", "whole_memory")
 @pytest.mark.parametrize("auto", [False, True])
 def test_packs_shrink_until_they_fit_in_the_memory_of_the_gpu(auto: bool) -> None:
-    """A fifth of the memory that one pack of all pairs needs."""
+    """The limit leaves a fifth of the memory that one pack of all pairs needs."""
     ours, step = large_step(tokens_per_pack="auto" if auto else 10**6)
     ours.tokens_per_pack = 10**6
     torch.cuda.reset_peak_memory_stats()

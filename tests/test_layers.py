@@ -32,7 +32,7 @@ SHAPE = {
     "eos_token_id": 2,
 }
 ADAPTED = ["q_proj", "v_proj", "down_proj"]
-# The swapped modules that map a tensor to one of as many rows.
+# The swapped modules that map one tensor to one tensor.
 PARTS = (layers.AdaptedLayer, layers.FrozenLayer, layers.Norm)
 
 
@@ -294,6 +294,23 @@ def test_dropout_in_half_precision_drops_the_same_as_peft(tmp_path: Path) -> Non
     for one, other in zip(found, expected, strict=True):
         assert relative(one, other) < 0.02
     assert relative(outcome(layer, x, seed=1)[0], expected[0]) > 0.1
+
+
+def test_small_gradients_do_not_underflow_in_the_adapters_of_an_fp16_base(tmp_path: Path) -> None:
+    """Adapters have no gradient scaler. The smallest number of fp16 is 2^-24."""
+    model = reward_model(tmp_path, quantization="none", dtype="float16")
+    layer: Any = next(iter(modules(model, layers.AdaptedLayer).values()))
+    torch.manual_seed(0)
+    x = torch.randn(1, 40, layer.in_features).half()
+    found, exact = layer(x), by_definition(layer)(x.double())
+    direction = torch.randint(0, 2, found.shape).mul(2).sub(1).half() * 2**-23
+    trained = [part["default"].weight for part in (layer.lora_A, layer.lora_B)]
+    for one, other in zip(
+        torch.autograd.grad(found, trained, direction),
+        torch.autograd.grad(exact, trained, direction.double()),
+        strict=True,
+    ):
+        assert relative(one, other) < 0.01
 
 
 def test_tensors_saved_for_backward_are_in_half_precision(tmp_path: Path) -> None:

@@ -111,22 +111,22 @@ def parse() -> argparse.Namespace:
         raise Fault(
             f"--answers is {options.answers}, expected at least 2, and exactly 2 with --data"
         )
+    if unknown := sorted(set(options.only or names) - set(names)):
+        raise Fault(f"--only names {', '.join(unknown)}, expected some of {', '.join(names)}")
     step = options.prompts_per_step
-    measured = [name for name in options.only or names if name.startswith("trl")]
-    batch = max((int(name.split("-")[1]) for name in measured), default=0)
+    trl = [name for name in options.only or names if name.startswith("trl")]
+    batch = max((int(name.split("-")[1]) for name in trl), default=0)
     least = max(2 * step, 2 * batch // comb(options.answers, 2))
     if options.prompts < least or options.prompts % step:
         raise Fault(
             f"--prompts is {options.prompts}, expected a multiple of {step} and at least "
             f"{least}, because the first step of each contender is not counted"
         )
-    if unknown := sorted(set(options.only or names) - set(names)):
-        raise Fault(f"--only names {', '.join(unknown)}, expected some of {', '.join(names)}")
     if options.base and not (options.base / "config.json").is_file():
         raise Fault(
             f"{options.base}/config.json does not exist, expected the folder of a base model"
         )
-    if measured and not find_spec("trl"):
+    if trl and not find_spec("trl"):
         raise Fault(
             "trl is not installed; run pip install -e '.[bench]', or leave TRL out with --only"
         )

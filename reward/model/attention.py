@@ -100,10 +100,11 @@ class Plan:
 
     @cached_property
     def call(self) -> Call:
-        """The keys of a text are in two places: the prefix in the text that owns it, and its own.
+        """The call for all texts. A text's keys are those of its prefix, then its own.
 
-        A call for the first texts, whose keys are a slice of the row, and one for the other texts
-        would copy less, but each call takes a GPU's CPU longer than the copy takes the GPU.
+        The prefix is in the text that owns it. The keys of first texts are a slice of the row, so a
+        call for these and another call for the others would copy less, but each call costs the CPU
+        time to launch it.
         """
         layout = self.layout
         starts = [end + 1 - own for end, own in zip(layout.ends, layout.own, strict=True)]
@@ -150,8 +151,8 @@ class LastTokens(Plan):
     @cached_property
     def call(self) -> Call:
         """The call of the other layers with one query per text, so cu_queries is 0, 1, 2, ..."""
-        every = torch.arange(len(self.layout.own) + 1, dtype=torch.int32, device=self.device)
-        return replace(self._plan.call, cu_queries=every, max_queries=1)
+        cu_queries = torch.arange(len(self.layout.own) + 1, dtype=torch.int32, device=self.device)
+        return replace(self._plan.call, cu_queries=cu_queries, max_queries=1)
 
 
 def attend(
@@ -214,7 +215,7 @@ def flash_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if size % 8:  # because pad would copy even if it added nothing
         query, key, value = (pad(x, (0, -size % 8)) for x in (query, key, value))
-    found = flash(
+    output = flash(
         query,
         key.index_select(0, call.keys),
         value.index_select(0, call.keys),
@@ -225,7 +226,7 @@ def flash_attention(
         scale=size**-0.5 if scaling is None else scaling,
         window_size=(window - 1 if window and window < call.max_keys else -1, 0),
     )
-    return cast(Tensor, found[None, ..., :size])
+    return cast(Tensor, output[None, ..., :size])
 
 
 def text_by_text(

@@ -6,8 +6,9 @@ result of its layer. Forward saves only what backward needs: a linear layer with
 nothing, because its weights are frozen.
 
 In half precision, the base's weights, inputs and outputs are fp16 or bf16. Adapters and their
-gradients are fp32. For a product, an adapter is rounded to the base's dtype, as in automatic mixed
-precision. All sums are accumulated in fp32.
+gradients are fp32, and norms compute in fp32. In bf16, adapters are rounded to bf16 for their
+products, as in automatic mixed precision. In fp16, whose smallest numbers are much larger, these
+products are in fp32.
 """
 
 import inspect
@@ -56,7 +57,8 @@ def swap_layers(model: PeftModel) -> None:
 def prefers_few_operations(device: torch.device) -> bool:
     """Whether each operation has a high fixed cost, as on a GPU, where the CPU has to launch it.
 
-    A CPU takes as long with PyTorch's own operations.
+    Where this is true, norms and rotary embeddings take fewer operations. On a CPU, that would save
+    no time.
     """
     return device.type == "cuda"
 
@@ -87,15 +89,23 @@ def dense(layer: nn.Module) -> Tensor:
 
 
 def output(layer: Any, x: Tensor) -> Tensor:
-    """The output of a linear layer."""
+    """The output of a linear layer, whose weights may be in 4 bits."""
     return product(x, dense(layer), layer.bias)
 
 
-def gradient_of(one: Tensor, other: Tensor) -> Tensor:
-    """one @ other in fp32, [n, m] from [n, rows] and [rows, m]; the factors may be fp16 or bf16."""
+def product_in_fp32(one: Tensor, other: Tensor) -> Tensor:
+    """one @ other in fp32, [n, m] from [n, rows] and [rows, m]; the factors may be bf16."""
     if one.is_cuda and one.dtype != torch.float32:
         return torch.mm(one, other, out_dtype=torch.float32)
     return one.float() @ other.float()
+
+
+def add_product(to: Tensor, one: Tensor, other: Tensor, scaling: float = 1.0) -> None:
+    """Add scaling * (one @ other) in place; `to` may be fp16 and the factors fp32."""
+    if to.dtype == one.dtype:
+        to.addmm_(one, other, alpha=scaling)
+    else:
+        to.add_(one @ other, alpha=scaling)
 
 
 # --- linear layers and adapters --------------------------------------------------------------
@@ -141,35 +151,39 @@ class Adapted(Function):
     So forward saves y and the small product y A', [rows, rank]. Without dropout y is x, and dx and
     dy are added up in one tensor. PEFT's own forward also creates the adapter's output and its
     scaled copy, each as large as the layer's output, and in half precision an fp32 copy of x.
+
+    The adapter's products are in the base's dtype, except that those of an fp16 base are in fp32:
+    in fp16, S would underflow.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scaling: float, layer: Any
     ) -> Tensor:
-        kept, a, b = x if y is None else y, a.to(x.dtype), b.to(x.dtype)
-        inner = kept.flatten(0, -2) @ a.T
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        kept, a, b = x if y is None else y, a.to(dtype), b.to(dtype)
+        inner = kept.flatten(0, -2).to(dtype) @ a.T
         ctx.save_for_backward(kept, inner, a, b)
         ctx.scaling, ctx.layer, ctx.dropped = scaling, layer, y is not None
         found = output(layer, x)
-        found.view(-1, len(b)).addmm_(inner, b.T, alpha=scaling)
+        add_product(found.view(-1, len(b)), inner, b.T, scaling)
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         kept, inner, a, b = ctx.saved_tensors
         [gradient] = gradients
-        rows = gradient.flatten(0, -2)
+        rows = gradient.flatten(0, -2).to(a.dtype)
         scaled = (rows @ b).mul_(ctx.scaling)
         of_x = of_y = None
         if ctx.needs_input_grad[0]:
             of_x = product(gradient, dense(ctx.layer).T)
             if not ctx.dropped:
-                of_x.view(-1, a.shape[1]).addmm_(scaled, a)
+                add_product(of_x.view(-1, a.shape[1]), scaled, a)
         if ctx.needs_input_grad[1]:
-            of_y = (scaled @ a).view_as(kept)
-        of_a = gradient_of(scaled.T, kept.flatten(0, -2))
-        of_b = gradient_of(rows.T, inner).mul_(ctx.scaling)
+            of_y = (scaled @ a).to(kept.dtype).view_as(kept)
+        of_a = product_in_fp32(scaled.T, kept.flatten(0, -2).to(a.dtype))
+        of_b = product_in_fp32(rows.T, inner).mul_(ctx.scaling)
         return of_x, of_y, of_a, of_b, None, None
 
 
@@ -204,7 +218,7 @@ class RootMeanSquare(Function):
         dx = c w G - c^3 / n (w G . x) x.
 
     All of this is computed in fp32. As in transformers, the normalized x is rounded to the dtype of
-    x before it is multiplied by w.
+    x before it is multiplied by w. PyTorch's kernel for a GPU rounds only the result.
     """
 
     @staticmethod
@@ -232,7 +246,7 @@ class Norm(Swapped):
 
 
 def root_mean_square(module: Any, x: Tensor) -> Tensor:
-    """PyTorch has one kernel for it on a GPU, and one for its gradient."""
+    """The RMS norm of x. On a GPU, PyTorch has one kernel for it and one for its gradient."""
     if prefers_few_operations(x.device):
         return rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
     return cast(Tensor, RootMeanSquare.apply(x, module.weight, module.variance_epsilon))
@@ -295,26 +309,27 @@ def rotate(
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     size = cos.shape[-1]
     parts = (x if x.shape[-1] == size else x[..., :size] for x in (q, k))
-    one, other = (cast(Tensor, Rotation.apply(part, cos, sin)) for part in parts)
+    turned_q, turned_k = (cast(Tensor, Rotation.apply(part, cos, sin)) for part in parts)
     if q.shape[-1] == size:
-        return one, other
-    return torch.cat([one, q[..., size:]], -1), torch.cat([other, k[..., size:]], -1)
+        return turned_q, turned_k
+    return torch.cat([turned_q, q[..., size:]], -1), torch.cat([turned_k, k[..., size:]], -1)
 
 
 class Rotating(Swapped):
-    """An attention layer with `rotate`.
-
-    Its forward looks the function up in its module, so it runs with another value of this name.
-    """
+    """An attention layer with `rotate` in place of its family's function."""
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         stock: Any = self.stock
-        return rotating(stock)(self, *arguments, **named)
+        return with_rotate(stock)(self, *arguments, **named)
 
 
 @cache
-def rotating(kind: Any) -> FunctionType:
-    """The forward of a class with `rotate` in place of the function ROTARY."""
+def with_rotate(kind: Any) -> FunctionType:
+    """The forward of a class with `rotate` in place of the function ROTARY.
+
+    A forward reads this function from the globals of its module. The same code runs here with
+    globals in which the name has another value. Decorators of the forward do not apply.
+    """
     forward = inspect.unwrap(kind.forward)
     changed = FunctionType(
         forward.__code__,

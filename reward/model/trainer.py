@@ -347,7 +347,7 @@ def random_numbers(seed: int, step: int, pack: int) -> Iterator[None]:
 
 def judged(j: Tensor, k: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
     """Of the pairs that are not ties: how many are correct, the sum of their margins, the count."""
-    # Multiplied, not selected: a GPU must finish its queue before the size of a selection is known.
+    # Multiplied, because the size of a selection is known only when the GPU has finished its queue.
     decided = labels.decided
     return (correct(j, k) * decided).sum(), (margins(j, k) * decided).sum(), decided.sum()
 
