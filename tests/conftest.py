@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ if "cuda" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
-from ruamel.yaml import YAML
 
 from reward.process import processors
+from tests import support
 from tests.support import ROOT, run_clients_here, write_pairs
 
 NEEDS = ("cuda", "browser")
@@ -131,11 +132,10 @@ def complete(
     from stages import evaluate, export, fetch, preprocess, train
 
     folder = tmp_path_factory.mktemp("complete")
-    yaml = YAML()
-    content = yaml.load(ROOT / "params.yaml")
-    content["base"]["name"] = str(tiny_base)
-    content["train"] |= {"max_steps": 2, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}
-    yaml.dump(content, folder / "params.yaml")
+    parameters = Path(shutil.copy(ROOT / "params.yaml", folder))
+    support.set_params("base", parameters, name=str(tiny_base))
+    steps = {"max_steps": 2, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}
+    support.set_params("train", parameters, **steps)
     write_pairs(folder / "data" / "raw" / "pairs.json", 20)
     shutil.copytree(ROOT / "data" / "sets", folder / "data" / "sets")
     with pytest.MonkeyPatch.context() as patch, stage_threads():
@@ -166,11 +166,4 @@ def project(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def set_params(workspace: Path) -> Callable[..., None]:
     """Change values in the workspace's params.yaml: set_params("lora", r=8)."""
-    yaml, path = YAML(), workspace / "params.yaml"
-
-    def change(group: str, **values: Any) -> None:
-        content = yaml.load(path)
-        content[group].update(values)
-        yaml.dump(content, path)
-
-    return change
+    return partial(support.set_params, path=workspace / "params.yaml")

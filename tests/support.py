@@ -3,6 +3,7 @@
 import json
 import random
 import resource
+import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet
+import pytest
+from ruamel.yaml import YAML
 
 from reward import params
 from reward.data import tokenized
@@ -197,6 +200,35 @@ def new_trainer() -> RewardTrainer:
     pairs, validation = (tokenized.load(path, train.BASE) for path in train.SPLITS)
     run, steps = Run(Path("models/checkpoints/run")), train.steps(options, pairs)
     return RewardTrainer(built(), options, run, steps, validation, train.REPORTS)
+
+
+def set_params(group: str, path: Path = Path("params.yaml"), **values: Any) -> None:
+    """Change values in a params.yaml: set_params("lora", r=8)."""
+    content = YAML().load(path)
+    content[group].update(values)
+    YAML().dump(content, path)
+
+
+def train_killed_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Train from scratch, kill the run at its second step and run it again.
+
+    Returns how many steps were done before each step that began.
+    """
+    for path in (train.ADAPTER, Path("models/checkpoints")):
+        shutil.rmtree(path)
+    original, steps = RewardTrainer.training_step, []
+
+    def killed_at_the_second(self: Any, *arguments: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(RewardTrainer, "training_step", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    train.main()
+    return steps
 
 
 def chosen_and_rejected(rewards: "Tensor") -> "tuple[Tensor, Tensor]":

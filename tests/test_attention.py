@@ -45,11 +45,18 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 8)
 
 
+ON_GPU = "flash and layers of a GPU"
+
+
 @pytest.fixture(params=["text by text", "flash"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The CPU path, and the GPU path with its layers and flash attention, which is emulated."""
-    if request.param == "flash":
+    """The CPU path, and the GPU path with flash attention, whose kernels are emulated.
+
+    With ON_GPU, the layers are those of a GPU, too.
+    """
+    if request.param == ON_GPU:
         monkeypatch.setattr(layers, "prefers_few_operations", lambda device: True)
+    if request.param != "text by text":
         monkeypatch.setattr(attention, "flash", partial(varlen.varlen_attn, enable_gqa=True))
         monkeypatch.setattr(attention, "has_flash", lambda device: True)
         types = (torch.float32, torch.bfloat16)
@@ -132,6 +139,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("path", ["text by text", "flash", ON_GPU], indirect=True)
 @pytest.mark.usefixtures("path")
 def test_rewards_and_gradients_match_stock_passes(
     tmp_path: Path, family: str, checkpointing: bool
@@ -241,7 +249,7 @@ def test_sliding_window_is_respected(tmp_path: Path, family: str, shape: dict[st
     assert relative(rewards(model, pack(prompts)), expected) < 1e-5
     expected_gradients = gradients(model, expected)
     for name, gradient in gradients(model, rewards(model, pack(prompts))).items():
-        assert relative(gradient, expected_gradients[name]) < 5e-5
+        assert relative(gradient, expected_gradients[name]) < 1e-5
     cast(Any, model.config).sliding_window = None
     for module in model.modules():
         if hasattr(module, "sliding_window"):
@@ -436,10 +444,13 @@ def test_plan_computes_masks_and_call_once() -> None:
 # --- half precision --------------------------------------------------------------------------
 
 
-def require_as_close_as_stock(folder: Path, family: str, checkpointing: bool) -> None:
+def require_as_close_as_stock(
+    folder: Path, family: str, checkpointing: bool, factor: float = 1.5
+) -> None:
     """Require bf16 rewards and gradients to be as close to fp32 as those of transformers.
 
-    All use the same weights. In six random models, our largest error was 0.7 to 1.7 times theirs.
+    All use the same weights. The order of operations alone may make an error `factor` times as
+    large.
     """
     prompts = random_prompts(0, 20)
     half = model_of(folder / "half", family, "bfloat16")
@@ -451,10 +462,10 @@ def require_as_close_as_stock(folder: Path, family: str, checkpointing: bool) ->
         checkpoint_activations(half)
     found = rewards(half.train(), pack(prompts))
     found_gradients = gradients(half, found)
-    assert relative(found, expected) < 2 * relative(stock, expected)
+    assert relative(found, expected) < factor * relative(stock, expected)
     assert found_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        assert relative(found_gradients[name], gradient) < 2 * relative(
+        assert relative(found_gradients[name], gradient) < factor * relative(
             stock_gradients[name], gradient
         ), name
 
@@ -462,10 +473,13 @@ def require_as_close_as_stock(folder: Path, family: str, checkpointing: bool) ->
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "Llama 2", "Mistral"])
+@pytest.mark.parametrize(
+    ("path", "factor"), [("text by text", 1.5), ("flash", 1.5), (ON_GPU, 2)], indirect=["path"]
+)
 def test_half_precision_is_as_close_to_fp32_as_transformers(
-    tmp_path: Path, family: str, checkpointing: bool
+    tmp_path: Path, family: str, checkpointing: bool, factor: float
 ) -> None:
-    require_as_close_as_stock(tmp_path, family, checkpointing)
+    require_as_close_as_stock(tmp_path, family, checkpointing, factor)
 
 
 # --- the GPU path ----------------------------------------------------------------------------
@@ -536,7 +550,7 @@ def test_layer_makes_one_flash_attention_call_with_head_size_a_multiple_of_8(
     assert relative(found, expected) < 1e-5
     expected_gradients = gradients(model, expected)
     for name, gradient in gradients(model, rewards(model, pack(prompts))).items():
-        assert relative(gradient, expected_gradients[name]) < 5e-5, name
+        assert relative(gradient, expected_gradients[name]) < 1e-5, name
 
 
 def test_kernels_get_only_supported_inputs(monkeypatch: pytest.MonkeyPatch) -> None:

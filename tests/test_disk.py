@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
 from reward.data import sources
@@ -21,7 +20,7 @@ from reward.model import base, trainer
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import run
 from stages import evaluate, export, fetch, preprocess, train
-from tests.support import file_size_limit
+from tests.support import file_size_limit, set_params
 
 Main = Callable[[], None]
 STAGES: dict[str, tuple[Main, list[str]]] = {
@@ -204,10 +203,7 @@ def test_unreadable_source_is_not_reported_as_a_failed_write(fault: Callable[[Ma
     shutil.copytree(read_json(Path("models/base/base.json"))["name"], "source")
     source = Path("source/model.safetensors")
     source.chmod(0)
-    yaml = YAML()
-    content = yaml.load(Path("params.yaml"))
-    content["base"]["name"] = "source"
-    yaml.dump(content, Path("params.yaml"))
+    set_params("base", name="source")
     remove(["models/base"])
     with enforced_permissions():
         message = fault(fetch.main)

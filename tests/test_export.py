@@ -27,7 +27,6 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Params4bit
 from huggingface_hub import ModelCard, ModelCardData
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel
-from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -63,7 +62,15 @@ from reward.model.scoring import score
 from reward.outputs import digests, read_json, recorded, write_json
 from reward.process import Fault
 from stages import evaluate, export, preprocess, train
-from tests.support import FAMILIES, ROOT, fetched, random_prompts, run_clients_here, write_pairs
+from tests.support import (
+    FAMILIES,
+    ROOT,
+    fetched,
+    random_prompts,
+    run_clients_here,
+    set_params,
+    write_pairs,
+)
 
 NAME, COMMIT = "Qwen/Qwen2-0.5B", "c0ffee" * 6 + "cafe"
 Change = dict[str, dict[str, Any]]
@@ -140,11 +147,9 @@ def evaluated(
         key = json.dumps(change)
         if key not in made:
             made[key] = folder = tmp_path_factory.mktemp("evaluated")
-            yaml = YAML()
-            content = yaml.load(ROOT / "params.yaml")
+            shutil.copy(ROOT / "params.yaml", folder)
             for group, values in change.items():
-                content[group].update(values)
-            yaml.dump(content, folder / "params.yaml")
+                set_params(group, folder / "params.yaml", **values)
             shutil.copytree(tiny_base, folder / "models" / "base")
             write_pairs(folder / "data" / "raw" / "pairs.json", 20)
             (folder / "data" / "sets").mkdir()
@@ -205,9 +210,7 @@ def ready(here: Callable[[Change], None]) -> None:
 
 
 def set_export(**values: Any) -> None:
-    content = YAML().load(Path("params.yaml"))
-    content["export"].update(values)
-    YAML().dump(content, Path("params.yaml"))
+    set_params("export", **values)
 
 
 def left_over() -> list[str]:

@@ -1,13 +1,11 @@
 """The pipeline on a GPU: all stages, a run that was killed, memory, and the GPU's queue."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 
 from reward.exporting import clients
 from reward.model import trainer
@@ -17,24 +15,18 @@ from reward.model.packing import pack, tokens
 from reward.model.steps import Step
 from reward.outputs import digests, read_json
 from stages import export, preprocess, train
-from tests.support import new_trainer, random_prompts, write_pairs
+from tests.support import (
+    new_trainer,
+    random_prompts,
+    set_params,
+    train_killed_once,
+    write_pairs,
+)
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.filterwarnings("ignore"),  # warnings of client libraries
 ]
-
-
-def set_train(**values: Any) -> None:
-    content = YAML().load(Path("params.yaml"))
-    content["train"] |= values
-    YAML().dump(content, Path("params.yaml"))
-
-
-def forget() -> None:
-    """Make the next run start from scratch."""
-    for path in (train.ADAPTER, Path("models/checkpoints")):
-        shutil.rmtree(path)
 
 
 @pytest.fixture
@@ -55,24 +47,10 @@ def test_every_client_loads_the_export_of_a_gpu() -> None:
 
 @pytest.mark.usefixtures("project")
 def test_killed_deterministic_run_ends_with_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_train(deterministic=True)
-    forget()
+    set_params("train", deterministic=True)
     train.main()
     expected = digests(train.ADAPTER)
-    forget()
-    original, steps = trainer.RewardTrainer.training_step, []
-
-    def killed_at_the_second(self: Any, *arguments: Any) -> Any:
-        steps.append(self.state.global_step)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        return original(self, *arguments)
-
-    monkeypatch.setattr(trainer.RewardTrainer, "training_step", killed_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        train.main()
-    train.main()
-    assert steps == [0, 1, 1]
+    assert train_killed_once(monkeypatch) == [0, 1, 1]
     assert digests(train.ADAPTER) == expected
 
 
@@ -142,7 +120,7 @@ def large_step(**values: Any) -> tuple[trainer.RewardTrainer, Step]:
     """A trainer, and a step of 500 pairs."""
     write_pairs(Path("data/raw/pairs.json"), 800)
     preprocess.main()
-    set_train(pairs_per_step=500, **values)
+    set_params("train", pairs_per_step=500, **values)
     ours = new_trainer()
     return ours, ours.steps[0]
 

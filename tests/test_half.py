@@ -11,26 +11,19 @@ import pyarrow.parquet
 import pytest
 import torch
 from aiohttp.test_utils import TestClient, TestServer
-from ruamel.yaml import YAML
 
 from reward.exporting import clients, gate
 from reward.exporting.clients import FOUND, Request
-from reward.model import trainer
 from reward.outputs import digests, read_json
 from reward.serving import score, serve
 from reward.serving.scorer import Scorer
 from stages import evaluate, export, train
+from tests.support import set_params, train_killed_once
 
 PAIRS = Path("data/raw/pairs.json")
 # The largest difference between rewards in half precision and in fp32, relative to the rewards'
 # standard deviation. Two layers leave about 6 of the 8 bits of bf16, and 9 of the 11 of fp16.
 BOUND = {"bfloat16": 0.1, "float16": 0.02}
-
-
-def set_precision(name: str) -> None:
-    content = YAML().load(Path("params.yaml"))
-    content["quantization"]["compute_dtype"] = name
-    YAML().dump(content, Path("params.yaml"))
 
 
 def run_clients_unsilenced(request: Request, elsewhere: Path) -> Any:
@@ -52,7 +45,7 @@ def half(complete: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
                 patch.chdir(folder)
                 patch.delenv("DVC_ROOT", raising=False)
                 patch.setattr(gate, "run_clients", run_clients_unsilenced)
-                set_precision(name)
+                set_params("quantization", compute_dtype=name)
                 for stage in (train, evaluate, *([export] if name == "bfloat16" else [])):
                     stage.main()
         return made[name]
@@ -126,19 +119,5 @@ def test_killed_run_in_half_precision_ends_with_the_same_bytes(
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    for path in (train.ADAPTER, Path("models/checkpoints")):
-        shutil.rmtree(path)
-    original, steps = trainer.RewardTrainer.training_step, []
-
-    def killed_at_the_second(self: Any, *arguments: Any) -> Any:
-        steps.append(self.state.global_step)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        return original(self, *arguments)
-
-    monkeypatch.setattr(trainer.RewardTrainer, "training_step", killed_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        train.main()
-    train.main()
-    assert steps == [0, 1, 1]
+    assert train_killed_once(monkeypatch) == [0, 1, 1]
     assert digests(train.ADAPTER) == digests(whole / train.ADAPTER)

@@ -212,6 +212,7 @@ def test_floor_covers_all_steps_except_the_first() -> None:
         (["--repeats", "0"], "--repeats is 0, expected at least 1"),
         (["--tokens-per-pack", "-1"], "--tokens-per-pack is -1, expected at least 1"),
         (["--only", "ours", "theirs"], "--only names theirs, expected some of ours, "),
+        (["--only", "trl", "--prompts", "3"], "--only names trl, expected some of ours, "),
         (["--only", "ours", "--base", "/nowhere"], "/nowhere/config.json does not exist"),
     ],
 )
@@ -222,6 +223,17 @@ def test_bad_arguments_are_refused(
     with pytest.raises(Fault) as fault:
         speed.parse()
     assert str(fault.value).startswith(sentence)
+
+
+def test_only_measured_batches_need_enough_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step is not counted, so a batch needs prompts for two steps."""
+    monkeypatch.setattr(speed, "HARDWARE", replace(CPU, trl_batches=(8, 64)))
+    enough = ["speed", "--prompts", "16", "--only", "ours", "trl-8"]
+    monkeypatch.setattr("sys.argv", enough)
+    assert speed.parse().prompts == 16
+    monkeypatch.setattr("sys.argv", [*enough, "trl-64"])
+    with pytest.raises(Fault, match="--prompts is 16, expected a multiple of 8 and at least 128,"):
+        speed.parse()
 
 
 def options_for(base: Path, prompts: int, answers: int) -> Namespace:
