@@ -3,8 +3,8 @@
 A pack holds several texts in one row. Each text attends causally to its own tokens and to the
 prefix that it shares with other texts, and no other scores are computed. On a GPU in half precision
 this is one call of variable-length flash attention, with a copy of the shared keys and values for
-each text. Elsewhere PyTorch's scaled_dot_product_attention is called for one block of a
-text's queries at a time.
+each text. Elsewhere PyTorch's scaled_dot_product_attention is called for one block of a text's
+queries at a time.
 """
 
 import inspect

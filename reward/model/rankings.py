@@ -93,7 +93,9 @@ def sides(rewards: Tensor, ranked: Sequence[Ranking]) -> tuple[Tensor, Tensor, T
     for ranking in ranked:
         found += [(row, start + j, start + k) for row, j, k in ranking.comparisons]
         start += len(ranking.texts.ids)
+    # Contiguous, because copying a strided tensor would wait for the GPU.
     row, j, k = torch.tensor(found).T.contiguous()
-    # index_select, because its gradient is summed in a fixed order on every device.
+    # index_select, because its gradient is summed in a fixed order on a CPU, and on a GPU with
+    # deterministic kernels.
     one, other = (rewards.index_select(0, to_device(place, rewards.device)) for place in (j, k))
     return one, other, row
