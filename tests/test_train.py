@@ -553,6 +553,34 @@ def test_non_finite_loss_stops_the_stage_and_names_the_step(
     assert not train.METRICS.exists()
 
 
+def test_figures_that_are_read_late_are_the_same(set_params: SetParams) -> None:
+    """As on a GPU, where reading them waits for the GPU."""
+    set_params("train", max_steps=5, logging_steps=2, eval_steps=3)
+    curves = []
+    for every_step in (True, False):
+        ours = new_trainer()
+        ours.reads_every_step = every_step
+        ours.begin(new_head=True)
+        curves.append([dict(each) for each in ours.state.log_history if "epoch" in each])
+    for point in (one for curve in curves for one in curve):
+        for name in [name for name in point if "runtime" in name or "per_second" in name]:
+            del point[name]
+    assert curves[0] == curves[1]
+    assert [each["step"] for each in curves[0] if "loss" in each] == [2, 4]
+
+
+def test_non_finite_loss_that_is_read_late_names_its_step(set_params: SetParams) -> None:
+    """And no checkpoint is written after that step."""
+    set_params("train", learning_rate=1e30, warmup_steps=0, logging_steps=5, save_steps=5)
+    set_params("train", eval_steps=20)
+    ours = new_trainer()
+    ours.reads_every_step = False
+    with pytest.raises(Fault, match=r"^the loss is (nan|inf) at step 2;"):
+        ours.begin(new_head=True)
+    assert ours.state.global_step == 5
+    assert not ours.run.latest()
+
+
 def test_save_steps_must_be_a_multiple_of_logging_steps(set_params: SetParams) -> None:
     set_params("train", save_steps=3)
     with pytest.raises(Fault, match=r"train\.save_steps is 3, must be a multiple of"):

@@ -159,6 +159,9 @@ class RewardTrainer(Trainer):
         )
         self.run, self.curves = run, curves
         self.sums = torch.zeros(4)
+        # The sums of `attempt` that the CPU has not read, by step.
+        self.unread: list[tuple[int, Tensor]] = []
+        self.reads_every_step = device().type == "cpu"
         self.drawn = -math.inf
 
     def training_step(
@@ -175,11 +178,23 @@ class RewardTrainer(Trainer):
             place = f"step {self.state.global_step + 1}"
             self.tokens_per_pack = halved([part.texts for part in largest], 2, place)
             print(f"memory     ran out; from now on packs have {self.tokens_per_pack} tokens")
-        # The only point in a step where the CPU waits for the GPU.
-        on_cpu = sums.cpu()
-        self.sums += on_cpu
-        require_finite("loss", on_cpu[0].item(), self.state.global_step + 1)
+        self.unread.append((self.state.global_step + 1, sums))
+        if self.reads_every_step:
+            self.read_sums()
         return sums[0]
+
+    def read_sums(self) -> None:
+        """Read the sums of the steps since the last call. Raises a Fault if a loss is not finite.
+
+        Reading waits for the GPU. If every step did that, the GPU would be idle while the CPU
+        prepares the next step. So on a GPU, sums are read only for the log, an evaluation or a
+        checkpoint.
+        """
+        unread, self.unread = self.unread, []
+        for step, sums in unread:
+            on_cpu = sums.cpu()
+            require_finite("loss", on_cpu[0].item(), step)
+            self.sums += on_cpu
 
     def attempt(self, step: Step) -> Tensor | None:
         """Give the parameters the gradient of the step's loss; each process computes some packs.
@@ -219,6 +234,7 @@ class RewardTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss, accuracy and mean margin on the validation pairs."""
+        self.read_sums()
         found = figures(self.reward_model, self.validation, self.tokens_per_pack)
         metrics = {f"eval_{name}": value for name, value in found.items()}
         require_finite("validation loss", metrics["eval_loss"], self.state.global_step)
@@ -238,6 +254,7 @@ class RewardTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self.read_sums()
             _, right, margin, decided = self.sums.tolist()
             # If all pairs are ties, there is no accuracy.
             logs |= {"accuracy": right / decided, "margin": margin / decided} if decided else {}
@@ -307,6 +324,7 @@ class RewardTrainer(Trainer):
             parameter.copy_(weight)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.read_sums()
         if not group.leads():
             return
         folder = self.args.output_dir
