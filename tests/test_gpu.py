@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reward.exporting import clients
-from reward.model import trainer
+from reward.model import kernels, trainer
 from reward.model.attention import Plan, text_by_text
 from reward.model.base import fast_dtype
 from reward.model.packing import pack, tokens
@@ -114,6 +114,19 @@ def test_attention_without_flash_matches_a_cpu(
         ):
             difference = one.detach().float().cpu() - other.detach()
             assert difference.norm() < rounding * other.detach().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_match_their_formulas(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gradient, gate, up = (4 * torch.randn(3, 5, 33).to(dtype) for _ in range(3))
+    on_gpu = [each.cuda() for each in (gradient, gate, up)]
+    found = kernels.swiglu(*on_gpu[1:]), *kernels.swiglu_gradients(*on_gpu)
+    expected = kernels.swiglu(gate, up), *kernels.swiglu_gradients(gradient, gate, up)
+    rounding = 1e-6 if dtype == torch.float32 else 0.01
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one.cpu().float() - other.float()).norm() < rounding * other.float().norm()
 
 
 def large_step(**values: Any) -> tuple[trainer.RewardTrainer, Step]:

@@ -11,7 +11,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gpt_neox import modeling_gpt_neox
 
@@ -32,8 +32,29 @@ SHAPE = {
     "eos_token_id": 2,
 }
 ADAPTED = ["q_proj", "v_proj", "down_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 # The swapped modules that map one tensor to one tensor.
 PARTS = (layers.AdaptedLayer, layers.FrozenLayer, layers.Norm)
+
+
+@pytest.fixture(params=["of a CPU", "of a GPU"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[type, ...]:
+    """The swapped modules that map one tensor to one tensor, with the operations of a CPU or GPU.
+
+    Those of a GPU run on a CPU here.
+    """
+    if request.param == "of a CPU":
+        return PARTS
+    monkeypatch.setattr(layers, "prefers_few_operations", lambda device: True)
+    monkeypatch.setattr(layers, "LARGE", 0)
+    return (*PARTS, layers.Gated)
+
+
+def features_of(module: Any) -> int:
+    """The size of a module's input."""
+    first = getattr(module, "gate_proj", module)
+    size: int = first.in_features if hasattr(first, "in_features") else len(first.weight)
+    return size
 
 
 def reward_model(
@@ -98,23 +119,21 @@ def test_product_matches_fp64_up_to_fp32_rounding(
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt_neox", "phi"])
 @pytest.mark.parametrize("training", [True, False])
 def test_swapped_layers_match_the_original_ones(
-    tmp_path: Path, family: str, quantization: str, training: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    family: str,
+    quantization: str,
+    training: bool,
+    parts: tuple[type, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if family == "gpt_neox":
         monkeypatch.setattr(f"{__name__}.ADAPTED", ["query_key_value"])
     if family == "phi":
         monkeypatch.setattr(f"{__name__}.ADAPTED", ["q_proj", "fc1"])
     model = reward_model(tmp_path, family, quantization).train(training)
-    swapped = {name: module for name, module in model.named_modules() if isinstance(module, PARTS)}
     compared = 0
-    module: Any
-    for name, module in swapped.items():
-        if name.endswith("layers.1"):
-            continue
-        features = (
-            module.weight.shape[-1] if not hasattr(module, "in_features") else module.in_features
-        )
-        x = torch.randn(1, 9, features, generator=torch.Generator().manual_seed(2))
+    for name, module in modules(model, parts).items():
+        x = torch.randn(1, 9, features_of(module), generator=torch.Generator().manual_seed(2))
         found = outcome(module, x)
         with as_in_transformers(model):
             expected = outcome(module, x)
@@ -231,11 +250,55 @@ def test_only_attention_that_rotates_halves_is_swapped(family: str, swapped: boo
     assert all(name.endswith("Attention") for name in found)
 
 
+# --- SwiGLU ----------------------------------------------------------------------------------
+
+
+def test_swiglu_and_its_gradients_match_pytorch() -> None:
+    torch.manual_seed(0)
+    gate, up = (30 * torch.randn(3, 50, dtype=torch.float64) for _ in range(2))
+    gate[0, :2] = torch.tensor([-1000.0, 1000.0])
+    exact = [each.clone().requires_grad_() for each in (gate, up)]
+    expected = silu(exact[0]) * exact[1]
+    direction = torch.randn(3, 50, dtype=torch.float64)
+    ours = [each.float().requires_grad_() for each in (gate, up)]
+    found = layers.Gate.apply(*ours)
+    assert relative(found.double(), expected) < 1e-6
+    for one, other in zip(
+        torch.autograd.grad(found, ours, direction.float()),
+        torch.autograd.grad(expected, exact, direction),
+        strict=True,
+    ):
+        assert relative(one.double(), other) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "swapped"), [("llama", True), ("gemma", False), ("phi", False), ("gpt2", False)]
+)
+def test_only_mlps_with_swiglu_are_swapped(family: str, swapped: bool) -> None:
+    """Gemma has GELU in place of SiLU; Phi and GPT-2 have no gate."""
+    causal = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE))
+    found = [type(each).__name__ for each in causal.modules() if layers.is_swiglu(each)]
+    assert found == (["LlamaMLP"] * 2 if swapped else [])
+
+
+def test_mlp_with_another_order_of_its_parts_is_not_swapped() -> None:
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4) for _ in range(3))
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+    assert not layers.is_swiglu(Reversed())
+
+
 # --- half precision --------------------------------------------------------------------------
 
 
 def by_definition(module: Any) -> Callable[[Tensor], Tensor]:
-    """A linear layer, with or without an adapter, or an RMS norm, by its definition in fp64."""
+    """A linear layer with or without an adapter, an RMS norm or an MLP, by definition, in fp64."""
 
     def linear_layer(x: Tensor) -> Tensor:
         base: Any = getattr(module, "base_layer", module)
@@ -252,6 +315,12 @@ def by_definition(module: Any) -> Callable[[Tensor], Tensor]:
         size = x.double().square().mean(-1, keepdim=True) + module.variance_epsilon
         return module.weight.double() * x.double() / size.sqrt()
 
+    def mlp(x: Tensor) -> Tensor:
+        gate, up, down = (by_definition(module.get_submodule(name)) for name in MLP)
+        return down(silu(gate(x)) * up(x))
+
+    if hasattr(module, "gate_proj"):
+        return mlp
     return norm if hasattr(module, "variance_epsilon") else linear_layer
 
 
@@ -259,7 +328,12 @@ def by_definition(module: Any) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(("family", "quantization"), [("qwen2", "4"), ("llama", "none")])
 @pytest.mark.parametrize("training", [True, False])
 def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original_ones(
-    tmp_path: Path, family: str, quantization: str, training: bool, dtype: str
+    tmp_path: Path,
+    family: str,
+    quantization: str,
+    training: bool,
+    dtype: str,
+    parts: tuple[type, ...],
 ) -> None:
     """Output, gradient of the input, and gradients of adapters, which are fp32.
 
@@ -267,10 +341,8 @@ def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original
     """
     model = reward_model(tmp_path, family, quantization, dtype=dtype).train(training)
     kinds = set()
-    module: Any
-    for name, module in modules(model, PARTS).items():
-        features = module.in_features if hasattr(module, "in_features") else len(module.weight)
-        x = torch.randn(1, 40, features, generator=torch.Generator().manual_seed(2))
+    for name, module in modules(model, parts).items():
+        x = torch.randn(1, 40, features_of(module), generator=torch.Generator().manual_seed(2))
         x = x.to(getattr(torch, dtype))
         found, expected = outcome(module, x), outcome(by_definition(module), x.double(), of=module)
         with as_in_transformers(model), torch.autocast("cpu", x.dtype):
@@ -281,7 +353,7 @@ def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original
             assert relative(ours.double(), exact.double()) < 1.05 * rounding + 1e-6, name
             assert rounding < 0.01, name
         kinds.add(type(module).__mro__[1])
-    assert kinds == {*PARTS}
+    assert kinds == {*parts}
 
 
 def test_dropout_in_half_precision_drops_the_same_as_peft(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ products are in fp32.
 
 import inspect
 from functools import cache
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -23,12 +23,20 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear, pad, rms_norm, silu
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 
+from reward.model.kernels import swiglu, swiglu_gradients
 from reward.model.swapping import Swapped, swap_in
 
 LINEAR = (nn.Linear, Linear4bit)
+# Products with a multiple of this many numbers per row have faster kernels on a GPU, in half
+# precision. Adapters of other ranks get zeros.
+RANKS = 8
+# From about this many numbers, a pass over a tensor takes a GPU longer than two operations take the
+# CPU to launch.
+LARGE = 2**24
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -52,13 +60,15 @@ def swap_layers(model: PeftModel) -> None:
         for module in classifier.base_model.modules():
             if rotates_halves(module):
                 swap_in(module, Rotating)
+            elif is_swiglu(module):
+                swap_in(module, Gated)
 
 
 def prefers_few_operations(device: torch.device) -> bool:
     """Whether each operation has a high fixed cost, as on a GPU, where the CPU has to launch it.
 
-    Where this is true, norms and rotary embeddings take fewer operations. On a CPU, that would save
-    no time.
+    Where this is true, norms, rotary embeddings and SwiGLU take fewer operations. On a CPU, that
+    would save no time.
     """
     return device.type == "cuda"
 
@@ -100,12 +110,29 @@ def product_in_fp32(one: Tensor, other: Tensor) -> Tensor:
     return one.float() @ other.float()
 
 
-def add_product(to: Tensor, one: Tensor, other: Tensor, scaling: float = 1.0) -> None:
-    """Add scaling * (one @ other) in place; `to` may be fp16 and the factors fp32."""
-    if to.dtype == one.dtype:
-        to.addmm_(one, other, alpha=scaling)
+def product_and_low_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, inner: Tensor, factor: Tensor
+) -> Tensor:
+    """x weight' + bias + inner factor': [..., outputs].
+
+    x is [..., inputs], weight [outputs, inputs], inner [rows, rank] and factor [outputs, rank]. If
+    x is fp16, the last two may be fp32.
+
+    The second product is added in place, which is a pass over the result. If the result is much
+    larger than x, a GPU takes less time to copy x: [x, inner] [weight, factor]'.
+    """
+    outputs, inputs = weight.shape
+    more = len(inner) * (outputs - inputs)
+    if prefers_few_operations(x.device) and more > LARGE and inner.dtype == x.dtype:
+        wide = torch.cat([x, inner.view(*x.shape[:-1], -1)], -1)
+        return product(wide, torch.cat([weight, factor], 1), bias)
+    found = product(x, weight, bias)
+    flat = found.view(-1, outputs)
+    if flat.dtype == inner.dtype:
+        flat.addmm_(inner, factor.T)
     else:
-        to.add_(one @ other, alpha=scaling)
+        flat.add_(inner @ factor.T)
+    return found
 
 
 # --- linear layers and adapters --------------------------------------------------------------
@@ -144,7 +171,7 @@ class Adapted(Function):
     """x W' + bias + s (y A') B', where y is x after dropout, or None without dropout.
 
     W is frozen; A is [rank, inputs] and B is [outputs, rank]. With G, the gradient of the result,
-    and S = s G B, [rows, rank], the chain rule gives
+    C = s B and S = G C, [rows, rank], the chain rule gives
 
         dx = G W,  dy = S A,  dA = S' y,  dB = s G' (y A').
 
@@ -161,30 +188,34 @@ class Adapted(Function):
         ctx: Any, x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, scaling: float, layer: Any
     ) -> Tensor:
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-        kept, a, b = x if y is None else y, a.to(dtype), b.to(dtype)
+        kept, rank = x if y is None else y, len(a)
+        a, c = a.to(dtype), torch.mul(b, scaling, out=b.new_empty(b.shape, dtype=dtype))
+        if prefers_few_operations(x.device) and rank % RANKS and x.numel() > LARGE:
+            a, c = pad(a, (0, 0, 0, -rank % RANKS)), pad(c, (0, -rank % RANKS))
         inner = kept.flatten(0, -2).to(dtype) @ a.T
-        ctx.save_for_backward(kept, inner, a, b)
-        ctx.scaling, ctx.layer, ctx.dropped = scaling, layer, y is not None
-        found = output(layer, x)
-        add_product(found.view(-1, len(b)), inner, b.T, scaling)
-        return found
+        ctx.save_for_backward(kept, inner, a, c)
+        ctx.rank, ctx.scaling, ctx.layer, ctx.dropped = rank, scaling, layer, y is not None
+        return product_and_low_rank(x, dense(layer), layer.bias, inner, c)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        kept, inner, a, b = ctx.saved_tensors
+        kept, inner, a, c = ctx.saved_tensors
         [gradient] = gradients
         rows = gradient.flatten(0, -2).to(a.dtype)
-        scaled = (rows @ b).mul_(ctx.scaling)
+        scaled = rows @ c
         of_x = of_y = None
         if ctx.needs_input_grad[0]:
-            of_x = product(gradient, dense(ctx.layer).T)
-            if not ctx.dropped:
-                add_product(of_x.view(-1, a.shape[1]), scaled, a)
+            weight = dense(ctx.layer).T
+            of_x = (
+                product(gradient, weight)
+                if ctx.dropped
+                else product_and_low_rank(gradient, weight, None, scaled, a.T)
+            )
         if ctx.needs_input_grad[1]:
             of_y = (scaled @ a).to(kept.dtype).view_as(kept)
         of_a = product_in_fp32(scaled.T, kept.flatten(0, -2).to(a.dtype))
         of_b = product_in_fp32(rows.T, inner).mul_(ctx.scaling)
-        return of_x, of_y, of_a, of_b, None, None
+        return of_x, of_y, of_a[: ctx.rank], of_b[:, : ctx.rank], None, None
 
 
 class AdaptedLayer(Swapped):
@@ -263,6 +294,51 @@ def is_rms_norm(module: nn.Module) -> bool:
     rounding = 1e-5 if weight.dtype == torch.float32 else 1e-2
     close = (found - expected).norm() <= rounding * expected.norm()
     return found.shape == expected.shape and bool(close)
+
+
+# --- SwiGLU -----------------------------------------------------------------------------------
+
+# What the forward of an MLP with SwiGLU uses in transformers.
+SWIGLU_PARTS = ("down_proj", "act_fn", "gate_proj", "up_proj")
+
+
+class Gate(Function):
+    """silu(gate) * up. Only these two are saved, and not silu(gate)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        [gradient] = gradients
+        return swiglu_gradients(gradient, *ctx.saved_tensors)
+
+
+class Gated(Swapped):
+    """An MLP with SwiGLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mlp: Any = self
+        return cast(Tensor, mlp.down_proj(Gate.apply(mlp.gate_proj(x), mlp.up_proj(x))))
+
+
+def is_swiglu(module: nn.Module) -> bool:
+    """Whether a module is an MLP with SwiGLU, by its parts and what its forward does with them."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    if {*names_in(forward)} != {*SWIGLU_PARTS}:
+        return False
+    if not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+        return False
+    x = torch.linspace(-3, 3, 7)
+    parts = SimpleNamespace(
+        gate_proj=lambda x: x - 1,
+        up_proj=lambda x: x + 2,
+        down_proj=lambda x: 3 * x,
+        act_fn=silu,
+    )
+    return torch.allclose(forward(parts, x), 3 * swiglu(x - 1, x + 2), rtol=1e-5, atol=1e-6)
 
 
 # --- rotary embedding ------------------------------------------------------------------------
