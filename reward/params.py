@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-from reward.process import Fault
+from reward.process import Fault, as_written
 
 Group = TypeVar("Group")
 
@@ -68,7 +68,7 @@ def load(name: str, kind: type[Group], path: Path = Path("params.yaml")) -> Grou
         if key not in values:
             faults.append(f"{name}.{key} is missing, must be {_expected(hint)}")
         elif not _conforms(values[key], hint):
-            faults.append(f"{name}.{key} is {values[key]!r}, must be {_expected(hint)}")
+            faults.append(f"{name}.{key} is {as_written(values[key])}, must be {_expected(hint)}")
     if faults:
         raise Fault("\n".join(f"{path}: {fault}" for fault in sorted(faults)))
     return kind(**{key: _typed(values[key], hint) for key, hint in hints.items()})
@@ -87,7 +87,9 @@ def _read(name: str, path: Path) -> dict[str, Any]:
         raise Fault(f"{path}: broken YAML: {yaml_error(error)}") from None
     group = document.get(name) if isinstance(document, dict) else None
     if not isinstance(group, dict):
-        raise Fault(f"{path}: the group {name} is {group!r}, must be a mapping of keys to values")
+        raise Fault(
+            f"{path}: the group {name} is {as_written(group)}, must be a mapping of keys to values"
+        )
     return {str(key): value for key, value in group.items()}
 
 

@@ -65,6 +65,11 @@ class Fault(Exception):
     elsewhere = False
 
 
+def as_written(value: object) -> str:
+    """A value of a YAML or JSON file for a message, with null, true and false as in the file."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
 def run_stage(name: str, description: str | None, main: Callable[[], None]) -> None:
     """Run the `main` of a stage. A stage reads params.yaml, so its only argument is --help."""
     argparse.ArgumentParser(

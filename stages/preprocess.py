@@ -32,6 +32,7 @@ from reward import params
 from reward.data import tokenized
 from reward.data.columns import IDS, PREFERENCE
 from reward.data.ledger import SHOWN, Ledger
+from reward.data.prefixes import TokenIds
 from reward.data.reading import other_names
 from reward.data.records import PARTS, TIE, TOOLS, BadRecord, Record
 from reward.data.rows import as_row, compare
@@ -39,7 +40,7 @@ from reward.data.sets import Notes, read_sets, write_sets
 from reward.data.sources import Source, sources, usable
 from reward.data.splitting import among, contradictions, count_votes, duplicates, split
 from reward.data.tokenized import Row
-from reward.data.tokens import Array, Encoder, Template, as_array
+from reward.data.tokens import Encoder, Template, as_array
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
 from reward.process import Fault, run_stage
@@ -208,13 +209,13 @@ def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
 
 def encoded(
     encoder: Encoder, batched: Iterable[list[Rendered]]
-) -> Iterator[tuple[list[Rendered], Future[list[Array]]]]:
+) -> Iterator[tuple[list[Rendered], Future[list[TokenIds]]]]:
     """Each batch with the ids of all its texts, while the next two batches are encoded.
 
     Two, because turning ids into arrays needs Python's global lock: while one batch waits for it,
     the tokenizer's threads work on the other.
     """
-    waiting: deque[tuple[list[Rendered], Future[list[Array]]]] = deque()
+    waiting: deque[tuple[list[Rendered], Future[list[TokenIds]]]] = deque()
     with ThreadPoolExecutor(max_workers=2) as pool:
         for batch in batched:
             texts = [text for item in batch for text in item.texts]
@@ -225,7 +226,7 @@ def encoded(
 
 
 def row_of(
-    options: Preprocess, encoder: Encoder, item: Rendered, encoded: list[Array], ledger: Ledger
+    options: Preprocess, encoder: Encoder, item: Rendered, encoded: list[TokenIds], ledger: Ledger
 ) -> Row | None:
     """The row of a record for the scratch table, or None if no comparison is left.
 

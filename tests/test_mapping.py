@@ -279,7 +279,7 @@ def test_entry_overrides_the_split(tmp_path: Path) -> None:
         ("x.jsonl: {prompt: 3}", "prompt is 3, expected the name of a column, or null for none"),
         ("x.jsonl: {take: 0}", "take is 0, expected a number of records, or a share above 0"),
         ("x.jsonl: {take: 1.5}", "take is 1.5, expected a number of records, or a share above 0"),
-        ("x.jsonl: {take: true}", "take is True, expected a number of records, or a share above 0"),
+        ("x.jsonl: {take: true}", "take is true, expected a number of records, or a share above 0"),
         ("x.jsonl: {split: dev}", "split is 'dev', expected train, validation or test"),
         ("x.jsonl: {seed: a}", "seed is 'a', expected an integer"),
         ("x.jsonl: {where: en}", "where is 'en', expected columns, each with the values"),

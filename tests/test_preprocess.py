@@ -18,9 +18,10 @@ from tokenizers import Tokenizer
 
 from benchmarks import preprocess as benchmark
 from reward.data import tokenized
+from reward.data.prefixes import TokenIds
 from reward.data.records import check
 from reward.data.rows import as_json, shown
-from reward.data.tokens import Array, Encoder, Template
+from reward.data.tokens import Encoder, Template
 from reward.outputs import digests, read_json
 from reward.process import Fault
 from stages import preprocess
@@ -403,7 +404,7 @@ def test_ranking_has_a_row_per_comparison_and_tokenizes_answers_once(
     )
     encode, encoded = Encoder.encode_arrays, []
 
-    def counting(encoder: Encoder, texts: list[str]) -> list[Array]:
+    def counting(encoder: Encoder, texts: list[str]) -> list[TokenIds]:
         encoded.extend(texts)
         return encode(encoder, texts)
 

@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from reward.data import tokenized
 from reward.data.columns import ANSWERS, GRADES
+from reward.data.prefixes import TokenIds
 from reward.data.reading import unit
 from reward.data.records import CERTAIN, Record, hash64
-from reward.data.rows import Array, Kept, hash_of
+from reward.data.rows import Kept, hash_of
 from reward.data.sources import Source
 from reward.data.splitting import (
     Ballots,
@@ -92,7 +93,7 @@ class Ledger:
         self._judges = Judges(self.file, self.position, self.answers)
 
     def add(
-        self, file: int, position: int, record: Record, ids: Sequence[Array], kept: Kept
+        self, file: int, position: int, record: Record, ids: Sequence[TokenIds], kept: Kept
     ) -> None:
         """Add the comparisons of a record that are kept. `ids` are the token ids of its answers."""
         begun, answers = beginnings(record.prompt), [*map(hash_of, ids)]

@@ -33,7 +33,7 @@ from reward.data.recognition import Known
 from reward.data.suggestion import MAPPING
 from reward.data.values import plain
 from reward.params import read_yaml, yaml_error
-from reward.process import Fault
+from reward.process import Fault, as_written
 
 ORDERED: tuple[Order, ...] = ("ranks", "scores")
 GRADED = ("preference", "margin", "weight")
@@ -173,12 +173,12 @@ def _faults(entry: Any) -> list[str]:
     if entry is None:
         return []
     if not isinstance(entry, dict):
-        return [f"is {entry!r}, expected keys and values"]
+        return [f"is {as_written(entry)}, expected keys and values"]
     faults = [
         f"{key} is unknown, expected one of {', '.join(KEYS)}" for key in entry if key not in KEYS
     ]
     faults += [
-        f"{key} is {entry[key]!r}, expected {kind.expected}"
+        f"{key} is {as_written(entry[key])}, expected {kind.expected}"
         for key, kind in KEYS.items()
         if key in entry and not kind.holds(entry[key])
     ]

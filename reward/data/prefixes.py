@@ -3,6 +3,9 @@
 import numpy as np
 import numpy.typing as npt
 
+# The ids of a text: [tokens].
+TokenIds = npt.NDArray[np.int32]
+
 
 def prefix_length(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> int:
     """The length of the common prefix of two [ids], at most one less than the shorter length."""

@@ -17,6 +17,7 @@ from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 from reward.data.columns import RESERVED
+from reward.process import as_written
 
 ROLES = ("system", "user", "assistant", "tool")
 PAIR = ("chosen", "rejected")
@@ -295,7 +296,8 @@ def _message(key: str, item: Any) -> Message:
     if role not in ROLES:
         raise BadRecord(
             "unknown_role",
-            f"a message of {key!r} has the role {role!r}, expected one of {', '.join(ROLES)}",
+            f"a message of {key!r} has the role {as_written(role)}, expected one of "
+            f"{', '.join(ROLES)}",
         )
     if content is None and "tool_calls" in parts:
         return role, "", _parts_text(key, parts | {"content": None})

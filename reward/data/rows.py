@@ -7,9 +7,8 @@ from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from reward.data.prefixes import prefix_length
+from reward.data.prefixes import TokenIds, prefix_length
 from reward.data.records import (
     TIE,
     BadRecord,
@@ -22,8 +21,6 @@ from reward.data.records import (
 )
 from reward.data.tokenized import Compared, Row
 
-Array = npt.NDArray[np.int32]
-
 
 class Kept(NamedTuple):
     """The comparisons of a record that are usable with its ids, and the faults of the others."""
@@ -33,7 +30,7 @@ class Kept(NamedTuple):
     faults: list[BadRecord]
 
 
-def compare(record: Record, ids: Sequence[Array], max_length: int) -> Kept:
+def compare(record: Record, ids: Sequence[TokenIds], max_length: int) -> Kept:
     """The comparisons of a record whose two answers have different ids, at most `max_length` each.
 
     `ids` are the ids of each answer with its prompt. A comparison with longer ids is the fault
@@ -57,14 +54,14 @@ def compare(record: Record, ids: Sequence[Array], max_length: int) -> Kept:
 
 
 def as_row(
-    record: Record, ids: Sequence[Array], texts: Sequence[str], compared: Sequence[Compared]
+    record: Record, ids: Sequence[TokenIds], texts: Sequence[str], compared: Sequence[Compared]
 ) -> Row:
     """The row of a record whose answers have these ids and texts."""
     prompt, *responses = map(as_json, (record.prompt, *record.answers))
     return Row(record.prompt_id, prompt, record.columns, ids, responses, texts, compared)
 
 
-def hash_of(ids: Array) -> int:
+def hash_of(ids: TokenIds) -> int:
     """64 bits that are equal for equal ids."""
     return int.from_bytes(hashlib.sha256(ids.tobytes()).digest()[:8])
 

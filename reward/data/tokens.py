@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
+from reward.data.prefixes import TokenIds
 from reward.data.records import TOOLS, Messages, names_of
 from reward.data.templates import dated, divide, fill, read_chat_template, render_chat
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
-
-Array = npt.NDArray[np.int32]
 
 TEMPLATES = {
     "zh": "问:{prompt}\n\n答:{answer}",
@@ -136,7 +134,7 @@ class Encoder:
         """The ids of each text as a plain tokenizer call gives them, never cut, with eos if set."""
         return [self._finish(encoding.ids) for encoding in self._encodings(texts)]
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[Array]:
+    def encode_arrays(self, texts: Sequence[str]) -> list[TokenIds]:
         """The ids of each text as arrays.
 
         Each array is made before the next list of ids, because a list takes nine times the memory.
@@ -228,7 +226,7 @@ class Encoder:
         return {name: token_of(self._config, name) or "" for name in names}
 
 
-def as_array(ids: Sequence[int]) -> Array:
+def as_array(ids: Sequence[int]) -> TokenIds:
     return np.array(ids, dtype=np.int32)
 
 

@@ -21,7 +21,7 @@ from reward.exporting.exported import REWARD, load_exported
 from reward.model.packing import texts_of
 from reward.model.scoring import score
 from reward.outputs import read_json, recorded
-from reward.process import Fault
+from reward.process import Fault, as_written
 from reward.serving.endings import Endings
 from reward.serving.openings import Openings
 
@@ -202,8 +202,8 @@ def require_answer(completion: Any) -> None:
     """Raises BadRecord `no_answer` for a completion without text or tool calls of the assistant."""
     last = completion[-1] if isinstance(completion, list) and completion else completion
     if isinstance(last, dict) and last.get("role") != "assistant":
-        role = last.get("role")
-        raise BadRecord("no_answer", f"the completion ends in a message with the role {role!r}")
+        role = as_written(last.get("role"))
+        raise BadRecord("no_answer", f"the completion ends in a message with the role {role}")
     content = (last.get("content") or last.get("tool_calls")) if isinstance(last, dict) else last
     if not content or (isinstance(content, str) and not content.strip()):
         raise BadRecord("no_answer", "the completion is empty")
