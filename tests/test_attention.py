@@ -56,7 +56,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """
     if request.param == ON_GPU:
         monkeypatch.setattr(layers, "prefers_few_operations", lambda device: True)
-        monkeypatch.setattr(layers, "LARGE", 0)
+        monkeypatch.setattr(layers, "LARGE", -(2**30))
     if request.param != "text by text":
         monkeypatch.setattr(attention, "flash", partial(varlen.varlen_attn, enable_gqa=True))
         monkeypatch.setattr(attention, "has_flash", lambda device: True)

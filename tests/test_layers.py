@@ -46,7 +46,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tu
     if request.param == "of a CPU":
         return PARTS
     monkeypatch.setattr(layers, "prefers_few_operations", lambda device: True)
-    monkeypatch.setattr(layers, "LARGE", 0)
+    monkeypatch.setattr(layers, "LARGE", -(2**30))
     return (*PARTS, layers.Gated)
 
 
@@ -131,8 +131,8 @@ def test_swapped_layers_match_the_original_ones(
     if family == "phi":
         monkeypatch.setattr(f"{__name__}.ADAPTED", ["q_proj", "fc1"])
     model = reward_model(tmp_path, family, quantization).train(training)
-    compared = 0
-    for name, module in modules(model, parts).items():
+    compared = modules(model, parts)
+    for name, module in compared.items():
         x = torch.randn(1, 9, features_of(module), generator=torch.Generator().manual_seed(2))
         found = outcome(module, x)
         with as_in_transformers(model):
@@ -140,9 +140,8 @@ def test_swapped_layers_match_the_original_ones(
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             assert relative(one, other) < 2e-6, name
-        compared += 1
     linears = modules(model, (nn.Linear, LoraLayer))
-    assert compared >= len([name for name in linears if ".layers." in name and "lora_" not in name])
+    assert {name for name in linears if ".layers." in name and "lora_" not in name} <= {*compared}
 
 
 def test_norms_of_a_decoder_are_swapped(tmp_path: Path) -> None:
@@ -168,6 +167,7 @@ def test_other_kinds_of_norms_are_not_swapped() -> None:
         assert not any(layers.is_rms_norm(module) for module in causal.modules())
 
 
+@pytest.mark.usefixtures("parts")
 def test_dropout_uses_the_same_random_numbers_as_peft(tmp_path: Path) -> None:
     """Output and gradients are therefore the same; in eval mode there is no dropout."""
     model = reward_model(tmp_path, dropout=0.5)
@@ -271,6 +271,14 @@ def test_swiglu_and_its_gradients_match_pytorch() -> None:
         assert relative(one.double(), other) < 1e-6
 
 
+def test_gate_saves_only_its_inputs_for_backward() -> None:
+    kept: list[Tensor] = []
+    gate, up = (torch.randn(3, 50).bfloat16().requires_grad_() for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda nothing: gate):
+        layers.Gate.apply(gate, up)
+    assert [each.data_ptr() for each in kept] == [gate.data_ptr(), up.data_ptr()]
+
+
 @pytest.mark.parametrize(
     ("family", "swapped"), [("llama", True), ("gemma", False), ("phi", False), ("gpt2", False)]
 )
@@ -356,6 +364,7 @@ def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original
     assert kinds == {*parts}
 
 
+@pytest.mark.usefixtures("parts")
 def test_dropout_in_half_precision_drops_the_same_as_peft(tmp_path: Path) -> None:
     model = reward_model(tmp_path, dropout=0.5, dtype="bfloat16").train()
     x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3)).bfloat16()

@@ -553,6 +553,13 @@ def test_non_finite_loss_stops_the_stage_and_names_the_step(
     assert not train.METRICS.exists()
 
 
+def test_figures_that_are_read_late_keep_no_gradients_in_memory() -> None:
+    ours = new_trainer()
+    found = ours.attempt(ours.steps[0])
+    assert found is not None
+    assert found.untyped_storage().nbytes() == 16
+
+
 def test_figures_that_are_read_late_are_the_same(set_params: SetParams) -> None:
     """As on a GPU, where reading them waits for the GPU."""
     set_params("train", max_steps=5, logging_steps=2, eval_steps=3)

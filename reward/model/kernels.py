@@ -1,8 +1,9 @@
 """Elementwise operations that take one kernel each on a GPU, where PyTorch's take several.
 
 Passes over memory determine their time. PyTorch compiles the kernels when they are first called, in
-about a second. T is the type of the computation: fp32 for tensors in half precision, so a result is
-rounded once. Elsewhere than on a GPU, PyTorch's operations compute the same.
+about a second, and keeps them in ~/.cache/torch/kernels. T is the type of the computation: fp32 for
+tensors in half precision, so a result is rounded once. Elsewhere than on a GPU, PyTorch's
+operations compute the same.
 """
 
 from typing import Any
@@ -42,6 +43,7 @@ def swiglu_gradients(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     if gate.is_cuda:
         of_gate, of_up = SWIGLU_GRADIENTS(gradient, gate, up)
         return of_gate, of_up
-    wide, s = gate.float(), gate.float().sigmoid()
+    gradient, wide, dtype = gradient.float(), gate.float(), gate.dtype
+    s = wide.sigmoid()
     slope = s * (1 + wide * (1 - s))
-    return (gradient * up * slope).to(gate.dtype), (gradient * wide * s).to(gate.dtype)
+    return (gradient * up * slope).to(dtype), (gradient * wide * s).to(dtype)

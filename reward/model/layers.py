@@ -31,8 +31,8 @@ from reward.model.kernels import swiglu, swiglu_gradients
 from reward.model.swapping import Swapped, swap_in
 
 LINEAR = (nn.Linear, Linear4bit)
-# Products with a multiple of this many numbers per row have faster kernels on a GPU, in half
-# precision. Adapters of other ranks get zeros.
+# Products in half precision with a multiple of this many numbers per row have faster kernels on a
+# GPU. For large inputs, adapters of other ranks get zeros.
 RANKS = 8
 # From about this many numbers, a pass over a tensor takes a GPU longer than two operations take the
 # CPU to launch.
@@ -67,8 +67,9 @@ def swap_layers(model: PeftModel) -> None:
 def prefers_few_operations(device: torch.device) -> bool:
     """Whether each operation has a high fixed cost, as on a GPU, where the CPU has to launch it.
 
-    Where this is true, norms, rotary embeddings and SwiGLU take fewer operations. On a CPU, that
-    would save no time.
+    Where this is true, norms, rotary embeddings and SwiGLU take fewer operations. For large
+    tensors, adapters take more operations but fewer passes over memory. On a CPU, neither would
+    save time.
     """
     return device.type == "cuda"
 
@@ -119,11 +120,12 @@ def product_and_low_rank(
     x is fp16, the last two may be fp32.
 
     The second product is added in place, which is a pass over the result. If the result is much
-    larger than x, a GPU takes less time to copy x: [x, inner] [weight, factor]'.
+    larger than x and the weights, a GPU takes less time to copy these for one product:
+    [x, inner] [weight, factor]'.
     """
     outputs, inputs = weight.shape
-    more = len(inner) * (outputs - inputs)
-    if prefers_few_operations(x.device) and more > LARGE and inner.dtype == x.dtype:
+    saved = len(inner) * (outputs - inputs) - outputs * inputs
+    if prefers_few_operations(x.device) and saved > LARGE and inner.dtype == x.dtype:
         wide = torch.cat([x, inner.view(*x.shape[:-1], -1)], -1)
         return product(wide, torch.cat([weight, factor], 1), bias)
     found = product(x, weight, bias)
@@ -190,7 +192,8 @@ class Adapted(Function):
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         kept, rank = x if y is None else y, len(a)
         a, c = a.to(dtype), torch.mul(b, scaling, out=b.new_empty(b.shape, dtype=dtype))
-        if prefers_few_operations(x.device) and rank % RANKS and x.numel() > LARGE:
+        large = prefers_few_operations(x.device) and x.numel() > LARGE
+        if large and rank % RANKS and dtype != torch.float32:
             a, c = pad(a, (0, 0, 0, -rank % RANKS)), pad(c, (0, -rank % RANKS))
         inner = kept.flatten(0, -2).to(dtype) @ a.T
         ctx.save_for_backward(kept, inner, a, c)

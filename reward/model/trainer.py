@@ -212,7 +212,7 @@ class RewardTrainer(Trainer):
         *gradients, sums = total.total().split([*(each.numel() for each in self.trained), 4])
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter)
-        return sums
+        return sums.clone()  # because a view would keep the gradients in memory
 
     def addend(self, step: Step, packs: Sequence[Sequence[Ranking]], number: int) -> Tensor:
         """What one pack adds to the step's gradient and to the four numbers of `attempt`.
