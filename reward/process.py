@@ -70,6 +70,11 @@ def as_written(value: object) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun, such as "1 pair" or "2 pairs"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def run_stage(name: str, description: str | None, main: Callable[[], None]) -> None:
     """Run the `main` of a stage. A stage reads params.yaml, so its only argument is --help."""
     argparse.ArgumentParser(

@@ -40,7 +40,7 @@ from reward.outputs import (
     write_json,
 )
 from reward.params import Positive, Seed, ZeroOrMore
-from reward.process import Fault, processors, run_stage
+from reward.process import Fault, counted, processors, run_stage
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -237,7 +237,7 @@ def report(figures: dict[str, Any]) -> None:
         print(f"{'on the original base':<30}{in_columns(original)}")
         print(
             f"warning    on the original, unquantized base the adapter's rewards differ by up to "
-            f"{original['difference_max']:.2g}, which reorders {original['flips']} pairs"
+            f"{original['difference_max']:.2g}, which reorders {counted(original['flips'], 'pair')}"
         )
     print(f"exported   {EXPORT}; how to use it: {EXPORT}/README.md")
 

@@ -43,7 +43,7 @@ from reward.data.tokenized import Row
 from reward.data.tokens import Encoder, Template, as_array
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
-from reward.process import Fault, run_stage
+from reward.process import Fault, counted, run_stage
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -286,8 +286,8 @@ def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
                 ledger.place(ledger.file[row], ledger.position[row]) for row in rows
             )
             raise Fault(
-                f"{len(places)} records of {options.data} share their prompt with the {name} "
-                f"files: {'; '.join([*places][:SHOWN])}; to leave them out, set "
+                f"{options.data}: the prompts of {counted(len(places), 'record')} are also in the "
+                f"{name} files: {'; '.join([*places][:SHOWN])}; to leave them out, set "
                 "preprocess.on_bad_record to drop"
             )
         ledger.bad_rows(rows, f"in_{name}_set", f"its prompt is in a {name} file")
@@ -442,8 +442,8 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
     report_clients(figures)
     if figures["ties"] or figures["soft"]:
         print(
-            f"graded     {figures['ties']} pairs are ties, {figures['soft']} have a preference "
-            "that is not certain"
+            f"graded     ties: {figures['ties']}; preferences that are not certain: "
+            f"{figures['soft']}"
         )
     if figures["votes"]:
         print(
@@ -465,15 +465,16 @@ def report_clients(figures: dict[str, Any]) -> None:
     """Print how many texts clients of the model cannot score as training saw them."""
     if cut := figures["truncated"]:
         print(
-            f"clients    the prompts of {cut} records were cut, so their whole texts are too long "
-            "for clients: score and serve refuse them, others cut off the beginning of the template"
+            f"clients    the prompts of {counted(cut, 'record')} were cut, so their whole texts "
+            "are too long for clients: score and serve refuse them, others cut off the beginning "
+            "of the template"
         )
     if refused := sum(
         figures["dropped"].get(reason, 0) for reason in ("needs_chat", TOOLS, *PARTS)
     ):
         print(
-            f"clients    none can score conversations like those of {refused} dropped records, "
-            "because preprocess.template cannot render them"
+            "clients    none can score conversations like those of "
+            f"{counted(refused, 'dropped record')}, because preprocess.template cannot render them"
         )
 
 

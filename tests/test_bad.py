@@ -163,7 +163,7 @@ def test_test_prompt_in_training_data_is_named(
         (workspace / "data" / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
     set_params("preprocess", data="data")
     expected = (
-        "1 records of data share their prompt with the test files: data/train.jsonl: line 1; "
+        "data: the prompts of 1 record are also in the test files: data/train.jsonl: line 1; "
         "to leave them out, set preprocess.on_bad_record to drop"
     )
     assert message_of(preprocess.main) == expected

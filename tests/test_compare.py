@@ -106,7 +106,7 @@ def test_pairs_are_matched_by_id_and_others_are_left_out(
     found = align(first, second, NAMES)
     assert found.ids == ["b", "c"]
     assert [margins.tolist() for margins in found.margins] == [[-1.0, 2.0], [3.0, 5.0]]
-    assert "1 pairs were judged by only one of the two" in capsys.readouterr().err
+    assert "left out: 1 pair that only one of the two has judged" in capsys.readouterr().err
     with pytest.raises(Fault, match="have no judged pairs in common"):
         align(first, table([1.0], ["z"]), NAMES)
 

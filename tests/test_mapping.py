@@ -193,7 +193,7 @@ def test_where_selects_records_with_one_of_the_values(tmp_path: Path) -> None:
 def test_where_without_a_match_is_named_even_with_take(tmp_path: Path) -> None:
     entry = "{prompt: ask, chosen: left, rejected: right, where: {vote: r}, take: 1}"
     message = fault(write(tmp_path, f"x.jsonl: {entry}", TWO))
-    assert "x.jsonl: where (vote) matches none of its 1 records" in message
+    assert "x.jsonl: where (vote) matches no record (of 1)" in message
 
 
 def test_take_samples_by_seed_and_larger_samples_contain_smaller_ones(tmp_path: Path) -> None:
@@ -208,8 +208,7 @@ def test_take_samples_by_seed_and_larger_samples_contain_smaller_ones(tmp_path: 
     assert set(drawn("take: 5, where: {lang: en}")) < set(range(0, 100, 4))
     write(tmp_path, "x.jsonl: {take: 30, where: {lang: en}}", *numbered(100))
     assert (
-        fault(tmp_path)
-        == f"{tmp_path}/x.jsonl: take is 30, but there are only 25 records to draw from"
+        fault(tmp_path) == f"{tmp_path}/x.jsonl: take is 30, but it can draw from only 25 records"
     )
 
 
@@ -261,7 +260,7 @@ def test_entry_overrides_the_split(tmp_path: Path) -> None:
     write(tmp_path, "test.jsonl: {split: train}", *numbered(1), name="test.jsonl")
     source, _ = read(tmp_path)
     assert source.split == "train"
-    assert source.description.endswith(", 1 records for train")
+    assert source.description.endswith(", 1 record for train")
 
 
 # --- faults ----------------------------------------------------------------------------------

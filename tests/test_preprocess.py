@@ -221,7 +221,7 @@ def test_training_records_with_a_test_prompt_are_listed_or_left_out(
     rewrite(data, [pair(i) for i in range(20)])
     rewrite(workspace / "data" / "raw" / "test.json", [pair(30), pair(7, **changes)])
     set_params("preprocess", data="data/raw", on_bad_record="stop")
-    message = "1 records of data/raw share their prompt with the test files: "
+    message = "data/raw: the prompts of 1 record are also in the test files: "
     assert message + "data/raw/pairs.json: record 8; " in fault()
     set_params("preprocess", on_bad_record="drop")
     metrics = run()
@@ -371,7 +371,7 @@ def test_prompt_of_a_split_file_in_the_other_data_is_a_fault(
     others = {"pairs": [*map(pair, range(20))], name: [pair(30), pair(7, chosen="fine")]}
     folder_of(workspace, set_params, **others)
     message = (
-        f"1 records of mine share their prompt with the {name} files: mine/pairs.json: record 8; "
+        f"mine: the prompts of 1 record are also in the {name} files: mine/pairs.json: record 8; "
     )
     assert fault() == f"{message}to leave them out, set preprocess.on_bad_record to drop"
 
@@ -491,7 +491,7 @@ def test_ties_are_kept_and_counted(data: Path, capsys: pytest.CaptureFixture[str
         "read       data/raw/pairs.json as prompt, response1 and response2 with "
     )
     assert ", 30 records\n" in printed
-    assert "\ngraded     10 pairs are ties, 0 have a preference that is not certain\n" in printed
+    assert "\ngraded     ties: 10; preferences that are not certain: 0\n" in printed
 
 
 def test_each_file_is_reported_with_its_form(
@@ -502,8 +502,8 @@ def test_each_file_is_reported_with_its_form(
     run()
     assert capsys.readouterr().out.splitlines()[:3] == [
         "read       mine/a.json as prompt, chosen and rejected, 20 records",
-        "read       mine/test.json as prompt, chosen and rejected, 1 records for test",
-        "read       data/sets/own.json as prompt, chosen and rejected, 1 records",
+        "read       mine/test.json as prompt, chosen and rejected, 1 record for test",
+        "read       data/sets/own.json as prompt, chosen and rejected, 1 record",
     ]
 
 
@@ -644,7 +644,7 @@ def test_long_prompts_are_truncated_and_counted(
     assert metrics["truncated"] == 1
     assert metrics["length"]["max"] == 40
     assert sum(metrics["pairs"].values()) == 21
-    assert "\nclients    the prompts of 1 records were cut, so " in (capsys.readouterr().out)
+    assert "\nclients    the prompts of 1 record were cut, so " in (capsys.readouterr().out)
 
 
 def test_answer_too_long_by_itself_stops_the_stage(data: Path, set_params: SetParams) -> None:

@@ -172,7 +172,7 @@ def test_summary_counts_prompts_and_texts(
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "read       8 prompts with 20 texts"
     assert printed[1].startswith("scored     20 texts with ")
-    assert printed[1].endswith("texts/s; 0 were already scored")
+    assert printed[1].endswith("texts/s; already scored: 0")
     assert printed[2] == "written    out.jsonl"
 
 
@@ -408,7 +408,7 @@ def test_killed_process_loses_and_duplicates_nothing(start: Callable[[str], Fork
     for process in (resumed, undisturbed):
         printed, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert "; 0 were already scored" in printed
+    assert "; already scored: 0" in printed
     assert OUTPUT.read_bytes() == Path("undisturbed.jsonl").read_bytes()
     assert 0 < done < OUTPUT.stat().st_size
     assert [row["extra"]["index"] for row in lines()] == list(range(600))

@@ -332,7 +332,7 @@ def test_texts_of_a_disconnected_client_are_not_scored(
 
     asyncio.run(work())
     printed, errors = process.communicate()
-    assert printed == "stopped    1 requests with 1 texts were answered\n"
+    assert printed == "stopped    after 1 request with 1 text\n"
     assert errors == ""
 
 
@@ -362,8 +362,8 @@ def test_texts_of_a_disconnected_client_are_not_scored(
             "query[1]: the text begins with 'a', expected one rendered with",
         ),
         (b'{"query": [""]}', "query[0]: the text has no token"),
-        (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts must be a list of 1 prompts,"),
-        (b'{"answers": ["a"]}', "prompts must be a list of 1 prompts, one for each text"),
+        (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts must be a list of 1 prompt,"),
+        (b'{"answers": ["a"]}', "prompts must be a list of 1 prompt, one for each text"),
         (b'{"prompts": [" "], "answers": ["a"]}', "answers[0]: 'prompt' is empty"),
         (
             b'{"prompts": ["a"], "answers": [3]}',
@@ -701,7 +701,7 @@ def test_accepted_requests_are_answered_before_shutdown(
     assert [answer["rewards"] for answer in found] == [[float(size)] for size in range(1, 6)]
     printed, errors = process.communicate()
     assert process.returncode == 0
-    assert printed.splitlines()[-1] == "stopped    5 requests with 5 texts were answered"
+    assert printed.splitlines()[-1] == "stopped    after 5 requests with 5 texts"
     assert errors == ""
 
 

@@ -391,15 +391,26 @@ def kill(project: Project, outcome: Outcome, delays: dict[str, float], draw: ran
     if dvc is None:
         return False
     group = os.getpgid(dvc.pid)
+
+    def ranks() -> list[psutil.Process]:
+        found = []
+        for process in project.training():
+            with suppress(psutil.Error):
+                if process.ppid() == trainer.pid:
+                    found.append(process)
+        return found
+
+    if case.victim == "rank":
+        started = case.processes[0]
+        wait(lambda: len(ranks()) >= started or project.finished(), "the trainer's processes")
     await_phase(project, case.phase, delays, draw)
     if not in_phase(project, case.phase, trainer):
         return False
     victim = trainer if case.victim == "trainer" else dvc
     if case.victim == "rank":
-        ranks = [each for each in project.training() if each.ppid() == trainer.pid]
-        if len(ranks) < case.processes[0]:
+        if len(found := ranks()) < case.processes[0]:
             return False
-        victim = draw.choice(ranks)
+        victim = draw.choice(found)
     if not victim.is_running():
         return False
     if case.victim == "group":

@@ -35,7 +35,7 @@ from reward.data.values import (
     top,
     value_at,
 )
-from reward.process import Fault
+from reward.process import Fault, counted
 
 # How many records at the beginning of a file decide its form.
 HEAD = 100
@@ -149,8 +149,8 @@ def _answers(columns: Columns, records: list[Record], unread: Unrecognized) -> A
         if tops <= names and (empty := sorted(tops - columns.keys())):
             verb = "are" if len(empty) > 1 else "is"
             raise Fault(
-                f"{unread.path}: {' and '.join(empty)} {verb} empty in all of the first "
-                f"{len(records)} records, expected two answers to each prompt"
+                f"{unread.path}: {' and '.join(empty)} {verb} empty in the first "
+                f"{counted(len(records), 'record')}, expected two answers to each prompt"
             )
     raise unknown(columns, unread)
 

@@ -16,7 +16,7 @@ from reward.data.records import BadRecord, Raw, check, hash64, names_of
 from reward.data.records import Record as Checked
 from reward.data.suggestion import MAPPING
 from reward.data.values import plain, top, value_at
-from reward.process import Fault
+from reward.process import Fault, counted
 
 # As on the Hub, the name of a file begins with that of its split, and no letter follows.
 SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
@@ -82,8 +82,8 @@ class Source:
         if not matching:
             paths = ", ".join(path for path, _ in self.entry.where)
             raise Fault(
-                f"{self.path}: where ({paths}) matches none of its {self.seen:,} records, expected "
-                "at least one"
+                f"{self.path}: where ({paths}) matches no record (of {self.seen:,}), expected at "
+                "least one"
             )
 
     def _draw(self) -> set[int]:
@@ -96,7 +96,7 @@ class Source:
         amount = max(1, round(take * count)) if isinstance(take, float) else take
         if count and amount > count:
             raise Fault(
-                f"{self.path}: take is {take}, but there are only {count} records to draw from"
+                f"{self.path}: take is {take}, but it can draw from only {counted(count, 'record')}"
             )
         places = range(1, count + 1)
         return {*sorted(places, key=lambda place: hash64([self.entry.seed, place]))[:amount]}
@@ -113,7 +113,7 @@ class Source:
         """The line to print about what was recognized and read."""
         of = "" if self.taken == self.seen else f" of {self.seen:,}"
         split = f" for {self.split}" if self.split else ""
-        records = f"{self.taken:,}{of} records"
+        records = f"{self.taken:,}{of} record{'' if self.seen == 1 else 's'}"
         return f"read       {self.path} as {self.form.description}, {records}{split}"
 
 

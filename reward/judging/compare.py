@@ -23,7 +23,7 @@ from scipy import stats
 
 from reward.data.columns import PREFERENCE
 from reward.judging.metrics import TIE, Floats, Ints, Resampling, correct
-from reward.process import Fault, run
+from reward.process import Fault, counted, run
 
 REPORTS = Path("reports/evaluate")
 RESAMPLING = Resampling(samples=10_000, seed=0)
@@ -106,7 +106,7 @@ def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparis
         raise Fault(f"{names[0]} and {names[1]} have no judged pairs in common, expected some")
     if others := (len(ids) - len(rows)) + (len(places) - len(rows)):
         print(
-            f"note       {others} pairs were judged by only one of the two and are left out",
+            f"note       left out: {counted(others, 'pair')} that only one of the two has judged",
             file=sys.stderr,
         )
     taken = [places[ids[index]] for index in rows]
@@ -151,10 +151,10 @@ def report(found: Comparison, names: tuple[str, str], everything: bool) -> str:
     lines = [
         f"verdict    {names[1]} {verdict}",
         f"accuracy   {first:.4f} for {names[0]}, {second:.4f} for {names[1]}, "
-        f"{len(gain)} pairs of {prompts} prompts",
+        f"{counted(len(gain), 'pair')} of {counted(prompts, 'prompt')}",
         f"difference {gain.mean():+.4f} (95% interval {low:+.4f} to {high:+.4f}, paired, "
         "over prompts)",
-        f"changed    {better} pairs for the better, {worse} for the worse; "
+        f"changed    {counted(better, 'pair')} for the better, {worse} for the worse; "
         f"McNemar's exact p = {mcnemar(gain):.3g}, assuming independent pairs",
     ]
     changed = sorted(np.flatnonzero(gain), key=lambda row: -abs(np.subtract(*found.margins)[row]))

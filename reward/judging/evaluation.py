@@ -40,7 +40,7 @@ from reward.judging.metrics import (
 )
 from reward.judging.rankings import rankings
 from reward.outputs import recorded
-from reward.process import Fault
+from reward.process import Fault, counted
 
 # The most values of a column that slices the pairs. RewardBench has 23 subsets.
 SLICE_VALUES = 30
@@ -208,7 +208,8 @@ def has_best(ranked: dict[str, Any]) -> bool:
 def report(figures: dict[str, Any], read: Path) -> None:
     """Print the main figures of the split `read` and of the extra test sets."""
     extra = f"; {', '.join(figures['sets'])}" if figures["sets"] else ""
-    print(f"read       {read}, {figures['pairs']} pairs of {figures['prompts']} prompts{extra}")
+    size = f"{counted(figures['pairs'], 'pair')} of {counted(figures['prompts'], 'prompt')}"
+    print(f"read       {read}, {size}{extra}")
     print(
         f"accuracy   {figures['accuracy']:.4f} (95% interval {figures['accuracy_low']:.4f} to "
         f"{figures['accuracy_high']:.4f}), {figures['equal_rewards']} with equal rewards"
@@ -242,7 +243,7 @@ def report(figures: dict[str, Any], read: Path) -> None:
     for row in rows:
         print(
             f"  {row['slice']:<{width}}  {row['accuracy']:.4f} "
-            f"({row['low']:.4f} to {row['high']:.4f}) of {row['pairs']} pairs"
+            f"({row['low']:.4f} to {row['high']:.4f}) of {counted(row['pairs'], 'pair')}"
         )
     for name, found in figures["sets"].items():
         if found["benchmark"]:
@@ -250,19 +251,20 @@ def report(figures: dict[str, Any], read: Path) -> None:
         if found["leaked"]:
             pairs = found["pairs"] + found["ties"]["pairs"]
             print(
-                f"note       {found['leaked']} of {pairs} pairs of {name} have a "
-                "prompt that the model was trained on"
+                f"note       the model was trained on the prompts of {found['leaked']} of "
+                f"{counted(pairs, 'pair')} of {name}"
             )
         if found["bad"]:
-            print(f"note       {found['bad']} records of {name} are bad and were left out")
+            print(f"note       left out of {name}: {counted(found['bad'], 'bad record')}")
         if found["too_long"]:
-            print(f"note       {found['too_long']} pairs of {name} are too long and were left out")
+            long = counted(found["too_long"], "pair")
+            print(f"note       left out of {name} as too long: {long}")
 
 
 def report_ties(found: dict[str, Any]) -> None:
     if found["pairs"]:
         print(
-            f"ties       {found['pairs']} pairs, which are neither correct nor wrong; |margin| "
+            f"ties       {counted(found['pairs'], 'pair')}, neither correct nor wrong; |margin| "
             f"{found['margin']['q50']:.4f} at the median, {found['margin_of_others']['q50']:.4f} "
             f"of others, area under the ROC {found['area']:.4f}"
         )
@@ -275,7 +277,7 @@ def report_rankings(found: dict[str, Any]) -> None:
     if has_best(found):
         best = "best of n {mean:.4f} (by chance {chance:.4f}), ".format_map(found["best_of_n"])
     print(
-        f"rankings   of {found['answers']} answers to {found['prompts']} prompts: {best}"
+        f"rankings   of {found['answers']} answers to {counted(found['prompts'], 'prompt')}: {best}"
         f"Kendall's tau-b {found['kendall_tau']['mean']:+.4f}, NDCG {found['ndcg']['mean']:.4f}"
     )
 

@@ -37,7 +37,7 @@ from reward.model import group
 from reward.model.base import DIGESTS
 from reward.model.launching import distribute
 from reward.outputs import digest, writing
-from reward.process import Fault, run, threads
+from reward.process import Fault, counted, run, threads
 from reward.serving.scorer import Misfit, Scorer, probabilities, ranks
 
 EXPORT = Path("models/export")
@@ -345,10 +345,11 @@ def as_parquet(rows: Iterator[Row], path: Path) -> None:
 
 def report(totals: Totals, output: Path) -> None:
     before = totals.texts - totals.scored
-    print(f"read       {totals.prompts} prompts with {totals.texts} texts")
+    print(f"read       {counted(totals.prompts, 'prompt')} with {counted(totals.texts, 'text')}")
     print(
-        f"scored     {totals.scored} texts with {totals.tokens} tokens in {totals.seconds:.1f} s: "
-        f"{totals.scored / totals.seconds:.1f} texts/s; {before} were already scored"
+        f"scored     {counted(totals.scored, 'text')} with {totals.tokens} tokens in "
+        f"{totals.seconds:.1f} s: {totals.scored / totals.seconds:.1f} texts/s; already scored: "
+        f"{before}"
     )
     print(f"written    {output}")
 

@@ -43,7 +43,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from reward.model.launching import distribute, torchrun_options
-from reward.process import LAUNCHED, Fault, run, threads
+from reward.process import LAUNCHED, Fault, counted, run, threads
 from reward.serving.metrics import FOLDER, Metrics
 from reward.serving.queue import Full, Queue, Unscored
 from reward.serving.scorer import Ids, Misfit, Scorer
@@ -151,7 +151,8 @@ async def serve(service: "Service", host: str, port: int, shared: bool = False) 
     await ended.wait()
     await runner.cleanup()
     if not shared:  # a shared process does not know the numbers of the others
-        print(f"stopped    {service.requests} requests with {service.texts} texts were answered")
+        texts = counted(service.texts, "text")
+        print(f"stopped    after {counted(service.requests, 'request')} with {texts}")
 
 
 @contextmanager
@@ -347,7 +348,9 @@ def read(scorer: Scorer, body: bytearray) -> tuple[list[Ids], Sequence[Hashable]
         raise Refused(f"{name} has {len(texts)} texts, expected at most {TEXTS} per request")
     free = name != "answers" and prompts is None
     if not free and not (isinstance(prompts, list) and len(prompts) == len(texts)):
-        raise Refused(f"prompts must be a list of {len(texts)} prompts, one for each text")
+        raise Refused(
+            f"prompts must be a list of {counted(len(texts), 'prompt')}, one for each text"
+        )
     try:
         if name == "answers":
             ids, asked = scorer.encode_pairs(prompts, texts)
