@@ -304,7 +304,7 @@ def test_dataset_yml_is_a_fault(workspace: Path, set_params: SetParams) -> None:
 def test_condition_that_matches_nothing_is_a_fault(workspace: Path, set_params: SetParams) -> None:
     folder = folder_of(workspace, set_params, pairs=[*map(pair, range(20))])
     (folder / "dataset.yaml").write_text("pairs.json: {where: {prompt: nothing}}\n")
-    assert "mine/pairs.json: where (prompt) matches none of its 20 records" in fault()
+    assert "mine/pairs.json: where (prompt) matches no record (of 20)" in fault()
 
 
 def test_records_that_differ_in_no_other_column_are_not_votes(data: Path) -> None:
@@ -557,7 +557,7 @@ def test_bad_records_are_dropped_and_counted_by_reason(
     }
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("clients ")]
     assert printed == [
-        "clients    none can score conversations like those of 1 dropped records, because "
+        "clients    none can score conversations like those of 1 dropped record, because "
         "preprocess.template cannot render them"
     ]
 
