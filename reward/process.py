@@ -72,7 +72,12 @@ def as_written(value: object) -> str:
 
 def counted(count: int, noun: str) -> str:
     """A count with its noun, such as "1 pair" or "2 pairs"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"{count} {plural(noun, count)}"
+
+
+def plural(noun: str, count: int) -> str:
+    """The noun in its plural, unless the count is 1."""
+    return noun if count == 1 else f"{noun}s"
 
 
 def run_stage(name: str, description: str | None, main: Callable[[], None]) -> None:

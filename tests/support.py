@@ -20,6 +20,7 @@ from reward.data import tokenized
 from reward.data.records import TIE, Raw
 from reward.exporting import clients
 from reward.exporting.clients import FOUND, Request
+from reward.model import layers
 from reward.model.base import Quantization
 from reward.model.checkpoints import Run
 from reward.model.converting import conversion_of
@@ -207,6 +208,12 @@ def set_params(group: str, path: Path = Path("params.yaml"), **values: Any) -> N
     content = YAML().load(path)
     content[group].update(values)
     YAML().dump(content, path)
+
+
+def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let layers have the operations of a GPU, also where only large tensors have them there."""
+    monkeypatch.setattr(layers, "prefers_few_operations", lambda device: True)
+    monkeypatch.setattr(layers, "LARGE", -(2**30))
 
 
 def train_killed_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from reward.model import attention, layers
+from reward.model import attention
 from reward.model.attention import Plan, attend, flash_attention, text_by_text
 from reward.model.base import Quantization, add_lora, device, head_of, load_base, new_head
 from reward.model.packing import Texts, pack
@@ -27,6 +27,7 @@ from tests.support import (
     SEPARATE,
     SHAPE,
     VOCABULARY,
+    compute_as_on_a_gpu,
     fetched,
     pair_losses,
     random_prompts,
@@ -55,8 +56,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     With ON_GPU, the layers are those of a GPU, too.
     """
     if request.param == ON_GPU:
-        monkeypatch.setattr(layers, "prefers_few_operations", lambda device: True)
-        monkeypatch.setattr(layers, "LARGE", -(2**30))
+        compute_as_on_a_gpu(monkeypatch)
     if request.param != "text by text":
         monkeypatch.setattr(attention, "flash", partial(varlen.varlen_attn, enable_gqa=True))
         monkeypatch.setattr(attention, "has_flash", lambda device: True)

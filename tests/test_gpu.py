@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from reward.exporting import clients
-from reward.model import kernels, trainer
+from reward.model import trainer
 from reward.model.attention import Plan, text_by_text
 from reward.model.base import fast_dtype
 from reward.model.packing import pack, tokens
 from reward.model.steps import Step
+from reward.model.swiglu import swiglu, swiglu_gradients
 from reward.outputs import digests, read_json
 from stages import export, preprocess, train
 from tests.support import (
@@ -117,14 +118,14 @@ def test_attention_without_flash_matches_a_cpu(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 5, 33), (3, 40, 96)])
-def test_kernels_match_their_formulas(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_swiglu_kernels_match_their_formulas(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The larger shape is computed several numbers at a time."""
     torch.manual_seed(0)
     gradient, gate, up = (4 * torch.randn(shape) for _ in range(3))
     gate[0, 0, :2] = torch.tensor([-1000.0, 1000.0])
     here = [each.to(dtype) for each in (gradient, gate, up)]
     found, expected = (
-        (kernels.swiglu(*given[1:]), *kernels.swiglu_gradients(*given))
+        (swiglu(*given[1:]), *swiglu_gradients(*given))
         for given in ([each.cuda() for each in here], here)
     )
     rounding = 1e-5 if dtype == torch.float32 else 0.01

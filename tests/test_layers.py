@@ -19,6 +19,7 @@ from reward.model import layers
 from reward.model.base import Quantization, add_lora, load_base, new_head
 from reward.model.scoring import as_in_transformers
 from reward.model.swapping import Swapped, swapped_out
+from tests.support import compute_as_on_a_gpu
 
 SHAPE = {
     "vocab_size": 60,
@@ -45,8 +46,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tu
     """
     if request.param == "of a CPU":
         return PARTS
-    monkeypatch.setattr(layers, "prefers_few_operations", lambda device: True)
-    monkeypatch.setattr(layers, "LARGE", -(2**30))
+    compute_as_on_a_gpu(monkeypatch)
     return (*PARTS, layers.Gated)
 
 

@@ -16,7 +16,7 @@ from reward.data.records import BadRecord, Raw, check, hash64, names_of
 from reward.data.records import Record as Checked
 from reward.data.suggestion import MAPPING
 from reward.data.values import plain, top, value_at
-from reward.process import Fault, counted
+from reward.process import Fault, counted, plural
 
 # As on the Hub, the name of a file begins with that of its split, and no letter follows.
 SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
@@ -113,7 +113,7 @@ class Source:
         """The line to print about what was recognized and read."""
         of = "" if self.taken == self.seen else f" of {self.seen:,}"
         split = f" for {self.split}" if self.split else ""
-        records = f"{self.taken:,}{of} record{'' if self.seen == 1 else 's'}"
+        records = f"{self.taken:,}{of} {plural('record', self.seen)}"
         return f"read       {self.path} as {self.form.description}, {records}{split}"
 
 

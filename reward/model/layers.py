@@ -27,8 +27,8 @@ from torch.nn.functional import linear, pad, rms_norm, silu
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from reward.model.kernels import swiglu, swiglu_gradients
 from reward.model.swapping import Swapped, swap_in
+from reward.model.swiglu import swiglu, swiglu_gradients
 
 LINEAR = (nn.Linear, Linear4bit)
 # Products in half precision with a multiple of this many numbers per row have faster kernels on a
@@ -299,7 +299,7 @@ def is_rms_norm(module: nn.Module) -> bool:
     return found.shape == expected.shape and bool(close)
 
 
-# --- SwiGLU -----------------------------------------------------------------------------------
+# --- SwiGLU ----------------------------------------------------------------------------------
 
 # What the forward of an MLP with SwiGLU uses in transformers.
 SWIGLU_PARTS = ("down_proj", "act_fn", "gate_proj", "up_proj")

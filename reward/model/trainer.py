@@ -187,8 +187,8 @@ class RewardTrainer(Trainer):
         """Read the sums of the steps since the last call. Raises a Fault if a loss is not finite.
 
         Reading waits for the GPU. If every step did that, the GPU would be idle while the CPU
-        prepares the next step. So on a GPU, sums are read only for the log, an evaluation or a
-        checkpoint.
+        prepares the next step. So on a GPU, sums are read only for the log and for evaluations. One
+        of them comes before every checkpoint.
         """
         unread, self.unread = self.unread, []
         for step, sums in unread:
@@ -324,7 +324,6 @@ class RewardTrainer(Trainer):
             parameter.copy_(weight)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.read_sums()
         if not group.leads():
             return
         folder = self.args.output_dir

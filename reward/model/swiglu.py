@@ -1,4 +1,4 @@
-"""Elementwise operations that take one kernel each on a GPU, where PyTorch's take several.
+"""SwiGLU and its gradients, in one kernel each on a GPU, where PyTorch's operations take several.
 
 Passes over memory determine their time. PyTorch compiles the kernels when they are first called, in
 about a second, and keeps them in ~/.cache/torch/kernels. T is the type of the computation: fp32 for
