@@ -91,7 +91,7 @@ def adapted(
     base = load_base(folder, replace(PLAIN, compute_dtype=compute_dtype))
     new_head(base, 0)
     only = list(range(of_layers)) if of_layers else None
-    lora = LoraConfig(r=4, lora_alpha=32, target_modules=targets, layers_to_transform=only)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, layers_to_transform=only)
     lora.init_lora_weights = False
     return add_lora(base, lora)
 

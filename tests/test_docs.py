@@ -26,13 +26,19 @@ LANGUAGES = (".md", ".zh.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 PARAMS: dict[str, Any] = YAML(typ="safe").load(ROOT / "params.yaml")
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
-EVALUATED: dict[str, Any] = json.loads((ROOT / "metrics/evaluate.json").read_text())
 PRINTED = re.compile(r"  (.+?): (.+?) +(\S+) \((\S+) to (\S+)\) of (\d+) pairs")
-TRACKED = set(
-    subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-)
+
+
+def git(*arguments: str) -> str:
+    """What a git command prints in the project's folder."""
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+
+
+TRACKED = set(git("ls-files").splitlines())
+# From the index, because `make repro` writes other figures on another kind of processor.
+EVALUATED: dict[str, Any] = json.loads(git("show", ":metrics/evaluate.json"))
 # Numbers in prose and tables; digits in names, such as Qwen2-0.5B, do not count.
 NUMBER = re.compile(r"(?<![A-Za-z0-9_.-])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?: (?:million|万))?")
 MOST_LINES = 200
