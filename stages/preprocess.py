@@ -236,7 +236,7 @@ def row_of(
     ids = encoded
     if options.over_length == "truncate_prompt" and max(map(len, ids)) > options.max_length:
         try:
-            ids = [*map(as_array, encoder.encode_cut(record.prompt, record.answers) or ())] or ids
+            ids = cut(encoder, record, encoded)
         except BadRecord as fault:
             ledger.bad(file, position, fault.reason, str(fault))
             return None
@@ -251,6 +251,22 @@ def row_of(
     ledger.truncated += is_cut
     ledger.add(file, position, record, ids, kept)
     return as_row(record, ids, texts, kept.compared)
+
+
+def cut(encoder: Encoder, record: Record, encoded: list[TokenIds]) -> list[TokenIds]:
+    """The ids of each answer with the prompt cut, or the given ids if cutting is not enough.
+
+    Answers that are too long even so, the longest first, are left as they are. Raises BadRecord as
+    `Encoder.encode_cut` does.
+    """
+    kept = sorted(range(len(encoded)), key=lambda place: len(encoded[place]))
+    while len(kept) > 1:
+        found = encoder.encode_cut(record.prompt, [record.answers[place] for place in kept])
+        if found:
+            shorter = dict(zip(kept, map(as_array, found), strict=True))
+            return [shorter.get(place, ids) for place, ids in enumerate(encoded)]
+        kept.pop()
+    return encoded
 
 
 def over_length(options: Preprocess, fault: BadRecord) -> tuple[str, str]:

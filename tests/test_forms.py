@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from reward.data.answers import Listed, UnknownVerdict
-from reward.data.forms import Form
-from reward.data.recognition import recognize
+from reward.data.answers import Judged, Listed, Meaning, UnknownVerdict
+from reward.data.forms import Context, Form
+from reward.data.recognition import Known, recognize
 from reward.data.records import FIELDS, BadRecord, Comparison, Raw, check
 from reward.data.sources import Source, source_of, sources, usable
 from reward.data.values import is_absent
@@ -349,6 +349,9 @@ def test_order_of_preference_is_read_as_all_comparisons() -> None:
         ({"votes": [3, 1]}, Comparison(0, 1, 0.75)),
         ({"votes": [1, 3]}, Comparison(1, 0, 0.75)),
         ({"votes": [2, 2]}, Comparison(0, 1, 0.5)),
+        ({"votes": "[1, 3]"}, Comparison(1, 0, 0.75)),
+        ({"preference": "2e-05"}, Comparison(1, 0, 1 - 2e-5)),
+        ({"preference": " +.25 "}, Comparison(1, 0, 0.75)),
         ({"weight": 2, "margin": "1.5"}, Comparison(0, 1, 1, 2, 1.5)),
         ({"weight": 0}, Comparison(0, 1, 1, 0)),
         ({"weight": "heavy", "margin": "wide", "preference": "yes"}, Comparison(0, 1)),
@@ -375,6 +378,9 @@ def test_grading_columns_are_read(columns: Record, expected: Comparison) -> None
         ({"weight": float("inf")}, "weight is Infinity, expected a non-negative number"),
         ({"votes": [0, 0]}, "votes is [0, 0], expected two whole numbers, the votes for each"),
         ({"votes": [1.5, 1]}, "votes is [1.5, 1], expected two whole numbers"),
+        ({"votes": [1, 2, 3]}, "votes is [1, 2, 3], expected two whole numbers"),
+        ({"preference": "25%"}, 'preference is "25%", expected a number from 0 to 1'),
+        ({"preference": "0,25"}, 'preference is "0,25", expected a number from 0 to 1'),
     ],
 )
 def test_grade_without_a_meaning_is_an_error(columns: Record, message: str) -> None:
@@ -386,8 +392,27 @@ def test_grade_without_a_meaning_is_an_error(columns: Record, message: str) -> N
 def test_grades_that_first_appear_late_are_used() -> None:
     form = form_of(PLAIN)
     assert form.read(PLAIN | {"weight": 3}).comparisons == [Comparison(0, 1, weight=3)]
+    assert form.read(PLAIN | {"votes": [1, 3]}).comparisons == [Comparison(1, 0, 0.75)]
+    assert form.read(PLAIN | {"preference": 0.25}).comparisons == [Comparison(1, 0, 0.75)]
     with pytest.raises(UnknownVerdict, match='weight is "heavy", expected'):
         form.read(PLAIN | {"weight": "heavy"})
+    with pytest.raises(UnknownVerdict, match=r"votes is 17, .* write votes: null"):
+        form.read(PLAIN | {"votes": 17})
+
+
+@pytest.mark.parametrize("odd", ["n/a", "much", [1]])
+@pytest.mark.parametrize("name", ["preference", "weight", "margin"])
+def test_one_value_that_is_not_a_number_does_not_hide_the_others(name: str, odd: Any) -> None:
+    form = form_of(*(PLAIN | {name: value} for value in (0, odd, 1)))
+    [found] = form.read(PLAIN | {name: 1}).comparisons
+    assert getattr(found, name) == 1
+    with pytest.raises(UnknownVerdict, match=f"^{name} is "):
+        form.read(PLAIN | {name: odd})
+
+
+def test_votes_of_a_continued_conversation_are_read() -> None:
+    record = {"messages": [user("q"), answer("a")], "rejected_response": "b", "votes": [1, 3]}
+    assert form_of(record).read(record).comparisons == [Comparison(1, 0, 0.75)]
 
 
 @pytest.mark.parametrize("columns", [{"preference": 0.9}, {"votes": [2, 1]}, {"preference": 0.5}])
@@ -448,6 +473,62 @@ def test_text_without_turns_in_a_file_with_turns_is_a_bad_record() -> None:
     turns = {key: f"\n\nHuman: q\n\nAssistant: {key}" for key in ("chosen", "rejected")}
     with pytest.raises(BadRecord, match="'rejected' has no Human: and Assistant: turns"):
         form_of(turns).read(turns | {"rejected": "no"})
+
+
+def test_few_texts_without_turns_do_not_decide_the_form() -> None:
+    turns = {key: f"\n\nHuman: q\n\nAssistant: {key}" for key in ("chosen", "rejected")}
+    form = form_of(turns, {"chosen": "It is blue.", "rejected": "It is red."}, turns)
+    assert as_pairs(form.read(turns))[0]["chosen"] == [user("q"), answer("chosen")]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["How many bees?", "How many bees?", "How many ants?", "How many ants?"],
+        [[user(f"How many bees in hive {n}?")] for n in range(4)],
+    ],
+)
+def test_prompt_of_unknown_name_is_not_replaced_by_a_common_beginning(asked: list[Any]) -> None:
+    records = [
+        {"asked": each, "chosen": f"<think>\nHm {n}", "rejected": f"<think>\nOh {n}"}
+        for n, each in enumerate(asked)
+    ]
+    assert "none of the columns asked, chosen, rejected is" in fault(form_of, *records)
+    same = [record | {"asked": "Answer as a poet."} for record in records]
+    assert form_of(*same).whole == "words"
+
+
+def test_prompt_of_helpsteer_with_several_turns_is_parsed() -> None:
+    prompt = "Hi.\n<extra_id_1>Assistant\nHello!\n\n<extra_id_1>User\nWhy?"
+    record = {"prompt": prompt, "response_1": "A.", "response_2": "B.", "preference_strength": 1}
+    [[[found], _]] = pairs_of(record)
+    assert found["prompt"] == [user("Hi."), answer("Hello!\n"), user("Why?")]
+    [[[found], _]] = pairs_of(record | {"prompt": "Hi."})
+    assert found["prompt"] == "Hi."
+
+
+def test_column_whose_name_has_a_dot_is_read_and_not_kept() -> None:
+    names = ("a.text", "b.text", "best.label")
+    meaning = Meaning(("A",), ("B",))
+    known = Known(Context("ask.text"), Judged(*names, meaning), named=frozenset({"prompt"}))
+    record = dict(zip(("ask.text", *names), ("Why?", "Yes.", "No.", "B"), strict=True))
+    raw = recognize(Path("x.jsonl"), [record], known).read(record)
+    assert (raw.prompt, raw.answers, raw.columns) == ("Why?", ["No.", "Yes."], {})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[user("q")], user("q"), {"from": "gpt", "value": "q"}, ["turn 1", "turn 2"]],
+    ids=["messages", "message", "other keys", "texts"],
+)
+@pytest.mark.parametrize("name", ["prompt", "chosen"])
+def test_column_of_json_texts_is_refused(name: str, value: Any) -> None:
+    records = [PLAIN | {name: json.dumps(value)}, PLAIN | {name: f" {json.dumps(value)}"}]
+    message = f"x.jsonl: {name} has messages or lists as JSON texts, such as "
+    assert fault(form_of, *records).startswith(message)
+    # A single one may be what somebody wrote.
+    form_of(*records, PLAIN)
+    form_of(PLAIN | {name: '[{"x": 1}]'}, PLAIN | {name: "[1, 2]"}, PLAIN | {name: "[broken"})
 
 
 def test_answer_without_the_prompt_in_a_file_that_repeats_it_is_a_bad_record() -> None:

@@ -246,7 +246,7 @@ def test_licences_are_collected_from_entries(tmp_path: Path) -> None:
         ("validation_1.jsonl", "validation"),
         ("train.jsonl", None),
         ("testimonies.jsonl", None),
-        ("my_test.jsonl", None),
+        ("contest_value.jsonl", None),
     ],
 )
 def test_file_name_in_a_folder_sets_its_split(tmp_path: Path, name: str, split: str | None) -> None:
@@ -254,6 +254,16 @@ def test_file_name_in_a_folder_sets_its_split(tmp_path: Path, name: str, split: 
     path.write_text(json.dumps(numbered(1)[0]))
     assert [source.split for source in sources(tmp_path)] == [split]
     assert [source.split for source in sources(path)] == [None]
+
+
+@pytest.mark.parametrize(
+    "name", ["val.jsonl", "val-00000.jsonl", "my_test.jsonl", "dpo-held-out.jsonl", "Dev2.jsonl"]
+)
+def test_other_name_of_a_test_file_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path, f"{name}: {{split: train}}", *numbered(1), name=name)
+    assert [source.split for source in sources(tmp_path)] == ["train"]
+    (tmp_path / "dataset.yaml").unlink()
+    assert f"{name} is named like a test or validation set, but would be " in fault(tmp_path)
 
 
 def test_entry_overrides_the_split(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import tracemalloc
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,28 @@ def test_parquet_gives_the_same_records(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "p.parquet")
     assert list(read(tmp_path / "p.parquet")) == list(enumerate(RECORDS, start=1))
     assert unit(tmp_path / "p.parquet") == "row"
+
+
+def test_parquet_gives_what_json_would_have(tmp_path: Path) -> None:
+    """Parquet gives all objects of a column the same keys, and has decimals."""
+    tools = [
+        [{"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}],
+        [{"name": "add", "parameters": {"properties": {"x": {"type": "number"}}}}],
+    ]
+    calls = [{"city": "Paris"}, {"x": 1}]
+    records: list[Any] = [
+        {
+            "tools": tool,
+            "chosen": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": call}]}],
+            "note": None,
+            "scores": [{"value": Decimal("0.25")}],
+        }
+        for tool, call in zip(tools, calls, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "p.parquet")
+    for record in records:
+        record["scores"] = [{"value": 0.25}]
+    assert contents(tmp_path / "p.parquet") == records
 
 
 def test_parquet_messages_give_the_same_id_as_json(tmp_path: Path) -> None:
@@ -332,6 +355,11 @@ def test_cell_may_contain_messages_as_json(tmp_path: Path) -> None:
         rows = [["prompt", "chosen"], [json.dumps(messages), other]]
         csv.writer(file, delimiter="\t").writerows(rows)
     assert [record for _, record in read(path)] == [{"prompt": messages, "chosen": other}]
+    others = [{"from": "gpt", "value": "a"}, [{"name": "b", "role": "tool", "content": "c"}]]
+    with path.open("w", newline="") as file:
+        cells = [*map(json.dumps, others), "{broken", "{}"]
+        csv.writer(file, delimiter="\t").writerows([["a", "b", "c", "d"], cells])
+    assert [[*record.values()] for _, record in read(path)] == [[*others, "{broken", "{}"]]
     path.write_text("prompt\tchosen\n\"[{'role': 'user', 'content': 'hi'}]\"\tb\n")
     with pytest.raises(Fault, match="row 2: 'prompt' begins like messages, but is not JSON"):
         list(read(path))

@@ -647,6 +647,22 @@ def test_long_prompts_are_truncated_and_counted(
     assert "\nclients    the prompts of 1 record were cut, so " in (capsys.readouterr().out)
 
 
+def test_answer_too_long_by_itself_does_not_lose_the_others(
+    workspace: Path, set_params: SetParams
+) -> None:
+    ranked = {
+        "prompt": "a " * 60,
+        "answers": ["b", "c " * 50, "d", "e " * 60],
+        "ranks": [1, 2, 3, 4],
+    }
+    folder_of(workspace, set_params, ranked=[ranked], pairs=[*map(pair, range(20))])
+    set_params("preprocess", max_length=40, over_length="truncate_prompt", on_bad_record="drop")
+    metrics = run()
+    assert metrics["dropped"] == {"answer_too_long": 5}
+    assert metrics["truncated"] == 1
+    assert sum(metrics["pairs"].values()) == 21
+
+
 def test_answer_too_long_by_itself_stops_the_stage(data: Path, set_params: SetParams) -> None:
     rewrite(data, long_records())
     set_params("preprocess", max_length=40, over_length="truncate_prompt")

@@ -7,6 +7,7 @@ of a record and the comparisons between them.
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any, Literal, NamedTuple, Protocol
@@ -328,8 +329,9 @@ class Grades:
         return found
 
     def _preference(self, record: Record) -> float | None:
-        if self.votes:
-            return self._share(record)
+        share = self._share(record) if self.votes else None
+        if share is not None:
+            return share
         if self.preference is None or is_absent(value_at(record, self.preference)):
             return None
         return _number(record, self.preference, TIE, PROBABILITY)
@@ -337,7 +339,7 @@ class Grades:
     def _share(self, record: Record) -> float | None:
         """The share of the votes for the first answer. A tied vote counts half for each answer."""
         given = [value_at(record, path) for path in self.votes]
-        found = given[0] if len(given) == 1 else given
+        found = _from_json(given[0]) if len(given) == 1 else given
         if is_absent(found) or found == [None, None]:
             return None
         counts = self._counts(found) if isinstance(found, list) else None
@@ -345,6 +347,7 @@ class Grades:
             expected = f"a list of votes, {self.meaning.description}" if self.meaning else COUNTS
             raise UnknownVerdict(
                 f"{' and '.join(self.votes)} is {_shown(found)}, expected {expected}"
+                f"{'' if len(given) > 1 else _unless_other(self.votes[0])}"
             )
         first, second, equal = counts
         return (first + equal / 2) / (first + second + equal)
@@ -380,11 +383,20 @@ def _number(record: Record, path: str | None, default: float, expected: str) -> 
     number = plain(value)
     limit = 1.0 if expected == PROBABILITY else math.inf
     if not isinstance(number, float) or not math.isfinite(number) or not 0 <= number <= limit:
-        raise UnknownVerdict(
-            f"{path} is {_shown(value)}, expected {expected} (if it means "
-            f"something else, write {path}: null in dataset.yaml)"
-        )
+        raise UnknownVerdict(f"{path} is {_shown(value)}, expected {expected}{_unless_other(path)}")
     return number
+
+
+def _unless_other(path: str | None) -> str:
+    return f" (if it means something else, write {path}: null in dataset.yaml)"
+
+
+def _from_json(value: Any) -> Any:
+    """The value of a text that is JSON, as in a cell of a table; any other value as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _shown(value: Any) -> str:

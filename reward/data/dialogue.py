@@ -20,6 +20,8 @@ SPEAKERS = {
 # HH has a few turns of "Hum:" where "Human:" was meant.
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Hum|Assistant):")
 FIRST_TURN = re.compile(r"\s*(?:Human|Hum):")
+# In HelpSteer2, between the turns of a prompt, which begins and ends with the user's.
+MARKED_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
 SENTENCE_END = re.compile(r"[。！？!?…；][」』”’）)]*")
 
 Message = dict[str, Any]
@@ -96,6 +98,18 @@ def turns(text: str) -> list[Message]:
         for speaker, content in zip(speakers, contents, strict=True)
     ]
     return found[:-1] if found and not found[-1]["content"] else found
+
+
+def marked_turns(text: str) -> list[Message] | None:
+    """The messages of a prompt as in HelpSteer2; None if it has one turn."""
+    first, *parts = MARKED_TURN.split(text)
+    if not parts:
+        return None
+    speakers, contents = ("User", *parts[::2]), (first, *parts[1::2])
+    return [
+        {"role": speaker.lower(), "content": content}
+        for speaker, content in zip(speakers, contents, strict=True)
+    ]
 
 
 def shared_start(chosen: str, rejected: str) -> int:

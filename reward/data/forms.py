@@ -14,6 +14,7 @@ from reward.data.answers import CANONICAL, UNGRADED, Answers, Grades, as_message
 from reward.data.dialogue import (
     Message,
     has_turns,
+    marked_turns,
     message,
     messages,
     shared_start,
@@ -142,7 +143,7 @@ class Form:
         # answers in the file.
         read = (*self.answers.verdicts, *self.grades.columns)
         paths = (*self.context.columns, *self.answers.columns, *read)
-        used = {top(path) for path in paths}
+        used = {*paths, *map(top, paths)}
         looked_at = (used | {*MEDIA, *self.context.rivals, "tools"}) - set(FIELDS)
         named = self.context.prompt == "prompt" and self.answers == CANONICAL
         object.__setattr__(self, "used", frozenset(used))
@@ -185,8 +186,8 @@ class Form:
         """The prompt and the answers with role and content, after the earlier messages."""
         answers = [_answer(*each) for each in zip(names, found, strict=True)]
         prompt, answers = WHOLE_TEXTS[self.whole](prompt, answers, names)
-        if isinstance(prompt, str) and self.whole != "words" and awaits_assistant(prompt):
-            prompt = prompt if self.is_canonical else turns(prompt)
+        if isinstance(prompt, str) and self.whole != "words" and not self.is_canonical:
+            prompt = turns(prompt) if awaits_assistant(prompt) else marked_turns(prompt) or prompt
         if before:
             answers = [_after(before, prompt, answer) for answer in answers]
             if prompt is not None:

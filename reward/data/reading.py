@@ -9,21 +9,26 @@ import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
-from reward.data.records import FIELDS, names_of
+from reward.data.dialogue import are_messages, spelling
+from reward.data.records import FIELDS, TOOLS, names_of
 from reward.process import Fault
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 # In many countries, spreadsheets write CSV with semicolons.
 SEPARATORS = (",", "\t", ";")
-# The beginning of messages in a cell, as JSON or as Python prints them.
+# The beginning of messages in a cell, as JSON or as Python prints them, and of other objects.
 MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+OBJECTS = re.compile(r"\s*(\[\s*)?\{")
 SUFFIXES = (
     *(".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet"),
     *(f"{table}{end}" for table in TABLES for end in ("", ".gz")),
 )
+# What holds tools and their arguments.
+FUNCTIONS = (TOOLS, "tool_calls")
 # Files in a folder that are neither read nor reported as not read.
 OTHERS = re.compile(r"\.|(readme|license|dataset\.ya?ml)|.*\.dvc$", re.IGNORECASE)
 CHUNK = 1 << 20
@@ -51,9 +56,16 @@ def files(path: Path) -> list[Path]:
         found = [child for child in found if child.name.endswith(SUFFIXES)]
     if not found or (not path.name.endswith(SUFFIXES) and path.is_file()):
         raise Fault(
-            f"{path}: no preference file, expected a name that ends in {', '.join(SUFFIXES)}"
+            f"{path}: no preference file{_only_folders(path)}, expected a name that ends in "
+            f"{', '.join(SUFFIXES)}"
         )
     return found
+
+
+def _only_folders(path: Path) -> str:
+    """What to say about a folder whose files are in folders of it."""
+    inside = [name for name in other_names(path) if name.endswith("/")]
+    return f" directly in it, only in {', '.join(inside[:3])}" if inside else ""
 
 
 def other_names(path: Path) -> list[str]:
@@ -147,9 +159,7 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
                 yield (
                     position,
                     {
-                        name: _messages(path, position, name, cell)
-                        if MESSAGES.match(cell)
-                        else cell
+                        name: _messages(path, position, name, cell) if OBJECTS.match(cell) else cell
                         for name, cell in zip(header, cells, strict=True)
                     },
                 )
@@ -161,10 +171,13 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _messages(path: Path, position: int, name: str, cell: str) -> Any:
-    """The messages in a cell of JSON."""
+    """The message or messages in a cell of JSON; a cell with other objects as it is."""
     try:
-        return _DECODER.decode(cell)
+        found = _DECODER.decode(cell)
+        return found if spelling(found) or are_messages(found) else cell
     except (ValueError, RecursionError) as error:
+        if not MESSAGES.match(cell):
+            return cell
         raise Fault(
             f"{path}: row {position}: {name!r} begins like messages, but is not JSON "
             f"({_reason(error)}); expected messages as json.dumps writes them"
@@ -178,13 +191,32 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     position = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            schema = str(file.schema_arrow)
+            differs = any(word in schema for word in ("decimal", *FUNCTIONS))
             for batch in file.iter_batches(batch_size=1000):
                 for record in batch.to_pylist():
                     position += 1
-                    yield position, record
+                    yield position, _as_json(record) if differs else record
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
         raise Fault(f"{path}: broken Parquet: {reason}; expected a complete file") from None
+
+
+def _as_json(value: Any, in_functions: bool = False) -> Any:
+    """A value from Parquet as JSON would have it: decimals as floats, and functions without nulls.
+
+    In Parquet all objects of a column have the same keys, so a tool or a call has the arguments of
+    all others too, as nulls.
+    """
+    if isinstance(value, dict):
+        return {
+            key: _as_json(each, in_functions or key in FUNCTIONS)
+            for key, each in value.items()
+            if not (in_functions and each is None)
+        }
+    if isinstance(value, list):
+        return [_as_json(each, in_functions) for each in value]
+    return float(value) if isinstance(value, Decimal) else value
 
 
 def _open(path: Path) -> IO[str]:

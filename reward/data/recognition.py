@@ -5,6 +5,7 @@ training on an inverted verdict would go unnoticed. The message then gives the e
 dataset.yaml that would decide.
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from reward.data.values import (
     Columns,
     Record,
     are_labels,
-    are_numbers,
     are_texts,
+    begins_like_number,
     columns_of,
     is_absent,
     top,
@@ -117,8 +118,33 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
         )
     if context.prompt is None and answers == CANONICAL:
         context = replace(context, prompt="prompt")
+    _require_decoded(path, objects, [*context.columns, *answers.columns])
     form = Form(context, answers, _grades(columns, answers, known), whole)
     return replace(form, description=_description(form, columns))
+
+
+def _require_decoded(path: Path, records: list[Record], columns: list[str]) -> None:
+    """Raise a Fault for a column of JSON texts, which would be trained on literally."""
+    for column in columns:
+        values = [value_at(record, column) for record in records]
+        texts = [value for value in values if not is_absent(value)]
+        if are_texts(texts) and all(map(_is_encoded, texts)):
+            raise Fault(
+                f"{path}: {column} has messages or lists as JSON texts, such as {texts[0][:40]!r}; "
+                "expected the messages or lists themselves, decoded by json.loads for example"
+            )
+
+
+def _is_encoded(text: str) -> bool:
+    """Whether a text is JSON of a message, of messages or of a list of texts."""
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    listed = found if isinstance(found, list) else [found]
+    return are_messages(listed) or are_texts(listed)
 
 
 # --- the answers -----------------------------------------------------------------------------
@@ -205,7 +231,8 @@ def _are_votes(columns: Columns) -> bool:
 def _grades(columns: Columns, answers: Answers, known: Known) -> Grades:
     """The columns that grade the comparisons, recognized by their names.
 
-    A column with one of these names but without numbers means something else, and is kept.
+    A column with one of these names that never looks like a number, or like counts of votes, means
+    something else, and is kept. If only some values look like one, reading the others is an error.
     """
     if answers == VOTED and not known.answers:
         return VOTES
@@ -215,13 +242,13 @@ def _grades(columns: Columns, answers: Answers, known: Known) -> Grades:
         if name in known.named:
             found: str | None = getattr(known.grades, name)
             return found
-        is_free = name not in taken and (name not in columns or are_numbers(columns[name]))
+        test = _may_be_counts if name == "votes" else begins_like_number
+        is_free = name not in taken and (name not in columns or any(map(test, columns[name])))
         return name if is_free else None
 
-    votes = known.grades.votes
-    if not votes and "votes" not in known.named and isinstance(answers, Preferred):
-        votes = ("votes",) if _are_counts(columns) else ()
-    is_pair = isinstance(answers, Preferred | Continued) and not votes
+    votes, is_pair = known.grades.votes, isinstance(answers, Preferred | Continued)
+    if not votes and is_pair and (found := column("votes")):
+        votes = (found,)
     return Grades(
         preference=column("preference") if is_pair else None,
         votes=votes,
@@ -231,12 +258,11 @@ def _grades(columns: Columns, answers: Answers, known: Known) -> Grades:
     )
 
 
-def _are_counts(columns: Columns) -> bool:
-    """Whether the column `votes` has the numbers of votes for chosen and for rejected."""
-    return all(
-        isinstance(value, list) and len(value) == 2 and are_numbers(value)
-        for value in columns.get("votes", [None])
-    )
+def _may_be_counts(value: Any) -> bool:
+    """Whether a value may be the numbers of votes for chosen and for rejected."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("[")
+    return isinstance(value, list) and all(map(begins_like_number, value))
 
 
 def _is_unpaired(columns: Columns) -> bool:
@@ -336,7 +362,7 @@ def _whole(records: list[Record], context: Context, answers: Answers) -> Whole:
     """How the chosen and rejected texts contain the prompt, if they do in all of the records."""
     if not isinstance(answers, Preferred):
         return ""
-    found = []
+    found: list[tuple[Any, str, str]] = []
     for record in records:
         both = [value_at(record, path) for path in answers.columns]
         if any(is_absent(text) for text in both):
@@ -351,7 +377,8 @@ def _whole(records: list[Record], context: Context, answers: Answers) -> Whole:
         return "repeated"
     if context.prompt is not None:
         return ""
-    if all(has_turns(c) and has_turns(r) for _, c, r in found):
+    # A few without turns are bad records.
+    if 2 * sum(has_turns(c) and has_turns(r) for _, c, r in found) > len(found):
         return "turns"
     if all(shared_start(c, r) for _, c, r in found) and not _sentences(records, answers):
         return "words"
@@ -359,15 +386,23 @@ def _whole(records: list[Record], context: Context, answers: Answers) -> Whole:
 
 
 def _sentences(records: list[Record], answers: Answers) -> list[str]:
-    """Other columns of sentences, one of which may be the prompt."""
+    """Other columns of sentences or messages, one of which may be the prompt.
+
+    Several pairs may have the same prompt. But a column with hardly more than one value is not it.
+    """
     columns = columns_of(records)
     return [
         name
         for name, values in columns.items()
         if name not in answers.columns
-        and are_texts(values)
-        and not are_labels(values)
-        and len({*values}) == len(values)
+        and (
+            all(map(are_messages, values))
+            or (
+                are_texts(values)
+                and not are_labels(values)
+                and len({*values}) > min(len(values) - 1, max(1, len(values) / 10))
+            )
+        )
     ]
 
 

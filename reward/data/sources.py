@@ -20,9 +20,11 @@ from reward.process import Fault, counted, plural
 
 # As on the Hub, the name of a file begins with that of its split, and no letter follows.
 SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
-# Other names of test and validation files, which may also be ordinary words.
+# Words in other names of test and validation files, which may also mean something else.
 LIKE_A_SPLIT = re.compile(
-    r"(test|valid|dev|eval)(s|set|ing|data|ation|uation)?(?![^\W\d_])", re.IGNORECASE
+    r"(?<![^\W_])(test|val|valid|dev|eval|held[_-]?out|hold[_-]?out)(s|set|ing|data|ation|uation)?"
+    r"(?![^\W\d_])",
+    re.IGNORECASE,
 )
 
 
@@ -142,7 +144,7 @@ def sources(path: Path) -> list[Source]:
     for source in found if path.is_dir() else []:
         named = SPLIT.match(source.path.name)
         source.split = source.entry.split or (named[1] if named else None)
-        if source.split is None and LIKE_A_SPLIT.match(source.path.name):
+        if source.split is None and LIKE_A_SPLIT.search(name_of(source.path)):
             raise Fault(
                 f"{source.path} is named like a test or validation set, but would be trained on; "
                 "expected a name that begins with test or validation, or a split for it in "

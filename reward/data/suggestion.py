@@ -110,7 +110,9 @@ def _guess(columns: Columns) -> tuple[Entry, list[str]]:
     if twins:
         return _guessed_verdict(columns, {"answers": [*twins]}, texts)
     if lists and not _like(texts, BETTER):
-        return _guessed_order(columns, lists[0])
+        # Answers are longer than the names of the models that wrote them.
+        longest = max(lists, key=lambda name: len(json.dumps(columns[name], default=str)))
+        return _guessed_order(columns, longest)
     entry: Entry = {"prompt": COLUMN}
     for key, words in (("chosen", BETTER), ("rejected", WORSE)):
         entry[key] = _like([name for name in texts if name not in entry.values()], words) or COLUMN
@@ -132,7 +134,7 @@ def _guessed_verdict(columns: Columns, entry: Entry, texts: list[str]) -> tuple[
     numbers = _twins([name for name in labels if are_numbers(columns[name])])
     verdict = _like(labels, VERDICTS) or (labels[0] if len(labels) == 1 else None)
     notes: list[str] = []
-    if numbers and not _like(labels, VERDICTS):
+    if numbers and (verdict in numbers or not _like(labels, VERDICTS)):
         key, notes = _guessed_key(numbers[0], " and ".join(numbers))
         entry |= {key: [*numbers]}
     else:

@@ -1,8 +1,9 @@
 """Template and tokenizer: from text to ids, the same for training, evaluation and serving."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -181,12 +182,18 @@ class Encoder:
         same number of ids is cut for each answer, at the left of the turn's first message. None if
         that message has too few. Raises BadRecord if the template cannot render the rest.
         """
-        shorter = prompt
-        for shorter in shortened(prompt):
-            sides = self.encode([self.render(shorter, answer) for answer in answers])
-            if max(map(len, sides)) <= self.template.max_length:
-                return sides
-        return self._cut_words(shorter, answers)
+        choices = [*shortened(prompt)]
+
+        @cache
+        def sides(place: int) -> list[list[int]]:
+            return self.encode([self.render(choices[place], answer) for answer in answers])
+
+        def fits(place: int) -> bool:
+            return max(map(len, sides(place))) <= self.template.max_length
+
+        # A search by halves, because encoding the rest once per dropped turn takes quadratic time.
+        place = bisect_left(range(len(choices)), True, key=fits)
+        return sides(place) if place < len(choices) else self._cut_words(choices[-1], answers)
 
     def _cut_words(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
         """Cut the first message of a prompt of one turn, and keep the text before it."""

@@ -78,17 +78,22 @@ def are_texts(values: list[Any]) -> bool:
 
 
 def are_labels(values: list[Any]) -> bool:
-    """Whether these are numbers, or single short words."""
+    """Whether these are numbers, or texts as short as "A>B" or "tie (bothbad)"."""
     return all(
         isinstance(value, int | float)
-        or (isinstance(value, str) and len(value) <= 12 and re.fullmatch(r"\w[\w .-]*", value))
+        or (isinstance(value, str) and len(value) <= 13 and re.fullmatch(r"\w[\w .<>=()-]*", value))
         for value in values
     )
 
 
 def are_numbers(values: list[Any]) -> bool:
     return bool(values) and all(
-        isinstance(value, int | float)
-        or (isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value))
-        for value in values
+        isinstance(value, int | float) or isinstance(plain(value), float) for value in values
+    )
+
+
+def begins_like_number(value: Any) -> bool:
+    """Whether a value is a number, or a text such as "0.5", ",5", "25%" or "1 point"."""
+    return isinstance(value, int | float) or (
+        isinstance(value, str) and re.match(r"\s*[-+]?[.,]?\d", value) is not None
     )
