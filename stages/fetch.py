@@ -33,7 +33,7 @@ from reward.outputs import (
     writing,
 )
 from reward.params import Seed, Text
-from reward.process import Fault, run_stage
+from reward.process import Fault, counted, run_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -250,6 +250,7 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     """Copy only what a model needs. Returns the entries of base.json about its origin."""
     from reward.model.converting import conversion_of
     from reward.model.head import is_classifier, problem_with_head
+    from reward.model.suitable import on_meta, problem_with_weights, unused_weights
 
     require_weights(base, source)
     for name in source.matching(CONFIGS + TOKENIZER):
@@ -257,7 +258,7 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     original = digests(folder)
     config = read_config(base, folder)
     conversion = conversion_of(config)
-    require_suitable(base, config, conversion)
+    require_suitable(base, config, conversion, source)
     normalize_tokenizer(base, folder)
     origin: dict[str, Any] = {"kind": source.kind, "revision": source.revision}
     if source.license:
@@ -270,6 +271,14 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
         weights = copy_weights(base, source, folder)
         if is_classifier(config) and (reason := problem_with_head(shapes_of(base, folder))):
             raise base.fault(reason)
+    model, report = on_meta(folder)
+    if reason := problem_with_weights(model, report):
+        raise base.fault(reason)
+    if unused := unused_weights(report):
+        print(
+            f"unused     {counted(len(unused), 'tensor')} that a {type(model).__name__} does not "
+            f"have, such as {unused[0]}"
+        )
     if source.kind == "local":
         origin["source"] = original | {name: digest(source.path(name)) for name in weights}
     return origin
@@ -289,9 +298,18 @@ def copy_weights(base: Base, source: Source, folder: Path) -> list[str]:
     for name in watched(names, "copying weights"):
         copy_file(source.path(name), folder / name)
         if name != INDEX:
-            with tensors_of(base, folder / name):
-                pass
+            with tensors_of(base, folder / name) as file:
+                require_floats(base, file)
     return names
+
+
+def require_floats(base: Base, file: Any) -> None:
+    """Raises a Fault if an open safetensors file holds quantized weights."""
+    from reward.model.suitable import problem_with_types
+
+    types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    if reason := problem_with_types(types):
+        raise base.fault(reason)
 
 
 def shapes_of(base: Base, folder: Path) -> dict[str, list[int]]:
@@ -314,6 +332,7 @@ def convert_weights(
     size = 0
     for name in watched([name for name in names if name != INDEX], "converting weights"):
         with tensors_of(base, source.path(name)) as file:
+            require_floats(base, file)
             found = {
                 new: tensor.contiguous()
                 for old in filter(conversion.kept, file.keys())
@@ -374,13 +393,22 @@ def read_config(base: Base, folder: Path) -> dict[str, Any]:
     return config
 
 
-def require_suitable(base: Base, config: dict[str, Any], conversion: "Conversion | None") -> None:
+def require_suitable(
+    base: Base, config: dict[str, Any], conversion: "Conversion | None", source: Source
+) -> None:
     """Raises a Fault unless a base with this configuration can become a reward model."""
-    from reward.model.suitable import problem_with, problem_with_quantization
+    from reward.model.suitable import (
+        QUANTIZED_FILES,
+        UNQUANTIZED,
+        problem_with,
+        problem_with_quantization,
+    )
 
     reason = problem_with(conversion.config if conversion else config)
     if reason := reason or problem_with_quantization(config):
         raise base.fault(reason)
+    if files := source.matching(QUANTIZED_FILES):
+        raise base.fault(f"is already quantized ({files[0]}), {UNQUANTIZED}")
 
 
 def normalize_tokenizer(base: Base, folder: Path) -> None:

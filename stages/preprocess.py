@@ -241,7 +241,7 @@ def row_of(
             ledger.bad(file, position, fault.reason, str(fault))
             return None
     is_cut = ids is not encoded
-    kept = compare(record, ids, options.max_length)
+    kept = compare(record, ids, options.max_length, encoder.unknown)
     for each in kept.faults:
         ledger.bad(file, position, *over_length(options, each))
     if not kept.compared:

@@ -13,9 +13,8 @@ import os
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -23,7 +22,7 @@ from transformers import set_seed
 
 from reward import params
 from reward.data import tokenized
-from reward.data.columns import IDS, PROMPT_ID
+from reward.data.columns import PROMPT_ID
 from reward.model import checkpoints, group
 from reward.model.base import (
     Quantization,
@@ -109,7 +108,6 @@ def main() -> None:
         require_length(model.get_base_model().config, BASE, max_length)
         trainer = RewardTrainer(model, options, saved, steps(options, train), validation, REPORTS)
         for dataset in (train, validation):
-            require_fit(model, dataset)
             require_exact(model, full_pack(dataset, trainer.tokens_per_pack))
         trainer.fit(new_head=not keeps_head(options))
         if group.leads():
@@ -248,17 +246,6 @@ def report_precisions(model: PeftModel, quantization: Quantization) -> None:
         print(
             f"note       {experts:,} parameters are in experts, which bitsandbytes does not "
             "quantize"
-        )
-
-
-def require_fit(model: PeftModel, dataset: Dataset) -> None:
-    """Raises a Fault for an id that is not in the vocabulary of the base."""
-    config: Any = model.get_base_model().config
-    largest = max(pc.max(pc.list_flatten(dataset.data[name])).as_py() for name in IDS)
-    if largest >= config.vocab_size:
-        raise Fault(
-            f"{TOKENIZED} has the id {largest}, but {BASE} has {config.vocab_size} ids; expected a "
-            "tokenizer that belongs to the model"
         )
 
 

@@ -106,6 +106,23 @@ GEMMA3 = {
     },
 }
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+# Latent attention, a dense first layer, then experts with a shared one.
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "head_dim": 8,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
 # The rows of the table in docs/models.md: model type, shape, projections with adapters.
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "Qwen2, Qwen2.5": ("qwen2", {"tie_word_embeddings": True}, SEPARATE),
@@ -125,7 +142,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "OPT": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 32}, SEPARATE),
     "GPT-2": ("gpt2", {}, ["c_attn"]),
     "Mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None}, SEPARATE),
-    "Qwen3-MoE": ("qwen3_moe", EXPERTS | {"head_dim": 16}, SEPARATE),
+    "Qwen3-MoE": ("qwen3_moe", EXPERTS | {"head_dim": 16, "mlp_only_layers": [0]}, SEPARATE),
+    "DeepSeek-V2": ("deepseek_v2", LATENT, ["q_proj", "kv_b_proj"]),
+    "DeepSeek-V3": ("deepseek_v3", LATENT | {"q_lora_rank": 16}, ["q_b_proj", "kv_b_proj"]),
 }
 VISION = {
     "hidden_size": 32,

@@ -138,6 +138,22 @@ def relative(found: Tensor, expected: Tensor) -> float:
 # --- packs against single texts --------------------------------------------------------------
 
 
+def test_model_may_change_projections_in_place(tmp_path: Path) -> None:
+    """As OLMo does, which clips queries, keys and values."""
+    model, prompts = reward_model(tmp_path, "olmo", SEPARATE, clip_qkv=0.2), random_prompts(3)
+    expected = gradients(model, stock_rewards(model, prompts))
+    for name, gradient in gradients(model, rewards(model, pack(prompts))).items():
+        assert relative(gradient, expected[name]) < 1e-5
+
+
+def test_output_is_contiguous_as_some_models_need() -> None:
+    """JetMoE calls view on it."""
+    batch = pack(random_prompts(0))
+    query, key, value = torch.randn(3, 1, 2, batch.input_ids.shape[1], 8)
+    found = text_by_text(query, key, value, Plan(batch.layout, device()), None, None)
+    assert found.is_contiguous()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("path", ["text by text", "flash", ON_GPU], indirect=True)

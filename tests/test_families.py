@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from reward.model.base import Quantization, add_lora, load_base, precisions
+from reward.model.base import Quantization, adaptable, add_lora, load_base, precisions
 from reward.model.converting import scaled
 from reward.model.suitable import problem_with
 from reward.outputs import digest, read_json, write_json
@@ -206,10 +206,41 @@ def test_parameters_are_counted_by_precision(
         f"base       {quantized:,} parameters in 4 bits, {expected['half']:,} in half and"
         in printed
     )
-    experts = 3 * 8 * 3 * 32 * 64  # three layers of 8 experts, each of three matrices
+    experts = 2 * 8 * 3 * 32 * 64  # two layers of 8 experts, each of three matrices
     assert (f"note       {experts:,} parameters are in experts, which" in printed) == (
         family == "Qwen3-MoE"
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("Qwen3-MoE", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("DeepSeek-V2", {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
+    ],
+)
+def test_only_attention_of_a_mixture_is_adapted(
+    family: str, names: set[str], tmp_path: Path
+) -> None:
+    """PEFT would adapt the fused experts in place of the dense layer and the shared experts."""
+    base = load_base(fetched(family, tmp_path), Quantization(4, "nf4", False, "float32"))
+    with pytest.raises(Fault, match=r"target_modules names up_proj, but the layers .* k"):
+        add_lora(base, LoraConfig(target_modules=["q_proj", "up_proj"]))
+    model = add_lora(base, LoraConfig(target_modules="all-linear"))
+    config: Any = model.peft_config["default"]
+    assert config.target_modules == names
+    assert not config.target_parameters
+
+
+def test_routers_and_unusual_linear_layers_get_no_adapter(tmp_path: Path) -> None:
+    class Router(torch.nn.Linear):
+        """Returns several tensors, as that of PhiMoE."""
+
+    base = load_base(fetched("Qwen3-MoE", tmp_path), Quantization.unquantized("float32"))
+    decoder: Any = base.base_model
+    layer = decoder.layers[1]
+    layer.mlp.wg, layer.mlp.other = torch.nn.Linear(64, 8), Router(64, 8)
+    assert adaptable(base) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_nothing_is_in_4_bits_without_quantization(tmp_path: Path) -> None:

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import numpy as np
 import pytest
+import torch
 from huggingface_hub import constants
-from safetensors.numpy import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from reward.outputs import digest, digests, read_json
 from reward.process import Fault
 from stages import fetch
+from tests.support import SHAPE
 
 ROOT = Path(__file__).parent.parent
 MAIN, SIDE = "a" * 40, "b" * 40
@@ -237,12 +239,17 @@ def llama(tmp_path: Path) -> Path:
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
     write(folder / "special_tokens_map.json", named)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
-    write(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    shape: dict[str, Any] = SHAPE | {"vocab_size": len(tokens), "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    of_class = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    write(folder / "config.json", of_class | shape)
     write(folder / "generation_config.json", {"eos_token_id": 2})
-    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    for number, shard in enumerate(shards):
-        save_file({f"w{number}": np.full(3, number, np.float32)}, folder / shard)
-    index = {"metadata": {"total_size": 24}, "weight_map": {"w0": shards[0], "w1": shards[1]}}
+    names = sorted(model.state_dict())
+    places = {name: f"model-0000{1 + at % 2}-of-00002.safetensors" for at, name in enumerate(names)}
+    for shard in {*places.values()}:
+        tensors = {name: model.state_dict()[name] for name in names if places[name] == shard}
+        save_file(tensors, folder / shard, {"format": "pt"})
+    index = {"metadata": {"total_size": model.num_parameters() * 4}, "weight_map": places}
     write(folder / "model.safetensors.index.json", index)
     return folder
 
@@ -484,6 +491,22 @@ CONFIGS: dict[str, tuple[Any, str]] = {
         quantized(load_in_8bit=True),
         "is already quantized (quantization_config), expected",
     ),
+    "null": (
+        of("qwen2", "Qwen2ForCausalLM", quantization_config={}),
+        "is already quantized (quantization_config), expected",
+    ),
+    "MLX": (
+        of("qwen2", "Qwen2ForCausalLM", quantization={"bits": 4, "group_size": 64}),
+        "is already quantized (quantization), expected",
+    ),
+    "a pad token without a row": (
+        of("llama", "LlamaForCausalLM", vocab_size=300, pad_token_id=300),
+        "has the pad_token_id 300 in its config.json, but only 300 ids (vocab_size)",
+    ),
+    "no pad token allowed": (
+        of("modernbert-decoder", "ModernBertDecoderForCausalLM"),
+        "is not a decoder: ModernBertDecoderForSequenceClassification has no score head",
+    ),
     "compressed tensors": (
         of("qwen2", "Qwen2ForCausalLM", compression_config={"quant_method": "compressed-tensors"}),
         "is already quantized (compressed-tensors), expected",
@@ -582,6 +605,79 @@ def test_incomplete_folder_is_refused(case: str, source: Path, set_params: SetPa
     change(source)
     set_params("base", name=str(source))
     assert found in refused()
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def without(name: str, tensors: Tensors) -> Tensors:
+    return {key: tensor for key, tensor in tensors.items() if name not in key}
+
+
+# Weights that do not belong to config.json: a change of them, and words of the message.
+WEIGHTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "one missing": (
+        lambda tensors: without("layers.0.mlp.up_proj", tensors),
+        "lacks model.layers.0.mlp.up_proj.weight among its weights, expected all that Qwen2For",
+    ),
+    "with a prefix": (
+        lambda tensors: {f"_orig_mod.{name}": each for name, each in tensors.items()},
+        "lacks model.embed_tokens.weight, model.layers.0.input_layernorm.weight and ",
+    ),
+    "of another shape": (
+        lambda tensors: tensors | {"model.norm.weight": torch.ones(7)},
+        "has model.norm.weight of shape [7], expected [",
+    ),
+    "without their scales": (
+        lambda tensors: (
+            tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}
+        ),
+        "is already quantized (model.norm.weight is F8_E4M3), expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_of_another_model_are_refused(
+    case: str, source: Path, set_params: SetParams
+) -> None:
+    change, found = WEIGHTS[case]
+    save_file(
+        change(load_file(source / fetch.WEIGHTS)),
+        source / fetch.WEIGHTS,
+        {"format": "pt"},
+    )
+    set_params("base", name=str(source))
+    assert found in refused()
+    assert not fetch.BASE.exists()
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json"])
+def test_file_of_a_quantization_is_seen_before_the_weights(
+    name: str, source: Path, hub: Hub, set_params: SetParams
+) -> None:
+    write(source / name, {"bits": 4})
+    hub.add("org/model", source)
+    set_params("base", name="org/model")
+    assert f"is already quantized ({name}), expected the unquantized model" in refused()
+    assert fetch.WEIGHTS not in hub.downloads
+
+
+def test_weights_that_are_not_used_are_named(
+    source: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as the head of a value model, or layers beyond those of config.json."""
+    tensors = load_file(source / fetch.WEIGHTS) | {"lm_head.weight": torch.ones(1)}
+    save_file(tensors, source / fetch.WEIGHTS, {"format": "pt"})
+    set_params("base", name=str(source))
+    fetch.main()
+    assert "unused" not in capsys.readouterr().out
+    tensors |= {"v_head.summary.weight": torch.ones(1)}
+    save_file(tensors, source / fetch.WEIGHTS, {"format": "pt"})
+    fetch.main()
+    assert capsys.readouterr().out.startswith(
+        "unused     1 tensor that a Qwen2ForSequenceClassification does not have, such as v_head."
+    )
 
 
 def test_missing_shard_and_broken_index_are_named(llama: Path, set_params: SetParams) -> None:
@@ -814,7 +910,9 @@ def test_changed_local_base_is_noticed_before_training(llama: Path, set_params: 
     require_same_source()
     (llama / "notes.txt").write_text("no part of the model")
     require_same_source()
-    save_file({"w1": np.zeros(3, np.float32)}, llama / "model-00002-of-00002.safetensors")
+    shard = llama / "model-00002-of-00002.safetensors"
+    changed = {name: each + 1 for name, each in load_file(shard).items()}
+    save_file(changed, shard, {"format": "pt"})
     (llama / "special_tokens_map.json").unlink()
     with pytest.raises(Fault, match=r"\(model-00002-of-00002.safetensors, special_tokens_map.json"):
         require_same_source()

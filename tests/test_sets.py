@@ -1,6 +1,7 @@
 """Extra test sets: read like other data, judged with the test split, with leaks reported."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import load_from_disk
+from tokenizers import Tokenizer
 
 from reward.data.records import check
 from reward.data.sets import read_sets
 from reward.data.tokens import Encoder, Template, as_array
 from reward.model.packing import Texts
-from reward.outputs import read_json
+from reward.outputs import read_json, write_json
 from reward.process import Fault
 from stages import evaluate, preprocess
 from tests.support import write_pairs
@@ -61,6 +63,21 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(
     write_set(Path("data/sets/long.jsonl"), PAIR, long_prompt, long_answer)
     [found] = read_sets(Path("data/sets"), encoder(100), drop=False)
     assert (len(found.rows), found.too_long, found.bad) == (1, 2, 0)
+
+
+def test_text_with_a_token_that_the_base_lacks_is_a_bad_record(
+    workspace: Path, encoder: Callable[[int], Encoder]
+) -> None:
+    write_set(Path("data/sets/odd.jsonl"), PAIR, PAIR | {"rejected": "<|im_end|>"})
+    assert len(read_sets(Path("data/sets"), encoder(100), drop=False)[0].rows) == 2
+    path = workspace / "models" / "base" / "config.json"
+    number = Tokenizer.from_file(str(path.with_name("tokenizer.json"))).token_to_id("<|im_end|>")
+    write_json(path, read_json(path) | {"vocab_size": number})
+    message = f"line 2: unknown_id: has the token '<|im_end|>' with the id {number}, but the base"
+    with pytest.raises(Fault, match=re.escape(message)):
+        read_sets(Path("data/sets"), encoder(100), drop=False)
+    [found] = read_sets(Path("data/sets"), encoder(100), drop=True)
+    assert (len(found.rows), found.bad) == (1, 1)
 
 
 def test_answers_with_the_same_ids_are_a_bad_record(encoder: Callable[[int], Encoder]) -> None:

@@ -17,12 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from reward.data.prefixes import prefix_length
 from reward.data.records import BadRecord, Messages, check
 from reward.data.templates import DIRECTIVES, dated
-from reward.data.tokens import Encoder, Template
+from reward.data.tokens import TOKENIZER_CONFIG, Encoder, Template
 from reward.exporting import portable
+from reward.outputs import read_json, write_json
 from reward.process import Fault
 
 Encoders = Callable[..., Encoder]
@@ -110,6 +113,39 @@ def test_chat_matches_the_chat_template_of_the_tokenizer(encoder: Encoders, toke
     text = ours.render(prompt, assistant("😀"))
     assert text == tokenizer.apply_chat_template(messages, tokenize=False)
     assert ours.encode([text])[0] == tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+def test_chat_template_gets_every_special_token_that_is_set(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    text = "{% for m in messages %}{{ m.content }}{{ sep_token }}{{ cls_token }}{% endfor %}"
+    text += "{{ 'eos' if eos_token is defined }}{{ 'mask' if mask_token is defined }}"
+    change = {"sep_token": "<|im_end|>", "cls_token": "<|im_start|>", "chat_template": text}
+    write_json(base / TOKENIZER_CONFIG, read_json(base / TOKENIZER_CONFIG) | change)
+    messages = [{"role": role, "content": text} for role, text in (*user("Hi"), *assistant("Yes"))]
+    expected = AutoTokenizer.from_pretrained(base).apply_chat_template(messages, tokenize=False)
+    found = Encoder(base, Template.of("chat", False, 99, base)).render(user("Hi"), assistant("Yes"))
+    assert found == expected
+    assert found.endswith("Yes<|im_end|><|im_start|>eos")
+
+
+def test_text_that_begins_with_bos_gets_no_second_one(tiny_base: Path, tmp_path: Path) -> None:
+    base, bos = shutil.copytree(tiny_base, tmp_path / "base"), "<|endoftext|>"
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    number: Any = tokenizer.token_to_id(bos)
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, number)]
+    )
+    tokenizer.save(str(base / "tokenizer.json"))
+    for most in (99, 6):
+        ours = Encoder(base, Template.of("none", False, most, base))
+        with_it, without = user(f"{bos}Why is the sky blue?"), user("Why is the sky blue?")
+        found = ours.encode_cut(with_it, [assistant("Yes"), assistant("No")])
+        assert found == ours.encode_cut(without, [assistant("Yes"), assistant("No")])
+        assert [side.count(number) for side in found or []] == [1, 1]
 
 
 @pytest.mark.parametrize(

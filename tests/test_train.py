@@ -1016,20 +1016,6 @@ def test_run_killed_by_sigkill_resumes_in_a_new_process(
     assert outs() == expected
 
 
-def test_ids_unknown_to_the_base_are_refused() -> None:
-    groups = (
-        params.load("train", trainer.Train),
-        params.load("lora", train.Lora),
-        params.load("quantization", Quantization),
-    )
-    model = train.build(*groups)
-    dataset = load_from_disk("data/tokenized/train")
-    train.require_fit(model, dataset)
-    cast(Any, model.get_base_model()).config.vocab_size = 300
-    with pytest.raises(Fault, match="has 300 ids"):
-        train.require_fit(model, dataset)
-
-
 @pytest.mark.parametrize("longest", ["longrope", "positions"])
 def test_maximum_length_beyond_the_base_is_refused_before_the_first_step(
     longest: str, set_params: SetParams, steps: list[dict[str, Any]]

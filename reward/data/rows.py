@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
@@ -30,11 +30,17 @@ class Kept(NamedTuple):
     faults: list[BadRecord]
 
 
-def compare(record: Record, ids: Sequence[TokenIds], max_length: int) -> Kept:
-    """The comparisons of a record whose two answers have different ids, at most `max_length` each.
+def compare(
+    record: Record,
+    ids: Sequence[TokenIds],
+    max_length: int,
+    unknown: Callable[[TokenIds, TokenIds], str | None],
+) -> Kept:
+    """The comparisons of a record whose two answers have different ids, at most max_length each.
 
-    `ids` are the ids of each answer with its prompt. A comparison with longer ids is the fault
-    `over_length`. One with equal ids, which no model can tell apart, is the fault
+    `ids` are the ids of each answer with its prompt, and `unknown` says which of them the base
+    lacks. A comparison with longer ids is the fault `over_length`, and one with an unknown id is
+    `unknown_id`. One with equal ids, which no model can tell apart, is the fault
     `identical_tokens`, except that a tie is left out without a fault.
     """
     kept, compared, faults = [], [], []
@@ -45,6 +51,8 @@ def compare(record: Record, ids: Sequence[TokenIds], max_length: int) -> Kept:
             faults.append(
                 BadRecord("over_length", f"has {longest} tokens, expected at most {max_length}")
             )
+        elif found := unknown(left, right):
+            faults.append(BadRecord("unknown_id", f"has {found}"))
         elif len(left) != len(right) or not np.array_equal(left, right):
             kept.append(each)
             compared.append(Compared(name, each.j, each.k, prefix_length(left, right)))

@@ -85,7 +85,7 @@ def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
             ledger.bad(0, position, fault.reason, str(fault))
             continue
         ids = encoder.encode_arrays(texts)
-        kept = compare(record, ids, encoder.template.max_length)
+        kept = compare(record, ids, encoder.template.max_length, encoder.unknown)
         for each in (*record.faults, *kept.faults):
             ledger.bad(0, position, each.reason, str(each))
         if kept.compared:

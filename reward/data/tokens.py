@@ -25,6 +25,10 @@ TEMPLATES = {
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Messages with these roles at the head of a conversation are never cut.
 KEPT = ("system", TOOLS)
+# The special tokens that transformers gives to chat templates, if they are set.
+SPECIAL_TOKENS = tuple(
+    f"{name}_token" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"]
+)
 # Takes the place of a message to find where a rendered text has that message.
 MARK = "\ue000\ue001\ue000"
 
@@ -109,7 +113,7 @@ class Encoder:
                 f"{base}/tokenizer.json is not the one that the template was made for; "
                 "expected the base model of the tokenized data"
             )
-        self.template = template
+        self.template, self._base = template, base
         self._tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -125,10 +129,14 @@ class Encoder:
                 )
 
     def render(self, prompt: Messages, answer: Messages) -> str:
-        """One side of a pair as text. Raises BadRecord if the template cannot render it."""
+        """One side of a pair as text, without the special tokens that encoding puts around it.
+
+        A text may already have them, and would get them twice. Raises BadRecord if the template
+        cannot render it.
+        """
         messages = (*prompt, *answer)
         if self.template.chat_template is None:
-            return fill(self.template.template, messages)
+            return self.bare(fill(self.template.template, messages))
         return render_chat(self.template.chat_template, messages, self._special_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -163,6 +171,25 @@ class Encoder:
     def _around(self) -> tuple[str, str]:
         before, after = map("".join, around(self._tokenizer))
         return before, after
+
+    def unknown(self, *texts: TokenIds) -> str | None:
+        """Says which id of the texts the base lacks, if one does.
+
+        A tokenizer may have tokens that were added without enlarging the base.
+        """
+        largest = max(int(ids.max(initial=0)) for ids in texts) if self._size else 0
+        if not self._size or largest < self._size:
+            return None
+        token = self._tokenizer.id_to_token(largest)
+        return f"the token {token!r} with the id {largest}, but the base has {self._size} ids"
+
+    @cached_property
+    def _size(self) -> int | None:
+        """The number of ids of the base if the tokenizer has more; None if not, or not known."""
+        path = self._base / "config.json"
+        size = read_json(path).get("vocab_size") if path.exists() else None
+        ids = [self._tokenizer.get_vocab_size() - 1, *self._tokenizer.get_added_tokens_decoder()]
+        return size if isinstance(size, int) and max(ids) >= size else None
 
     @property
     def eos(self) -> str | None:
@@ -229,8 +256,10 @@ class Encoder:
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:
-        names = ("bos_token", "eos_token", "pad_token")
-        return {name: token_of(self._config, name) or "" for name in names}
+        own = self._config.get("extra_special_tokens")
+        names = (*SPECIAL_TOKENS, *(own if isinstance(own, dict) else ()))
+        found = {name: token_of(self._config, name) for name in names}
+        return {name: token for name, token in found.items() if token}
 
 
 def as_array(ids: Sequence[int]) -> TokenIds:

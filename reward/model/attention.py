@@ -280,7 +280,7 @@ def text_by_text(
                     enable_gqa=query.shape[1] != key.shape[1],
                 )
             )
-    return torch.cat(outputs, 2).transpose(1, 2).to(dtype)
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1).to(dtype)
 
 
 class LastLayer(Swapped):
@@ -307,10 +307,15 @@ class LastLayer(Swapped):
             known = found.keys_and_values
         ends = plan.ends
         rotations = rest.pop("position_embeddings")
+        at_ends = (
+            rotations[:, ends]  # complex numbers
+            if isinstance(rotations, Tensor)
+            else tuple(rotation[:, ends] for rotation in rotations)
+        )
         return layer(
             hidden_states[:, ends],
             position_ids=rest.pop("position_ids")[:, ends],
-            position_embeddings=tuple(rotation[:, ends] for rotation in rotations),
+            position_embeddings=at_ends,
             plan=LastTokens(plan, known),
             **rest,
         )

@@ -41,6 +41,12 @@ ALL_LINEAR = "all-linear"
 SEPARATE = {"q_proj", "k_proj", "v_proj"}
 FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
 
+# In mixtures of experts: the names of an expert's projections, and those of routers.
+EXPERT_PARTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+ROUTERS = {"gate", "router", "wg"}
+# Exactly these, because a subclass may return more than one tensor.
+LINEAR = (nn.Linear, Linear4bit, Conv1D)
+
 # Two-dimensional weights that bitsandbytes does not quantize.
 NOT_LINEAR = re.compile(r"embed|wte|wpe|lm_head|score")
 
@@ -116,7 +122,7 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    recipe = None if "quantization_config" in config else quantization.recipe
+    recipe = None if config.get("quantization_config") else quantization.recipe
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
         base,
         num_labels=1,
@@ -155,7 +161,7 @@ def weight_bytes(base: Path, quantization: Quantization) -> int:
     al. 2023, "QLoRA"). Weights that are stored in 4 bits stay as they are.
     """
     scale = (8 + 32 / 256) / 64 if quantization.double_quant else 32 / 64
-    stored = "quantization_config" in read_json(base / "config.json")
+    stored = bool(read_json(base / "config.json").get("quantization_config"))
     found = 0.0
     for path in base.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -270,7 +276,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     Raises a Fault for names that the model lacks.
     """
     names = config.target_modules or ()
-    found = linear_layers(model) if names == ALL_LINEAR else target_modules(model, set(names))
+    found = adaptable(model) if names == ALL_LINEAR else target_modules(model, set(names))
     config.target_modules = found  # type: ignore[assignment]  # PEFT turns a list into a set too
     config.task_type = TaskType.SEQ_CLS
     with silent_peft():
@@ -283,26 +289,32 @@ def target_modules(model: PreTrainedModel, names: set[str]) -> set[str]:
     """The projections that the names in params.yaml refer to.
 
     If the base combines query, key and value in one projection, the three names together refer to
-    that one. Raises a Fault for names that the model lacks.
+    that one. Raises a Fault for other names than those of `adaptable`.
     """
-    present = linear_layers(model)
+    present = adaptable(model)
     if names >= SEPARATE and not SEPARATE & present and len(fused := FUSED & present) == 1:
         names = names - SEPARATE | fused
     if missing := sorted(names - present):
         raise Fault(
-            f"params.yaml: lora.target_modules names {', '.join(missing)}, which "
-            f"{type(model).__name__} lacks; it has {', '.join(sorted(present))}"
+            f"params.yaml: lora.target_modules names {', '.join(missing)}, but the layers of "
+            f"{type(model).__name__} that can have an adapter are {', '.join(sorted(present))}"
         )
     return names
 
 
-def linear_layers(model: PreTrainedModel) -> set[str]:
-    """The names of all linear layers of the base, without the head."""
-    return {
+def adaptable(model: PreTrainedModel) -> set[str]:
+    """The names of the base's linear layers that can have an adapter.
+
+    In a mixture of experts, the routers are left out, and so are all layers whose names belong to
+    parts of experts. PEFT would adapt the fused experts in their place.
+    """
+    found = {
         name.rsplit(".", 1)[-1]
         for name, module in model.base_model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if type(module) in LINEAR
     }
+    is_mixture = any(each.dim() == 3 for each in model.base_model.parameters())
+    return found - (EXPERT_PARTS | ROUTERS) if is_mixture else found
 
 
 def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:

@@ -44,7 +44,9 @@ def last_hidden(model: PeftModel, batch: Pack) -> Tensor:
     )
     hidden = (
         cast(PreTrainedModel, model.get_base_model())
-        .base_model(input_ids=ids, position_ids=positions, plan=plan, use_cache=False)
+        .base_model(
+            input_ids=ids, position_ids=positions, plan=plan, use_cache=False, return_dict=True
+        )
         .last_hidden_state[0]
     )
     # LastLayer returns only the last token of each text, but some models keep their own layer.
@@ -196,6 +198,7 @@ def require_alone(model: PeftModel, texts: Texts, found: Tensor, found_in: int) 
                 classifier.base_model(
                     input_ids=torch.tensor(np.asarray(ids)[None], device=device()),
                     use_cache=False,
+                    return_dict=True,
                 ).last_hidden_state[:, -1]
                 for ids in texts.ids
             ]

@@ -2,12 +2,18 @@
 
 The model is built on PyTorch's meta device, which allocates no memory, and a row is passed through
 it without computing any numbers. So a model is rejected for what its code does, not for its name.
+Its weights are judged by their names, shapes and types.
 """
 
+import re
+from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -21,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from reward.model.head import is_classifier, problem_with_labels
+from reward.model.head import HEAD, is_classifier, problem_with_labels
 from reward.model.plain import require_plain, ropes
 from reward.process import Fault
 
@@ -30,6 +36,17 @@ EXPECTED = (
     "expected a decoder language model that transformers can also build as a classifier, such as "
     "Qwen2ForCausalLM"
 )
+UNQUANTIZED = (
+    "expected the unquantized model that is named on its page; quantization.bits then quantizes "
+    "that model"
+)
+# Where tools that quantize models say so: in config.json, or in a file beside it.
+QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
+QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# Weights that a classifier does not have: the output of tokens, and constants in old checkpoints.
+NOT_NEEDED = re.compile(r"^(lm_head|embed_out)\.|\.rotary_emb\.inv_freq$")
+# The types of weights that are not quantized, as safetensors calls them.
+FLOATS = ("F64", "F32", "F16", "BF16")
 TOKENS = 5
 
 
@@ -67,19 +84,65 @@ def problem_with_quantization(config: dict[str, Any]) -> str | None:
     """
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     for part in parts:
-        for key in ("quantization_config", "compression_config"):
-            if recipe := part.get(key):
+        for key in QUANTIZED_KEYS:
+            if (recipe := part.get(key)) is not None:
                 method = recipe.get("quant_method") if isinstance(recipe, dict) else None
-                return (
-                    f"is already quantized ({method or key}), expected the unquantized model that "
-                    "is named on its page; quantization.bits then quantizes that model"
-                )
+                return f"is already quantized ({method or key}), {UNQUANTIZED}"
     return None
+
+
+def problem_with_types(types: Mapping[str, str]) -> str | None:
+    """Why training cannot use weights of these types, by their names, or None.
+
+    Quantized weights need scales, which transformers would leave out without the recipe.
+    """
+    for name, found in types.items():
+        if name.endswith(".weight") and found not in FLOATS:
+            return f"is already quantized ({name} is {found}), {UNQUANTIZED}"
+    return None
+
+
+def problem_with_weights(model: PreTrainedModel, report: Mapping[str, Any]) -> str | None:
+    """Why the weights in a folder, loaded by `on_meta`, are not those of its config.json, or None.
+
+    transformers would draw what is missing at random.
+    """
+    if missing := sorted({*report["missing_keys"]} - {HEAD}):
+        more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
+        return (
+            f"lacks {', '.join(missing[:2])}{more} among its weights, expected all that "
+            f"{type(model).__name__} needs with its config.json"
+        )
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        return f"has {name} of shape {[*found]}, expected {[*wanted]}, as its config.json says"
+    return None
+
+
+def unused_weights(report: Mapping[str, Any]) -> list[str]:
+    """The weights in a folder that a reward model leaves out, except for the output of tokens."""
+    return sorted(name for name in report["unexpected_keys"] if not NOT_NEEDED.search(name))
+
+
+def on_meta(folder: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model in a folder without any numbers, and what transformers reports of its weights."""
+    logging.set_verbosity_error()
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=1,
+        device_map="meta",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    return model, report
 
 
 def problem_with_model(config: dict[str, Any]) -> str | None:
     """Why the model that transformers builds from a config.json cannot be packed, or None."""
     windows: list[int | None] = []
+    if reason := problem_with_pad(config):
+        return reason
     try:
         model = build(config)
         if reason := problem_with_interface(model):
@@ -96,6 +159,17 @@ def problem_with_model(config: dict[str, Any]) -> str | None:
             f"({type(error).__name__}: {detail}), expected one for the installed version"
         )
     return problem_with_layers(model, windows)
+
+
+def problem_with_pad(config: dict[str, Any]) -> str | None:
+    """Why a model cannot be built with its pad token, or None."""
+    pad, size = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and pad >= size:
+        return (
+            f"has the pad_token_id {pad} in its config.json, but only {size} ids (vocab_size); "
+            "expected one of them, or null"
+        )
+    return None
 
 
 def problem_with_interface(model: PreTrainedModel) -> str | None:
@@ -117,10 +191,10 @@ def build(config: dict[str, Any]) -> PreTrainedModel:
     logging.set_verbosity_error()
     # A copy, because transformers modifies nested values.
     own = deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
-    # No pad token, because some models search the row for it.
-    found = CONFIG_MAPPING[own["model_type"]].from_dict(
-        own | {"num_labels": 1, "pad_token_id": None}
-    )
+    found = CONFIG_MAPPING[own["model_type"]].from_dict(own | {"num_labels": 1})
+    # No pad token, because some models search the row for it. Some do not allow this.
+    with suppress(StrictDataclassError):
+        found.pad_token_id = None
     for rope in ropes(found):
         if rope.get("rope_type") == "dynamic":  # it needs the value of the largest position
             rope["rope_type"] = "default"
