@@ -113,7 +113,7 @@ LATENT = {
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
-    "v_head_dim": 24,
+    "v_head_dim": 16,
     "head_dim": 8,
     "first_k_dense_replace": 1,
     "moe_intermediate_size": 32,

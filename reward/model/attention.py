@@ -189,7 +189,7 @@ def uses_flash(query: Tensor, value: Tensor) -> bool:
     """Whether variable-length flash attention supports these tensors."""
     return (
         query.dtype in FLASH_DTYPES
-        and query.shape[-1] == value.shape[-1] <= FLASH_HEAD_SIZE
+        and max(query.shape[-1], value.shape[-1]) <= FLASH_HEAD_SIZE
         and has_flash(query.device)
     )
 
@@ -208,17 +208,18 @@ def flash_attention(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """One variable-length call, with zeros that make the head size a multiple of 8.
+    """One variable-length call, with zeros that make all head sizes the same multiple of 8.
 
     The zeros do not change the products of queries and keys, and the zeros that they add to the
     output are cut off. The default scale is that of the unpadded size. `window_size` is the number
     of tokens that a query sees before and after its own, -1 for all.
     """
-    size, call = query.shape[-1], plan.call
+    size, width, call = query.shape[-1], value.shape[-1], plan.call
+    most = max(size, width)
     # squeeze, because the gradient of x[0] would be copied into zeros.
-    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    if size % 8:  # because pad would copy even if it added nothing
-        query, key, value = (pad(x, (0, -size % 8)) for x in (query, key, value))
+    query, key, value = (
+        widened(x.squeeze(0).transpose(0, 1), most + -most % 8) for x in (query, key, value)
+    )
     output = flash(
         query,
         key.index_select(0, call.keys),
@@ -230,7 +231,12 @@ def flash_attention(
         scale=size**-0.5 if scaling is None else scaling,
         window_size=(window - 1 if window and window < call.max_keys else -1, 0),
     )
-    return cast(Tensor, output[None, ..., :size])
+    return cast(Tensor, output[None, ..., :width])
+
+
+def widened(x: Tensor, size: int) -> Tensor:
+    """x with zeros at the end of its last dimension; pad would copy even if it added nothing."""
+    return x if x.shape[-1] == size else pad(x, (0, size - x.shape[-1]))
 
 
 def text_by_text(
