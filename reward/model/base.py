@@ -344,16 +344,14 @@ def adapt(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 @contextmanager
 def silent_peft() -> Iterator[None]:
-    """Suppress three warnings of PEFT that tell the user nothing.
+    """Suppress two warnings of PEFT that tell the user nothing.
 
-    PEFT reads a property that transformers has renamed. It reports that it has noticed the
-    transposed weights of GPT-2's Conv1D. It also warns that its own pattern for the fused experts
-    of mixtures matches nothing, because fused experts get no adapters here.
+    PEFT reads a property that transformers has renamed. It also reports that it has noticed the
+    transposed weights of GPT-2's Conv1D.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         yield
 
 
