@@ -233,7 +233,22 @@ def test_chat_template_that_trims_answers_trims_them_in_whole_texts(
 
 @pytest.mark.parametrize(
     ("ending", "token"),
-    [("<|eot_id|>", "<|eot_id|>"), ("<｜end▁of▁sentence｜>\n", "<｜end▁of▁sentence｜>")],
+    [
+        ("<|eot_id|>", "<|eot_id|>"),
+        ("<｜end▁of▁sentence｜>\n", "<｜end▁of▁sentence｜>"),
+        ("<turn|>\n", "<turn|>"),
+        ("[|endofturn|]", "[|endofturn|]"),
+        ("</s><|endoftext|>\n", "</s>"),
+        ("</s><pad><pad>", "<pad>"),
+        ("<s>", "<s>"),
+        ("<eos>", "<eos>"),
+        ("<seed:eos>", "<seed:eos>"),
+        ("<EOS_TOKEN>", "<EOS_TOKEN>"),
+        ("<end_of_turn>\n", "<end_of_turn>"),
+        ("<start_of_turn>", "<start_of_turn>"),
+        ("[EOS]", "[EOS]"),
+        ("[/INST]", "[/INST]"),
+    ],
 )
 def test_end_token_of_another_model_is_refused(scorer: Scorer, ending: str, token: str) -> None:
     with pytest.raises(Misfit) as found:
@@ -243,6 +258,23 @@ def test_end_token_of_another_model_is_refused(scorer: Scorer, ending: str, toke
         f"the text ends in {token!r}, expected no special token at the end, or one of the reward "
         "model's tokenizer that ends answers"
     )
+
+
+@pytest.mark.parametrize(
+    "ending", ["</b>", "<br>", "</section>", "</strong>\n", "<|", "|>", "a | b>", "[1]", "[x|y]"]
+)
+def test_ordinary_text_that_looks_like_a_token_is_scored(scorer: Scorer, ending: str) -> None:
+    text = f"问:hi\n\n答:yes{ending}"
+    assert scorer.encode_rendered([text]) == scorer.encode([text])
+
+
+def test_template_may_end_in_a_token_that_its_tokenizer_does_not_know(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scorer = scorer_of(monkeypatch, "{prompt}\n{answer}</s>")
+    expected = scorer.encode(["hi\nyes</s>"])
+    assert scorer.encode_rendered(["hi\nyes</s>"]) == expected
+    assert scorer.encode_rendered(["hi\nyes"]) == expected
 
 
 def test_token_that_starts_a_message_does_not_end_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,16 @@ from functools import cached_property
 from reward.data.records import BadRecord
 from reward.data.tokens import MARK, Encoder
 
-# A special token in the format of most tokenizers.
-CONTROL = re.compile(r"<[|｜][^\s<>|｜]{1,80}[|｜]>\Z")
+# A special token of any tokenizer: marked by bars, or with one of the usual names. Tags of HTML are
+# ordinary text, except <s>.
+CONTROL = re.compile(
+    r"(?:"
+    r"<[|｜][^\s<>|｜]{1,80}[|｜]?>|<[^\s<>|｜]{1,80}[|｜]>|\[\|[^\s\[\]|]{1,80}\|\]"
+    r"|</?s>|<(?:start|end)_of_\w{1,40}>"
+    r"|(?i:<(?:seed:)?(?:bos|eos|pad|sep|cls|sop|eop)(?:_token)?>|\[(?:bos|eos|pad|sep|cls)\])"
+    r"|\[/?INST\]"
+    r")\Z"
+)
 
 
 class Endings:
@@ -32,11 +40,11 @@ class Endings:
         in a special token that ends no text of training.
         """
         body = self.without(text)
-        self._require_ending(body.rstrip())
         after = self.without(self._after)
         known = [ending for ending in (after, after.rstrip()) if ending and body.endswith(ending)]
         if known:
             body = body.removesuffix(known[0])
+        self._require_ending(body.rstrip())
         if self._trims:
             body = body.rstrip()
         return body and body + self._after
