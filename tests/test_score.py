@@ -119,6 +119,14 @@ def test_equal_answers_share_a_rank(command: Callable[..., None]) -> None:
     assert sorted(row["ranks"]) in ([1, 1, 3], [1, 2, 2])
 
 
+def test_end_token_of_a_policy_does_not_change_rewards(command: Callable[..., None]) -> None:
+    [record] = write([{"prompt": "hi", "answers": ["yes", "yes<|im_end|>\n<|endoftext|>", "no"]}])
+    command(INPUT, "--output", OUTPUT)
+    [row] = lines()
+    assert row["rewards"][0] == row["rewards"][1] != row["rewards"][2]
+    assert row["answers"] == record["answers"]
+
+
 def test_pairs_get_the_evaluated_rewards_in_the_order_chosen_rejected(
     command: Callable[..., None],
 ) -> None:

@@ -395,6 +395,47 @@ def test_prompt_and_answers_may_have_several_forms(record: Any) -> None:
     assert (found.prompt, found.answers) == (((USER, "hi"),), [((ASSISTANT, "yes"),)])
 
 
+LONG = "Why is the sky blue, then?"
+
+
+@pytest.mark.parametrize(
+    ("record", "answers"),
+    [
+        ({"prompt": LONG, "answer": f"{LONG} Air."}, [" Air."]),
+        ({"prompt": LONG, "answers": [f"{LONG} Air.", f"{LONG} No."]}, [" Air.", " No."]),
+        ({"prompt": LONG, "answers": [f"{LONG} Air.", "No."]}, [f"{LONG} Air.", "No."]),
+        (
+            {"prompt": "Hello!", "answers": ["Hello! Hi.", "Hello! No."]},
+            ["Hello! Hi.", "Hello! No."],
+        ),
+    ],
+)
+def test_prompt_that_all_answers_repeat_is_removed_as_from_pairs(
+    record: Any, answers: list[str]
+) -> None:
+    assert candidates(record).answers == [((ASSISTANT, answer),) for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "hi", "answer": "yes<|im_end|>\n<|endoftext|>"},
+        {"prompt": "hi", "answers": ["yes<|endoftext|>"]},
+        {"prompt": "hi", "answers": [[U, A | {"content": "yes<|im_end|>"}]]},
+    ],
+)
+def test_end_tokens_of_a_policy_are_removed_from_answers(scorer: Scorer, record: Any) -> None:
+    assert scorer.candidates(record).answers == [((ASSISTANT, "yes"),)]
+
+
+def test_pairs_are_scored_as_they_were_trained(scorer: Scorer) -> None:
+    pair = {"prompt": "hi", "chosen": "yes<|im_end|>", "rejected": "no"}
+    assert scorer.candidates(pair) == candidates(pair)
+    for wrong in (3, {"prompt": "hi", "answers": "yes<|im_end|>"}):
+        with pytest.raises(BadRecord):
+            scorer.candidates(wrong)
+
+
 def test_pair_gives_chosen_then_rejected() -> None:
     found = candidates({"prompt": "hi", "chosen": "yes", "rejected": "no"})
     assert [answer[0][1] for answer in found.answers] == ["yes", "no"]

@@ -185,7 +185,7 @@ def _identities(raw: Raw, tools: Any) -> list[str]:
 def candidates(record: Any) -> Candidates:
     """The answers of a record to be scored: those of a pair, its `answers`, or its `answer`.
 
-    Raises BadRecord as `check` does.
+    A prompt that all of them repeat is removed, as in training. Raises BadRecord as `check` does.
     """
     given = [key for key in ("answer", "answers") if isinstance(record, dict) and key in record]
     if not given:
@@ -199,9 +199,11 @@ def candidates(record: Any) -> Candidates:
     prompt = _messages("prompt", record["prompt"], "user")
     if any(map(_is_empty, prompt)):
         raise BadRecord("empty", "'prompt' is empty")
+    named = _answers(record, given[0])
+    texts = _without_text(record["prompt"], [value for _, value in named])
     answers = [
         _without_prompt(prompt, key, _messages(key, value))
-        for key, value in _answers(record, given[0])
+        for (key, _), value in zip(named, texts, strict=True)
     ]
     prompt = _tools(record) + prompt
     try:
@@ -229,8 +231,8 @@ def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
     if all(isinstance(answer, str) for answer in answers):
         if prompt is None:
             prompt, answers = _split_texts(answers)
-        elif isinstance(prompt, str) and _is_repeated(prompt, answers):
-            answers = [answer[len(prompt) :] for answer in answers]
+        else:
+            answers = _without_text(prompt, answers)
         return _messages("prompt", prompt, "user"), [(("assistant", each),) for each in answers]
     if any(isinstance(answer, list) for answer in answers):
         for key, value in zip(names, answers, strict=True):
@@ -367,12 +369,20 @@ def _is_empty(message: Message) -> bool:
     return not message[1].strip() and "tool_calls" not in parts_of(message)
 
 
-def _is_repeated(prompt: str, answers: list[str]) -> bool:
-    """Whether all answers begin with the whole prompt, and it is too long for a coincidence."""
+def _without_text(prompt: Any, answers: list[Any]) -> list[Any]:
+    """Text answers without the prompt that they repeat.
+
+    They are returned unchanged unless all of them begin with the whole text of the prompt, and it
+    is too long for a coincidence.
+    """
+    if not isinstance(prompt, str):
+        return answers
     for answer in answers:
-        if not answer.startswith(prompt):
-            return False
-    return len(prompt.encode(errors="replace")) > GREETING
+        if not isinstance(answer, str) or not answer.startswith(prompt):
+            return answers
+    if len(prompt.encode(errors="replace")) <= GREETING:
+        return answers
+    return [answer[len(prompt) :] for answer in answers]
 
 
 def _split_texts(answers: list[str]) -> tuple[str, list[str]]:

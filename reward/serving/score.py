@@ -31,7 +31,7 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from reward.data.reading import files, read, unit
-from reward.data.records import BadRecord, candidates
+from reward.data.records import BadRecord
 from reward.locks import hold
 from reward.model import group
 from reward.model.base import DIGESTS
@@ -157,7 +157,7 @@ def items(scorer: Scorer, paths: list[Path]) -> Iterator[Item]:
     for path in paths:
         for position, record in read(path):
             try:
-                texts = scorer.render(candidates(record))
+                texts = scorer.render(scorer.candidates(record))
                 yield Item(path, position, as_text(record), texts)
             except BadRecord as error:
                 place = f"{path}: {unit(path)} {position}"

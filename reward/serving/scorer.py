@@ -54,6 +54,19 @@ class Scorer:
         bos = token_of(read_json(folder / TOKENIZER_CONFIG), "bos_token")
         self._openings, self._endings = Openings(self._encoder, bos), Endings(self._encoder)
 
+    def candidates(self, record: Any) -> Candidates:
+        """The prompt and answers of a record.
+
+        Special tokens at the end of `answer` and `answers` are removed, because a policy's answers
+        may end in them; those of a pair stay as in training. Raises BadRecord.
+        """
+        match record:
+            case {"answer": answer}:
+                record = record | {"answer": self.without_ending(answer)}
+            case {"answers": [*answers]}:
+                record = record | {"answers": [*map(self.without_ending, answers)]}
+        return candidates(record)
+
     def render(self, asked: Candidates) -> list[str]:
         """A prompt's text with each answer. Raises BadRecord if the template cannot render it."""
         return [self._encoder.render(asked.prompt, answer) for answer in asked.answers]
@@ -92,13 +105,13 @@ class Scorer:
     ) -> tuple[list[Ids], list[Messages]]:
         """The ids of each prompt with its answer, and the prompts as messages.
 
-        Prompts and answers are texts or lists of messages. Special tokens at the end of an answer
-        are removed. Raises Misfit for the first pair that cannot be scored.
+        Prompts and answers are texts or lists of messages, as in `candidates`. Raises Misfit for
+        the first pair that cannot be scored.
         """
         texts, asked = [], []
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             try:
-                found = candidates({"prompt": prompt, "answer": self.without_ending(answer)})
+                found = self.candidates({"prompt": prompt, "answer": answer})
                 texts += self.render(found)
             except BadRecord as error:
                 raise Misfit(index, error.reason, str(error)) from None
