@@ -1,6 +1,7 @@
 """Comparing two judgements: the verdict, and the evidence for it."""
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -111,6 +112,17 @@ def test_pairs_are_matched_by_id_and_others_are_left_out(
         align(first, table([1.0], ["z"]), NAMES)
 
 
+def test_pair_that_is_twice_in_a_set_is_not_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (
+        table([1.0, 1.0, -1.0], ["a", "a", "b"]),
+        table([2.0, 2.0, 3.0], ["a", "a", "b"]),
+    )
+    assert align(first, second, NAMES).ids == ["a", "a", "b"]
+    assert capsys.readouterr().err == ""
+    align(first, table([2.0, 2.0], ["a", "c"]), NAMES)
+    assert "left out: 2 pairs that only one of the two has judged" in capsys.readouterr().err
+
+
 def test_pairs_that_flipped_are_listed_largest_change_first() -> None:
     found = compared([-1.0] * 12 + [1.0], [float(n) for n in range(1, 13)] + [-9.0])
     shown = report(found, NAMES, False).splitlines()
@@ -137,9 +149,13 @@ def test_revisions_are_read_from_dvc_and_the_workspace_from_disk(
     pq.write_table(table([1.0] * 20), path)
     content = io.BytesIO()
     pq.write_table(table([-1.0] * 20), content)
+    figures = compare.REPORTS / "figures.json"
+    figures.write_text('{"sets": {"mine": {}}}', encoding="utf-8")
     asked = []
 
     def read(path: str, rev: str, mode: str) -> bytes:
+        if Path(path) == figures:
+            return figures.read_bytes()
         asked.append((path, rev, mode))
         return content.getvalue()
 
@@ -150,6 +166,33 @@ def test_revisions_are_read_from_dvc_and_the_workspace_from_disk(
     printed = capsys.readouterr().out
     assert "workspace is better" in printed
     assert "accuracy   0.0000 for main, 1.0000 for workspace, 20 pairs of 20 prompts" in printed
+
+
+@pytest.mark.parametrize(
+    ("figures", "found"),
+    [('{"sets": {"one": {}, "by_hand": {}}}', "by_hand, one"), ('{"sets": {}}', "none at all")],
+)
+def test_set_that_was_not_judged_is_reported_with_those_that_were(
+    figures: str, found: str, tmp_path: Path
+) -> None:
+    (tmp_path / "figures.json").write_text(figures, encoding="utf-8")
+    message = f"--set is mine, but the extra test sets of {tmp_path} are: {found}"
+    with pytest.raises(Fault, match=f"^{re.escape(message)}$"):
+        compare.rewards_of(str(tmp_path), "mine")
+
+
+def test_revision_whose_rewards_are_not_in_the_cache_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class DataIndexDirError(Exception):
+        """Like that of dvc_data, which is not an error of DVC."""
+
+    def read(*_: object, **__: object) -> bytes:
+        raise DataIndexDirError("failed to load directory ('reports', 'evaluate')")
+
+    monkeypatch.setattr("dvc.api.read", read)
+    with pytest.raises(Fault, match=r"^main: .* cannot be read there \(failed to load directory"):
+        compare.rewards_of("main", None)
 
 
 @pytest.mark.parametrize("name", ["no-such-thing", "workspace"])

@@ -9,6 +9,7 @@ test pairs or on an extra test set.
 
 import argparse
 import io
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from reward.judging.metrics import TIE, Floats, Ints, Resampling, correct
 from reward.process import Fault, counted, run
 
 REPORTS = Path("reports/evaluate")
+FIGURES = "figures.json"
 RESAMPLING = Resampling(samples=10_000, seed=0)
 SHOWN = 10
 
@@ -54,8 +56,7 @@ class Comparison:
 def main() -> None:
     options = parse()
     names = (options.first, options.second)
-    file = f"sets/{options.set}.parquet" if options.set else "rewards.parquet"
-    first, second = (rewards_of(name, file) for name in names)
+    first, second = (rewards_of(name, options.set) for name in names)
     found = align(first, second, names)
     print(report(found, names, options.all))
 
@@ -71,29 +72,46 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rewards_of(name: str, file: str) -> pa.Table:
-    """The table of rewards at a revision, or in a folder. Raises a Fault if there is none."""
+def rewards_of(name: str, set_name: str | None) -> pa.Table:
+    """The rewards of the test pairs or of an extra test set, at a revision or in a folder.
+
+    Raises a Fault if there are none.
+    """
+    file = "rewards.parquet"
+    if set_name is not None:
+        file = f"sets/{set_name}.parquet"
+        judged = json.loads(content_of(name, FIGURES)).get("sets", {})
+        if set_name not in judged:
+            sets = ", ".join(sorted(judged)) or "none at all"
+            raise Fault(f"--set is {set_name}, but the extra test sets of {name} are: {sets}")
+    try:
+        return pyarrow.parquet.read_table(io.BytesIO(content_of(name, file)))
+    except pa.ArrowException as error:
+        raise Fault(f"{name}: {file} cannot be read ({error}); run dvc repro first") from None
+
+
+def content_of(name: str, file: str) -> bytes:
+    """A file that evaluate wrote at a revision, or in a folder. Raises a Fault if there is none."""
     judged = Path(name)
-    is_judged = (judged / "figures.json").is_file()
+    is_judged = (judged / FIGURES).is_file()
     path = (judged if is_judged else REPORTS) / file
     if is_judged or name == "workspace":
         try:
-            return pyarrow.parquet.read_table(path)
-        except (OSError, pa.ArrowException) as error:
+            return path.read_bytes()
+        except OSError as error:
             raise Fault(f"{path} cannot be read ({error}); run dvc repro first") from None
     from dvc import api
-    from dvc.exceptions import DvcException
-    from dvc.scm import SCMError
 
     try:
-        content = api.read(path.as_posix(), rev=name, mode="rb")
-    except (DvcException, SCMError, OSError) as error:
+        content: bytes = api.read(path.as_posix(), rev=name, mode="rb")
+    # Git, DVC, its index of data, which is a package of its own, and remotes have their own errors.
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise Fault(
             f"{name}: {path} cannot be read there ({reason}), expected a revision or an experiment "
             "that was evaluated, with its DVC cache, or run dvc pull"
         ) from None
-    return pyarrow.parquet.read_table(io.BytesIO(content))
+    return content
 
 
 def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparison:
@@ -104,7 +122,8 @@ def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparis
     rows = [index for index, key in enumerate(ids) if key in places]
     if not rows:
         raise Fault(f"{names[0]} and {names[1]} have no judged pairs in common, expected some")
-    if others := (len(ids) - len(rows)) + (len(places) - len(rows)):
+    # A set may have the same pair twice, so its rows are not counted.
+    if others := len(places.keys() ^ ids):
         print(
             f"note       left out: {counted(others, 'pair')} that only one of the two has judged",
             file=sys.stderr,
