@@ -721,11 +721,12 @@ def test_second_signal_stops_the_server_at_once(
     assert time.monotonic() - begin < 20
 
 
-def test_address_in_use_is_reported(held: Held) -> None:
+def test_address_in_use_is_reported(held: Held, caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(Fault, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"):
             asyncio.run(serve.serve(serve.Service(cast(Scorer, held)), "127.0.0.1", port))
+    assert not caplog.records  # such as a traceback of what is still running at the end
 
 
 def test_invalid_host_is_reported(held: Held) -> None:

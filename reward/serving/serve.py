@@ -140,16 +140,19 @@ async def serve(service: "Service", host: str, port: int, shared: bool = False) 
         service.application(), access_log=None, shutdown_timeout=GRACE, handler_cancellation=True
     )
     await runner.setup()
-    with binding(host, port):
-        await web.TCPSite(runner, host, port, backlog=BACKLOG, reuse_port=shared or None).start()
-    ended, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, partial(end, ended, number))
-    address, found = runner.addresses[0][:2]
-    place = f"[{address}]" if ":" in address else address
-    print(f"serving    http://{place}:{found}{REWARD}", flush=True)
-    await ended.wait()
-    await runner.cleanup()
+    try:
+        with binding(host, port):
+            site = web.TCPSite(runner, host, port, backlog=BACKLOG, reuse_port=shared or None)
+            await site.start()
+        ended, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, partial(end, ended, number))
+        address, found = runner.addresses[0][:2]
+        place = f"[{address}]" if ":" in address else address
+        print(f"serving    http://{place}:{found}{REWARD}", flush=True)
+        await ended.wait()
+    finally:
+        await runner.cleanup()
     if not shared:  # a shared process does not know the numbers of the others
         texts = counted(service.texts, "text")
         print(f"stopped    after {counted(service.requests, 'request')} with {texts}")
