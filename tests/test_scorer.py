@@ -176,6 +176,29 @@ def test_conversations_go_through_the_chat_template(monkeypatch: pytest.MonkeyPa
     assert ids == tokenizer.apply_chat_template([*prompt, *answer])["input_ids"]
 
 
+RECURSIVE = (
+    "{% macro show(value) %}{% for item in value %}[{{ show(item) }}]{% endfor %}{% endmacro %}"
+    "{% for m in messages %}{{ m.content }}"
+    "{% if m.tool_calls %}{{ show(m.tool_calls[0].function.arguments.a) }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("jinja", ["{{ messages | tojson }}", RECURSIVE])
+@pytest.mark.parametrize("depth", [600, 2000])
+def test_value_that_is_nested_too_deeply_is_a_bad_record(
+    jinja: str, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = Scorer(export_with(monkeypatch, template="chat", chat_template=jinja))
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": value}}}
+    answer = [{"role": ASSISTANT, "content": "", "tool_calls": [call]}]
+    with pytest.raises(Misfit, match=r"has a value that is nested too deeply$") as found:
+        scorer.encode_pairs(["hi"], [answer])
+    assert found.value.reason == ("chat_template" if depth == 600 else "not_text")
+
+
 def test_first_text_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = Scorer(export_with(monkeypatch, max_length=5))
     with pytest.raises(Misfit, match=r"^the text has 6 tokens, expected at most 5$") as found:

@@ -357,6 +357,8 @@ def _parts_text(key: str, parts: Mapping[str, Any]) -> str:
         return compact_json(parts)
     except TypeError as error:
         raise BadRecord("not_text", f"{key!r} contains a value that is not JSON: {error}") from None
+    except RecursionError:
+        raise BadRecord("not_text", f"{key!r} has a value that is nested too deeply") from None
 
 
 def parts_of(message: Message) -> dict[str, Any]:

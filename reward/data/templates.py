@@ -115,6 +115,15 @@ def render_chat(template: str, messages: Messages, tokens: Mapping[str, str]) ->
     `tokens` are the special tokens by name. Raises BadRecord if the template fails, or leaves out
     part of a message.
     """
+    try:
+        text = _rendered(template, messages, tokens)
+        require_whole(text, messages)
+    except RecursionError:
+        raise BadRecord("chat_template", "has a value that is nested too deeply") from None
+    return text
+
+
+def _rendered(template: str, messages: Messages, tokens: Mapping[str, str]) -> str:
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -129,7 +138,6 @@ def render_chat(template: str, messages: Messages, tokens: Mapping[str, str]) ->
         )
     except (TemplateError, *ERRORS) as error:
         raise BadRecord("chat_template", f"the chat template fails: {error}") from None
-    require_whole(str(text), messages)
     return str(text)
 
 

@@ -171,7 +171,7 @@ def as_text(record: Row) -> str:
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         text.encode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BadRecord("not_json", f"cannot be written as JSON: {error}") from None
     return text
 
