@@ -309,6 +309,25 @@ def test_another_model_is_refused(journal: bytes, fault: Callable[..., str]) -> 
     )
 
 
+@pytest.mark.parametrize("rest", [b"", b'{"file": "in.js'])
+def test_journal_of_another_model_without_a_row_is_started_again(
+    rest: bytes, command: Callable[..., None]
+) -> None:
+    write(some_records(3))
+    JOURNAL.write_bytes(b'{"model": "other"}\n' + rest)
+    command(INPUT, "--output", OUTPUT)
+    assert len(lines()) == 3
+
+
+def test_another_spelling_of_the_path_is_named(journal: bytes, fault: Callable[..., str]) -> None:
+    JOURNAL.write_bytes(journal)
+    path = INPUT.resolve()
+    assert fault(path, "--output", OUTPUT) == (
+        f"{path}: line 1 was scored as in.jsonl; "
+        "use the same path, or remove out.jsonl.journal to start again"
+    )
+
+
 def test_two_processes_cannot_write_one_output(journal: bytes, fault: Callable[..., str]) -> None:
     JOURNAL.write_bytes(journal)
     with LOCK.open("a+b") as file:
@@ -338,7 +357,7 @@ def test_no_lock_file_is_left(command: Callable[..., None], fault: Callable[...,
     write(some_records(3))
     command(INPUT, "--output", OUTPUT)
     assert not [path for path in Path().iterdir() if path.name.startswith("out.jsonl.")]
-    JOURNAL.write_bytes(b'{"model": "other"}\n')
+    JOURNAL.write_bytes(b'{"model": "other"}\n{}\n')
     assert "another model" in fault(INPUT, "--output", OUTPUT)
     assert not LOCK.exists()
 

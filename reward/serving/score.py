@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -223,12 +223,14 @@ class Journal:
         self._path = path
         self._file = file
         file.seek(0)
-        first, expected = file.readline(), as_line({"model": model})
-        if not first.endswith(b"\n"):
+        first, row, expected = file.readline(), file.readline(), as_line({"model": model})
+        if first == expected:
+            file.seek(len(first))
+        elif row.endswith(b"\n"):
+            raise Fault(f"{path} has rows that another model scored; {self._remedy('model')}")
+        else:
             self._cut(0)
             self._write(expected)
-        elif first != expected:
-            raise Fault(f"{path} has rows that another model scored; {self._remedy('model')}")
 
     def holds(self, batch: list[Item]) -> bool:
         """Whether the next rows are those of a batch. Raises a Fault if they are of others."""
@@ -239,10 +241,7 @@ class Journal:
             return False
         for item, line in zip(batch, lines, strict=True):
             if not line.startswith(as_line(item.source)[:-2]):
-                raise Fault(
-                    f"{item.place} is not the record that was scored at this position; "
-                    f"{self._remedy('input')}"
-                )
+                self._refuse(item, json.loads(line))
         return True
 
     def append(self, rows: list[Row]) -> None:
@@ -259,6 +258,15 @@ class Journal:
         """All rows, starting with the first."""
         self._file.seek(0)
         return map(json.loads, islice(self._file, 1, None))
+
+    def _refuse(self, item: Item, row: Row) -> NoReturn:
+        """Raises a Fault that says how an item differs from the row at its place."""
+        if (row["position"], row["record"]) == (item.position, item.record):
+            raise Fault(f"{item.place} was scored as {row['file']}; {self._remedy('path')}")
+        raise Fault(
+            f"{item.place} is not the record that was scored at this position; "
+            f"{self._remedy('input')}"
+        )
 
     def _write(self, content: bytes) -> None:
         with writing(self._path):
