@@ -481,7 +481,19 @@ def test_copied_export_loads_from_any_working_directory(
     for name, rewards in (("reward_chosen", j), ("reward_rejected", k)):
         assert rewards.tolist() == table[name].take(rows.numpy()).to_pylist()
     shutil.rmtree(copy / "merged")
+    (copy / "README.md").write_text("# Mine", encoding="utf-8")
     load_exported(copy)
+
+
+@pytest.mark.parametrize("name", ["models/adapter", "models/export/merged", "data", "missing"])
+def test_folder_that_is_not_an_export_is_not_loaded(
+    name: str, exported: Callable[[Change], Path]
+) -> None:
+    folder = exported(DEFAULT) / name
+    found = "does not exist" if name == "missing" else "is not an exported folder"
+    message = f"{folder} {found}, expected one such as models/export of dvc repro"
+    with pytest.raises(Fault, match=f"^{re.escape(message)}$"):
+        load_exported(folder)
 
 
 @pytest.mark.parametrize("name", ["base/model.safetensors", "adapter_model.safetensors"])

@@ -114,6 +114,9 @@ def test_code_in_a_base_never_runs(stage: Any, canary: Path) -> None:
         ("merged/config.json", {"text_config": {"auto_map": AUTO_MAP}}),
         ("merged/config.json", {"custom_pipelines": {"own": {"impl": "own.Pipeline"}}}),
         ("merged/config.json", {"layers": [{"auto_map": AUTO_MAP}]}),
+        ("base/config.json", {"attn_implementation": "evil/kernel"}),
+        ("base/config.json", {"_attn_implementation": "paged|evil/kernel@v1:attention"}),
+        ("base/config.json", {"text_config": {"attn_implementation": {"": "evil/kernel"}}}),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}}),
         ("adapter_config.json", {"megatron_config": {"a": 1}, "megatron_core": "own"}),
         ("adapter_config.json", {"auto_mapping": {"parent_library": "own"}}),
@@ -125,6 +128,22 @@ def test_configuration_that_names_code_is_a_fault(name: str, change: dict[str, A
     seal_again(export.EXPORT)
     with pytest.raises(Fault, match=f"models/export: {name} is code or names code"):
         load_exported(export.EXPORT)
+
+
+def test_code_behind_a_link_to_a_folder_is_a_fault() -> None:
+    base = export.EXPORT / "base"
+    base.rename("elsewhere")
+    Path("elsewhere/modeling_own.py").touch()
+    Path("elsewhere/loop").symlink_to(Path().resolve())
+    base.symlink_to(Path("elsewhere").resolve())
+    with pytest.raises(Fault, match=r"base/modeling_own\.py.* is code or names code"):
+        load_exported(export.EXPORT)
+
+
+def test_attention_of_transformers_names_no_code() -> None:
+    path = export.EXPORT / "base/config.json"
+    write_json(path, read_json(path) | {"_attn_implementation": "flash_attention_2"})
+    require_no_code(export.EXPORT)
 
 
 def test_adapter_that_is_not_safetensors_is_not_loaded() -> None:

@@ -520,5 +520,7 @@ def test_folder_that_is_not_an_export_is_reported(
     monkeypatch.setattr(score, "Scorer", Scorer)
     write(some_records(1))
     message = fault(INPUT, "--output", OUTPUT, "--model", "data")
-    assert message.startswith("data/digests.json cannot be read (")
+    assert (
+        message == "data is not an exported folder, expected one such as models/export of dvc repro"
+    )
     assert not JOURNAL.exists()

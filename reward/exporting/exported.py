@@ -9,6 +9,7 @@ base/, merged/                                        the base and the merged mo
 digests.json                                          SHA-256 of the files and of the base's
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,9 @@ AS_TRAINED = (ADAPTER_WEIGHTS, QUANTIZATION, TRAINING)
 BASE_NAME = "base_model_name_or_path"
 # Configuration keys whose values transformers and PEFT import as code.
 NAMING_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "megatron_config"}
+# A part of the keys whose values may name a repository on the Hub, from which transformers loads a
+# kernel: with a slash, because names of its own attention have none.
+ATTENTION = "attn_implementation"
 
 
 @dataclass(frozen=True)
@@ -171,14 +175,15 @@ def adapter_config(trained: Trained, prepared: bool) -> dict[str, Any]:
 def load_exported(folder: Path) -> PeftModel:
     """The reward model of an exported folder, ready to score, on the exported base or the Hub's.
 
-    Raises a Fault if the folder contains code or damaged files, or if the base cannot be downloaded
-    from the Hub.
+    Raises a Fault if the folder is not an exported one, if it contains code or damaged files, or if
+    the base cannot be downloaded from the Hub. The card and the merged model affect no reward, so
+    they may be changed or missing.
     """
+    record = exported_digests(folder)
     require_no_code(folder)
-    record = recorded(folder / DIGESTS)
     if ADAPTER_WEIGHTS not in record["files"]:
         raise Fault(f"{folder}/{DIGESTS} lacks {ADAPTER_WEIGHTS}, expected a complete export")
-    not_needed = f"{MERGED}/"
+    not_needed = (CARD, f"{MERGED}/")
     require_files(
         folder, {k: v for k, v in record["files"].items() if not k.startswith(not_needed)}
     )
@@ -186,6 +191,16 @@ def load_exported(folder: Path) -> PeftModel:
     if not base.is_dir():
         base = hub_base(folder, record["base"])
     return adapt(load_base(base, exported_quantization(folder)), folder)
+
+
+def exported_digests(folder: Path) -> dict[str, Any]:
+    """The digests of an exported folder. Raises a Fault for any other folder, such as merged/."""
+    path = folder / DIGESTS
+    record = recorded(path) if path.is_file() else {}
+    if REWARD not in record.get("files", {}):
+        found = "is not an exported folder" if folder.is_dir() else "does not exist"
+        raise Fault(f"{folder} {found}, expected one such as models/export of dvc repro")
+    return record
 
 
 def exported_quantization(folder: Path) -> Quantization:
@@ -229,7 +244,7 @@ def require_no_code(folder: Path) -> None:
 
     The digests only show that a folder is intact, not who made it.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_below(folder)
     code = [path for path in files if path.suffix in (".py", ".pyc", ".so")]
     code += [path for path in files if path.name.endswith("config.json") and names_code(path)]
     if code:
@@ -240,12 +255,28 @@ def require_no_code(folder: Path) -> None:
         )
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, also through links to folders, which rglob does not follow."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(here)
+        if place in seen:  # a link to a folder above would have no end
+            folders.clear()
+            continue
+        seen.add(place)
+        found += (Path(here, name) for name in names)
+    return sorted(filter(Path.is_file, found))
+
+
 def names_code(path: Path) -> bool:
     """Whether a configuration names code at any level."""
     parts = [recorded(path)]
     while parts:
         part = parts.pop()
         if any(part.get(key) for key in NAMING_CODE):
+            return True
+        if any(ATTENTION in key and "/" in str(value) for key, value in part.items()):
             return True
         values = [item for value in part.values() for item in as_list(value)]
         parts += [value for value in values if isinstance(value, dict)]
