@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import os
+import select
+import signal
 import sys
 import threading
 import time
@@ -94,11 +96,15 @@ def run_stage(name: str, description: str | None, main: Callable[[], None]) -> N
 def run(main: Callable[[], None]) -> None:
     """Call the `main` of a stage or command. A Fault prints its sentence and exits with status 1.
 
-    Ctrl-C exits with 130. Under DVC, the time taken is printed. If there are several processes,
-    each leaves all printing to its parent.
+    Ctrl-C exits with 130, and an output that nobody reads any more, as after `| head -1`, with 141.
+    Under DVC, the time taken is printed. If there are several processes, each leaves all printing
+    to its parent.
     """
     try:
         main()
+        if STAGED and not LAUNCHED:
+            print(f"took       {time.monotonic() - STARTED:.1f} s")
+        sys.stdout.flush()
     except Fault as fault:
         if not ERRORS:
             print(fault, file=sys.stderr)
@@ -110,8 +116,19 @@ def run(main: Callable[[], None]) -> None:
         if not LAUNCHED:
             print("interrupted", file=sys.stderr)
         sys.exit(130)
-    if STAGED and not LAUNCHED:
-        print(f"took       {time.monotonic() - STARTED:.1f} s")
+    except BrokenPipeError:
+        if not _is_broken(sys.stdout.fileno()):
+            raise
+        # When Python ends, it tries again to write what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _is_broken(pipe: int) -> bool:
+    """Whether a file descriptor is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(pipe, 0)  # errors are reported in any case
+    return bool(poll.poll(0))
 
 
 def threads() -> int:

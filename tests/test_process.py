@@ -50,6 +50,34 @@ def test_fault_prints_one_sentence_and_exits_with_1(tmp_path: Path) -> None:
     assert stage.returncode == 1
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("printed", ["'end'", "'end', flush=True", "'x' * 10**6"])
+def test_output_that_nobody_reads_any_more_ends_a_stage_in_silence(
+    printed: str, unbuffered: str
+) -> None:
+    code = f"from reward.process import run; run(lambda: print({printed}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    stage = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        check=False,
+    )
+    os.close(writer)
+    assert (stage.returncode, stage.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_another_broken_pipe_shows_its_traceback(tmp_path: Path) -> None:
+    stage = start(tmp_path, 'raise BrokenPipeError("elsewhere")')
+    printed, errors = stage.communicate()
+    assert printed == "begun\n"
+    assert errors.endswith("BrokenPipeError: elsewhere\n")
+    assert stage.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("argument", "status", "printed"),
     [("--help", 0, "What the stage does."), ("lora.r=8", 2, "unrecognized arguments: lora.r=8")],
