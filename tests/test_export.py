@@ -1129,7 +1129,7 @@ def test_reward_function_for_trl_trains_a_policy_as_documented(
     [code] = [snippet for snippet in snippets_of_the_docs() if "reward.serving.scorer" in snippet]
     trainer = run_code(code)["trainer"]
     assert trainer.state.global_step == 1
-    assert any("rewards/reward_model/mean" in each for each in trainer.state.log_history)
+    assert any("rewards/models/export/mean" in each for each in trainer.state.log_history)
 
 
 def test_docs_contain_the_code_of_the_card(exported: Callable[[Change], Path]) -> None:

@@ -604,4 +604,4 @@ def test_grpo_step_uses_the_rewards_of_the_export(conversational: bool) -> None:
     assert len(seen) == 4
     assert [found for *_, found in seen] == pytest.approx(expected, abs=1e-5)
     logged = trainer.state.log_history[0]
-    assert logged["rewards/reward_model/mean"] == pytest.approx(sum(expected) / 4, abs=1e-5)
+    assert logged["rewards/models/export/mean"] == pytest.approx(sum(expected) / 4, abs=1e-5)

@@ -182,7 +182,8 @@ def reward_function(
     Prompts and completions are texts or lists of messages, which the model's own template renders.
     A completion that is empty, too long or does not end in a message of the assistant gets the
     reward None, which TRL ignores. The first one causes a warning. With `strict`, it causes a Fault
-    instead. The function raises a Fault for anything else that it cannot render.
+    instead. The function raises a Fault for anything else that it cannot render. Its name, by which
+    TRL names its curves, is the path of the folder.
     """
     scorer, warned = Scorer(Path(folder)), False
 
@@ -208,6 +209,7 @@ def reward_function(
             rewards[index] = reward
         return rewards
 
+    reward_model.__name__ = str(folder)
     return reward_model
 
 
