@@ -111,3 +111,21 @@ def test_folder_with_other_files_is_not_overwritten(monkeypatch: pytest.MonkeyPa
     with pytest.raises(Fault, match="--output is data, which has other files, expected a new"):
         run(monkeypatch, "models/export/merged", "--output", "data")
     assert Path("data/raw/pairs.json").exists()
+
+
+def test_result_of_another_model_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain models of two exports are both in a folder named merged."""
+    other = Path(shutil.copytree("models/export/merged", "other/merged"))
+    (other / "README.md").write_text("# The same model", encoding="utf-8")
+    run(monkeypatch, "models/export/merged")
+    run(monkeypatch, str(other))
+    tensors = load_file(other / "model.safetensors")
+    tensors["score.weight"] *= 2
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    found = (OUTPUT / "figures.json").read_bytes()
+    message = f"{OUTPUT} has the rewards of another model; remove it, or choose another folder with"
+    with pytest.raises(Fault, match=f"^{message} --output$"):
+        run(monkeypatch, str(other))
+    assert (OUTPUT / "figures.json").read_bytes() == found
+    run(monkeypatch, str(other), "--output", "reports/judged/other")
+    assert Path("reports/judged/other/figures.json").read_bytes() != found

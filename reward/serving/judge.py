@@ -6,7 +6,7 @@
 FOLDER holds a sequence classifier with one label, and SETS is the output of preprocess.
 transformers loads the model without running any code from the folder. The model's own chat template
 renders the texts, which are scored one at a time. Writes rewards and figures in the format of
-evaluate.
+evaluate, and never over those of another model.
 """
 
 import argparse
@@ -33,13 +33,16 @@ from reward.judging.evaluation import as_judged, as_table, load_sets, measure, m
 from reward.judging.metrics import Resampling
 from reward.model.base import device, fast_dtype, keep_weights_unpacked
 from reward.model.head import is_classifier, problem_with_labels
-from reward.outputs import recorded, watched, whole_folder, write_json, writing
+from reward.outputs import digest, recorded, watched, whole_folder, write_json, writing
 from reward.process import Fault, processors, run
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
 REPORTS = Path("reports/judged")
 FIGURES = "figures.json"
+# The key in FIGURES by which the judged model is recognized, and the files that make it up.
+MODEL = "model"
+AFFECTING = (".jinja", ".json", ".model", ".safetensors")
 # The defaults of params.yaml.
 RESAMPLING = Resampling(samples=2000, seed=0)
 # What chat templates print as today's date.
@@ -61,8 +64,7 @@ class Judge:
     """A reward model with its tokenizer and chat template."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises a Fault unless transformers can load the folder as a classifier with one label."""
-        require_classifier(folder)
+        """Raises a Fault unless transformers can load the classifier of the folder."""
         logging.set_verbosity_error()
         try:
             self.model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -134,7 +136,9 @@ class Judge:
 def main() -> None:
     options = parse()
     output = options.output or REPORTS / options.model.resolve().name
-    require_output(output)
+    require_classifier(options.model)
+    model = files_of(options.model)
+    require_output(output, model)
     torch.set_num_threads(processors())
     pairs = {options.sets / "test": tokenized.load(options.sets / "test", BASE)}
     # Leaked prompts are only known for the pipeline's own model.
@@ -149,6 +153,7 @@ def main() -> None:
     ]
     figures = measure(table, as_judged(table), RESAMPLING)
     figures["sets"] = measure_sets(sets, tables, RESAMPLING)
+    figures[MODEL] = model
     with whole_folder(output) as folder:
         with writing(folder):
             pyarrow.parquet.write_table(table, folder / "rewards.parquet")
@@ -179,10 +184,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def require_output(output: Path) -> None:
-    """Raises a Fault for an existing folder that this module did not write."""
-    if output.exists() and not (output / FIGURES).is_file():
+def files_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a model that affect its rewards, by which it is recognized."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in AFFECTING)
+    return {path.name: digest(path) for path in watched(files, f"digests of {folder}")}
+
+
+def require_output(output: Path, model: dict[str, str]) -> None:
+    """Raises a Fault for an existing folder, unless it is this module's result for the model."""
+    if not output.exists():
+        return
+    if not (output / FIGURES).is_file():
         raise Fault(f"--output is {output}, which has other files, expected a new folder")
+    if recorded(output / FIGURES).get(MODEL) != model:
+        raise Fault(
+            f"{output} has the rewards of another model; remove it, or choose another folder with "
+            "--output"
+        )
 
 
 def require_classifier(folder: Path) -> None:
