@@ -439,6 +439,11 @@ def test_prompt_that_all_answers_repeat_is_removed_as_from_pairs(
     assert candidates(record).answers == [((ASSISTANT, answer),) for answer in answers]
 
 
+def test_answer_of_a_policy_keeps_the_prompt_that_it_repeats(scorer: Scorer) -> None:
+    [found], _ = scorer.encode_pairs([LONG], [f"{LONG} Air.<|im_end|>"])
+    assert [found] == scorer.encode([f"问:{LONG}\n\n答:{LONG} Air."])
+
+
 @pytest.mark.parametrize(
     "record",
     [

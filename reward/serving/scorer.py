@@ -105,13 +105,16 @@ class Scorer:
     ) -> tuple[list[Ids], list[Messages]]:
         """The ids of each prompt with its answer, and the prompts as messages.
 
-        Prompts and answers are texts or lists of messages, as in `candidates`. Raises Misfit for
-        the first pair that cannot be scored.
+        Prompts and answers are texts or lists of messages, as in `candidates`. But a prompt that a
+        text repeats stays, because a policy should get the reward of what it wrote. Raises Misfit
+        for the first pair that cannot be scored.
         """
         texts, asked = [], []
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             try:
-                found = self.candidates({"prompt": prompt, "answer": answer})
+                spoken = isinstance(answer, str)
+                whole = [{"role": "assistant", "content": answer}] if spoken else answer
+                found = self.candidates({"prompt": prompt, "answer": whole})
                 texts += self.render(found)
             except BadRecord as error:
                 raise Misfit(index, error.reason, str(error)) from None
