@@ -271,7 +271,14 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
         weights = copy_weights(base, source, folder)
         if is_classifier(config) and (reason := problem_with_head(shapes_of(base, folder))):
             raise base.fault(reason)
-    model, report = on_meta(folder)
+    try:
+        model, report = on_meta(folder)
+    except RuntimeError as error:  # parts of a tensor that transformers puts together
+        detail = " ".join(str(error).split())[:200]
+        raise base.fault(
+            f"has weights that transformers cannot load ({detail}), expected all that its "
+            "config.json needs"
+        ) from None
     if reason := problem_with_weights(model, report):
         raise base.fault(reason)
     if unused := unused_weights(report):

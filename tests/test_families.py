@@ -12,14 +12,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from reward.model.base import Quantization, adaptable, add_lora, load_base, precisions
+from reward.model.base import (
+    Quantization,
+    adaptable,
+    add_lora,
+    load_base,
+    precisions,
+    weight_bytes,
+)
 from reward.model.converting import scaled
+from reward.model.scoring import require_exact, score
 from reward.model.suitable import problem_with
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 from stages import fetch
 from stages.train import report_precisions
-from tests.support import FAMILIES, ROOT, SetParams, fetched, save_family
+from tests.support import FAMILIES, ROOT, SetParams, fetched, random_prompts, save_family
 
 CONVERTED = {
     "Gemma 3": ("Gemma3ForCausalLM", "gemma3_text"),
@@ -240,7 +248,23 @@ def test_routers_and_unusual_linear_layers_get_no_adapter(tmp_path: Path) -> Non
     decoder: Any = base.base_model
     layer = decoder.layers[1]
     layer.mlp.wg, layer.mlp.other = torch.nn.Linear(64, 8), Router(64, 8)
+    layer.mlp.router = torch.nn.Sequential(torch.nn.Linear(64, 8))
     assert adaptable(base) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_null_instead_of_a_recipe_leaves_a_base_to_be_quantized(tmp_path: Path) -> None:
+    folder = fetched("Llama 2", tmp_path)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"quantization_config": None, "return_dict": False})
+    quantization = Quantization(4, "nf4", False, "float32")
+    assert weight_bytes(folder, quantization) < 0.5 * weight_bytes(
+        folder, Quantization.unquantized("float32")
+    )
+    model = add_lora(load_base(folder, quantization), LoraConfig(target_modules=["q_proj"]))
+    assert precisions(model)["four_bits"] > 0
+    pairs = random_prompts(0)
+    assert len(score(model, pairs, 4096)) == sum(len(texts.ids) for texts in pairs)
+    require_exact(model, pairs)
 
 
 def test_nothing_is_in_4_bits_without_quantization(tmp_path: Path) -> None:

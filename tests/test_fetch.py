@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reward.outputs import digest, digests, read_json
 from reward.process import Fault
 from stages import fetch
-from tests.support import SHAPE
+from tests.support import SHAPE, save_family
 
 ROOT = Path(__file__).parent.parent
 MAIN, SIDE = "a" * 40, "b" * 40
@@ -491,7 +491,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
         quantized(load_in_8bit=True),
         "is already quantized (quantization_config), expected",
     ),
-    "null": (
+    "an empty recipe": (
         of("qwen2", "Qwen2ForCausalLM", quantization_config={}),
         "is already quantized (quantization_config), expected",
     ),
@@ -501,7 +501,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     ),
     "a pad token without a row": (
         of("llama", "LlamaForCausalLM", vocab_size=300, pad_token_id=300),
-        "has the pad_token_id 300 in its config.json, but only 300 ids (vocab_size)",
+        "has a config.json from which transformers cannot build a model (AssertionError: Padding_",
     ),
     "no pad token allowed": (
         of("modernbert-decoder", "ModernBertDecoderForCausalLM"),
@@ -650,6 +650,17 @@ def test_weights_of_another_model_are_refused(
     set_params("base", name=str(source))
     assert found in refused()
     assert not fetch.BASE.exists()
+
+
+def test_missing_part_of_an_expert_is_refused(
+    tmp_path: Path, source: Path, set_params: SetParams
+) -> None:
+    save_family("Mixtral", tmp_path / "mixtral")
+    tensors = load_file(tmp_path / "mixtral" / fetch.WEIGHTS)
+    save_file(without("layers.1.block_sparse_moe.experts.2.w1", tensors), source / fetch.WEIGHTS)
+    shutil.copy(tmp_path / "mixtral" / "config.json", source)
+    set_params("base", name=str(source))
+    assert "has weights that transformers cannot load (" in refused()
 
 
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json"])

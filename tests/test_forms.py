@@ -496,6 +496,19 @@ def test_prompt_of_unknown_name_is_not_replaced_by_a_common_beginning(asked: lis
     assert "none of the columns asked, chosen, rejected is" in fault(form_of, *records)
     same = [record | {"asked": "Answer as a poet."} for record in records]
     assert form_of(*same).whole == "words"
+    known = Known(named=frozenset({"prompt"}))
+    assert recognize(Path("x.jsonl"), records, known).whole == "words"
+
+
+@pytest.mark.parametrize("kinds", [1, 12])
+def test_column_with_fewer_values_than_prompts_is_not_the_prompt(kinds: int) -> None:
+    records = [
+        {"kind": f"a kind of question, number {n % kinds}", "chosen": f"What is {n}? It is {n}."}
+        for n in range(50)
+    ]
+    for record in records:
+        record["rejected"] = record["chosen"].split("?")[0] + "? No."
+    assert form_of(*records).whole == "words"
 
 
 def test_prompt_of_helpsteer_with_several_turns_is_parsed() -> None:
@@ -518,17 +531,23 @@ def test_column_whose_name_has_a_dot_is_read_and_not_kept() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [[user("q")], user("q"), {"from": "gpt", "value": "q"}, ["turn 1", "turn 2"]],
-    ids=["messages", "message", "other keys", "texts"],
+    [[user("q")], user("q"), {"from": "gpt", "value": "q"}],
+    ids=["messages", "message", "other keys"],
 )
 @pytest.mark.parametrize("name", ["prompt", "chosen"])
-def test_column_of_json_texts_is_refused(name: str, value: Any) -> None:
+def test_column_of_messages_as_json_texts_is_refused(name: str, value: Any) -> None:
     records = [PLAIN | {name: json.dumps(value)}, PLAIN | {name: f" {json.dumps(value)}"}]
-    message = f"x.jsonl: {name} has messages or lists as JSON texts, such as "
+    message = f"x.jsonl: {name} has JSON texts such as "
     assert fault(form_of, *records).startswith(message)
-    # A single one may be what somebody wrote.
-    form_of(*records, PLAIN)
-    form_of(PLAIN | {name: '[{"x": 1}]'}, PLAIN | {name: "[1, 2]"}, PLAIN | {name: "[broken"})
+    form_of(*records, PLAIN)  # some of them may be what somebody wrote
+
+
+def test_answers_may_be_json() -> None:
+    records = [PLAIN | {"chosen": '["Paris", "Rome"]', "rejected": '{"from": "USD", "value": 3}'}]
+    assert as_pairs(form_of(*records).read(records[0]))[0]["chosen"] == '["Paris", "Rome"]'
+    turns = [PLAIN | {"prompt": '["turn 1", "turn 2"]'}]
+    assert fault(form_of, *turns).startswith("x.jsonl: prompt has JSON texts such as ")
+    form_of(PLAIN | {"prompt": "[1, 2]"}, PLAIN | {"prompt": "[broken"})
 
 
 def test_answer_without_the_prompt_in_a_file_that_repeats_it_is_a_bad_record() -> None:

@@ -247,6 +247,9 @@ def test_licences_are_collected_from_entries(tmp_path: Path) -> None:
         ("train.jsonl", None),
         ("testimonies.jsonl", None),
         ("contest_value.jsonl", None),
+        ("unit_test_generation.jsonl", None),
+        ("train_without_val.jsonl", None),
+        ("train-dev.jsonl", None),
     ],
 )
 def test_file_name_in_a_folder_sets_its_split(tmp_path: Path, name: str, split: str | None) -> None:
@@ -257,7 +260,11 @@ def test_file_name_in_a_folder_sets_its_split(tmp_path: Path, name: str, split: 
 
 
 @pytest.mark.parametrize(
-    "name", ["val.jsonl", "val-00000.jsonl", "my_test.jsonl", "dpo-held-out.jsonl", "Dev2.jsonl"]
+    "name",
+    [
+        *("val.jsonl", "val-00000.jsonl", "my_test.jsonl", "dpo-held-out.jsonl", "Dev2.jsonl"),
+        *("偏好test.jsonl", "v2test.jsonl", "my_test-00000-of-00001.jsonl"),
+    ],
 )
 def test_other_name_of_a_test_file_is_refused(tmp_path: Path, name: str) -> None:
     write(tmp_path, f"{name}: {{split: train}}", *numbered(1), name=name)

@@ -357,9 +357,10 @@ def test_cell_may_contain_messages_as_json(tmp_path: Path) -> None:
     assert [record for _, record in read(path)] == [{"prompt": messages, "chosen": other}]
     others = [{"from": "gpt", "value": "a"}, [{"name": "b", "role": "tool", "content": "c"}]]
     with path.open("w", newline="") as file:
-        cells = [*map(json.dumps, others), "{broken", "{}"]
-        csv.writer(file, delimiter="\t").writerows([["a", "b", "c", "d"], cells])
-    assert [[*record.values()] for _, record in read(path)] == [[*others, "{broken", "{}"]]
+        plain = ["{broken", "{}", '{"from": "USD", "value": 3}']
+        cells = [*map(json.dumps, others), *plain]
+        csv.writer(file, delimiter="\t").writerows([["a", "b", "c", "d", "e"], cells])
+    assert [[*record.values()] for _, record in read(path)] == [[*others, *plain]]
     path.write_text("prompt\tchosen\n\"[{'role': 'user', 'content': 'hi'}]\"\tb\n")
     with pytest.raises(Fault, match="row 2: 'prompt' begins like messages, but is not JSON"):
         list(read(path))

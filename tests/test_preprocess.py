@@ -661,6 +661,8 @@ def test_answer_too_long_by_itself_does_not_lose_the_others(
     assert metrics["dropped"] == {"answer_too_long": 5}
     assert metrics["truncated"] == 1
     assert sum(metrics["pairs"].values()) == 21
+    rewrite(workspace / "mine" / "ranked.json", [ranked | {"prompt": "a"}])
+    assert run()["truncated"] == 0
 
 
 def test_answer_too_long_by_itself_stops_the_stage(data: Path, set_params: SetParams) -> None:

@@ -123,7 +123,8 @@ def test_chat_template_gets_every_special_token_that_is_set(
     base = shutil.copytree(tiny_base, tmp_path / "base")
     text = "{% for m in messages %}{{ m.content }}{{ sep_token }}{{ cls_token }}{% endfor %}"
     text += "{{ 'eos' if eos_token is defined }}{{ 'mask' if mask_token is defined }}"
-    change = {"sep_token": "<|im_end|>", "cls_token": "<|im_start|>", "chat_template": text}
+    text = text.replace("cls_token", "image_token")
+    change = {"sep_token": "<|im_end|>", "image_token": "<|im_start|>", "chat_template": text}
     write_json(base / TOKENIZER_CONFIG, read_json(base / TOKENIZER_CONFIG) | change)
     messages = [{"role": role, "content": text} for role, text in (*user("Hi"), *assistant("Yes"))]
     expected = AutoTokenizer.from_pretrained(base).apply_chat_template(messages, tokenize=False)
@@ -132,7 +133,9 @@ def test_chat_template_gets_every_special_token_that_is_set(
     assert found.endswith("Yes<|im_end|><|im_start|>eos")
 
 
-def test_text_that_begins_with_bos_gets_no_second_one(tiny_base: Path, tmp_path: Path) -> None:
+def test_text_that_begins_with_bos_is_refused_if_it_would_get_a_second_one(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     base, bos = shutil.copytree(tiny_base, tmp_path / "base"), "<|endoftext|>"
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     number: Any = tokenizer.token_to_id(bos)
@@ -140,12 +143,13 @@ def test_text_that_begins_with_bos_gets_no_second_one(tiny_base: Path, tmp_path:
         single=f"{bos} $A", special_tokens=[(bos, number)]
     )
     tokenizer.save(str(base / "tokenizer.json"))
-    for most in (99, 6):
-        ours = Encoder(base, Template.of("none", False, most, base))
-        with_it, without = user(f"{bos}Why is the sky blue?"), user("Why is the sky blue?")
-        found = ours.encode_cut(with_it, [assistant("Yes"), assistant("No")])
-        assert found == ours.encode_cut(without, [assistant("Yes"), assistant("No")])
-        assert [side.count(number) for side in found or []] == [1, 1]
+    ours = Encoder(base, Template.of("none", False, 99, base))
+    assert ids(ours, "Why?", "Yes").count(number) == 1
+    with pytest.raises(
+        BadRecord, match=r"^begins with '<\|endoftext\|>', which the tokenizer adds"
+    ):
+        ids(ours, f"{bos}Why?", "Yes")
+    assert ids(Encoder(tiny_base, Template.of("none", False, 99, tiny_base)), f"{bos}Why?", "Yes")
 
 
 @pytest.mark.parametrize(

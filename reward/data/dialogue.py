@@ -41,6 +41,14 @@ def are_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(spelling(item) for item in value)
 
 
+def are_spoken(value: Any) -> bool:
+    """Whether a value is a message or messages of known speakers."""
+    listed = value if isinstance(value, list) else [value]
+    return are_messages(listed) and all(
+        item[keys[0]] in SPEAKERS for item in listed if (keys := spelling(item))
+    )
+
+
 def message(key: str, item: Any) -> Any:
     """A message with the keys role and content; its other keys are kept.
 

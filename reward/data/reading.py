@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
-from reward.data.dialogue import are_messages, spelling
+from reward.data.dialogue import are_spoken
 from reward.data.records import FIELDS, TOOLS, names_of
 from reward.process import Fault
 
@@ -174,7 +174,7 @@ def _messages(path: Path, position: int, name: str, cell: str) -> Any:
     """The message or messages in a cell of JSON; a cell with other objects as it is."""
     try:
         found = _DECODER.decode(cell)
-        return found if spelling(found) or are_messages(found) else cell
+        return found if are_spoken(found) else cell
     except (ValueError, RecursionError) as error:
         if not MESSAGES.match(cell):
             return cell

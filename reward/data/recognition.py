@@ -22,7 +22,7 @@ from reward.data.answers import (
     Order,
     Preferred,
 )
-from reward.data.dialogue import are_messages, has_turns, shared_start, spelling
+from reward.data.dialogue import are_messages, are_spoken, has_turns, shared_start, spelling
 from reward.data.forms import CONVERSATIONS, PROMPTS, WHOLES, Context, Form, Whole, repeats
 from reward.data.suggestion import COLUMN, Unrecognized, entry_of, guessed_prompt, names_in, unknown
 from reward.data.values import (
@@ -110,7 +110,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
     unread = Unrecognized(path, alone)
     answers = known.answers or _answers(columns, objects, unread)
     context = _context(columns, answers, known, unread)
-    whole = _whole(objects, context, answers)
+    whole = _whole(objects, context, answers, "prompt" in known.named)
     if context.prompt is None and not whole and not _hold_conversations(objects, answers):
         raise unread.fault(
             f"none of the columns {names_in(columns)} is recognized as the prompt",
@@ -118,33 +118,37 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
         )
     if context.prompt is None and answers == CANONICAL:
         context = replace(context, prompt="prompt")
-    _require_decoded(path, objects, [*context.columns, *answers.columns])
+    _require_decoded(path, objects, context.prompt, answers)
     form = Form(context, answers, _grades(columns, answers, known), whole)
     return replace(form, description=_description(form, columns))
 
 
-def _require_decoded(path: Path, records: list[Record], columns: list[str]) -> None:
-    """Raise a Fault for a column of JSON texts, which would be trained on literally."""
-    for column in columns:
-        values = [value_at(record, column) for record in records]
+def _require_decoded(
+    path: Path, records: list[Record], prompt: str | None, answers: Answers
+) -> None:
+    """Raise a Fault for a prompt or answers that are JSON texts of messages, or prompts of lists.
+
+    They would be trained on literally. An answer may well be a list in JSON.
+    """
+    for column in (prompt, *answers.columns):
+        values = [value_at(record, column) for record in records] if column else []
         texts = [value for value in values if not is_absent(value)]
-        if are_texts(texts) and all(map(_is_encoded, texts)):
+        if are_texts(texts) and all(_is_encoded(text, column == prompt) for text in texts):
             raise Fault(
-                f"{path}: {column} has messages or lists as JSON texts, such as {texts[0][:40]!r}; "
-                "expected the messages or lists themselves, decoded by json.loads for example"
+                f"{path}: {column} has JSON texts such as {texts[0][:40]!r}, expected a text or "
+                "messages, for example decoded by json.loads"
             )
 
 
-def _is_encoded(text: str) -> bool:
-    """Whether a text is JSON of a message, of messages or of a list of texts."""
+def _is_encoded(text: str, or_texts: bool) -> bool:
+    """Whether a text is JSON of a message, of messages or, if asked for, of a list of texts."""
     if not text.lstrip().startswith(("[", "{")):
         return False
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    listed = found if isinstance(found, list) else [found]
-    return are_messages(listed) or are_texts(listed)
+    return are_spoken(found) or (or_texts and isinstance(found, list) and are_texts(found))
 
 
 # --- the answers -----------------------------------------------------------------------------
@@ -358,8 +362,11 @@ def _rivals(prompt: str | None, taken: set[str]) -> tuple[str, ...]:
 # --- texts that are whole conversations ------------------------------------------------------
 
 
-def _whole(records: list[Record], context: Context, answers: Answers) -> Whole:
-    """How the chosen and rejected texts contain the prompt, if they do in all of the records."""
+def _whole(records: list[Record], context: Context, answers: Answers, named: bool) -> Whole:
+    """How the chosen and rejected texts contain the prompt, if they do in all of the records.
+
+    `named` says that dataset.yaml names the prompt, or that there is none.
+    """
     if not isinstance(answers, Preferred):
         return ""
     found: list[tuple[Any, str, str]] = []
@@ -380,30 +387,26 @@ def _whole(records: list[Record], context: Context, answers: Answers) -> Whole:
     # A few without turns are bad records.
     if 2 * sum(has_turns(c) and has_turns(r) for _, c, r in found) > len(found):
         return "turns"
-    if all(shared_start(c, r) for _, c, r in found) and not _sentences(records, answers):
-        return "words"
-    return ""
+    starts = {c[: shared_start(c, r)] for _, c, r in found}
+    if "" in starts or (not named and _may_have_prompt(records, answers, len(starts))):
+        return ""
+    return "words"
 
 
-def _sentences(records: list[Record], answers: Answers) -> list[str]:
-    """Other columns of sentences or messages, one of which may be the prompt.
+def _may_have_prompt(records: list[Record], answers: Answers, starts: int) -> bool:
+    """Whether another column may be the prompt: texts or messages with more values than `starts`.
 
-    Several pairs may have the same prompt. But a column with hardly more than one value is not it.
+    `starts` is the number of different beginnings of the answers. Some, such as `<think>`, say
+    nothing about the prompt. Texts that all differ may be the prompt in any case.
     """
-    columns = columns_of(records)
-    return [
-        name
-        for name, values in columns.items()
+    others = {
+        name: values
+        for name, values in columns_of(records).items()
         if name not in answers.columns
-        and (
-            all(map(are_messages, values))
-            or (
-                are_texts(values)
-                and not are_labels(values)
-                and len({*values}) > min(len(values) - 1, max(1, len(values) / 10))
-            )
-        )
-    ]
+        and (all(map(are_messages, values)) or (are_texts(values) and not are_labels(values)))
+    }
+    least = min(starts, len(records) - 1)
+    return any(len({*map(repr, values)}) > least for values in others.values())
 
 
 def _hold_conversations(records: list[Record], answers: Answers) -> bool:

@@ -20,10 +20,11 @@ from reward.process import Fault, counted, plural
 
 # As on the Hub, the name of a file begins with that of its split, and no letter follows.
 SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
-# Words in other names of test and validation files, which may also mean something else.
+# Other names of test and validation files: with one of these words at the beginning, or at the end
+# before any numbers. They may also mean something else.
+HELD = r"(test|val|valid|dev|eval|held[_-]?out|hold[_-]?out)(s|set|ing|data|ation|uation)?"
 LIKE_A_SPLIT = re.compile(
-    r"(?<![^\W_])(test|val|valid|dev|eval|held[_-]?out|hold[_-]?out)(s|set|ing|data|ation|uation)?"
-    r"(?![^\W\d_])",
+    rf"(?!train){HELD}(?![^\W\d_])|(?!train).*(?<![a-z]){HELD}[\W\d_]*(of[\W\d_]*)?$",
     re.IGNORECASE,
 )
 
@@ -144,7 +145,7 @@ def sources(path: Path) -> list[Source]:
     for source in found if path.is_dir() else []:
         named = SPLIT.match(source.path.name)
         source.split = source.entry.split or (named[1] if named else None)
-        if source.split is None and LIKE_A_SPLIT.search(name_of(source.path)):
+        if source.split is None and LIKE_A_SPLIT.match(name_of(source.path)):
             raise Fault(
                 f"{source.path} is named like a test or validation set, but would be trained on; "
                 "expected a name that begins with test or validation, or a split for it in "

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from reward.data.prefixes import TokenIds
-from reward.data.records import TOOLS, Messages, names_of
+from reward.data.records import TOOLS, BadRecord, Messages, names_of
 from reward.data.templates import dated, divide, fill, read_chat_template, render_chat
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
@@ -25,10 +25,6 @@ TEMPLATES = {
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Messages with these roles at the head of a conversation are never cut.
 KEPT = ("system", TOOLS)
-# The special tokens that transformers gives to chat templates, if they are set.
-SPECIAL_TOKENS = tuple(
-    f"{name}_token" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"]
-)
 # Takes the place of a message to find where a rendered text has that message.
 MARK = "\ue000\ue001\ue000"
 
@@ -129,14 +125,21 @@ class Encoder:
                 )
 
     def render(self, prompt: Messages, answer: Messages) -> str:
-        """One side of a pair as text, without the special tokens that encoding puts around it.
+        """One side of a pair as text.
 
-        A text may already have them, and would get them twice. Raises BadRecord if the template
-        cannot render it.
+        Raises BadRecord if the template cannot render it, or if it begins with special tokens that
+        encoding would add again.
         """
         messages = (*prompt, *answer)
         if self.template.chat_template is None:
-            return self.bare(fill(self.template.template, messages))
+            text = fill(self.template.template, messages)
+            if (before := self._around[0]) and text.startswith(before):
+                raise BadRecord(
+                    "special_token",
+                    f"begins with {before!r}, which the tokenizer adds by itself, expected text "
+                    "without it",
+                )
+            return text
         return render_chat(self.template.chat_template, messages, self._special_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -256,10 +259,12 @@ class Encoder:
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:
-        own = self._config.get("extra_special_tokens")
-        names = (*SPECIAL_TOKENS, *(own if isinstance(own, dict) else ()))
-        found = {name: token_of(self._config, name) for name in names}
-        return {name: token for name, token in found.items() if token}
+        found = {name: token_of(self._config, name) for name in self._config}
+        return {
+            name: token
+            for name, token in found.items()
+            if name.endswith("_token") and isinstance(token, str)
+        }
 
 
 def as_array(ids: Sequence[int]) -> TokenIds:

@@ -43,7 +43,7 @@ FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
 
 # In mixtures of experts: the names of an expert's projections, and those of routers.
 EXPERT_PARTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-ROUTERS = {"gate", "router", "wg"}
+ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 # Exactly these, because a subclass may return more than one tensor.
 LINEAR = (nn.Linear, Linear4bit, Conv1D)
 
@@ -273,7 +273,7 @@ def head_of(model: nn.Module) -> nn.Linear:
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Add LoRA in fp32 to a base from load_base: to the configured projections or to all.
 
-    Raises a Fault for names that the model lacks.
+    Raises a Fault for other names than those of `adaptable`.
     """
     names = config.target_modules or ()
     found = adaptable(model) if names == ALL_LINEAR else target_modules(model, set(names))
@@ -308,13 +308,14 @@ def adaptable(model: PreTrainedModel) -> set[str]:
     In a mixture of experts, the routers are left out, and so are all layers whose names belong to
     parts of experts. PEFT would adapt the fused experts in their place.
     """
-    found = {
-        name.rsplit(".", 1)[-1]
+    paths = [
+        name.split(".")
         for name, module in model.base_model.named_modules()
         if type(module) in LINEAR
-    }
+    ]
     is_mixture = any(each.dim() == 3 for each in model.base_model.parameters())
-    return found - (EXPERT_PARTS | ROUTERS) if is_mixture else found
+    left_out = EXPERT_PARTS | ROUTERS if is_mixture else set()
+    return {path[-1] for path in paths if left_out.isdisjoint(path)}
 
 
 def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:

@@ -81,7 +81,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return found.detach()  # It is a view, which a model could not change in place.
+        return found.detach()  # because a model could not change a view in place
     return linear(x, weight, bias)
 
 

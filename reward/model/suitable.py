@@ -1,8 +1,8 @@
-"""Whether a base can become a reward model, judged by its config.json before any download.
+"""Whether a base can become a reward model, judged by its config.json before any weights are there.
 
 The model is built on PyTorch's meta device, which allocates no memory, and a row is passed through
 it without computing any numbers. So a model is rejected for what its code does, not for its name.
-Its weights are judged by their names, shapes and types.
+Later its weights are judged by their names, shapes and types.
 """
 
 import re
@@ -44,7 +44,7 @@ UNQUANTIZED = (
 QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
 QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Weights that a classifier does not have: the output of tokens, and constants in old checkpoints.
-NOT_NEEDED = re.compile(r"^(lm_head|embed_out)\.|\.rotary_emb\.inv_freq$")
+NOT_NEEDED = re.compile(r"^(lm_head|embed_out)\.|\.(rotary_emb\.inv_freq|attn\.masked_bias)$")
 # The types of weights that are not quantized, as safetensors calls them.
 FLOATS = ("F64", "F32", "F16", "BF16")
 TOKENS = 5
@@ -85,7 +85,8 @@ def problem_with_quantization(config: dict[str, Any]) -> str | None:
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     for part in parts:
         for key in QUANTIZED_KEYS:
-            if (recipe := part.get(key)) is not None:
+            recipe = part.get(key)
+            if recipe or (key == QUANTIZED_KEYS[0] and recipe == {}):
                 method = recipe.get("quant_method") if isinstance(recipe, dict) else None
                 return f"is already quantized ({method or key}), {UNQUANTIZED}"
     return None
@@ -126,6 +127,7 @@ def unused_weights(report: Mapping[str, Any]) -> list[str]:
 def on_meta(folder: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """The model in a folder without any numbers, and what transformers reports of its weights."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     model, report = AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=1,
@@ -141,8 +143,6 @@ def on_meta(folder: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
 def problem_with_model(config: dict[str, Any]) -> str | None:
     """Why the model that transformers builds from a config.json cannot be packed, or None."""
     windows: list[int | None] = []
-    if reason := problem_with_pad(config):
-        return reason
     try:
         model = build(config)
         if reason := problem_with_interface(model):
@@ -159,17 +159,6 @@ def problem_with_model(config: dict[str, Any]) -> str | None:
             f"({type(error).__name__}: {detail}), expected one for the installed version"
         )
     return problem_with_layers(model, windows)
-
-
-def problem_with_pad(config: dict[str, Any]) -> str | None:
-    """Why a model cannot be built with its pad token, or None."""
-    pad, size = config.get("pad_token_id"), config.get("vocab_size")
-    if isinstance(pad, int) and isinstance(size, int) and pad >= size:
-        return (
-            f"has the pad_token_id {pad} in its config.json, but only {size} ids (vocab_size); "
-            "expected one of them, or null"
-        )
-    return None
 
 
 def problem_with_interface(model: PreTrainedModel) -> str | None:
@@ -192,9 +181,11 @@ def build(config: dict[str, Any]) -> PreTrainedModel:
     # A copy, because transformers modifies nested values.
     own = deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
     found = CONFIG_MAPPING[own["model_type"]].from_dict(own | {"num_labels": 1})
-    # No pad token, because some models search the row for it. Some do not allow this.
-    with suppress(StrictDataclassError):
-        found.pad_token_id = None
+    # No pad token, because some models search the row for it. Some do not allow this. One outside
+    # of the vocabulary stays, because many models cannot be built with it.
+    if (found.pad_token_id or 0) < found.get_text_config().vocab_size:
+        with suppress(StrictDataclassError):
+            found.pad_token_id = None
     for rope in ropes(found):
         if rope.get("rope_type") == "dynamic":  # it needs the value of the largest position
             rope["rope_type"] = "default"
