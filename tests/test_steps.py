@@ -52,9 +52,10 @@ def test_fraction_of_an_epoch_is_that_fraction_of_its_steps(epochs: float, steps
     assert plan("pairs", 3)[:steps] == plan("pairs", epochs)
 
 
-@pytest.mark.parametrize("steps", [1, 5, 6, 20])
-def test_max_steps_overrides_the_epochs(steps: int) -> None:
-    assert plan("pairs", 1, steps) == plan("pairs", 4)[:steps]
+@pytest.mark.parametrize("epochs", [0.5, 1, 2])
+@pytest.mark.parametrize("most", [1, 3, 6, 7, 20])
+def test_max_steps_ends_the_epochs_early_and_never_adds_steps(epochs: float, most: int) -> None:
+    assert plan("pairs", epochs, most) == plan("pairs", epochs)[:most]
 
 
 def test_step_has_the_texts_and_labels_of_its_rows() -> None:

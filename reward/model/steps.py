@@ -1,5 +1,6 @@
 """Which rows of the tokenized data each optimizer step uses, planned before the first step."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,19 +68,18 @@ def planned(
 ) -> list[Rows]:
     """The rows of every step; `prompts` is the prompt of each row.
 
-    There are `max_steps` steps if that is positive, else as many as `epochs` epochs have; the last
-    epoch may be a fraction. An epoch uses every row once, in a new random order.
+    An epoch uses every row once, in a new random order. The last epoch may be a fraction, and the
+    steps end at `max_steps` if that is positive.
     """
     _, prompt_of = np.unique(np.asarray(prompts), return_inverse=True)
     steps: list[Rows] = []
-    epoch = 0
-    while len(steps) < max_steps if max_steps > 0 else epoch < epochs:
+    for epoch in range(math.ceil(epochs)):
         generator = np.random.default_rng([seed, epoch])
         found = [*one_epoch(prompt_of, pairs_per_step, step_of, generator)]
-        share = 1.0 if max_steps > 0 else min(1.0, epochs - epoch)
-        steps += found[: -int(-share * len(found) // 1)]  # rounded up
-        epoch += 1
-    return steps[:max_steps] if max_steps > 0 else steps
+        steps += found[: math.ceil(min(1.0, epochs - epoch) * len(found))]
+        if 0 < max_steps <= len(steps):
+            return steps[:max_steps]
+    return steps
 
 
 def one_epoch(
