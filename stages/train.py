@@ -65,7 +65,7 @@ from reward.outputs import (
     write_json,
 )
 from reward.params import AboveZero, Fraction, Positive, Rule, Switch
-from reward.process import Fault, run_stage, threads
+from reward.process import Fault, counted, run_stage, threads
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -299,9 +299,10 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
     write_json(METRICS, {"steps": steps} | validation)
     if options.keep == "best":
         print(f"kept       the adapter of step {kept['step']} of {steps}")
+    decided = int(trainer.validation.labels.decided.sum())
     print(
         f"validation accuracy {kept['accuracy']:.4f}, loss {kept['loss']:.4f}, "
-        f"margin {kept['margin']:+.4f} of {len(trainer.validation.labels)} pairs"
+        f"margin {kept['margin']:+.4f} of {counted(decided, 'pair')}"
     )
     print(f"trained    {ADAPTER}; dvc plots show draws the curves, also during training")
 

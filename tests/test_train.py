@@ -750,10 +750,16 @@ def test_eval_steps_may_be_a_fraction_of_all_steps(set_params: SetParams) -> Non
     assert [point["step"] for point in curve("validation")] == [4, 8]
 
 
+def labelled(prompts: list[str], preference: list[float]) -> Dataset:
+    grades = {"preference": preference, "weight": [1.0] * len(prompts)}
+    grades |= {"margin": [0.0] * len(prompts)}
+    return Dataset.from_dict({"prompt_id": prompts, "row": range(len(prompts))} | grades)
+
+
 @pytest.mark.parametrize("most", [1, 30, 31, 99, 100])
 def test_validation_uses_whole_prompts_up_to_a_number_of_pairs(most: int) -> None:
     prompts = [f"p{index // 3}" for index in range(100)]
-    rows = Dataset.from_dict({"prompt_id": prompts, "row": range(100)})
+    rows = labelled(prompts, [1.0] * 100)
     found = trainer.validation_sample(rows, most, 0)
     assert most <= len(found) < most + 3
     assert list(found["row"]) == sorted(found["row"])
@@ -761,6 +767,30 @@ def test_validation_uses_whole_prompts_up_to_a_number_of_pairs(most: int) -> Non
         assert list(found["prompt_id"]).count(prompt) == prompts.count(prompt)
     if most < 99:
         assert list(found["row"]) != list(trainer.validation_sample(rows, most, 1)["row"])
+
+
+@pytest.mark.parametrize("decided", range(10))
+def test_validation_draws_on_until_a_pair_is_not_a_tie(decided: int) -> None:
+    preference = [0.5] * 10
+    preference[decided] = 0.8
+    rows = labelled([str(index) for index in range(10)], preference)
+    found = [*trainer.validation_sample(rows, 1, 0)["row"]]
+    assert decided in found
+    assert [*trainer.validation_sample(rows, len(found), 0)["row"]] == found
+
+
+def test_printed_validation_pairs_are_those_that_accuracy_counts(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def with_a_tie(dataset: Dataset, *_: Any) -> Dataset:
+        preference = [0.5] + [1.0] * (len(dataset) - 1)
+        return dataset.remove_columns("preference").add_column("preference", preference)
+
+    monkeypatch.setattr(trainer, "validation_sample", with_a_tie)
+    set_params("train", max_steps=1)
+    assert len(load_from_disk("data/tokenized/validation")) == 2
+    train.main()
+    assert " of 1 pair\n" in capsys.readouterr().out
 
 
 def test_curves_are_written_during_training(

@@ -543,16 +543,18 @@ def validation_sample(dataset: Dataset, most: int, seed: int) -> Dataset:
     """About `most` of the validation pairs: all pairs of some prompts, drawn by their hash.
 
     With a million pairs, scoring a tenth of them every few steps would take longer than training.
-    The rows keep their order. The last prompt drawn may add a few pairs more than `most`.
+    The rows keep their order. The last prompt drawn may add a few pairs more than `most`. More
+    prompts are drawn until there is a pair that is not a tie, because ties have no accuracy.
     """
     if len(dataset) <= most:
         return dataset
-    prompts, counts = np.unique(dataset[PROMPT_ID], return_counts=True)
+    prompts, of_row = np.unique(dataset[PROMPT_ID], return_inverse=True)
     ranks = [hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in prompts]
     order = sorted(range(len(prompts)), key=ranks.__getitem__)
-    count = int(np.searchsorted(np.cumsum(counts[order]), most)) + 1
-    drawn = {prompts[index] for index in order[:count]}
-    return dataset.select([row for row, prompt in enumerate(dataset[PROMPT_ID]) if prompt in drawn])
+    pairs = np.bincount(of_row)[order].cumsum()
+    decided = np.bincount(of_row, Labels.of(dataset).decided.numpy())[order].cumsum()
+    count = int(np.argmax((pairs >= most) & (decided > 0))) + 1
+    return dataset.select(np.flatnonzero(np.isin(of_row, order[:count])))
 
 
 def first_margins(model: PeftModel, pairs: Sequence[Texts], tokens_per_pack: int) -> Tensor:
