@@ -553,6 +553,26 @@ def test_non_finite_loss_stops_the_stage_and_names_the_step(
     assert not train.METRICS.exists()
 
 
+@pytest.mark.parametrize(
+    ("group", "values", "name"),
+    [
+        ("lora", {"lora_alpha": 1e30}, "norm of the gradient"),
+        ("train", {"center_rewards": 1e300}, "loss"),
+    ],
+)
+def test_value_that_is_not_finite_before_the_first_update_is_not_blamed_on_the_learning_rate(
+    set_params: SetParams, group: str, values: dict[str, float], name: str
+) -> None:
+    set_params("train", logging_steps=1)
+    set_params(group, **values)
+    with pytest.raises(Fault) as fault:
+        train.main()
+    assert str(fault.value) == (
+        f"the {name} is inf at step 1; lower train.center_rewards or lora.lora_alpha, or set "
+        "quantization.compute_dtype to float32, then run again"
+    )
+
+
 def test_figures_that_are_read_late_keep_no_gradients_in_memory() -> None:
     ours = new_trainer()
     found = ours.attempt(ours.steps[0])
