@@ -131,6 +131,43 @@ def test_finished_run_restarts_once_its_outs_are_recorded(
     assert run.latest() == (tmp_path / left if left else None)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("finished.json", ""),
+        ("finished.json", "[]"),
+        ("finished.json", "{}"),
+        ("dvc.lock", ""),
+        ("dvc.lock", "stages:\n"),
+        ("dvc.lock", "stages:\n  train:\n    outs:\n    - path: metrics/train.json\n"),
+        ("dvc.lock", "stages: {train"),
+        ("dvc.lock", "<<<<<<< HEAD\n"),
+    ],
+)
+def test_finished_run_resumes_if_its_marker_or_dvc_lock_is_damaged(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    run, metrics = written(Run(tmp_path), 8), tmp_path / "train.json"
+    metrics.write_text("metrics")
+    run.finish(metrics)
+    lock = lock_file(tmp_path / "dvc.lock", "metrics")
+    (tmp_path / name).write_text(content)
+    run.forget_if_recorded(lock, "train")
+    assert run.latest() == tmp_path / "step-8"
+    run.finish(metrics)
+    run.forget_if_recorded(lock_file(lock, "metrics"), "train")
+    assert run.latest() is None
+
+
+def test_other_files_and_folders_are_not_checkpoints(tmp_path: Path) -> None:
+    run, kept = written(Run(tmp_path), 4), {"step-4-backup", "step-4-2", "step-9", "step-2.partial"}
+    for name in ("step-4-backup", "step-4-2", "step-2.partial"):
+        shutil.copytree(tmp_path / "step-4", tmp_path / name)
+    (tmp_path / "step-9").write_text("a note")
+    assert written(run, 6, 8).latest() == tmp_path / "step-8"
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"step-6", "step-8"}
+
+
 def test_unfinished_run_resumes_whatever_is_recorded(tmp_path: Path) -> None:
     run = written(Run(tmp_path), 2)
     run.forget_if_recorded(lock_file(tmp_path / "dvc.lock", "metrics"), "train")

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from filelock import Timeout
 
 from reward.locks import hold
@@ -31,6 +32,8 @@ KEPT_STEPS = 2
 KEPT_RUNS = 5
 # How many times to try to lock a run, every tenth of a second.
 PATIENCE = 50
+# What reading a file raises that is missing, empty, cut or not what was written there.
+DAMAGE = (OSError, ValueError, TypeError, KeyError, yaml.YAMLError)
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -96,21 +99,25 @@ class Run:
     def forget_if_recorded(self, lock: Path, stage: str) -> None:
         """Remove the checkpoints of a finished run that `lock` records.
 
-        DVC starts such a run again only if the user forces it, so it must not resume.
+        DVC starts such a run again only if the user forces it, so it must not resume. A power cut
+        can damage `lock` or the marker. Then the run resumes, which gives the same bytes.
         """
         marker = self.folder / "finished.json"
         if not marker.exists():
             return
-        stages = (read_yaml(lock) or {}).get("stages", {}) if lock.exists() else {}
-        recorded = {out.get("md5") for out in stages.get(stage, {}).get("outs", [])}
-        if read_json(marker)["metrics_md5"] in recorded:
+        recorded = False
+        with suppress(*DAMAGE):
+            outs = read_yaml(lock)["stages"][stage]["outs"]
+            recorded = read_json(marker)["metrics_md5"] in [out["md5"] for out in outs]
+        if recorded:
             for path in self._steps():
                 shutil.rmtree(path)
         marker.unlink()
 
     def _steps(self) -> list[Path]:
-        found = self.folder.glob("step-*[0-9]")  # a killed run leaves a step-<n>.partial
-        return sorted(found, key=lambda path: int(path.name[5:]))
+        # A killed run leaves a step-<n>.partial, and users leave copies.
+        found = [path for path in self.folder.glob("step-*") if path.name[5:].isdecimal()]
+        return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name[5:]))
 
 
 @contextmanager
