@@ -11,7 +11,6 @@ continues from the last one and ends with the same bytes.
 import gc
 import os
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +22,7 @@ from transformers import set_seed
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import PROMPT_ID
-from reward.model import checkpoints, group
+from reward.model import checkpoints, group, trackers
 from reward.model.base import (
     Quantization,
     add_lora,
@@ -94,6 +93,8 @@ def main() -> None:
     options, lora = params.load("train", Train), params.load("lora", Lora)
     quantization = params.load("quantization", Quantization)
     require_possible(options)
+    if options.report_to != "none" and group.leads():
+        trackers.prepare(options.report_to)
     require_same_source()
     report_precision(quantization)
     max_length = recorded(TOKENIZED / "template.json")["max_length"]
@@ -131,16 +132,11 @@ def useful(gpus: int) -> int:
 
 
 def require_possible(options: Train) -> None:
-    """Raises a Fault for values that contradict each other, or need a missing package."""
+    """Raises a Fault for values that contradict each other."""
     if options.save_steps % options.logging_steps:
         raise Fault(
             f"params.yaml: train.save_steps is {options.save_steps}, must be a multiple of "
             f"train.logging_steps, {options.logging_steps}, so that no curve has a gap after a kill"
-        )
-    if options.report_to != "none" and not find_spec(options.report_to):
-        raise Fault(
-            f"params.yaml: train.report_to is {options.report_to}, which is not installed; run "
-            f"pip install {options.report_to}, or set it to none"
         )
 
 

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from reward import params
-from reward.model import checkpoints, trainer
+from reward.model import checkpoints, trackers, trainer
 from reward.model.base import Quantization, head_of
 from reward.model.packing import Texts, pairs_of, tokens
 from reward.model.scoring import as_in_transformers, rewards, score, within_memory
@@ -642,10 +642,11 @@ def test_every_offered_optimizer_and_schedule_can_be_created(
         assert 0 <= ours.lr_scheduler.get_last_lr()[0] <= group.learning_rate
 
 
-def test_tracker_that_is_not_installed_is_named(
+def test_tracker_that_is_not_installed_is_named_before_the_model_is_loaded(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.delattr(train, "build")
     set_params("train", report_to="mlflow")
     with pytest.raises(Fault, match=r"train\.report_to is mlflow, which is not installed"):
         train.main()
