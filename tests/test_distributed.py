@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, chdir, suppress
+from contextlib import ExitStack, chdir, nullcontext, suppress
 from pathlib import Path
 from socket import socket
 from typing import Any
@@ -208,14 +208,20 @@ def test_machine_that_exits_first_causes_no_stack_trace_on_the_others() -> None:
     assert (left.returncode, errors) == (0, "")
 
 
-def test_machines_that_do_not_connect_are_reported() -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "unknown.invalid"])
+def test_machines_that_do_not_connect_are_reported(host: str) -> None:
     rendezvous = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_LOCAL_ADDR": "127.0.0.1"}
-    rendezvous |= {"PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}"}
-    rendezvous |= {"PET_RDZV_CONF": "join_timeout=1"}
+    rendezvous |= {"PET_RDZV_ENDPOINT": f"{host}:{free_port()}"}
+    rendezvous |= {"PET_RDZV_CONF": "join_timeout=1", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    start = time.monotonic()
     with Forked(launch_train, rendezvous) as alone:
         _, errors = alone.communicate()
     assert alone.returncode == 1
-    assert re.fullmatch(r"the 2 machines of PET_NNODES did not meet at .* 1 sec.*\n", errors)
+    found = re.search(
+        r"the 2 machines of PET_NNODES did not meet at .* within (\d+) sec.*\n$", errors
+    )
+    assert found
+    assert int(found[1]) <= time.monotonic() - start + 0.5
 
 
 # --- the number of processes -----------------------------------------------------------------
@@ -254,6 +260,8 @@ def test_torchrun_variables_set_the_number_of_processes_and_machines(
 ) -> None:
     monkeypatch.setenv("PET_NPROC_PER_NODE", "1")
     monkeypatch.setenv("PET_NNODES", "3")
+    monkeypatch.setenv("PET_RDZV_BACKEND", "c10d")
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "head:29400")
     launching.distribute(lambda: None, "stages.train", train.useful, machines=True)
     [options] = launched
     assert (options.nnodes, options.nproc_per_node, options.max_restarts) == ("3", 1, 0)
@@ -267,7 +275,15 @@ def test_torchrun_variables_set_the_number_of_processes_and_machines(
     [
         ("PET_NPROC_PER_NODE", "3", "is 3, but 2 GPUs are visible, expected"),
         ("PET_NPROC_PER_NODE", "many", "PET_NPROC_PER_NODE: Unsupported nproc_per_node value"),
-        ("PET_NNODES", "1:4", "PET_NNODES is 1:4, expected one number of machines"),
+        ("PET_NPROC_PER_NODE", "0", "PET_NPROC_PER_NODE is 0, expected at least 1"),
+        *(
+            (
+                "PET_NNODES",
+                found,
+                f"PET_NNODES is {found}, expected one positive number of machines",
+            )
+            for found in ("1:4", "0", "-1", "two")
+        ),
     ],
 )
 def test_impossible_number_of_processes_is_refused(
@@ -277,6 +293,77 @@ def test_impossible_number_of_processes_is_refused(
     with pytest.raises(Fault, match=message):
         launching.distribute(lambda: None, "stages.train", train.useful, machines=True)
     assert not launched
+
+
+RANKED = {"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "head", "PET_MASTER_PORT": "29400"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "PET_RDZV_BACKEND is not set, PET_RDZV_ENDPOINT is not set; expected c10d and the"),
+        (
+            {"PET_RDZV_ENDPOINT": "head:29400"},
+            "PET_RDZV_BACKEND is not set, PET_RDZV_ENDPOINT is h",
+        ),
+        ({"PET_RDZV_BACKEND": "c10d"}, "PET_RDZV_BACKEND is c10d, PET_RDZV_ENDPOINT is not set;"),
+        ({"PET_RDZV_BACKEND": "foo", "PET_RDZV_ENDPOINT": "a:1"}, "PET_RDZV_BACKEND is foo, PET"),
+        ({"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "a:b"}, "^PET_RDZV_ENDPOINT: The port"),
+        (RANKED, None),
+    ],
+)
+def test_several_machines_must_know_where_to_meet(
+    launched: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    message: str | None,
+) -> None:
+    for name, value in ({"PET_NNODES": "2"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Fault, match=message) if message else nullcontext():
+        launching.distribute(lambda: None, "stages.train", train.useful, machines=True)
+    assert [each.rdzv_endpoint for each in launched] == ([] if message else ["head:29400"])
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore what a launch changes in this process."""
+    logger = logging.getLogger("torch.distributed")
+    for name in ("handlers", "propagate"):
+        monkeypatch.setattr(logger, name, getattr(logger, name))
+    monkeypatch.setenv(process.LAUNCHER, "")
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(
+    ("conf", "message"),
+    [
+        ("join_timeout", "PET_RDZV_CONF: .*'join_timeout' must have a value"),
+        ("join_timeout=soon", "PET_RDZV_CONF: join_timeout is soon, expected a positive number"),
+        ("read_timeout=0", "PET_RDZV_CONF: read_timeout is 0, expected a positive number"),
+    ],
+)
+def test_impossible_settings_of_a_rendezvous_are_refused(
+    monkeypatch: pytest.MonkeyPatch, conf: str, message: str
+) -> None:
+    monkeypatch.setenv("PET_RDZV_CONF", conf)
+    with pytest.raises(Fault, match=message):
+        launching.launch(launching.torchrun_options(["stages.train"], machines=False))
+
+
+@pytest.mark.parametrize(
+    ("given", "join", "read"),
+    [
+        ({}, 600, 300),
+        ({"join_timeout": "5"}, 5, 3),
+        ({"join_timeout": "5", "read_timeout": "9"}, 5, 9),
+    ],
+)
+def test_connecting_takes_no_longer_than_joining_unless_requested(
+    given: dict[str, str], join: int, read: int
+) -> None:
+    found = launching.timeouts(given)
+    assert (int(found["join_timeout"]), int(found["read_timeout"])) == (join, read)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +409,7 @@ def test_process_killed_by_a_signal_is_named(tmp_path: Path, status: int, name: 
     assert launching.cause(error, tmp_path).startswith(f"process 3 was ended by {name}; ")
 
 
+@pytest.mark.usefixtures("settings")
 def test_warnings_of_torch_distributed_are_not_shown(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -333,10 +421,6 @@ def test_warnings_of_torch_distributed_are_not_shown(
         logging.getLogger("torch.distributed.elastic.agent.server.api").warning("shutting down")
         return lambda *_: None
 
-    logger = logging.getLogger("torch.distributed")
-    for name in ("handlers", "propagate"):
-        monkeypatch.setattr(logger, name, getattr(logger, name))
-    monkeypatch.setenv(process.LAUNCHER, "")
     monkeypatch.setattr(launching, "elastic_launch", elastic_launch)
     launching.launch(launching.torchrun_options(["stages.train"], machines=False))
     assert caplog.text + capsys.readouterr().err == ""

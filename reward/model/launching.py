@@ -9,9 +9,11 @@ does not change a byte of the result. By default there is one process for each v
 """
 
 import logging
+import math
 import os
 import signal
 import sys
+import time
 import uuid
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +26,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import elastic_launch
 
 from reward.model import group
@@ -56,7 +59,7 @@ def distribute(
     here = options.nproc_per_node
     if "PET_NPROC_PER_NODE" not in os.environ and here > 1:
         here = options.nproc_per_node = useful(here)
-    if here > 1 or options.nnodes != "1":
+    if here > 1 or int(options.nnodes) > 1:
         launch(options)
     else:
         main()
@@ -65,29 +68,58 @@ def distribute(
 def torchrun_options(command: Sequence[str], machines: bool) -> Namespace:
     """The options of torchrun, with its environment variables, for a module and its arguments.
 
-    Raises a Fault if the number of processes or machines is impossible.
+    Raises a Fault if the number of processes or machines is impossible, or machines cannot meet.
     """
     gpus = torch.cuda.device_count()
     options = run.parse_args(["--module", *command])
-    least, most = run.parse_min_max_nnodes(options.nnodes) if machines else (1, 1)
-    if least != most:
-        raise Fault(f"PET_NNODES is {options.nnodes}, expected one number of machines, not a range")
-    options.nnodes = str(most)
+    options.nnodes = os.environ.get("PET_NNODES", "1") if machines else "1"
+    if not options.nnodes.isdecimal() or int(options.nnodes) < 1:
+        raise Fault(
+            f"PET_NNODES is {options.nnodes}, expected one positive number of machines, not a range"
+        )
     options.max_restarts = 0
     try:
         count = os.environ.get("PET_NPROC_PER_NODE", str(max(1, gpus)))
         options.nproc_per_node = run.determine_local_world_size(count)
     except ValueError as error:
         raise Fault(f"PET_NPROC_PER_NODE: {error}") from None
+    if options.nproc_per_node < 1:
+        raise Fault(f"PET_NPROC_PER_NODE is {options.nproc_per_node}, expected at least 1")
     if 0 < gpus < options.nproc_per_node:
         raise Fault(
             f"PET_NPROC_PER_NODE is {options.nproc_per_node}, but {gpus} GPUs are visible, "
             "expected at most one process for each"
         )
-    if options.nnodes == "1":
+    if int(options.nnodes) == 1:
         options.rdzv_backend, options.rdzv_endpoint = "c10d", "localhost:0"
         options.rdzv_id, options.local_addr = str(uuid.uuid4()), "127.0.0.1"
+    else:
+        require_endpoint(options)
     return options
+
+
+def require_endpoint(options: Namespace) -> None:
+    """Raises a Fault unless it is said where the machines meet.
+
+    That is the backend c10d and an endpoint or, as some schedulers set them, the static backend,
+    the rank of each machine, and the address and port of the first.
+    """
+    ranked = {"PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"} <= os.environ.keys()
+    if options.rdzv_backend == "static" and ranked:
+        options.rdzv_endpoint = f"{options.master_addr}:{options.master_port}"
+    elif options.rdzv_backend != "c10d" or not options.rdzv_endpoint:
+        found = ", ".join(
+            f"{name} is {os.environ.get(name, 'not set')}"
+            for name in ("PET_RDZV_BACKEND", "PET_RDZV_ENDPOINT")
+        )
+        raise Fault(
+            f"PET_NNODES is {options.nnodes}, but {found}; expected c10d and the host:port of one "
+            "of the machines"
+        )
+    try:
+        parse_rendezvous_endpoint(options.rdzv_endpoint, 0)
+    except ValueError as error:
+        raise Fault(f"PET_RDZV_ENDPOINT: {error}") from None
 
 
 def launch(options: Namespace) -> None:
@@ -100,9 +132,13 @@ def launch(options: Namespace) -> None:
         "OMP_NUM_THREADS", str(max(1, processors() // int(options.nproc_per_node)))
     )
     os.environ[LAUNCHER] = str(os.getpid())
-    config, command, arguments = run.config_from_args(options)
-    config.rdzv_configs = {"join_timeout": PATIENCE, "read_timeout": PATIENCE} | config.rdzv_configs
-    if options.nnodes != "1":
+    try:
+        config, command, arguments = run.config_from_args(options)
+    except ValueError as error:
+        raise Fault(f"PET_RDZV_CONF: {error}") from None
+    config.rdzv_configs = timeouts(config.rdzv_configs)
+    start = time.monotonic()
+    if int(options.nnodes) > 1:
         print(f"processes  on {options.nnodes} machines, which meet at {options.rdzv_endpoint}")
     with TemporaryDirectory() as logs:
         quiet = dict.fromkeys(range(1, config.nproc_per_node), Std.ALL)
@@ -112,15 +148,32 @@ def launch(options: Namespace) -> None:
         except ChildFailedError as error:
             raise Fault(cause(error, Path(logs))) from None
         except RendezvousError as error:
+            reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
             raise Fault(
                 f"the {options.nnodes} machines of PET_NNODES did not meet at "
-                f"{options.rdzv_endpoint} within {config.rdzv_configs['join_timeout']} seconds "
-                f"({error}); run the same command on each of them"
+                f"{options.rdzv_endpoint} within {time.monotonic() - start:.0f} seconds"
+                f"{reason and f' ({reason})'}; check the address, and run the same command on each "
+                "of them"
             ) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             sys.exit(128 + error.sigval)
+
+
+def timeouts(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a rendezvous, with timeouts in seconds where `given` has none.
+
+    Connecting takes up to twice `read_timeout`, because torch tries IPv6 and then IPv4. Raises a
+    Fault if a timeout is not a positive integer.
+    """
+    for name in ("join_timeout", "read_timeout"):
+        if name in given and not (given[name].isdecimal() and int(given[name])):
+            raise Fault(
+                f"PET_RDZV_CONF: {name} is {given[name]}, expected a positive number of seconds"
+            )
+    join = int(given.get("join_timeout", PATIENCE))
+    return {"join_timeout": join, "read_timeout": math.ceil(join / 2)} | dict(given)
 
 
 def cause(error: ChildFailedError, logs: Path) -> str:
