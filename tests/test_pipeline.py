@@ -232,10 +232,15 @@ def test_another_lora_rank_reruns_only_train_evaluate_and_export(project: Projec
 
 
 def test_plots_need_no_network(project: Project) -> None:
-    shutil.copytree(ROOT / ".dvc" / "plots", project.folder / ".dvc" / "plots")
+    """Unless their page was not made, as in an environment that `make` did not create."""
+    without_page = shutil.ignore_patterns("page.html")
+    shutil.copytree(ROOT / ".dvc" / "plots", project.folder / ".dvc" / "plots", ignore=without_page)
+    shown = project.folder / "plots_here" / "index.html"
+    project.call("dvc", "plots", "show", "--out", "plots_here")
+    assert 'src="http' in shown.read_text(encoding="utf-8")
     project.call(sys.executable, ".dvc/plots/make_page.py")
     project.call("dvc", "plots", "show", "--out", "plots_here")
-    page = (project.folder / "plots_here" / "index.html").read_text(encoding="utf-8")
+    page = shown.read_text(encoding="utf-8")
     assert 'src="http' not in page
     for title in ("Bradley-Terry loss", "Pairwise accuracy", "Learning rate", "Accuracy by slice"):
         assert title in page
