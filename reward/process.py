@@ -134,7 +134,7 @@ def _is_broken(pipe: int) -> bool:
 def threads() -> int:
     """How many threads to use: OMP_NUM_THREADS, set for several processes, or one per processor."""
     requested = os.environ.get("OMP_NUM_THREADS", "")
-    return int(requested) if requested.isdecimal() else processors()
+    return (int(requested) if requested.isdecimal() else 0) or processors()
 
 
 def follow(parent: int) -> None:

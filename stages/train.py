@@ -138,6 +138,11 @@ def require_possible(options: Train) -> None:
             f"params.yaml: train.save_steps is {options.save_steps}, must be a multiple of "
             f"train.logging_steps, {options.logging_steps}, so that no curve has a gap after a kill"
         )
+    if options.lr_scheduler_type == "polynomial" and options.learning_rate <= 1e-7:
+        raise Fault(
+            f"params.yaml: train.learning_rate is {options.learning_rate}, must be above 1e-07, at "
+            "which train.lr_scheduler_type polynomial ends"
+        )
 
 
 def report_precision(quantization: Quantization) -> None:

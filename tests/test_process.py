@@ -263,7 +263,7 @@ def test_child_with_an_affinity_for_one_processor_gets_one(tmp_path: Path) -> No
     assert start(tmp_path, body).communicate() == ("begun\n1\n", "")
 
 
-@pytest.mark.parametrize(("asked", "found"), [("3", 3), ("", 5), ("4,2", 5)])
+@pytest.mark.parametrize(("asked", "found"), [("3", 3), ("", 5), ("4,2", 5), ("0", 5)])
 def test_threads_follow_omp_num_threads(
     monkeypatch: pytest.MonkeyPatch, asked: str, found: int
 ) -> None:

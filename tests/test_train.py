@@ -642,6 +642,38 @@ def test_every_offered_optimizer_and_schedule_can_be_created(
         assert 0 <= ours.lr_scheduler.get_last_lr()[0] <= group.learning_rate
 
 
+def test_rate_at_which_the_polynomial_schedule_ends_is_refused(set_params: SetParams) -> None:
+    set_params("train", lr_scheduler_type="polynomial", learning_rate=1e-7)
+    with pytest.raises(
+        Fault, match=r"train\.learning_rate is 1e-07, must be above 1e-07, at which"
+    ):
+        train.main()
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "schedule", "noted"),
+    [
+        *((7, "linear", 0), (8, "linear", 8), (0.9, "linear", 8)),
+        *((100, "cosine", 100), (8, "constant", 0)),
+    ],
+)
+def test_warm_up_as_long_as_training_is_noted_in_one_line(
+    tmp_path: Path,
+    set_params: SetParams,
+    capsys: pytest.CaptureFixture[str],
+    warmup_steps: float,
+    schedule: str,
+    noted: int,
+) -> None:
+    set_params("train", warmup_steps=warmup_steps, lr_scheduler_type=schedule, optim="adamw_torch")
+    trainer.arguments(params.load("train", trainer.Train), tmp_path, 8)
+    note = (
+        f"note       the warm-up takes {noted} steps and training has only 8, so the learning rate "
+        "never reaches its peak; lower train.warmup_steps\n"
+    )
+    assert capsys.readouterr().out == (note if noted else "")
+
+
 def test_tracker_that_is_not_installed_is_named_before_the_model_is_loaded(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:

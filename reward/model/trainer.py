@@ -61,7 +61,7 @@ from reward.model.scoring import halved, rewards, score, within_memory
 from reward.model.steps import Step, StepOf, Steps
 from reward.outputs import read_json, write_json, writing
 from reward.params import AboveZero, Positive, Rule, Seed, Switch, ZeroOrMore
-from reward.process import Fault
+from reward.process import Fault, counted
 
 # A new head is scaled so that the root mean square of the margins of the first pairs is at most
 # HEAD_MARGIN; HEAD_PAIRS is the number of these pairs.
@@ -443,6 +443,12 @@ def arguments(options: Train, folder: Path, steps: int) -> TrainingArguments:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
+    warmup = found.get_warmup_steps(steps)
+    if warmup >= steps and options.lr_scheduler_type != "constant":
+        print(
+            f"note       the warm-up takes {counted(warmup, 'step')} and training has only "
+            f"{steps}, so the learning rate never reaches its peak; lower train.warmup_steps"
+        )
     # With several visible GPUs, the Trainer would multiply the batch size by their number.
     found._n_gpu = min(found.n_gpu, 1)
     return found
