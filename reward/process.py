@@ -19,6 +19,8 @@ from pathlib import Path
 # launcher may have ended before this line runs.
 LAUNCHER = "REWARD_LAUNCHER"
 PARENT, STARTED = int(os.environ.get(LAUNCHER) or os.getppid()), time.monotonic()
+# The folders in which stages write their outputs.
+OUTPUTS = ("data", "metrics", "models", "reports")
 # The cgroup of a container, as seen from inside.
 GROUP = Path("/sys/fs/cgroup")
 
@@ -90,7 +92,27 @@ def run_stage(name: str, description: str | None, main: Callable[[], None]) -> N
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="A stage takes its parameters from params.yaml. `dvc repro` runs all stages.",
     ).parse_args()
-    run(main)
+
+    def checked() -> None:
+        if STAGED:
+            require_inside()
+        main()
+
+    run(checked)
+
+
+def require_inside() -> None:
+    """Raises a Fault if a folder of outputs is a link that leads out of the project.
+
+    DVC refuses such outputs, but only when the stage is done.
+    """
+    for folder in map(Path, OUTPUTS):
+        if not folder.resolve().is_relative_to(Path.cwd()):
+            raise Fault(
+                f"{folder} is a link to {folder.resolve()}, but DVC records no outputs outside of "
+                "the project; make it a folder, and run dvc cache dir PATH if DVC's copies of the "
+                "outputs should be on another disk"
+            )
 
 
 def run(main: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,28 @@ def test_stage_takes_no_argument_except_help(
         process.run_stage("stages.stage", "What the stage does.", lambda: pytest.fail("it ran"))
     assert ended.value.code == status
     assert printed in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "project/large"])
+def test_folder_of_outputs_that_leads_out_of_the_project_is_refused_before_the_work(
+    target: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / target).mkdir()
+    (tmp_path / "project" / "models").symlink_to(tmp_path / target)
+    monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setattr(sys, "argv", ["stages.train"])
+    done = []
+    for staged in (False, True):
+        monkeypatch.setattr(process, "STAGED", staged)
+        with pytest.raises(SystemExit) if staged and target == "elsewhere" else nullcontext():
+            process.run_stage("stages.train", None, lambda: done.append(True))
+    assert len(done) == (1 if target == "elsewhere" else 2)
+    message = f"models is a link to {tmp_path}/elsewhere, but DVC records no outputs outside of the"
+    assert (message in capsys.readouterr().err) == (target == "elsewhere")
 
 
 def test_bug_shows_its_traceback(tmp_path: Path) -> None:
