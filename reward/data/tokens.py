@@ -221,7 +221,7 @@ class Encoder:
         def fits(place: int) -> bool:
             return max(map(len, sides(place))) <= self.template.max_length
 
-        # A search by halves, because encoding the rest once per dropped turn takes quadratic time.
+        # A binary search, because encoding the rest once per dropped turn takes quadratic time.
         place = bisect_left(range(len(choices)), True, key=fits)
         return sides(place) if place < len(choices) else self._cut_words(choices[-1], answers)
 
