@@ -126,7 +126,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         if STAGED and not LAUNCHED:
             print(f"took       {time.monotonic() - STARTED:.1f} s")
-        sys.stdout.flush()
+        print(end="", flush=True)  # unlike sys.stdout.flush, also if it is closed
     except Fault as fault:
         if not ERRORS:
             print(fault, file=sys.stderr)

@@ -310,6 +310,17 @@ RANKED = {"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "head", "PET_MASTER_PORT": "2
         ({"PET_RDZV_BACKEND": "foo", "PET_RDZV_ENDPOINT": "a:1"}, "PET_RDZV_BACKEND is foo, PET"),
         ({"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "a:b"}, "^PET_RDZV_ENDPOINT: The port"),
         (RANKED, None),
+        ({"PET_NODE_RANK": "1", "PET_MASTER_ADDR": "head"}, "expected c10d and the host:port"),
+        (
+            {
+                "PET_NNODES": "2:2",
+                "PET_RDZV_BACKEND": "static",
+                "PET_RDZV_ENDPOINT": "head:29400",
+                "PET_NODE_RANK": "1",
+            },
+            None,
+        ),
+        ({"PET_RDZV_BACKEND": "etcd-v2", "PET_RDZV_ENDPOINT": "head:29400"}, None),
     ],
 )
 def test_several_machines_must_know_where_to_meet(
@@ -323,6 +334,7 @@ def test_several_machines_must_know_where_to_meet(
     with pytest.raises(Fault, match=message) if message else nullcontext():
         launching.distribute(lambda: None, "stages.train", train.useful, machines=True)
     assert [each.rdzv_endpoint for each in launched] == ([] if message else ["head:29400"])
+    assert all(each.nnodes == "2" for each in launched)
 
 
 @pytest.fixture
@@ -338,7 +350,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("conf", "message"),
     [
-        ("join_timeout", "PET_RDZV_CONF: .*'join_timeout' must have a value"),
+        ("join_timeout", "variables PET_.*'join_timeout' must have a value"),
         ("join_timeout=soon", "PET_RDZV_CONF: join_timeout is soon, expected a positive number"),
         ("read_timeout=0", "PET_RDZV_CONF: read_timeout is 0, expected a positive number"),
     ],

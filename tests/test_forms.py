@@ -500,6 +500,37 @@ def test_prompt_of_unknown_name_is_not_replaced_by_a_common_beginning(asked: lis
     assert recognize(Path("x.jsonl"), records, known).whole == "words"
 
 
+def test_accidental_beginnings_are_not_taken_for_prompts() -> None:
+    """Answers to 12 prompts begin in 16 ways, which have nothing to do with the prompts."""
+    records = []
+    for n in range(96):
+        start = f"<think>\nOkay, the user {['asks', 'wants', 'needs', 'has'][n % 4]} {n // 4 % 4} "
+        pair = {"chosen": f"{start}a{n}", "rejected": f"{start}b{n}"}
+        records.append(pair | {"asked": f"Please answer question {n // 8}."})
+    message = fault(form_of, *records)
+    assert message.endswith(
+        "x.jsonl: {prompt: asked, chosen: chosen, rejected: rejected} or "
+        "x.jsonl: {prompt: null, chosen: chosen, rejected: rejected}"
+    )
+
+
+def test_names_are_not_taken_for_prompts() -> None:
+    records = [
+        {"model": f"an-organisation/model-{n % 3}", "chosen": f"{n // 4} is even. Yes, {n}."}
+        for n in range(40)
+    ]
+    for record in records:
+        record["rejected"] = record["chosen"].replace("Yes", "No")
+    assert form_of(*records).whole == "words"
+
+
+@pytest.mark.parametrize("role", ["developer", 3, ["a"]])
+def test_messages_with_an_unknown_role_are_not_read_as_text(role: Any) -> None:
+    odd = json.dumps([{"role": role, "content": "Be kind."}, user("q")])
+    assert "x.jsonl: prompt has JSON texts" in fault(form_of, PLAIN | {"prompt": odd})
+    form_of(PLAIN | {"chosen": '{"from": ["Paris"], "value": 3}'})
+
+
 @pytest.mark.parametrize("kinds", [1, 12])
 def test_column_with_fewer_values_than_prompts_is_not_the_prompt(kinds: int) -> None:
     records = [

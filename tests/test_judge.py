@@ -123,8 +123,8 @@ def test_result_of_another_model_is_not_overwritten(monkeypatch: pytest.MonkeyPa
     tensors["score.weight"] *= 2
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     found = (OUTPUT / "figures.json").read_bytes()
-    message = f"{OUTPUT} has the rewards of another model; remove it, or choose another folder with"
-    with pytest.raises(Fault, match=f"^{message} --output$"):
+    message = f"{OUTPUT} has the rewards of another or an unknown model; remove it, or choose "
+    with pytest.raises(Fault, match=f"^{message}another folder with --output$"):
         run(monkeypatch, str(other))
     assert (OUTPUT / "figures.json").read_bytes() == found
     run(monkeypatch, str(other), "--output", "reports/judged/other")

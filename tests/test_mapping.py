@@ -264,6 +264,7 @@ def test_file_name_in_a_folder_sets_its_split(tmp_path: Path, name: str, split: 
     [
         *("val.jsonl", "val-00000.jsonl", "my_test.jsonl", "dpo-held-out.jsonl", "Dev2.jsonl"),
         *("偏好test.jsonl", "v2test.jsonl", "my_test-00000-of-00001.jsonl"),
+        *("my_test_set.jsonl", "dpo-val-data.jsonl", "my_dev_v2.jsonl", "training_eval.jsonl"),
     ],
 )
 def test_other_name_of_a_test_file_is_refused(tmp_path: Path, name: str) -> None:

@@ -284,7 +284,11 @@ def test_end_token_of_another_model_is_refused(scorer: Scorer, ending: str, toke
 
 
 @pytest.mark.parametrize(
-    "ending", ["</b>", "<br>", "</section>", "</strong>\n", "<|", "|>", "a | b>", "[1]", "[x|y]"]
+    "ending",
+    [
+        *("</b>", "<br>", "</section>", "</strong>\n", "<|", "|>", "a | b>", "[1]", "[x|y]"),
+        *("[|1;2;3|]", "<$|>", "[Pad]"),
+    ],
 )
 def test_ordinary_text_that_looks_like_a_token_is_scored(scorer: Scorer, ending: str) -> None:
     text = f"问:hi\n\n答:yes{ending}"

@@ -560,7 +560,7 @@ def test_non_finite_loss_stops_the_stage_and_names_the_step(
         ("train", {"center_rewards": 1e300}, "loss"),
     ],
 )
-def test_value_that_is_not_finite_before_the_first_update_is_not_blamed_on_the_learning_rate(
+def test_value_that_is_not_finite_is_reported_with_what_can_help(
     set_params: SetParams, group: str, values: dict[str, float], name: str
 ) -> None:
     set_params("train", logging_steps=1)
@@ -568,8 +568,9 @@ def test_value_that_is_not_finite_before_the_first_update_is_not_blamed_on_the_l
     with pytest.raises(Fault) as fault:
         train.main()
     assert str(fault.value) == (
-        f"the {name} is inf at step 1; lower train.center_rewards or lora.lora_alpha, or set "
-        "quantization.compute_dtype to float32, then run again"
+        f"the {name} is inf at step 1; lower train.learning_rate, train.max_grad_norm, "
+        "train.center_rewards or lora.lora_alpha, or set quantization.compute_dtype to float32, "
+        "then run again"
     )
 
 

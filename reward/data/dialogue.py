@@ -42,10 +42,11 @@ def are_messages(value: Any) -> bool:
 
 
 def are_spoken(value: Any) -> bool:
-    """Whether a value is a message or messages of known speakers."""
+    """Whether a value is a message or messages, and not other data with the keys from and value."""
     listed = value if isinstance(value, list) else [value]
-    return are_messages(listed) and all(
-        item[keys[0]] in SPEAKERS for item in listed if (keys := spelling(item))
+    return are_messages(listed) and any(
+        "role" in item or (isinstance(item["from"], str) and item["from"] in SPEAKERS)
+        for item in listed
     )
 
 

@@ -6,6 +6,7 @@ dataset.yaml that would decide.
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from reward.data.values import (
 )
 from reward.process import Fault, counted
 
+# What the prompts of most languages have, and names do not.
+SENTENCE = re.compile(r"\w\s+\w|[^\x00-\x7f]")
 # How many records at the beginning of a file decide its form.
 HEAD = 100
 PREFERRED = (
@@ -112,9 +115,13 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
     context = _context(columns, answers, known, unread)
     whole = _whole(objects, context, answers, "prompt" in known.named)
     if context.prompt is None and not whole and not _hold_conversations(objects, answers):
+        entry = entry_of(answers)
+        ways, note = [guessed_prompt(columns, {"prompt": COLUMN} | entry)], ""
+        if _whole(objects, context, answers, named=True):
+            ways.append({"prompt": None} | entry)
+            note = " (null: the words with which both answers begin)"
         raise unread.fault(
-            f"none of the columns {names_in(columns)} is recognized as the prompt",
-            guessed_prompt(columns, {"prompt": COLUMN} | entry_of(answers)),
+            f"none of the columns {names_in(columns)} is recognized as the prompt{note}", *ways
         )
     if context.prompt is None and answers == CANONICAL:
         context = replace(context, prompt="prompt")
@@ -370,7 +377,8 @@ def _whole(records: list[Record], context: Context, answers: Answers, named: boo
     if not isinstance(answers, Preferred):
         return ""
     found: list[tuple[Any, str, str]] = []
-    for record in records:
+    starts: dict[int, str] = {}
+    for place, record in enumerate(records):
         both = [value_at(record, path) for path in answers.columns]
         if any(is_absent(text) for text in both):
             continue
@@ -378,6 +386,7 @@ def _whole(records: list[Record], context: Context, answers: Answers, named: boo
             return ""
         prompt = value_at(record, context.prompt) if context.prompt else None
         found.append((prompt, *both))
+        starts[place] = both[0][: shared_start(*both)]
     if not found:
         return ""
     if all(prompt and repeats(prompt, c) and repeats(prompt, r) for prompt, c, r in found):
@@ -387,26 +396,31 @@ def _whole(records: list[Record], context: Context, answers: Answers, named: boo
     # A few without turns are bad records.
     if 2 * sum(has_turns(c) and has_turns(r) for _, c, r in found) > len(found):
         return "turns"
-    starts = {c[: shared_start(c, r)] for _, c, r in found}
-    if "" in starts or (not named and _may_have_prompt(records, answers, len(starts))):
+    if "" in starts.values():
         return ""
-    return "words"
+    used = [records[place] for place in starts]
+    return "" if not named and _may_have_prompt(used, answers, [*starts.values()]) else "words"
 
 
-def _may_have_prompt(records: list[Record], answers: Answers, starts: int) -> bool:
-    """Whether another column may be the prompt: texts or messages with more values than `starts`.
+def _may_have_prompt(records: list[Record], answers: Answers, starts: list[str]) -> bool:
+    """Whether another column may be the prompt, given the beginning of each record's answers.
 
-    `starts` is the number of different beginnings of the answers. Some, such as `<think>`, say
-    nothing about the prompt. Texts that all differ may be the prompt in any case.
+    Some beginnings, such as `<think>`, say nothing about the prompt. So a column may be the prompt
+    if it has messages or sentences, and several of them where the beginning is the same. Texts that
+    all differ may be the prompt in any case.
     """
-    others = {
-        name: values
-        for name, values in columns_of(records).items()
-        if name not in answers.columns
-        and (all(map(are_messages, values)) or (are_texts(values) and not are_labels(values)))
-    }
-    least = min(starts, len(records) - 1)
-    return any(len({*map(repr, values)}) > least for values in others.values())
+    for name, values in columns_of(records).items():
+        if name in answers.columns:
+            continue
+        if not all(map(are_messages, values)) and (not are_texts(values) or are_labels(values)):
+            continue
+        texts = [repr(record.get(name)) for record in records]
+        if len({*texts}) == len(texts):
+            return True
+        several = len({*zip(starts, texts, strict=True)}) > len({*starts})
+        if several and any(SENTENCE.search(text) for text in texts):
+            return True
+    return False
 
 
 def _hold_conversations(records: list[Record], answers: Answers) -> bool:

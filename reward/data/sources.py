@@ -22,9 +22,12 @@ from reward.process import Fault, counted, plural
 SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
 # Other names of test and validation files: with one of these words at the beginning, or at the end
 # before any numbers. They may also mean something else.
-HELD = r"(test|val|valid|dev|eval|held[_-]?out|hold[_-]?out)(s|set|ing|data|ation|uation)?"
+HELD = (
+    r"(test|val|valid|dev|eval|held[_-]?out|hold[_-]?out)"
+    r"(s|ing|ation|uation|[_-]?(set|split|data))?"
+)
 LIKE_A_SPLIT = re.compile(
-    rf"(?!train){HELD}(?![^\W\d_])|(?!train).*(?<![a-z]){HELD}[\W\d_]*(of[\W\d_]*)?$",
+    rf"{HELD}(?![^\W\d_])|(?!train(?![a-z])).*(?<![a-z]){HELD}([\W_]*v)?[\W\d_]*(of[\W\d_]*)?$",
     re.IGNORECASE,
 )
 

@@ -136,8 +136,8 @@ class Encoder:
             if (before := self._around[0]) and text.startswith(before):
                 raise BadRecord(
                     "special_token",
-                    f"begins with {before!r}, which the tokenizer adds by itself, expected text "
-                    "without it",
+                    f"begins with {before!r}, which the tokenizer adds by itself, expected the "
+                    "text and preprocess.template without it",
                 )
             return text
         return render_chat(self.template.chat_template, messages, self._special_tokens)

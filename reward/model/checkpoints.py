@@ -33,7 +33,7 @@ KEPT_RUNS = 5
 # How many times to try to lock a run, every tenth of a second.
 PATIENCE = 50
 # What reading a file raises that is missing, empty, cut or not what was written there.
-DAMAGE = (OSError, ValueError, TypeError, KeyError, yaml.YAMLError)
+DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -108,7 +108,7 @@ class Run:
         recorded = False
         with suppress(*DAMAGE):
             outs = read_yaml(lock)["stages"][stage]["outs"]
-            recorded = read_json(marker)["metrics_md5"] in [out["md5"] for out in outs]
+            recorded = read_json(marker)["metrics_md5"] in [out.get("md5") for out in outs]
         if recorded:
             for path in self._steps():
                 shutil.rmtree(path)

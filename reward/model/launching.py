@@ -34,6 +34,8 @@ from reward.process import LAUNCHED, LAUNCHER, Fault, processors
 
 # The number of seconds within which all machines must join.
 PATIENCE = 600
+# The ways in which torch lets machines meet at an endpoint.
+BACKENDS = ("c10d", "etcd", "etcd-v2")
 
 
 def distribute(
@@ -72,11 +74,11 @@ def torchrun_options(command: Sequence[str], machines: bool) -> Namespace:
     """
     gpus = torch.cuda.device_count()
     options = run.parse_args(["--module", *command])
-    options.nnodes = os.environ.get("PET_NNODES", "1") if machines else "1"
-    if not options.nnodes.isdecimal() or int(options.nnodes) < 1:
-        raise Fault(
-            f"PET_NNODES is {options.nnodes}, expected one positive number of machines, not a range"
-        )
+    given = os.environ.get("PET_NNODES", "1") if machines else "1"
+    least, _, most = given.partition(":")
+    if not least.isdecimal() or int(least) < 1 or (most or least) != least:
+        raise Fault(f"PET_NNODES is {given}, expected one positive number of machines, not a range")
+    options.nnodes = least
     options.max_restarts = 0
     try:
         count = os.environ.get("PET_NPROC_PER_NODE", str(max(1, gpus)))
@@ -101,13 +103,13 @@ def torchrun_options(command: Sequence[str], machines: bool) -> Namespace:
 def require_endpoint(options: Namespace) -> None:
     """Raises a Fault unless it is said where the machines meet.
 
-    That is the backend c10d and an endpoint or, as some schedulers set them, the static backend,
-    the rank of each machine, and the address and port of the first.
+    That is a backend of torch, such as c10d, and an endpoint. As some schedulers set it, it may
+    also be the rank of each machine and the address and port of the first, for the static backend.
     """
-    ranked = {"PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"} <= os.environ.keys()
-    if options.rdzv_backend == "static" and ranked:
-        options.rdzv_endpoint = f"{options.master_addr}:{options.master_port}"
-    elif options.rdzv_backend != "c10d" or not options.rdzv_endpoint:
+    ranked = options.rdzv_backend == "static" and "PET_NODE_RANK" in os.environ
+    if ranked and {"PET_MASTER_ADDR", "PET_MASTER_PORT"} <= os.environ.keys():
+        options.rdzv_endpoint = run.get_rdzv_endpoint(options)
+    if not options.rdzv_endpoint or not (ranked or options.rdzv_backend in BACKENDS):
         found = ", ".join(
             f"{name} is {os.environ.get(name, 'not set')}"
             for name in ("PET_RDZV_BACKEND", "PET_RDZV_ENDPOINT")
@@ -135,7 +137,7 @@ def launch(options: Namespace) -> None:
     try:
         config, command, arguments = run.config_from_args(options)
     except ValueError as error:
-        raise Fault(f"PET_RDZV_CONF: {error}") from None
+        raise Fault(f"the variables PET_* of torchrun: {error}") from None
     config.rdzv_configs = timeouts(config.rdzv_configs)
     start = time.monotonic()
     if int(options.nnodes) > 1:
@@ -200,4 +202,5 @@ def signal_of(status: int) -> str | None:
     """The name of the signal that ended a process with this status, if one did."""
     if status < 0:
         return signal.Signals(-status).name
-    return "SIGINT" if status == 128 + signal.SIGINT else None
+    known = (signal.SIGINT, signal.SIGPIPE)  # with which `run` ends
+    return next((each.name for each in known if status == 128 + each), None)

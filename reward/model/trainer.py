@@ -193,7 +193,7 @@ class RewardTrainer(Trainer):
         unread, self.unread = self.unread, []
         for step, sums in unread:
             on_cpu = sums.cpu()
-            require_finite("loss", on_cpu[0].item(), step, updates=step - 1)
+            require_finite("loss", on_cpu[0].item(), step)
             self.sums += on_cpu
 
     def attempt(self, step: Step) -> Tensor | None:
@@ -238,7 +238,7 @@ class RewardTrainer(Trainer):
         found = figures(self.reward_model, self.validation, self.tokens_per_pack)
         metrics = {f"eval_{name}": value for name, value in found.items()}
         step = self.state.global_step
-        require_finite("validation loss", metrics["eval_loss"], step, updates=step)
+        require_finite("validation loss", metrics["eval_loss"], step)
         self.log(metrics)
         if self.keeps_best and self.kept["step"] == step:
             self.best = [each.detach().cpu().clone() for each in self.trained]
@@ -256,8 +256,7 @@ class RewardTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.read_sums()
-            step = self.state.global_step
-            require_finite("norm of the gradient", logs["grad_norm"], step, updates=step - 1)
+            require_finite("norm of the gradient", logs["grad_norm"], self.state.global_step)
             _, right, margin, decided = self.sums.tolist()
             # If all pairs are ties, there is no accuracy.
             logs |= {"accuracy": right / decided, "margin": margin / decided} if decided else {}
@@ -385,19 +384,14 @@ def figures(model: PeftModel, step: Step, tokens_per_pack: int) -> dict[str, flo
     }
 
 
-def require_finite(name: str, value: float, step: int, updates: int) -> None:
-    """Raises a Fault if the value is not finite. `updates` is how often the weights had changed.
-
-    Before the first update, neither the learning rate nor clipping can be the cause.
-    """
+def require_finite(name: str, value: float, step: int) -> None:
+    """Raises a Fault if the value is not finite."""
     if not math.isfinite(value):
-        remedy = (
-            "lower train.learning_rate, train.max_grad_norm or lora.lora_alpha"
-            if updates
-            else "lower train.center_rewards or lora.lora_alpha, or set "
-            "quantization.compute_dtype to float32"
+        raise Fault(
+            f"the {name} is {value} at step {step}; lower train.learning_rate, "
+            "train.max_grad_norm, train.center_rewards or lora.lora_alpha, or set "
+            "quantization.compute_dtype to float32, then run again"
         )
-        raise Fault(f"the {name} is {value} at step {step}; {remedy}, then run again")
 
 
 # --- arguments and callbacks -----------------------------------------------------------------

@@ -11,13 +11,14 @@ from functools import cached_property
 from reward.data.records import BadRecord
 from reward.data.tokens import MARK, Encoder
 
-# A special token of any tokenizer: marked by bars, or with one of the usual names. Tags of HTML are
-# ordinary text, except <s>.
+# A special token as most tokenizers write it: marked by bars, or with one of the usual names. Tags
+# of HTML are ordinary text, except <s>.
 CONTROL = re.compile(
     r"(?:"
-    r"<[|｜][^\s<>|｜]{1,80}[|｜]?>|<[^\s<>|｜]{1,80}[|｜]>|\[\|[^\s\[\]|]{1,80}\|\]"
+    r"<[|｜][^\s<>|｜]{1,80}[|｜]?>|<[a-z_]{1,80}[|｜]>|\[\|[A-Za-z_]{3,40}\|\]"
     r"|</?s>|<(?:start|end)_of_\w{1,40}>"
-    r"|(?i:<(?:seed:)?(?:bos|eos|pad|sep|cls|sop|eop)(?:_token)?>|\[(?:bos|eos|pad|sep|cls)\])"
+    r"|(?i:<(?:seed:)?(?:bos|eos|pad|sep|cls|sop|eop)(?:_token)?>)"
+    r"|\[(?:BOS|EOS|PAD|SEP|CLS|bos|eos|pad|sep|cls)\]"
     r"|\[/?INST\]"
     r")\Z"
 )

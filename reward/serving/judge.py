@@ -42,7 +42,7 @@ REPORTS = Path("reports/judged")
 FIGURES = "figures.json"
 # The key in FIGURES by which the judged model is recognized, and the files that make it up.
 MODEL = "model"
-AFFECTING = (".jinja", ".json", ".model", ".safetensors")
+AFFECTING = (".jinja", ".json", ".model", ".safetensors", ".tiktoken", ".txt")
 # The defaults of params.yaml.
 RESAMPLING = Resampling(samples=2000, seed=0)
 # What chat templates print as today's date.
@@ -198,8 +198,8 @@ def require_output(output: Path, model: dict[str, str]) -> None:
         raise Fault(f"--output is {output}, which has other files, expected a new folder")
     if recorded(output / FIGURES).get(MODEL) != model:
         raise Fault(
-            f"{output} has the rewards of another model; remove it, or choose another folder with "
-            "--output"
+            f"{output} has the rewards of another or an unknown model; remove it, or choose "
+            "another folder with --output"
         )
 
 

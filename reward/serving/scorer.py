@@ -212,7 +212,8 @@ def reward_function(
             rewards[index] = reward
         return rewards
 
-    reward_model.__name__ = str(folder)
+    # Trackers refuse names with an absolute or a relative path.
+    reward_model.__name__ = Path(folder).as_posix().lstrip("./") or "."
     return reward_model
 
 
