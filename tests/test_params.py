@@ -169,12 +169,13 @@ def test_every_key_has_a_sentence_above_it() -> None:
             assert re.fullmatch(r"  # [A-Z].*[.]", above), f"no sentence above {line!r}"
 
 
-def test_params_are_in_block_style_and_unquoted() -> None:
+def test_params_are_in_the_style_in_which_dvc_writes_them() -> None:
+    """So `dvc exp run -S` changes only the lines of its parameters."""
     values = [line for line in LINES if line and not line.lstrip().startswith("#")]
-    assert not [line for line in values if re.search(r"""['\[{]""", line)]
+    assert not [line for line in values if re.search(r"""["\[{]""", line)]
     # DVC fails on a date, so a text that looks like one needs quotes.
-    for line in (line for line in values if '"' in line):
-        [value] = YAML(typ="safe").load(line.replace('"', "")).values()
+    for line in (line for line in values if "'" in line):
+        [value] = YAML(typ="safe").load(line.replace("'", "")).values()
         assert not isinstance(value, str)
 
 
