@@ -377,8 +377,8 @@ def _whole(records: list[Record], context: Context, answers: Answers, named: boo
     if not isinstance(answers, Preferred):
         return ""
     found: list[tuple[Any, str, str]] = []
-    starts: dict[int, str] = {}
-    for place, record in enumerate(records):
+    used = []
+    for record in records:
         both = [value_at(record, path) for path in answers.columns]
         if any(is_absent(text) for text in both):
             continue
@@ -386,7 +386,7 @@ def _whole(records: list[Record], context: Context, answers: Answers, named: boo
             return ""
         prompt = value_at(record, context.prompt) if context.prompt else None
         found.append((prompt, *both))
-        starts[place] = both[0][: shared_start(*both)]
+        used.append(record)
     if not found:
         return ""
     if all(prompt and repeats(prompt, c) and repeats(prompt, r) for prompt, c, r in found):
@@ -396,10 +396,10 @@ def _whole(records: list[Record], context: Context, answers: Answers, named: boo
     # A few without turns are bad records.
     if 2 * sum(has_turns(c) and has_turns(r) for _, c, r in found) > len(found):
         return "turns"
-    if "" in starts.values():
+    starts = [c[: shared_start(c, r)] for _, c, r in found]
+    if "" in starts or (not named and _may_have_prompt(used, answers, starts)):
         return ""
-    used = [records[place] for place in starts]
-    return "" if not named and _may_have_prompt(used, answers, [*starts.values()]) else "words"
+    return "words"
 
 
 def _may_have_prompt(records: list[Record], answers: Answers, starts: list[str]) -> bool:
