@@ -45,7 +45,7 @@ FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
 EXPERT_PARTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 # Exactly these, because a subclass may return more than one tensor.
-LINEAR = (nn.Linear, Linear4bit, Conv1D)
+LINEAR = (*layers.LINEAR, Conv1D)
 
 # Two-dimensional weights that bitsandbytes does not quantize.
 NOT_LINEAR = re.compile(r"embed|wte|wpe|lm_head|score")
@@ -122,7 +122,7 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    recipe = None if config.get("quantization_config") else quantization.recipe
+    recipe = None if is_quantized(config) else quantization.recipe
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
         base,
         num_labels=1,
@@ -137,6 +137,11 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
         raise Fault(f"{base}: {type(model).__name__} has no score head, expected a decoder model")
     keep_weights_unpacked(model)
     return model
+
+
+def is_quantized(config: dict[str, Any]) -> bool:
+    """Whether a base with this config.json is stored in 4 bits; null in it says no."""
+    return bool(config.get("quantization_config"))
 
 
 def require_room(base: Path, quantization: Quantization) -> None:
@@ -161,7 +166,7 @@ def weight_bytes(base: Path, quantization: Quantization) -> int:
     al. 2023, "QLoRA"). Weights that are stored in 4 bits stay as they are.
     """
     scale = (8 + 32 / 256) / 64 if quantization.double_quant else 32 / 64
-    stored = bool(read_json(base / "config.json").get("quantization_config"))
+    stored = is_quantized(read_json(base / "config.json"))
     found = 0.0
     for path in base.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
