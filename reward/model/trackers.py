@@ -43,9 +43,8 @@ def keep_files() -> None:
     folder = Path(os.environ.get("DVC_ROOT", ".")).absolute() / "runs"
     with writing(folder):
         folder.mkdir(exist_ok=True)  # W&B ignores a folder that does not exist
-    run = (
-        f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{os.getpid()}"  # TensorBoard merges a folder's runs
-    )
+    # TensorBoard merges the runs of a folder, so each has its own.
+    run = f"{time.strftime('%Y-%m-%d-%H-%M-%S')}-{os.getpid()}"
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard" / run))
     os.environ.setdefault("WANDB_DIR", str(folder))
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
