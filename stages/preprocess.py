@@ -240,7 +240,7 @@ def row_of(
         except BadRecord as fault:
             ledger.bad(file, position, fault.reason, str(fault))
             return None
-    is_cut = not all(map(np.array_equal, ids, encoded))
+    is_cut = ids is not encoded and not all(map(np.array_equal, ids, encoded))
     kept = compare(record, ids, options.max_length, encoder.unknown)
     for each in kept.faults:
         ledger.bad(file, position, *over_length(options, each))
