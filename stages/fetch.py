@@ -269,8 +269,6 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
         origin["converted"] = conversion.description
     else:
         weights = copy_weights(base, source, folder)
-        if is_classifier(config) and (reason := problem_with_head(shapes_of(base, folder))):
-            raise base.fault(reason)
     try:
         model, report = on_meta(folder)
     except RuntimeError as error:  # parts of a tensor that transformers puts together
@@ -279,7 +277,8 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
             f"has weights that transformers cannot load ({detail}), expected all that its "
             "config.json needs"
         ) from None
-    if reason := problem_with_weights(model, report):
+    reason = problem_with_head(report) if is_classifier(config) else None
+    if reason := reason or problem_with_weights(model, report):
         raise base.fault(reason)
     if unused := unused_weights(report):
         print(
@@ -317,15 +316,6 @@ def require_floats(base: Base, file: Any) -> None:
     types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     if reason := problem_with_types(types):
         raise base.fault(reason)
-
-
-def shapes_of(base: Base, folder: Path) -> dict[str, list[int]]:
-    """The shape of every tensor in a folder's weights, by name."""
-    shapes: dict[str, list[int]] = {}
-    for path in folder.glob("*.safetensors"):
-        with tensors_of(base, path) as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return shapes
 
 
 def convert_weights(

@@ -1,6 +1,6 @@
 """The head of a base that is already a reward model: a classifier with one label."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -24,15 +24,17 @@ def problem_with_labels(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def problem_with_head(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """Why training cannot start from the head among tensors of these shapes, or None.
+def problem_with_head(report: Mapping[str, Any]) -> str | None:
+    """Why training cannot start from a classifier's head, or None.
 
-    transformers would drop a bias without an error and initialize a missing head at random.
+    `report` is what transformers says of the weights that it loaded. It would drop a bias without
+    an error, and initialize a missing head at random.
     """
-    if HEAD_BIAS in shapes:
+    if HEAD_BIAS in report["unexpected_keys"]:
         return f"has a head with a bias, {HEAD_BIAS}, expected only {HEAD}"
-    if HEAD not in shapes:
+    if HEAD in report["missing_keys"]:
         return f"is a classifier without a head, expected {HEAD} among its weights"
-    if shapes[HEAD][0] != 1:
-        return f"has a head with {shapes[HEAD][0]} labels, expected one label, which is the reward"
+    for name, found, _ in report["mismatched_keys"]:
+        if name == HEAD:
+            return f"has a head with {found[0]} labels, expected one label, which is the reward"
     return None
