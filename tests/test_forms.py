@@ -378,6 +378,7 @@ def test_grading_columns_are_read(columns: Record, expected: Comparison) -> None
         ({"weight": float("inf")}, "weight is Infinity, expected a non-negative number"),
         ({"votes": [0, 0]}, "votes is [0, 0], expected two whole numbers, the votes for each"),
         ({"votes": [1.5, 1]}, "votes is [1.5, 1], expected two whole numbers"),
+        ({"votes": [float("inf"), 1]}, "votes is [Infinity, 1], expected two whole numbers"),
         ({"votes": [1, 2, 3]}, "votes is [1, 2, 3], expected two whole numbers"),
         ({"preference": "25%"}, 'preference is "25%", expected a number from 0 to 1'),
         ({"preference": "0,25"}, 'preference is "0,25", expected a number from 0 to 1'),

@@ -190,6 +190,13 @@ def test_where_selects_records_with_one_of_the_values(tmp_path: Path) -> None:
     assert source.description.endswith(" as prompt, chosen and rejected, 5 of 20 records")
 
 
+def test_where_compares_ids_that_are_not_floats(tmp_path: Path) -> None:
+    ids = [2**53, 2**53 + 1, str(2**53 + 1), float(2**53)]
+    records = [record | {"number": own} for record, own in zip(numbered(4), ids, strict=True)]
+    folder = write(tmp_path, f"x.jsonl: {{where: {{number: {2**53 + 1}}}}}", *records)
+    assert prompts(folder) == [1, 2]
+
+
 def test_where_without_a_match_is_named_even_with_take(tmp_path: Path) -> None:
     entry = "{prompt: ask, chosen: left, rejected: right, where: {vote: r}, take: 1}"
     message = fault(write(tmp_path, f"x.jsonl: {entry}", TWO))

@@ -266,7 +266,7 @@ class Listed:
 
     def _rating(self, value: Any) -> float:
         number = plain(value)
-        if isinstance(number, float) and math.isfinite(number):
+        if isinstance(number, int | float) and math.isfinite(number):
             if self.order == "scores":
                 return number
             if number >= 1 and number == int(number):
@@ -372,7 +372,7 @@ PROBABILITY = "a number from 0 to 1, the probability that the first answer is pr
 
 
 def _is_count(number: Any) -> bool:
-    return isinstance(number, float) and number >= 0 and number == int(number)
+    return isinstance(number, int | float) and number >= 0 and number % 1 == 0
 
 
 def _number(record: Record, path: str | None, default: float, expected: str) -> float:
@@ -382,7 +382,7 @@ def _number(record: Record, path: str | None, default: float, expected: str) -> 
         return default
     number = plain(value)
     limit = 1.0 if expected == PROBABILITY else math.inf
-    if not isinstance(number, float) or not math.isfinite(number) or not 0 <= number <= limit:
+    if not isinstance(number, int | float) or not math.isfinite(number) or not 0 <= number <= limit:
         raise UnknownVerdict(f"{path} is {_shown(value)}, expected {expected}{_unless_other(path)}")
     return number
 

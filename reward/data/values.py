@@ -1,7 +1,9 @@
 """The values of records, by path or by column, and tests of what they are."""
 
+import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from reward.data.records import BadRecord, names_of
@@ -9,6 +11,9 @@ from reward.data.records import BadRecord, names_of
 Record = dict[str, Any]
 # The values of each column, by its name.
 Columns = dict[str, list[Any]]
+
+# The largest whole number below which every one is a float. Ids may be larger.
+EXACT = 2**53
 
 
 def is_absent(value: Any) -> bool:
@@ -58,9 +63,13 @@ def plain(value: Any) -> Any:
         return repr(value).lower()
     text = str(value).strip()
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return text.lower() if text.lower() in ("true", "false") else text
+    if EXACT <= abs(number) < math.inf:
+        with suppress(ValueError):
+            return int(text)
+    return number
 
 
 def columns_of(records: Iterable[Record]) -> Columns:
@@ -88,7 +97,7 @@ def are_labels(values: list[Any]) -> bool:
 
 def are_numbers(values: list[Any]) -> bool:
     return bool(values) and all(
-        isinstance(value, int | float) or isinstance(plain(value), float) for value in values
+        isinstance(value, int | float) or isinstance(plain(value), int | float) for value in values
     )
 
 
