@@ -14,7 +14,6 @@ GRADES = (PREFERENCE, WEIGHT, TARGET_MARGIN)
 # rendered by the template.
 ANSWER = "answer"
 PROMPT, RESPONSE, TEXT = "prompt", "response", "text"
-CONVERSATION = (PROMPT, "chosen", "rejected")
 
 REWARDS = ("reward_chosen", "reward_rejected")
 TOKENS = ("tokens_chosen", "tokens_rejected")
