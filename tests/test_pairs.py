@@ -26,6 +26,7 @@ from reward.data.splitting import (
     Hashes,
     Prompts,
     among,
+    beginnings,
     combined,
     contradictions,
     count_votes,
@@ -803,12 +804,17 @@ def test_families_match_a_search_for_the_shortest_prefix() -> None:
         tuple(("user", str(turn)) for turn in generator.integers(0, 2, generator.integers(1, 5)))
         for _ in range(60)
     ]
-    found = Prompts.of(prompts)
+    owner, begun = zip(
+        *((row, each) for row, prompt in enumerate(prompts) for each in beginnings(prompt)),
+        strict=True,
+    )
+    own = np.array([hash64([prompt]) for prompt in prompts], np.uint64)
+    found = Prompts(own, np.array(owner), np.array(begun, np.uint64))
     shortest = [
         min((other for other in prompts if prompt[: len(other)] == other), key=len)
         for prompt in prompts
     ]
-    assert found.families.tolist() == Prompts.of(shortest).own.tolist()
+    assert found.families.tolist() == [hash64([prompt]) for prompt in shortest]
     some = np.arange(60) % 3 == 0
     others = [prompt for prompt, is_one in zip(prompts, some, strict=True) if not is_one]
     assert found.take(some).shared_with(found.take(~some)).tolist() == [

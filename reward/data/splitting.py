@@ -3,7 +3,6 @@
 Here, a record is a few 64-bit hashes, so millions of records fit in memory.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 
-def among(values: Hashes, known: Hashes) -> npt.NDArray[np.bool_]:
+def among(values: Hashes, known: Hashes) -> Flags:
     """Which of the values are among the known ones. Shape [values]."""
     known = np.sort(known)
     left, right = (np.searchsorted(known, values, side) for side in ("left", "right"))
@@ -39,7 +38,7 @@ def combined(*parts: Hashes) -> Hashes:
     return found
 
 
-def duplicates(pairs: Hashes) -> npt.NDArray[np.bool_]:
+def duplicates(pairs: Hashes) -> Flags:
     """Which records repeat an earlier one. Shape [records] in and out."""
     order = np.argsort(pairs, kind="stable")
     repeated = np.zeros(len(pairs), dtype=bool)
@@ -47,7 +46,7 @@ def duplicates(pairs: Hashes) -> npt.NDArray[np.bool_]:
     return repeated
 
 
-def mixed(groups: Hashes, members: Hashes) -> npt.NDArray[np.bool_]:
+def mixed(groups: Hashes, members: Hashes) -> Flags:
     """Which records belong to a group whose members differ. Shapes [records]."""
     order = np.lexsort((members, groups))
     left, right = order[:-1], order[1:]
@@ -55,7 +54,7 @@ def mixed(groups: Hashes, members: Hashes) -> npt.NDArray[np.bool_]:
     return among(groups, groups[right[differ]])
 
 
-def contradictions(verdicts: Hashes, answers: Hashes) -> npt.NDArray[np.bool_]:
+def contradictions(verdicts: Hashes, answers: Hashes) -> Flags:
     """Which records contradict another one: the same prompt and answers with a different verdict.
 
     Shapes [records]. All records of a contradiction count, because no one knows which is right.
@@ -202,24 +201,12 @@ class Prompts:
     owner: Indices
     begun: Hashes
 
-    @classmethod
-    def of(cls, prompts: Sequence[Messages]) -> "Prompts":
-        begun = [(row, begun) for row, prompt in enumerate(prompts) for begun in beginnings(prompt)]
-        owners, hashes = zip(*begun, strict=True) if begun else ((), ())
-        return cls(
-            np.array([hash64([prompt]) for prompt in prompts], dtype=np.uint64),
-            np.array(owners, dtype=np.int64),
-            np.array(hashes, dtype=np.uint64),
-        )
-
-    def take(self, rows: npt.NDArray[np.bool_]) -> "Prompts":
+    def take(self, rows: Flags) -> "Prompts":
         """The prompts of the records selected by `rows`: [records]."""
-        if not len(self.owner):
-            return Prompts(self.own[rows], self.owner, self.begun)
         kept = rows[self.owner]
         return Prompts(self.own[rows], (np.cumsum(rows) - 1)[self.owner[kept]], self.begun[kept])
 
-    def shared_with(self, others: "Prompts") -> npt.NDArray[np.bool_]:
+    def shared_with(self, others: "Prompts") -> Flags:
         """Which of these equal, begin or continue one of the others: [records]."""
         found = among(self.own, np.concatenate([others.own, others.begun]))
         found[self.owner[among(self.begun, others.own)]] = True
@@ -227,25 +214,17 @@ class Prompts:
 
     @property
     def families(self) -> Hashes:
-        """The family of every record: [records]."""
-        return families(self.own, self.owner, self.begun)
+        """The family of every record: [records]. A prompt and those that continue it are a family.
 
-
-def families(prompts: Hashes, owners: Indices, begun: Hashes) -> Hashes:
-    """The family of every record. Two prompts are in one family if one begins with the other.
-
-    A dialogue that continues an earlier record shares its first turns, so both must be in the same
-    split. `prompts` and the result are [records]. `begun` are the concatenated `beginnings` of all
-    prompts, and `owners` the records that these belong to: [beginnings]. All prompts of a family
-    begin with its shortest one, which therefore identifies the family.
-    """
-    if not len(begun):
-        return prompts
-    known = among(begun, prompts)
-    members, first = np.unique(owners[known], return_index=True)
-    found = prompts.copy()
-    found[members] = begun[known][first]
-    return found
+        A dialogue that continues an earlier record shares its first turns, so both must be in the
+        same split. All prompts of a family begin with its shortest one, which therefore identifies
+        the family.
+        """
+        known = among(self.begun, self.own)
+        members, first = np.unique(self.owner[known], return_index=True)
+        found = self.own.copy()
+        found[members] = self.begun[known][first]
+        return found
 
 
 def split(prompts: Hashes, validation: float, test: float, seed: int) -> npt.NDArray[np.int8]:
