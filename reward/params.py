@@ -64,14 +64,18 @@ def load(name: str, kind: type[Group], path: Path = Path("params.yaml")) -> Grou
     faults = [
         f"{name}.{key} {GONE.get(f'{name}.{key}', unknown)}" for key in values.keys() - hints.keys()
     ]
+    typed = {}
     for key, hint in hints.items():
+        type_of_key, rule = _parts(hint)
         if key not in values:
-            faults.append(f"{name}.{key} is missing, must be {_expected(hint)}")
-        elif not _conforms(values[key], hint):
-            faults.append(f"{name}.{key} is {as_written(values[key])}, must be {_expected(hint)}")
+            faults.append(f"{name}.{key} is missing, must be {rule.expected}")
+        elif not (_is_a(values[key], type_of_key) and rule.holds(values[key])):
+            faults.append(f"{name}.{key} is {as_written(values[key])}, must be {rule.expected}")
+        else:
+            typed[key] = float(values[key]) if type_of_key is float else values[key]
     if faults:
         raise Fault("\n".join(f"{path}: {fault}" for fault in sorted(faults)))
-    return kind(**{key: _typed(values[key], hint) for key, hint in hints.items()})
+    return kind(**typed)
 
 
 def _read(name: str, path: Path) -> dict[str, Any]:
@@ -93,21 +97,12 @@ def _read(name: str, path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in group.items()}
 
 
-def _base(hint: Any) -> Any:
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
-
-
-def _expected(hint: Any) -> str:
+def _parts(hint: Any) -> tuple[Any, Rule]:
+    """The type of a field and its rule. A Literal needs no rule, because it lists its values."""
     if typing.get_origin(hint) is Annotated:
-        return str(typing.get_args(hint)[1].expected)
-    return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
-
-
-def _conforms(value: Any, hint: Any) -> bool:
-    if not _is_a(value, _base(hint)):
-        return False
-    rules = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
-    return all(rule.holds(value) for rule in rules)
+        kind, rule = typing.get_args(hint)
+        return kind, rule
+    return hint, Rule("one of " + ", ".join(map(str, typing.get_args(hint))))
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -124,10 +119,6 @@ def _is_a(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is kind
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    return float(value) if _base(hint) is float else value
 
 
 # --- YAML ------------------------------------------------------------------------------------
