@@ -7,7 +7,8 @@ columns. `reward.data.recognition` finds the form of a file.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from reward.data.answers import CANONICAL, UNGRADED, Answers, Grades, as_messages
@@ -21,7 +22,7 @@ from reward.data.dialogue import (
     spelling,
     turns,
 )
-from reward.data.records import FIELDS, ROLES, BadRecord, Raw, raw_pair
+from reward.data.records import FIELDS, ROLES, TOOLS, BadRecord, Raw, raw_pair
 from reward.data.values import Record, is_absent, top, value_at
 
 # Names of a prompt column that holds texts, messages, or either.
@@ -132,23 +133,28 @@ class Form:
     grades: Grades = UNGRADED
     whole: Whole = ""
     description: str = ""
-    # Derived: the columns that the form reads, those that need a conversion or a check if they have
-    # a value, and whether the form is prompt, chosen and rejected without any conversion.
-    used: frozenset[str] = field(init=False)
-    looked_at: frozenset[str] = field(init=False)
-    is_canonical: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        # A verdict is not kept as a column, because it means nothing without the order of the
-        # answers in the file.
-        read = (*self.answers.verdicts, *self.grades.columns)
-        paths = (*self.context.columns, *self.answers.columns, *read)
-        used = {*paths, *map(top, paths)}
-        looked_at = (used | {*MEDIA, *self.context.rivals, "tools"}) - set(FIELDS)
+    @cached_property
+    def used(self) -> set[str]:
+        """The columns that the form reads.
+
+        A verdict is among them. It is not kept as a column, because it means nothing without the
+        order of the answers in the file.
+        """
+        answers = (*self.answers.columns, *self.answers.verdicts)
+        paths = (*self.context.columns, *answers, *self.grades.columns)
+        return {*paths, *map(top, paths)}
+
+    @cached_property
+    def looked_at(self) -> set[str]:
+        """The columns that need a conversion or a check if they have a value."""
+        return (self.used | {*MEDIA, *self.context.rivals, TOOLS}) - {*FIELDS}
+
+    @cached_property
+    def is_canonical(self) -> bool:
+        """Whether the form is prompt, chosen and rejected without any conversion."""
         named = self.context.prompt == "prompt" and self.answers == CANONICAL
-        object.__setattr__(self, "used", frozenset(used))
-        object.__setattr__(self, "looked_at", frozenset(looked_at))
-        object.__setattr__(self, "is_canonical", named and not self.whole)
+        return named and not self.whole
 
     def read(self, record: Any) -> Raw:
         """A record with its prompt, answers and comparisons, for `records.check`.
@@ -167,8 +173,8 @@ class Form:
         if self.grades.columns:
             comparisons = self.grades.graded(record, comparisons)
         kept = {name: value for name, value in record.items() if name not in self.used}
-        if "tools" in kept:
-            kept["tools"] = _tools(kept["tools"])
+        if TOOLS in kept:
+            kept[TOOLS] = _tools(kept[TOOLS])
         prompt, answers = self._conversation(before, prompt, found, names)
         return Raw(prompt, answers, names, comparisons, kept)
 
@@ -195,7 +201,7 @@ class Form:
         return prompt, answers
 
 
-def _is_canonical(record: Record, looked_at: frozenset[str]) -> bool:
+def _is_canonical(record: Record, looked_at: set[str]) -> bool:
     """Whether a record needs no conversion, or lacks an answer, which the check then reports.
 
     The columns `looked_at` may be empty or repeat the chosen answer, as `messages` of UltraFeedback
