@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any, Literal, NamedTuple, Protocol
 
-from reward.data.dialogue import message, messages
+from reward.data.dialogue import as_messages, messages
 from reward.data.records import CERTAIN, PAIR, TIE, BadRecord, Comparison
 from reward.data.values import Columns, Record, is_absent, needed, plain, top, value_at
 
@@ -402,10 +402,3 @@ def _from_json(value: Any) -> Any:
 def _shown(value: Any) -> str:
     shown = json.dumps(value, ensure_ascii=False, default=repr)
     return shown if len(shown) <= 40 else f"{shown[:40]}…"
-
-
-def as_messages(key: str, value: Any, role: str) -> list[Any]:
-    """A list of messages, made from a text (one message of `role`), a message or a list of them."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return messages(key, value) if isinstance(value, list) else [message(key, value)]

@@ -72,6 +72,13 @@ def messages(key: str, value: list[Any]) -> list[Any]:
     return [message(key, item) for item in value]
 
 
+def as_messages(key: str, value: Any, role: str) -> list[Any]:
+    """A list of messages, made from a text (one message of `role`), a message or a list of them."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return messages(key, value) if isinstance(value, list) else [message(key, value)]
+
+
 def _joined(key: str, parts: list[Any]) -> Any:
     """The text of a content that is a list of parts, or the list itself if it is malformed."""
     texts = []

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from reward.data.answers import CANONICAL, UNGRADED, Answers, Grades, as_messages
+from reward.data.answers import CANONICAL, UNGRADED, Answers, Grades
 from reward.data.dialogue import (
     Message,
+    as_messages,
     has_turns,
     marked_turns,
     message,
