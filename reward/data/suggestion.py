@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reward.data.answers import Answers, Judged, Listed, Preferred
+from reward.data.answers import Answers, Judged, Listed
 from reward.data.dialogue import are_messages
 from reward.data.forms import PROMPTS
 from reward.data.values import Columns, are_labels, are_numbers, are_texts, columns_of
@@ -55,19 +55,17 @@ def names_in(columns: Columns) -> str:
 
 def entry_of(answers: Answers) -> Entry:
     """The entry that declares these answers."""
-    if isinstance(answers, Preferred):
-        return {"chosen": answers.chosen, "rejected": answers.rejected}
     if isinstance(answers, Judged):
         meaning = answers.meaning
         entry: Entry = {"answers": [*answers.columns], "verdict": answers.verdict}
         entry |= {"first": [*meaning.first], "second": [*meaning.second]}
         return entry | ({"tie": [*meaning.tie]} if meaning.tie else {})
     if isinstance(answers, Listed):
-        both = [
+        texts, ratings = (
             paths[0] if len(paths) == 1 else [*paths]
             for paths in (answers.answers, answers.ratings)
-        ]
-        return {"answers": both[0], answers.order: both[1]}
+        )
+        return {"answers": texts, answers.order: ratings}
     return dict(zip(("chosen", "rejected"), answers.columns, strict=True))
 
 
