@@ -237,7 +237,9 @@ def _entry(entry: dict[str, Any]) -> Entry:
         Context(**named),
         _answers(entry),
         Grades(
-            **graded, votes=_votes(entry), meaning=_meaning(entry) if "votes" in entry else None
+            **graded,
+            votes=tuple(filter(None, _listed(entry, "votes"))),
+            meaning=_meaning(entry) if {"votes", "first"} <= entry.keys() else None,
         ),
         frozenset({*named, *graded, *(["votes"] if "votes" in entry else [])}),
     )
@@ -250,14 +252,8 @@ def _entry(entry: dict[str, Any]) -> Entry:
     return Entry(known, tuple(paths), where, **rest)
 
 
-def _votes(entry: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(path for path in _listed(entry, "votes") if path)
-
-
-def _meaning(entry: dict[str, Any]) -> Meaning | None:
+def _meaning(entry: dict[str, Any]) -> Meaning:
     """Which answer the values of a verdict, or of single votes, prefer."""
-    if "first" not in entry:
-        return None
     return Meaning(*(_listed(entry, key) for key in ("first", "second", "tie")))
 
 
@@ -267,9 +263,8 @@ def _answers(entry: dict[str, Any]) -> Answers | None:
     if "answers" not in entry:
         return None
     if "verdict" in entry:
-        meaning = _meaning(entry) or Meaning((), ())
         first, second = entry["answers"]
-        return Judged(first, second, entry["verdict"], meaning)
+        return Judged(first, second, entry["verdict"], _meaning(entry))
     if any(entry.get(way) for way in SOFT):
         return Preferred(*entry["answers"])
     for way in ORDERED:
