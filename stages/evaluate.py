@@ -8,7 +8,6 @@ models/adapter. Writes metrics/evaluate.json and, in reports/evaluate, the rewar
 and a page with all judgements (index.html).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ from reward.judging.metrics import Figures, Judged, Resampling, histogram, relia
 from reward.model import group
 from reward.model.base import Quantization, load
 from reward.model.launching import distribute
-from reward.model.packing import Texts, extremes, pairs_of, tokens
+from reward.model.packing import full_pack
 from reward.model.pairwise import margins
 from reward.model.rankings import rankings_of, sides
 from reward.model.scoring import require_exact, score
@@ -104,12 +103,6 @@ def main() -> None:
     report(figures, TEST)
     print(f"written    {REPORTS}, {METRICS}")
     print(f"look at    {PAGE} for the judgements, and `dvc plots show` for the curves")
-
-
-def full_pack(datasets: Iterable[Dataset], tokens_per_pack: int) -> list[Texts]:
-    """The longest pair and the shortest pairs that fill up its pack, the shortest last."""
-    pairs = [pair for each in datasets for pair in pairs_of(each)]
-    return [pairs[index] for index in extremes([*map(tokens, pairs)], tokens_per_pack)]
 
 
 def rewards_of(model: PeftModel, dataset: Dataset, tokens_per_pack: int) -> pa.Table:

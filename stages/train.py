@@ -40,6 +40,7 @@ from reward.model.base import (
 )
 from reward.model.launching import distribute
 from reward.model.layers import multiplies_bf16
+from reward.model.packing import full_pack
 from reward.model.plain import require_length
 from reward.model.scoring import require_exact, within_memory
 from reward.model.steps import Steps, planned
@@ -48,7 +49,6 @@ from reward.model.trainer import (
     RewardTrainer,
     Train,
     figures,
-    full_pack,
     line_of,
     optimizer,
     validation_step,
@@ -109,7 +109,7 @@ def main() -> None:
         require_length(model.get_base_model().config, BASE, max_length)
         trainer = RewardTrainer(model, options, saved, steps(options, train), validation, REPORTS)
         for dataset in (train, validation):
-            require_exact(model, full_pack(dataset, trainer.tokens_per_pack))
+            require_exact(model, full_pack([dataset], trainer.tokens_per_pack))
         trainer.fit(new_head=not keeps_head(options))
         if group.leads():
             write(trainer, options, lora, quantization)

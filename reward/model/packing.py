@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from reward.data.columns import IDS, PREFIX
 from reward.data.prefixes import prefix_length
@@ -101,6 +103,13 @@ def tokens(texts: Texts) -> int:
     return sum(map(len, texts.ids)) - (len(texts.ids) - 1) * texts.prefix
 
 
+def lengths_of(dataset: "Dataset") -> npt.NDArray[np.integer]:
+    """How many `tokens` each pair of a tokenized dataset takes: [pairs]."""
+    chosen, rejected = (pc.list_value_length(dataset.data[name]) for name in IDS)
+    found: npt.NDArray[np.integer] = pc.add(chosen, rejected).to_numpy()
+    return found - dataset.data[PREFIX].to_numpy()
+
+
 def into_packs(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
     """Indices of prompts, in the given order, cut into packs of at most `tokens_per_pack` tokens.
 
@@ -166,6 +175,14 @@ def extremes(lengths: Sequence[int], tokens_per_pack: int) -> list[int]:
     held = accumulate((lengths[index] for index in others), initial=lengths[longest])
     fitting = sum(size <= min(tokens_per_pack, ENOUGH) for size in held) - 1
     return [longest, *reversed(others[: max(1, fitting)])]
+
+
+def full_pack(datasets: Sequence["Dataset"], tokens_per_pack: int) -> list[Texts]:
+    """The longest pair of all and the shortest pairs that fill up its pack, the shortest last."""
+    parts = [each.select_columns(COLUMNS).with_format("numpy") for each in datasets]
+    rows: ConcatDataset[Mapping[str, Any]] = ConcatDataset(parts)
+    lengths = np.concatenate([*map(lengths_of, datasets)])
+    return [pair(rows[index]) for index in extremes(lengths.tolist(), tokens_per_pack)]
 
 
 def pack(prompts: Sequence[Texts]) -> Pack:

@@ -31,11 +31,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -51,10 +50,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from reward.data.columns import IDS, PREFIX, PROMPT_ID
+from reward.data.columns import PROMPT_ID
 from reward.model import checkpoints, group
 from reward.model.base import device, head_of, settle_config, trained_bytes
-from reward.model.packing import Texts, extremes, pack, pairs_of, tokens
+from reward.model.packing import Texts, lengths_of, pack, pairs_of, tokens
 from reward.model.pairwise import Labels, correct, losses, margins
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
 from reward.model.scoring import halved, rewards, score, within_memory
@@ -526,21 +525,9 @@ def peak_memory() -> float:
 # --- before the first step -------------------------------------------------------------------
 
 
-def lengths_of(dataset: Dataset) -> npt.NDArray[Any]:
-    """How many tokens each pair takes in a pack."""
-    chosen, rejected = (pc.list_value_length(dataset.data[name]) for name in IDS)
-    size = pc.subtract(pc.add(chosen, rejected), dataset.data[PREFIX])
-    return cast(npt.NDArray[Any], size.to_numpy())
-
-
 def longest(dataset: Dataset, count: int) -> list[Texts]:
     """The `count` pairs with the most tokens in a pack, the longest first."""
     return pairs_of(dataset.select(np.argsort(-lengths_of(dataset), kind="stable")[:count]))
-
-
-def full_pack(dataset: Dataset, tokens_per_pack: int) -> list[Texts]:
-    """The longest pair and the shortest pairs that fill up its pack, the shortest last."""
-    return pairs_of(dataset.select(extremes(lengths_of(dataset).tolist(), tokens_per_pack)))
 
 
 def validation_step(dataset: Dataset, options: Train) -> Step:
