@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -40,6 +39,7 @@ from reward.judging.evaluation import (
     measure_sets,
     report,
     slices_as_rows,
+    write_rewards,
 )
 from reward.judging.length import by_length_difference, length_curve
 from reward.judging.metrics import Figures, Judged, Resampling, histogram, reliability, roc
@@ -50,7 +50,7 @@ from reward.model.packing import full_pack
 from reward.model.pairwise import margins
 from reward.model.rankings import rankings_of, sides
 from reward.model.scoring import require_exact, score
-from reward.outputs import whole_folder, write_json, writing
+from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Seed
 from reward.process import Fault, run_stage, threads
 
@@ -59,7 +59,6 @@ ADAPTER = Path("models/adapter")
 TEST = Path("data/tokenized/test")
 SETS = Path("data/tokenized/sets")
 REPORTS = Path("reports/evaluate")
-JUDGED = REPORTS / "rewards.parquet"
 PAGE = REPORTS / "index.html"
 METRICS = Path("metrics/evaluate.json")
 
@@ -89,11 +88,7 @@ def main() -> None:
     figures = measure(table, judged, resampling)
     figures["sets"] = measure_sets(sets, extra, resampling)
     with whole_folder(REPORTS) as folder:
-        with writing(folder):
-            pyarrow.parquet.write_table(table, folder / JUDGED.name)
-            (folder / "sets").mkdir()
-            for each, rewards in zip(sets, extra, strict=True):
-                pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
+        write_rewards(folder, table, sets, extra)
         for name, rows in curves(judged, resampling).items():
             write_json(folder / f"{name}.json", rows)
         write_json(folder / "slices.json", slices_as_rows(figures))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet
 from datasets import Dataset
 
 from reward.data import tokenized
@@ -39,7 +40,7 @@ from reward.judging.metrics import (
     ties,
 )
 from reward.judging.rankings import rankings
-from reward.outputs import recorded
+from reward.outputs import recorded, writing
 from reward.process import Fault, counted
 
 # The most values of a column that slices the pairs. RewardBench has 23 subsets.
@@ -198,6 +199,17 @@ def slices_as_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
         for value, found in values.items()
         if found["pairs"]
     ]
+
+
+def write_rewards(
+    folder: Path, table: pa.Table, sets: list[TestSet], tables: list[pa.Table]
+) -> None:
+    """Write the rewards of the test pairs and of every extra test set, where compare reads them."""
+    with writing(folder):
+        pyarrow.parquet.write_table(table, folder / "rewards.parquet")
+        (folder / "sets").mkdir()
+        for each, rewards in zip(sets, tables, strict=True):
+            pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
 
 
 def has_best(ranked: dict[str, Any]) -> bool:

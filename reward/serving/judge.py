@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet
 import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
@@ -29,11 +28,19 @@ from reward.data.columns import ANSWER, ANSWERS, PREFIX, PROMPT, PROMPT_ID, RESP
 from reward.data.prefixes import prefix_length
 from reward.data.records import TOOLS
 from reward.data.templates import dated
-from reward.judging.evaluation import as_judged, as_table, load_sets, measure, measure_sets, report
+from reward.judging.evaluation import (
+    as_judged,
+    as_table,
+    load_sets,
+    measure,
+    measure_sets,
+    report,
+    write_rewards,
+)
 from reward.judging.metrics import Resampling
 from reward.model.base import device, fast_dtype, keep_weights_unpacked
 from reward.model.head import is_classifier, problem_with_labels
-from reward.outputs import digest, recorded, watched, whole_folder, write_json, writing
+from reward.outputs import digest, recorded, watched, whole_folder, write_json
 from reward.process import Fault, processors, run
 
 BASE = Path("models/base")
@@ -155,11 +162,7 @@ def main() -> None:
     figures["sets"] = measure_sets(sets, tables, RESAMPLING)
     figures[MODEL] = model
     with whole_folder(output) as folder:
-        with writing(folder):
-            pyarrow.parquet.write_table(table, folder / "rewards.parquet")
-            (folder / "sets").mkdir()
-            for each, rewards in zip(sets, tables, strict=True):
-                pyarrow.parquet.write_table(rewards, folder / "sets" / f"{each.name}.parquet")
+        write_rewards(folder, table, sets, tables)
         write_json(folder / FIGURES, figures)
     report(figures, options.sets / "test")
     print(f"written    {output}; python -m reward.judging.compare {output} workspace")
