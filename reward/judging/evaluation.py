@@ -258,19 +258,7 @@ def report(figures: dict[str, Any], read: Path) -> None:
             f"({row['low']:.4f} to {row['high']:.4f}) of {counted(row['pairs'], 'pair')}"
         )
     for name, found in figures["sets"].items():
-        if found["benchmark"]:
-            report_benchmark(name, found["benchmark"])
-        if found["leaked"]:
-            pairs = found["pairs"] + found["ties"]["pairs"]
-            print(
-                f"note       the model was trained on the prompts of {found['leaked']} of "
-                f"{counted(pairs, 'pair')} of {name}"
-            )
-        if found["bad"]:
-            print(f"note       left out of {name}: {counted(found['bad'], 'bad record')}")
-        if found["too_long"]:
-            long = counted(found["too_long"], "pair")
-            print(f"note       left out of {name} as too long: {long}")
+        report_set(name, found)
 
 
 def report_ties(found: dict[str, Any]) -> None:
@@ -294,7 +282,19 @@ def report_rankings(found: dict[str, Any]) -> None:
     )
 
 
-def report_benchmark(name: str, found: dict[str, Any]) -> None:
-    parts = {"score": found["score"]} | found["parts"]
-    shown = ", ".join(f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
-    print(f"{name}: {shown}, by the rule of {found['rule']}")
+def report_set(name: str, found: dict[str, Any]) -> None:
+    """Print the score of an extra test set by its leaderboard's rule, and what to know about it."""
+    if scored := found["benchmark"]:
+        parts = {"score": scored["score"]} | scored["parts"]
+        shown = (f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
+        print(f"{name}: {', '.join(shown)}, by the rule of {scored['rule']}")
+    if found["leaked"]:
+        pairs = found["pairs"] + found["ties"]["pairs"]
+        print(
+            f"note       the model was trained on the prompts of {found['leaked']} of "
+            f"{counted(pairs, 'pair')} of {name}"
+        )
+    if found["bad"]:
+        print(f"note       left out of {name}: {counted(found['bad'], 'bad record')}")
+    if found["too_long"]:
+        print(f"note       left out of {name} as too long: {counted(found['too_long'], 'pair')}")
