@@ -198,8 +198,4 @@ def prompts_of(answers: Dataset) -> dict[str, page.Prompt]:
 
 
 if __name__ == "__main__":
-    run_stage(
-        "stages.evaluate",
-        __doc__,
-        lambda: distribute(main, "stages.evaluate", useful=lambda gpus: gpus),
-    )
+    run_stage("stages.evaluate", __doc__, lambda: distribute(main, "stages.evaluate"))

@@ -95,7 +95,6 @@ def main() -> None:
     distribute(
         lambda: handle(request, path.with_name(FOUND)),
         "reward.exporting.clients",
-        useful=lambda gpus: gpus,
         arguments=sys.argv[1:],
     )
 

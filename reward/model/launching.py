@@ -41,7 +41,7 @@ BACKENDS = ("c10d", "etcd", "etcd-v2")
 def distribute(
     main: Callable[[], None],
     module: str,
-    useful: Callable[[int], int],
+    useful: Callable[[int], int] = lambda gpus: gpus,
     machines: bool = False,
     arguments: Sequence[str] = (),
     together: bool = True,
@@ -49,9 +49,9 @@ def distribute(
     """Call `main` in the requested number of processes, by default one for each visible GPU.
 
     Each process runs `module` with `arguments`, and the module must call this function again. Given
-    the number of GPUs, `useful` returns how many of them there is work for. `machines` allows a
-    stage to run on several machines. With `together` the processes form one group. Otherwise each
-    is a group of one.
+    the number of GPUs, `useful` returns how many of them there is work for, by default all.
+    `machines` allows a stage to run on several machines. With `together` the processes form one
+    group. Otherwise each is a group of one.
     """
     if LAUNCHED:
         with group.joined() if together else group.without_torchrun():

@@ -365,4 +365,4 @@ def report(totals: Totals, output: Path) -> None:
 if __name__ == "__main__":
     parse()  # so that a bad command line is reported once, before there are several processes
     arguments = sys.argv[1:]
-    run(lambda: distribute(main, "reward.serving.score", lambda gpus: gpus, arguments=arguments))
+    run(lambda: distribute(main, "reward.serving.score", arguments=arguments))

@@ -383,9 +383,7 @@ def start() -> None:
     Raises a Fault for an address that several processes cannot share.
     """
     options, module = parse(), "reward.serving.serve"
-    go = partial(
-        distribute, main, module, lambda gpus: gpus, arguments=sys.argv[1:], together=False
-    )
+    go = partial(distribute, main, module, arguments=sys.argv[1:], together=False)
     if LAUNCHED or torchrun_options([module], machines=False).nproc_per_node == 1:
         go()
         return
