@@ -75,17 +75,16 @@ def joined() -> Iterator[None]:
             timeout=PATIENCE,
         )
     _own = dist.get_rank(), count
-    with without_torchrun():
-        if not leads():
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-        yield
-        minimum(0)
+    forget_torchrun()
+    if not leads():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    yield
+    minimum(0)
     dist.destroy_process_group()
     _own = None
 
 
-@contextmanager
-def without_torchrun() -> Iterator[None]:
+def forget_torchrun() -> None:
     """Remove torchrun's environment variables.
 
     Libraries that find them would start distributed training of their own.
@@ -97,7 +96,6 @@ def without_torchrun() -> Iterator[None]:
             LAUNCHER,
         ):
             del os.environ[name]
-    yield
 
 
 @contextmanager

@@ -54,7 +54,11 @@ def distribute(
     group. Otherwise each is a group of one.
     """
     if LAUNCHED:
-        with group.joined() if together else group.without_torchrun():
+        if together:
+            with group.joined():
+                main()
+        else:
+            group.forget_torchrun()
             main()
         return
     options = torchrun_options([module, *arguments], machines)
