@@ -19,7 +19,7 @@ import pytest
 
 from reward.data import reading
 from reward.data import records as pairs
-from reward.data.reading import files, read, unit
+from reward.data.reading import files, place_of, read
 from reward.data.records import BadRecord, Comparison, Messages, Raw, check, hash64
 from reward.data.splitting import (
     Ballots,
@@ -87,13 +87,15 @@ def test_arrays_and_lines_are_read_under_every_name(
 ) -> None:
     path = write(tmp_path / f"p{suffix}", form(RECORDS))
     assert list(read(path)) == list(enumerate(RECORDS, start=1))
-    assert unit(path) == ("record" if form is as_array else "line")
+    unit = "record" if form is as_array else "line"
+    assert place_of(path, 3) == f"{path}: {unit} 3"
 
 
 def test_parquet_gives_the_same_records(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "p.parquet")
-    assert list(read(tmp_path / "p.parquet")) == list(enumerate(RECORDS, start=1))
-    assert unit(tmp_path / "p.parquet") == "row"
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.Table.from_pylist(RECORDS), path)
+    assert list(read(path)) == list(enumerate(RECORDS, start=1))
+    assert place_of(path, 3) == f"{path}: row 3"
 
 
 def test_parquet_gives_what_json_would_have(tmp_path: Path) -> None:
@@ -319,7 +321,7 @@ def test_tables_are_read_by_their_header(
 ) -> None:
     path = write(tmp_path / f"p{suffix}", mark + as_table(separator, end))
     assert list(read(path)) == [(2, CELLS[0]), (4, CELLS[1])]
-    assert unit(path) == "row"
+    assert place_of(path, 4) == f"{path}: row 4"
     assert files(tmp_path) == [path]
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from reward.data import tokenized
 from reward.data.columns import ANSWERS, GRADES
 from reward.data.prefixes import TokenIds
-from reward.data.reading import unit
+from reward.data.reading import place_of
 from reward.data.records import CERTAIN, Record, hash64
 from reward.data.rows import Kept, hash_of
 from reward.data.sources import Source
@@ -205,8 +205,7 @@ class Ledger:
 
     def place(self, file: int, position: int) -> str:
         """Where a record is, for messages."""
-        path = self.sources[file].path
-        return f"{path}: {unit(path)} {position}"
+        return place_of(self.sources[file].path, position)
 
     def listed(self, reasons: set[str]) -> str:
         """The first records that are bad for one of the reasons, one per line, and the counts."""

@@ -89,7 +89,7 @@ def name_of(path: Path) -> str:
 def read(path: Path) -> Iterator[tuple[int, Any]]:
     """The position and content of each record of a file, in order and unchecked.
 
-    Positions count what `unit` names, from 1. The header of a table is row 1. Only a few records
+    Positions are those of `place_of`, from 1. The header of a table is row 1. Only a few records
     are in memory at a time. Raises a Fault if the file ends early or is not what its name says.
     """
     position = 0
@@ -110,10 +110,14 @@ def read(path: Path) -> Iterator[tuple[int, Any]]:
         raise Fault(f"{path} has no records, expected preference pairs")
 
 
-def unit(path: Path) -> str:
-    """What positions in a file count: rows of a table, records of an array, or lines of JSON."""
+def place_of(path: Path, position: int) -> str:
+    """Where a record is, for messages.
+
+    Positions count the rows of a table, the records of an array, or the lines of JSON Lines.
+    """
     reader = _reader(path)
-    return "record" if reader is _array else "line" if reader is _lines else "row"
+    unit = "record" if reader is _array else "line" if reader is _lines else "row"
+    return f"{path}: {unit} {position}"
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[tuple[int, Any]]]:

@@ -10,7 +10,7 @@ from typing import Any
 from reward.data.answers import UnknownVerdict
 from reward.data.forms import Form
 from reward.data.mapping import Entry, Mapping, read_mapping
-from reward.data.reading import files, name_of, read, unit
+from reward.data.reading import files, name_of, place_of, read
 from reward.data.recognition import HEAD, recognize
 from reward.data.records import BadRecord, Raw, check, hash64, names_of
 from reward.data.records import Record as Checked
@@ -62,7 +62,7 @@ class Source:
             except BadRecord as fault:
                 yield position, fault
             except UnknownVerdict as error:
-                raise Fault(f"{self.path}: {unit(self.path)} {position}: {error}") from None
+                raise Fault(f"{place_of(self.path, position)}: {error}") from None
 
     def _labelled(self, record: Any) -> Any:
         """A record with its source. A source named in dataset.yaml replaces the record's own."""

@@ -30,7 +30,7 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
-from reward.data.reading import files, read, unit
+from reward.data.reading import files, place_of, read
 from reward.data.records import BadRecord
 from reward.locks import hold
 from reward.model import group
@@ -70,7 +70,7 @@ class Item(NamedTuple):
     @property
     def place(self) -> str:
         """The file and position, for messages."""
-        return f"{self.file}: {unit(self.file)} {self.position}"
+        return place_of(self.file, self.position)
 
     @property
     def source(self) -> Row:
@@ -160,7 +160,7 @@ def items(scorer: Scorer, paths: list[Path]) -> Iterator[Item]:
                 texts = scorer.render(scorer.candidates(record))
                 yield Item(path, position, as_text(record), texts)
             except BadRecord as error:
-                place = f"{path}: {unit(path)} {position}"
+                place = place_of(path, position)
                 raise Fault(f"{place}: {error.reason}: {error}") from None
 
 
