@@ -249,8 +249,6 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
 def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     """Copy only what a model needs. Returns the entries of base.json about its origin."""
     from reward.model.converting import conversion_of
-    from reward.model.head import is_classifier, problem_with_head
-    from reward.model.suitable import on_meta, problem_with_weights, unused_weights
 
     require_weights(base, source)
     for name in source.matching(CONFIGS + TOKENIZER):
@@ -269,6 +267,20 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
         origin["converted"] = conversion.description
     else:
         weights = copy_weights(base, source, folder)
+    require_whole(base, config, folder)
+    if source.kind == "local":
+        origin["source"] = original | {name: digest(source.path(name)) for name in weights}
+    return origin
+
+
+def require_whole(base: Base, config: dict[str, Any], folder: Path) -> None:
+    """Raises a Fault unless a folder has the weights that its model needs; prints what is unused.
+
+    `config` is the base's own, before a conversion.
+    """
+    from reward.model.head import is_classifier, problem_with_head
+    from reward.model.suitable import on_meta, problem_with_weights, unused_weights
+
     try:
         model, report = on_meta(folder)
     except RuntimeError as error:  # parts of a tensor that transformers puts together
@@ -285,9 +297,6 @@ def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
             f"unused     {counted(len(unused), 'tensor')} that a {type(model).__name__} does not "
             f"have, such as {unused[0]}"
         )
-    if source.kind == "local":
-        origin["source"] = original | {name: digest(source.path(name)) for name in weights}
-    return origin
 
 
 def require_weights(base: Base, source: Source) -> None:

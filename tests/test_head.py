@@ -181,6 +181,12 @@ def double_head(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def widen_head(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["score.weight"] = torch.ones(1, 65)
+    save_file(tensors, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "labels", "found"),
     [
@@ -189,6 +195,11 @@ def double_head(folder: Path) -> None:
         (add_bias, 1, "has a head with a bias, score.bias, expected only score.weight"),
         (remove_head, 1, "is a classifier without a head, expected score.weight among its weights"),
         (double_head, 1, "has a head with 2 labels, expected one label, which is the reward"),
+        (
+            widen_head,
+            1,
+            "has score.weight of shape [1, 65], expected [1, 64], as its config.json says",
+        ),
     ],
 )
 def test_head_without_a_single_reward_is_refused(

@@ -35,6 +35,6 @@ def problem_with_head(report: Mapping[str, Any]) -> str | None:
     if HEAD in report["missing_keys"]:
         return f"is a classifier without a head, expected {HEAD} among its weights"
     for name, found, _ in report["mismatched_keys"]:
-        if name == HEAD:
+        if name == HEAD and found[0] != 1:
             return f"has a head with {found[0]} labels, expected one label, which is the reward"
     return None
