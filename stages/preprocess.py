@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -162,17 +163,12 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
     """Write the ids of every usable record to `table`, and its numbers to the ledger."""
     with tokenized.stream(table) as append:
         for batch, future in encoded(encoder, batches(rendered(encoder, ledger))):
-            encoded_ids = iter(future.result())
-            rows = [
-                row
+            ids = iter(future.result())
+            found = (
+                row_of(options, encoder, item, [*islice(ids, len(item.texts))], ledger)
                 for item in batch
-                if (
-                    row := row_of(
-                        options, encoder, item, [next(encoded_ids) for _ in item.texts], ledger
-                    )
-                )
-            ]
-            if rows:
+            )
+            if rows := [row for row in found if row]:
                 append(tokenized.batch(rows))
 
 
