@@ -23,22 +23,21 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import IDS, PREFERENCE
-from reward.data.ledger import SHOWN, Ledger
+from reward.data.ledger import SHOWN, Ledger, Rendered
 from reward.data.prefixes import TokenIds
 from reward.data.reading import other_names
 from reward.data.records import PARTS, TIE, TOOLS, BadRecord, Record
 from reward.data.rows import as_row, compare
 from reward.data.sets import Notes, read_sets, write_sets
-from reward.data.sources import Source, sources, usable
+from reward.data.sources import Source, sources
 from reward.data.splitting import among, contradictions, count_votes, duplicates, split
 from reward.data.tokenized import Row
 from reward.data.tokens import Encoder, Template, as_array
@@ -69,15 +68,6 @@ def is_date(text: str) -> bool:
 
 Share = Annotated[float, Rule("a number above 0 and below 0.5", lambda share: 0 < share < 0.5)]
 Date = Annotated[str, Rule('a date in quotes, such as "2026-01-01"', is_date)]
-
-
-class Rendered(NamedTuple):
-    """A record that passed the checks, its place, and the text of each answer."""
-
-    file: int
-    position: int
-    record: Record
-    texts: list[str]
 
 
 @dataclass(frozen=True)
@@ -162,7 +152,7 @@ def collecting_rarely() -> Iterator[None]:
 def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -> None:
     """Write the ids of every usable record to `table`, and its numbers to the ledger."""
     with tokenized.stream(table) as append:
-        for batch, future in encoded(encoder, batches(rendered(encoder, ledger))):
+        for batch, future in encoded(encoder, batches(ledger.rendered(encoder))):
             ids = iter(future.result())
             found = (
                 row_of(options, encoder, item, [*islice(ids, len(item.texts))], ledger)
@@ -170,23 +160,6 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
             )
             if rows := [row for row in found if row]:
                 append(tokenized.batch(rows))
-
-
-def rendered(encoder: Encoder, ledger: Ledger) -> Iterator[Rendered]:
-    """The records that pass the checks, rendered as text. The ledger counts the others."""
-    for index, source in enumerate(ledger.sources):
-        bar = tqdm(source, desc=str(source.path), unit=" records", delay=2, disable=None)
-        for position, raw in bar:
-            try:
-                record = usable(raw)
-                texts = [encoder.render(record.prompt, answer) for answer in record.answers]
-            except BadRecord as fault:
-                ledger.bad(index, position, fault.reason, str(fault))
-                continue
-            for each in record.faults:
-                ledger.bad(index, position, each.reason, str(each))
-            if record.comparisons:
-                yield Rendered(index, position, record, texts)
 
 
 def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:

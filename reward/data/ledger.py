@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from reward.data import tokenized
 from reward.data.columns import ANSWERS, GRADES
 from reward.data.prefixes import TokenIds
 from reward.data.reading import place_of
-from reward.data.records import CERTAIN, Record, hash64
+from reward.data.records import CERTAIN, BadRecord, Record, hash64
 from reward.data.rows import Kept, hash_of
-from reward.data.sources import Source
+from reward.data.sources import Source, usable
 from reward.data.splitting import (
     Ballots,
     Floats,
@@ -34,6 +35,7 @@ from reward.data.splitting import (
     mixed,
     number_answers,
 )
+from reward.data.tokens import Encoder
 
 SHOWN = 10
 # A column is searched for repeated values at this many records, at twice as many, and so on.
@@ -49,6 +51,15 @@ class BadPlace(NamedTuple):
     position: int
     reason: str
     sentence: str
+
+
+class Rendered(NamedTuple):
+    """A record that passed the checks, its place, and the text of each answer."""
+
+    file: int
+    position: int
+    record: Record
+    texts: list[str]
 
 
 def numbers() -> array[int]:
@@ -91,6 +102,22 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self._judges = Judges(self.file, self.position, self.answers)
+
+    def rendered(self, encoder: Encoder) -> Iterator[Rendered]:
+        """The records of all sources that pass the checks, as text. The others are counted."""
+        for file, source in enumerate(self.sources):
+            bar = tqdm(source, desc=str(source.path), unit=" records", delay=2, disable=None)
+            for position, raw in bar:
+                try:
+                    record = usable(raw)
+                    texts = [encoder.render(record.prompt, answer) for answer in record.answers]
+                except BadRecord as fault:
+                    self.bad(file, position, fault.reason, str(fault))
+                    continue
+                for each in record.faults:
+                    self.bad(file, position, each.reason, str(each))
+                if record.comparisons:
+                    yield Rendered(file, position, record, texts)
 
     def add(
         self, file: int, position: int, record: Record, ids: Sequence[TokenIds], kept: Kept

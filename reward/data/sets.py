@@ -10,13 +10,12 @@ from reward.data import tokenized
 from reward.data.ledger import Ledger
 from reward.data.mapping import read_mapping
 from reward.data.reading import SUFFIXES, name_of
-from reward.data.records import BadRecord
 from reward.data.rows import as_row, compare
-from reward.data.sources import Source, source_of, usable
+from reward.data.sources import Source, source_of
 from reward.data.splitting import Prompts
 from reward.data.tokenized import Row
 from reward.data.tokens import Encoder
-from reward.outputs import watched, write_json, writing
+from reward.outputs import write_json, writing
 from reward.process import Fault
 
 INDEX = "index.json"
@@ -77,20 +76,14 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
 def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
     """The set of one file. Raises a Fault as `read_sets` does, and for a set without pairs."""
     rows, ledger = [], Ledger([source_of(path)])
-    for position, raw in watched(ledger.sources[0], f"test set {path.name}", "records"):
-        try:
-            record = usable(raw)
-            texts = [encoder.render(record.prompt, answer) for answer in record.answers]
-        except BadRecord as fault:
-            ledger.bad(0, position, fault.reason, str(fault))
-            continue
+    for file, position, record, texts in ledger.rendered(encoder):
         ids = encoder.encode_arrays(texts)
         kept = compare(record, ids, encoder.template.max_length, encoder.unknown)
-        for each in (*record.faults, *kept.faults):
-            ledger.bad(0, position, each.reason, str(each))
+        for each in kept.faults:
+            ledger.bad(file, position, each.reason, str(each))
         if kept.compared:
             rows.append(as_row(record, ids, texts, kept.compared))
-            ledger.add(0, position, record, ids, kept)
+            ledger.add(file, position, record, ids, kept)
     reasons = ledger.dropped.keys() - {"over_length", "no_weight"}
     too_long, bad = ledger.dropped["over_length"], sum(ledger.dropped[reason] for reason in reasons)
     if reasons and not drop:
