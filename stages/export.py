@@ -24,7 +24,7 @@ from datasets import Dataset
 
 from reward import params
 from reward.data import tokenized
-from reward.data.columns import ID
+from reward.data.columns import ID, TOKENS
 from reward.exporting import clients_trl, gate
 from reward.exporting.clients import FOUND, ORIGINAL, PACKS, Request, select
 from reward.exporting.exported import Trained, write_card, write_exported
@@ -114,8 +114,7 @@ def licenses() -> list[str]:
 
 def longer(evaluated: pa.Table) -> npt.NDArray[np.integer]:
     """The number of tokens of each pair's longer text: [pairs]."""
-    sides = (evaluated[f"tokens_{side}"].to_numpy() for side in ("chosen", "rejected"))
-    return np.maximum(*sides)
+    return np.maximum(*(evaluated[name].to_numpy() for name in TOKENS))
 
 
 def packs_of(evaluated: pa.Table) -> int:

@@ -30,11 +30,11 @@ import numpy.typing as npt
 
 from reward import params
 from reward.data import tokenized
-from reward.data.columns import IDS, PREFERENCE
+from reward.data.columns import IDS, PREFERENCE, TIE
 from reward.data.ledger import SHOWN, Ledger, Rendered
 from reward.data.prefixes import TokenIds
 from reward.data.reading import other_names
-from reward.data.records import PARTS, TIE, TOOLS, BadRecord, Record
+from reward.data.records import PARTS, TOOLS, BadRecord, Record
 from reward.data.rows import as_row, compare
 from reward.data.sets import Notes, read_sets, write_sets
 from reward.data.sources import Source, sources

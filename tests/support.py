@@ -17,7 +17,8 @@ from ruamel.yaml import YAML
 
 from reward import params
 from reward.data import tokenized
-from reward.data.records import TIE, Raw
+from reward.data.columns import TIE
+from reward.data.records import Raw
 from reward.exporting import clients
 from reward.exporting.clients import FOUND, Request
 from reward.model import layers

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any, Literal, NamedTuple, Protocol
 
+from reward.data.columns import TIE
 from reward.data.dialogue import as_messages, messages
-from reward.data.records import CERTAIN, PAIR, TIE, BadRecord, Comparison
+from reward.data.records import CERTAIN, PAIR, BadRecord, Comparison
 from reward.data.values import Columns, Record, is_absent, needed, plain, top, value_at
 
 

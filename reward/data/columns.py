@@ -9,6 +9,8 @@ ANSWERS = ("answer_j", "answer_k")
 # The probability that j is preferred, the weight of the comparison, and by how much j is better.
 PREFERENCE, WEIGHT, TARGET_MARGIN = "preference", "weight", "margin"
 GRADES = (PREFERENCE, WEIGHT, TARGET_MARGIN)
+# The preference of a tie, where neither answer is preferred.
+TIE = 0.5
 
 # The columns of the folder `answers`. PROMPT and RESPONSE are messages as JSON, and TEXT is both as
 # rendered by the template.

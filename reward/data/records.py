@@ -16,7 +16,7 @@ from functools import cached_property
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
-from reward.data.columns import RESERVED
+from reward.data.columns import RESERVED, TIE
 from reward.process import as_written
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -59,7 +59,6 @@ class Comparison(NamedTuple):
     margin: float = 0.0
 
 
-TIE = 0.5
 CERTAIN = Comparison(0, 1)
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from reward.data.columns import TIE
 from reward.data.prefixes import TokenIds, prefix_length
 from reward.data.records import (
-    TIE,
     BadRecord,
     Comparison,
     Message,

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from reward.data.records import TIE, Messages, hash64
+from reward.data.columns import TIE
+from reward.data.records import Messages, hash64
 
 Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.integer]

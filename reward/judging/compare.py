@@ -22,8 +22,8 @@ import pyarrow.compute
 import pyarrow.parquet
 from scipy import stats
 
-from reward.data.columns import PREFERENCE
-from reward.judging.metrics import TIE, Floats, Ints, Resampling, correct
+from reward.data.columns import ID, MARGIN, PREFERENCE, PROMPT_ID, TIE
+from reward.judging.metrics import Floats, Ints, Resampling, correct
 from reward.process import Fault, counted, run
 
 REPORTS = Path("reports/evaluate")
@@ -117,8 +117,8 @@ def content_of(name: str, file: str) -> bytes:
 def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparison:
     """The pairs that both have judged, without ties, in the order of the first."""
     first, second = map(decided, (first, second))
-    places = {key: index for index, key in enumerate(second["id"].to_pylist())}
-    ids = first["id"].to_pylist()
+    places = {key: index for index, key in enumerate(second[ID].to_pylist())}
+    ids = first[ID].to_pylist()
     rows = [index for index, key in enumerate(ids) if key in places]
     if not rows:
         raise Fault(f"{names[0]} and {names[1]} have no judged pairs in common, expected some")
@@ -129,7 +129,7 @@ def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparis
             file=sys.stderr,
         )
     taken = [places[ids[index]] for index in rows]
-    prompts: npt.NDArray[Any] = first["prompt_id"].to_numpy()[rows]
+    prompts: npt.NDArray[Any] = first[PROMPT_ID].to_numpy()[rows]
     return Comparison(
         [ids[index] for index in rows],
         np.unique(prompts, return_inverse=True)[1],
@@ -145,7 +145,7 @@ def decided(table: pa.Table) -> pa.Table:
 
 
 def margins_of(table: pa.Table, rows: list[int]) -> Floats:
-    return np.asarray(table["margin"].to_numpy()[rows], dtype=np.float64)
+    return np.asarray(table[MARGIN].to_numpy()[rows], dtype=np.float64)
 
 
 def mcnemar(gain: Floats) -> float:

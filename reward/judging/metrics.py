@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, special, stats
 
+from reward.data.columns import TIE
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Figures = dict[str, float]
 
-TIE = 0.5
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CONFIDENCE_BINS = 10
 # The range of temperatures in which the best one is searched for.

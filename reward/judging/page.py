@@ -15,9 +15,9 @@ from reward.data.columns import (
     PROMPT_ID,
     REWARDS,
     TEST_SET,
+    TIE,
     TOKENS,
 )
-from reward.judging.metrics import TIE
 from reward.outputs import watched, write_text
 
 TEMPLATE = Path(__file__).with_suffix(".html")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from reward.data.columns import PREFERENCE, TARGET_MARGIN, WEIGHT
+from reward.data.columns import PREFERENCE, TARGET_MARGIN, TIE, WEIGHT
 from reward.model.packing import to_device
 
 
@@ -55,7 +55,7 @@ class Labels:
     @property
     def decided(self) -> Tensor:
         """Which pairs are not ties."""
-        return self.preference != 0.5
+        return self.preference != TIE
 
     def take(self, rows: Tensor) -> "Labels":
         """The labels of the pairs with these indices."""
