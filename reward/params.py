@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-from reward.process import Fault, as_written
+from reward.process import Fault, as_written, one_line
 
 Group = TypeVar("Group")
 
@@ -141,7 +141,7 @@ SCHEMA = (
 
 def yaml_error(error: Exception) -> str:
     """What is wrong with a YAML file and where, in one line."""
-    return " ".join(str(error).split()).replace('in "<byte string>",', "at")
+    return one_line(error).replace('in "<byte string>",', "at")
 
 
 def read_yaml(path: Path) -> Any:

@@ -74,6 +74,11 @@ def as_written(value: object) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
+def one_line(error: Exception, most: int | None = None) -> str:
+    """What an error says, in one line of at most `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def counted(count: int, noun: str) -> str:
     """A count with its noun, such as "1 pair" or "2 pairs"."""
     return f"{count} {plural(noun, count)}"

@@ -33,7 +33,7 @@ from reward.outputs import (
     writing,
 )
 from reward.params import Seed, Text
-from reward.process import Fault, counted, run_stage
+from reward.process import Fault, counted, one_line, run_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -284,10 +284,9 @@ def require_whole(base: Base, config: dict[str, Any], folder: Path) -> None:
     try:
         model, report = on_meta(folder)
     except RuntimeError as error:  # parts of a tensor that transformers puts together
-        detail = " ".join(str(error).split())[:200]
         raise base.fault(
-            f"has weights that transformers cannot load ({detail}), expected all that its "
-            "config.json needs"
+            f"has weights that transformers cannot load ({one_line(error, 200)}), expected all "
+            "that its config.json needs"
         ) from None
     reason = problem_with_head(report) if is_classifier(config) else None
     if reason := reason or problem_with_weights(model, report):
@@ -454,9 +453,8 @@ def load_tokenizer(base: Base, folder: Path) -> "PreTrainedTokenizerFast":
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more specific
-        detail = " ".join(str(error).split())[:200]
         raise base.fault(
-            f"has no fast tokenizer that loads ({type(error).__name__}: {detail}), "
+            f"has no fast tokenizer that loads ({type(error).__name__}: {one_line(error, 200)}), "
             "expected a tokenizer.json"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from reward.data.dialogue import are_spoken
 from reward.data.records import FIELDS, TOOLS, names_of
-from reward.process import Fault
+from reward.process import Fault, one_line
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 # In many countries, spreadsheets write CSV with semicolons.
@@ -102,9 +102,8 @@ def read(path: Path) -> Iterator[tuple[int, Any]]:
             place = _undecodable(path)
         raise Fault(f"{path}: {place}, expected UTF-8{_conversion(path)}") from None
     except (EOFError, OSError, zlib.error) as error:
-        reason = " ".join(str(error).split())
         raise Fault(
-            f"{path}: cannot be read to the end: {reason}; expected a complete file"
+            f"{path}: cannot be read to the end: {one_line(error)}; expected a complete file"
         ) from None
     if not position:
         raise Fault(f"{path} has no records, expected preference pairs")
@@ -202,8 +201,9 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
                     position += 1
                     yield position, _as_json(record) if differs else record
     except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())
-        raise Fault(f"{path}: broken Parquet: {reason}; expected a complete file") from None
+        raise Fault(
+            f"{path}: broken Parquet: {one_line(error)}; expected a complete file"
+        ) from None
 
 
 def _as_json(value: Any, in_functions: bool = False) -> Any:

@@ -29,7 +29,7 @@ from reward.data.columns import (
     TEXT,
 )
 from reward.outputs import digest, read_json, write_json, writing
-from reward.process import Fault
+from reward.process import Fault, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -331,9 +331,8 @@ def load(path: Path, base: Path) -> "Dataset":
             tokenizer = pa.ipc.open_stream(source).schema.metadata[TOKENIZER].decode()
         here = digest(base / "tokenizer.json")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
         raise Fault(
-            f"{path} cannot be read ({reason}), expected a split that preprocess wrote"
+            f"{path} cannot be read ({one_line(error)}), expected a split that preprocess wrote"
         ) from None
     if found is None:
         raise Fault(f"{path} is damaged, expected the bytes that preprocess wrote; run dvc repro")

@@ -24,7 +24,7 @@ from scipy import stats
 
 from reward.data.columns import ID, MARGIN, PREFERENCE, PROMPT_ID, TIE
 from reward.judging.metrics import Floats, Ints, Resampling, correct
-from reward.process import Fault, counted, run
+from reward.process import Fault, counted, one_line, run
 
 REPORTS = Path("reports/evaluate")
 FIGURES = "figures.json"
@@ -106,10 +106,9 @@ def content_of(name: str, file: str) -> bytes:
         content: bytes = api.read(path.as_posix(), rev=name, mode="rb")
     # Git, DVC, its index of data, which is a package of its own, and remotes have their own errors.
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise Fault(
-            f"{name}: {path} cannot be read there ({reason}), expected a revision or an experiment "
-            "that was evaluated, with its DVC cache, or run dvc pull"
+            f"{name}: {path} cannot be read there ({one_line(error)}), expected a revision or an "
+            "experiment that was evaluated, with its DVC cache, or run dvc pull"
         ) from None
     return content
 

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 
 from reward.model.head import HEAD, is_classifier, problem_with_labels
 from reward.model.plain import require_plain, ropes
-from reward.process import Fault
+from reward.process import Fault, one_line
 
 NAME = "suitable"
 EXPECTED = (
@@ -153,10 +153,10 @@ def problem_with_model(config: dict[str, Any]) -> str | None:
     except Exception as error:  # because a model's code may raise anything
         if isinstance(error, NotImplementedError) or "meta tensors" in str(error):
             return None  # it needs real numbers, so the check before training has to decide
-        detail = " ".join(str(error).split())[:200]
         return (
             f"has a config.json from which transformers cannot build a model "
-            f"({type(error).__name__}: {detail}), expected one for the installed version"
+            f"({type(error).__name__}: {one_line(error, 200)}), expected one for the installed "
+            "version"
         )
     return problem_with_layers(model, windows)
 

@@ -41,7 +41,7 @@ from reward.judging.metrics import Resampling
 from reward.model.base import device, fast_dtype, keep_weights_unpacked
 from reward.model.head import is_classifier, problem_with_labels
 from reward.outputs import digest, recorded, watched, whole_folder, write_json
-from reward.process import Fault, processors, run
+from reward.process import Fault, one_line, processors, run
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -84,8 +84,7 @@ class Judge:
             )
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise Fault(f"{folder} cannot be loaded ({reason}), {EXPECTED}") from None
+            raise Fault(f"{folder} cannot be loaded ({one_line(error, 200)}), {EXPECTED}") from None
         if missing := sorted(loading["missing_keys"]):
             raise Fault(f"{folder} lacks {', '.join(missing[:3])}, {EXPECTED}")
         keep_weights_unpacked(self.model.eval())
@@ -120,10 +119,9 @@ class Judge:
                 return_dict=False,
             )
         except Exception as error:  # because a template is a program and may raise anything
-            reason = " ".join(str(error).split())[:200]
             raise Fault(
                 f"{self.folder}: its chat template rejects answer {key[1]} of prompt {key[0]} "
-                f"({reason}), expected one that renders the test sets"
+                f"({one_line(error, 200)}), expected one that renders the test sets"
             ) from None
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most and len(found) > most:
