@@ -143,15 +143,11 @@ class RewardTrainer(Trainer):
             callbacks=[LastStep(), *([Progress(steps.sizes())] if group.leads() else [])],
         )
         self.remove_callback(PrinterCallback)
-        self.reward_model, self.steps = model, steps
+        self.reward_model, self.options, self.steps = model, options, steps
         self.names = [name for name, each in model.named_parameters() if each.requires_grad]
         self.trained = [each for each in model.parameters() if each.requires_grad]
-        self.keeps_best = options.keep == "best"
         self.best: list[Tensor] = []
-        self.pairs_per_step = options.pairs_per_step
         self.validation = validation_step(validation, options)
-        self.center_rewards = options.center_rewards
-        self.sum_in_order = options.sum_in_order
         self.finds_pack_size = options.tokens_per_pack == "auto" and device().type == "cuda"
         self.tokens_per_pack = (
             TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
@@ -202,7 +198,7 @@ class RewardTrainer(Trainer):
         their margins and their number: [4]. Returns None if any process ran out of memory.
         """
         packs = step.packs(self.tokens_per_pack)
-        total = group.OrderedSum() if self.sum_in_order else group.PlainSum()
+        total = group.OrderedSum() if self.options.sum_in_order else group.PlainSum()
         for first in range(0, len(packs), group.size()):
             found = within_memory(self.addend, step, packs, first + group.rank())
             if not group.minimum(found is not None) or found is None:
@@ -226,7 +222,7 @@ class RewardTrainer(Trainer):
             found = rewards(self.reward_model, pack([each.texts for each in held]))
             j, k, rows = sides(found, held)
             labels = step.labels.take(rows).to(found.device)
-            loss = losses(j, k, labels, self.center_rewards).sum() / weight
+            loss = losses(j, k, labels, self.options.center_rewards).sum() / weight
             gradients = torch.autograd.grad(loss, self.trained, materialize_grads=True)
         sums = torch.stack([loss.detach(), *judged(j.detach(), k.detach(), labels)])
         return torch.cat([*(each.flatten() for each in gradients), sums])
@@ -239,7 +235,7 @@ class RewardTrainer(Trainer):
         step = self.state.global_step
         require_finite("validation loss", metrics["eval_loss"], step)
         self.log(metrics)
-        if self.keeps_best and self.kept["step"] == step:
+        if self.options.keep == "best" and self.kept["step"] == step:
             self.best = [each.detach().cpu().clone() for each in self.trained]
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -250,7 +246,9 @@ class RewardTrainer(Trainer):
     def kept(self) -> dict[str, float]:
         """The point of the validation curve so far whose weights are kept."""
         curve = validation_curve(self.state.log_history)
-        return min(curve, key=lambda point: point["loss"]) if self.keeps_best else curve[-1]
+        if self.options.keep == "best":
+            return min(curve, key=lambda point: point["loss"])
+        return curve[-1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -281,7 +279,7 @@ class RewardTrainer(Trainer):
             self.resume(checkpoint)
         else:
             self.begin(new_head)
-        if self.keeps_best:
+        if self.options.keep == "best":
             self.set_weights(self.best)
 
     def begin(self, new_head: bool) -> None:
@@ -594,7 +592,7 @@ def largest_pack(trainer: RewardTrainer) -> int:
     larger than a whole step. The smallest pack is tried first, so that CUDA libraries allocate
     their own memory while there is room.
     """
-    pairs = longest(trainer.steps.dataset, trainer.pairs_per_step)
+    pairs = longest(trainer.steps.dataset, trainer.options.pairs_per_step)
     ends = [*accumulate(map(tokens, pairs))]
     trainer.reward_model.train()
     if trainer.args.activation_checkpointing:
