@@ -52,6 +52,27 @@ GROUPS: dict[str, type[Any]] = {
     "evaluate": Evaluate,
     "export": Export,
 }
+# The files of an exported folder with base and merged model.
+EXPORTED = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "digests.json",
+    "quantization.json",
+    "reward.json",
+    "template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training.json",
+    *(
+        f"{folder}/{name}"
+        for folder in ("base", "merged")
+        for name in (
+            *("config.json", "model.safetensors"),
+            *("tokenizer.json", "tokenizer_config.json"),
+        )
+    ),
+}
 VOCABULARY = 300
 SHAPE = {
     "vocab_size": VOCABULARY,

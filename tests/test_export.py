@@ -63,6 +63,7 @@ from reward.outputs import digests, read_json, recorded, write_json
 from reward.process import Fault
 from stages import evaluate, export, preprocess, train
 from tests.support import (
+    EXPORTED,
     FAMILIES,
     ROOT,
     fetched,
@@ -113,26 +114,6 @@ FORMS_OF = {
     "trl_reward_merged": {"right", "eos"},
     "trl_grpo_adapter": {"right"},
     "trl_grpo_merged": {"right"},
-}
-TREE = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "digests.json",
-    "quantization.json",
-    "reward.json",
-    "template.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "training.json",
-    *(
-        f"{folder}/{name}"
-        for folder in ("base", "merged")
-        for name in (
-            *("config.json", "model.safetensors"),
-            *("tokenizer.json", "tokenizer_config.json"),
-        )
-    ),
 }
 
 
@@ -339,7 +320,7 @@ def test_export_holds_everything_needed_and_nothing_else(
     exported: Callable[[Change], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = exported(DEFAULT)
-    assert set(digests(folder / export.EXPORT)) == TREE
+    assert set(digests(folder / export.EXPORT)) == EXPORTED
     assert [path.name for path in (folder / "models").glob("export*")] == ["export"]
     assert capfd.readouterr().err == ""
 
@@ -405,7 +386,7 @@ def test_hub_base_is_referenced_with_its_commit(
     export.main()
     config = read_json(export.EXPORT / "adapter_config.json")
     assert (config["base_model_name_or_path"], config["revision"]) == (NAME, COMMIT)
-    assert set(digests(export.EXPORT)) == {name for name in TREE if "/" not in name}
+    assert set(digests(export.EXPORT)) == {name for name in EXPORTED if "/" not in name}
     assert set(read_json(export.REPORTS / "figures.json")["clients"]) == {"packs"} | ADAPTER
     card = (export.EXPORT / "README.md").read_text(encoding="utf-8")
     assert ModelCard(card).data.to_dict()["base_model"] == NAME

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from reward.outputs import digests, read_json
-from tests.support import ROOT, write_pairs
+from tests.support import EXPORTED, ROOT, write_pairs
 
 OUTPUTS = {
     "data/tokenized": {
@@ -44,26 +44,7 @@ OUTPUTS = {
         "template.json",
         "training.json",
     },
-    "models/export": {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "digests.json",
-        "quantization.json",
-        "reward.json",
-        "template.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "training.json",
-        *(
-            f"{folder}/{name}"
-            for folder in ("base", "merged")
-            for name in (
-                *("config.json", "model.safetensors"),
-                *("tokenizer.json", "tokenizer_config.json"),
-            )
-        ),
-    },
+    "models/export": EXPORTED,
     "reports/preprocess": {"figures.json"},
     "reports/export": {"figures.json"},
     "reports/train": {"figures.json", "training.json", "validation.json"},
