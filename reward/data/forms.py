@@ -283,21 +283,18 @@ def awaits_assistant(text: str) -> bool:
     return has_turns(text) and text.rstrip().endswith("\n\nAssistant:")
 
 
-def _as_is(prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
-    del names
+def _as_is(prompt: Any, answers: list[Any], _names: Sequence[str]) -> tuple[Any, list[Any]]:
     return prompt, answers
 
 
-def _by_turns(prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
-    del prompt
+def _by_turns(_prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
     for key, text in zip(names, answers, strict=True):
         if not isinstance(text, str) or not has_turns(text):
             raise BadRecord("missing_key", f"{key!r} has no Human: and Assistant: turns")
     return None, [turns(text) for text in answers]
 
 
-def _by_words(prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
-    del prompt, names
+def _by_words(_prompt: Any, answers: list[Any], _names: Sequence[str]) -> tuple[Any, list[Any]]:
     first, *others = answers
     cut = 0
     if all(isinstance(text, str) for text in answers):
