@@ -30,6 +30,11 @@ PARTS = ("reasoning_content", "tool_calls", "name", "tool_call_id")
 # Keys that a message must not have, because no code here reads them.
 UNREAD = ("audio", "function_call", "images", "reasoning", "thinking", "videos")
 TOOLS = "tools"
+# The types of JSON in words, and bytes, which Parquet has.
+KINDS: dict[type, str] = {
+    **{str: "a string", list: "a list", dict: "an object", bytes: "bytes"},
+    **{bool: "a boolean", int: "a number", float: "a number", type(None): "null"},
+}
 
 # Role, content and, for a message with PARTS, their compact JSON. A prompt with tools begins with a
 # message of the role TOOLS, so the tools go wherever the prompt goes.
@@ -413,10 +418,7 @@ def _columns(record: dict[str, Any]) -> dict[str, str]:
 
 def _kind(value: Any) -> str:
     """The type of a value in the words of JSON."""
-    names: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
-    names |= {bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
-    names[bytes] = "bytes"
-    return names.get(type(value), f"a {type(value).__name__}")
+    return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def names_of(record: dict[str, Any]) -> str:
