@@ -48,6 +48,7 @@ class Answers(Protocol):
     @property
     def verdicts(self) -> tuple[str, ...]:
         """The paths of the verdict or the scores; empty if the column names say which is better."""
+        return ()
 
     @property
     def description(self) -> str:
@@ -75,7 +76,7 @@ def answers_in(value: Any) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Preferred:
+class Preferred(Answers):
     """A column with the chosen answers and one with the rejected answers."""
 
     chosen: str
@@ -84,10 +85,6 @@ class Preferred:
     @property
     def columns(self) -> tuple[str, ...]:
         return self.chosen, self.rejected
-
-    @property
-    def verdicts(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def description(self) -> str:
@@ -101,7 +98,7 @@ CANONICAL = Preferred("chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class Continued:
+class Continued(Answers):
     """A conversation whose last message is the chosen answer, and a column of rejected answers."""
 
     conversation: str
@@ -110,10 +107,6 @@ class Continued:
     @property
     def columns(self) -> tuple[str, ...]:
         return self.conversation, self.rejected
-
-    @property
-    def verdicts(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def description(self) -> str:
@@ -163,7 +156,7 @@ def _listed(values: tuple[Any, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judged(Answers):
     """Two answers and a verdict."""
 
     first: str
@@ -204,7 +197,7 @@ ORDERS: dict[Order, str] = {
 
 
 @dataclass(frozen=True)
-class Listed:
+class Listed(Answers):
     """Any number of answers, each with a rank or score, or listed best first.
 
     `ratings` are the ranks or scores. `answers` and `ratings` are each one path to a list, or one
