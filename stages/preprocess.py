@@ -451,8 +451,7 @@ def report_clients(figures: dict[str, Any]) -> None:
     if cut := figures["truncated"]:
         print(
             f"clients    the prompts of {counted(cut, 'record')} were cut, so their whole texts "
-            "are too long for clients: score and serve refuse them, others cut off the beginning "
-            "of the template"
+            "are too long for clients: score and serve refuse them, others cut off their beginning"
         )
     if refused := sum(
         figures["dropped"].get(reason, 0) for reason in ("needs_chat", TOOLS, *PARTS)

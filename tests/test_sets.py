@@ -102,7 +102,7 @@ def test_each_set_is_read_in_its_own_form_with_ties(
     assert (len(farm.rows), farm.ledger.grade_of("preference").tolist()) == (1, [1])
     assert (len(ranked.rows), ranked.ledger.grade_of("preference").tolist()) == (1, [1, 1, 0.5])
     write_set(Path("data/sets/farm.jsonl"), judged[1])
-    with pytest.raises(Fault, match="the columns prompt, response are not a known form"):
+    with pytest.raises(Fault, match="the columns prompt, response match no known format"):
         read_sets(Path("data/sets"), encoder(100), drop=False)
 
 

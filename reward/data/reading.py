@@ -55,17 +55,15 @@ def files(path: Path) -> list[Path]:
     if not path.is_file():
         found = [child for child in found if child.name.endswith(SUFFIXES)]
     if not found or (not path.name.endswith(SUFFIXES) and path.is_file()):
-        raise Fault(
-            f"{path}: no preference file{_only_folders(path)}, expected a name that ends in "
-            f"{', '.join(SUFFIXES)}"
-        )
+        problem = "is not a preference file" if found else f"has no preference file{_folders(path)}"
+        raise Fault(f"{path} {problem}, expected a name that ends in {', '.join(SUFFIXES)}")
     return found
 
 
-def _only_folders(path: Path) -> str:
-    """What to say about a folder whose files are in folders of it."""
+def _folders(path: Path) -> str:
+    """What to say about the folders in a folder: preference files in them are not found."""
     inside = [name for name in other_names(path) if name.endswith("/")]
-    return f" directly in it, only in {', '.join(inside[:3])}" if inside else ""
+    return f" (files in {', '.join(inside[:3])} are not read)" if inside else ""
 
 
 def other_names(path: Path) -> list[str]:

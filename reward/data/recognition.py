@@ -119,7 +119,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
         ways, note = [guessed_prompt(columns, {"prompt": COLUMN} | entry)], ""
         if _whole(objects, context, answers, named=True):
             ways.append({"prompt": None} | entry)
-            note = " (null: the words with which both answers begin)"
+            note = " (prompt: null takes the words that both answers begin with)"
         raise unread.fault(
             f"none of the columns {names_in(columns)} is recognized as the prompt{note}", *ways
         )
@@ -185,9 +185,10 @@ def _answers(columns: Columns, records: list[Record], unread: Unrecognized) -> A
         tops = {*map(top, form.columns)}
         if tops <= names and (empty := sorted(tops - columns.keys())):
             verb = "are" if len(empty) > 1 else "is"
+            first = counted(len(records), "record").removeprefix("1 ")
             raise Fault(
-                f"{unread.path}: {' and '.join(empty)} {verb} empty in the first "
-                f"{counted(len(records), 'record')}, expected two answers to each prompt"
+                f"{unread.path}: {' and '.join(empty)} {verb} empty in the first {first}, "
+                "expected two answers to each prompt"
             )
     raise unknown(columns, unread)
 

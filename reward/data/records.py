@@ -403,7 +403,8 @@ def _split_texts(answers: list[str]) -> tuple[str, list[str]]:
             return head, [answer[len(head) :] for answer in answers]
     raise BadRecord(
         "missing_key",
-        f"'prompt' is missing, and the answers share no text up to {LAST_TURN!r}",
+        "'prompt' is missing, and the answers have no common beginning that contains "
+        f"{LAST_TURN!r}",
     )
 
 

@@ -93,10 +93,10 @@ def unknown(columns: Columns, unread: Unrecognized) -> Fault:
     problem = (
         f": {', '.join(missing)} {verb} missing"
         if missing
-        else "; check that the entry says what they mean"
+        else "; the entry that follows is a guess at what they mean, so check it"
     )
-    subject = "the columns {} are" if len(columns) > 1 else "the column {} is"
-    found = f"{subject.format(names_in(columns))} not a known form{problem}"
+    subject = "the columns {} match" if len(columns) > 1 else "the column {} matches"
+    found = f"{subject.format(names_in(columns))} no known format{problem}"
     return unread.fault("; ".join([found, *notes]), entry)
 
 

@@ -1,4 +1,4 @@
-"""Compare two reward models: is the second one better, or may the difference be noise?
+"""Compare two reward models: is the second one better, or could the difference be noise?
 
     python -m reward.judging.compare main my-experiment
 
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("first", help='a revision, an experiment, "workspace", or a folder')
-    parser.add_argument("second", help="the one that may be better, in the same form")
+    parser.add_argument("second", help="the model that may be better, named in the same way")
     parser.add_argument("--set", metavar="NAME", help="compare on this extra test set")
     parser.add_argument("--all", action="store_true", help="list all pairs whose verdict changed")
     return parser.parse_args()

@@ -264,9 +264,10 @@ def report(figures: dict[str, Any], read: Path) -> None:
 def report_ties(found: dict[str, Any]) -> None:
     if found["pairs"]:
         print(
-            f"ties       {counted(found['pairs'], 'pair')}, neither correct nor wrong; |margin| "
-            f"{found['margin']['q50']:.4f} at the median, {found['margin_of_others']['q50']:.4f} "
-            f"of others, area under the ROC {found['area']:.4f}"
+            f"ties       {counted(found['pairs'], 'pair')}, neither correct nor wrong; "
+            f"median |margin| {found['margin']['q50']:.4f} of ties and "
+            f"{found['margin_of_others']['q50']:.4f} of other pairs, "
+            f"area under the ROC curve {found['area']:.4f}"
         )
 
 

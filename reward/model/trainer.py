@@ -172,7 +172,9 @@ class RewardTrainer(Trainer):
             largest, *_ = step.packs(self.tokens_per_pack)
             place = f"step {self.state.global_step + 1}"
             self.tokens_per_pack = halved([part.texts for part in largest], 2, place)
-            print(f"memory     ran out; from now on packs have {self.tokens_per_pack} tokens")
+            print(
+                f"memory     ran out; from now on packs have at most {self.tokens_per_pack} tokens"
+            )
         self.unread.append((self.state.global_step + 1, sums))
         if self.reads_every_step:
             self.read_sums()
@@ -616,8 +618,9 @@ def largest_pack(trainer: RewardTrainer) -> int:
     while most - fitting > fitting // 8:
         middle = (fitting + most) // 2
         fitting, most = (middle, most) if fits(middle) else (fitting, middle)
-    print(f"memory     fits packs of {fitting} tokens; packs get {fitting - fitting // 8}")
-    return fitting - fitting // 8
+    limit = fitting - fitting // 8
+    print(f"memory     packs of {fitting} tokens fit; the limit is {limit}, to leave memory free")
+    return limit
 
 
 # --- curves ----------------------------------------------------------------------------------
