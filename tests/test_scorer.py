@@ -207,7 +207,7 @@ def test_first_text_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_text_without_tokens_is_named(scorer: Scorer) -> None:
-    with pytest.raises(Misfit, match=r"^the text has no token$") as found:
+    with pytest.raises(Misfit, match=r"^the text has no tokens$") as found:
         scorer.encode(["1", ""])
     assert found.value.index == 1
 
@@ -309,7 +309,7 @@ def test_token_that_starts_a_message_does_not_end_one(monkeypatch: pytest.Monkey
     [text] = scorer.render(candidates({"prompt": "hi", "answer": "yes"}))
     with pytest.raises(Misfit, match=r"^the text ends in '<\|im_start\|>', expected no special"):
         scorer.encode_rendered([f"{text}<|im_start|>\n"])
-    with pytest.raises(Misfit, match=r"^the text has no token$"):
+    with pytest.raises(Misfit, match=r"^the text has no tokens$"):
         scorer_of(monkeypatch, "none").encode_rendered(["<|im_end|>\n"])
     empty = scorer_of(monkeypatch, "{prompt}<|im_start|>\n{answer}<|im_end|>")
     expected = empty.encode(["hi<|im_start|>\n<|im_end|>"])

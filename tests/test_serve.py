@@ -361,7 +361,7 @@ def test_texts_of_a_disconnected_client_are_not_scored(
             b'{"query": ["", "a"]}',
             "query[1]: the text begins with 'a', expected one rendered with",
         ),
-        (b'{"query": [""]}', "query[0]: the text has no token"),
+        (b'{"query": [""]}', "query[0]: the text has no tokens"),
         (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts must be a list of 1 prompt,"),
         (b'{"answers": ["a"]}', "prompts must be a list of 1 prompt, one for each text"),
         (b'{"prompts": [" "], "answers": ["a"]}', "answers[0]: 'prompt' is empty"),

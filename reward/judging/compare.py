@@ -63,7 +63,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m reward.judging.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("first", help='a revision, an experiment, "workspace", or a folder')
     parser.add_argument("second", help="the model that may be better, named in the same way")

@@ -79,7 +79,7 @@ class Scorer:
         found, most = self._encoder.encode(texts), self._template.max_length
         for index, ids in enumerate(found):
             if not ids:
-                raise Misfit(index, "empty", "the text has no token")
+                raise Misfit(index, "empty", "the text has no tokens")
             if len(ids) > most:
                 sentence = f"the text has {len(ids)} tokens, expected at most {most}"
                 raise Misfit(index, "over_length", sentence)

@@ -82,7 +82,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line. Raises a Fault for a bad port or key, or if a key is needed and missing."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m reward.serving.serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--model", type=Path, default=EXPORT, help=f"folder of an exported model ({EXPORT})"
