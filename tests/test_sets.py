@@ -195,7 +195,8 @@ def test_sets_are_judged_as_slices_and_leaks_are_counted(
         "depth": {"deep": {"accuracy": 0, "low": 0, "high": 1, "pairs": 1, "prompts": 1}}
     }
     printed = capsys.readouterr().out
-    assert "the model was trained on the prompts of 1 of 2 pairs of right" in printed
+    leaked = "the prompts of 1 of its 2 pairs are also in the training or validation split"
+    assert f"right: {leaked}" in printed
     assert "left out of wrong as too long: 1 pair" in printed
     assert "of right are too long" not in printed
     assert read_json(evaluate.METRICS)["sets/right"] == 1

@@ -44,7 +44,7 @@ class TestSet:
 class Notes:
     """How many pairs of a set were left out, and how many of the others have leaked.
 
-    A pair has leaked if its prompt is, begins or continues a prompt that the model is trained on.
+    A pair has leaked if its prompt is, begins or continues one of the training or validation split.
     """
 
     too_long: int

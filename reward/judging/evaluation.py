@@ -292,8 +292,8 @@ def report_set(name: str, found: dict[str, Any]) -> None:
     if found["leaked"]:
         pairs = found["pairs"] + found["ties"]["pairs"]
         print(
-            f"note       the model was trained on the prompts of {found['leaked']} of "
-            f"{counted(pairs, 'pair')} of {name}"
+            f"note       {name}: the prompts of {found['leaked']} of its {counted(pairs, 'pair')} "
+            "are also in the training or validation split"
         )
     if found["bad"]:
         print(f"note       left out of {name}: {counted(found['bad'], 'bad record')}")
