@@ -13,10 +13,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from reward.model import attention
-from reward.model.attention import Plan, attend, flash_attention, text_by_text
+from reward.model.attention import Plan, attend, flash_attention, for_each_query, text_by_text
 from reward.model.base import Quantization, add_lora, device, head_of, load_base, new_head
 from reward.model.packing import Texts, pack
 from reward.model.scoring import as_in_transformers, evaluating, require_exact, rewards
@@ -152,6 +153,33 @@ def test_output_is_contiguous_as_some_models_need() -> None:
     query, key, value = torch.randn(3, 1, 2, batch.input_ids.shape[1], 8)
     found = text_by_text(query, key, value, Plan(batch.layout, device()), None, None)
     assert found.is_contiguous()
+
+
+def test_repeated_key_heads_match_shared_ones() -> None:
+    query, key, value = (torch.randn(1, heads, 9, 8) for heads in (6, 2, 2))
+    found = scaled_dot_product_attention(
+        query, for_each_query(key, 6), for_each_query(value, 6), is_causal=True
+    )
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    assert relative(found, expected) < 1e-6
+    assert for_each_query(key, 2) is key
+
+
+def test_only_a_cpu_lets_query_heads_share_key_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def record(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
+        seen.append((key.shape[1], value.shape[1], options["enable_gqa"]))
+        return query
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", record)
+    batch = pack(random_prompts(0))
+    for place, expected in (("cpu", (2, 2, True)), ("meta", (6, 6, False))):
+        seen.clear()
+        size = batch.input_ids.shape[1]
+        query, key, value = (torch.empty(1, n, size, 8, device=place) for n in (6, 2, 2))
+        text_by_text(query, key, value, Plan(batch.layout, torch.device(place)), None, None)
+        assert set(seen) == {expected}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

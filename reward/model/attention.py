@@ -255,10 +255,14 @@ def text_by_text(
     right. A single query that sees all of its keys needs no mask.
 
     The row is split, not sliced, because the gradient of each slice would be as large as the row. A
-    CPU computes in fp32, because its kernels take twice as long for gradients in half precision.
+    CPU computes in fp32, because its kernels take twice as long for gradients in half precision. A
+    GPU gets a key head for each query head, because of its kernels other than flash attention, only
+    the one that stores all scores lets query heads share a key head.
     """
     layout, dtype = plan.layout, query.dtype
-    if query.device.type == "cpu" and dtype in FLASH_DTYPES:
+    if query.device.type != "cpu":
+        key, value = (for_each_query(x, query.shape[1]) for x in (key, value))
+    elif dtype in FLASH_DTYPES:
         query, key, value = query.float(), key.float(), value.float()
     keys, values = key.split(layout.own, 2), value.split(layout.own, 2)
     outputs = []
@@ -287,6 +291,12 @@ def text_by_text(
                 )
             )
     return torch.cat([output.transpose(1, 2) for output in outputs], 1).to(dtype)
+
+
+def for_each_query(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [1, key heads, tokens, head size] with each head repeated for its queries."""
+    times = heads // x.shape[1]
+    return x if times == 1 else x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
 class LastLayer(Swapped):
