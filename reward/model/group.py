@@ -74,6 +74,9 @@ def joined() -> Iterator[None]:
             world_size=count,
             timeout=PATIENCE,
         )
+        if torch.cuda.is_available():
+            # NCCL allocates its own memory at the first call, and later packs may leave none.
+            dist.all_reduce(torch.zeros(1, device="cuda"))
     _own = dist.get_rank(), count
     forget_torchrun()
     if not leads():
