@@ -40,9 +40,10 @@ from reward.model.base import (
 )
 from reward.model.launching import distribute
 from reward.model.layers import multiplies_bf16
+from reward.model.memory import within_memory
 from reward.model.packing import full_pack
 from reward.model.plain import require_length
-from reward.model.scoring import require_exact, within_memory
+from reward.model.scoring import require_exact
 from reward.model.steps import Steps, planned
 from reward.model.trainer import (
     TOKENS_ON_A_CPU,
@@ -228,10 +229,13 @@ def report_unquantized(
     if quantization.bits == "none":
         return
     plain = Quantization.unquantized(quantization.compute_dtype)
+    size = TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
+    found = None
     model = within_memory(build, options, lora, plain)
     if group.minimum(model is not None) and model:
-        size = TOKENS_ON_A_CPU if options.tokens_per_pack == "auto" else options.tokens_per_pack
-        print(line_of("unquantized", figures(model, validation_step(validation, options), size)))
+        found = within_memory(figures, model, validation_step(validation, options), size)
+    if found:
+        print(line_of("unquantized", found))
     else:
         print("note       the unquantized base does not fit in memory, so its figures are left out")
     del model

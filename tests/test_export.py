@@ -55,6 +55,7 @@ from reward.model.base import (
     save,
     seal,
     silent_peft,
+    weight_bytes,
 )
 from reward.model.packing import Texts
 from reward.model.rankings import rankings_of, sides
@@ -868,6 +869,19 @@ def measured(name: str, rewards: Found, form: str = "right") -> dict[str, Any]:
 def leaving_out(found: pa.Table, *names: str) -> pa.Table:
     """The result when these clients do not fit in memory."""
     return found.replace_schema_metadata({LEFT_OUT: json.dumps(names)})
+
+
+@pytest.mark.usefixtures("ready", "clients_here")
+def test_unquantized_base_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cards that can train a base in 4 bits often cannot hold it unquantized."""
+    kinds = Quantization(4, "nf4", True, "float32"), Quantization.unquantized("float32")
+    sizes = [weight_bytes(Path("models/base"), kind) for kind in kinds]
+    monkeypatch.setattr("reward.model.base.memory", lambda: sum(sizes) / 2)
+    monkeypatch.setattr(clients, "LIGHT", clients.LIGHT[:1])
+    export.main()
+    figures = read_json(export.REPORTS / "figures.json")
+    assert figures["left_out"] == ["original_base"]
+    assert "original_base" not in figures
 
 
 def test_client_that_is_left_out_is_not_compared() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
+from bitsandbytes.nn.modules import Params4bit
 from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
@@ -15,9 +16,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2C
 from reward import params
 from reward.data.columns import IDS
 from reward.model import checkpoints, trainer
-from reward.model.base import head_of
+from reward.model.base import Quantization, head_of, weight_bytes
 from reward.model.packing import pairs_of
-from reward.model.scoring import score
+from reward.model.scoring import rewards, score
 from reward.outputs import read_json
 from reward.process import Fault
 from stages import fetch, preprocess, train
@@ -113,6 +114,38 @@ def test_first_validation_figures_match_the_base(
     own, adapter = head_in(reward_model / "model.safetensors"), head_in(train.ADAPTER / WEIGHTS)
     assert torch.equal(head_of(built().get_base_model()).weight, own)
     assert 0 < (adapter - own).norm() < 0.1 * own.norm()  # training continues from it
+
+
+@pytest.mark.parametrize("loads", [False, True], ids=["weights", "scoring"])
+@pytest.mark.usefixtures("reward_model")
+def test_unquantized_base_that_does_not_fit_is_not_needed(
+    set_params: SetParams,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    loads: bool,
+) -> None:
+    set_params("quantization", bits=4)
+    if loads:
+        monkeypatch.setattr(
+            "reward.model.scoring.rewards",
+            lambda model, batch: rewards(model, batch) if is_in_4_bits(model) else run_out(),
+        )
+    else:
+        kinds = Quantization(4, "nf4", True, "float32"), Quantization.unquantized("float32")
+        sizes = [weight_bytes(Path("models/base"), kind) for kind in kinds]
+        monkeypatch.setattr("reward.model.base.memory", lambda: sum(sizes) / 2)
+    train.main()
+    printed = capsys.readouterr().out
+    assert "note       the unquantized base does not fit in memory, so its figures" in printed
+    assert "step     0  validation loss" in printed
+
+
+def is_in_4_bits(model: torch.nn.Module) -> bool:
+    return any(isinstance(each, Params4bit) for each in model.parameters())
+
+
+def run_out() -> torch.Tensor:
+    raise torch.OutOfMemoryError
 
 
 def test_new_head_replaces_that_of_the_base(reward_model: Path, set_params: SetParams) -> None:

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from reward import params
 from reward.model import checkpoints, trackers, trainer
 from reward.model.base import Quantization, head_of
+from reward.model.memory import within_memory
 from reward.model.packing import Texts, pairs_of, tokens
-from reward.model.scoring import as_in_transformers, rewards, score, within_memory
+from reward.model.scoring import as_in_transformers, rewards, score
 from reward.model.steps import Step, Steps
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault

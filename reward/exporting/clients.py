@@ -59,9 +59,10 @@ from reward.model.base import (
     silent_peft,
 )
 from reward.model.launching import distribute
+from reward.model.memory import within_memory
 from reward.model.packing import Texts, pairs_of
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
-from reward.model.scoring import score, within_memory
+from reward.model.scoring import score
 from reward.outputs import read_json, writing
 from reward.process import free_memory, run, threads
 

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from reward.model import attention, layers
 from reward.model.head import is_classifier
+from reward.model.memory import TooLarge, within_memory
 from reward.outputs import digests, read_json, recorded, require_files, write_json, writing
 from reward.params import Switch
 from reward.process import Fault, free_memory
@@ -110,7 +111,8 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     """The base on the device as transformers loads it: a sequence classifier with one label.
 
     A base that is stored in 4 bits stays as it is. Code that comes with a base never runs. Raises a
-    Fault if transformers has no classifier for the model, or if the classifier has no score head.
+    Fault if transformers has no classifier for the model, or if the classifier has no score head,
+    and TooLarge if the model does not fit in memory.
     """
     config = read_json(base / "config.json")
     if (kind := config.get("model_type")) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
@@ -123,7 +125,8 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     recipe = None if is_quantized(config) else quantization.recipe
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+    model: PreTrainedModel | None = within_memory(
+        AutoModelForSequenceClassification.from_pretrained,
         base,
         num_labels=1,
         dtype=quantization.dtype,
@@ -133,6 +136,8 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
         trust_remote_code=False,
         use_safetensors=True,
     )
+    if model is None:
+        raise too_large(base, quantization, "and memory ran out while they were loaded")
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise Fault(f"{base}: {type(model).__name__} has no score head, expected a decoder model")
     keep_weights_unpacked(model)
@@ -145,17 +150,21 @@ def is_quantized(config: dict[str, Any]) -> bool:
 
 
 def require_room(base: Path, quantization: Quantization) -> None:
-    """Raises a Fault if the base's weights alone need more memory than the device has."""
-    needed, room = weight_bytes(base, quantization), memory()
-    if needed > room:
+    """Raises TooLarge if the base's weights alone need more memory than the device has."""
+    if weight_bytes(base, quantization) > (room := memory()):
         here = "on the GPU" if device().type == "cuda" else "free on the machine"
-        width = quantization.dtype.itemsize * 8
-        bits = 4 if quantization.bits == 4 else width
-        raise Fault(
-            f"{base}: its weights take {needed / 1e9:.1f} GB in {bits} bits, with embeddings and "
-            f"norms in {width}, more than the {room / 1e9:.1f} GB {here}; choose a smaller "
-            "base.name or a machine with more memory (docs/distributed.md has a table)"
-        )
+        raise too_large(base, quantization, f"more than the {room / 1e9:.1f} GB {here}")
+
+
+def too_large(base: Path, quantization: Quantization, problem: str) -> TooLarge:
+    """The Fault that names the memory that a base needs, and the problem with it."""
+    width = quantization.dtype.itemsize * 8
+    bits = 4 if quantization.bits == 4 else width
+    return TooLarge(
+        f"{base}: its weights take {weight_bytes(base, quantization) / 1e9:.1f} GB in {bits} bits, "
+        f"with embeddings and norms in {width}, {problem}; choose a smaller base.name or a machine "
+        "with more memory (docs/distributed.md has a table)"
+    )
 
 
 def weight_bytes(base: Path, quantization: Quantization) -> int:

@@ -1,9 +1,9 @@
 """Rewards of packs within the available memory, and the check that packs are exact."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,19 +14,11 @@ from transformers import PreTrainedModel
 
 from reward.model import attention, group
 from reward.model.base import device, head_of
+from reward.model.memory import TooLarge, within_memory
 from reward.model.packing import Pack, Texts, into_packs, pack, split_to_fit, to_device, tokens
 from reward.model.swapping import swapped_out
 from reward.process import Fault
 
-# The texts of plain RuntimeErrors that mean out of memory: from a CPU, from CUDA, and from cuBLAS,
-# which allocates its own memory for every thread that uses it.
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "when calling `cublasCreate(",
-)
-Result = TypeVar("Result")
 # How far hidden states in a pack may differ from those of single texts, relative to their norm.
 EXACT, EXACT_IN_HALF = 1e-3, 0.05
 
@@ -61,7 +53,7 @@ def score(model: PeftModel, prompts: Sequence[Texts], tokens_per_pack: int) -> T
 
     Prompts of similar length share a pack. A prompt's texts are split if they do not fit into one
     pack, and packs are halved if memory runs out. Several processes share the packs, and all of
-    them get all rewards. Raises a Fault if memory runs out for a single text.
+    them get all rewards. Raises TooLarge if memory runs out for a single text.
     """
     found = torch.zeros(sum(len(texts.ids) for texts in prompts))
     # The texts that have no reward yet, by prompt, with the index of the first text in `found`.
@@ -125,34 +117,24 @@ def in_parts(waiting: Sequence[tuple[int, Texts]], limit: int) -> list[tuple[int
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode while the context lasts."""
     training = model.training
-    model.eval()
+    if training:  # otherwise there is nothing to do, and it takes longer than to score a short text
+        model.eval()
     try:
         yield
     finally:
-        model.train(training)
-
-
-def within_memory(work: Callable[..., Result], *arguments: Any) -> Result | None:
-    """What `work` returns, or None if memory ran out. The memory that it used is then freed."""
-    try:
-        return work(*arguments)
-    except (MemoryError, RuntimeError) as error:
-        named = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not named and not any(sign in str(error) for sign in OUT_OF_MEMORY):
-            raise
-    torch.cuda.empty_cache()
-    return None
+        if training:
+            model.train()
 
 
 def halved(held: Sequence[Texts], least: int, place: str) -> int:
     """Half the size, in tokens, of a pack of these texts that did not fit in memory.
 
-    Raises a Fault, which begins with `place`, if the pack has only the `least` texts that must stay
-    together.
+    Raises TooLarge, which begins with `place`, if the pack has only the `least` texts that must
+    stay together.
     """
     size, count = sum(map(tokens, held)), sum(len(texts.ids) for texts in held)
     if count <= least:
-        raise Fault(
+        raise TooLarge(
             f"{place}: out of memory for {'a text' if count == 1 else 'a pair'} of {size} tokens; "
             "lower preprocess.max_length or, in training, set train.gradient_checkpointing"
         )

@@ -53,10 +53,11 @@ from transformers import (
 from reward.data.columns import PROMPT_ID
 from reward.model import checkpoints, group
 from reward.model.base import device, head_of, settle_config, trained_bytes
+from reward.model.memory import within_memory
 from reward.model.packing import Texts, lengths_of, pack, pairs_of, tokens
 from reward.model.pairwise import Labels, correct, losses, margins
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
-from reward.model.scoring import halved, rewards, score, within_memory
+from reward.model.scoring import halved, rewards, score
 from reward.model.steps import Step, StepOf, Steps
 from reward.outputs import read_json, write_json, writing
 from reward.params import AboveZero, Positive, Rule, Seed, Switch, ZeroOrMore
@@ -166,7 +167,8 @@ class RewardTrainer(Trainer):
 
         If memory runs out, the step starts again with packs of half the size.
         """
-        model.train()
+        if not model.training:
+            model.train()
         step = inputs["step"]
         while (sums := self.attempt(step)) is None:
             largest, *_ = step.packs(self.tokens_per_pack)

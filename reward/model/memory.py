@@ -1,0 +1,34 @@
+"""How running out of memory is recognized, so that a smaller pack is tried or a part left out."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from reward.process import Fault
+
+# The texts of plain RuntimeErrors that mean out of memory: from a CPU, from CUDA, and from cuBLAS,
+# which allocates its own memory for every thread that uses it.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "when calling `cublasCreate(",
+)
+Result = TypeVar("Result")
+
+
+class TooLarge(Fault, MemoryError):
+    """A Fault because memory ran out. `within_memory` treats it like any other such error."""
+
+
+def within_memory(work: Callable[..., Result], *arguments: Any, **named: Any) -> Result | None:
+    """What `work` returns, or None if memory ran out. The memory that it used is then freed."""
+    try:
+        return work(*arguments, **named)
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
+    torch.cuda.empty_cache()
+    return None
