@@ -169,28 +169,51 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Put the keys that `<<` merges before the node's own keys, which may not occur twice.
 
-        PyYAML calls this again for a node that another one merges. By then, the merged keys are
-        among its own keys, and a key that overrides one of them is not a duplicate.
+        Of several merged mappings, the first one counts. PyYAML calls this again for a node that
+        another one merges. By then, the merged keys are among its own keys, and a key that
+        overrides one of them is not a duplicate. PyYAML's own way differs between its versions.
         """
         if node in self._flattened:
             return
         self._flattened.add(node)
-        keys = set()
-        for each, _ in node.value:
-            key = each.tag if each.tag == f"{TAG}merge" else self.construct_object(each, deep=True)
+        keys: set[Hashable] = set()
+        merged: list[tuple[yaml.Node, yaml.Node]] = []
+        own: list[tuple[yaml.Node, yaml.Node]] = []
+        for pair in node.value:
+            merges = pair[0].tag == f"{TAG}merge"
+            key = pair[0].tag if merges else self.construct_object(pair[0], deep=True)
             if not isinstance(key, Hashable) or key in keys:
                 found = "unhashable" if not isinstance(key, Hashable) else "duplicate"
-                raise yaml.constructor.ConstructorError(
-                    *("while constructing a mapping", node.start_mark),
-                    *(f"found {found} key", each.start_mark),
-                )
+                raise _broken(node, f"found {found} key", pair[0])
             keys.add(key)
-        super().flatten_mapping(node)
+            if merges:
+                merged = self._merged(node, pair[1])
+            else:
+                own.append(pair)
+        node.value = merged + own
+
+    def _merged(
+        self, node: yaml.MappingNode, value: yaml.Node
+    ) -> list[tuple[yaml.Node, yaml.Node]]:
+        """The keys and values that `<<: value` merges; of equal keys, the last one counts."""
+        found = []
+        for part in reversed(value.value) if isinstance(value, yaml.SequenceNode) else [value]:
+            if not isinstance(part, yaml.MappingNode):
+                raise _broken(node, "expected a mapping or a list of mappings after <<", part)
+            self.flatten_mapping(part)
+            found += part.value
+        return found
 
     def integer(self, node: yaml.ScalarNode) -> int:
         """The integer of a node, in the base given by its prefix, by default ten."""
         text = self.construct_scalar(node).replace("_", "")
         return int(text, {"0b": 2, "0o": 8, "0x": 16}.get(text.lstrip("-+")[:2], 10))
+
+
+def _broken(node: yaml.MappingNode, problem: str, place: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(
+        "while constructing a mapping", node.start_mark, problem, place.start_mark
+    )
 
 
 _Loader.add_constructor(f"{TAG}int", _Loader.integer)

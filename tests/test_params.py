@@ -245,6 +245,14 @@ def test_scalars_are_read_as_by_dvc(tmp_path: Path, scalar: str) -> None:
         assert same([*read_yaml(path)], [*load_yaml(path)])
 
 
+def test_own_keys_override_merged_ones_wherever_they_are_merged(tmp_path: Path) -> None:
+    """Some versions of PyYAML prefer the key that comes first, if it is one character long."""
+    text = "base: &base {a: 1, b: 2}\nown: &own {<<: *base, b: 3}\nover: {<<: [*own, *base]}\n"
+    path = written(tmp_path, text)
+    assert read_yaml(path)["over"] == {"a": 1, "b": 3}
+    assert same(read_yaml(path), load_yaml(path))
+
+
 @one_file
 @given(
     documents=st.lists(Documents, min_size=1, max_size=3),

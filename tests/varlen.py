@@ -23,6 +23,7 @@ PARAMETERS = {
     "2.11": COMMON,
     "2.12": (*COMMON, "enable_gqa", "seqused_k", "block_table", "num_splits"),
     "2.13": (*COMMON, "enable_gqa", "seqused_k", "block_table", "num_splits"),
+    "2.14": (*COMMON, "enable_gqa", "seqused_k", "block_table", "num_splits"),
 }
 
 
