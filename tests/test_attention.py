@@ -25,8 +25,10 @@ from reward.process import Fault
 from tests import varlen
 from tests.support import (
     FAMILIES,
+    FULL,
     SEPARATE,
     SHAPE,
+    SLIDING,
     VOCABULARY,
     compute_as_on_a_gpu,
     fetched,
@@ -215,6 +217,20 @@ def test_last_layer_computes_only_the_last_tokens(tmp_path: Path, family: str) -
     rewards(model, pack(prompts))
     whole = pack(prompts).input_ids.shape[1]
     assert seen == [whole, whole, 2 * len(prompts)]
+
+
+@pytest.mark.parametrize("last", ["rotated", "not rotated"])
+def test_last_layer_without_positions_matches_stock_passes(last: str, tmp_path: Path) -> None:
+    """No layer of Cohere Compass gets position_ids, and one that is not rotated gets None."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+    shape: dict[str, Any] = {
+        "layer_types": [SLIDING, SLIDING, FULL],
+        "sliding_window": 7,
+        "rope_parameters": {SLIDING: rope, FULL: rope if last == "rotated" else None},
+    }
+    model = reward_model(tmp_path, "cohere_compass_text", SEPARATE, **shape)
+    prompts = random_prompts(1)
+    assert relative(rewards(model, pack(prompts)), stock_rewards(model, prompts)) < 1e-5
 
 
 @pytest.mark.usefixtures("path")

@@ -322,19 +322,16 @@ class LastLayer(Swapped):
         except Known as found:
             known = found.keys_and_values
         ends = plan.ends
-        rotations = rest.pop("position_embeddings")
-        at_ends = (
-            rotations[:, ends]  # complex numbers
-            if isinstance(rotations, Tensor)
-            else tuple(rotation[:, ends] for rotation in rotations)
-        )
-        return layer(
-            hidden_states[:, ends],
-            position_ids=rest.pop("position_ids")[:, ends],
-            position_embeddings=at_ends,
-            plan=LastTokens(plan, known),
-            **rest,
-        )
+        # Not every model passes both, and the layers without rotation of some get None.
+        if (positions := rest.get("position_ids")) is not None:
+            rest["position_ids"] = positions[:, ends]
+        if (rotations := rest.get("position_embeddings")) is not None:
+            rest["position_embeddings"] = (
+                rotations[:, ends]  # complex numbers
+                if isinstance(rotations, Tensor)
+                else tuple(rotation[:, ends] for rotation in rotations)
+            )
+        return layer(hidden_states[:, ends], plan=LastTokens(plan, known), **rest)
 
 
 def swap_last_layer(decoder: nn.Module) -> None:
