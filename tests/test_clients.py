@@ -13,6 +13,7 @@ from reward.data.rows import as_json
 from reward.data.tokens import Encoder, Template
 from reward.exporting import given as given_to_clients
 from reward.exporting.clients_trl import Rollouts, sample_of_conversations
+from reward.exporting.exported import TEMPLATE
 from reward.exporting.given import EOS, LEFT, RIGHT, Conversation, Exported, once, paired
 from reward.exporting.portable import prepare_tokenizer
 from reward.model.packing import Texts, tokens
@@ -32,6 +33,7 @@ def given(tiny_base: Path, tmp_path: Path) -> Given:
 
     def make(name: str = "zh", pairs: list[Any] = PAIRS, append_eos: bool = False) -> Exported:
         template = Template.of(name, append_eos, 2040, tiny_base)
+        template.save(tmp_path / TEMPLATE)
         encoder = Encoder(tiny_base, template)
         prepare_tokenizer(tiny_base, template, 4096).save(tmp_path)
         texts, messages = [], []
@@ -142,6 +144,18 @@ def test_tokenizer_without_eos_gives_no_texts_with_eos(given: Given) -> None:
     found.tokenizer.eos_token = None
     assert found.ended == found.ids_of(EOS) == {}
     assert found.texts_of(EOS) == {}
+
+
+def test_texts_of_the_maximum_length_get_no_eos(given: Given, tmp_path: Path) -> None:
+    """Such a text may have as many tokens as the base has positions."""
+    found = given()
+    longest = max(map(len, found.ids[0]))
+    template = replace(Template.load(tmp_path / TEMPLATE), max_length=longest)
+    template.save(tmp_path / TEMPLATE)
+    shorter = [index for index, ids in found.ids.items() if max(map(len, ids)) < longest]
+    assert 0 < len(shorter) < len(found.ids)
+    for pairs in (found.ids_of, found.texts_of):
+        assert sorted(pairs(EOS)) == sorted(shorter)
 
 
 def test_rewards_are_paired_by_index() -> None:

@@ -30,6 +30,7 @@ from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -66,7 +67,9 @@ from stages import evaluate, export, preprocess, train
 from tests.support import (
     EXPORTED,
     FAMILIES,
+    LATENT,
     ROOT,
+    SHAPE,
     fetched,
     random_prompts,
     run_clients_here,
@@ -537,6 +540,43 @@ def test_every_family_loads_with_its_rewards(
             found = padded(loaded, [ids for texts in prompts for ids in texts.ids], rows, left)
             counts_padding = left and loaded.config.model_type in COUNT_PADDING
             assert (found == pytest.approx(expected, rel=1e-4, abs=3e-5)) is not counts_padding
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 16.0,
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.1,
+}
+# The shape of a tiny model of each type that counts padding.
+SHAPES: dict[str, dict[str, Any]] = {
+    "biogpt": {},
+    "gpt-sw3": {},
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "ministral3": {"head_dim": 16, "sliding_window": None, "rope_parameters": YARN},
+    "mistral4": LATENT | {"q_lora_rank": 16, "rope_parameters": YARN},
+}
+
+
+def test_every_type_that_counts_padding_is_tested() -> None:
+    assert SHAPES.keys() == COUNT_PADDING
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", *SHAPES])
+def test_types_that_count_padding_compute_other_rewards_with_padding_on_the_left(kind: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SHAPE | SHAPES.get(kind, {}), num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    texts = [ids for texts in random_prompts(0) for ids in texts.ids]
+    right, left = (padded(model, texts, 0, left) for left in (False, True))
+    assert (left == pytest.approx(right, rel=1e-4, abs=3e-5)) is (kind not in COUNT_PADDING)
 
 
 def change_magnitudes(model: PeftModel) -> None:

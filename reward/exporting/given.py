@@ -22,7 +22,12 @@ from transformers import (
 )
 
 from reward.data.columns import REWARDS
-from reward.exporting.exported import ADAPTER_CONFIG, EXPORTED_BASE, exported_quantization
+from reward.exporting.exported import (
+    ADAPTER_CONFIG,
+    EXPORTED_BASE,
+    TEMPLATE,
+    exported_quantization,
+)
 from reward.model.base import device, keep_weights_unpacked
 from reward.model.packing import Texts, tokens
 from reward.model.rankings import Ranking
@@ -32,8 +37,13 @@ BATCH = 16
 # The number of pairs for slow forms, such as one text at a time, and for slow clients.
 SAMPLE = 32
 PAIR = "pair"
-# Model types that count positions from the start of a row, padding included.
-COUNT_PADDING = {"gpt2", "gpt_bigcode"}
+# Model types whose rewards depend on how far a text is from the start of its row, so on padding on
+# the left: by learned positions, by norms after the rotation, or by a scale that grows along a row.
+COUNT_PADDING = {
+    *("biogpt", "gpt-sw3", "gpt2", "gpt_bigcode"),
+    *("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    *("ministral3", "mistral4"),
+}
 
 Pair = TypeVar("Pair")
 Text = TypeVar("Text", bound=Hashable)
@@ -142,11 +152,19 @@ class Exported:
 
     @cached_property
     def ended(self) -> dict[int, Ids]:
-        """The ids of the sample with the end-of-sequence token, if the tokenizer has one."""
+        """The ids of the sample with the end-of-sequence token, if the tokenizer has one.
+
+        Pairs with a text of the maximum length are left out: the base may not read another token.
+        """
         eos = self.tokenizer.eos_token_id
         if eos is None:
             return {}
-        return {index: [[*ids, eos] for ids in self.ids[index]] for index in self.sample}
+        most = read_json(self.folder / TEMPLATE)["max_length"]
+        return {
+            index: [[*ids, eos] for ids in self.ids[index]]
+            for index in self.sample
+            if max(map(len, self.ids[index])) < most
+        }
 
     @cached_property
     def texts(self) -> dict[int, list[str]]:
@@ -186,10 +204,13 @@ class Exported:
 
     def texts_of(self, form: Form) -> dict[int, list[str]]:
         """The texts that a client gets in a form, by the index of the pair."""
-        found, eos = self.select(self.texts, form), self.tokenizer.eos_token
+        found = self.select(self.texts, form)
         if not form.ended:
             return found
-        return {index: [text + eos for text in texts] for index, texts in found.items() if eos}
+        eos = str(self.tokenizer.eos_token)
+        return {
+            index: [text + eos for text in found[index]] for index in self.ended if index in found
+        }
 
     @cached_property
     def counts_padding(self) -> bool:
