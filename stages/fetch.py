@@ -288,6 +288,11 @@ def require_whole(base: Base, config: dict[str, Any], folder: Path) -> None:
             f"has weights that transformers cannot load ({one_line(error, 200)}), expected all "
             "that its config.json needs"
         ) from None
+    except ValueError as error:  # keys of a config.json that do not suit its model
+        raise base.fault(
+            f"has a config.json with which transformers cannot load it ({one_line(error, 200)}), "
+            "expected one for the installed version"
+        ) from None
     reason = problem_with_head(report) if is_classifier(config) else None
     if reason := reason or problem_with_weights(model, report):
         raise base.fault(reason)

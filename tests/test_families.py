@@ -67,6 +67,22 @@ def test_scaled_rope_is_accepted(rope: str) -> None:
     assert "does not receive the layout of its row" in str(refused)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "opt", "layerdrop": 0.9},
+        {"model_type": "llama", "attn_implementation": "eager", "output_attentions": False},
+        {
+            "model_type": "cohere_compass_text",
+            "pooling": "eos",
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        },
+    ],
+)
+def test_settings_that_change_no_reward_are_accepted(config: dict[str, Any]) -> None:
+    assert problem_with(config) is None
+
+
 @pytest.fixture
 def source(tmp_path: Path, tiny_base: Path) -> Path:
     """A model folder that so far has only the embedded tokenizer."""
@@ -255,7 +271,7 @@ def test_routers_and_unusual_linear_layers_get_no_adapter(tmp_path: Path) -> Non
 def test_null_instead_of_a_recipe_leaves_a_base_to_be_quantized(tmp_path: Path) -> None:
     folder = fetched("Llama 2", tmp_path)
     config = read_json(folder / "config.json")
-    write_json(folder / "config.json", config | {"quantization_config": None, "return_dict": False})
+    write_json(folder / "config.json", config | {"quantization_config": None})
     quantization = Quantization(4, "nf4", False, "float32")
     assert weight_bytes(folder, quantization) < 0.5 * weight_bytes(
         folder, Quantization.unquantized("float32")

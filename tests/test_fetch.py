@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from reward.model.suitable import problem_with
 from reward.outputs import digest, digests, read_json
 from reward.process import Fault
 from stages import fetch
@@ -465,7 +466,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "encoder": (of("bert", "BertForMaskedLM"), "is a BertForMaskedLM, expected"),
     "encoder with a causal head": (
         of("bert", "BertLMHeadModel"),
-        "is not a decoder: BertForSequenceClassification has no score head",
+        "cannot be used: BertForSequenceClassification has no linear layer `score`, expected",
     ),
     "encoder-decoder": (of("t5", "T5ForConditionalGeneration"), "is a T5ForConditionalGeneration"),
     "vision": (of("qwen2_vl", "Qwen2VLForConditionalGeneration"), "is a Qwen2VLForConditional"),
@@ -505,7 +506,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     ),
     "no pad token allowed": (
         of("modernbert-decoder", "ModernBertDecoderForCausalLM"),
-        "is not a decoder: ModernBertDecoderForSequenceClassification has no score head",
+        "cannot be used: ModernBertDecoderForSequenceClassification has no linear layer `score`",
     ),
     "compressed tensors": (
         of("qwen2", "Qwen2ForCausalLM", compression_config={"quant_method": "compressed-tensors"}),
@@ -539,6 +540,46 @@ CONFIGS: dict[str, tuple[Any, str]] = {
         of("gemma3_text", "Gemma3ForCausalLM", use_bidirectional_attention=True),
         "cannot be packed: Gemma3Attention also attends to later tokens, expected",
     ),
+    "bidirectional masks": (
+        of("qwen2", "Qwen2ForCausalLM", is_causal=False),
+        'also attends to later tokens ("is_causal" in its config.json), expected',
+    ),
+    "a mean of all tokens": (
+        of(
+            "cohere_compass_text",
+            "CohereCompassTextForSequenceClassification",
+            pooling="mean",
+            id2label={"0": "reward"},
+        ),
+        "does not read its reward from the last token ('mean' is `pooling` in its config.json)",
+    ),
+    "attention weights as output": (
+        of("llama", "LlamaForCausalLM", output_attentions=True),
+        'has "output_attentions": true in its config.json, with which clients of the trained model '
+        "get no rewards; set it to false in a local copy of the model and use that",
+    ),
+    "tuples as output": (
+        of("llama", "LlamaForCausalLM", return_dict=False),
+        'has "return_dict": false in its config.json, with which clients of the trained model get '
+        "no rewards; set it to true in a local copy",
+    ),
+    "torchscript": (
+        of("llama", "LlamaForCausalLM", torchscript=True),
+        'has "torchscript": true in its config.json, with which',
+    ),
+    "attention of another library": (
+        of("llama", "LlamaForCausalLM", _attn_implementation="flash_attention_2"),
+        'has "_attn_implementation": "flash_attention_2" in its config.json, with which it does '
+        "not load on every machine; set it to null in a local copy",
+    ),
+    "a mask that the code needs": (
+        of("axk2", "AXK2ForCausalLM"),
+        "cannot be packed: AXK2ForSequenceClassification fails on a row of tokens without a mask (",
+    ),
+    "no vocabulary": (
+        of("canine", "CanineForSequenceClassification", id2label={"0": "reward"}),
+        "cannot be used: CanineForSequenceClassification has no linear layer `score`",
+    ),
     "impossible shape": (
         of("llama", "LlamaForCausalLM", num_attention_heads=7),
         "has a config.json from which transformers cannot build a model (",
@@ -554,6 +595,10 @@ def test_anything_but_a_decoder_language_model_is_refused(
     write(source / "config.json", config)
     set_params("base", name=str(source))
     assert found in refused()
+
+
+def test_reason_names_state_only_if_layers_without_attention_may_carry_it() -> None:
+    assert str(problem_with({"model_type": "diffllama"})).endswith("expected once in each")
 
 
 def spoil(path: Path) -> None:
@@ -661,6 +706,19 @@ def test_missing_part_of_an_expert_is_refused(
     shutil.copy(tmp_path / "mixtral" / "config.json", source)
     set_params("base", name=str(source))
     assert "has weights that transformers cannot load (" in refused()
+
+
+def test_implementation_of_experts_for_a_model_without_them_is_refused(
+    source: Path, set_params: SetParams
+) -> None:
+    config = read_json(source / "config.json")
+    write(source / "config.json", config | {"experts_implementation": "grouped_mm"})
+    set_params("base", name=str(source))
+    assert (
+        "has a config.json with which transformers cannot load it (Qwen2ForSequenceClassification "
+        "does not support setting experts implementation.), expected one for the installed version"
+    ) in refused()
+    assert not fetch.BASE.exists()
 
 
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json"])

@@ -19,12 +19,14 @@ from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from reward import params
 from reward.model import checkpoints, trackers, trainer
 from reward.model.base import Quantization, head_of
 from reward.model.memory import within_memory
 from reward.model.packing import Texts, pairs_of, tokens
+from reward.model.plain import require_length
 from reward.model.scoring import as_in_transformers, rewards, score
 from reward.model.steps import Step, Steps
 from reward.outputs import digest, digests, read_json, write_json
@@ -1130,6 +1132,15 @@ def test_maximum_length_beyond_the_base_is_refused_before_the_first_step(
     preprocess.main()
     set_params("train", max_steps=2)
     train.main()
+
+
+def test_maximum_length_beyond_a_window_that_attention_does_not_get_is_refused() -> None:
+    for window, most in ((None, 64), (64, 64), (131072, 4096)):
+        require_length(AutoConfig.for_model("phimoe", sliding_window=window), train.BASE, most)
+    config = AutoConfig.for_model("phimoe", sliding_window=64)
+    with pytest.raises(Fault, match=r"max_length is 65, but models/base has .* at most 64$"):
+        require_length(config, train.BASE, 65)
+    require_length(AutoConfig.for_model("mistral", sliding_window=64), train.BASE, 65)
 
 
 def test_fingerprint_depends_on_the_dtype_that_auto_selects(set_params: SetParams) -> None:

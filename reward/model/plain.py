@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from reward.process import Fault
 
+# Model types with a window that is only in the mask, which packs do not use.
+WINDOW_IN_MASK = {"phimoe"}
 # Arguments by which models request more than plain attention from an attention function.
 EXTRAS = {"softcap", "s_aux", "position_bias"}
 
@@ -51,7 +53,8 @@ def require_length(config: Any, base: Path, most: int) -> None:
 
     LongRoPE rotates all texts of a row by other factors once one of them is longer than the texts
     of the original pretraining. Dynamic scaling does the same above the maximum number of
-    positions, which no text may exceed anyway.
+    positions, which no text may exceed anyway. A window that attention does not receive has no
+    effect in packs, so no text may exceed it either.
     """
     limits = {
         f"{base} reads at most {{}} tokens": getattr(config, "max_position_embeddings", None),
@@ -63,6 +66,9 @@ def require_length(config: Any, base: Path, most: int) -> None:
                 if rope.get("rope_type") == "longrope"
             ),
             default=None,
+        ),
+        f"{base} has a sliding window of {{}} tokens, which does not reach its attention": (
+            getattr(config, "sliding_window", None) if config.model_type in WINDOW_IN_MASK else None
         ),
     }
     for found, limit in limits.items():

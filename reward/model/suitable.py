@@ -5,6 +5,8 @@ it without computing any numbers. So a model is rejected for what its code does,
 Later its weights are judged by their names, shapes and types.
 """
 
+import json
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -45,6 +47,18 @@ QUANTIZED_KEYS = ("quantization_config", "compression_config", "quantization")
 QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Weights that a classifier does not have: the output of tokens, and constants in old checkpoints.
 NOT_NEEDED = re.compile(r"^(lm_head|embed_out)\.|\.(rotary_emb\.inv_freq|attn\.masked_bias)$")
+# The value of `pooling` with which the last token is read.
+LAST = "eos"
+OUTPUTS = "with which clients of the trained model get no rewards"
+IMPLEMENTATION = ((None, "eager", "sdpa"), "with which it does not load on every machine")
+# Keys of config.json, the values that they may have, the default first, and what others do.
+SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "output_attentions": ((False, None), OUTPUTS),
+    "return_dict": ((True,), OUTPUTS),
+    "torchscript": ((False, None), OUTPUTS),
+    "attn_implementation": IMPLEMENTATION,
+    "_attn_implementation": IMPLEMENTATION,
+}
 # The types of weights that are not quantized, as safetensors calls them.
 FLOATS = ("F64", "F32", "F16", "BF16")
 TOKENS = 5
@@ -55,7 +69,12 @@ def problem_with(config: dict[str, Any]) -> str | None:
 
     The reason is the rest of a sentence that begins with the name of the model.
     """
-    return problem_with_class(config) or problem_with_labels(config) or problem_with_model(config)
+    return (
+        problem_with_class(config)
+        or problem_with_labels(config)
+        or problem_with_settings(config)
+        or problem_with_model(config)
+    )
 
 
 def problem_with_class(config: dict[str, Any]) -> str | None:
@@ -75,6 +94,30 @@ def problem_with_class(config: dict[str, Any]) -> str | None:
     if "auto_map" in config:
         return f"is a {named} whose own code would have to run, {EXPECTED}"
     return f"is a {named}, {EXPECTED}"
+
+
+def problem_with_settings(config: dict[str, Any]) -> str | None:
+    """Why a setting of config.json that the meta device would not show rules a model out, or None.
+
+    The first two are part of the model, so the message does not suggest changing them.
+    """
+    if not config.get("is_causal", True):
+        return (
+            'also attends to later tokens ("is_causal" in its config.json), expected plain causal '
+            "attention"
+        )
+    if (pooling := config.get("pooling") or LAST) != LAST:
+        return (
+            f"does not read its reward from the last token ({pooling!r} is `pooling` in its "
+            "config.json), expected a classifier that does"
+        )
+    for key, (values, effect) in SETTINGS.items():
+        if (found := config.get(key, values[0])) not in values:
+            return (
+                f'has "{key}": {json.dumps(found)} in its config.json, {effect}; set it to '
+                f"{json.dumps(values[0])} in a local copy of the model and use that"
+            )
+    return None
 
 
 def problem_with_quantization(config: dict[str, Any]) -> str | None:
@@ -145,27 +188,44 @@ def problem_with_model(config: dict[str, Any]) -> str | None:
     windows: list[int | None] = []
     try:
         model = build(config)
-        if reason := problem_with_interface(model):
-            return reason
+    except Exception as error:  # because a model's code may raise anything
+        if needs_numbers(error):
+            return None
+        return (
+            f"has a config.json from which transformers cannot build a model ({named(error)}), "
+            "expected one for the installed version"
+        )
+    if reason := problem_with_interface(model):
+        return reason
+    try:
         trace(model, windows)
     except Fault as fault:
         return f"cannot be packed: {fault}"
-    except Exception as error:  # because a model's code may raise anything
-        if isinstance(error, NotImplementedError) or "meta tensors" in str(error):
-            return None  # it needs real numbers, so the check before training has to decide
+    except Exception as error:
+        if needs_numbers(error):
+            return None
         return (
-            f"has a config.json from which transformers cannot build a model "
-            f"({type(error).__name__}: {one_line(error, 200)}), expected one for the installed "
-            "version"
+            f"cannot be packed: {type(model).__name__} fails on a row of tokens without a mask "
+            f"({named(error)}), expected a decoder that needs none, with a config.json for the "
+            "installed version"
         )
     return problem_with_layers(model, windows)
+
+
+def needs_numbers(error: Exception) -> bool:
+    """Whether a model failed only on the meta device; the check before training has to decide."""
+    return isinstance(error, NotImplementedError) or "meta tensors" in str(error)
+
+
+def named(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 def problem_with_interface(model: PreTrainedModel) -> str | None:
     """Why a model without a score head or replaceable attention cannot be used, or None."""
     name = type(model).__name__
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        return f"is not a decoder: {name} has no score head, {EXPECTED}"
+        return f"cannot be used: {name} has no linear layer `score`, {EXPECTED}"
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         return (
@@ -183,7 +243,8 @@ def build(config: dict[str, Any]) -> PreTrainedModel:
     found = CONFIG_MAPPING[own["model_type"]].from_dict(own | {"num_labels": 1})
     # No pad token, because some models search the row for it. Some do not allow this. One outside
     # of the vocabulary stays, because many models cannot be built with it.
-    if (found.pad_token_id or 0) < found.get_text_config().vocab_size:
+    rows = getattr(found.get_text_config(), "vocab_size", math.inf)
+    if (getattr(found, "pad_token_id", None) or 0) < rows:
         with suppress(StrictDataclassError):
             found.pad_token_id = None
     for rope in ropes(found):
@@ -194,7 +255,7 @@ def build(config: dict[str, Any]) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
             found, experts_implementation="batched_mm"
         )
-    return model
+    return model.eval()  # because in training some models skip layers at random
 
 
 def trace(model: PreTrainedModel, windows: list[int | None]) -> None:
@@ -235,9 +296,10 @@ def problem_with_layers(model: PreTrainedModel, windows: list[int | None]) -> st
     config = model.config.get_text_config()
     layers, name = config.num_hidden_layers, type(model).__name__
     if len(windows) != layers:
+        state = "; other layers carry state from one text to the next"
         return (
             f"cannot be packed: {name} calls attention {len(windows)} times in {layers} layers, "
-            "expected once in each; other layers carry state from one text to the next"
+            f"expected once in each{state if len(windows) < layers else ''}"
         )
     kinds = getattr(config, "layer_types", None) or []
     if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
