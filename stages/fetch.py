@@ -291,7 +291,7 @@ def require_whole(base: Base, config: dict[str, Any], folder: Path) -> None:
     except ValueError as error:  # keys of a config.json that do not suit its model
         raise base.fault(
             f"has a config.json with which transformers cannot load it ({one_line(error, 200)}), "
-            "expected one for the installed version"
+            "expected one that suits the model"
         ) from None
     reason = problem_with_head(report) if is_classifier(config) else None
     if reason := reason or problem_with_weights(model, report):

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -998,9 +999,8 @@ def test_figures_are_printed_as_a_table_with_warnings(capsys: pytest.CaptureFixt
         "accuracy": 0.75,
     }
     by_client = {"packs": {"packs": {"pairs": 0}}, "cross_encoder_merged": {"single": figures}}
-    export.report(
-        {"pairs": 277, "clients": by_client, "left_out": ["peft"], "original_base": figures}
-    )
+    found = {"pairs": 277, "clients": by_client, "left_out": ["peft"], "original_base": figures}
+    export.report(found)
     lines = capsys.readouterr().out.splitlines()
     header, nothing, row, left_out, unproven, original, warning, exported = lines
     assert unproven.startswith("warning    nothing was compared in packs, because ")
@@ -1011,6 +1011,9 @@ def test_figures_are_printed_as_a_table_with_warnings(capsys: pytest.CaptureFixt
     assert row.split() == expected.split()
     assert warning.endswith("differ by up to 0.53, which reorders 4 pairs")
     assert exported.startswith("exported   models/export; ")
+    by_client["cross_encoder_merged"] = {"single": figures | {gate.MEDIAN: 1e-6}}
+    export.report(found)
+    assert "the median difference is judged, at most 1e-06 here, b" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -1067,6 +1070,36 @@ def test_tolerance_grows_with_the_rewards_except_for_packs(
     else:
         with pytest.raises(Fault, match=f"at most {allowed}"):
             export.require_alike(*given, deviation=4.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixtures_of_experts_are_known_by_their_configuration(family: str, tmp_path: Path) -> None:
+    folder = fetched(family, tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    fused = any(parameter.dim() == 3 for parameter in model.parameters())
+    assert gate.is_mixture(read_json(folder / "config.json")) is fused
+
+
+@pytest.mark.parametrize(
+    ("client", "rewards", "fault"),
+    [
+        ("peft", [1.0, 0.3, 0.25, 0.509], None),
+        ("peft", [1.0, 0.3, 0.3, 0.509], r"by a median of 0\.0295, expected at most 0\.01 "),
+        ("peft", [1.0, math.nan, 0.25, 0.5], "by a median of nan"),
+        ("packs", [1.0, 0.3, 0.25, 0.5], r"by up to 0\.3, expected at most 0\.01 "),
+    ],
+)
+def test_few_texts_of_a_mixture_of_experts_may_differ_by_more_than_the_tolerance(
+    client: str, rewards: list[float], fault: str | None
+) -> None:
+    group = export.Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
+    found = {client: {"right": gate.difference(paired([0, 1], rewards), EVALUATED, mixture=True)}}
+    given = (found, [CLIENTS[client]], group, Quantization.unquantized("float32"))
+    if fault is None:
+        export.require_alike(*given, deviation=1.0)
+    else:
+        with pytest.raises(Fault, match=fault):
+            export.require_alike(*given, deviation=1.0)
 
 
 def test_gate_fails_if_nothing_was_compared() -> None:

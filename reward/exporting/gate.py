@@ -29,6 +29,7 @@ from reward.process import LAUNCHER
 # Rewards of pairs, [pairs, 2]: chosen, rejected.
 Rewards = npt.NDArray[np.float64]
 Figures = dict[str, float]
+LARGEST, MEDIAN = "difference_max", "difference_median"
 ByClient = dict[str, dict[str, Figures]]
 
 
@@ -98,7 +99,18 @@ def rewards_of(table: pa.Table) -> Rewards:
     return np.stack([table[name].to_numpy() for name in REWARDS], axis=1).astype(np.float64)
 
 
-def measure(found: pa.Table, selected: Sequence[Client], evaluated: Rewards) -> dict[str, Any]:
+def is_mixture(config: dict[str, Any]) -> bool:
+    """Whether a model with this config.json is a mixture of experts.
+
+    If two of its experts are almost tied for a token, rounding decides between them, so the rewards
+    of a few texts differ by far more than rounding errors.
+    """
+    return any("experts" in key for key in config)
+
+
+def measure(
+    found: pa.Table, selected: Sequence[Client], evaluated: Rewards, mixture: bool = False
+) -> dict[str, Any]:
     """The figures of each client for each form of its input.
 
     Rewards of texts that end in eos are compared with those of packs with eos. `evaluated` is
@@ -110,7 +122,9 @@ def measure(found: pa.Table, selected: Sequence[Client], evaluated: Rewards) -> 
     left_out = json.loads(found.schema.metadata[LEFT_OUT])
     by_client = {
         client.name: {
-            form.name: difference(rows(found, client, form), ended if form.ended else evaluated)
+            form.name: difference(
+                rows(found, client, form), ended if form.ended else evaluated, mixture
+            )
             for form in client.forms
             if (client, form) != (PACKS, EOS)
         }
@@ -133,19 +147,23 @@ def rows(found: pa.Table, client: Client, form: Form) -> pa.Table:
     return found.filter((pc.field(CLIENT) == client.name) & (pc.field(FORM) == form.name))
 
 
-def difference(found: pa.Table, expected: Rewards) -> Figures:
-    """How far the rewards of some pairs are from the expected ones, and the number of pairs."""
+def difference(found: pa.Table, expected: Rewards, mixture: bool = False) -> Figures:
+    """How far the rewards of some pairs are from the expected ones, and the number of pairs.
+
+    The figures of a mixture of experts have the median, too, by which it is judged.
+    """
     if not len(found):
         return {"pairs": 0}
     here, there = rewards_of(found), expected[found[PAIR].to_numpy()]
     apart, margin = np.abs(here - there), here[:, 0] - here[:, 1]
-    return {
+    figures = {
         "pairs": len(here),
-        "difference_max": three_digits(apart.max()),
+        LARGEST: three_digits(apart.max()),
         "difference_mean": three_digits(apart.mean()),
         "flips": int((np.sign(margin) != np.sign(there[:, 0] - there[:, 1])).sum()),
         "accuracy": float(np.heaviside(margin, 0.5).mean()),
     }
+    return figures | ({MEDIAN: three_digits(float(np.median(apart)))} if mixture else {})
 
 
 def three_digits(number: float) -> float:

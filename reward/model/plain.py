@@ -67,7 +67,7 @@ def require_length(config: Any, base: Path, most: int) -> None:
             ),
             default=None,
         ),
-        f"{base} has a sliding window of {{}} tokens, which does not reach its attention": (
+        f"{base} has a sliding window of {{}} tokens, which packs would leave out": (
             getattr(config, "sliding_window", None) if config.model_type in WINDOW_IN_MASK else None
         ),
     }
