@@ -243,7 +243,7 @@ def build(config: dict[str, Any]) -> PreTrainedModel:
     found = CONFIG_MAPPING[own["model_type"]].from_dict(own | {"num_labels": 1})
     # No pad token, because some models search the row for it. Some do not allow this. One outside
     # of the vocabulary stays, because many models cannot be built with it.
-    rows = getattr(found.get_text_config(), "vocab_size", math.inf)
+    rows = getattr(found.get_text_config(), "vocab_size", None) or math.inf
     if (getattr(found, "pad_token_id", None) or 0) < rows:
         with suppress(StrictDataclassError):
             found.pad_token_id = None
