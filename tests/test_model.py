@@ -314,7 +314,7 @@ def test_model_without_a_score_head_is_refused(tmp_path: Path) -> None:
             intermediate_size=8,
         )
     ).save_pretrained(tmp_path)
-    with pytest.raises(Fault, match="BertForSequenceClassification has no score head"):
+    with pytest.raises(Fault, match="BertForSequenceClassification has no linear layer `score`"):
         load_base(tmp_path, PLAIN)
 
 

@@ -111,7 +111,7 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     """The base on the device as transformers loads it: a sequence classifier with one label.
 
     A base that is stored in 4 bits stays as it is. Code that comes with a base never runs. Raises a
-    Fault if transformers has no classifier for the model, or if the classifier has no score head,
+    Fault if transformers has no classifier for the model, or if it has no linear layer `score`,
     and TooLarge if the model does not fit in memory.
     """
     config = read_json(base / "config.json")
@@ -139,7 +139,9 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     if model is None:
         raise too_large(base, quantization, "and memory ran out while they were loaded")
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise Fault(f"{base}: {type(model).__name__} has no score head, expected a decoder model")
+        raise Fault(
+            f"{base}: {type(model).__name__} has no linear layer `score`, expected a decoder"
+        )
     keep_weights_unpacked(model)
     return model
 
