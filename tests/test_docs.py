@@ -44,6 +44,13 @@ NUMBER = re.compile(r"(?<![A-Za-z0-9_.-])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?
 MOST_LINES = 200
 
 
+def test_files_have_the_same_line_ends_in_every_clone() -> None:
+    """git may be set to write CRLF (core.autocrlf), and DVC hashes what is on disk."""
+    hashed = [path for path in TRACKED if not path.startswith("tests/bad/data/")]
+    found = git("check-attr", "eol", "--", *hashed).splitlines()
+    assert {line.rpartition(": ")[2] for line in found} == {"lf"}
+
+
 def blocks(text: str, language: str | None = None) -> list[str]:
     """The code blocks in a language ("" for untagged ones), or all of them."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
