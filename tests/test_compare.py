@@ -2,6 +2,7 @@
 
 import io
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -156,6 +157,8 @@ def test_revisions_are_read_from_dvc_and_the_workspace_from_disk(
     def read(path: str, rev: str, mode: str) -> bytes:
         if Path(path) == figures:
             return figures.read_bytes()
+        if path == "dvc.lock":
+            return b"stages: {}"
         asked.append((path, rev, mode))
         return content.getvalue()
 
@@ -193,6 +196,45 @@ def test_revision_whose_rewards_are_not_in_the_cache_is_reported(
     monkeypatch.setattr("dvc.api.read", read)
     with pytest.raises(Fault, match=r"^main: .* cannot be read there \(failed to load directory"):
         compare.rewards_of("main", None)
+
+
+LOCK = """
+stages:
+  fetch: {{outs: [{{path: models/base, md5: b1}}]}}
+  train:
+    deps: [{{path: models/base, md5: b1}}]
+    outs: [{{path: models/adapter, md5: a2}}]
+  evaluate:
+    deps:
+    - {{path: data/tokenized/test, md5: t1}}
+    - {{path: models/adapter, md5: {adapter}}}
+    - {{path: models/base, md5: b1}}
+"""
+
+
+def test_rewards_of_a_model_before_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `dvc exp run train` leaves them."""
+    monkeypatch.chdir(tmp_path)
+    compare.REPORTS.mkdir(parents=True)
+    pq.write_table(table([1.0]), compare.REPORTS / "rewards.parquet")
+    compare.rewards_of("workspace", None)
+    compare.LOCK.write_text(LOCK.format(adapter="a2"), encoding="utf-8")
+    compare.rewards_of("workspace", None)
+    compare.LOCK.write_text(LOCK.format(adapter="a1"), encoding="utf-8")
+    with pytest.raises(Fault, match=r"^workspace: models/adapter has changed since evaluate ran"):
+        compare.rewards_of("workspace", None)
+
+
+def test_project_may_be_a_folder_of_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    (tmp_path / "a" / "project").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "project")
+    monkeypatch.setattr("dvc.api.read", lambda path, rev, mode: path.encode())
+    assert compare.at_revision("main", compare.LOCK) == b"a/project/dvc.lock"
 
 
 @pytest.mark.parametrize("name", ["no-such-thing", "workspace"])

@@ -10,8 +10,11 @@ test pairs or on an extra test set.
 import argparse
 import io
 import json
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
+import yaml
 from scipy import stats
 
 from reward.data.columns import ID, MARGIN, PREFERENCE, PROMPT_ID, TIE
 from reward.judging.metrics import Floats, Ints, Resampling, correct
 from reward.process import Fault, counted, one_line, run
 
-REPORTS = Path("reports/evaluate")
+REPORTS, LOCK = Path("reports/evaluate"), Path("dvc.lock")
 FIGURES = "figures.json"
+WORKSPACE = "workspace"
+Read = Callable[[Path], bytes]
 RESAMPLING = Resampling(samples=10_000, seed=0)
 SHOWN = 10
 
@@ -77,35 +83,60 @@ def parse() -> argparse.Namespace:
 def rewards_of(name: str, set_name: str | None) -> pa.Table:
     """The rewards of the test pairs or of an extra test set, at a revision or in a folder.
 
-    Raises a Fault if there are none.
+    Raises a Fault if there are none, or if another model has been trained since.
     """
+    folder, read = Path(name), Path.read_bytes
+    if not (folder / FIGURES).is_file():
+        folder, read = REPORTS, partial(at_revision, name) if name != WORKSPACE else read
+        require_current(name, read)
     file = "rewards.parquet"
     if set_name is not None:
         file = f"sets/{set_name}.parquet"
-        judged = json.loads(content_of(name, FIGURES)).get("sets", {})
+        judged = json.loads(content_of(folder / FIGURES, read)).get("sets", {})
         if set_name not in judged:
             sets = ", ".join(sorted(judged)) or "none at all"
             raise Fault(f"--set is {set_name}, but the extra test sets of {name} are: {sets}")
     try:
-        return pyarrow.parquet.read_table(io.BytesIO(content_of(name, file)))
+        return pyarrow.parquet.read_table(io.BytesIO(content_of(folder / file, read)))
     except pa.ArrowException as error:
         raise Fault(f"{name}: {file} cannot be read ({error}); run dvc repro first") from None
 
 
-def content_of(name: str, file: str) -> bytes:
-    """A file that evaluate wrote at a revision, or in a folder. Raises a Fault if there is none."""
-    judged = Path(name)
-    is_judged = (judged / FIGURES).is_file()
-    path = (judged if is_judged else REPORTS) / file
-    if is_judged or name == "workspace":
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise Fault(f"{path} cannot be read ({error}); run dvc repro first") from None
+def require_current(name: str, read: Read) -> None:
+    """Raises a Fault if evaluate read outputs that another stage has since made anew.
+
+    For example, `dvc exp run train` leaves the evaluation of the model before. An evaluation in the
+    workspace may have been run without DVC, which then knows nothing of it.
+    """
+    if name == WORKSPACE and not LOCK.exists():
+        return
+    stages = yaml.safe_load(content_of(LOCK, read))["stages"]
+    made = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", ())}
+    for dep in stages.get("evaluate", {}).get("deps", ()):
+        if made.get(dep["path"], dep["md5"]) != dep["md5"]:
+            raise Fault(
+                f"{name}: {dep['path']} has changed since evaluate ran, expected an evaluation of "
+                "it; run dvc repro or dvc exp run without the name of a stage"
+            )
+
+
+def content_of(path: Path, read: Read) -> bytes:
+    """What `read` returns for a path of the project. Raises a Fault if it cannot be read."""
+    try:
+        return read(path)
+    except OSError as error:
+        raise Fault(f"{path} cannot be read ({error}); run dvc repro first") from None
+
+
+def at_revision(name: str, path: Path) -> bytes:
+    """A file of the project at a revision. Raises a Fault if there is none."""
     from dvc import api
 
     try:
-        content: bytes = api.read(path.as_posix(), rev=name, mode="rb")
+        # DVC takes the path from the root of the repository, in which the project may be a folder.
+        git = ["git", "rev-parse", "--show-prefix"]
+        prefix = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        content: bytes = api.read(f"{prefix}{path.as_posix()}", rev=name, mode="rb")
     # Git, DVC, its index of data, which is a package of its own, and remotes have their own errors.
     except Exception as error:
         raise Fault(
