@@ -128,6 +128,8 @@ def run(main: Callable[[], None]) -> None:
     to its parent.
     """
     try:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
         if STAGED and not LAUNCHED:
             print(f"took       {time.monotonic() - STARTED:.1f} s")
@@ -224,6 +226,16 @@ def _quota(root: Path = GROUP) -> float:
     return math.inf if limit == "max" or int(limit) <= 0 else int(limit) / int(period)
 
 
-# Watch from the start: importing libraries takes seconds, in which the parent may end.
+def interrupt(*_: object) -> None:
+    """End this process as `run` does after Ctrl-C, while there is no `run` yet."""
+    if not LAUNCHED:
+        with suppress(OSError):
+            os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+# Importing libraries takes seconds, in which the parent may end or Ctrl-C may be pressed.
+if is_command(sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, interrupt)
 if is_command(sys.orig_argv) and (STAGED or LAUNCHED or LAUNCHER in os.environ):
     follow(PARENT)

@@ -140,6 +140,24 @@ def test_interrupted_stage_never_exits_with_0(tmp_path: Path, number: signal.Sig
 IMPORTING = 'import {package}, time\nprint("begun", flush=True)\ntime.sleep(60)\n'
 
 
+@pytest.mark.parametrize("code", [IMPORTING.format(package="stages"), STAGE], ids=["import", "run"])
+def test_ctrl_c_prints_one_word(tmp_path: Path, code: str) -> None:
+    (tmp_path / "stage.py").write_text(code.format(body="time.sleep(60)"), encoding="utf-8")
+    stage = subprocess.Popen(
+        [sys.executable, str(tmp_path / "stage.py"), *AS_COMMAND],
+        preexec_fn=interruptible,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert stage.stdout
+    stage.stdout.readline()
+    stage.send_signal(signal.SIGINT)
+    _, errors = stage.communicate(timeout=20)
+    assert (stage.returncode, errors) == (130, "interrupted\n")
+
+
 def test_process_exits_if_its_launcher_is_already_gone(tmp_path: Path) -> None:
     gone = start(tmp_path, "pass")
     gone.communicate()
