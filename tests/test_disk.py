@@ -346,6 +346,11 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
         ["evaluate", "export"],
         "data/tokenized/test was made with a different tokenizer from that of models/base",
     ),
+    "no tokenizer": (
+        lambda: Path("models/base/tokenizer.json").unlink(),
+        ["evaluate", "export"],
+        "models/base/tokenizer.json is missing, expected what fetch wrote; run dvc repro",
+    ),
     "data truncated": (
         lambda: truncate(f"data/tokenized/train/{ARROW}"),
         ["train"],

@@ -329,14 +329,15 @@ def load(path: Path, base: Path) -> "Dataset":
         found = Dataset.load_from_disk(str(path)) if whole else None
         with pa.memory_map(str(path / DATA)) as source:
             tokenizer = pa.ipc.open_stream(source).schema.metadata[TOKENIZER].decode()
-        here = digest(base / "tokenizer.json")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise Fault(
             f"{path} cannot be read ({one_line(error)}), expected a split that preprocess wrote"
         ) from None
     if found is None:
         raise Fault(f"{path} is damaged, expected the bytes that preprocess wrote; run dvc repro")
-    if tokenizer != here:
+    if not (own := base / "tokenizer.json").is_file():
+        raise Fault(f"{own} is missing, expected what fetch wrote; run dvc repro")
+    if tokenizer != digest(own):
         raise Fault(
             f"{path} was made with a different tokenizer from that of {base}; run dvc repro"
         )
