@@ -226,7 +226,8 @@ def report(figures: dict[str, Any]) -> None:
     for client, forms in figures["clients"].items():
         for form, found in forms.items():
             print(f"{client:<22}{form:<8}{in_columns(found)}")
-    forms = [form for forms in figures["clients"].values() for form in forms.values()]
+    others = [forms for name, forms in figures["clients"].items() if name != PACKS.name]
+    forms = [form for each in others for form in each.values()]
     if medians := [form[MEDIAN] for form in forms if MEDIAN in form]:
         print(
             f"note       the median difference is judged, at most {max(medians):.2g} here, because "

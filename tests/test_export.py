@@ -801,6 +801,16 @@ def test_processes_other_than_the_first_only_score_packs(
     assert set(found[CLIENT].to_pylist()) == {PACKS.name}
 
 
+@pytest.mark.usefixtures("ready")
+def test_several_processes_check_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the packs of the exported model, but not those of the original base."""
+    set_export(pairs=2)
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
+    export.main()
+    figures = read_json(export.REPORTS / "figures.json")
+    assert (figures["original_base"]["pairs"], figures["left_out"]) == (4, [])
+
+
 def test_clients_load_a_copy_next_to_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1078,6 +1088,11 @@ def test_mixtures_of_experts_are_known_by_their_configuration(family: str, tmp_p
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     fused = any(parameter.dim() == 3 for parameter in model.parameters())
     assert gate.is_mixture(read_json(folder / "config.json")) is fused
+
+
+@pytest.mark.parametrize("count", [0, 1, None, [1, 1]])
+def test_single_expert_is_no_mixture(count: object) -> None:
+    assert not gate.is_mixture({"num_experts": count, "num_experts_per_tok": 2})
 
 
 @pytest.mark.parametrize(

@@ -128,12 +128,15 @@ def find(request: Request) -> pa.Table:
     if exported_quantization(folder).bits == 4:
         clients.append(ORIGINAL)
     found, left_out = [found_by(PACKS, exported)], []
-    for client in clients[1:] if group.leads() else []:
-        table = within_memory(found_by, client, exported) if fits(client, exported) else None
-        if table is None:
-            left_out.append(client.name)
-        else:
-            found.append(table)
+    if group.leads():
+        with group.alone():
+            for client in clients[1:]:
+                fitting = fits(client, exported)
+                table = within_memory(found_by, client, exported) if fitting else None
+                if table is None:
+                    left_out.append(client.name)
+                else:
+                    found.append(table)
     return pa.concat_tables(found).replace_schema_metadata({LEFT_OUT: json.dumps(left_out)})
 
 

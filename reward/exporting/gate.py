@@ -105,7 +105,9 @@ def is_mixture(config: dict[str, Any]) -> bool:
     If two of its experts are almost tied for a token, rounding decides between them, so the rewards
     of a few texts differ by far more than rounding errors.
     """
-    return any("experts" in key for key in config)
+    found = [config[key] for key in config if "experts" in key and "per_tok" not in key]
+    counts = [each for value in found for each in (value if isinstance(value, list) else [value])]
+    return any(isinstance(count, int) and count > 1 for count in counts)
 
 
 def measure(

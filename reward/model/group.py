@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.functional import pad
 
-from reward.process import LAUNCHER, Fault
+from reward.process import LAUNCHER, Fault, one_line
 
 Value = TypeVar("Value")
 # How long a process waits for the others. One of them may read, check or write large files alone.
@@ -74,9 +74,6 @@ def joined() -> Iterator[None]:
             world_size=count,
             timeout=PATIENCE,
         )
-        if torch.cuda.is_available():
-            # NCCL allocates its own memory at the first call, and later packs may leave none.
-            dist.all_reduce(torch.zeros(1, device="cuda"))
     _own = dist.get_rank(), count
     forget_torchrun()
     if not leads():
@@ -85,6 +82,29 @@ def joined() -> Iterator[None]:
     minimum(0)
     dist.destroy_process_group()
     _own = None
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work as a group of one while the context lasts: what the other processes do not share."""
+    global _own
+    before, _own = _own, None
+    try:
+        yield
+    finally:
+        _own = before
+
+
+def connect() -> None:
+    """Let NCCL allocate its own memory while there is some: it would at the first sum on GPUs.
+
+    Raises a Fault if it cannot connect them.
+    """
+    if size() > 1 and torch.cuda.is_available():
+        try:
+            dist.all_reduce(torch.zeros(1, device="cuda"))
+        except RuntimeError as error:
+            raise Fault(f"NCCL cannot connect the GPUs ({one_line(error, 300)})") from None
 
 
 def forget_torchrun() -> None:

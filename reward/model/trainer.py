@@ -167,8 +167,7 @@ class RewardTrainer(Trainer):
 
         If memory runs out, the step starts again with packs of half the size.
         """
-        if not model.training:
-            model.train()
+        model.train()
         step = inputs["step"]
         while (sums := self.attempt(step)) is None:
             largest, *_ = step.packs(self.tokens_per_pack)
@@ -278,6 +277,7 @@ class RewardTrainer(Trainer):
         """
         trainable, total = self.reward_model.get_nb_trainable_parameters()
         print(f"trainable  {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+        group.connect()
         checkpoint = group.folder_from_first(self.run.latest(), self.run.folder)
         if checkpoint:
             self.resume(checkpoint)
