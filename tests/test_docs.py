@@ -46,9 +46,13 @@ MOST_LINES = 200
 
 def test_files_have_the_same_line_ends_in_every_clone() -> None:
     """git may be set to write CRLF (core.autocrlf), and DVC hashes what is on disk."""
-    hashed = [path for path in TRACKED if not path.startswith("tests/bad/data/")]
-    found = git("check-attr", "eol", "--", *hashed).splitlines()
-    assert {line.rpartition(": ")[2] for line in found} == {"lf"}
+    found = git("check-attr", "text", "eol", "--", *TRACKED).splitlines()
+    assert len(found) == 2 * len(TRACKED)
+    for path, name, value in (line.split(": ") for line in found):
+        if path.startswith(("data/", "tests/bad/data/")):
+            assert name != "text" or value == "unset"
+        else:
+            assert (name, value) in (("text", "auto"), ("eol", "lf"))
 
 
 def blocks(text: str, language: str | None = None) -> list[str]:
