@@ -201,6 +201,7 @@ def test_revision_whose_rewards_are_not_in_the_cache_is_reported(
 LOCK = """
 stages:
   fetch: {{outs: [{{path: models/base, md5: b1}}]}}
+  preprocess: {{outs: [{{path: data/tokenized, md5: t9}}]}}
   train:
     deps: [{{path: models/base, md5: b1}}]
     outs: [{{path: models/adapter, md5: a2}}]
@@ -224,6 +225,16 @@ def test_rewards_of_a_model_before_are_refused(
     compare.rewards_of("workspace", None)
     compare.LOCK.write_text(LOCK.format(adapter="a1"), encoding="utf-8")
     with pytest.raises(Fault, match=r"^workspace: models/adapter has changed since evaluate ran"):
+        compare.rewards_of("workspace", None)
+
+
+@pytest.mark.parametrize("content", ["<<<<<<< HEAD", "", "schema: '2.0'", "stages:"])
+def test_broken_lock_is_reported(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    compare.LOCK.write_text(content, encoding="utf-8")
+    with pytest.raises(Fault, match=r"^workspace: dvc\.lock is broken, expected what"):
         compare.rewards_of("workspace", None)
 
 

@@ -103,16 +103,22 @@ def rewards_of(name: str, set_name: str | None) -> pa.Table:
 
 
 def require_current(name: str, read: Read) -> None:
-    """Raises a Fault if evaluate read outputs that another stage has since made anew.
+    """Raises a Fault if evaluate read a base or an adapter that has been made anew since.
 
-    For example, `dvc exp run train` leaves the evaluation of the model before. An evaluation in the
-    workspace may have been run without DVC, which then knows nothing of it.
+    For example, `dvc exp run train` leaves the evaluation of the model before. The test pairs are
+    not compared, because DVC records them as a part of an output. An evaluation in the workspace
+    may have been run without DVC, which then knows nothing of it.
     """
     if name == WORKSPACE and not LOCK.exists():
         return
-    stages = yaml.safe_load(content_of(LOCK, read))["stages"]
-    made = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", ())}
-    for dep in stages.get("evaluate", {}).get("deps", ()):
+    content = content_of(LOCK, read)
+    try:
+        stages = yaml.safe_load(content)["stages"]
+        made = {out["path"]: out["md5"] for each in stages.values() for out in each.get("outs", ())}
+        deps = stages.get("evaluate", {}).get("deps", ())
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        raise Fault(f"{name}: {LOCK} is broken, expected what dvc repro writes") from None
+    for dep in deps:
         if made.get(dep["path"], dep["md5"]) != dep["md5"]:
             raise Fault(
                 f"{name}: {dep['path']} has changed since evaluate ran, expected an evaluation of "
