@@ -569,8 +569,8 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     ),
     "attention of another library": (
         of("llama", "LlamaForCausalLM", _attn_implementation="flash_attention_2"),
-        'has "_attn_implementation": "flash_attention_2" in its config.json, with which it does '
-        "not load on every machine; set it to null in a local copy",
+        'has "_attn_implementation": "flash_attention_2" in its config.json, which not every '
+        "machine has; set it to null in a local copy",
     ),
     "a mask that the code needs": (
         of("axk2", "AXK2ForCausalLM"),

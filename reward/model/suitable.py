@@ -50,7 +50,7 @@ NOT_NEEDED = re.compile(r"^(lm_head|embed_out)\.|\.(rotary_emb\.inv_freq|attn\.m
 # The value of `pooling` with which the last token is read.
 LAST = "eos"
 OUTPUTS = "with which clients of the trained model get no rewards"
-IMPLEMENTATION = ((None, "eager", "sdpa"), "with which it does not load on every machine")
+IMPLEMENTATION = ((None, "eager", "sdpa"), "which not every machine has")
 # Keys of config.json, the values that they may have, the default first, and what others do.
 SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
     "output_attentions": ((False, None), OUTPUTS),
