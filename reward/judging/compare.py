@@ -106,8 +106,8 @@ def require_current(name: str, read: Read) -> None:
     """Raises a Fault if evaluate read a base or an adapter that has been made anew since.
 
     For example, `dvc exp run train` leaves the evaluation of the model before. The test pairs are
-    not compared, because DVC records them as a part of an output. An evaluation in the workspace
-    may have been run without DVC, which then knows nothing of it.
+    not compared, because DVC records them as a part of an output. A workspace without dvc.lock was
+    evaluated without DVC, so nothing is known of it.
     """
     if name == WORKSPACE and not LOCK.exists():
         return
