@@ -42,7 +42,7 @@ from reward import params
 from reward.data import tokenized
 from reward.data.tokens import Encoder, Template
 from reward.exporting import clients, clients_trl, gate, portable
-from reward.exporting.clients import CLIENT, FOUND, LEFT_OUT, PACKS, Request, fits, select
+from reward.exporting.clients import FOUND, LEFT_OUT, PACKS, Request, fits, select
 from reward.exporting.exported import Trained, load_exported, write_card, write_exported
 from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
 from reward.exporting.merging import SHARD, merged_weight, write_merged
@@ -794,11 +794,14 @@ def test_interpreter_may_be_relative_to_the_working_folder(
 def test_processes_other_than_the_first_only_score_packs(
     exported: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = exported(DEFAULT)
+    """They leave before the first one runs the other clients, which may take longer than a wait."""
+    folder, steps = exported(DEFAULT), []
     monkeypatch.setattr("reward.model.group.leads", lambda: False)
+    monkeypatch.setattr("reward.model.group.leave", lambda: steps.append("leave"))
+    monkeypatch.setattr(clients, "found_by", lambda client, _: steps.append(client.name))
     where, pairs, base = (str(folder / each) for each in (export.EXPORT, export.TEST, export.BASE))
-    found = clients.find(Request(where, pairs, base, "light", 4096, [0]))
-    assert set(found[CLIENT].to_pylist()) == {PACKS.name}
+    assert clients.find(Request(where, pairs, base, "light", 4096, [0])) is None
+    assert steps == [PACKS.name, "leave"]
 
 
 @pytest.mark.usefixtures("ready")

@@ -105,17 +105,17 @@ def handle(request: Request, output: Path) -> None:
     torch.set_num_threads(threads())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found = find(request)
-    if group.leads():
+    if (found := find(request)) is not None:
         with writing(output):
             pyarrow.parquet.write_table(found, output)
 
 
-def find(request: Request) -> pa.Table:
+def find(request: Request) -> pa.Table | None:
     """The rewards of the clients and, if the base is quantized, those on the original base.
 
     Clients that do not fit in memory are left out and named in the table's metadata. Several
-    processes share the packs; only the first one runs the other clients.
+    processes share the packs. Then the first one runs the other clients, and the others return
+    None.
     """
     folder, base = Path(request.folder), Path(request.base)
     dataset = tokenized.load(Path(request.pairs), base)
@@ -128,15 +128,17 @@ def find(request: Request) -> pa.Table:
     if exported_quantization(folder).bits == 4:
         clients.append(ORIGINAL)
     found, left_out = [found_by(PACKS, exported)], []
-    if group.leads():
-        with group.alone():
-            for client in clients[1:]:
-                fitting = fits(client, exported)
-                table = within_memory(found_by, client, exported) if fitting else None
-                if table is None:
-                    left_out.append(client.name)
-                else:
-                    found.append(table)
+    leads = group.leads()
+    group.leave()
+    if not leads:
+        return None
+    for client in clients[1:]:
+        fitting = fits(client, exported)
+        table = within_memory(found_by, client, exported) if fitting else None
+        if table is None:
+            left_out.append(client.name)
+        else:
+            found.append(table)
     return pa.concat_tables(found).replace_schema_metadata({LEFT_OUT: json.dumps(left_out)})
 
 

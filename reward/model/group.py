@@ -56,7 +56,7 @@ def leads() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the processes that torchrun has started, until all of them are done.
+    """Join the processes that torchrun has started, until all of them are done or `leave`.
 
     Only the first process prints.
     """
@@ -79,20 +79,16 @@ def joined() -> Iterator[None]:
     if not leads():
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     yield
-    minimum(0)
-    dist.destroy_process_group()
-    _own = None
+    leave()
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Work as a group of one while the context lasts: what the other processes do not share."""
+def leave() -> None:
+    """Leave the group once all its processes have come this far; each is then a group of one."""
     global _own
-    before, _own = _own, None
-    try:
-        yield
-    finally:
-        _own = before
+    if _own:
+        minimum(0)
+        dist.destroy_process_group()
+        _own = None
 
 
 def connect() -> None:
