@@ -509,7 +509,8 @@ def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
     lines = [
         "# Killed and resumed",
         "",
-        f"Written by `make torture` (seed {options.seed}); tools/torture.py describes the test.",
+        f"Written by `python -m tools.torture --kills {options.kills} --seed {options.seed}`; "
+        "tools/torture.py describes the test.",
         "",
     ]
     for title, key, names in (
