@@ -321,16 +321,16 @@ def target_modules(model: PreTrainedModel, names: set[str]) -> set[str]:
 def adaptable(model: PreTrainedModel) -> set[str]:
     """The names of the base's linear layers that can have an adapter.
 
-    In a mixture of experts, the routers are left out, and so are all layers whose names belong to
-    parts of experts. PEFT would adapt the fused experts in their place.
+    In a mixture of fused experts, the routers are left out, and so are all layers whose names
+    belong to parts of experts. PEFT would adapt the fused experts in their place.
     """
     paths = [
         name.split(".")
         for name, module in model.base_model.named_modules()
         if type(module) in LINEAR
     ]
-    is_mixture = any(each.dim() == 3 for each in model.base_model.parameters())
-    left_out = EXPERT_PARTS | ROUTERS if is_mixture else set()
+    fused = any(each.dim() == 3 for each in model.base_model.parameters())
+    left_out = EXPERT_PARTS | ROUTERS if fused else set()
     return {path[-1] for path in paths if left_out.isdisjoint(path)}
 
 
