@@ -21,7 +21,7 @@ import pytest
 
 from reward.process import processors
 from tests import support
-from tests.support import ROOT, run_clients_here, write_pairs
+from tests.support import PARAMS, ROOT, run_clients_here, write_pairs
 
 NEEDS = ("cuda", "browser")
 
@@ -111,8 +111,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with params.yaml, models/base and nothing else."""
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    """A working directory with the params.yaml of the tests, models/base and nothing else."""
+    shutil.copy(PARAMS, tmp_path)
     (tmp_path / "data" / "sets").mkdir(parents=True)
     (tmp_path / "models").mkdir()
     shutil.copytree(tiny_base, tmp_path / "models" / "base")
@@ -132,7 +132,7 @@ def complete(
     from stages import evaluate, export, fetch, preprocess, train
 
     folder = tmp_path_factory.mktemp("complete")
-    parameters = Path(shutil.copy(ROOT / "params.yaml", folder))
+    parameters = Path(shutil.copy(PARAMS, folder))
     support.set_params("base", parameters, name=str(tiny_base))
     steps = {"max_steps": 2, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}
     support.set_params("train", parameters, **steps)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
+PARAMS = ROOT / "tests" / "params.yaml"
 SetParams = Callable[..., None]
 GROUPS: dict[str, type[Any]] = {
     "base": Base,

@@ -69,6 +69,7 @@ from tests.support import (
     EXPORTED,
     FAMILIES,
     LATENT,
+    PARAMS,
     ROOT,
     SHAPE,
     fetched,
@@ -133,7 +134,7 @@ def evaluated(
         key = json.dumps(change)
         if key not in made:
             made[key] = folder = tmp_path_factory.mktemp("evaluated")
-            shutil.copy(ROOT / "params.yaml", folder)
+            shutil.copy(PARAMS, folder)
             for group, values in change.items():
                 set_params(group, folder / "params.yaml", **values)
             shutil.copytree(tiny_base, folder / "models" / "base")

@@ -14,7 +14,7 @@ from reward.outputs import read_json, write_json
 from reward.params import read_yaml
 from reward.process import Fault
 from reward.serving import judge
-from tests.support import ROOT
+from tests.support import PARAMS
 
 OUTPUT = Path("reports/judged/merged")
 
@@ -56,7 +56,7 @@ def test_judging_an_exported_model_matches_its_evaluation(
 
 
 def test_intervals_use_the_parameters_of_evaluate() -> None:
-    options = read_yaml(ROOT / "params.yaml")["evaluate"]
+    options = read_yaml(PARAMS)["evaluate"]
     found = judge.RESAMPLING
     assert (found.samples, found.seed) == (options["bootstrap_samples"], options["seed"])
 

@@ -9,7 +9,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import PARAMS, ROOT
 
 EDITABLE = "import setuptools.build_meta as build; build.build_editable('editable')"
 SCORES = """
@@ -29,8 +29,8 @@ def source(tmp_path: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("reward", "stages"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("LICENSE", "README.md", "params.yaml", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
+    for path in (*map(ROOT.joinpath, ("LICENSE", "README.md", "pyproject.toml")), PARAMS):
+        shutil.copy(path, folder)
     return folder
 
 
