@@ -29,6 +29,7 @@ from reward.model.base import (
     save,
     seal,
 )
+from reward.model.memory import TooLarge
 from reward.model.packing import Pack, Texts, pack, tokens
 from reward.model.scoring import as_in_transformers, rewards, score
 from reward.outputs import digests
@@ -82,6 +83,19 @@ def test_size_of_a_base_is_known_before_loading(
     monkeypatch.setattr(base, "memory", lambda: taken // 2)
     with pytest.raises(Fault, match=r"its weights take 0\.0 GB in .* free on the machine"):
         load_base(tiny_base, quantization)
+
+
+def test_memory_that_runs_out_while_weights_are_quantized_is_recognized(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers catches the error, and raises another one that does not mention memory."""
+
+    def quantized(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    monkeypatch.setattr(Params4bit, "to", quantized)
+    with pytest.raises(TooLarge, match="memory ran out while they were loaded"):
+        load_base(tiny_base, NF4)
 
 
 def quant_state(layer: Linear4bit) -> Any:

@@ -1,6 +1,7 @@
 """How running out of memory is recognized, so that a smaller pack is tried or a part left out."""
 
 from collections.abc import Callable
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from reward.process import Fault
 # which allocates its own memory for every thread that uses it.
 OUT_OF_MEMORY = (
     "can't allocate memory",
+    "CUDA out of memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "when calling `cublasCreate(",
@@ -28,7 +30,19 @@ def within_memory(work: Callable[..., Result], *arguments: Any, **named: Any) ->
         return work(*arguments, **named)
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        said = f"{error} {caught_while_loading(error)}"
+        if not known and not any(sign in said for sign in OUT_OF_MEMORY):
             raise
     torch.cuda.empty_cache()
     return None
+
+
+def caught_while_loading(error: Exception) -> str:
+    """The errors that transformers caught when it quantized or merged weights, or "".
+
+    It only logs them, and then raises a RuntimeError that does not say what they were.
+    """
+    for frame, _ in walk_tb(error.__traceback__):
+        if report := frame.f_locals.get("loading_info"):
+            return " ".join(getattr(report, "conversion_errors", {}).values())
+    return ""
