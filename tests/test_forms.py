@@ -167,12 +167,41 @@ def test_system_and_history_precede_prompts_and_whole_conversations() -> None:
         assert pair.answers[0] == (("assistant", "Because."),)
 
 
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize("earlier", ["history", "chat_history", "conversation_history"])
+def test_every_name_for_what_precedes_the_prompt_is_used(name: str, earlier: str) -> None:
+    record = PLAIN | {name: "Be brief.", earlier: [user("Hello."), answer("Hi!")]}
+    [[[found], _]] = pairs_of(record)
+    assert found["prompt"] == [system("Be brief."), user("Hello."), answer("Hi!"), user("Why?")]
+
+
+def test_two_different_system_messages_are_refused() -> None:
+    record = PLAIN | {"system": "Be brief.", "system_prompt": "Be kind."}
+    message = fault(form_of, record)
+    assert "system and system_prompt could each be the system message; " in message
+    assert message.endswith("{system: system} or x.jsonl: {system: system_prompt}")
+    pairs_of(record | {"system_prompt": "Be brief."})
+
+
+def test_what_the_prompt_repeats_is_used_once() -> None:
+    earlier = [user("Hello."), answer("Hi!")]
+    for record in (
+        PLAIN | {"history": [*earlier, user("Why?")]},
+        PLAIN | {"history": earlier, "input": "Why?"},
+        PLAIN | {"prompt": [*earlier, user("Why?"), answer("Because.")]},
+        {"messages": [*earlier, user("Why?"), answer("Because.")], "rejected": [answer("No.")]}
+        | {"chosen": [answer("Because.")]},
+    ):
+        [[[found], _]] = pairs_of(record)
+        assert found["prompt"] == [*earlier, user("Why?")]
+
+
 def test_system_column_that_repeats_the_system_message_is_used_once() -> None:
     messages = {"messages": [system("s"), user("q")], "system": "s"}
     record = {"chosen": "c", "rejected": "r"} | messages
     [[[found], _]] = pairs_of(record)
     assert found["prompt"] == [system("s"), user("q")]
-    with pytest.raises(BadRecord, match="'system' differs from"):
+    with pytest.raises(BadRecord, match="the system message differs from"):
         pairs_of(record | {"system": "t"})
 
 
@@ -265,6 +294,28 @@ def test_verdict_without_a_meaning_is_an_error_and_is_named(
 def test_verdict_on_another_scale_is_an_error(record: Record, inverted: str) -> None:
     with pytest.raises(UnknownVerdict, match=f" is {inverted}, expected "):
         pairs_of({"prompt": "Why?"} | record)
+
+
+def test_conversation_is_cut_after_the_turn_that_was_judged() -> None:
+    """All rows of MT-Bench's human judgments have both turns."""
+    record = {
+        "conversation_a": [user("Why?"), answer("A."), user("So?"), answer("C.")],
+        "conversation_b": [user("Why?"), answer("B."), user("So?"), answer("D.")],
+        "winner": "model_b",
+    }
+    for turn, length in ((1, 2), ("1", 2), (1.0, 2), (2, 4), (3, 4), (None, 4)):
+        [[[found], _]] = pairs_of(record | {"turn": turn})
+        assert found["chosen"] == record["conversation_b"][:length]
+        assert found["rejected"] == record["conversation_a"][:length]
+
+
+def test_post_or_article_is_the_prompt_of_a_summary() -> None:
+    record = {"summaries": [{"text": "A."}, {"text": "B."}], "choice": 1}
+    articles = [record | {"info": {"article": "An article."}}] * 2
+    for before in (0, 1, 120):
+        posts = [record | {"info": {"post": "A post.", "article": None}}] * before
+        form = recognize(Path("x.jsonl"), (posts + articles)[:100])
+        assert [form.read(each).prompt for each in articles] == ["An article."] * 2
 
 
 def test_missing_verdict_is_a_bad_record() -> None:
@@ -552,6 +603,23 @@ def test_prompt_of_helpsteer_with_several_turns_is_parsed() -> None:
     assert found["prompt"] == "Hi."
 
 
+def test_prompt_of_nemo_aligner_becomes_messages() -> None:
+    marks = "<extra_id_0>System\n{}\n<extra_id_1>User\nHi.\n<extra_id_1>Assistant\nHello!\n"
+    marks += "<extra_id_1>User\nWhy?\n<extra_id_1>Assistant\n"
+    for words, before in (("", []), ("Be brief.", [system("Be brief.")])):
+        record = {"prompt": marks.format(words), "chosen_response": "A.", "rejected_response": "B."}
+        [[[found], _]] = pairs_of(record)
+        assert found["prompt"] == [*before, user("Hi."), answer("Hello!"), user("Why?")]
+
+
+def test_dialogue_in_the_column_prompt_becomes_messages() -> None:
+    """Under the canonical names, too, as in DeepSpeed-Chat's data."""
+    prompt = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:"
+    [[[found], _]] = pairs_of({"prompt": prompt, "chosen": " Because.", "rejected": " No."})
+    assert found["prompt"] == [user("Hi."), answer("Hello!"), user("Why?")]
+    assert (found["chosen"], found["rejected"]) == ("Because.", "No.")
+
+
 def test_column_whose_name_has_a_dot_is_read_and_not_kept() -> None:
     names = ("a.text", "b.text", "best.label")
     meaning = Meaning(("A",), ("B",))
@@ -627,3 +695,54 @@ def test_recognition_looks_at_the_first_hundred_records(tmp_path: Path) -> None:
     path = write(tmp_path, *[empty] * 100, PLAIN)
     message = "chosen and rejected are empty in the first 100 records"
     assert message in fault(source_of, path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "entry"),
+    [
+        (("dispreferred", "preferred"), "chosen: preferred, rejected: dispreferred"),
+        (("less_preferred", "more_preferred"), "chosen: more_preferred, rejected: less_preferred"),
+        (("not_accepted", "accepted"), "chosen: accepted, rejected: not_accepted"),
+        (("unaccepted", "b"), "chosen: COLUMN, rejected: unaccepted"),
+        (("bad", "good"), "chosen: good, rejected: bad"),
+    ],
+)
+def test_suggestion_does_not_invert_the_verdict(columns: tuple[str, str], entry: str) -> None:
+    texts = dict.fromkeys(columns, "An answer in words.")
+    for names in (columns, columns[::-1]):
+        message = fault(form_of, {"prompt": "Why?"} | {name: texts[name] for name in names})
+        assert message.endswith(f"{{prompt: prompt, {entry}}}")
+
+
+def test_suggestion_prefers_answers_to_comments_on_them() -> None:
+    names = ("feedback_A", "feedback_B", "response_A", "response_B")
+    record = {"instruction": "Why?", "best": "A"} | dict.fromkeys(names, "Words, and more words.")
+    assert "answers: [response_A, response_B]" in fault(form_of, record)
+
+
+def test_prompt_of_whole_conversations_may_be_null(tmp_path: Path) -> None:
+    """In Capybara-DPO, the column prompt is not the first turn of the conversations."""
+    turns = [user("Hello."), answer("Hi!"), user("Why?")]
+    record = {
+        "prompt": "Why?",
+        "conversation": [{"input": "Hello.", "output": "Hi!"}],
+        "chosen": [*turns, answer("Because.")],
+        "rejected": [*turns, answer("No.")],
+    }
+    path = write(tmp_path, record)
+    assert fault(source_of, path).endswith(" or x.jsonl: {prompt: null}")
+    (tmp_path / "dataset.yaml").write_text("x.jsonl: {prompt: null}\n", encoding="utf-8")
+    [[found], _] = read_all(source_of(path))
+    assert found["chosen"] == record["chosen"]
+
+
+def test_answers_of_the_assistant_alone_are_no_conversations() -> None:
+    record = {"context_messages": [user("Why?")]}
+    record |= {"chosen": [answer("Because.")], "rejected": [answer("No.")]}
+    assert "{prompt: context_messages, chosen: chosen, rejected" in fault(form_of, record)
+
+
+def test_columns_that_begin_within_an_answer_are_not_taken_for_it() -> None:
+    whole = {f"full_{name}": f"First, think. {PLAIN[name]}" for name in ("chosen", "rejected")}
+    message = fault(form_of, PLAIN | whole)
+    assert "can be read as chosen and rejected or as full_chosen and full_rejected" in message

@@ -13,7 +13,7 @@ from itertools import combinations, product
 from typing import Any, Literal, NamedTuple, Protocol
 
 from reward.data.columns import TIE
-from reward.data.dialogue import as_messages, messages
+from reward.data.dialogue import as_messages, message, messages
 from reward.data.records import CERTAIN, PAIR, BadRecord, Comparison
 from reward.data.values import Columns, Record, is_absent, needed, plain, top, value_at
 
@@ -163,6 +163,8 @@ class Judged(Answers):
     second: str
     verdict: str
     meaning: Meaning
+    # The column with the number of the user's turn that was judged; later turns are left out.
+    turn: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -184,8 +186,23 @@ class Judged(Answers):
             raise UnknownVerdict(
                 f"{self.verdict} is {_shown(verdict)}, expected {self.meaning.description}"
             )
+        turn = record.get(self.turn) if self.turn else None
+        one, other = (until_turn(answer, turn) for answer in (one, other))
         better = [other, one] if sign < 0 else [one, other]
         return Compared(better, PAIR, [CERTAIN if sign else Comparison(0, 1, TIE)])
+
+
+def until_turn(answer: Any, turn: Any) -> Any:
+    """A conversation up to the end of a turn of the user's and its answer, counted from 1."""
+    number = plain(turn)
+    if not isinstance(answer, list) or not isinstance(number, int | float):
+        return answer
+    starts = [
+        place
+        for place, item in enumerate(answer)
+        if isinstance(item, dict) and message("", item).get("role") == "user"
+    ]
+    return answer[: starts[int(number)]] if 1 <= number < len(starts) else answer
 
 
 Order = Literal["ranks", "scores", "best_first"]

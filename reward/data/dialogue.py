@@ -20,8 +20,9 @@ SPEAKERS = {
 # HH has a few turns of "Hum:" where "Human:" was meant.
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Hum|Assistant):")
 FIRST_TURN = re.compile(r"\s*(?:Human|Hum):")
-# In HelpSteer2, between the turns of a prompt, which begins and ends with the user's.
-MARKED_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
+# In HelpSteer2, between the turns of a prompt, which begins and ends with the user's. NeMo-Aligner
+# marks the system message and the first turn, too, and ends with the assistant's.
+MARKED_TURN = re.compile(r"(?:\A|\n)<extra_id_[01]>(System|User|Assistant)\n")
 SENTENCE_END = re.compile(r"[。！？!?…；][」』”’）)]*")
 
 Message = dict[str, Any]
@@ -47,6 +48,15 @@ def are_spoken(value: Any) -> bool:
     return are_messages(listed) and any(
         "role" in item or (isinstance(item["from"], str) and item["from"] in SPEAKERS)
         for item in listed
+    )
+
+
+def are_conversations(value: Any) -> bool:
+    """Whether a value is a list of messages, and not all of them are the assistant's."""
+    return are_messages(value) and any(
+        message("", {keys[0]: item[keys[0]], keys[1]: ""})["role"] != "assistant"
+        for item in value
+        if (keys := spelling(item))
     )
 
 
@@ -117,15 +127,22 @@ def turns(text: str) -> list[Message]:
 
 
 def marked_turns(text: str) -> list[Message] | None:
-    """The messages of a prompt as in HelpSteer2; None if it has one turn."""
+    """The messages of a prompt as in HelpSteer2 or NeMo-Aligner; None without marks of turns.
+
+    An empty system message and an empty last turn are left out.
+    """
     first, *parts = MARKED_TURN.split(text)
     if not parts:
         return None
-    speakers, contents = ("User", *parts[::2]), (first, *parts[1::2])
-    return [
+    speakers, contents = parts[::2], parts[1::2]
+    if first or speakers[0] == "Assistant":
+        speakers, contents = ["User", *speakers], [first, *contents]
+    found = [
         {"role": speaker.lower(), "content": content}
         for speaker, content in zip(speakers, contents, strict=True)
     ]
+    found = [each for each in found if each["role"] != "system" or each["content"].strip()]
+    return found[:-1] if found[-1:] == [{"role": "assistant", "content": ""}] else found
 
 
 def shared_start(chosen: str, rejected: str) -> int:

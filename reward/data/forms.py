@@ -32,6 +32,8 @@ CONVERSATIONS = ("messages", "conversations", "conversation", "context", "dialog
 PROMPTS = ("prompt", *TEXTS, *CONVERSATIONS, "history", "input")
 # Columns that may repeat the chosen conversation.
 REPEATING = frozenset({"messages", "conversations", "conversation"})
+# summarize_from_feedback: the path to a post, and to an article in records without one.
+POST, ARTICLE = "info.post", "info.article"
 # Columns that a text model cannot see. A record with a value in one of them is bad.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -58,12 +60,18 @@ class Context:
         named = (self.prompt, self.input, self.system, self.history)
         return tuple(path for path in named if path)
 
+    @property
+    def tools(self) -> str:
+        """The path to the tools, which are beside the messages."""
+        column, _, key = (self.prompt or "").partition(".")
+        return f"{column}.{TOOLS}" if key == "messages" else TOOLS
+
     def prompt_of(self, record: Record) -> Any:
         """The prompt of a record: a text, a list of messages, or None. Raises BadRecord."""
         for name in MEDIA:
             if not is_absent(record.get(name)):
                 raise BadRecord("not_text", f"{name!r} has a value, expected text only")
-        prompt = value_at(record, self.prompt) if self.prompt else None
+        prompt = either(record, self.prompt) if self.prompt else None
         if spelling(prompt):
             prompt = [prompt]
         if isinstance(prompt, list):
@@ -85,7 +93,7 @@ class Context:
         more = value_at(record, self.input) if self.input else None
         if is_absent(more) or (isinstance(more, str) and not more.strip()):
             return prompt
-        if is_absent(prompt):
+        if is_absent(prompt) or more == prompt:
             return more
         if not isinstance(more, str) or not isinstance(prompt, str):
             raise BadRecord(
@@ -110,6 +118,12 @@ class Context:
             "wrong_type",
             f"{self.history!r} is not a list of [question, answer] lists or of messages",
         )
+
+
+def either(record: Record, path: str) -> Any:
+    """The value at a path; for a post, that of the article in a record without a post."""
+    found = value_at(record, path)
+    return value_at(record, ARTICLE) if path == POST and is_absent(found) else found
 
 
 # --- a form ----------------------------------------------------------------------------------
@@ -174,8 +188,9 @@ class Form:
         if self.grades.columns:
             comparisons = self.grades.graded(record, comparisons)
         kept = {name: value for name, value in record.items() if name not in self.used}
-        if TOOLS in kept:
-            kept[TOOLS] = _tools(kept[TOOLS])
+        tools = value_at(record, self.context.tools)
+        if TOOLS in kept or not is_absent(tools):
+            kept[TOOLS] = _tools(tools)
         prompt, answers = self._conversation(before, prompt, found, names)
         return Raw(prompt, answers, names, comparisons, kept)
 
@@ -185,7 +200,10 @@ class Form:
             if is_absent(value) or any(value == record.get(column) for column in self.used):
                 continue
             own = self.context.prompt or "a part of the answers"
-            raise BadRecord("several_kinds", f"{own} and {name} could both be the prompt")
+            raise BadRecord(
+                "several_kinds",
+                f"{own} and {name} could both be the prompt; name one in dataset.yaml",
+            )
 
     def _conversation(
         self, before: list[Any], prompt: Any, found: list[Any], names: Sequence[str]
@@ -193,8 +211,14 @@ class Form:
         """The prompt and the answers with role and content, after the earlier messages."""
         answers = [_answer(*each) for each in zip(names, found, strict=True)]
         prompt, answers = WHOLE_TEXTS[self.whole](prompt, answers, names)
-        if isinstance(prompt, str) and self.whole != "words" and not self.is_canonical:
-            prompt = turns(prompt) if awaits_assistant(prompt) else marked_turns(prompt) or prompt
+        if isinstance(prompt, str) and self.whole != "words":
+            if awaits_assistant(prompt):
+                answers = [each.strip() if isinstance(each, str) else each for each in answers]
+                prompt = turns(prompt)
+            elif not self.is_canonical:
+                prompt = marked_turns(prompt) or prompt
+        if isinstance(prompt, list) and _ends_with_one(prompt, answers):
+            prompt = prompt[:-1]
         if before:
             answers = [_after(before, prompt, answer) for answer in answers]
             if prompt is not None:
@@ -211,11 +235,16 @@ def _is_canonical(record: Record, looked_at: set[str]) -> bool:
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if is_absent(chosen) or is_absent(rejected):
         return True
+    prompt = record.get("prompt")
+    if isinstance(prompt, str) and awaits_assistant(prompt):
+        return False
+    if isinstance(prompt, list) and prompt and _has_role(prompt[-1], "assistant"):
+        return False
     for name in looked_at.intersection(record):
         value = record[name]
         if not is_absent(value) and not (name in REPEATING and value == chosen):
             return False
-    for value in (record.get("prompt"), chosen, rejected):
+    for value in (prompt, chosen, rejected):
         if type(value) is not str and value is not None and not _are_plain(value):
             return False
     return type(chosen) is type(rejected)
@@ -251,14 +280,29 @@ def _tools(value: Any) -> Any:
 
 
 def _joined(before: list[Any], prompt: list[Any]) -> list[Any]:
-    """The earlier messages, then those of the prompt. A system message in both appears once."""
+    """The earlier messages, then those of the prompt. What is in both appears once.
+
+    That may be the system message, and the user's last message.
+    """
     systems = [[each for each in part if _has_role(each, "system")] for part in (before, prompt)]
     if all(systems):
         if systems[0][0]["content"] != systems[1][0]["content"]:
-            raise BadRecord("prompt_differs", "'system' differs from the prompt's system message")
-        before = [each for each in before if not _has_role(each, "system")]
-        return [*prompt[:1], *before, *prompt[1:]]
+            raise BadRecord(
+                "prompt_differs", "the system message differs from the one in the prompt"
+            )
+        others = [each for each in before if not _has_role(each, "system")]
+        return [*prompt[:1], *_joined(others, prompt[1:])]
+    if before[-1:] == prompt[:1] and _has_role(before[-1], "user"):
+        before = before[:-1]
     return [*before, *prompt]
+
+
+def _ends_with_one(prompt: list[Any], answers: list[Any]) -> bool:
+    """Whether the last message of a prompt is one of the answers."""
+    return any(
+        _has_role(last, "assistant") and (last["content"] in answers or [last] in answers)
+        for last in prompt[-1:]
+    )
 
 
 def _has_role(item: Any, role: str) -> bool:

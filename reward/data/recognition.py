@@ -23,8 +23,25 @@ from reward.data.answers import (
     Order,
     Preferred,
 )
-from reward.data.dialogue import are_messages, are_spoken, has_turns, shared_start, spelling
-from reward.data.forms import CONVERSATIONS, PROMPTS, WHOLES, Context, Form, Whole, repeats
+from reward.data.dialogue import (
+    are_conversations,
+    are_messages,
+    are_spoken,
+    has_turns,
+    shared_start,
+    spelling,
+)
+from reward.data.forms import (
+    CONVERSATIONS,
+    POST,
+    PROMPTS,
+    WHOLES,
+    Context,
+    Form,
+    Whole,
+    either,
+    repeats,
+)
 from reward.data.suggestion import COLUMN, Unrecognized, entry_of, guessed_prompt, names_in, unknown
 from reward.data.values import (
     Columns,
@@ -49,6 +66,10 @@ PREFERRED = (
     Preferred("chosen_response", "rejected_response"),
     Preferred("response_j", "response_k"),
     Preferred("chosen_messages", "rejected_messages"),
+    # OpenAI's preference fine-tuning
+    Preferred("preferred_output", "non_preferred_output"),
+    # Math-Step-DPO, whose columns chosen and rejected begin in the middle of a solution
+    Preferred("full_chosen", "full_rejected"),
 )
 # ms-swift: the conversation including the chosen answer, and the rejected answer.
 CONTINUED: tuple[Answers, ...] = (
@@ -70,13 +91,22 @@ JUDGED = (
     # summarize_from_feedback
     Judged("summaries[0].text", "summaries[1].text", "choice", Meaning((0,), (1,))),
     # Chatbot Arena
-    Judged("conversation_a", "conversation_b", "winner", WINNER),
+    Judged("conversation_a", "conversation_b", "winner", WINNER, "turn"),
 )
 # PandaLM: the votes of several annotators.
 VOTED = Preferred("response1", "response2")
 VOTES = Grades(votes=("votes",), meaning=Meaning((1,), (2,), (0,)))
 # WebGPT comparisons
 SCORED = (Listed(("answer_0", "answer_1"), "scores", ("score_0", "score_1")),)
+# The columns before the answers: their keys in dataset.yaml, and the names that are recognized.
+BEFORE = {
+    "input": ("input",),
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history", "chat_history", "conversation_history"),
+}
+BEFORE_IN_WORDS = {"system": "system message", "history": "earlier turns"}
+# Where a prompt is if its column has objects: in WebGPT comparisons, and for OpenAI.
+INSIDE = ("full_text", "messages")
 # Lists of answers: their columns, and in answers that are objects, the keys of the text and of the
 # rank or score.
 LISTS = ("answers", "completions", "responses")
@@ -112,9 +142,10 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
         return Form(Context("prompt"), CANONICAL, description=CANONICAL.description)
     unread = Unrecognized(path, alone)
     answers = known.answers or _answers(columns, objects, unread)
-    context = _context(columns, answers, known, unread)
+    conversations = _hold_conversations(objects, answers)
+    context = _context(columns, answers, known, unread, conversations)
     whole = _whole(objects, context, answers, "prompt" in known.named)
-    if context.prompt is None and not whole and not _hold_conversations(objects, answers):
+    if context.prompt is None and not whole and not conversations:
         entry = entry_of(answers)
         ways, note = [guessed_prompt(columns, {"prompt": COLUMN} | entry)], ""
         if _whole(objects, context, answers, named=True):
@@ -123,7 +154,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
         raise unread.fault(
             f"none of the columns {names_in(columns)} is recognized as the prompt{note}", *ways
         )
-    if context.prompt is None and answers == CANONICAL:
+    if context.prompt is None and answers == CANONICAL and "prompt" not in known.named:
         context = replace(context, prompt="prompt")
     _require_decoded(path, objects, context.prompt, answers)
     form = Form(context, answers, _grades(columns, answers, known), whole)
@@ -286,27 +317,45 @@ def _is_unpaired(columns: Columns) -> bool:
 # --- the prompt ------------------------------------------------------------------------------
 
 
-def _context(columns: Columns, answers: Answers, known: Known, unread: Unrecognized) -> Context:
-    """The columns before the answers. Raises a Fault if two could be the prompt."""
+def _context(
+    columns: Columns, answers: Answers, known: Known, unread: Unrecognized, conversations: bool
+) -> Context:
+    """The columns before the answers, which may be whole `conversations`.
+
+    Raises a Fault if two columns could be the prompt, the system message or the earlier turns.
+    """
     given = known.context or Context()
     taken = {top(path) for path in answers.columns}
     prompt = given.prompt
     candidates = _prompts(columns, taken)
     if "prompt" not in known.named:
         if len(candidates) > 1:
+            paths = [*candidates.values(), *([None] if conversations else [])]
             raise unread.fault(
                 f"{' and '.join(candidates)} could each be the prompt",
-                *({"prompt": path} for path in candidates.values()),
+                *({"prompt": path} for path in paths),
             )
         found = [path for each, path in candidates.items() if _is_prompt(each, columns[each])]
         prompt = found[0] if found else None
     rest = {
-        each: getattr(given, each) if each in known.named else each
-        for each in ("input", "system", "history")
-        if each in known.named or (each not in taken and each != top(prompt or ""))
+        key: getattr(given, key) if key in known.named else _named(key, columns, unread, free)
+        for key in BEFORE
+        if (free := [each for each in BEFORE[key] if each not in (*taken, top(prompt or ""))])
+        or key in known.named
     }
     rivals = () if "prompt" in known.named else _rivals(prompt, taken)
     return Context(prompt, **rest, rivals=rivals)
+
+
+def _named(key: str, columns: Columns, unread: Unrecognized, names: list[str]) -> str:
+    """The column of these names that has values, by default the first."""
+    found = [name for name in names if name in columns]
+    if len(found) > 1 and any(columns[name] != columns[found[0]] for name in found):
+        raise unread.fault(
+            f"{' and '.join(found)} could each be the {BEFORE_IN_WORDS[key]}",
+            *({key: name} for name in found),
+        )
+    return [*found, *names][0]
 
 
 def _prompts(columns: Columns, taken: set[str]) -> dict[str, str]:
@@ -323,34 +372,25 @@ def _prompts(columns: Columns, taken: set[str]) -> dict[str, str]:
     for name in ("input", "history"):
         if len(found) > 1 and (name == "input" or _are_turns(columns.get(name, []))):
             found.pop(name, None)
-    if not found and "info" in columns:
-        # summarize_from_feedback: posts, and articles
-        path = next((key for key in ("post", "article") if are_texts(_inside(columns, key))), None)
-        found = {"info": f"info.{path}"} if path else {}
-    return found
-
-
-def _inside(columns: Columns, key: str) -> list[Any]:
-    return [value.get(key) for value in columns["info"] if isinstance(value, dict)]
+    posts = [either({"info": value}, POST) for value in columns.get("info", [])]
+    return {"info": POST} if not found and are_texts(posts) else found
 
 
 def _prompt_path(name: str, values: list[Any]) -> str:
     """The path to the texts or messages of a prompt column."""
-    # WebGPT comparisons
-    inside = all(isinstance(value, dict) and "full_text" in value for value in values)
-    return f"{name}.full_text" if inside else name
+    for key in INSIDE:
+        if all(isinstance(value, dict) and key in value for value in values):
+            return f"{name}.{key}"
+    return name
 
 
 def _is_prompt(name: str, values: list[Any]) -> bool:
     """Whether the values of the only column with a prompt's name can be prompts."""
-    if name in ("prompt", "info"):
+    if name in ("prompt", "info") or _prompt_path(name, values) != name:
         return True
     if all(are_messages(value) for value in values):
         return True
-    return name not in CONVERSATIONS and all(
-        isinstance(value, str) or (isinstance(value, dict) and "full_text" in value)
-        for value in values
-    )
+    return name not in CONVERSATIONS and all(isinstance(value, str) for value in values)
 
 
 def _are_turns(values: list[Any]) -> bool:
@@ -425,13 +465,13 @@ def _may_have_prompt(records: list[Record], answers: Answers, starts: list[str])
 
 
 def _hold_conversations(records: list[Record], answers: Answers) -> bool:
-    """Whether all answers are whole conversations, as messages."""
+    """Whether all answers are whole conversations, as messages, and not only the assistant's."""
     if isinstance(answers, Continued):
         return True
     for record in records:
         for path in answers.columns:
             value = value_at(record, path)
-            if not is_absent(value) and not are_messages(value):
+            if not is_absent(value) and not are_conversations(value):
                 return False
     return True
 

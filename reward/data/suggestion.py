@@ -18,7 +18,10 @@ COLUMN, VALUE, KEY = "COLUMN", "VALUE", "KEY"
 
 Entry = dict[str, Any]
 BETTER = ("chosen", "prefer", "better", "good", "accept", "positive", "win", "好", "优")
-WORSE = ("reject", "dispref", "worse", "bad", "negative", "lose", "loser", "差", "劣")
+WORSE = ("reject", "worse", "bad", "negative", "lose", "loser", "差", "劣")
+# A name such as non_preferred, less_preferred or unaccepted means the opposite of the word in it.
+NEGATED = re.compile(rf"(non|not|un|dis|less|least)[^a-z]*({'|'.join(BETTER)})")
+WRITTEN = ("answer", "response", "output", "completion", "summary", "reply", "回答", "答案")
 ASKED = ("prompt", "question", "query", "instruction", "input", "ask", "user", "问", "题", "指令")
 VERDICTS = ("prefer", "label", "winner", "better", "choice", "verdict", "vote", "best", "选", "胜")
 RANKERS = ("rank", "score", "rating")
@@ -111,9 +114,9 @@ def _guess(columns: Columns) -> tuple[Entry, list[str]]:
         # Answers are longer than the names of the models that wrote them.
         longest = max(lists, key=lambda name: len(json.dumps(columns[name], default=str)))
         return _guessed_order(columns, longest)
-    entry: Entry = {"prompt": COLUMN}
-    for key, words in (("chosen", BETTER), ("rejected", WORSE)):
-        entry[key] = _like([name for name in texts if name not in entry.values()], words) or COLUMN
+    worse = [name for name in texts if NEGATED.search(name.lower()) or _like([name], WORSE)]
+    better = _like([name for name in texts if name not in worse], BETTER)
+    entry = {"chosen": better or COLUMN, "rejected": worse[0] if worse else COLUMN}
     return guessed_prompt(columns, entry), []
 
 
@@ -178,7 +181,11 @@ def _like(names: list[str], words: tuple[str, ...]) -> str | None:
 
 
 def _twins(names: list[str]) -> tuple[str, str] | None:
-    """Two columns whose names differ only in a number or letter, as answer_a and answer_b do."""
+    """Two columns whose names differ only in a number or letter, as answer_a and answer_b do.
+
+    Those that are named like answers come first, before comments on answers, for example.
+    """
+    names = sorted(names, key=lambda name: not _like([name], WRITTEN))
     for one in names:
         for other in names:
             if len(one) == len(other) and one < other:
