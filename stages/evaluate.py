@@ -25,6 +25,7 @@ from reward.data.columns import (
     PROMPT_ID,
     RESPONSE,
     TEST_SET,
+    TEST_SPLIT,
 )
 from reward.data.rows import shown
 from reward.judging import page
@@ -91,7 +92,7 @@ def main() -> None:
         write_rewards(folder, table, sets, extra)
         for name, rows in curves(judged, resampling).items():
             write_json(folder / f"{name}.json", rows)
-        write_json(folder / "slices.json", slices_as_rows(figures))
+        write_json(folder / "slices.json", slices_to_plot(figures))
         write_page(folder / PAGE.name, sets, [table, *extra], figures)
         write_json(folder / "figures.json", figures)
     write_json(METRICS, headline(figures))
@@ -138,6 +139,11 @@ def curves(judged: Judged, resampling: Resampling) -> dict[str, list[Figures]]:
     }
 
 
+def slices_to_plot(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """The slices as the plots show them. DVC would put a `</script>` of a name into its page."""
+    return [row | {"slice": row["slice"].replace("<", "‹")} for row in slices_as_rows(figures)]
+
+
 def headline(figures: dict[str, Any]) -> dict[str, Any]:
     """The content of metrics/evaluate.json: the numbers by which runs are compared.
 
@@ -169,7 +175,7 @@ def write_page(
     figures: dict[str, Any],
 ) -> None:
     """Write the page of all judgements, where each extra test set is a slice."""
-    paths = {"test split": TEST} | {each.name: SETS / each.name for each in sets}
+    paths = {TEST_SPLIT: TEST} | {each.name: SETS / each.name for each in sets}
     marked = [
         table.append_column(TEST_SET, pa.array([name] * len(table)))
         for name, table in zip(paths, tables, strict=True)

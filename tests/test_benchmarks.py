@@ -70,10 +70,12 @@ def test_equal_rewards_are_wrong_in_rewardbench() -> None:
 
 
 def test_incomplete_benchmark_has_no_score() -> None:
-    found = rewardbench(lambda name: 1.0 if "easy" in name else -1.0, {"alpacaeval-easy": 3})
-    assert found
-    assert found["parts"] == {"Chat": 1, "Chat Hard": None, "Safety": None, "Reasoning": None}
-    assert found["score"] is None
+    """Neither has a section of which a subset is missing."""
+    for count, share in ((5, 1), (4, None)):
+        found = rewardbench(lambda name: 1.0, dict.fromkeys([*REWARDBENCH["Chat"]][:count], 3))
+        assert found
+        assert found["parts"] == dict.fromkeys(REWARDBENCH) | {"Chat": share}
+        assert found["score"] is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from reward.data.columns import PREFERENCE, TIE
 from reward.judging import compare
 from reward.judging.compare import Comparison, align, mcnemar, report
 from reward.process import Fault, run
@@ -111,6 +112,9 @@ def test_pairs_are_matched_by_id_and_others_are_left_out(
     assert "left out: 1 pair that only one of the two has judged" in capsys.readouterr().err
     with pytest.raises(Fault, match="have no judged pairs in common"):
         align(first, table([1.0], ["z"]), NAMES)
+    tied = first.append_column(PREFERENCE, pa.array([TIE] * 3))
+    with pytest.raises(Fault, match="have only ties in common"):
+        align(tied, tied, NAMES)
 
 
 def test_pair_that_is_twice_in_a_set_is_not_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -298,6 +298,37 @@ def test_rewardbench_set_has_a_score_and_a_slice_for_each_subset() -> None:
     assert "sets/bench/score" not in evaluate.headline(figures | {"sets": some})
 
 
+def test_odd_names_of_slices_neither_break_the_report_nor_the_plots(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kinds = ["</script><b>", "a\x1b[31m\nb", "long " * 100, "好"]
+    figures = measured(graded([1.0] * 4, [1.0] * 4, kind=kinds)) | {"sets": {}}
+    evaluation.report(figures, evaluate.TEST)
+    printed = capsys.readouterr().out
+    assert "  kind: a\\x1b[31m\\nb " in printed
+    assert "  kind: 好 " in printed
+    assert max(map(len, printed.splitlines())) < 130
+    assert not any("<" in row["slice"] for row in evaluate.slices_to_plot(figures))
+    assert "</script><b>" in figures["by"]["kind"]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "loss", "said"),
+    [
+        (None, None, "no finite temperature is best"),
+        (0.68, None, "temperature 0.68 is best, but too few errors to check it"),
+        (0.68, 0.25, "loss 0.2500 at temperature 0.68"),
+    ],
+)
+def test_report_says_which_temperature_is_best(
+    capsys: pytest.CaptureFixture[str], temperature: float | None, loss: float | None, said: str
+) -> None:
+    figures = measured(graded([1.0] * 4, [1.0] * 4)) | {"sets": {}}
+    figures["calibration"] |= {"temperature": temperature, "loss_at_temperature": loss}
+    evaluation.report(figures, evaluate.TEST)
+    assert f", {said}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_non_finite_rewards_stop_the_stage(
     judged: Callable[[Scorer], dict[str, Any]], broken: float

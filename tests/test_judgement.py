@@ -120,6 +120,21 @@ def test_interval_coverage_is_close_to_nominal(prompts: int) -> None:
     assert held / 300 > 0.89
 
 
+def test_prompts_with_few_of_the_pairs_count_less() -> None:
+    """With an accuracy of 0.95, prompts of very unequal sizes, and few errors to resample."""
+    draw, held, equal = np.random.default_rng(0), 0, np.ones(40)
+    for _ in range(300):
+        sizes = np.minimum(draw.pareto(1.2, 40) * 2 + 1, 200).astype(int)
+        names = np.repeat(np.arange(40), sizes)
+        right = draw.random(len(names)) < draw.beta(2.85, 0.15, 40)[names]
+        low, high = Resampling(300, 0).interval_of_share(right.astype(float), names)
+        held += low <= 0.95 <= high
+    assert held / 300 > 0.93
+    one_large = np.repeat(np.arange(40), [1000, *[1] * 39])
+    low, _ = RESAMPLING.interval_of_share(np.ones(len(one_large)), one_large)
+    assert low < RESAMPLING.interval_of_share(equal, np.arange(40))[0] / 10
+
+
 def test_accuracy_of_no_pairs_is_none() -> None:
     assert RESAMPLING.accuracy(random_judgement().take(np.zeros(60, dtype=bool))) == {"pairs": 0}
 
@@ -248,6 +263,13 @@ def test_temperature_is_none_without_a_finite_optimum(margins: list[float]) -> N
     assert judgement.temperature(with_margins(np.array(margins))) is None
 
 
+@pytest.mark.parametrize("scale", [1e-5, 1e5])
+def test_temperature_outside_of_the_searched_range_is_none(scale: float) -> None:
+    margins = np.array([1.0, 2.0, 3.0, -0.5])
+    assert judgement.temperature(with_margins(margins)) is not None
+    assert judgement.temperature(with_margins(margins * scale)) is None
+
+
 def test_one_dissenting_vote_gives_a_finite_temperature() -> None:
     right = pairs(np.ones(2), np.zeros(2), preference=np.array([1.0, 0.75]))
     assert judgement.temperature(right) == pytest.approx(1 / special.logit(0.875), rel=1e-3)
@@ -334,6 +356,12 @@ def test_histogram_counts_every_margin() -> None:
         low, high = row["margin"] - width / 2, row["margin"] + width / 2
         inside = sum(low < each < high for each in margin.tolist())
         assert abs(inside - row["pairs"]) <= 2  # bin centers are rounded
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-4, 1.0])
+def test_bins_of_small_margins_differ(scale: float) -> None:
+    rows = judgement.histogram(np.random.default_rng(0).normal(size=500) * scale)
+    assert len({row["margin"] for row in rows}) == len(rows)
 
 
 def test_spread_matches_a_plain_loop() -> None:

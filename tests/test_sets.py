@@ -148,6 +148,16 @@ def test_two_files_for_one_set_are_reported(encoder: Callable[[int], Encoder]) -
         read_sets(Path("data/sets"), encoder(100), drop=False)
 
 
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("name", ["test split", "index.json", "scratch.arrow"])
+def test_name_with_a_meaning_of_its_own_is_refused(
+    encoder: Callable[[int], Encoder], name: str
+) -> None:
+    write_set(Path(f"data/sets/{name}.jsonl"), PAIR)
+    with pytest.raises(Fault, match=f"data/sets has a set named '{name}', which means"):
+        read_sets(Path("data/sets"), encoder(100), drop=False)
+
+
 def test_missing_folder_is_reported(encoder: Callable[[int], Encoder]) -> None:
     with pytest.raises(
         Fault, match=r"preprocess.sets nowhere cannot be read: .*; expected a folder"

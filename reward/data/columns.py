@@ -21,6 +21,8 @@ REWARDS = ("reward_chosen", "reward_rejected")
 TOKENS = ("tokens_chosen", "tokens_rejected")
 MARGIN = "margin"
 TEST_SET = "test set"
+# The test split's name among the test sets.
+TEST_SPLIT = "test split"
 
 # A column of a record that has one of these names is kept as raw_<name>.
 RESERVED = (

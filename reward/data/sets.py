@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from reward.data import tokenized
+from reward.data.columns import TEST_SPLIT
 from reward.data.ledger import Ledger
 from reward.data.mapping import read_mapping
 from reward.data.reading import SUFFIXES, name_of
@@ -18,7 +19,7 @@ from reward.data.tokens import Encoder
 from reward.outputs import write_json, writing
 from reward.process import Fault
 
-INDEX = "index.json"
+INDEX, SCRATCH = "index.json", "scratch.arrow"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
     names = [name_of(path) for path in paths]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Fault(f"{folder} has two files for the set {twice[0]}, expected one per name")
+    if taken := sorted({TEST_SPLIT, INDEX, SCRATCH}.intersection(names)):
+        raise Fault(f"{folder} has a set named {taken[0]!r}, which means something else; rename it")
     return [read_set(path, encoder, drop) for path in paths]
 
 
@@ -109,7 +112,7 @@ def write_sets(
         folder.mkdir()
     index = {}
     for each in sets:
-        scratch = folder / "scratch.arrow"
+        scratch = folder / SCRATCH
         with tokenized.stream(scratch) as append:
             append(tokenized.batch(each.rows))
         everything = np.ones(len(each.ledger.file), dtype=bool)

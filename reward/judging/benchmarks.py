@@ -93,14 +93,14 @@ def scored(rule: str, parts: dict[str, float | None]) -> dict[str, Any]:
 
 
 def rewardbench(names: Labels, judged: Judged) -> dict[str, float | None]:
-    """The weighted accuracy of each section. Equal rewards count as wrong."""
-    result: dict[str, float | None] = {}
-    for section, counts in REWARDBENCH.items():
-        present = [name for name in counts if (names == name).any()]
-        won = [float((judged.margin[names == name] > 0).mean()) for name in present]
-        weights = [counts[name] for name in present]
-        result[section] = float(np.average(won, weights=weights)) if present else None
-    return result
+    """The weighted accuracy of each section that is complete. Equal rewards count as wrong."""
+    won = {name: float((judged.margin[names == name] > 0).mean()) for name in {*names.tolist()}}
+    return {
+        section: float(np.average([won[name] for name in counts], weights=[*counts.values()]))
+        if counts.keys() <= won.keys()
+        else None
+        for section, counts in REWARDBENCH.items()
+    }
 
 
 def rewardbench_2(names: Labels, records: Labels, judged: Judged) -> dict[str, float | None]:

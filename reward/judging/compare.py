@@ -97,7 +97,9 @@ def rewards_of(name: str, set_name: str | None) -> pa.Table:
             sets = ", ".join(sorted(judged)) or "none at all"
             raise Fault(f"--set is {set_name}, but the extra test sets of {name} are: {sets}")
     try:
-        return pyarrow.parquet.read_table(io.BytesIO(content_of(folder / file, read)))
+        # Without threads, because those of pyarrow may abort a process that exits at once.
+        content = io.BytesIO(content_of(folder / file, read))
+        return pyarrow.parquet.read_table(content, use_threads=False)
     except pa.ArrowException as error:
         raise Fault(f"{name}: {file} cannot be read ({error}); run dvc repro first") from None
 
@@ -154,12 +156,14 @@ def at_revision(name: str, path: Path) -> bytes:
 
 def align(first: pa.Table, second: pa.Table, names: tuple[str, str]) -> Comparison:
     """The pairs that both have judged, without ties, in the order of the first."""
+    common = {*first[ID].to_pylist()} & {*second[ID].to_pylist()}
     first, second = map(decided, (first, second))
     places = {key: index for index, key in enumerate(second[ID].to_pylist())}
     ids = first[ID].to_pylist()
     rows = [index for index, key in enumerate(ids) if key in places]
     if not rows:
-        raise Fault(f"{names[0]} and {names[1]} have no judged pairs in common, expected some")
+        problem = "have only ties" if common else "have no judged pairs"
+        raise Fault(f"{names[0]} and {names[1]} {problem} in common, expected pairs to compare")
     # A set may have the same pair twice, so its rows are not counted.
     if others := len(places.keys() ^ ids):
         print(

@@ -45,6 +45,8 @@ from reward.process import Fault, counted
 
 # The most values of a column that slices the pairs. RewardBench has 23 subsets.
 SLICE_VALUES = 30
+# The most characters of a slice's name in the printed report.
+WIDEST = 60
 
 Slices = dict[str, dict[str, Figures]]
 
@@ -232,6 +234,8 @@ def report(figures: dict[str, Any], read: Path) -> None:
     )
     fit, audit = figures["calibration"], figures["length"]
     corrected = "no finite temperature is best"
+    if fit["temperature"] is not None:
+        corrected = f"temperature {fit['temperature']:.3g} is best, but too few errors to check it"
     if fit["loss_at_temperature"] is not None:
         corrected = f"loss {fit['loss_at_temperature']:.4f} at temperature {fit['temperature']:.3g}"
     print(
@@ -251,14 +255,21 @@ def report(figures: dict[str, Any], read: Path) -> None:
     report_ties(figures["ties"])
     report_rankings(figures["rankings"])
     rows = slices_as_rows(figures)
-    width = max((len(row["slice"]) for row in rows), default=0)
-    for row in rows:
+    names = [shortened(row["slice"]) for row in rows]
+    width = max(map(len, names), default=0)
+    for name, row in zip(names, rows, strict=True):
         print(
-            f"  {row['slice']:<{width}}  {row['accuracy']:.4f} "
+            f"  {name:<{width}}  {row['accuracy']:.4f} "
             f"({row['low']:.4f} to {row['high']:.4f}) of {counted(row['pairs'], 'pair')}"
         )
     for name, found in figures["sets"].items():
         report_set(name, found)
+
+
+def shortened(name: str) -> str:
+    """A slice's name for one line of a terminal, which must not get control characters."""
+    shown = name if name.isprintable() else repr(name)[1:-1]
+    return shown if len(shown) <= WIDEST else f"{shown[: WIDEST - 1]}…"
 
 
 def report_ties(found: dict[str, Any]) -> None:
@@ -287,8 +298,10 @@ def report_set(name: str, found: dict[str, Any]) -> None:
     """Print the score of an extra test set by its leaderboard's rule, and what to know about it."""
     if scored := found["benchmark"]:
         parts = {"score": scored["score"]} | scored["parts"]
-        shown = (f"{part} {value:.4f}" for part, value in parts.items() if value is not None)
-        print(f"{name}: {', '.join(shown)}, by the rule of {scored['rule']}")
+        shown = [f"{part} {value:.4f}" for part, value in parts.items() if value is not None]
+        print(
+            f"{name}: {', '.join(shown) or 'no part is complete'}, by the rule of {scored['rule']}"
+        )
     if found["leaked"]:
         pairs = found["pairs"] + found["ties"]["pairs"]
         print(

@@ -5,6 +5,7 @@ P(chosen is preferred) = sigmoid(m) (Bradley and Terry 1952). Equal rewards coun
 tie, where people prefer neither answer, is never correct or wrong.
 """
 
+import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -134,13 +135,14 @@ class Resampling:
 
         Resamples of a few similar values say too little about unseen ones, so the interval reaches
         at least to the exact binomial bounds of prompts that are all correct or all wrong (Clopper
-        and Pearson 1934). A single prompt has the interval from 0 to 1.
+        and Pearson 1934). If a few prompts have most of the pairs, they count as fewer prompts
+        (Kish 1965, effective sample size). A single prompt has the interval from 0 to 1.
         """
-        count = len(np.unique(prompts))
-        if count < 2:
+        _, pairs = np.unique(prompts, return_counts=True)
+        if len(pairs) < 2:
             return 0.0, 1.0
         low, high = self.interval(right, prompts)
-        bound = 0.025 ** (1 / count)
+        bound = float(0.025 ** (np.square(pairs).sum() / pairs.sum() ** 2))
         return min(low, bound), max(high, 1 - bound)
 
     def of_prompts(self, values: Floats, least: float = 0.0) -> Figures:
@@ -266,7 +268,7 @@ def temperature(judged: Judged) -> float | None:
 
     The loss is convex in 1 / T. If no margin contradicts a vote, the loss falls as T goes to 0. If
     margins and votes disagree on average, it falls as T grows without limit. In both cases the
-    result is None.
+    result is None, and so it is if T is outside of the range that is searched.
     """
     margin, preference = judged.margin, judged.preference
     against = (margin < 0) | ((margin > 0) & (preference < 1))
@@ -278,7 +280,8 @@ def temperature(judged: Judged) -> float | None:
         method="bounded",
         options={"xatol": 1e-6},
     )
-    return float(np.exp(result.x))
+    found = float(np.exp(result.x))
+    return found if COLDEST * 1.001 < found < HOTTEST / 1.001 else None
 
 
 # --- ties ------------------------------------------------------------------------------------
@@ -336,9 +339,11 @@ def histogram(margin: Floats, bins: int = 30) -> list[Figures]:
     counts, edges = np.histogram(margin, bins=bins)
     width = edges[1] - edges[0]
     middles = edges[0] + width * (np.arange(-1, bins + 1) + 0.5)
+    # At least four, and more if the bins are so narrow that they would look alike.
+    digits = max(4, 2 - math.floor(math.log10(width)))
     return [
         {
-            "margin": round(float(middle), 4),
+            "margin": round(float(middle), digits),
             "density": count / (len(margin) * width),
             "pairs": count,
         }
