@@ -2,10 +2,11 @@
 
 import math
 import random
+from statistics import NormalDist
 
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 from reward.judging import metrics as judgement
@@ -44,7 +45,10 @@ def sigmoid(margin: float) -> float:
 
 
 def slow_interval(values: list[float], prompts: list[int], samples: int) -> tuple[float, float]:
-    """The middle 95% of means over prompts drawn with replacement, with all of their pairs."""
+    """The middle of the means over prompts drawn with replacement, with all of their pairs.
+
+    It is the middle 95%, widened by the ratio of a t interval to a normal one without n / (n - 1).
+    """
     draw = random.Random(1)
     names = sorted(set(prompts))
     means = []
@@ -56,7 +60,9 @@ def slow_interval(values: list[float], prompts: list[int], samples: int) -> tupl
             ]
         means.append(sum(found) / len(found))
     means.sort()
-    return means[int(0.025 * samples)], means[int(0.975 * samples)]
+    count = len(names)
+    tail = NormalDist().cdf(-((count / (count - 1)) ** 0.5) * stats.t(count - 1).ppf(0.975))
+    return means[int(tail * samples)], means[int((1 - tail) * samples)]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -117,7 +123,7 @@ def test_interval_coverage_is_close_to_nominal(prompts: int) -> None:
         right = draw.random(len(names)) < draw.beta(2.1, 0.9, prompts)[names]
         low, high = Resampling(300, 0).interval_of_share(right.astype(float), names)
         held += low <= 0.7 <= high
-    assert held / 300 > 0.89
+    assert held / 300 > 0.93
 
 
 def test_prompts_with_few_of_the_pairs_count_less() -> None:
@@ -263,11 +269,14 @@ def test_temperature_is_none_without_a_finite_optimum(margins: list[float]) -> N
     assert judgement.temperature(with_margins(np.array(margins))) is None
 
 
-@pytest.mark.parametrize("scale", [1e-5, 1e5])
-def test_temperature_outside_of_the_searched_range_is_none(scale: float) -> None:
+def test_temperature_grows_with_the_margins_and_has_a_limit() -> None:
     margins = np.array([1.0, 2.0, 3.0, -0.5])
-    assert judgement.temperature(with_margins(margins)) is not None
-    assert judgement.temperature(with_margins(margins * scale)) is None
+    found = judgement.temperature(with_margins(margins))
+    assert found is not None
+    for scale in (1e-9, 1e9):
+        scaled = judgement.temperature(with_margins(margins * scale))
+        assert scaled == pytest.approx(found * scale)
+    assert judgement.temperature(with_margins(np.array([1.0001, -1.0]))) is None
 
 
 def test_one_dissenting_vote_gives_a_finite_temperature() -> None:

@@ -23,7 +23,7 @@ Figures = dict[str, float]
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CONFIDENCE_BINS = 10
-# The range of temperatures in which the best one is searched for.
+# The range in which the best temperature is searched for, relative to the mean |margin|.
 COLDEST, HOTTEST = 1e-3, 1e3
 
 
@@ -113,18 +113,23 @@ class Resampling:
     def interval(self, values: Floats, prompts: Ints) -> tuple[float, float]:
         """95% interval of the mean: percentile bootstrap over prompts, not over pairs.
 
-        Pairs of one prompt are not independent draws (Efron and Tibshirani 1993, chapter 8). There
-        must be at least two prompts.
+        Pairs of one prompt are not independent draws (Efron and Tibshirani 1993, chapter 8).
+        Percentiles of a few prompts are too close, so they are expanded as a t interval would be
+        (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"). There must be at least
+        two prompts.
         """
         _, group_of = np.unique(prompts, return_inverse=True)
         pairs = np.bincount(group_of)
+        count = len(pairs)
+        tail = stats.norm.sf(math.sqrt(count / (count - 1)) * stats.t.ppf(0.975, count - 1))
         result = stats.bootstrap(
             (np.bincount(group_of, weights=values), pairs),
             lambda sums, sizes, axis: sums.sum(axis=axis) / sizes.sum(axis=axis),
             paired=True,
             vectorized=True,
             n_resamples=self.samples,
-            batch=max(1, 10_000_000 // len(pairs)),
+            batch=max(1, 10_000_000 // count),
+            confidence_level=1 - 2 * tail,
             method="percentile",
             rng=np.random.default_rng(self.seed),
         ).confidence_interval
@@ -268,20 +273,22 @@ def temperature(judged: Judged) -> float | None:
 
     The loss is convex in 1 / T. If no margin contradicts a vote, the loss falls as T goes to 0. If
     margins and votes disagree on average, it falls as T grows without limit. In both cases the
-    result is None, and so it is if T is outside of the range that is searched.
+    result is None. So it is if T is outside of the range that is searched, which is relative to
+    the mean |margin|.
     """
     margin, preference = judged.margin, judged.preference
     against = (margin < 0) | ((margin > 0) & (preference < 1))
     if not against.any() or not ((2 * preference - 1) * margin).mean() > 0:
         return None
+    size = np.abs(margin).mean()
     result = optimize.minimize_scalar(
-        lambda logarithm: losses(margin / np.exp(logarithm), preference).mean(),
+        lambda logarithm: losses(margin / size / np.exp(logarithm), preference).mean(),
         bounds=(np.log(COLDEST), np.log(HOTTEST)),
         method="bounded",
         options={"xatol": 1e-6},
     )
     found = float(np.exp(result.x))
-    return found if COLDEST * 1.001 < found < HOTTEST / 1.001 else None
+    return found * float(size) if COLDEST * 1.001 < found < HOTTEST / 1.001 else None
 
 
 # --- ties ------------------------------------------------------------------------------------
