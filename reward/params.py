@@ -33,6 +33,10 @@ GONE = {
 }
 
 
+# The groups that were loaded from each file, as they were then.
+_loaded: dict[tuple[Path, str], dict[str, Any]] = {}
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a value must be, in words and as a test of a value of the right type."""
@@ -59,6 +63,32 @@ def load(name: str, kind: type[Group], path: Path = Path("params.yaml")) -> Grou
     group.
     """
     values = _read(name, path)
+    _loaded[path, name] = values
+    return _typed(name, values, kind, path)
+
+
+def checked(name: str, kind: type[Group], path: Path = Path("params.yaml")) -> Group:
+    """The same for a stage whose outputs do not depend on the group. It may change meanwhile."""
+    return _typed(name, _read(name, path), kind, path)
+
+
+def changed() -> list[str]:
+    """The keys of the loaded groups that have other values now, each with both values.
+
+    Raises a Fault if a file cannot be read any more.
+    """
+    found = []
+    for (path, name), before in _loaded.items():
+        now = _read(name, path)
+        found += [
+            f"{name}.{key} from {as_written(before.get(key))} to {as_written(now.get(key))}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+    return found
+
+
+def _typed(name: str, values: dict[str, Any], kind: type[Group], path: Path) -> Group:
     hints = typing.get_type_hints(kind, include_extras=True)
     unknown = f"is unknown, expected one of {', '.join(hints)}"
     faults = [
@@ -144,13 +174,13 @@ def yaml_error(error: Exception) -> str:
     return one_line(error).replace('in "<byte string>",', "at")
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(file: Path | bytes) -> Any:
     """The document of a YAML file as DVC reads it, except that dates stay strings as written.
 
     Raises OSError, yaml.YAMLError for broken YAML and for keys that occur twice, and ValueError for
     a number without digits.
     """
-    return yaml.load(path.read_bytes(), _Loader)
+    return yaml.load(file.read_bytes() if isinstance(file, Path) else file, _Loader)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -1,6 +1,5 @@
-"""How the process of a stage starts and ends: one sentence for a fault, and no orphans."""
+"""How a process starts and ends: one sentence for a fault, and no orphans."""
 
-import argparse
 import json
 import logging
 import math
@@ -19,8 +18,6 @@ from pathlib import Path
 # launcher may have ended before this line runs.
 LAUNCHER = "REWARD_LAUNCHER"
 PARENT, STARTED = int(os.environ.get(LAUNCHER) or os.getppid()), time.monotonic()
-# The folders in which stages write their outputs.
-OUTPUTS = ("data", "metrics", "models", "reports")
 # The cgroup of a container, as seen from inside.
 GROUP = Path("/sys/fs/cgroup")
 
@@ -29,6 +26,14 @@ def is_command(arguments: Sequence[str]) -> bool:
     """Whether a Python command line runs a module of this project."""
     module = next((named for flag, named in pairwise(arguments) if flag == "-m"), "")
     return module.startswith(("stages.", "reward."))
+
+
+def loaded_modules() -> dict[str, Path]:
+    """The files of the modules of this project that are loaded; `main` is the one that was run."""
+    own = [name for name in sys.modules if name.startswith(("stages.", "reward."))]
+    modules = {name: sys.modules[name] for name in own} | {"main": sys.modules["__main__"]}
+    files = {name: getattr(module, "__file__", None) for name, module in modules.items()}
+    return {name: Path(file) for name, file in sorted(files.items()) if file}
 
 
 def see_one_gpu() -> None:
@@ -87,37 +92,6 @@ def counted(count: int, noun: str) -> str:
 def plural(noun: str, count: int) -> str:
     """The noun in its plural, unless the count is 1."""
     return noun if count == 1 else f"{noun}s"
-
-
-def run_stage(name: str, description: str | None, main: Callable[[], None]) -> None:
-    """Run the `main` of a stage. A stage reads params.yaml, so its only argument is --help."""
-    argparse.ArgumentParser(
-        prog=f"python -m {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="A stage takes its parameters from params.yaml. `dvc repro` runs all stages.",
-    ).parse_args()
-
-    def checked() -> None:
-        if STAGED:
-            require_inside()
-        main()
-
-    run(checked)
-
-
-def require_inside() -> None:
-    """Raises a Fault if a folder of outputs is a link that leads out of the project.
-
-    DVC refuses such outputs, but only when the stage is done.
-    """
-    for folder in map(Path, OUTPUTS):
-        if not folder.resolve().is_relative_to(Path.cwd()):
-            raise Fault(
-                f"{folder} is a link to {folder.resolve()}, but DVC records no outputs outside of "
-                "the project; make it a folder, and run dvc cache dir PATH if DVC's copies of the "
-                "outputs should be on another disk"
-            )
 
 
 def run(main: Callable[[], None]) -> None:

@@ -8,7 +8,6 @@ models/adapter. Writes metrics/evaluate.json and, in reports/evaluate, the rewar
 and a page with all judgements (index.html).
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from reward.data.columns import (
     TEST_SPLIT,
 )
 from reward.data.rows import shown
+from reward.groups import Evaluate
 from reward.judging import page
 from reward.judging.evaluation import (
     TestSet,
@@ -52,8 +52,8 @@ from reward.model.pairwise import margins
 from reward.model.rankings import rankings_of, sides
 from reward.model.scoring import require_exact, score
 from reward.outputs import whole_folder, write_json
-from reward.params import Positive, Seed
-from reward.process import Fault, run_stage, threads
+from reward.process import Fault, threads
+from reward.stage import run_stage
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -62,15 +62,6 @@ SETS = Path("data/tokenized/sets")
 REPORTS = Path("reports/evaluate")
 PAGE = REPORTS / "index.html"
 METRICS = Path("metrics/evaluate.json")
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """The group `evaluate` of params.yaml, which describes each key."""
-
-    tokens_per_pack: Positive
-    bootstrap_samples: Positive
-    seed: Seed
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ and the rewards must be those of the evaluation.
 import gc
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +25,12 @@ from datasets import Dataset
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import ID, TOKENS
-from reward.exporting import clients_trl, gate
+from reward.exporting import gate
 from reward.exporting.clients import FOUND, ORIGINAL, PACKS, Request, select
 from reward.exporting.exported import Trained, write_card, write_exported
 from reward.exporting.gate import LARGEST, MEDIAN, ByClient, Figures
 from reward.exporting.given import Client
+from reward.groups import Export, require_libraries
 from reward.model.base import DTYPES, Quantization
 from reward.outputs import (
     link_folder,
@@ -39,8 +40,8 @@ from reward.outputs import (
     whole_folder,
     write_json,
 )
-from reward.params import Positive, Seed, ZeroOrMore
-from reward.process import Fault, counted, processors, run_stage
+from reward.process import Fault, counted, processors
+from reward.stage import run_stage
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -54,23 +55,10 @@ METRICS = Path("metrics/export.json")
 TOKENS_PER_PACK = b"tokens_per_pack"
 
 
-@dataclass(frozen=True)
-class Export:
-    """The group `export` of params.yaml, which describes each key."""
-
-    merge: Literal["float32", "bfloat16", "none"]
-    clients: Literal["light", "all"]
-    pairs: Positive
-    seed: Seed
-    tolerance: ZeroOrMore
-    tolerance_in_half: ZeroOrMore
-
-
 def main() -> None:
     options = params.load("export", Export)
     quantization = params.load("quantization", Quantization)
-    if options.clients == "all":
-        clients_trl.require_libraries()
+    require_libraries(options)
     torch.set_num_threads(processors())
     evaluated = read_evaluated(tokenized.load(TEST, BASE))
     tokens_per_pack = packs_of(evaluated)

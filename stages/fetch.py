@@ -33,7 +33,8 @@ from reward.outputs import (
     writing,
 )
 from reward.params import Seed, Text
-from reward.process import Fault, counted, one_line, run_stage
+from reward.process import Fault, counted, one_line
+from reward.stage import run_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

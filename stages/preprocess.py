@@ -43,7 +43,8 @@ from reward.data.tokenized import Row
 from reward.data.tokens import Encoder, Template, as_array
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
-from reward.process import Fault, counted, run_stage
+from reward.process import Fault, counted
+from reward.stage import run_stage
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")

@@ -22,6 +22,7 @@ from transformers import set_seed
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import PROMPT_ID
+from reward.groups import require_usable
 from reward.model import checkpoints, group, trackers
 from reward.model.base import (
     Quantization,
@@ -65,7 +66,8 @@ from reward.outputs import (
     write_json,
 )
 from reward.params import AboveZero, Fraction, Positive, Rule, Switch
-from reward.process import Fault, counted, run_stage, threads
+from reward.process import Fault, counted, threads
+from reward.stage import run_stage
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -94,6 +96,7 @@ def main() -> None:
     options, lora = params.load("train", Train), params.load("lora", Lora)
     quantization = params.load("quantization", Quantization)
     require_possible(options)
+    require_usable()
     if options.report_to != "none" and group.leads():
         trackers.prepare(options.report_to)
     require_same_source()

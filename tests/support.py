@@ -21,6 +21,7 @@ from reward.data.columns import TIE
 from reward.data.records import Raw
 from reward.exporting import clients
 from reward.exporting.clients import FOUND, Request
+from reward.groups import Evaluate, Export
 from reward.model import layers
 from reward.model.base import Quantization
 from reward.model.checkpoints import Run
@@ -30,8 +31,6 @@ from reward.model.pairwise import Labels, losses
 from reward.model.trainer import RewardTrainer, Train
 from reward.outputs import read_json, write_json
 from stages import train
-from stages.evaluate import Evaluate
-from stages.export import Export
 from stages.fetch import Base, Source, convert_weights
 from stages.preprocess import Preprocess
 from stages.train import Lora

@@ -25,7 +25,7 @@ LAYERS = [
     {"exporting"},
     {"judging", "model"},
     {"data"},
-    {"process", "params", "outputs", "locks"},
+    {"process", "params", "outputs", "locks", "stage", "groups"},
 ]
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES: dict[str, Any] = PIPELINE["stages"]

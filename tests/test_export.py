@@ -41,11 +41,12 @@ from transformers.pytorch_utils import Conv1D
 from reward import params
 from reward.data import tokenized
 from reward.data.tokens import Encoder, Template
-from reward.exporting import clients, clients_trl, gate, portable
+from reward.exporting import clients, gate, portable
 from reward.exporting.clients import FOUND, LEFT_OUT, PACKS, Request, fits, select
 from reward.exporting.exported import Trained, load_exported, write_card, write_exported
 from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
 from reward.exporting.merging import SHARD, merged_weight, write_merged
+from reward.groups import Export
 from reward.model.base import (
     ALL_LINEAR,
     Quantization,
@@ -724,7 +725,7 @@ def test_missing_library_is_named_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_export(clients="all")
-    monkeypatch.setattr(clients_trl, "find_spec", lambda name: None)
+    monkeypatch.setattr("reward.groups.find_spec", lambda name: None)
     expected = "export.clients is all, but trl and sentence-transformers cannot be imported; run"
     with pytest.raises(Fault, match=expected):
         export.main()
@@ -946,7 +947,7 @@ def test_client_that_is_left_out_is_not_compared() -> None:
     found = found_by(PACKS, {"packs": dict(enumerate(EVALUATED.tolist()))})
     figures = gate.measure(leaving_out(found, "peft"), [PACKS, CLIENTS["peft"]], EVALUATED)
     assert (set(figures["clients"]), figures["left_out"]) == ({"packs"}, ["peft"])
-    group = export.Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
+    group = Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     compared = (figures["clients"], [PACKS, CLIENTS["peft"]], group)
     with pytest.raises(Fault, match="no client except packs fits in memory"):
         export.require_alike(*compared, Quantization.unquantized("float32"), deviation=1)
@@ -1048,7 +1049,7 @@ def test_figures_are_printed_as_a_table_with_warnings(capsys: pytest.CaptureFixt
 def test_rewards_may_differ_within_the_tolerance(
     client: str, merge: Any, dtype: Any, shift: float, key: str | None
 ) -> None:
-    group = export.Export(merge, "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
+    group = Export(merge, "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     quantization = Quantization(4, "nf4", False, dtype)
     rewards = paired([0, 1], [1.0, 0.0 + shift, 0.25, 0.5])
     found = {client: {"right": gate.difference(rewards, EVALUATED)}}
@@ -1075,7 +1076,7 @@ def test_tolerance_grows_with_the_rewards_except_for_packs(
     client: str, dtype: Any, shift: float, allowed: str | None
 ) -> None:
     """The default run in bf16, with a standard deviation of 4, differs by more than 0.25."""
-    group = export.Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
+    group = Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     rewards = paired([0, 1], [1.0, 0.0 + shift, 0.25, 0.5])
     found = {client: {"right": gate.difference(rewards, EVALUATED)}}
     given = (found, [CLIENTS[client]], group, Quantization.unquantized(dtype))
@@ -1111,7 +1112,7 @@ def test_single_expert_is_no_mixture(count: object) -> None:
 def test_few_texts_of_a_mixture_of_experts_may_differ_by_more_than_the_tolerance(
     client: str, rewards: list[float], fault: str | None
 ) -> None:
-    group = export.Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
+    group = Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     found = {client: {"right": gate.difference(paired([0, 1], rewards), EVALUATED, mixture=True)}}
     given = (found, [CLIENTS[client]], group, Quantization.unquantized("float32"))
     if fault is None:
@@ -1122,7 +1123,7 @@ def test_few_texts_of_a_mixture_of_experts_may_differ_by_more_than_the_tolerance
 
 
 def test_gate_fails_if_nothing_was_compared() -> None:
-    group = export.Export("float32", "all", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
+    group = Export("float32", "all", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     alike = gate.difference(paired([0, 1], [1.0, 0.0, 0.25, 0.5]), EVALUATED)
     found: gate.ByClient = {"packs": {"packs": alike}, "peft": {"right": {"pairs": 0}}}
     given = ([CLIENTS[name] for name in found], group, Quantization.unquantized("float32"))

@@ -7,11 +7,15 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
-from reward import process
+from reward import params, process
+from reward.params import Rule
+from reward.stage import run_stage
 from tests.support import ROOT
 
 STAGE = """
@@ -92,7 +96,7 @@ def test_stage_takes_no_argument_except_help(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["stage.py", argument])
     with pytest.raises(SystemExit) as ended:
-        process.run_stage("stages.stage", "What the stage does.", lambda: pytest.fail("it ran"))
+        run_stage("stages.stage", "What the stage does.", lambda: pytest.fail("it ran"))
     assert ended.value.code == status
     assert printed in "".join(capsys.readouterr())
 
@@ -109,14 +113,61 @@ def test_folder_of_outputs_that_leads_out_of_the_project_is_refused_before_the_w
     (tmp_path / "project" / "models").symlink_to(tmp_path / target)
     monkeypatch.chdir(tmp_path / "project")
     monkeypatch.setattr(sys, "argv", ["stages.train"])
+    monkeypatch.setattr(params, "_loaded", {})
     done = []
     for staged in (False, True):
-        monkeypatch.setattr(process, "STAGED", staged)
+        monkeypatch.setattr("reward.stage.STAGED", staged)
         with pytest.raises(SystemExit) if staged and target == "elsewhere" else nullcontext():
-            process.run_stage("stages.train", None, lambda: done.append(True))
+            run_stage("stages.train", None, lambda: done.append(True))
     assert len(done) == (1 if target == "elsewhere" else 2)
     message = f"models is a link to {tmp_path}/elsewhere, but DVC records no outputs outside of the"
     assert (message in capsys.readouterr().err) == (target == "elsewhere")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of params.yaml with one key."""
+
+    rank: Annotated[int, Rule("an integer")]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "found"),
+    [
+        ("params.yaml", "a: {rank: 2}\n", "a: {rank: 2}\nb: {}\n", ""),
+        ("params.yaml", "a: {rank: 2}\n", "a: {rank: 3}\n", "a.rank from 2 to 3; DVC would record"),
+        ("code.py", "x = 1\n", "x = 2\n", "code.py; DVC would record"),
+    ],
+)
+def test_outputs_are_not_recorded_for_what_has_changed_while_they_were_made(
+    name: str,
+    before: str,
+    after: str,
+    found: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """DVC reads parameters and code again when a stage is done, and records what it then finds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["stages.train"])
+    monkeypatch.setattr(params, "_loaded", {})
+    monkeypatch.setattr("reward.stage.loaded_modules", lambda: {"main": tmp_path / "code.py"})
+    Path("code.py").touch()
+    Path("params.yaml").write_text("a: {rank: 2}\n", encoding="utf-8")
+
+    def main() -> None:
+        params.load("a", Group)
+        Path(name).write_text(after, encoding="utf-8")
+
+    for staged in (False, True):
+        Path(name).write_text(before, encoding="utf-8")
+        monkeypatch.setattr("reward.stage.STAGED", staged)
+        with pytest.raises(SystemExit) if staged and found else nullcontext():
+            run_stage("stages.train", None, main)
+    said = capsys.readouterr().err
+    assert said.startswith(f"changed since the stage began: {found}" if found else "")
+    assert bool(said) == bool(found)
 
 
 def test_bug_shows_its_traceback(tmp_path: Path) -> None:

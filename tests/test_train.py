@@ -688,6 +688,28 @@ def test_tracker_that_is_not_installed_is_named_before_the_model_is_loaded(
         train.main()
 
 
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        ("evaluate", {"bootstrap_samples": 0}, "evaluate.bootstrap_samples is 0, must be a posit"),
+        ("export", {"merge": "fp16"}, "export.merge is 'fp16', must be one of float32, bfloat16"),
+        ("export", {"clients": "all"}, "export.clients is all, but trl and sentence-transformers"),
+    ],
+)
+def test_value_that_a_later_stage_refuses_ends_training_before_the_model_is_loaded(
+    set_params: SetParams,
+    monkeypatch: pytest.MonkeyPatch,
+    group: str,
+    values: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("reward.groups.find_spec", lambda name: None)
+    monkeypatch.delattr(train, "build")
+    set_params(group, **values)
+    with pytest.raises(Fault, match=message):
+        train.main()
+
+
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit"])
 def test_cuda_optimizers_fall_back_with_one_line(
     tmp_path: Path,

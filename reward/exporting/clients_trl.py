@@ -5,7 +5,6 @@ They get the same input as the light ones (`given.py`). Their libraries are impo
 
 from collections.abc import Callable, Sequence
 from contextlib import chdir
-from importlib.util import find_spec
 from typing import Any
 
 import pyarrow as pa
@@ -29,19 +28,6 @@ from reward.exporting.given import (
     paired,
 )
 from reward.model.base import device, keep_weights_unpacked
-from reward.process import Fault
-
-LIBRARIES = {"trl": "trl", "sentence_transformers": "sentence-transformers"}
-
-
-def require_libraries() -> None:
-    """Raises a Fault if a library that the heavy clients need is not installed."""
-    missing = [name for module, name in LIBRARIES.items() if find_spec(module) is None]
-    if missing:
-        raise Fault(
-            f"params.yaml: export.clients is all, but {' and '.join(missing)} cannot be imported; "
-            f"run pip install {' '.join(missing)} or set export.clients to light"
-        )
 
 
 def cross_encoder_merged(exported: Exported) -> Score:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,7 +24,7 @@ from reward.locks import hold
 from reward.model import group
 from reward.outputs import digest, digests, read_json, whole_folder, write_json, writing
 from reward.params import read_yaml
-from reward.process import Fault
+from reward.process import Fault, loaded_modules
 
 DIGESTS = "digests.json"
 KEPT_STEPS = 2
@@ -42,16 +41,10 @@ def fingerprint(params: dict[str, Any], inputs: list[Path]) -> str:
 
     Raises a Fault if they differ between processes.
     """
-    code = {
-        name: digest(Path(module.__file__))
-        for name, module in sorted(sys.modules.items())
-        if name.startswith(("stages.", "reward.")) and module.__file__
-    }
-    main = getattr(sys.modules["__main__"], "__file__", None)
     content = {
         "params": params,
         "inputs": [digests(path) if path.is_dir() else digest(path) for path in inputs],
-        "code": code | ({"main": digest(Path(main))} if main else {}),
+        "code": {name: digest(path) for name, path in loaded_modules().items()},
         "libraries": {name: version(name) for name in LIBRARIES},
     }
     group.require_same(content)
