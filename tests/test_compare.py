@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,31 @@ def test_rewards_of_a_model_before_are_refused(
     compare.rewards_of("workspace", None)
     compare.LOCK.write_text(LOCK.format(adapter="a1"), encoding="utf-8")
     with pytest.raises(Fault, match=r"^workspace: models/adapter has changed since evaluate ran"):
+        compare.rewards_of("workspace", None)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ("{rate: 1e-05, rank: 2}", None),
+        ("{rate: 0.00001, rank: 2}", None),
+        ("{rate: 1e-05, rank: 3}", "train.rank in params.yaml changed since evaluate ran"),
+        ("{rate: 1e-05}", "train.rank in params.yaml changed since evaluate ran"),
+        ("[", "params.yaml is broken, expected the parameters of evaluate"),
+        ("2", "params.yaml is broken, expected the parameters of evaluate"),
+    ],
+)
+def test_rewards_of_other_parameters_are_refused(
+    values: str, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an edit, or of an experiment that is still in the queue."""
+    monkeypatch.chdir(tmp_path)
+    compare.REPORTS.mkdir(parents=True)
+    pq.write_table(table([1.0]), compare.REPORTS / "rewards.parquet")
+    trained = "  train: {params: {params.yaml: {train: {rate: 1e-05, rank: 2}}}, outs: []}\n"
+    compare.LOCK.write_text(f"stages:\n{trained}", encoding="utf-8")
+    compare.PARAMS.write_text(f"train: {values}\nexport: {{a: 1}}\n", encoding="utf-8")
+    with pytest.raises(Fault, match=f"^workspace: {found}") if found else nullcontext():
         compare.rewards_of("workspace", None)
 
 

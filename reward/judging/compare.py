@@ -12,7 +12,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,14 @@ from scipy import stats
 
 from reward.data.columns import ID, MARGIN, PREFERENCE, PROMPT_ID, TIE
 from reward.judging.metrics import Floats, Ints, Resampling, correct
+from reward.params import read_yaml
 from reward.process import Fault, counted, one_line, run
 
-REPORTS, LOCK = Path("reports/evaluate"), Path("dvc.lock")
+REPORTS, LOCK, PARAMS = Path("reports/evaluate"), Path("dvc.lock"), Path("params.yaml")
+# The stages whose parameters determine an evaluation.
+BEFORE = ("fetch", "preprocess", "train", "evaluate")
+# What reading a YAML file raises that is not what was expected.
+BROKEN = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError)
 FIGURES = "figures.json"
 WORKSPACE = "workspace"
 Read = Callable[[Path], bytes]
@@ -105,27 +110,56 @@ def rewards_of(name: str, set_name: str | None) -> pa.Table:
 
 
 def require_current(name: str, read: Read) -> None:
-    """Raises a Fault if evaluate read a base or an adapter that has been made anew since.
+    """Raises a Fault unless the evaluation is that of the model and the parameters that are there.
 
-    For example, `dvc exp run train` leaves the evaluation of the model before. The test pairs are
-    not compared, because DVC records them as a part of an output. A workspace without dvc.lock was
-    evaluated without DVC, so nothing is known of it.
+    For example, `dvc exp run train` leaves the evaluation of the model before, and an experiment
+    that has not run has the one of the commit that it began with. The test pairs are not compared,
+    because DVC records them as a part of an output. A workspace without dvc.lock was evaluated
+    without DVC, so nothing is known of it.
     """
     if name == WORKSPACE and not LOCK.exists():
         return
     content = content_of(LOCK, read)
     try:
-        stages = yaml.safe_load(content)["stages"]
+        stages = read_yaml(content)["stages"]
         made = {out["path"]: out["md5"] for each in stages.values() for out in each.get("outs", ())}
         deps = stages.get("evaluate", {}).get("deps", ())
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        used = {group: values for stage in BEFORE for group, values in groups_of(stages, stage)}
+    except BROKEN:
         raise Fault(f"{name}: {LOCK} is broken, expected what dvc repro writes") from None
+    if used:
+        require_same(name, used, read)
     for dep in deps:
         if made.get(dep["path"], dep["md5"]) != dep["md5"]:
             raise Fault(
                 f"{name}: {dep['path']} has changed since evaluate ran, expected an evaluation of "
                 "it; run dvc repro or dvc exp run without the name of a stage"
             )
+
+
+def groups_of(stages: dict[str, Any], stage: str) -> Iterable[tuple[str, Any]]:
+    """The groups of params.yaml with which a stage ran, by dvc.lock."""
+    groups: dict[str, Any] = stages.get(stage, {}).get("params", {}).get(str(PARAMS), {})
+    return groups.items()
+
+
+def require_same(name: str, used: dict[str, Any], read: Read) -> None:
+    """Raises a Fault if params.yaml has other values than those with which the stages ran."""
+    try:
+        here = read_yaml(content_of(PARAMS, read)) or {}
+        changed = [
+            f"{group}.{key}"
+            for group, values in used.items()
+            for key in sorted(values.keys() | here[group].keys())
+            if values.get(key) != here[group].get(key)
+        ]
+    except BROKEN:
+        raise Fault(f"{name}: {PARAMS} is broken, expected the parameters of evaluate") from None
+    if changed:
+        raise Fault(
+            f"{name}: {', '.join(changed)} in {PARAMS} changed since evaluate ran, expected an "
+            "evaluation with these parameters; run dvc repro, or wait until the experiment has run"
+        )
 
 
 def content_of(path: Path, read: Read) -> bytes:
