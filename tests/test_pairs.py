@@ -19,7 +19,7 @@ import pytest
 
 from reward.data import reading
 from reward.data import records as pairs
-from reward.data.reading import files, place_of, read
+from reward.data.reading import files, other_names, place_of, read
 from reward.data.records import BadRecord, Comparison, Messages, Raw, check, hash64
 from reward.data.splitting import (
     Ballots,
@@ -184,6 +184,20 @@ def test_files_of_a_folder_are_sorted_by_name(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     (tmp_path / "d.json").mkdir()
     assert [path.name for path in files(tmp_path)] == ["a.jsonl.gz", "b.json", "c.parquet"]
+
+
+def test_metadata_of_a_data_set_is_not_read(tmp_path: Path) -> None:
+    """A folder as `hf download` or `save_to_disk` of datasets writes it."""
+    names = ["dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"]
+    for name in names:
+        (tmp_path / name).write_text('{\n "splits": ["train"]\n}')
+    (tmp_path / "data").mkdir()
+    with pytest.raises(Fault, match=r"has no preference file \(files in data/ are not read\)"):
+        files(tmp_path)
+    (tmp_path / "p.json").touch()
+    assert files(tmp_path) == [tmp_path / "p.json"]
+    assert other_names(tmp_path) == ["data/", *names]
+    assert files(tmp_path / "state.json") == [tmp_path / "state.json"]
 
 
 @pytest.mark.parametrize("name", ["nothing.json", "notes.txt", "empty"])

@@ -31,6 +31,8 @@ SUFFIXES = (
 FUNCTIONS = (TOOLS, "tool_calls")
 # Files in a folder that are neither read nor reported as not read.
 OTHERS = re.compile(r"\.|(readme|license|dataset\.ya?ml)|.*\.dvc$", re.IGNORECASE)
+# What the Hub and save_to_disk of datasets put next to the data.
+METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 CHUNK = 1 << 20
 # At most this many characters are read to describe an object over several lines in the message.
 LONGEST_OBJECT = 1 << 26
@@ -53,11 +55,16 @@ def files(path: Path) -> list[Path]:
     except OSError as error:
         raise Fault(f"{path} cannot be read: {error.strerror}; expected preference pairs") from None
     if not path.is_file():
-        found = [child for child in found if child.name.endswith(SUFFIXES)]
+        found = [child for child in found if _has_records(child)]
     if not found or (not path.name.endswith(SUFFIXES) and path.is_file()):
         problem = "is not a preference file" if found else f"has no preference file{_folders(path)}"
         raise Fault(f"{path} {problem}, expected a name that ends in {', '.join(SUFFIXES)}")
     return found
+
+
+def _has_records(file: Path) -> bool:
+    """Whether a file in a folder is a preference file, by its name."""
+    return file.name.endswith(SUFFIXES) and file.name not in METADATA
 
 
 def _folders(path: Path) -> str:
@@ -75,7 +82,7 @@ def other_names(path: Path) -> list[str]:
     return [
         child.name + "/" * child.is_dir()
         for child in found
-        if not OTHERS.match(child.name) and not (child.is_file() and child.name.endswith(SUFFIXES))
+        if not OTHERS.match(child.name) and not (child.is_file() and _has_records(child))
     ]
 
 
