@@ -19,7 +19,7 @@ import pytest
 
 from reward.data import reading
 from reward.data import records as pairs
-from reward.data.reading import files, other_names, place_of, read
+from reward.data.reading import SUFFIXES, files, other_names, place_of, read
 from reward.data.records import BadRecord, Comparison, Messages, Raw, check, hash64
 from reward.data.splitting import (
     Ballots,
@@ -313,6 +313,37 @@ def test_broken_parquet_is_a_fault(tmp_path: Path, end: int) -> None:
     pq.write_table(pa.Table.from_pylist(RECORDS), path)
     path.write_bytes(path.read_bytes()[:end])
     fault(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+            "a Git LFS pointer, expected preference pairs; git lfs pull fetches the file",
+        ),
+        (
+            b"\n<!DOCTYPE html>\n<html><body>Sign in, please</body></html>",
+            "an HTML page, expected preference pairs; download the file itself",
+        ),
+        (
+            b"\xef\xbb\xbf<html><body>404</body></html>",
+            "an HTML page, expected preference pairs; download the file itself",
+        ),
+        (
+            b"PK\x03\x04\x14\x00",
+            "a zip file, expected preference pairs; "
+            "unpack it, or save a spreadsheet as CSV in UTF-8",
+        ),
+    ],
+)
+def test_other_file_under_the_name_of_the_data_is_named(
+    tmp_path: Path, suffix: str, content: bytes, found: str
+) -> None:
+    path = tmp_path / f"p{suffix}"
+    path.write_bytes(content)
+    assert fault(path) == f"{path} is {found}"
 
 
 # --- tables ----------------------------------------------------------------------------------

@@ -33,6 +33,13 @@ FUNCTIONS = (TOOLS, "tool_calls")
 OTHERS = re.compile(r"\.|(readme|license|dataset\.ya?ml)|.*\.dvc$", re.IGNORECASE)
 # What the Hub and save_to_disk of datasets put next to the data.
 METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+# What is often saved under the name of the data: how it begins in lower case, what it is, and what
+# helps.
+IMPOSTORS = (
+    ((b"version https://git-lfs",), "a Git LFS pointer", "git lfs pull fetches the file"),
+    ((b"<!doctype html", b"<html"), "an HTML page", "download the file itself"),
+    ((b"pk\x03\x04",), "a zip file", "unpack it, or save a spreadsheet as CSV in UTF-8"),
+)
 CHUNK = 1 << 20
 # At most this many characters are read to describe an object over several lines in the message.
 LONGEST_OBJECT = 1 << 26
@@ -99,6 +106,7 @@ def read(path: Path) -> Iterator[tuple[int, Any]]:
     """
     position = 0
     try:
+        _refuse_impostor(path)
         for position, record in _reader(path)(path):
             yield position, record
     except UnicodeDecodeError:
@@ -112,6 +120,15 @@ def read(path: Path) -> Iterator[tuple[int, Any]]:
         ) from None
     if not position:
         raise Fault(f"{path} has no records, expected preference pairs")
+
+
+def _refuse_impostor(path: Path) -> None:
+    """Raise a Fault for a file that is not the data, but was saved under its name."""
+    with path.open("rb") as file:
+        start = file.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    for starts, what, advice in IMPOSTORS:
+        if start.startswith(starts):
+            raise Fault(f"{path} is {what}, expected preference pairs; {advice}")
 
 
 def place_of(path: Path, position: int) -> str:
