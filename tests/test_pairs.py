@@ -131,6 +131,26 @@ def test_parquet_messages_give_the_same_id_as_json(tmp_path: Path) -> None:
     assert check(contents(tmp_path / "p.parquet")[0]) == check(record)
 
 
+@pytest.mark.parametrize(
+    ("type_", "stored"),
+    [
+        (pa.timestamp("us"), 1 << 58),
+        (pa.date32(), 10_000_000),
+        (pa.duration("s"), 1 << 60),
+        (pa.timestamp("ms", "Mars/Olympus"), 5),
+    ],
+)
+def test_times_that_python_lacks_do_not_stop_a_parquet_file(
+    tmp_path: Path, type_: pa.DataType, stored: int
+) -> None:
+    path = tmp_path / "p.parquet"
+    times = pa.array([None, None, stored], type_)
+    pq.write_table(pa.Table.from_pylist(RECORDS).append_column("time", times), path)
+    read_as = [None, None, stored]
+    expected = [record | {"time": time} for record, time in zip(RECORDS, read_as, strict=True)]
+    assert list(read(path)) == list(enumerate(expected, start=1))
+
+
 @pytest.mark.parametrize("form", [as_array, as_lines])
 def test_bom_and_crlf_change_nothing(tmp_path: Path, form: Callable[[list[Any]], bytes]) -> None:
     content = b"\xef\xbb\xbf" + form(RECORDS).replace(b"\n", b"\r\n")
@@ -313,6 +333,43 @@ def test_broken_parquet_is_a_fault(tmp_path: Path, end: int) -> None:
     pq.write_table(pa.Table.from_pylist(RECORDS), path)
     path.write_bytes(path.read_bytes()[:end])
     fault(path)
+
+
+def test_parquet_with_two_columns_of_a_name_is_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    table = pa.Table.from_pylist(RECORDS)
+    pq.write_table(table.append_column("chosen", table["rejected"]), path)
+    assert fault(path) == f"{path}: the column 'chosen' appears twice, expected one"
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (
+            pa.array([b"a", b"b", b"caf\xe9"]).view(pa.string()),
+            "'utf-8' codec can't decode byte 0xe9 in position 3: unexpected end of data",
+        ),
+        (
+            pa.StructArray.from_arrays([pa.array([1, 2, 3])] * 2, ["x", "x"]).take([None, None, 2]),
+            "Converting to Python dictionary is not supported when duplicate field names",
+        ),
+    ],
+)
+def test_column_that_python_cannot_hold_is_a_fault_with_its_place(
+    tmp_path: Path, values: pa.Array, found: str
+) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.Table.from_pylist(RECORDS).append_column("note", values), path)
+    message = fault(path)
+    assert message.startswith(f"{path}: row 3: the column 'note' cannot be read: {found}")
+    assert message.endswith("; expected values as in JSON, or no such column")
+
+
+def test_name_of_a_parquet_column_that_is_not_utf8_is_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.Table.from_pylist(RECORDS), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"kind", b"k\xefnd"))
+    assert f"{path}: broken Parquet: " in fault(path)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -216,16 +216,45 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     position = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            schema = str(file.schema_arrow)
+            schema, names = str(file.schema_arrow), file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise Fault(f"{path}: the column {twice[0]!r} appears twice, expected one")
             differs = any(word in schema for word in ("decimal", *FUNCTIONS))
             for batch in file.iter_batches(batch_size=1000):
-                for record in batch.to_pylist():
+                try:
+                    records = batch.to_pylist()
+                except (pyarrow.ArrowException, OverflowError, ValueError):
+                    records = _one_by_one(path, batch, position)
+                for record in records:
                     position += 1
                     yield position, _as_json(record) if differs else record
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise Fault(
             f"{path}: broken Parquet: {one_line(error)}; expected a complete file"
         ) from None
+
+
+def _one_by_one(path: Path, batch: Any, before: int) -> Iterator[dict[str, Any]]:
+    """The records of a batch, of which Python cannot hold all values.
+
+    Times that it cannot hold (after the year 9999, or in an unknown time zone) become the numbers
+    as which they are stored: most often, nobody needs them. Raises a Fault for any other value.
+    """
+    import pyarrow
+
+    for position, row in enumerate(zip(*batch.columns, strict=True), start=before + 1):
+        record = {}
+        for name, value in zip(batch.schema.names, row, strict=True):
+            try:
+                record[name] = value.as_py()
+            except (pyarrow.ArrowException, OverflowError, ValueError) as error:
+                if not pyarrow.types.is_temporal(value.type):
+                    raise Fault(
+                        f"{place_of(path, position)}: the column {name!r} cannot be read: "
+                        f"{one_line(error)}; expected values as in JSON, or no such column"
+                    ) from None
+                record[name] = value.value
+        yield record
 
 
 def _as_json(value: Any, in_functions: bool = False) -> Any:
