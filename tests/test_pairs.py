@@ -492,10 +492,18 @@ def test_cell_longer_than_the_limit_of_csv_is_read(tmp_path: Path) -> None:
     ("text", "encoding"),
     [
         ("问题,好的回答,差的回答\n怎么煮鸡蛋？,八分钟。,不知道。\n", "GB18030"),
+        ("question,good,bad\n怎样煮鸡蛋？,水开后煮八分钟。,不知道。\n", "GB18030"),
+        ("question,good,bad\n怎樣煮雞蛋？,水開後煮八分鐘。,不知道。\n", "CP950"),
+        ("question,good,bad\n계란을 어떻게 삶나요?,팔 분 동안 삶으세요.,몰라요.\n", "EUC-KR"),
         ("質問,よい答え,わるい答え\nたまごはどうゆでますか,八分です,しらない\n", "SHIFT_JIS"),
+        ("質問,よい答え,わるい答え\nたまごはどうゆでますか,八分です,しらない\n", "EUC-JP"),
         ("question,bonne réponse,autre\nOù ça ?,À côté – là.,Où\n", "WINDOWS-1252"),
+        ("question,bonne réponse,autre\nEt ?,«\xa0Créée l’été…\xa0»,Où\n", "WINDOWS-1252"),
+        ("Frage,gut,schlecht\nWie?,Größere Füße.,Übermäßig süß.\n", "WINDOWS-1252"),
+        ("question,good,bad\nWhat?,“I don’t know…” he said.,“A cat.”\n", "WINDOWS-1252"),
         ("问题,好,差\nWhere is it?,here,there\n", "UTF-16"),
         ("question,good,bad\nWhere is it?,here,there ü\n", "UTF-16LE"),
+        (f"question,good,bad\n怎样煮鸡蛋？,{'水开后煮八分钟。' * 30},不知道。\n", "UTF-16LE"),
         ("question,good,bad\nWhere is it?,here,there ü\n", "UTF-16BE"),
     ],
 )
@@ -505,6 +513,31 @@ def test_other_encoding_is_named_with_a_way_to_convert_it(
     path = write(tmp_path / "a b.csv", text.encode(encoding))
     expected = f"expected UTF-8; it may be {encoding}: iconv -f {encoding} -t UTF-8 '{path}' > NEW"
     assert fault(path).endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Как сварить яйцо?,Восемь минут в воде.,Не знаю.", "WINDOWS-1251"),
+        ("Как сварить яйцо?,Восемь минут в воде.,Не знаю.", "KOI8-R"),
+        ("Translate the word яйцо into English, please.,An egg.,A cat.", "WINDOWS-1251"),
+        ("Πώς βράζω ένα αυγό;,Οκτώ λεπτά σε νερό.,Δεν ξέρω.", "WINDOWS-1253"),
+        ("ต้มไข่อย่างไร,แปดนาทีในน้ำเดือด,ไม่รู้", "CP874"),
+        ("Jak ugotować jajko?,Osiem minut we wrzącej wodzie.,Może być.", "WINDOWS-1250"),
+        ("Yumurta nasıl haşlanır?,Sekiz dakika kaynar suda.,Bilmiyorum.", "WINDOWS-1254"),
+    ],
+)
+def test_no_wrong_encoding_is_named(tmp_path: Path, text: str, encoding: str) -> None:
+    """With wrong advice, the model would be trained on garbled text."""
+    path = write(tmp_path / "p.csv.gz", f"question,good,bad\n{text}\n".encode(encoding))
+    expected = f"name its encoding: gunzip -c {path} | iconv -f ENCODING -t UTF-8 > NEW"
+    assert fault(path).endswith(f"expected UTF-8; to convert it, {expected}")
+
+
+@pytest.mark.parametrize("text", ["é, è, à", "怎么煮鸡蛋？", "Как?"])
+def test_damaged_utf8_is_not_taken_for_another_encoding(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "p.csv", f"a,b,c\n{text}".encode() + b" \xe9\n")
+    assert fault(path).endswith("expected UTF-8")
 
 
 # --- forms of a record -----------------------------------------------------------------------

@@ -44,8 +44,26 @@ CHUNK = 1 << 20
 # At most this many characters are read to describe an object over several lines in the message.
 LONGEST_OBJECT = 1 << 26
 LONGEST_CELL = 1 << 30
-# Much of a Japanese text is kana. Nearly all of a Chinese text is in GB2312, a part of GB18030.
-KANA = ("\u3040", "\u30ff")
+KANA, HANGUL = "[\u3040-\u30ff]", "[가-힣]"
+# About a fifth of a Chinese text.
+CHINESE = "[，。？的一是不了在人有我这這个個]"
+# Apart from no-break spaces, the Western characters beyond ASCII stand alone or in twos. Those left
+# out here are frequent only in Icelandic, and in Polish and Turkish text that is decoded wrongly.
+WESTERN = r"(?<![^\x00-\x7f\xa0])[^\x00-\x7f\xa0¹³ÐÝÞðýþ]{1,2}(?![^\x00-\x7f\xa0])|\xa0"
+# The characters by which an encoding is recognized, and the least share of them in all that is not
+# ASCII. To be decodable is not enough: most encodings can decode the text of many others.
+ENCODINGS = (
+    ("SHIFT_JIS", KANA, 0.25),
+    ("EUC-JP", KANA, 0.25),
+    ("GB18030", CHINESE, 0.05),
+    ("CP950", CHINESE, 0.05),
+    ("EUC-KR", HANGUL, 0.9),
+    ("WINDOWS-1252", WESTERN, 0.9),
+)
+# Text has none of these characters.
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+# In place of an encoding that is not known.
+UNKNOWN = "ENCODING"
 # The longest token of JSON, apart from strings, that the end of a chunk can cut in two.
 LONGEST_TOKEN = 16
 
@@ -306,7 +324,7 @@ def _undecodable(path: Path) -> str:
 
 
 def _conversion(path: Path) -> str:
-    """How to convert a file in another encoding, if its first bytes tell which."""
+    """How to convert a file, if its first bytes may be text in another encoding."""
     with suppress(EOFError, OSError, zlib.error):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             encoding = _encoding(file.read(CHUNK))
@@ -314,40 +332,46 @@ def _conversion(path: Path) -> str:
             name = shlex.quote(str(path))
             unpacked = f"gunzip -c {name} | " if path.suffix == ".gz" else ""
             source = "" if unpacked else f" {name}"
-            return f"; it may be {encoding}: {unpacked}iconv -f {encoding} -t UTF-8{source} > NEW"
+            known = encoding != UNKNOWN
+            what = f"it may be {encoding}" if known else "to convert it, name its encoding"
+            return f"; {what}: {unpacked}iconv -f {encoding} -t UTF-8{source} > NEW"
     return ""
 
 
 def _encoding(content: bytes) -> str | None:
-    """The probable encoding, by the byte order mark, the zero bytes or the characters, or None."""
+    """The probable encoding, by the byte order mark, the zero bytes or the characters.
+
+    UNKNOWN if none is probable. None for damaged UTF-8 and for bytes that are not text.
+    """
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
-    even, odd = content[::2].count(0), content[1::2].count(0)
-    if max(even, odd) * 5 > len(content) and min(even, odd) * 5 < max(even, odd):
-        return "UTF-16LE" if odd > even else "UTF-16BE"
-    if any(byte < 32 and byte not in b"\t\n\r" for byte in content):
+    if 0 in content:
+        # Counting would mislead: there are hanzi whose second byte is zero.
+        wide = "UTF-16LE" if content.index(0) % 2 else "UTF-16BE"
+        text = _decoded(content, wide)
+        return wide if text and not CONTROL.search(text) else None
+    valid = content.decode(errors="ignore")
+    lost = len(content) - len(valid.encode())
+    if _beyond_ascii(valid) > lost or CONTROL.search(valid):
         return None
-    japanese, hanzi, usual = (
-        [character for character in content.decode(encoding, errors="ignore") if character > "\x7f"]
-        for encoding in ("shift_jis", "gb18030", "gb2312")
-    )
-    kana = sum(KANA[0] <= character <= KANA[1] for character in japanese)
-    if kana * 4 > len(japanese) and _decodes(content, "shift_jis"):
-        return "SHIFT_JIS"
-    if len(usual) * 10 >= len(hanzi) * 9 and _decodes(content, "gb18030"):
-        return "GB18030"
-    return "WINDOWS-1252" if _decodes(content, "windows-1252") else None
+    for encoding, typical, share in ENCODINGS:
+        text = _decoded(content, encoding)
+        if len("".join(re.findall(typical, text))) > share * _beyond_ascii(text):
+            return encoding
+    return UNKNOWN
 
 
-def _decodes(content: bytes, encoding: str) -> bool:
-    """Whether bytes are text in an encoding. They may end in the middle of a character."""
-    try:
-        codecs.getincrementaldecoder(encoding)().decode(content)
-    except UnicodeDecodeError:
-        return False
-    return True
+def _decoded(content: bytes, encoding: str) -> str:
+    """Bytes as text; empty if they are not of the encoding. They may end within a character."""
+    with suppress(UnicodeDecodeError):
+        return codecs.getincrementaldecoder(encoding)().decode(content)
+    return ""
+
+
+def _beyond_ascii(text: str) -> int:
+    return sum(character > "\x7f" for character in text)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
