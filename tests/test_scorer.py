@@ -534,9 +534,10 @@ def test_reward_function_takes_texts_and_messages() -> None:
     assert texts == messages == pytest.approx(expected, abs=1e-5)
 
 
-def test_reward_function_names_what_it_cannot_score() -> None:
-    with pytest.raises(Fault, match=r"^prompts\[1\] with its completion: 'prompt' is empty$"):
-        reward_function(EXPORT)(["a", ""], ["b", "c"])
+@pytest.mark.parametrize("completion", ["c", "", "1" * 3000, [{"role": ASSISTANT}]])
+def test_prompt_that_cannot_be_rendered_is_a_fault_whatever_the_completion(completion: Any) -> None:
+    with pytest.raises(Fault, match=r"^prompts\[1\]: 'prompt' is empty$"):
+        reward_function(EXPORT)(["a", ""], ["b", completion])
 
 
 TOOL = {"role": "tool", "content": "4"}
@@ -567,6 +568,38 @@ def test_completions_that_cannot_be_scored_have_no_reward_and_one_warning() -> N
         message = re.escape(f"prompts[0] with its completion: {sentence}")
         with pytest.raises(Fault, match=f"^{message}$"):
             reward(["hi"], [completion])
+
+
+# Like Qwen3's, it takes the reasoning out of an answer, and everything before it.
+SPLITTING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}"
+    "<think>{{ m.content.split('</think>')[0].split('<think>')[-1] }}</think>{% endif %}"
+    "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_completion_that_cannot_be_rendered_does_not_end_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = export_with(monkeypatch, template="chat", chat_template=SPLITTING)
+    lenient, strict = reward_function(folder), reward_function(folder, strict=True)
+    left_out = "the chat template leaves out content of message 2 (assistant)"
+    cases: list[tuple[Any, str]] = [
+        ("Sure. <think>let me see</think> yes", f"{left_out}: 'Sure.'"),
+        ("a</think>b</think>c", f"{left_out}: 'b'"),
+        ([A | {"audio": "x"}], "a message of 'answer' has 'audio', which is not supported"),
+    ]
+    bad = [completion for completion, _ in cases]
+    with pytest.warns(UserWarning, match=r"^prompts\[0\] .*'Sure\.'; its reward is None"):
+        found = lenient(["hi"] * 4, [*bad, "<think>so</think>yes"])
+    assert found[:3] == [None] * 3
+    assert [found[3]] == strict(["hi"], ["<think>so</think>yes"])
+    for completion, sentence in cases:
+        message = re.escape(f"prompts[0] with its completion: {sentence}")
+        with pytest.raises(Fault, match=f"^{message}$"):
+            strict(["hi"], [completion])
+    with pytest.raises(Fault, match=r"^prompts\[0\]: .* content of message 1 \(user\): 'b'$"):
+        lenient(["a</think>b</think>c"], ["yes"])
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's own warnings

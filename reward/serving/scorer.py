@@ -27,8 +27,8 @@ from reward.serving.openings import Openings
 
 # The most tokens of a pack. It affects memory, and rewards only by rounding.
 TOKENS_PER_PACK = 4096
-# The reasons for which TRL's reward function may leave out a completion.
-UNSCORABLE = {"no_answer", "over_length"}
+# An answer that every template can render after a prompt that it can render.
+PLAIN = "a"
 
 Ids = list[int]
 
@@ -121,6 +121,14 @@ class Scorer:
             asked.append(found.prompt)
         return self.encode(texts), asked
 
+    def problem_with_prompt(self, prompt: Any) -> BadRecord | None:
+        """Why a prompt, a text or a list of messages, cannot be rendered even with PLAIN, if so."""
+        try:
+            self.render(self.candidates({"prompt": prompt, "answer": PLAIN}))
+        except BadRecord as error:
+            return error
+        return None
+
     def without_ending(self, answer: Any) -> Any:
         """An answer, a text or a list of messages, without the special tokens at its end."""
         match answer:
@@ -183,10 +191,11 @@ def reward_function(
     """An exported reward model as a function for TRL's `reward_funcs`.
 
     Prompts and completions are texts or lists of messages, which the model's own template renders.
-    A completion that is empty, too long or does not end in a message of the assistant gets the
-    reward None, which TRL ignores. The first one causes a warning. With `strict`, it causes a Fault
-    instead. The function raises a Fault for anything else that it cannot render. Its name, by which
-    TRL names its curves, is the path of the folder.
+    A completion that cannot be scored gets the reward None, which TRL ignores, because a policy may
+    write anything: an empty one, one that is too long, does not end in a message of the assistant
+    or cannot be rendered. The first one causes a warning. With `strict`, it causes a Fault instead.
+    The function always raises a Fault for a prompt that cannot be rendered with any answer. Its
+    name, by which TRL names its curves, is the path of the folder.
     """
     scorer, warned = Scorer(Path(folder)), False
 
@@ -201,7 +210,9 @@ def reward_function(
                 kept[index] = ids, asked
             except BadRecord as error:
                 message = f"prompts[{index}] with its completion: {error}"
-                if strict or error.reason not in UNSCORABLE:
+                if problem := scorer.problem_with_prompt(prompt):
+                    raise Fault(f"prompts[{index}]: {problem}") from None
+                if strict:
                     raise Fault(message) from None
                 if not warned:
                     others = "its reward is None; there is no warning for later ones"
