@@ -520,7 +520,34 @@ def test_lone_surrogate_is_not_text() -> None:
         candidates({"prompt": "a", "answer": "\ud800"})
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "of two numbers"}}]
+CALLABLE = (
+    "{% for tool in tools or [] %}<{{ tool.function.name }}>{% endfor %}"
+    "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+)
+
+
+def test_tools_are_rendered_like_those_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export_with(monkeypatch, template="chat", chat_template=CALLABLE)
+    scorer = Scorer(folder)
+    records = [{"prompt": "hi", "answer": "yes", "tools": tools} for tools in (TOOLS, None, TOOLS)]
+    texts = [text for record in records for text in scorer.render(scorer.candidates(record))]
+    assert texts == ["<add>[hi][yes]", "[hi][yes]", "<add>[hi][yes]"]
+    found, asked = scorer.encode_pairs(["hi"] * 3, ["yes"] * 3, [TOOLS, None, TOOLS])
+    assert found == scorer.encode(texts)
+    assert asked[0] == asked[2] != asked[1]
+    given = {"tools": [TOOLS, None, TOOLS], "completion_ids": [[1]] * 3}
+    rewards = reward_function(folder)(["hi"] * 3, ["yes"] * 3, **given)
+    assert rewards == scorer.rewards(found, asked)
+
+
 # --- TRL -------------------------------------------------------------------------------------
+
+
+def test_tools_that_the_template_cannot_render_are_a_fault() -> None:
+    message = r"^prompts\[0\]: has tools, but only preprocess.template chat can render such a"
+    with pytest.raises(Fault, match=message):
+        reward_function(EXPORT)(["hi"], ["yes"], tools=[TOOLS])
 
 
 def test_reward_function_takes_texts_and_messages() -> None:

@@ -362,8 +362,21 @@ def test_texts_of_a_disconnected_client_are_not_scored(
             "query[1]: the text begins with 'a', expected one rendered with",
         ),
         (b'{"query": [""]}', "query[0]: the text has no tokens"),
-        (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts must be a list of 1 prompt,"),
-        (b'{"answers": ["a"]}', "prompts must be a list of 1 prompt, one for each text"),
+        (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts must be a list of 1 item,"),
+        (b'{"answers": ["a"]}', "prompts must be a list of 1 item, one for each text"),
+        (
+            b'{"prompts": ["a"], "answers": ["b"], "tools": [[], []]}',
+            "tools must be a list of 1 item, one for each text",
+        ),
+        (b'{"prompts": ["a"], "answers": ["b"], "tools": {}}', "tools must be a list of 1 item,"),
+        (
+            b'{"prompts": ["a"], "answers": ["b"], "tools": [{"name": "add"}]}',
+            "answers[0]: 'tools' is an object, expected a list of objects",
+        ),
+        (
+            b'{"prompts": ["a", "b"], "answers": ["c", "d"], "tools": [null, [{"name": "add"}]]}',
+            "answers[1]: has tools, but only preprocess.template chat can render such a",
+        ),
         (b'{"prompts": [" "], "answers": ["a"]}', "answers[0]: 'prompt' is empty"),
         (
             b'{"prompts": ["a"], "answers": [3]}',

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from reward.data.records import BadRecord, Candidates, Messages, candidates
+from reward.data.records import TOOLS, BadRecord, Candidates, Messages, candidates
 from reward.data.tokens import TOKENIZER_CONFIG, Encoder, Template, token_of
 from reward.exporting.exported import REWARD, load_exported
 from reward.model.packing import texts_of
@@ -101,30 +101,31 @@ class Scorer:
         return self.encode(whole)
 
     def encode_pairs(
-        self, prompts: Sequence[Any], answers: Sequence[Any]
+        self, prompts: Sequence[Any], answers: Sequence[Any], tools: Sequence[Any] | None = None
     ) -> tuple[list[Ids], list[Messages]]:
         """The ids of each prompt with its answer, and the prompts as messages.
 
-        Prompts and answers are texts or lists of messages, as in `candidates`. But a prompt that a
-        text repeats stays, because a policy should get the reward of what it wrote. Raises Misfit
-        for the first pair that cannot be scored.
+        Prompts, answers and the tools of each pair are as in `candidates`. But a prompt that a text
+        repeats stays, because a policy should get the reward of what it wrote. Raises Misfit for
+        the first pair that cannot be scored.
         """
         texts, asked = [], []
-        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        pairs = zip(prompts, answers, tools or [None] * len(prompts), strict=True)
+        for index, (prompt, answer, given) in enumerate(pairs):
             try:
                 spoken = isinstance(answer, str)
                 whole = [{"role": "assistant", "content": answer}] if spoken else answer
-                found = self.candidates({"prompt": prompt, "answer": whole})
+                found = self.candidates({"prompt": prompt, "answer": whole, TOOLS: given})
                 texts += self.render(found)
             except BadRecord as error:
                 raise Misfit(index, error.reason, str(error)) from None
             asked.append(found.prompt)
         return self.encode(texts), asked
 
-    def problem_with_prompt(self, prompt: Any) -> BadRecord | None:
-        """Why a prompt, a text or a list of messages, cannot be rendered even with PLAIN, if so."""
+    def problem_with_prompt(self, prompt: Any, tools: Any) -> BadRecord | None:
+        """Why a prompt, a text or messages, cannot be rendered even with PLAIN, if so."""
         try:
-            self.render(self.candidates({"prompt": prompt, "answer": PLAIN}))
+            self.render(self.candidates({"prompt": prompt, "answer": PLAIN, TOOLS: tools}))
         except BadRecord as error:
             return error
         return None
@@ -190,27 +191,31 @@ def reward_function(
 ) -> Callable[..., list[float | None]]:
     """An exported reward model as a function for TRL's `reward_funcs`.
 
-    Prompts and completions are texts or lists of messages, which the model's own template renders.
-    A completion that cannot be scored gets the reward None, which TRL ignores, because a policy may
-    write anything: an empty one, one that is too long, does not end in a message of the assistant
-    or cannot be rendered. The first one causes a warning. With `strict`, it causes a Fault instead.
-    The function always raises a Fault for a prompt that cannot be rendered with any answer. Its
-    name, by which TRL names its curves, is the path of the folder.
+    Prompts and completions are texts or lists of messages, which the model's own template renders,
+    as well as the dataset's column `tools`. A completion that cannot be scored gets the reward
+    None, which TRL ignores, because a policy may write anything: an empty one, one that is too
+    long, does not end in a message of the assistant or cannot be rendered. The first one causes a
+    warning. With `strict`, it causes a Fault instead. The function always raises a Fault for a
+    prompt that cannot be rendered with any answer. Its name, by which TRL names its curves, is the
+    path of the folder.
     """
     scorer, warned = Scorer(Path(folder)), False
 
-    def reward_model(prompts: list[Any], completions: list[Any], **_: Any) -> list[float | None]:
+    def reward_model(
+        prompts: list[Any], completions: list[Any], tools: list[Any] | None = None, **_: Any
+    ) -> list[float | None]:
         nonlocal warned
         rewards: list[float | None] = [None] * len(prompts)
         kept: dict[int, tuple[Ids, Messages]] = {}
-        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        pairs = zip(prompts, completions, tools or [None] * len(prompts), strict=True)
+        for index, (prompt, completion, given) in enumerate(pairs):
             try:
                 require_answer(scorer.without_ending(completion))
-                [ids], [asked] = scorer.encode_pairs([prompt], [completion])
+                [ids], [asked] = scorer.encode_pairs([prompt], [completion], [given])
                 kept[index] = ids, asked
             except BadRecord as error:
                 message = f"prompts[{index}] with its completion: {error}"
-                if problem := scorer.problem_with_prompt(prompt):
+                if problem := scorer.problem_with_prompt(prompt, given):
                     raise Fault(f"prompts[{index}]: {problem}") from None
                 if strict:
                     raise Fault(message) from None

@@ -6,8 +6,9 @@ POST /get_reward takes a JSON object in one of two forms. The first has `query`,
 call `messages`: a list of whole texts, that is, prompts with their answers, already rendered. Each
 is scored with the ending that it would have had in training. Optional `prompts` tell the server
 which texts share a prompt. The second form has `prompts` and `answers`, texts or lists of messages,
-which the model's own template renders. The response has `rewards`, one for each text. GET /health
-responds as long as the server runs, and GET /metrics returns metrics for Prometheus.
+and optionally `tools`, a list for each text, which the model's own template renders. The response
+has `rewards`, one for each text. GET /health responds as long as the server runs, and GET /metrics
+returns metrics for Prometheus.
 
 If an API key is set, with the environment variable REWARD_API_KEY or --api-key, the server only
 answers requests that send it, as `Authorization: Bearer KEY` or as the password of
@@ -42,6 +43,7 @@ import torch
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
+from reward.data.records import TOOLS
 from reward.model.launching import distribute, torchrun_options
 from reward.process import LAUNCHED, Fault, counted, run, threads
 from reward.serving.metrics import FOLDER, Metrics
@@ -352,18 +354,24 @@ def read(scorer: Scorer, body: bytearray) -> tuple[list[Ids], Sequence[Hashable]
     if len(texts) > TEXTS:
         raise Refused(f"{name} has {len(texts)} texts, expected at most {TEXTS} per request")
     free = name != "answers" and prompts is None
-    if not free and not (isinstance(prompts, list) and len(prompts) == len(texts)):
-        raise Refused(
-            f"prompts must be a list of {counted(len(texts), 'prompt')}, one for each text"
-        )
+    if not free:
+        require_each("prompts", prompts, texts)
     try:
         if name == "answers":
-            ids, asked = scorer.encode_pairs(prompts, texts)
+            if (tools := content.get(TOOLS)) is not None:
+                require_each(TOOLS, tools, texts)
+            ids, asked = scorer.encode_pairs(prompts, texts, tools)
             return ids, [hash(prompt) for prompt in asked]
         ids = scorer.encode_rendered(whole_texts(texts))
         return ids, [object() if free else hash(json.dumps(prompt)) for prompt in prompts or texts]
     except Misfit as error:
         raise Refused(f"{name}[{error.index}]: {error}") from None
+
+
+def require_each(name: str, found: Any, texts: list[Any]) -> None:
+    """Raises Refused unless a list has one item for each text."""
+    if not isinstance(found, list) or len(found) != len(texts):
+        raise Refused(f"{name} must be a list of {counted(len(texts), 'item')}, one for each text")
 
 
 def whole_texts(texts: list[Any]) -> list[str]:
