@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from reward.data.records import Candidates
 from reward.process import run
 from reward.serving import score
 from reward.serving.scorer import Scorer
@@ -250,13 +251,52 @@ def test_output_has_the_same_bytes_wherever_the_journal_ends(
         assert not JOURNAL.exists()
 
 
-def test_scored_records_are_not_scored_again(
-    command: Callable[..., None], journal: bytes, capsys: pytest.CaptureFixture[str]
+def test_scored_records_are_neither_rendered_nor_scored_again(
+    command: Callable[..., None],
+    journal: bytes,
+    scorer: Scorer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    JOURNAL.write_bytes(journal)
-    capsys.readouterr()
-    command(INPUT, "--output", OUTPUT)
-    assert capsys.readouterr().out.splitlines()[1].startswith("scored     0 texts with 0 tokens")
+    rendered: list[Any] = []
+    candidates = scorer.candidates
+
+    def watched(record: Any) -> Candidates:
+        rendered.append(record)
+        return candidates(record)
+
+    monkeypatch.setattr(scorer, "candidates", watched)
+    count = sum(len(record["answers"]) for record in some_records())
+    for rows in (30, 20, 0):
+        JOURNAL.write_bytes(b"".join(journal.splitlines(keepends=True)[: 1 + rows]))
+        rendered.clear()
+        capsys.readouterr()
+        command(INPUT, "--output", OUTPUT)
+        read, scored, _ = capsys.readouterr().out.splitlines()
+        assert read == f"read       30 prompts with {count} texts"
+        missing = some_records()[30 - len(rendered) :]
+        assert rendered == missing
+        # At most the batch that the journal has only a part of is scored again.
+        assert 30 - rows <= len(rendered) <= min(30, 30 - rows + 5)
+        texts = sum(len(record["answers"]) for record in missing)
+        assert scored.startswith(f"scored     {texts} text")
+        assert scored.endswith(f"already scored: {count - texts}")
+
+
+def test_texts_of_a_batch_are_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of each answer has the prompt and the tools."""
+    monkeypatch.setattr(score, "BATCH_CHARACTERS", 10_000)
+    words = "word " * 400
+    records = [
+        {"prompt": words, "answers": ["a", "b", "c", "d"]},
+        {"prompt": [{"role": "user", "content": words}], "answers": ["a", "b", "c", "d"]},
+        {"prompt": words, "chosen": "a " * 500, "rejected": "b " * 500},
+        {"prompt": "a", "answer": "b", "tools": [{"name": "add", "description": words}]},
+        {"prompt": "a", "answer": words},
+    ]
+    for record, most in zip(records, (1, 1, 1, 3, 3), strict=True):
+        write([record] * 9)
+        assert len(next(score.batches(score.items([INPUT])))) == most
 
 
 def test_records_after_the_scored_ones_may_change(

@@ -31,7 +31,7 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from reward.data.reading import files, place_of, read
-from reward.data.records import BadRecord
+from reward.data.records import PAIR, TOOLS, BadRecord
 from reward.locks import hold
 from reward.model import group
 from reward.model.base import DIGESTS
@@ -42,7 +42,7 @@ from reward.serving.scorer import Misfit, Scorer, probabilities, ranks
 
 EXPORT = Path("models/export")
 ADDED = ("rewards", "ranks", "probabilities")
-# The characters of the records and texts in a batch. A kill loses at most one batch.
+# About the characters of the records and texts in a batch. A kill loses at most one batch.
 BATCH_CHARACTERS = 1 << 18
 ROWS = 1000
 SCHEMA = pa.schema(
@@ -60,17 +60,37 @@ Row = dict[str, Any]
 
 
 class Item(NamedTuple):
-    """A record as JSON text, its position in its file, and the texts of its answers."""
+    """A record as JSON text and as read, unchecked, and its position in its file."""
 
     file: Path
     position: int
     record: str
-    texts: list[str]
+    content: Any
 
     @property
     def place(self) -> str:
         """The file and position, for messages."""
         return place_of(self.file, self.position)
+
+    @property
+    def answers(self) -> int:
+        """The number of answers; any number for a record that cannot be scored."""
+        match self.content:
+            case {"answers": [*answers]}:
+                return len(answers)
+            case {"answer": _}:
+                return 1
+        return len(PAIR)
+
+    @property
+    def size(self) -> int:
+        """About how many characters the record and its texts have.
+
+        It does not depend on the texts themselves, because finished records are not rendered again.
+        """
+        given = self.content if isinstance(self.content, dict) else {}
+        repeated = sum(len(str(given[key])) for key in ("prompt", TOOLS) if key in given)
+        return 2 * len(self.record) + (self.answers - 1) * repeated
 
     @property
     def source(self) -> Row:
@@ -140,10 +160,10 @@ def score_files(scorer: Scorer, paths: list[Path], journal: "Journal | None") ->
     Only the first of several processes has the journal; the others share the packs.
     """
     totals, start = Totals(), time.perf_counter()
-    bar = tqdm(items(scorer, paths), desc="scored", unit=" prompts", disable=None)
+    bar = tqdm(items(paths), desc="scored", unit=" prompts", disable=None)
     for batch in batches(bar):
         totals.prompts += len(batch)
-        totals.texts += sum(len(item.texts) for item in batch)
+        totals.texts += sum(item.answers for item in batch)
         if not group.from_first(journal is not None and journal.holds(batch)):
             rows = scored(scorer, batch, totals)
             if journal:
@@ -154,21 +174,19 @@ def score_files(scorer: Scorer, paths: list[Path], journal: "Journal | None") ->
     return totals
 
 
-def items(scorer: Scorer, paths: list[Path]) -> Iterator[Item]:
-    """The rendered records of all files. Raises a Fault for a record that cannot be scored."""
+def items(paths: list[Path]) -> Iterator[Item]:
+    """The records of all files. Raises a Fault for a record that is not JSON."""
     for path in paths:
         for position, record in read(path):
             try:
-                texts = scorer.render(scorer.candidates(record))
-                yield Item(path, position, as_text(record), texts)
+                yield Item(path, position, as_text(record), record)
             except BadRecord as error:
-                place = place_of(path, position)
-                raise Fault(f"{place}: {error.reason}: {error}") from None
+                raise fault_at(place_of(path, position), error) from None
 
 
-def as_text(record: Row) -> str:
+def as_text(record: Any) -> str:
     """A record as JSON. Raises BadRecord if information would be lost."""
-    if taken := [name for name in ADDED if name in record]:
+    if isinstance(record, dict) and (taken := [name for name in ADDED if name in record]):
         raise BadRecord("taken_key", f"has the key {taken[0]!r}, which the output needs")
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
@@ -184,7 +202,7 @@ def batches(found: Iterable[Item]) -> Iterator[list[Item]]:
     size = 0
     for item in found:
         batch.append(item)
-        size += sum(map(len, item.texts), len(item.record))
+        size += item.size
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -193,22 +211,34 @@ def batches(found: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def scored(scorer: Scorer, batch: list[Item], totals: Totals) -> list[Row]:
-    """A row for each item. Raises a Fault for a text that is too long."""
-    owners = [index for index, item in enumerate(batch) for _ in item.texts]
+    """A row for each item. Raises a Fault for a record that cannot be scored."""
+    rendered = [text for item in batch for text in texts_of(scorer, item)]
+    owners = [index for index, item in enumerate(batch) for _ in range(item.answers)]
     try:
-        texts = scorer.encode([text for item in batch for text in item.texts])
+        texts = scorer.encode(rendered)
     except Misfit as error:
-        item = batch[owners[error.index]]
-        raise Fault(f"{item.place}: {error.reason}: {error}") from None
+        raise fault_at(batch[owners[error.index]].place, error) from None
     totals.scored += len(texts)
     totals.tokens += sum(map(len, texts))
     found = iter(scorer.rewards(texts, owners))
     rows = []
     for item in batch:
-        rewards = list(islice(found, len(item.texts)))
+        rewards = list(islice(found, item.answers))
         added = (rewards, ranks(rewards), probabilities(rewards, scorer.temperature))
         rows.append(item.source | dict(zip(ADDED, added, strict=True)))
     return rows
+
+
+def texts_of(scorer: Scorer, item: Item) -> list[str]:
+    """The rendered answers of an item. Raises a Fault if they cannot be rendered."""
+    try:
+        return scorer.render(scorer.candidates(item.content))
+    except BadRecord as error:
+        raise fault_at(item.place, error) from None
+
+
+def fault_at(place: str, error: BadRecord) -> Fault:
+    return Fault(f"{place}: {error.reason}: {error}")
 
 
 # --- the journal -----------------------------------------------------------------------------
