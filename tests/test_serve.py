@@ -742,6 +742,23 @@ def test_address_in_use_is_reported(held: Held, caplog: pytest.LogCaptureFixture
     assert not caplog.records  # such as a traceback of what is still running at the end
 
 
+@pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "in use"), ("192.0.2.1", "assign")])
+def test_address_is_checked_before_the_model_is_loaded(
+    host: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: Path) -> Scorer:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(serve, "Scorer", load)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = ["--host", host, "--port", f"{port}", "--without-api-key"]
+        monkeypatch.setattr("sys.argv", ["serve", *arguments])
+        with pytest.raises(Fault, match=rf"^cannot listen on {host}:{port}: .*{reason}"):
+            serve.start()
+
+
 def test_invalid_host_is_reported(held: Held) -> None:
     with pytest.raises(Fault, match=r"^cannot listen on a\.\.b:0: .*; expected a free"):
         asyncio.run(serve.serve(serve.Service(cast(Scorer, held)), "a..b", 0))

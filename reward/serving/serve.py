@@ -175,7 +175,10 @@ def binding(host: str, port: int) -> Iterator[None]:
 
 
 async def require_free(host: str, port: int) -> None:
-    """Raises a Fault for an address in use. Processes that share an address would not notice."""
+    """Raises a Fault for an address that cannot be bound.
+
+    Processes that share an address would not notice that others use it.
+    """
     with binding(host, port):
         server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
     server.close()
@@ -390,16 +393,21 @@ def whole_texts(texts: list[Any]) -> list[str]:
 def start() -> None:
     """Serve in this process or in one for each visible GPU, with a common folder for the metrics.
 
-    Raises a Fault for an address that several processes cannot share.
+    Before any process loads the model, raises a Fault for an address that cannot be bound, or that
+    several processes cannot share.
     """
     options, module = parse(), "reward.serving.serve"
     go = partial(distribute, main, module, arguments=sys.argv[1:], together=False)
-    if LAUNCHED or torchrun_options([module], machines=False).nproc_per_node == 1:
+    if LAUNCHED:
         go()
         return
-    if options.port == 0:
+    several = torchrun_options([module], machines=False).nproc_per_node > 1
+    if several and options.port == 0:
         raise Fault("--port is 0, but several processes must share a port; choose one")
     asyncio.run(require_free(options.host, options.port))
+    if not several:
+        go()
+        return
     with TemporaryDirectory() as folder:
         os.environ |= {FOLDER: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{GRACE:.0f}"}
         go()
