@@ -410,6 +410,29 @@ def test_body_with_a_wrong_encoding_is_reported(held: Held) -> None:
     assert found["error"].startswith("the body cannot be read: ")
 
 
+BROKEN = (
+    b"GET /health HTTP/1.1\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 9000 + b"\r\n\r\n",
+    b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Length: -3\r\n\r\n",
+    b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Encoding: br\r\nContent-Length: 1\r\n\r\na",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9),
+    b"\x16\x03\x01" + bytes(300),
+)
+
+
+def test_request_that_breaks_the_protocol_gets_400_and_leaves_the_log_empty(
+    slow: Callable[[float], tuple[Forked, str]],
+) -> None:
+    process, url = slow(0)
+    port = int(url.split(":")[2].split("/")[0])
+    for request in BROKEN:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            client.sendall(request)
+            assert client.makefile("rb").readline().split()[1] == b"400", request
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate() == ("stopped    after 0 requests with 0 texts\n", "")
+
+
 def test_request_that_is_too_large_is_refused_during_reading(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import logging
 import os
 import re
 import resource
@@ -41,6 +42,7 @@ from typing import Any
 
 import torch
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from reward.data.records import TOOLS
@@ -68,6 +70,12 @@ NAMES = ("query", "messages", "answers")
 
 # Headers of an error that tell the client what to do.
 KEPT = ("Allow", "Retry-After", "WWW-Authenticate")
+
+# For the server's own errors. What breaks the protocol is the client's fault, and only it is told.
+LOG = logging.getLogger("reward.serving.serve")
+LOG.addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -139,9 +147,13 @@ async def serve(service: "Service", host: str, port: int, shared: bool = False) 
 
     Raises a Fault if the address cannot be bound.
     """
-    # Because of handler_cancellation, the texts of a client that has disconnected are not scored.
     runner = web.AppRunner(
-        service.application(), access_log=None, shutdown_timeout=GRACE, handler_cancellation=True
+        service.application(),
+        access_log=None,
+        logger=LOG,
+        shutdown_timeout=GRACE,
+        # The texts of a client that has disconnected are not scored.
+        handler_cancellation=True,
     )
     await runner.setup()
     try:
