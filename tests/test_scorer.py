@@ -309,11 +309,28 @@ def test_token_that_starts_a_message_does_not_end_one(monkeypatch: pytest.Monkey
     [text] = scorer.render(candidates({"prompt": "hi", "answer": "yes"}))
     with pytest.raises(Misfit, match=r"^the text ends in '<\|im_start\|>', expected no special"):
         scorer.encode_rendered([f"{text}<|im_start|>\n"])
-    with pytest.raises(Misfit, match=r"^the text has no tokens$"):
-        scorer_of(monkeypatch, "none").encode_rendered(["<|im_end|>\n"])
     empty = scorer_of(monkeypatch, "{prompt}<|im_start|>\n{answer}<|im_end|>")
     expected = empty.encode(["hi<|im_start|>\n<|im_end|>"])
     assert empty.encode_rendered(["hi<|im_start|>\n"]) == expected
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("none", ["", "  ", "<|im_end|>\n", " \n<|im_end|>"]),
+        ("zh", ["", "  "]),
+        ("chat", ["", "\n"]),
+    ],
+)
+def test_whole_text_of_white_space_and_endings_is_empty(
+    name: str, texts: list[str], append_eos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(monkeypatch, name, append_eos)
+    for text in texts:
+        with pytest.raises(Misfit, match=r"^the text is empty$") as found:
+            scorer.encode_rendered([text])
+        assert found.value.reason == "empty"
 
 
 CHATML = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes"

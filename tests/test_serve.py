@@ -357,11 +357,8 @@ def test_texts_of_a_disconnected_client_are_not_scored(
         ),
         (b'{"query": ["a", null]}', "query[1]: is not a text"),
         (b'{"query": ["a", "\\ud800"]}', "query[1]: is not a text"),
-        (
-            b'{"query": ["", "a"]}',
-            "query[1]: the text begins with 'a', expected one rendered with",
-        ),
-        (b'{"query": [""]}', "query[0]: the text has no tokens"),
+        (b'{"query": ["a"]}', "query[0]: the text begins with 'a', expected one rendered with"),
+        (b'{"query": ["\\n ", "a"]}', "query[0]: the text is empty"),
         (b'{"query": ["a"], "prompts": ["b", "c"]}', "prompts must be a list of 1 item,"),
         (b'{"answers": ["a"]}', "prompts must be a list of 1 item, one for each text"),
         (

@@ -37,18 +37,20 @@ class Endings:
     def complete(self, text: str) -> str:
         """A whole text with what the template puts after an answer, however the text ends.
 
-        If there is nothing but endings, the result is empty. Raises BadRecord for a text that ends
-        in a special token that ends no text of training.
+        Raises BadRecord for a text of nothing but endings and white space, and for one that ends in
+        a special token that ends no text of training.
         """
         body = self.without(text)
         after = self.without(self._after)
         known = [ending for ending in (after, after.rstrip()) if ending and body.endswith(ending)]
         if known:
             body = body.removesuffix(known[0])
+        if not body.strip():
+            raise BadRecord("empty", "the text is empty")
         self._require_ending(body.rstrip())
         if self._trims:
             body = body.rstrip()
-        return body and body + self._after
+        return body + self._after
 
     def without(self, text: str) -> str:
         """A text without the special tokens at its end and the white space after them."""

@@ -61,7 +61,7 @@ class Openings:
         rendered.
         """
         if not text.strip():
-            return text
+            return text  # which Endings refuses with a clearer reason
         firsts = [first for first, *_ in self._fixed]
         if all(first and not first[0].isspace() for first in firsts):
             text = text.lstrip()
