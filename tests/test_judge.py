@@ -80,6 +80,33 @@ def test_model_that_is_not_a_usable_reward_model_is_refused(
     assert found in str(fault.value)
 
 
+@pytest.mark.parametrize(
+    ("folder", "found"),
+    [
+        ("none", r"none/config\.json cannot be read \(.*No such file.*\), "),
+        ("data", r"data/config\.json cannot be read \(.*No such file.*\), "),
+        ("models/export", r"models/export is an adapter, which is not judged, "),
+    ],
+)
+def test_folder_that_is_no_model_is_refused(
+    monkeypatch: pytest.MonkeyPatch, folder: str, found: str
+) -> None:
+    expected = r"expected the folder of a sequence classifier, such as \w+"
+    with pytest.raises(Fault, match=f"^{found}{expected}") as fault:
+        run(monkeypatch, folder)
+    assert ("models/export/merged" in str(fault.value)) == (folder == "models/export")
+
+
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_configuration_that_is_no_object_is_refused(
+    monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    Path("mine").mkdir()
+    Path("mine/config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(Fault, match=r"^mine/config\.json .*, expected the folder of a sequence"):
+        run(monkeypatch, "mine")
+
+
 def test_missing_weights_are_refused() -> None:
     shutil.copytree("models/export/merged", "mine")
     tensors = load_file("mine/model.safetensors")

@@ -40,7 +40,7 @@ from reward.judging.evaluation import (
 from reward.judging.metrics import Resampling
 from reward.model.base import device, fast_dtype, keep_weights_unpacked
 from reward.model.head import is_classifier, problem_with_labels
-from reward.outputs import digest, recorded, watched, whole_folder, write_json
+from reward.outputs import digest, read_json, recorded, watched, whole_folder, write_json
 from reward.process import Fault, one_line, processors, run
 
 BASE = Path("models/base")
@@ -208,7 +208,18 @@ def require_output(output: Path, model: dict[str, str]) -> None:
 
 def require_classifier(folder: Path) -> None:
     """Raises a Fault unless a folder's configuration is that of a classifier with one label."""
-    config = recorded(folder / "config.json")
+    if (folder / "adapter_config.json").exists():
+        raise Fault(
+            f"{folder} is an adapter, which is not judged, {EXPECTED}, or a merged model, such as "
+            "models/export/merged"
+        )
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise Fault(f"{path} cannot be read ({one_line(error)}), {EXPECTED}") from None
+    if not isinstance(config, dict):
+        raise Fault(f"{path} is not a JSON object, {EXPECTED}")
     if not is_classifier(config):
         raise Fault(f"{folder} is a {', '.join(config.get('architectures') or ['?'])}, {EXPECTED}")
     if reason := problem_with_labels(config):
