@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -494,8 +495,13 @@ def test_killed_process_loses_and_duplicates_nothing(start: Callable[[str], Fork
         ),
         (
             '{"prompt": "a", "answer": "b", "x": NaN}',
-            "not_json: cannot be written as JSON: Out of range float values are not JSON compliant",
+            "not_json: 'x' cannot be written as JSON (Out of range float values",
         ),
+        (
+            '{"prompt": "a", "answer": "b", "x": ["\\ud800"]}',
+            "not_json: 'x' cannot be written as JSON ('utf-8' codec can't encode character",
+        ),
+        ("3", "wrong_type: is a number, expected an object"),
         (
             '{"prompt": [{"role": "system", "content": "b"}], "answer": "c"}',
             "needs_chat: has a system message, but only preprocess.template chat, or "
@@ -516,11 +522,26 @@ def test_text_that_is_too_long_is_reported(fault: Callable[..., str]) -> None:
     )
 
 
-def test_bytes_in_parquet_are_not_json(fault: Callable[..., str]) -> None:
-    record = {"prompt": "a", "answer": "b", "x": b"c"}
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b"c", "Object of type bytes is not JSON serializable"),
+        (datetime(2026, 1, 1), "Object of type datetime is not JSON serializable"),
+        ({"y": [float("nan")]}, "Out of range float values are not JSON compliant"),
+    ],
+)
+def test_column_of_parquet_that_is_not_json_is_named(
+    value: Any, reason: str, fault: Callable[..., str]
+) -> None:
+    record = {"prompt": "a", "answer": "b", "x": value}
     pyarrow.parquet.write_table(pa.Table.from_pylist([record]), "in.parquet")
-    assert fault("in.parquet", "--output", OUTPUT).startswith(
-        "in.parquet: row 1: not_json: cannot be written as JSON: "
+    message = fault("in.parquet", "--output", OUTPUT)
+    assert message.startswith(
+        f"in.parquet: row 1: not_json: 'x' cannot be written as JSON ({reason}"
+    )
+    assert message.endswith(
+        "), expected texts, finite numbers, or lists and objects of them; convert that column or "
+        "remove it"
     )
 
 

@@ -31,7 +31,7 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from reward.data.reading import files, place_of, read
-from reward.data.records import PAIR, TOOLS, BadRecord
+from reward.data.records import KINDS, PAIR, TOOLS, BadRecord
 from reward.locks import hold
 from reward.model import group
 from reward.model.base import DIGESTS
@@ -58,6 +58,9 @@ SCHEMA = pa.schema(
 
 Row = dict[str, Any]
 
+# Created once, because json.dumps creates a new encoder for each call with options.
+as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
 
 class Item(NamedTuple):
     """A record as JSON text and as read, unchecked, and its position in its file."""
@@ -65,7 +68,7 @@ class Item(NamedTuple):
     file: Path
     position: int
     record: str
-    content: Any
+    content: Row
 
     @property
     def place(self) -> str:
@@ -88,8 +91,7 @@ class Item(NamedTuple):
 
         It does not depend on the texts themselves, because finished records are not rendered again.
         """
-        given = self.content if isinstance(self.content, dict) else {}
-        repeated = sum(len(str(given[key])) for key in ("prompt", TOOLS) if key in given)
+        repeated = sum(len(str(self.content.get(key, ""))) for key in ("prompt", TOOLS))
         return 2 * len(self.record) + (self.answers - 1) * repeated
 
     @property
@@ -175,7 +177,7 @@ def score_files(scorer: Scorer, paths: list[Path], journal: "Journal | None") ->
 
 
 def items(paths: list[Path]) -> Iterator[Item]:
-    """The records of all files. Raises a Fault for a record that is not JSON."""
+    """The records of all files. Raises a Fault for one that cannot be written to the output."""
     for path in paths:
         for position, record in read(path):
             try:
@@ -185,15 +187,23 @@ def items(paths: list[Path]) -> Iterator[Item]:
 
 
 def as_text(record: Any) -> str:
-    """A record as JSON. Raises BadRecord if information would be lost."""
-    if isinstance(record, dict) and (taken := [name for name in ADDED if name in record]):
+    """A record as JSON. Raises BadRecord if it is no object, or information would be lost."""
+    if not isinstance(record, dict):
+        raise BadRecord("wrong_type", f"is {KINDS[type(record)]}, expected an object")
+    if taken := [name for name in ADDED if name in record]:
         raise BadRecord("taken_key", f"has the key {taken[0]!r}, which the output needs")
-    try:
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadRecord("not_json", f"cannot be written as JSON: {error}") from None
-    return text
+    columns = []
+    for name, value in record.items():
+        try:
+            columns.append(f"{as_json(name)}: {as_json(value)}")
+            columns[-1].encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadRecord(
+                "not_json",
+                f"{name!r} cannot be written as JSON ({error}), expected texts, finite numbers, or "
+                "lists and objects of them; convert that column or remove it",
+            ) from None
+    return f"{{{', '.join(columns)}}}"
 
 
 def batches(found: Iterable[Item]) -> Iterator[list[Item]]:
@@ -367,7 +377,7 @@ def publish(journal: Journal, output: Path) -> None:
 
 
 def as_line(row: Row) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    return as_json(row).encode() + b"\n"
 
 
 def as_lines(rows: Iterator[Row], path: Path) -> None:
