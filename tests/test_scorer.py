@@ -85,6 +85,10 @@ def some_prompts(count: int) -> list[tuple[str, list[str]]]:
 # --- rewards ---------------------------------------------------------------------------------
 
 
+def test_folder_may_be_a_text(scorer: Scorer) -> None:
+    assert Scorer(str(EXPORT)).temperature == scorer.temperature
+
+
 @pytest.mark.parametrize("tokens_per_pack", [1, 60, 4096])
 def test_rewards_match_each_text_alone(
     scorer: Scorer, tokens_per_pack: int, monkeypatch: pytest.MonkeyPatch

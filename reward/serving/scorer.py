@@ -44,9 +44,9 @@ class Misfit(BadRecord):
 class Scorer:
     """An exported reward model with its template and tokenizer."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         """Raises a Fault unless the folder is a complete export."""
-        self._folder = folder
+        self._folder = folder = Path(folder)
         self._model = load_exported(folder)
         self._template = Template.load(folder / "template.json")
         self._encoder = Encoder(folder, self._template)
@@ -199,7 +199,7 @@ def reward_function(
     prompt that cannot be rendered with any answer. Its name, by which TRL names its curves, is the
     path of the folder.
     """
-    scorer, warned = Scorer(Path(folder)), False
+    scorer, warned = Scorer(folder), False
 
     def reward_model(
         prompts: list[Any], completions: list[Any], tools: list[Any] | None = None, **_: Any
