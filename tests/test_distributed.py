@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, chdir, nullcontext, suppress
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig
 
 from reward import process
 from reward.model import group, launching
@@ -419,6 +421,24 @@ def test_process_killed_by_a_signal_is_named(tmp_path: Path, status: int, name: 
     """The named process is not one that the launcher stopped afterwards."""
     error = failed(tmp_path, {0: (1, None), 2: (-signal.SIGTERM, None), 3: (status, None)})
     assert launching.cause(error, tmp_path).startswith(f"process 3 was ended by {name}; ")
+
+
+@pytest.mark.usefixtures("settings")
+def test_no_folder_for_logs_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    used: list[str] = []
+
+    def elastic_launch(config: LaunchConfig, _: Any) -> Callable[..., None]:
+        assert config.logs_specs
+        used.append(config.logs_specs.root_log_dir)
+        return lambda *_: None
+
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(launching, "elastic_launch", elastic_launch)
+    launching.launch(launching.torchrun_options(["stages.train"], machines=False))
+    assert Path(used[0]).parent == temporary
+    assert not [*temporary.iterdir()]
 
 
 @pytest.mark.usefixtures("settings")

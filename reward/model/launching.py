@@ -138,6 +138,8 @@ def launch(options: Namespace) -> None:
         "OMP_NUM_THREADS", str(max(1, processors() // int(options.nproc_per_node)))
     )
     os.environ[LAUNCHER] = str(os.getpid())
+    # Logs get their folder below. Without this, torch makes another one, which stays.
+    options.log_dir = os.devnull
     try:
         config, command, arguments = run.config_from_args(options)
     except ValueError as error:
