@@ -342,6 +342,14 @@ def test_texts_of_a_disconnected_client_are_not_scored(
         (b"{", "the body is not JSON: "),
         (b"[" * 100_000, "the body is not JSON: "),
         (b'{"query": ["\xff"]}', "the body is not JSON: "),
+        (
+            b'{"query": ["a"], "query": ["b"]}',
+            "the body is not JSON: the key 'query' appears twice in one object",
+        ),
+        (
+            b'{"prompts": [[{"role": "user", "content": "a", "role": "tool"}]], "answers": ["b"]}',
+            "the body is not JSON: the key 'role' appears twice in one object",
+        ),
         (b"[1]", "the body must be an object with exactly one of query, messages"),
         (b'{"prompts": ["a"]}', "the body must be an object with exactly one of query,"),
         (

@@ -45,6 +45,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
+from reward.data.reading import _object as unique_keys
 from reward.data.records import TOOLS
 from reward.model.launching import distribute, torchrun_options
 from reward.process import LAUNCHED, Fault, counted, run, threads
@@ -356,7 +357,7 @@ def read(scorer: Scorer, body: bytearray) -> tuple[list[Ids], Sequence[Hashable]
     had the same hash, less would be shared, but the rewards would still be right. Raises Refused.
     """
     try:
-        content = json.loads(body)
+        content = json.loads(body, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise Refused(f"the body is not JSON: {error}") from None
     if not isinstance(content, dict) or len(names := [key for key in NAMES if key in content]) != 1:
