@@ -494,7 +494,8 @@ class _DuplicateKey(ValueError):
     pass
 
 
-def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these keys and values, for json.loads. Raises ValueError for one twice."""
     record = dict(items)
     if len(record) != len(items):
         names = [name for name, _ in items]
@@ -503,4 +504,4 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)

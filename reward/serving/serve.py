@@ -45,7 +45,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from reward.data.reading import _object as unique_keys
+from reward.data.reading import unique_keys
 from reward.data.records import TOOLS
 from reward.model.launching import distribute, torchrun_options
 from reward.process import LAUNCHED, Fault, counted, run, threads
