@@ -41,9 +41,12 @@ def see_one_gpu() -> None:
 
     Call it before any library looks for GPUs.
     """
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) != "":
-        local = os.environ["LOCAL_RANK"]
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local)] if visible else local
+    local, visible = os.environ["LOCAL_RANK"], os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = local
+    # A value such as -1, or the name of a GPU that is not there, leaves all processes on the CPU.
+    elif int(local) < len(names := visible.split(",")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[int(local)]
 
 
 # Whether torchrun started this process as one of several. If torchrun started another program, such

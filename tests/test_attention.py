@@ -16,10 +16,11 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from reward.model import attention
+from reward.model import attention, scoring
 from reward.model.attention import Plan, attend, flash_attention, for_each_query, text_by_text
 from reward.model.base import Quantization, add_lora, device, head_of, load_base, new_head
-from reward.model.packing import Texts, pack
+from reward.model.memory import TooLarge
+from reward.model.packing import Pack, Texts, pack
 from reward.model.scoring import as_in_transformers, evaluating, require_exact, rewards
 from reward.process import Fault
 from tests import varlen
@@ -376,6 +377,30 @@ def test_rounding_amplified_by_trained_adapters_is_accepted(tmp_path: Path) -> N
         if name.endswith("lora_A.default"):
             module.register_forward_hook(mixing)
     require_exact(model, [texts])
+
+
+@pytest.mark.parametrize(("room", "checked"), [(10**6, 5), (120, 3), (100, 2)])
+def test_fewer_pairs_are_checked_if_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, checked: int
+) -> None:
+    model = reward_model(tmp_path, "qwen2", SEPARATE)
+    pairs = [
+        Texts([[*range(3, 3 + size)], [5, *range(9, 8 + size)]], 0) for size in (30, *[12] * 4)
+    ]
+    original, tried = scoring.last_hidden, []
+
+    def limited(model: PeftModel, batch: Pack) -> Tensor:
+        if batch.input_ids.shape[1] > room:
+            raise torch.OutOfMemoryError
+        tried.append(len(batch.order) // 2)
+        return original(model, batch)
+
+    monkeypatch.setattr(scoring, "last_hidden", limited)
+    require_exact(model, pairs)
+    assert tried == [checked]
+    room = 60
+    with pytest.raises(TooLarge, match="the check of packs: out of memory"):
+        require_exact(model, pairs)
 
 
 @pytest.mark.parametrize(("longer", "exact"), [(60, True), (70, False)])

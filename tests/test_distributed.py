@@ -382,7 +382,10 @@ def test_connecting_takes_no_longer_than_joining_unless_requested(
 
 @pytest.mark.parametrize(
     ("visible", "local", "seen"),
-    [(None, "1", "1"), ("2,5", "1", "5"), ("GPU-8f,GPU-3a", "0", "GPU-8f"), ("", "1", "")],
+    [
+        *((None, "1", "1"), ("2,5", "1", "5"), ("GPU-8f,GPU-3a", "0", "GPU-8f")),
+        *(("", "1", ""), ("-1", "0", "-1"), ("-1", "1", "-1"), ("0", "1", "0")),
+    ],
 )
 def test_process_sees_the_gpu_of_its_local_rank(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, local: str, seen: str
@@ -421,6 +424,13 @@ def test_process_killed_by_a_signal_is_named(tmp_path: Path, status: int, name: 
     """The named process is not one that the launcher stopped afterwards."""
     error = failed(tmp_path, {0: (1, None), 2: (-signal.SIGTERM, None), 3: (status, None)})
     assert launching.cause(error, tmp_path).startswith(f"process 3 was ended by {name}; ")
+
+
+def test_process_that_ended_by_itself_is_named_before_those_stopped_afterwards(
+    tmp_path: Path,
+) -> None:
+    error = failed(tmp_path, {0: (-signal.SIGTERM, None), 1: (1, None)})
+    assert launching.cause(error, tmp_path).startswith("process 1 ended with status 1; ")
 
 
 @pytest.mark.usefixtures("settings")

@@ -98,6 +98,19 @@ def test_memory_that_runs_out_while_weights_are_quantized_is_recognized(
         load_base(tiny_base, NF4)
 
 
+def test_other_reason_why_weights_cannot_be_quantized_is_not_lost(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example, bitsandbytes may have no library for the version of CUDA."""
+
+    def quantized(*_: Any) -> Any:
+        raise RuntimeError("no library for CUDA 99")
+
+    monkeypatch.setattr(Params4bit, "to", quantized)
+    with pytest.raises(RuntimeError, match="no library for CUDA 99"):
+        load_base(tiny_base, NF4)
+
+
 def quant_state(layer: Linear4bit) -> Any:
     """The quantization state of a layer."""
     assert isinstance(layer.weight, Params4bit)

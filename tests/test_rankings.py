@@ -95,6 +95,18 @@ def test_parts_of_a_full_ranking_have_many_comparisons_of_few_texts() -> None:
     assert sum(len(part.texts.ids) for part in parts) < 2 * len(rows)
 
 
+def test_part_shares_the_longest_prefix_of_its_own_texts() -> None:
+    """So a comparison alone takes as many tokens as its pair."""
+    ids = [[7, 1, 2, 3, 4], [7, 1, 2, 3, 5], [7, 9, 9, 9, 9]]
+    rows = [
+        {"prompt_id": "p", "answer_j": 0, "answer_k": k, "input_ids_j": ids[0], "input_ids_k": two}
+        for k, two in enumerate(ids[1:], 1)
+    ]
+    [ranking] = rankings(rows)
+    assert ranking.texts.prefix == 1
+    assert [tokens(part.texts) for part in divided(ranking, 6)] == [6, 9]
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("limit", [12, 10**6])
 def test_sides_have_the_rewards_of_their_rows(seed: int, limit: int) -> None:

@@ -1,5 +1,6 @@
 """Training: the same as a plain loop, the same after interruptions, and fully recorded."""
 
+import gc
 import hashlib
 import itertools
 import json
@@ -7,6 +8,7 @@ import math
 import random
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -424,6 +426,22 @@ def test_auto_finds_the_largest_pack_that_fits_in_memory(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_auto_counts_only_the_tokens_that_it_tried(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between one and two of the longest pairs, no other size can be tried."""
+    set_params("train", tokens_per_pack="auto")
+    ours = new_trainer()
+    longest = max(tokens(texts) for texts in training_pairs())
+
+    def limited(step: Step) -> Any:
+        return True if len(step.rankings) == 1 else None
+
+    monkeypatch.setattr(ours, "attempt", limited)
+    assert trainer.largest_pack(ours) == longest - longest // 8
+    assert f"packs of {longest} tokens fit" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_auto_tries_packs_under_training_conditions_smallest_first(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
@@ -464,6 +482,22 @@ def test_out_of_memory_errors_of_cuda_libraries_are_recognized(
     else:
         with pytest.raises(RuntimeError, match="CUDA error"):
             within_memory(work)
+
+
+def test_memory_of_work_that_failed_is_free_without_the_garbage_collector() -> None:
+    kept = []
+
+    def work() -> None:
+        tensor = torch.zeros(3)
+        kept.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError
+
+    gc.disable()
+    try:
+        assert within_memory(work) is None
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_deterministic_kernels_are_required_without_warn_only(set_params: SetParams) -> None:

@@ -195,11 +195,11 @@ def cause(error: ChildFailedError, logs: Path) -> str:
             sys.stderr.write(log.read_text(encoding="utf-8", errors="replace"))
     # Name the process that ended first, not those that the launcher then ended with SIGTERM.
     ended = {rank: signal_of(each.exitcode) for rank, each in failures.items()}
-    for rank, name in sorted(ended.items(), key=lambda item: item[1] == "SIGTERM"):
-        if name:
-            return f"process {rank} was ended by {name}; run the same command again to continue"
+    rank, name = min(ended.items(), key=lambda item: (item[1] == "SIGTERM", item[1] is None))
+    if name:
+        return f"process {rank} was ended by {name}; run the same command again to continue"
     return (
-        f"process {min(failures)} ended with status 1; if there is no message above, a process on "
+        f"process {rank} ended with status 1; if there is no message above, a process on "
         "another machine ended first"
     )
 

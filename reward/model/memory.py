@@ -29,20 +29,28 @@ def within_memory(work: Callable[..., Result], *arguments: Any, **named: Any) ->
     try:
         return work(*arguments, **named)
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        said = f"{error} {caught_while_loading(error)}"
-        if not known and not any(sign in said for sign in OUT_OF_MEMORY):
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or is_known(str(error))
+        # Not if it is known, because looking at frames keeps what their variables hold in memory.
+        caught = [] if known else caught_while_loading(error)
+        if not known and not any(map(is_known, caught)):
+            if caught:
+                raise RuntimeError(f"{error} The first error was:\n{caught[0]}") from None
             raise
     torch.cuda.empty_cache()
     return None
 
 
-def caught_while_loading(error: Exception) -> str:
-    """The errors that transformers caught when it quantized or merged weights, or "".
+def is_known(message: str) -> bool:
+    """Whether the message of an error says that memory ran out."""
+    return any(sign in message for sign in OUT_OF_MEMORY)
+
+
+def caught_while_loading(error: Exception) -> list[str]:
+    """The errors that transformers caught when it quantized or merged weights.
 
     It only logs them, and then raises a RuntimeError that does not say what they were.
     """
     for frame, _ in walk_tb(error.__traceback__):
         if report := frame.f_locals.get("loading_info"):
-            return " ".join(getattr(report, "conversion_errors", {}).values())
-    return ""
+            return [*getattr(report, "conversion_errors", {}).values()]
+    return []

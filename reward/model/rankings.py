@@ -79,7 +79,7 @@ def divided(ranking: Ranking, tokens_per_pack: int) -> list[Ranking]:
 def _part(texts: Texts, held: list[int], comparisons: Iterable[Comparison]) -> Ranking:
     places = {text: place for place, text in enumerate(held)}
     return Ranking(
-        Texts([texts.ids[text] for text in held], texts.prefix),
+        texts_of([texts.ids[text] for text in held]),  # which may share more than all texts do
         [Comparison(row, places[j], places[k]) for row, j, k in comparisons],
     )
 

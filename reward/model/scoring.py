@@ -164,9 +164,14 @@ def require_exact(model: PeftModel, prompts: Sequence[Texts]) -> None:
     Adapters are off, as before the first step. In half precision, trained adapters amplify rounding
     differences. With a real model the differences exceeded what is allowed, but evaluation must not
     reject what training accepted.
+
+    If memory runs out, half as many of the prompts are checked.
     """
     with evaluating(model), model.disable_adapter():
-        found = last_hidden(model, pack(prompts)).float()
+        while (hidden := within_memory(last_hidden, model, pack(prompts))) is None:
+            halved(prompts, 2 * len(prompts[:2]), "the check of packs")
+            prompts = [*prompts[: len(prompts) // 2], prompts[-1]]
+        found = hidden.float()
         judged = {0: found[: len(prompts[0].ids)], -1: found[-len(prompts[-1].ids) :]}
         for place, hidden in judged.items():
             require_alone(model, prompts[place], hidden, found_in=sum(map(tokens, prompts)))

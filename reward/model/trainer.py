@@ -620,6 +620,8 @@ def largest_pack(trainer: RewardTrainer) -> int:
     while most - fitting > fitting // 8:
         middle = (fitting + most) // 2
         fitting, most = (middle, most) if fits(middle) else (fitting, middle)
+    # The pairs that were tried take fewer tokens than the size if one more would exceed it.
+    fitting = ends[bisect_right(ends, fitting) - 1]
     limit = fitting - fitting // 8
     print(f"memory     packs of {fitting} tokens fit; the limit is {limit}, to leave memory free")
     return limit
