@@ -598,6 +598,9 @@ def largest_pack(trainer: RewardTrainer) -> int:
     """
     pairs = longest(trainer.steps.dataset, trainer.options.pairs_per_step)
     ends = [*accumulate(map(tokens, pairs))]
+    # What a real step also holds: two states of the optimizer, and the sum of the packs' gradients.
+    numbers = sum(each.numel() for each in trainer.trained)
+    room = torch.empty(3, numbers, device=device())  # noqa: F841
     trainer.reward_model.train()
     if trainer.args.activation_checkpointing:
         # The Trainer does this again when training begins.
