@@ -7,7 +7,9 @@ cache would return them for those.
 
 import argparse
 import os
+import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from reward import params
@@ -16,6 +18,8 @@ from reward.process import STAGED, Fault, loaded_modules, run
 
 # The folders in which stages write their outputs.
 OUTPUTS = ("data", "metrics", "models", "reports")
+# The folder of a project in which DVC copies it for `dvc exp run --temp` and the queue.
+COPIES = Path(".dvc/tmp/exps")
 
 
 def run_stage(name: str, description: str | None, main: Callable[[], None]) -> None:
@@ -29,6 +33,7 @@ def run_stage(name: str, description: str | None, main: Callable[[], None]) -> N
 
     def recorded() -> None:
         require_inside()
+        require_whole_history()
         before = digests_of_code()
         main()
         require_unchanged(before)
@@ -48,6 +53,32 @@ def require_inside() -> None:
                 "the project; make it a folder, and run dvc cache dir PATH if DVC's copies of the "
                 "outputs should be on another disk"
             )
+
+
+def require_whole_history() -> None:
+    """Raises a Fault if this stage runs in a copy of a project whose git repository is shallow.
+
+    DVC fetches the finished experiment from the copy's repository. From a commit whose parent is
+    missing, that fails, and DVC removes the copy and exits with 0.
+    """
+    if not (project := copied_from()):
+        return
+    git = ["git", "-C", str(project), "rev-parse", "--is-shallow-repository"]
+    with suppress(OSError):  # there is no git
+        if subprocess.run(git, capture_output=True, text=True).stdout.strip() == "true":
+            raise Fault(
+                f"{project} is a shallow git clone, from which DVC would lose this experiment when "
+                "it has finished; run git fetch --unshallow there first"
+            )
+
+
+def copied_from() -> Path | None:
+    """The project of which the working directory is DVC's copy for an experiment, or None.
+
+    Such a copy is made by `dvc exp run --temp` and the queue.
+    """
+    project = Path(os.environ.get("DVC_ROOT", ".")).resolve()
+    return project if Path.cwd().is_relative_to(project / COPIES) else None
 
 
 def digests_of_code() -> dict[Path, str]:

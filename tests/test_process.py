@@ -170,6 +170,42 @@ def test_outputs_are_not_recorded_for_what_has_changed_while_they_were_made(
     assert bool(said) == bool(found)
 
 
+@pytest.mark.parametrize("depth", [[], ["--depth", "1"]])
+@pytest.mark.parametrize("copy", [".dvc/tmp/exps/tmp1", ".dvc/tmp/exps/standalone/tmp1", "."])
+def test_experiment_that_dvc_would_lose_is_refused_before_the_work(
+    depth: list[str],
+    copy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """DVC loses what it runs in a copy of a shallow clone, below .dvc/tmp/exps."""
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    author = ("-c", "user.name=tests", "-c", "user.email=tests@example.org")
+    git("init", "origin")
+    for message in ("one", "two"):
+        git("-C", "origin", *author, "commit", "--allow-empty", "--message", message)
+    git("clone", *depth, f"file://{tmp_path}/origin", "project")
+    project = tmp_path / "project"
+    (project / copy).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(project / copy)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    monkeypatch.setattr(sys, "argv", ["stages.train"])
+    monkeypatch.setattr("reward.stage.STAGED", True)
+    monkeypatch.setattr(params, "_loaded", {})
+    lost, done = bool(depth) and copy != ".", []
+    with pytest.raises(SystemExit) if lost else nullcontext():
+        run_stage("stages.train", None, lambda: done.append(True))
+    assert done == ([] if lost else [True])
+    assert capsys.readouterr().err == lost * (
+        f"{project} is a shallow git clone, from which DVC would lose this experiment when it has "
+        "finished; run git fetch --unshallow there first\n"
+    )
+
+
 def test_bug_shows_its_traceback(tmp_path: Path) -> None:
     stage = start(tmp_path, "1 / 0")
     assert "Traceback" in stage.communicate()[1]
