@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from reward.model import checkpoints
-from reward.model.checkpoints import KEPT_RUNS, KEPT_STEPS, Run, fingerprint, locked
+from reward.model import checkpoints, group
+from reward.model.checkpoints import KEPT_RUNS, KEPT_STEPS, Run, fingerprint, locked, shared
 from reward.outputs import read_json, write_json
 from reward.process import Fault
 
@@ -225,25 +226,78 @@ def test_fingerprint_depends_on_the_code_in_use(tmp_path: Path, edited: str | No
 # --- one trainer at a time -------------------------------------------------------------------
 
 
-def test_second_trainer_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "PATIENCE", 2)
-    with locked("busy"):
-        with pytest.raises(Fault, match="busy is in use by another trainer"), locked("busy"):
-            pass
-        with locked("free") as run:
-            assert run.folder == root / "free"
+def waiting(root: Path) -> str:
+    """What a second trainer of the run `busy` prints."""
+    return (
+        f"waiting    another trainer of the same run uses {root}/busy; this one continues when it "
+        "ends\n"
+    )
+
+
+def locked_after(end: Callable[[], object]) -> Path:
+    """The folder of a run that its holder releases only a moment later, when `end` is called."""
+    ended = threading.Event()
+
+    def release() -> None:
+        ended.set()
+        end()
+
+    timer = threading.Timer(0.3, release)
+    timer.start()
     with locked("busy") as run:
-        assert run.folder == root / "busy"
+        assert ended.is_set()
+        timer.join()
+        return run.folder
 
 
-def test_second_trainer_waits_briefly_for_the_first_to_exit(root: Path) -> None:
+def test_second_trainer_waits_until_the_first_ends(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with ExitStack() as first:
         first.enter_context(locked("busy"))
-        end = threading.Timer(0.3, first.pop_all().close)
-        end.start()
-        with locked("busy") as run:
-            assert run.folder == root / "busy"
-            end.join()
+        with locked("free") as run:
+            assert run.folder == root / "free"
+        assert capsys.readouterr().out == ""
+        assert locked_after(first.pop_all().close) == root / "busy"
+    assert capsys.readouterr().out == waiting(root)
+
+
+@pytest.mark.parametrize("busy", [0, 3])
+def test_other_processes_hear_from_the_first_while_it_waits(
+    root: Path, busy: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise their group would give up after a while, as it does on a process that hangs."""
+    sent: list[bool] = []
+
+    def send(value: bool) -> bool:
+        sent.append(value)
+        return value
+
+    taken, tries = checkpoints._taken, iter([False] * busy + [True])
+    monkeypatch.setattr(checkpoints, "_taken", lambda *given: next(tries) and taken(*given))
+    monkeypatch.setattr(group, "from_first", send)
+    with shared("busy") as run:
+        assert run.folder == root / "busy"
+    assert sent == [True] * (busy - 1) + [False]
+    received = iter(sent)
+    monkeypatch.setattr(group, "leads", lambda: False)
+    monkeypatch.setattr(group, "from_first", lambda _: next(received))
+    with shared("busy") as run:
+        assert not [*run.folder.iterdir()]
+        assert not [*received]
+
+
+def test_ctrl_c_ends_the_wait(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    with locked("busy"):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "sleep", interrupt)
+            with pytest.raises(KeyboardInterrupt), locked("busy"):
+                pass
+        with locked("free") as run:
+            assert run.folder == root / "free"
 
 
 HOLDER = """
@@ -276,10 +330,9 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.mark.parametrize("kind", ["flock", "soft"])
 def test_lock_is_released_when_its_process_dies(
-    root: Path, kind: str, no_flock: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    root: Path, kind: str, no_flock: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With flock, and with the lock file that is used if flock is missing."""
-    monkeypatch.setattr(checkpoints, "PATIENCE", 2)
     if kind == "soft":
         no_flock(errno.ENOSYS)
     holder = subprocess.Popen(
@@ -290,25 +343,26 @@ def test_lock_is_released_when_its_process_dies(
     )
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(Fault, match="busy is in use by another trainer"), locked("busy"):
-        pass
-    holder.kill()
-    holder.communicate()
-    assert (root / "busy" / "lock").exists()
-    with locked("busy") as run:
-        assert run.folder == root / "busy"
+
+    def kill() -> None:
+        holder.kill()
+        holder.communicate()
+
+    assert locked_after(kill) == root / "busy"
+    assert capsys.readouterr().out == waiting(root)
 
 
 def test_one_trainer_at_a_time_without_flock(
-    root: Path, no_flock: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    root: Path, no_flock: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checkpoints, "PATIENCE", 2)
     no_flock(errno.ENOSYS)
-    with locked("busy"):
-        with pytest.raises(Fault, match="busy is in use"), locked("busy"):
-            pass
+    with ExitStack() as first:
+        first.enter_context(locked("busy"))
         with locked("free") as run:
             assert run.folder == root / "free"
+        assert capsys.readouterr().out == ""
+        assert locked_after(first.pop_all().close) == root / "busy"
+    assert capsys.readouterr().out == waiting(root)
     assert not [*root.rglob("lock")]
 
 

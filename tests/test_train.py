@@ -8,11 +8,13 @@ import math
 import random
 import shutil
 import signal
+import time
 import weakref
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -1108,14 +1110,16 @@ def test_checkpoints_contain_nothing_that_could_run_code(
 
 
 def test_each_set_of_parameters_has_its_own_checkpoints_and_one_trainer(
-    set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checkpoints, "PATIENCE", 1)
     root = Path("models/checkpoints")
     kill_at(0, monkeypatch)
     [first] = [path for path in root.iterdir() if path.is_dir()]
-    with checkpoints.locked(first.name), pytest.raises(Fault, match="in use by another trainer"):
-        train.main()
+    with checkpoints.locked(first.name), monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train.main()
+    assert f"another trainer of the same run uses {first}" in capsys.readouterr().out
     for group, change in (
         ("lora", {"use_dora": True}),
         ("train", {"seed": 1}),

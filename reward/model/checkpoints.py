@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +24,11 @@ from reward.locks import hold
 from reward.model import group
 from reward.outputs import digest, digests, read_json, whole_folder, write_json, writing
 from reward.params import read_yaml
-from reward.process import Fault, loaded_modules
+from reward.process import loaded_modules
 
 DIGESTS = "digests.json"
 KEPT_STEPS = 2
 KEPT_RUNS = 5
-# How many times to try to lock a run, every tenth of a second.
-PATIENCE = 50
 # What reading a file raises that is missing, empty, cut or not what was written there.
 DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -116,38 +114,53 @@ class Run:
 @contextmanager
 def shared(name: str) -> Iterator[Run]:
     """The run of a fingerprint, `locked`, in the first process; an empty folder in the others."""
-    if group.leads():
-        with locked(name) as run:
-            yield run
-    else:
-        with TemporaryDirectory() as folder:
-            yield Run(Path(folder))
+    with ExitStack() as held:
+        if group.leads():
+            # A process that hears nothing from the first one for long gives up.
+            run = held.enter_context(locked(name, meanwhile=lambda: group.from_first(True)))
+        else:
+            run = Run(Path(held.enter_context(TemporaryDirectory())))
+        while group.from_first(False):
+            pass
+        yield run
 
 
 @contextmanager
-def locked(name: str) -> Iterator[Run]:
+def locked(name: str, meanwhile: Callable[[], object] = lambda: None) -> Iterator[Run]:
     """The run of a fingerprint, locked against other trainers. All but a few old runs are removed.
 
-    Raises a Fault if another trainer still holds the run after a few seconds. A trainer whose
-    parent was killed may take that long to end.
+    If another trainer holds the run, prints that, and waits until it ends. It may be that of an
+    experiment that differs only after training, or one that has not ended since its parent was
+    killed. `meanwhile` is called again and again.
     """
     root = Path(os.environ.get("DVC_ROOT", ".")) / "models" / "checkpoints"
     folder = root / name
     with ExitStack() as held:
-        for patience in reversed(range(PATIENCE)):
-            # One process at a time, so that none removes a folder that another is about to lock.
-            with hold(root / "lock", seconds=-1), suppress(Timeout):
-                with writing(folder):
-                    folder.mkdir(exist_ok=True)
-                held.enter_context(hold(folder / "lock"))
-                _prune(root, folder)
-                break
-            if not patience:
-                raise Fault(
-                    f"{folder} is in use by another trainer of the same run; wait until it ends"
-                )
-            time.sleep(0.1)
+        if not _taken(folder, held):
+            print(
+                f"waiting    another trainer of the same run uses {folder}; this one continues "
+                "when it ends",
+                flush=True,
+            )
+            while not _taken(folder, held):
+                meanwhile()
+                time.sleep(0.1)
         yield Run(folder)
+
+
+def _taken(folder: Path, held: ExitStack) -> bool:
+    """Whether the run in a folder was free. If so, `held` locks it, and old runs are removed.
+
+    Only one process at a time does this, so that none removes a folder that another is about to
+    lock.
+    """
+    with hold(folder.with_name("lock"), seconds=-1), suppress(Timeout):
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        held.enter_context(hold(folder / "lock"))
+        _prune(folder.parent, folder)
+        return True
+    return False
 
 
 def _priority(run: Path) -> tuple[bool, float]:
