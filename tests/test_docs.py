@@ -49,7 +49,7 @@ def test_files_have_the_same_line_ends_in_every_clone() -> None:
     found = git("check-attr", "text", "eol", "--", *TRACKED).splitlines()
     assert len(found) == 2 * len(TRACKED)
     for path, name, value in (line.split(": ") for line in found):
-        if path.startswith(("data/", "tests/bad/data/")):
+        if path.startswith(("data/", "tests/bad/data/", "tests/forms/")):
             assert name != "text" or value == "unset"
         else:
             assert (name, value) in (("text", "auto"), ("eol", "lf"))
