@@ -34,7 +34,7 @@ from reward.outputs import (
 )
 from reward.params import Seed, Text
 from reward.process import Fault, counted, one_line
-from reward.stage import run_stage
+from reward.stage import copied_from, run_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -126,7 +126,8 @@ def main() -> None:
 def local_folder(base: Base) -> Source | None:
     """The local folder whose path is base.name, if it exists.
 
-    Raises a Fault for the exported folder, which is made from models/base.
+    Raises a Fault for the exported folder, which is made from models/base, and for a folder that
+    the project has, but not its copy in which DVC runs an experiment.
     """
     try:
         folder = Path(base.name).expanduser()
@@ -138,6 +139,11 @@ def local_folder(base: Base) -> Source | None:
             f"elsewhere: dvc get . {EXPORT} --rev main -o {EXPORT.with_name('mine')}"
         )
     if not folder.is_dir():
+        if (project := copied_from()) and (project / folder).is_dir():
+            raise base.fault(
+                "is not in the copy of the project in which DVC runs this experiment, because git "
+                f"does not know it; add -C {base.name} to the command, or give its absolute path"
+            )
         return None
     names = [path.name for path in folder.iterdir() if path.is_file()]
     return Source("local", "local folder", names, lambda name: folder / name, license_in(folder))

@@ -901,6 +901,25 @@ def test_name_that_is_neither_id_nor_folder_is_refused_without_a_request(
     assert hub.tokens == set()
 
 
+def test_folder_that_is_missing_only_in_the_copy_of_an_experiment_is_named(
+    here: Path, hub: Hub, set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dvc exp run --temp` and the queue copy only what git knows."""
+    set_params("base", name="models/mine")
+    (here / "models" / "mine").mkdir(parents=True)
+    copy = here / ".dvc" / "tmp" / "exps" / "standalone" / "tmp1"
+    (copy / "models").mkdir(parents=True)
+    shutil.copy("params.yaml", copy)
+    monkeypatch.setenv("DVC_ROOT", str(here))
+    monkeypatch.chdir(copy)
+    assert refused() == (
+        "params.yaml: base.name models/mine is not in the copy of the project in which DVC runs "
+        "this experiment, because git does not know it; add -C models/mine to the command, or give "
+        "its absolute path"
+    )
+    assert hub.tokens == set()
+
+
 def test_response_that_is_not_from_a_hub_is_refused(hub: Hub, set_params: SetParams) -> None:
     hub.page = b"<html>Please log in to the wireless network</html>"
     set_params("base", name="org/model")
