@@ -12,6 +12,7 @@ import torch
 from datasets import load_from_disk
 from tokenizers import Tokenizer
 
+from reward.data.reading import other_names
 from reward.data.records import check
 from reward.data.sets import read_sets
 from reward.data.tokens import Encoder, Template, as_array
@@ -106,9 +107,13 @@ def test_each_set_is_read_in_its_own_form_with_ties(
         read_sets(Path("data/sets"), encoder(100), drop=False)
 
 
-def test_folder_with_only_a_readme_has_no_sets(encoder: Callable[[int], Encoder]) -> None:
-    Path("data/sets/README.md").write_text("Sets.\n", encoding="utf-8")
+@pytest.mark.parametrize("name", ["README.md", ".gitkeep"])
+def test_folder_without_preference_files_has_no_sets(
+    name: str, encoder: Callable[[int], Encoder]
+) -> None:
+    Path("data/sets", name).write_text("Sets.\n", encoding="utf-8")
     assert read_sets(Path("data/sets"), encoder(100), drop=False) == []
+    assert other_names(Path("data/sets")) == []
 
 
 @pytest.mark.parametrize(
