@@ -95,7 +95,8 @@ def _has_records(file: Path) -> bool:
 def _folders(path: Path) -> str:
     """What to say about the folders in a folder: preference files in them are not found."""
     inside = [name for name in other_names(path) if name.endswith("/")]
-    return f" (files in {', '.join(inside[:3])} are not read)" if inside else ""
+    shown = ", ".join(inside[:3])
+    return f" (files in {shown} are not read; give {path / inside[0]} instead)" if inside else ""
 
 
 def other_names(path: Path) -> list[str]:
