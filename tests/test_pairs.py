@@ -212,7 +212,9 @@ def test_metadata_of_a_data_set_is_not_read(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).write_text('{\n "splits": ["train"]\n}')
     (tmp_path / "data").mkdir()
-    with pytest.raises(Fault, match=r"has no preference file \(files in data/ are not read\)"):
+    with pytest.raises(
+        Fault, match=r"preference file \(files in data/ are not read; give .*data inst"
+    ):
         files(tmp_path)
     (tmp_path / "p.json").touch()
     assert files(tmp_path) == [tmp_path / "p.json"]
