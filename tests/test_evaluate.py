@@ -316,7 +316,7 @@ def test_odd_names_of_slices_neither_break_the_report_nor_the_plots(
     ("temperature", "loss", "said"),
     [
         (None, None, "no finite temperature is best"),
-        (0.68, None, "temperature 0.68 is best, but too few errors to check it"),
+        (0.68, None, "temperature 0.68 is best, but not for both halves of the prompts"),
         (0.68, 0.25, "loss 0.2500 at temperature 0.68"),
     ],
 )

@@ -235,7 +235,9 @@ def report(figures: dict[str, Any], read: Path) -> None:
     fit, audit = figures["calibration"], figures["length"]
     corrected = "no finite temperature is best"
     if fit["temperature"] is not None:
-        corrected = f"temperature {fit['temperature']:.3g} is best, but too few errors to check it"
+        corrected = (
+            f"temperature {fit['temperature']:.3g} is best, but not for both halves of the prompts"
+        )
     if fit["loss_at_temperature"] is not None:
         corrected = f"loss {fit['loss_at_temperature']:.4f} at temperature {fit['temperature']:.3g}"
     print(
