@@ -746,3 +746,76 @@ def test_columns_that_begin_within_an_answer_are_not_taken_for_it() -> None:
     whole = {f"full_{name}": f"First, think. {PLAIN[name]}" for name in ("chosen", "rejected")}
     message = fault(form_of, PLAIN | whole)
     assert "can be read as chosen and rejected or as full_chosen and full_rejected" in message
+
+
+def test_earlier_turns_that_the_prompt_repeats_are_used_once() -> None:
+    earlier = [user("Hi."), answer("Hello!")]
+    for name in ("history", "chat_history", "conversation_history"):
+        for first in ([], [system("s")]):
+            whole = [*first, *earlier, user("Why?")]
+            [[[found], _]] = pairs_of(PLAIN | {"prompt": whole, name: earlier})
+            assert found["prompt"] == whole
+            both = {key: [*whole, answer(PLAIN[key])] for key in ("chosen", "rejected")}
+            [[[found], _]] = pairs_of(both | {name: earlier})
+            assert found["chosen"] == both["chosen"]
+
+
+def test_earlier_turns_go_after_the_system_message_of_the_prompt() -> None:
+    record = PLAIN | {"prompt": [system("s"), user("Why?")], "history": [["Hi.", "Hello!"]]}
+    [[[found], _]] = pairs_of(record)
+    assert found["prompt"] == [system("s"), user("Hi."), answer("Hello!"), user("Why?")]
+
+
+@pytest.mark.parametrize("key", ["system", "history"])
+def test_message_about_a_column_before_the_prompt_says_how_to_leave_it_out(
+    tmp_path: Path, key: str
+) -> None:
+    record = PLAIN | {f"{key}_message" if key == "system" else f"chat_{key}": {"a": 1}}
+    with pytest.raises(BadRecord, match=rf"write {key}: null in dataset.yaml"):
+        pairs_of(record)
+    path = write(tmp_path, record)
+    (tmp_path / "dataset.yaml").write_text(f"x.jsonl: {{{key}: null}}\n", encoding="utf-8")
+    [[found], _] = read_all(source_of(path))
+    assert found["prompt"] == "Why?"
+
+
+def test_tools_may_be_beside_the_messages_or_in_their_own_column() -> None:
+    tools = [{"name": "look"}]
+    answers = {"preferred_output": [answer("A.")], "non_preferred_output": [answer("B.")]}
+    prompt = {"messages": [user("Why?")]}
+    for own in ({"input": prompt | {"tools": tools}}, {"input": prompt, "tools": tools}):
+        record = own | answers
+        assert form_of(record).read(record).columns["tools"] == tools
+
+
+def test_answers_without_their_prompt_are_bad_records_among_conversations(tmp_path: Path) -> None:
+    good = {"chosen": [user("Why?"), answer("A.")], "rejected": [user("Why?"), answer("B.")]}
+    bad = {"chosen": [answer("A.")], "rejected": [answer("B.")]}
+    *first, last = [raw for _, raw in source_of(write(tmp_path, good, good, bad))]
+    assert [usable(each).prompt for each in first] == [(("user", "Why?"),)] * 2
+    with pytest.raises(BadRecord, match="'prompt' is missing"):
+        usable(last)
+
+
+DIALOGUES = [
+    "\n\nHuman: Why?\n\nAssistant:",
+    "<extra_id_0>System\n\n<extra_id_1>User\nWhy?\n<extra_id_1>Assistant\n",
+]
+
+
+@pytest.mark.parametrize("prompt", DIALOGUES)
+def test_answers_of_some_records_may_repeat_a_prompt_with_turns(prompt: str) -> None:
+    plain = {"prompt": prompt, "chosen": "A.", "rejected": "B."}
+    whole = plain | {"chosen": f"{prompt}A.", "rejected": f"{prompt}B."}
+    for [[found], _] in pairs_of(plain, whole):
+        assert found == {"prompt": [user("Why?")], "chosen": "A.", "rejected": "B."}
+
+
+@pytest.mark.parametrize("prompt", DIALOGUES)
+def test_conversations_may_begin_with_a_prompt_with_turns_as_one_message(prompt: str) -> None:
+    """As in UltraFeedback, whose prompts from FLAN have such turns."""
+    record = {"prompt": prompt, "chosen": [user(prompt), answer("A.")]}
+    record |= {"rejected": [user(prompt), answer("B.")]}
+    found = check(form_of(record).read(record))
+    assert found.prompt == (("user", prompt),)
+    assert found.answers == [(("assistant", "A."),), (("assistant", "B."),)]

@@ -358,7 +358,7 @@ class Grades:
             expected = f"a list of votes, {self.meaning.description}" if self.meaning else COUNTS
             raise UnknownVerdict(
                 f"{' and '.join(self.votes)} is {_shown(found)}, expected {expected}"
-                f"{'' if len(given) > 1 else _unless_other(self.votes[0])}"
+                f"{'' if len(given) > 1 else unless_other(self.votes[0])}"
             )
         first, second, equal = counts
         return (first + equal / 2) / (first + second + equal)
@@ -394,12 +394,13 @@ def _number(record: Record, path: str | None, default: float, expected: str) -> 
     number = plain(value)
     limit = 1.0 if expected == PROBABILITY else math.inf
     if not isinstance(number, int | float) or not math.isfinite(number) or not 0 <= number <= limit:
-        raise UnknownVerdict(f"{path} is {_shown(value)}, expected {expected}{_unless_other(path)}")
+        raise UnknownVerdict(f"{path} is {_shown(value)}, expected {expected}{unless_other(path)}")
     return number
 
 
-def _unless_other(path: str | None) -> str:
-    return f" (if it means something else, write {path}: null in dataset.yaml)"
+def unless_other(key: str | None) -> str:
+    """The end of a message about a column that was recognized by its name."""
+    return f" (if it means something else, write {key}: null in dataset.yaml)"
 
 
 def _from_json(value: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from reward.data.answers import CANONICAL, UNGRADED, Answers, Grades
+from reward.data.answers import CANONICAL, UNGRADED, Answers, Grades, unless_other
 from reward.data.dialogue import (
     Message,
     as_messages,
@@ -62,7 +62,7 @@ class Context:
 
     @property
     def tools(self) -> str:
-        """The path to the tools, which are beside the messages."""
+        """The path to the tools that may be beside the messages."""
         column, _, key = (self.prompt or "").partition(".")
         return f"{column}.{TOOLS}" if key == "messages" else TOOLS
 
@@ -84,7 +84,9 @@ class Context:
         system = value_at(record, self.system) if self.system else None
         if not is_absent(system):
             if not isinstance(system, str):
-                raise BadRecord("wrong_type", f"{self.system!r} is not a string")
+                raise BadRecord(
+                    "wrong_type", f"{self.system!r} is not a string{unless_other('system')}"
+                )
             found.append({"role": "system", "content": system})
         history = value_at(record, self.history) if self.history else None
         return found if is_absent(history) else found + self._turns(history)
@@ -116,7 +118,8 @@ class Context:
                 return messages(self.history or "", history)
         raise BadRecord(
             "wrong_type",
-            f"{self.history!r} is not a list of [question, answer] lists or of messages",
+            f"{self.history!r} is not a list of [question, answer] lists or of messages"
+            f"{unless_other('history')}",
         )
 
 
@@ -189,6 +192,8 @@ class Form:
             comparisons = self.grades.graded(record, comparisons)
         kept = {name: value for name, value in record.items() if name not in self.used}
         tools = value_at(record, self.context.tools)
+        if is_absent(tools):
+            tools = record.get(TOOLS)
         if TOOLS in kept or not is_absent(tools):
             kept[TOOLS] = _tools(tools)
         prompt, answers = self._conversation(before, prompt, found, names)
@@ -212,11 +217,7 @@ class Form:
         answers = [_answer(*each) for each in zip(names, found, strict=True)]
         prompt, answers = WHOLE_TEXTS[self.whole](prompt, answers, names)
         if isinstance(prompt, str) and self.whole != "words":
-            if awaits_assistant(prompt):
-                answers = [each.strip() if isinstance(each, str) else each for each in answers]
-                prompt = turns(prompt)
-            elif not self.is_canonical:
-                prompt = marked_turns(prompt) or prompt
+            prompt, answers = _in_turns(prompt, answers)
         if isinstance(prompt, list) and _ends_with_one(prompt, answers):
             prompt = prompt[:-1]
         if before:
@@ -236,7 +237,7 @@ def _is_canonical(record: Record, looked_at: set[str]) -> bool:
     if is_absent(chosen) or is_absent(rejected):
         return True
     prompt = record.get("prompt")
-    if isinstance(prompt, str) and awaits_assistant(prompt):
+    if isinstance(prompt, str) and (awaits_assistant(prompt) or marked_turns(prompt)):
         return False
     if isinstance(prompt, list) and prompt and _has_role(prompt[-1], "assistant"):
         return False
@@ -282,16 +283,16 @@ def _tools(value: Any) -> Any:
 def _joined(before: list[Any], prompt: list[Any]) -> list[Any]:
     """The earlier messages, then those of the prompt. What is in both appears once.
 
-    That may be the system message, and the user's last message.
+    That may be the system message, all earlier messages, and the user's last message.
     """
     systems = [[each for each in part if _has_role(each, "system")] for part in (before, prompt)]
-    if all(systems):
-        if systems[0][0]["content"] != systems[1][0]["content"]:
-            raise BadRecord(
-                "prompt_differs", "the system message differs from the one in the prompt"
-            )
+    if all(systems) and systems[0][0]["content"] != systems[1][0]["content"]:
+        raise BadRecord("prompt_differs", "the system message differs from the one in the prompt")
+    if all(systems) or any(_has_role(each, "system") for each in prompt[:1]):
         others = [each for each in before if not _has_role(each, "system")]
         return [*prompt[:1], *_joined(others, prompt[1:])]
+    if prompt[: len(before)] == before:
+        return prompt
     if before[-1:] == prompt[:1] and _has_role(before[-1], "user"):
         before = before[:-1]
     return [*before, *prompt]
@@ -327,6 +328,24 @@ def awaits_assistant(text: str) -> bool:
     return has_turns(text) and text.rstrip().endswith("\n\nAssistant:")
 
 
+def _in_turns(prompt: str, answers: list[Any]) -> tuple[Any, list[Any]]:
+    """A prompt with turns as messages, and the answers without it.
+
+    Answers that are conversations may begin with the prompt as one message. Then all stays as it
+    is.
+    """
+    awaits = awaits_assistant(prompt)
+    found = turns(prompt) if awaits else marked_turns(prompt)
+    whole = {"role": "user", "content": prompt}
+    if not found or any(isinstance(answer, list) and whole in answer for answer in answers):
+        return prompt, answers
+    if all(repeats(prompt, answer) for answer in answers):
+        answers = [answer[len(prompt) :] for answer in answers]
+    if awaits:
+        answers = [answer.strip() if isinstance(answer, str) else answer for answer in answers]
+    return found, answers
+
+
 def _as_is(prompt: Any, answers: list[Any], _names: Sequence[str]) -> tuple[Any, list[Any]]:
     return prompt, answers
 
@@ -352,10 +371,7 @@ def _without_prompt(prompt: Any, answers: list[Any], names: Sequence[str]) -> tu
     for key, text in zip(names, answers, strict=True):
         if not repeats(prompt, text):
             raise BadRecord("prompt_differs", f"{key!r} does not begin with the prompt")
-    rest = [text[len(prompt) :] for text in answers]
-    if awaits_assistant(prompt):
-        return turns(prompt), [text.strip() for text in rest]
-    return prompt, rest
+    return prompt, [text[len(prompt) :] for text in answers]
 
 
 def repeats(prompt: Any, answer: Any) -> bool:

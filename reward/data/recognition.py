@@ -465,15 +465,15 @@ def _may_have_prompt(records: list[Record], answers: Answers, starts: list[str])
 
 
 def _hold_conversations(records: list[Record], answers: Answers) -> bool:
-    """Whether all answers are whole conversations, as messages, and not only the assistant's."""
+    """Whether the answers are messages, and some of them whole conversations.
+
+    If only a few have no more than the assistant's messages, those are bad records.
+    """
     if isinstance(answers, Continued):
         return True
-    for record in records:
-        for path in answers.columns:
-            value = value_at(record, path)
-            if not is_absent(value) and not are_conversations(value):
-                return False
-    return True
+    values = [value_at(record, path) for record in records for path in answers.columns]
+    given = [value for value in values if not is_absent(value)]
+    return all(map(are_messages, given)) and (not given or any(map(are_conversations, given)))
 
 
 # --- in words --------------------------------------------------------------------------------
