@@ -163,6 +163,13 @@ def test_name_with_a_meaning_of_its_own_is_refused(
         read_sets(Path("data/sets"), encoder(100), drop=False)
 
 
+@pytest.mark.usefixtures("workspace")
+def test_metadata_of_a_data_set_is_no_set(encoder: Callable[[int], Encoder]) -> None:
+    write_set(Path("data/sets/own.jsonl"), PAIR)
+    write_json(Path("data/sets/dataset_info.json"), {"splits": ["test"]})
+    assert [each.name for each in read_sets(Path("data/sets"), encoder(100), drop=False)] == ["own"]
+
+
 def test_missing_folder_is_reported(encoder: Callable[[int], Encoder]) -> None:
     with pytest.raises(
         Fault, match=r"preprocess.sets nowhere cannot be read: .*; expected a folder"

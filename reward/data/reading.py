@@ -80,14 +80,14 @@ def files(path: Path) -> list[Path]:
     except OSError as error:
         raise Fault(f"{path} cannot be read: {error.strerror}; expected preference pairs") from None
     if not path.is_file():
-        found = [child for child in found if _has_records(child)]
+        found = [child for child in found if has_records(child)]
     if not found or (not path.name.endswith(SUFFIXES) and path.is_file()):
         problem = "is not a preference file" if found else f"has no preference file{_folders(path)}"
         raise Fault(f"{path} {problem}, expected a name that ends in {', '.join(SUFFIXES)}")
     return found
 
 
-def _has_records(file: Path) -> bool:
+def has_records(file: Path) -> bool:
     """Whether a file in a folder is a preference file, by its name."""
     return file.name.endswith(SUFFIXES) and file.name not in METADATA
 
@@ -108,7 +108,7 @@ def other_names(path: Path) -> list[str]:
     return [
         child.name + "/" * child.is_dir()
         for child in found
-        if not OTHERS.match(child.name) and not (child.is_file() and _has_records(child))
+        if not OTHERS.match(child.name) and not (child.is_file() and has_records(child))
     ]
 
 

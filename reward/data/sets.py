@@ -10,7 +10,7 @@ from reward.data import tokenized
 from reward.data.columns import TEST_SPLIT
 from reward.data.ledger import Ledger
 from reward.data.mapping import read_mapping
-from reward.data.reading import SUFFIXES, name_of
+from reward.data.reading import has_records, name_of
 from reward.data.rows import as_row, compare
 from reward.data.sources import Source, source_of
 from reward.data.splitting import Prompts
@@ -60,7 +60,7 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
     that cannot be read.
     """
     try:
-        paths = [path for path in sorted(folder.iterdir()) if path.name.endswith(SUFFIXES)]
+        paths = [path for path in sorted(folder.iterdir()) if has_records(path)]
     except OSError as error:
         raise Fault(
             f"params.yaml: preprocess.sets {folder} cannot be read: {error.strerror}; "
