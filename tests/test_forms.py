@@ -14,7 +14,15 @@ from ruamel.yaml import YAML
 from reward.data.answers import Judged, Listed, Meaning, UnknownVerdict
 from reward.data.forms import Context, Form
 from reward.data.recognition import Known, recognize
-from reward.data.records import FIELDS, BadRecord, Comparison, Raw, check
+from reward.data.records import (
+    FIELDS,
+    BadRecord,
+    Candidates,
+    Comparison,
+    Raw,
+    candidates,
+    check,
+)
 from reward.data.sources import Source, source_of, sources, usable
 from reward.data.values import is_absent
 from reward.process import Fault
@@ -612,12 +620,13 @@ def test_prompt_of_nemo_aligner_becomes_messages() -> None:
         assert found["prompt"] == [*before, user("Hi."), answer("Hello!"), user("Why?")]
 
 
-def test_dialogue_in_the_column_prompt_becomes_messages() -> None:
-    """Under the canonical names, too, as in DeepSpeed-Chat's data."""
+def test_dialogue_under_the_canonical_names_stays_a_text() -> None:
+    """As in score files, whose records have these names."""
     prompt = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:"
-    [[[found], _]] = pairs_of({"prompt": prompt, "chosen": " Because.", "rejected": " No."})
-    assert found["prompt"] == [user("Hi."), answer("Hello!"), user("Why?")]
-    assert (found["chosen"], found["rejected"]) == ("Because.", "No.")
+    record = {"prompt": prompt, "chosen": " Because.", "rejected": " No."}
+    assert pairs_of(record) == [([record], 0)]
+    read = check(form_of(record).read(record))
+    assert Candidates(read.prompt, read.answers) == candidates(record)
 
 
 def test_column_whose_name_has_a_dot_is_read_and_not_kept() -> None:
@@ -805,8 +814,8 @@ DIALOGUES = [
 
 @pytest.mark.parametrize("prompt", DIALOGUES)
 def test_answers_of_some_records_may_repeat_a_prompt_with_turns(prompt: str) -> None:
-    plain = {"prompt": prompt, "chosen": "A.", "rejected": "B."}
-    whole = plain | {"chosen": f"{prompt}A.", "rejected": f"{prompt}B."}
+    plain = {"prompt": prompt, "chosen_response": "A.", "rejected_response": "B."}
+    whole = plain | {"chosen_response": f"{prompt}A.", "rejected_response": f"{prompt}B."}
     for [[found], _] in pairs_of(plain, whole):
         assert found == {"prompt": [user("Why?")], "chosen": "A.", "rejected": "B."}
 

@@ -216,7 +216,7 @@ class Form:
         """The prompt and the answers with role and content, after the earlier messages."""
         answers = [_answer(*each) for each in zip(names, found, strict=True)]
         prompt, answers = WHOLE_TEXTS[self.whole](prompt, answers, names)
-        if isinstance(prompt, str) and self.whole != "words":
+        if isinstance(prompt, str) and self.whole != "words" and not self.is_canonical:
             prompt, answers = _in_turns(prompt, answers)
         if isinstance(prompt, list) and _ends_with_one(prompt, answers):
             prompt = prompt[:-1]
@@ -237,8 +237,6 @@ def _is_canonical(record: Record, looked_at: set[str]) -> bool:
     if is_absent(chosen) or is_absent(rejected):
         return True
     prompt = record.get("prompt")
-    if isinstance(prompt, str) and (awaits_assistant(prompt) or marked_turns(prompt)):
-        return False
     if isinstance(prompt, list) and prompt and _has_role(prompt[-1], "assistant"):
         return False
     for name in looked_at.intersection(record):
