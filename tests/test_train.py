@@ -428,6 +428,20 @@ def test_auto_finds_the_largest_pack_that_fits_in_memory(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_auto_without_room_for_the_optimizer_is_a_fault(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_params("train", tokens_per_pack="auto")
+    ours = new_trainer()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(Fault, match=r"^before the first step: out of memory for a pair of"):
+        trainer.largest_pack(ours)
+
+
 def test_auto_counts_only_the_tokens_that_it_tried(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

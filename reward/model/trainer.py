@@ -600,7 +600,9 @@ def largest_pack(trainer: RewardTrainer) -> int:
     ends = [*accumulate(map(tokens, pairs))]
     # What a real step also holds: two states of the optimizer, and the sum of the packs' gradients.
     numbers = sum(each.numel() for each in trainer.trained)
-    room = torch.empty(3, numbers, device=device())  # noqa: F841
+    room = within_memory(torch.empty, 3, numbers, device=device())
+    if room is None:
+        halved(pairs[:1], 2, "before the first step")
     trainer.reward_model.train()
     if trainer.args.activation_checkpointing:
         # The Trainer does this again when training begins.
