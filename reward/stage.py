@@ -21,6 +21,11 @@ OUTPUTS = ("data", "metrics", "models", "reports")
 # The folder of a project in which DVC copies it for `dvc exp run --temp` and the queue.
 COPIES = Path(".dvc/tmp/exps")
 
+# The size and time of each file.
+Stamps = dict[Path, tuple[int, int]]
+# The files below each path that the stage reads, as they were then.
+_read: dict[Path, Stamps] = {}
+
 
 def run_stage(name: str, description: str | None, main: Callable[[], None]) -> None:
     """Run the `main` of a stage. A stage reads params.yaml, so its only argument is --help."""
@@ -81,13 +86,26 @@ def copied_from() -> Path | None:
     return project if Path.cwd().is_relative_to(project / COPIES) else None
 
 
+def reads(path: Path) -> None:
+    """Note that the stage reads a file or folder that no stage has made, so people edit it."""
+    _read[path] = stamps(path)
+
+
+def stamps(path: Path) -> Stamps:
+    files = [each for each in (path, *path.rglob("*")) if each.is_file()]
+    return {each: (stat.st_size, stat.st_mtime_ns) for each in files for stat in [each.stat()]}
+
+
 def digests_of_code() -> dict[Path, str]:
     return {path: digest(path) for path in loaded_modules().values()}
 
 
 def require_unchanged(code: dict[Path, str]) -> None:
-    """Raises a Fault if parameters or code have changed since the stage began."""
+    """Raises a Fault if parameters, data or code have changed since the stage began."""
     changed = params.changed()
+    for path, then in _read.items():
+        now = stamps(path)
+        changed += [str(each) for each in {**then, **now} if then.get(each) != now.get(each)]
     for path, before in code.items():
         if not path.exists() or digest(path) != before:
             changed.append(os.path.relpath(path))

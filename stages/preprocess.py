@@ -44,7 +44,7 @@ from reward.data.tokens import Encoder, Template, as_array
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
 from reward.process import Fault, counted
-from reward.stage import run_stage
+from reward.stage import reads, run_stage
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -91,6 +91,8 @@ class Preprocess:
 
 def main() -> None:
     options = params.load("preprocess", Preprocess)
+    for path in (options.data, options.sets, options.chat_template):
+        reads(Path(path))
     template = Template.of(
         options.template,
         options.append_eos,

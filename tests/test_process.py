@@ -15,7 +15,7 @@ import pytest
 
 from reward import params, process
 from reward.params import Rule
-from reward.stage import run_stage
+from reward.stage import reads, run_stage
 from tests.support import ROOT
 
 STAGE = """
@@ -137,6 +137,8 @@ class Group:
         ("params.yaml", "a: {rank: 2}\n", "a: {rank: 2}\nb: {}\n", ""),
         ("params.yaml", "a: {rank: 2}\n", "a: {rank: 3}\n", "a.rank from 2 to 3; DVC would record"),
         ("code.py", "x = 1\n", "x = 2\n", "code.py; DVC would record"),
+        ("data/pairs.json", "[]\n", "[{}]\n", "data/pairs.json; DVC would record"),
+        ("other.json", "[]\n", "[{}]\n", ""),
     ],
 )
 def test_outputs_are_not_recorded_for_what_has_changed_while_they_were_made(
@@ -152,12 +154,15 @@ def test_outputs_are_not_recorded_for_what_has_changed_while_they_were_made(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["stages.train"])
     monkeypatch.setattr(params, "_loaded", {})
+    monkeypatch.setattr("reward.stage._read", {})
     monkeypatch.setattr("reward.stage.loaded_modules", lambda: {"main": tmp_path / "code.py"})
     Path("code.py").touch()
+    Path("data").mkdir()
     Path("params.yaml").write_text("a: {rank: 2}\n", encoding="utf-8")
 
     def main() -> None:
         params.load("a", Group)
+        reads(Path("data"))
         Path(name).write_text(after, encoding="utf-8")
 
     for staged in (False, True):
