@@ -44,7 +44,7 @@ def see_one_gpu() -> None:
     local, visible = os.environ["LOCAL_RANK"], os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = local
-    # A value such as -1, or the name of a GPU that is not there, leaves all processes on the CPU.
+    # A value with fewer names, such as -1, stays as it is.
     elif int(local) < len(names := visible.split(",")):
         os.environ["CUDA_VISIBLE_DEVICES"] = names[int(local)]
 

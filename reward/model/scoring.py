@@ -169,7 +169,7 @@ def require_exact(model: PeftModel, prompts: Sequence[Texts]) -> None:
     """
     with evaluating(model), model.disable_adapter():
         while (hidden := within_memory(last_hidden, model, pack(prompts))) is None:
-            halved(prompts, 2 * len(prompts[:2]), "the check of packs")
+            halved(prompts if len(prompts) > 2 else prompts[:1], 2, "the check of packs")
             prompts = [*prompts[: len(prompts) // 2], prompts[-1]]
         found = hidden.float()
         judged = {0: found[: len(prompts[0].ids)], -1: found[-len(prompts[-1].ids) :]}
