@@ -34,7 +34,7 @@ GONE = {
 
 
 # The groups that were loaded from each file, as they were then.
-_loaded: dict[tuple[Path, str], dict[str, Any]] = {}
+loaded: dict[tuple[Path, str], dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load(name: str, kind: type[Group], path: Path = Path("params.yaml")) -> Grou
     group.
     """
     values = _read(name, path)
-    _loaded[path, name] = values
+    loaded[path, name] = values
     return _typed(name, values, kind, path)
 
 
@@ -78,7 +78,7 @@ def changed() -> list[str]:
     Raises a Fault if a file cannot be read any more.
     """
     found = []
-    for (path, name), before in _loaded.items():
+    for (path, name), before in loaded.items():
         now = _read(name, path)
         found += [
             f"{name}.{key} from {as_written(before.get(key))} to {as_written(now.get(key))}"

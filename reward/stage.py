@@ -39,6 +39,8 @@ def run_stage(name: str, description: str | None, main: Callable[[], None]) -> N
     def recorded() -> None:
         require_inside()
         require_whole_history()
+        params.loaded.clear()
+        _read.clear()
         before = digests_of_code()
         main()
         require_unchanged(before)

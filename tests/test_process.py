@@ -113,7 +113,6 @@ def test_folder_of_outputs_that_leads_out_of_the_project_is_refused_before_the_w
     (tmp_path / "project" / "models").symlink_to(tmp_path / target)
     monkeypatch.chdir(tmp_path / "project")
     monkeypatch.setattr(sys, "argv", ["stages.train"])
-    monkeypatch.setattr(params, "_loaded", {})
     done = []
     for staged in (False, True):
         monkeypatch.setattr("reward.stage.STAGED", staged)
@@ -153,8 +152,6 @@ def test_outputs_are_not_recorded_for_what_has_changed_while_they_were_made(
     """DVC reads parameters and code again when a stage is done, and records what it then finds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["stages.train"])
-    monkeypatch.setattr(params, "_loaded", {})
-    monkeypatch.setattr("reward.stage._read", {})
     monkeypatch.setattr("reward.stage.loaded_modules", lambda: {"main": tmp_path / "code.py"})
     Path("code.py").touch()
     Path("data").mkdir()
@@ -200,7 +197,6 @@ def test_experiment_that_dvc_would_lose_is_refused_before_the_work(
     monkeypatch.setenv("DVC_ROOT", str(project))
     monkeypatch.setattr(sys, "argv", ["stages.train"])
     monkeypatch.setattr("reward.stage.STAGED", True)
-    monkeypatch.setattr(params, "_loaded", {})
     lost, done = bool(depth) and copy != ".", []
     with pytest.raises(SystemExit) if lost else nullcontext():
         run_stage("stages.train", None, lambda: done.append(True))
