@@ -74,6 +74,17 @@ def test_interval_matches_resampled_prompts(seed: int) -> None:
     assert found == pytest.approx(slow_interval(right, prompts, 2000), abs=0.02)
 
 
+def test_interval_of_few_prompts_is_wider_than_the_middle_of_their_means() -> None:
+    draw, prompts = random.Random(0), [*range(8)]
+    values = [draw.random() for _ in prompts]
+    found = Resampling(20_000, 0).interval(np.array(values), np.array(prompts))
+    assert found == pytest.approx(slow_interval(values, prompts, 20_000), abs=0.01)
+    means = np.random.default_rng(1).choice(values, (20_000, 8)).mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert found[0] < low - 0.02
+    assert found[1] > high + 0.02
+
+
 def test_pairs_of_one_prompt_count_as_one_draw() -> None:
     """Ten copies of every pair are not more evidence than one."""
     right = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.5])
