@@ -26,6 +26,7 @@ from tqdm import tqdm
 from benchmarks.defaults import RESAMPLING, RESULTS, command, exists, rewards_of
 from reward.judging.evaluation import as_judged
 from reward.judging.metrics import Floats, calibration, correct, losses
+from reward.process import command_line
 
 LOGS = Path("data/arms")
 
@@ -66,9 +67,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.arms", __doc__)
     parser.add_argument("name", help="name of the experiment")
     parser.add_argument("arms", nargs="+", help="NAME:KEY=VALUE,KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds per arm")

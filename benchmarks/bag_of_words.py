@@ -6,7 +6,6 @@ A logistic regression on the words of the two answers learns from the train spli
 better. The table has its accuracy on the test split.
 """
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from scipy.sparse import vstack
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
+
+from reward.process import command_line
 
 PAIRS = Path(__file__).resolve().parents[1] / "data" / "raw" / "pairs.json"
 # A word, or a single Han character, because Chinese has no spaces between words.
@@ -102,7 +103,7 @@ def report(train: list[Pair], test: list[Pair]) -> str:
 
 def main() -> None:
     """Read the splits of the tokenized folder and print the table."""
-    parser = argparse.ArgumentParser(description="Bag-of-words accuracy on the test split.")
+    parser = command_line("benchmarks.bag_of_words", __doc__)
     parser.add_argument("tokenized", type=Path, help="folder with the datasets train and test")
     folder = parser.parse_args().tokenized
     records = json.loads(PAIRS.read_text(encoding="utf-8"))

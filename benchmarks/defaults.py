@@ -41,6 +41,7 @@ from reward.data.reading import read
 from reward.data.records import check
 from reward.data.splitting import split
 from reward.judging.metrics import Floats, Resampling, correct, losses
+from reward.process import command_line
 from stages.preprocess import Preprocess
 
 FOLDS = Path("data/folds")
@@ -102,9 +103,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.defaults", __doc__)
     parser.add_argument("name", help="name of the experiments")
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="preference files")
     parser.add_argument("--folds", type=int, default=3, help="number of folds")

@@ -8,7 +8,6 @@ merged/ are written to a temporary folder next to the model, each by a fresh pro
 where a process can reset its peak memory.
 """
 
-import argparse
 import ctypes
 import gc
 import time
@@ -24,6 +23,7 @@ from reward.exporting import portable
 from reward.exporting.merging import write_merged
 from reward.model.base import DTYPES, Quantization, add_lora, load_base, load_stock, new_head, save
 from reward.outputs import partial_folder
+from reward.process import command_line
 
 STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PARTS = ("base", "float32", "bfloat16")
@@ -35,9 +35,7 @@ QUANTIZATIONS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.merging", __doc__)
     parser.add_argument("base", type=Path, help="folder of the base model")
     base = parser.parse_args().base
     print(f"{'base':<16}{'loaded, GB':>12}{'written':>20}{'GB':>8}{'extra, GB':>10}{'s':>8}")

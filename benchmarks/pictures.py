@@ -3,12 +3,12 @@
 python -m benchmarks.pictures
 """
 
-import argparse
 import subprocess
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from reward.process import command_line
 from tools.browser import Browser
 
 RESULTS = Path("benchmarks/results")
@@ -32,7 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    command_line("benchmarks.pictures", __doc__).parse_args()
     main()

@@ -31,7 +31,7 @@ from reward.data.reading import read
 from reward.data.records import check
 from reward.data.tokens import Encoder, Template
 from reward.outputs import read_json
-from reward.process import Fault, run
+from reward.process import Fault, command_line, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "preprocess.md"
@@ -107,9 +107,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line. Raises a Fault if the tokenizer does not exist."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.preprocess", __doc__)
     parser.add_argument("--tokenizer", type=Path, default=BASE, help="folder of the tokenizer")
     parser.add_argument(
         "--compared", type=int, default=50_000, help="number of pairs in the comparison"

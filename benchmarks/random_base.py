@@ -5,7 +5,6 @@ python -m benchmarks.random_base models/qwen2-0.5b-shape
 The default is the exact configuration of Qwen2-0.5B. The tokenizer is the embedded one.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from reward.model import embedded
+from reward.process import command_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.random_base", __doc__)
     parser.add_argument("folder", type=Path, help="where to write the model")
     for name, default in (
         ("hidden-size", 896),

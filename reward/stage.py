@@ -5,7 +5,6 @@ what the stage has read, the record would say that other inputs have made these 
 cache would return them for those.
 """
 
-import argparse
 import os
 import subprocess
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from reward import params
 from reward.outputs import digest
-from reward.process import STAGED, Fault, loaded_modules, run
+from reward.process import STAGED, Fault, command_line, loaded_modules, run
 
 # The folders in which stages write their outputs.
 OUTPUTS = ("data", "metrics", "models", "reports")
@@ -29,12 +28,8 @@ _read: dict[Path, Stamps] = {}
 
 def run_stage(name: str, description: str | None, main: Callable[[], None]) -> None:
     """Run the `main` of a stage. A stage reads params.yaml, so its only argument is --help."""
-    argparse.ArgumentParser(
-        prog=f"python -m {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="A stage takes its parameters from params.yaml. `dvc repro` runs all stages.",
-    ).parse_args()
+    epilog = "A stage takes its parameters from params.yaml. `dvc repro` runs all stages."
+    command_line(name, description, epilog).parse_args()
 
     def recorded() -> None:
         require_inside()

@@ -35,6 +35,8 @@ from tempfile import TemporaryDirectory
 import psutil
 from ruamel.yaml import YAML
 
+from reward.process import command_line
+
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "torture.md"
 PHASES = ("loading", "steps", "checkpoint", "outs", "commit")
@@ -123,9 +125,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("tools.torture", __doc__)
     parser.add_argument("--kills", type=int, default=len(EVERY), help="number of kills")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the random moments, victims and commands"

@@ -28,7 +28,7 @@ from benchmarks.speed.measuring import alone, measure
 from benchmarks.speed.report import as_markdown, describe, write
 from benchmarks.speed.workload import PROMPTS_PER_STEP, prepare
 from reward.data.tokens import TEMPLATES
-from reward.process import Fault, run
+from reward.process import Fault, command_line, run
 
 
 def main() -> None:
@@ -55,11 +55,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line. Raises a Fault if it asks for something that cannot be measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("benchmarks.speed", __doc__)
     names = list(contenders(HARDWARE, answers=3, prompts_per_step=PROMPTS_PER_STEP))
     parser.add_argument(
         "--repeats", type=int, default=3, help="number of measurements of each contender"

@@ -9,7 +9,6 @@ process ends when export ends. All clients except packs get ids or text in sever
 the right or on the left, one text at a time, or with eos at the end.
 """
 
-import argparse
 import gc
 import json
 import sys
@@ -64,7 +63,7 @@ from reward.model.packing import Texts, pairs_of
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
 from reward.model.scoring import score
 from reward.outputs import read_json, writing
-from reward.process import free_memory, run, threads
+from reward.process import command_line, free_memory, run, threads
 
 CLIENT, FORM, FOUND, LEFT_OUT = "client", "form", "found.parquet", b"left_out"
 
@@ -87,7 +86,7 @@ class Request:
 
 def main() -> None:
     """Handle the request, with one process for each GPU."""
-    parser = argparse.ArgumentParser(description="Score pairs with an exported reward model.")
+    parser = command_line("reward.exporting.clients", __doc__)
     parser.add_argument(
         "request", type=Path, help="JSON file; found.parquet is written to its folder"
     )

@@ -29,7 +29,7 @@ from scipy import stats
 from reward.data.columns import ID, MARGIN, PREFERENCE, PROMPT_ID, TIE
 from reward.judging.metrics import Floats, Ints, Resampling, correct
 from reward.params import read_yaml
-from reward.process import Fault, counted, one_line, run
+from reward.process import Fault, command_line, counted, one_line, run
 
 REPORTS, LOCK, PARAMS = Path("reports/evaluate"), Path("dvc.lock"), Path("params.yaml")
 # The stages whose parameters determine an evaluation.
@@ -73,11 +73,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m reward.judging.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("reward.judging.compare", __doc__)
     parser.add_argument("first", help='a revision, an experiment, "workspace", or a folder')
     parser.add_argument("second", help="the model that may be better, named in the same way")
     parser.add_argument("--set", metavar="NAME", help="compare on this extra test set")

@@ -41,7 +41,7 @@ from reward.judging.metrics import Resampling
 from reward.model.base import device, fast_dtype, keep_weights_unpacked
 from reward.model.head import is_classifier, problem_with_labels
 from reward.outputs import digest, read_json, recorded, watched, whole_folder, write_json
-from reward.process import Fault, one_line, processors, run
+from reward.process import Fault, command_line, one_line, processors, run
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -167,11 +167,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m reward.serving.judge",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("reward.serving.judge", __doc__)
     parser.add_argument("model", type=Path, metavar="FOLDER", help="folder of a reward model")
     parser.add_argument(
         "sets",

@@ -37,7 +37,7 @@ from reward.model import group
 from reward.model.base import DIGESTS
 from reward.model.launching import distribute
 from reward.outputs import digest, writing
-from reward.process import Fault, counted, run, threads
+from reward.process import Fault, command_line, counted, run, threads
 from reward.serving.scorer import Misfit, Scorer, probabilities, ranks
 
 EXPORT = Path("models/export")
@@ -127,11 +127,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m reward.serving.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("reward.serving.score", __doc__)
     parser.add_argument(
         "inputs", type=Path, nargs="+", metavar="INPUT", help="a file, or a folder of files"
     )

@@ -48,7 +48,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from reward.data.reading import unique_keys
 from reward.data.records import TOOLS
 from reward.model.launching import distribute, torchrun_options
-from reward.process import LAUNCHED, Fault, counted, run, threads
+from reward.process import LAUNCHED, Fault, command_line, counted, run, threads
 from reward.serving.metrics import FOLDER, Metrics
 from reward.serving.queue import Full, Queue, Unscored
 from reward.serving.scorer import Ids, Misfit, Scorer
@@ -92,11 +92,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line. Raises a Fault for a bad port or key, or if a key is needed and missing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m reward.serving.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("reward.serving.serve", __doc__)
     parser.add_argument(
         "--model", type=Path, default=EXPORT, help=f"folder of an exported model ({EXPORT})"
     )
