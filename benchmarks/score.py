@@ -9,9 +9,6 @@ layers, each in a fresh process, and results are medians. Prints a table and wri
 benchmarks/results/score.md.
 """
 
-# Imported first, because it silences a warning of bitsandbytes at import.
-import stages  # noqa: F401  # isort: skip
-
 import argparse
 import json
 import os
