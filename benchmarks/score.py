@@ -21,14 +21,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 from ruamel.yaml import YAML
-from torch import nn
 
 from benchmarks import random_base
 from benchmarks.preprocess import LONG, ROOT, records, table
 from benchmarks.speed.floor import floor_of_scoring
 from benchmarks.speed.hardware import HARDWARE, QUANTIZATION
 from benchmarks.speed.measuring import Contender, Measurement, Row, Stopwatch, alone, measure
-from benchmarks.speed.workload import PROMPTS_PER_STEP, SHAPE, Workload
+from benchmarks.speed.workload import PROMPTS_PER_STEP, SHAPE, Workload, linear_shapes
 from reward.data.reading import read
 from reward.data.records import candidates
 from reward.model.base import load_base
@@ -101,12 +100,7 @@ def workload_of() -> Workload:
     scorer, texts = Scorer(EXPORT), list[Texts]()
     for _, record in read(SCORED):
         texts.append(texts_of(scorer.encode(scorer.render(candidates(record)))))
-    linear = [
-        (module.out_features, module.in_features)
-        for module in load_base(fetch.BASE, QUANTIZATION).base_model.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    nowhere = Path()
+    linear, nowhere = linear_shapes(load_base(fetch.BASE, QUANTIZATION)), Path()
     return Workload(nowhere, nowhere, nowhere, texts, linear, TOKENS_PER_PACK, PROMPTS_PER_STEP)
 
 

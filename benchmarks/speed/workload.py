@@ -98,11 +98,7 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
             options.prompts, options.answers, options.seed, usable_ids(base), longest
         )
     packed = load_base(base, QUANTIZATION)
-    linear = [
-        (module.out_features, module.in_features)
-        for module in packed.base_model.modules()
-        if isinstance(module, nn.Linear)
-    ]
+    linear = linear_shapes(packed)
     model = with_adapter(packed)
     first = [texts_of(texts.ids[:2]) for texts in prompts[:HEAD_PAIRS]]
     scale_head(model, first, options.tokens_per_pack)
@@ -125,6 +121,15 @@ def prepare(options: argparse.Namespace, scratch: Path) -> Workload:
         options.tokens_per_pack,
         options.prompts_per_step,
     )
+
+
+def linear_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """The [outputs, inputs] of each linear layer of the decoder."""
+    return [
+        (module.out_features, module.in_features)
+        for module in model.base_model.modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def generated(count: int, answers: int, seed: int, ids: Sequence[int], longest: int) -> list[Texts]:
