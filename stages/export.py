@@ -69,8 +69,7 @@ def main() -> None:
     with whole_folder(EXPORT) as folder:
         facts = write_exported(folder, trained, options.merge)
         found = score_elsewhere(folder, options.clients, tokens_per_pack, compared)
-        mixture = gate.is_mixture(read_json(BASE / "config.json"))
-        figures = gate.measure(found, clients, rewards, mixture)
+        figures = gate.measure(found, clients, rewards, facts.mixture)
         require_alike(figures["clients"], clients, options, quantization, rewards.std())
         write_card(folder, replace(facts, left_out=figures["left_out"]))
     with whole_folder(REPORTS) as folder:

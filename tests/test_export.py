@@ -1087,17 +1087,16 @@ def test_tolerance_grows_with_the_rewards_except_for_packs(
             export.require_alike(*given, deviation=4.0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_mixtures_of_experts_are_known_by_their_configuration(family: str, tmp_path: Path) -> None:
-    folder = fetched(family, tmp_path)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-    fused = any(parameter.dim() == 3 for parameter in model.parameters())
-    assert gate.is_mixture(read_json(folder / "config.json")) is fused
-
-
-@pytest.mark.parametrize("count", [0, 1, None, [1, 1]])
-def test_single_expert_is_no_mixture(count: object) -> None:
-    assert not gate.is_mixture({"num_experts": count, "num_experts_per_tok": 2})
+@pytest.mark.usefixtures("ready", "clients_here")
+@pytest.mark.parametrize("experts", [0, 8])
+def test_median_is_recorded_for_a_mixture_of_experts(
+    experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reward.exporting.exported.fused_experts", lambda _: experts)
+    monkeypatch.setattr(clients, "LIGHT", clients.LIGHT[:1])
+    export.main()
+    figures = read_json(export.REPORTS / "figures.json")["clients"]["peft"]["right"]
+    assert (gate.MEDIAN in figures) == (experts > 0)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says about an export.
+    """What a card says about an export, and whether it is a `mixture` of experts.
 
     `base` and `training` are the records of fetch and train, `recipe` is the quantization of the
     base, `reward` is what clients need to know about the rewards and `metrics` is what evaluate
@@ -40,6 +40,7 @@ class Facts:
     metrics: dict[str, Any]
     has_base: bool
     has_merged: bool
+    mixture: bool
     adapter: str
     licenses: Sequence[str]
     left_out: Sequence[str] = ()

@@ -37,6 +37,7 @@ from reward.model.base import (
     Quantization,
     adapt,
     base_record,
+    fused_experts,
     load_base,
     load_stock,
     require_sealed,
@@ -92,7 +93,7 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> card.Facts:
     base, adapter = trained.base, trained.adapter
     require_sealed(adapter, base)
     model = load_stock(base, trained.quantization)
-    rows = embeddings(model)
+    rows, mixture = embeddings(model), fused_experts(model) > 0
     tokenizer = prepare_tokenizer(base, Template.load(adapter / TEMPLATE), rows)
     reward = reward_record(trained, tokenizer)
     config = adapter_config(trained, prepared=tokenizer.pad.rows > rows)
@@ -121,6 +122,7 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> card.Facts:
         metrics=trained.metrics,
         has_base=has_base,
         has_merged=merge != "none",
+        mixture=mixture,
         adapter=digest(folder / ADAPTER_WEIGHTS),
         licenses=trained.licenses,
     )

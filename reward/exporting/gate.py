@@ -99,17 +99,6 @@ def rewards_of(table: pa.Table) -> Rewards:
     return np.stack([table[name].to_numpy() for name in REWARDS], axis=1).astype(np.float64)
 
 
-def is_mixture(config: dict[str, Any]) -> bool:
-    """Whether a model with this config.json is a mixture of experts.
-
-    If two of its experts are almost tied for a token, rounding decides between them, so the rewards
-    of a few texts differ by far more than rounding errors.
-    """
-    found = [config[key] for key in config if "experts" in key and "per_tok" not in key]
-    counts = [each for value in found for each in (value if isinstance(value, list) else [value])]
-    return any(isinstance(count, int) and count > 1 for count in counts)
-
-
 def measure(
     found: pa.Table, selected: Sequence[Client], evaluated: Rewards, mixture: bool = False
 ) -> dict[str, Any]:
@@ -152,7 +141,9 @@ def rows(found: pa.Table, client: Client, form: Form) -> pa.Table:
 def difference(found: pa.Table, expected: Rewards, mixture: bool = False) -> Figures:
     """How far the rewards of some pairs are from the expected ones, and the number of pairs.
 
-    The figures of a mixture of experts have the median, too, by which it is judged.
+    The figures of a mixture of experts have the median, too, by which it is judged. If two of its
+    experts are almost tied for a token, rounding decides between them, so the rewards of a few
+    texts differ by far more than rounding errors.
     """
     if not len(found):
         return {"pairs": 0}

@@ -244,10 +244,9 @@ def precisions(model: PeftModel) -> dict[str, int]:
     return found
 
 
-def fused_experts(model: PeftModel) -> int:
-    """How many parameters are in experts that transformers stores as one tensor per layer."""
-    base = cast(PreTrainedModel, model.get_base_model()).base_model
-    return sum(each.numel() for each in base.parameters() if each.dim() == 3)
+def fused_experts(model: nn.Module) -> int:
+    """How many parameters are in experts, which transformers stores as one tensor per layer."""
+    return sum(each.numel() for each in model.parameters() if each.dim() == 3)
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
@@ -329,8 +328,7 @@ def adaptable(model: PreTrainedModel) -> set[str]:
         for name, module in model.base_model.named_modules()
         if type(module) in LINEAR
     ]
-    fused = any(each.dim() == 3 for each in model.base_model.parameters())
-    left_out = EXPERT_PARTS | ROUTERS if fused else set()
+    left_out = EXPERT_PARTS | ROUTERS if fused_experts(model) else set()
     return {path[-1] for path in paths if left_out.isdisjoint(path)}
 
 
