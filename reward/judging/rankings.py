@@ -29,9 +29,9 @@ def rankings(judged: Judged, resampling: Resampling) -> dict[str, Any]:
     `accuracy` is over their pairs. All others are means over the prompts, with intervals. Without
     such prompts, the result has only their number.
     """
-    compared = np.bincount(judged.answers.prompts) > 2
-    compared[compared] = np.isin(np.flatnonzero(compared), judged.prompts[~judged.tied])
-    kept = judged.take(compared[judged.prompts])
+    several = np.bincount(judged.answers.prompts) > 2
+    decided = np.bincount(judged.prompts, ~judged.tied) > 0
+    kept = judged.take((several & decided)[judged.prompts])
     if not len(kept):
         return {"prompts": 0}
     found = list(by_prompt(kept))
