@@ -163,17 +163,14 @@ def prepare(folder: Path) -> Path:
     (folder / ".dvc" / "config.local").write_text(
         f"[core]\n    site_cache_dir = {folder.parent / 'site'}\n", encoding="utf-8"
     )
+    later = [f"metrics/{name}.json" for name in ("train", "evaluate", "export")]
     for arguments in (
         ["switch", "--quiet", "-C", "main"],
         ["config", "user.name", "torture"],
         ["config", "user.email", "torture@example.org"],
-        ["rm", "--quiet", "--cached", "metrics/train.json", "metrics/evaluate.json"],
-        ["rm", "--quiet", "--cached", "metrics/export.json"],
+        ["rm", "--quiet", "dvc.lock", *later],
     ):
         subprocess.run(["git", *arguments], cwd=folder, check=True)
-    (folder / "dvc.lock").unlink()
-    for name in ("train", "evaluate", "export"):
-        (folder / "metrics" / f"{name}.json").unlink()
     subprocess.run(
         ["dvc", "repro", "--quiet", "preprocess"], cwd=folder, env=environment(), check=True
     )
