@@ -26,9 +26,8 @@ from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
 from tests.forked import Forked, join_lost_host, launch_train, train_in_group
-from tests.support import write_pairs
+from tests.support import SetParams, write_pairs
 
-SetParams = Callable[..., None]
 Bytes = dict[str, str]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet
@@ -22,9 +21,8 @@ from reward.model.scoring import rewards, score
 from reward.outputs import read_json
 from reward.process import Fault
 from stages import fetch, preprocess, train
-from tests.support import built, write_pairs
+from tests.support import SetParams, built, write_pairs
 
-SetParams = Callable[..., None]
 WEIGHTS = "adapter_model.safetensors"
 KINDS = {"qwen2": Qwen2Config, "llama": LlamaConfig}
 
@@ -197,39 +195,24 @@ def test_copy_of_an_export_can_be_trained_again() -> None:
 # --- refused models --------------------------------------------------------------------------
 
 
-def add_bias(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"score.bias": torch.ones(1)}, folder / "model.safetensors")
-
-
-def remove_head(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["score.weight"]
-    save_file(tensors, folder / "model.safetensors")
-
-
-def double_head(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["score.weight"] = torch.ones(2, 64)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def widen_head(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["score.weight"] = torch.ones(1, 65)
-    save_file(tensors, folder / "model.safetensors")
-
-
 @pytest.mark.parametrize(
-    ("change", "labels", "found"),
+    ("head", "labels", "found"),
     [
         (None, 2, "is a classifier with 2 labels, expected one label, which is the reward"),
         (None, 3, "is a classifier with 3 labels, expected one label, which is the reward"),
-        (add_bias, 1, "has a head with a bias, score.bias, expected only score.weight"),
-        (remove_head, 1, "is a classifier without a head, expected score.weight among its weights"),
-        (double_head, 1, "has a head with 2 labels, expected one label, which is the reward"),
         (
-            widen_head,
+            {"weight": (1, 64), "bias": (1,)},
+            1,
+            "has a head with a bias, score.bias, expected only score.weight",
+        ),
+        ({}, 1, "is a classifier without a head, expected score.weight among its weights"),
+        (
+            {"weight": (2, 64)},
+            1,
+            "has a head with 2 labels, expected one label, which is the reward",
+        ),
+        (
+            {"weight": (1, 65)},
             1,
             "has score.weight of shape [1, 65], expected [1, 64], as its config.json says",
         ),
@@ -239,14 +222,18 @@ def test_head_without_a_single_reward_is_refused(
     workspace: Path,
     tiny_base: Path,
     set_params: SetParams,
-    change: Callable[[Path], None] | None,
+    head: dict[str, tuple[int, ...]] | None,
     labels: int,
     found: str,
 ) -> None:
+    """The shapes of the head's tensors are those of `head`."""
     shutil.rmtree("models/base")
     folder = save_classifier(workspace / "classifier", tiny_base, labels=labels)
-    if change:
-        change(folder)
+    if head is not None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["score.weight"]
+        tensors |= {f"score.{name}": torch.ones(shape) for name, shape in head.items()}
+        save_file(tensors, folder / "model.safetensors")
     set_params("base", name="classifier")
     with pytest.raises(Fault) as fault:
         fetch.main()

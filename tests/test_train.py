@@ -37,9 +37,8 @@ from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
 from tests.forked import Forked, train_until
-from tests.support import built, chosen_and_rejected, new_trainer, write_pairs
+from tests.support import SetParams, built, chosen_and_rejected, new_trainer, write_pairs
 
-SetParams = Callable[..., None]
 Tensors = dict[str, torch.Tensor]
 
 
