@@ -5,7 +5,6 @@ import errno
 import hashlib
 import math
 import os
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from reward.outputs import (
     writing,
 )
 from reward.process import Fault
+from tests.support import file_size_limit
 
 
 def test_complete_folder_replaces_the_old_one(tmp_path: Path) -> None:
@@ -186,13 +186,9 @@ def test_error_without_errno_is_reported_if_the_disk_is_full(
 ) -> None:
     if written:
         (tmp_path / "half").write_bytes(bytes(written))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     error = RuntimeError("of a library")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, before[1]))
-    try:
+    with file_size_limit(3_000_000):
         found = raised(tmp_path / "out", error, room)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (found is not error) is fails
     if fails:
         assert str(found).startswith(f"{tmp_path}/out cannot be written: File too large; free")
