@@ -12,7 +12,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,9 @@ def require_current(name: str, read: Read) -> None:
         stages = read_yaml(content)["stages"]
         made = {out["path"]: out["md5"] for each in stages.values() for out in each.get("outs", ())}
         deps = stages.get("evaluate", {}).get("deps", ())
-        used = {group: values for stage in BEFORE for group, values in groups_of(stages, stage)}
+        used: dict[str, Any] = {}  # the groups of params.yaml with which the stages ran
+        for stage in BEFORE:
+            used |= stages.get(stage, {}).get("params", {}).get(str(PARAMS), {})
     except BROKEN:
         raise Fault(f"{name}: {LOCK} is broken, expected what dvc repro writes") from None
     if used:
@@ -131,12 +133,6 @@ def require_current(name: str, read: Read) -> None:
                 f"{name}: {dep['path']} has changed since evaluate ran, expected an evaluation of "
                 "it; run dvc repro or dvc exp run without the name of a stage"
             )
-
-
-def groups_of(stages: dict[str, Any], stage: str) -> Iterable[tuple[str, Any]]:
-    """The groups of params.yaml with which a stage ran, by dvc.lock."""
-    groups: dict[str, Any] = stages.get(stage, {}).get("params", {}).get(str(PARAMS), {})
-    return groups.items()
 
 
 def require_same(name: str, used: dict[str, Any], read: Read) -> None:
