@@ -793,6 +793,18 @@ def test_interpreter_may_be_relative_to_the_working_folder(
     assert [command[0] for command in commands] == [python]
 
 
+def test_progress_of_the_clients_is_shown_and_their_other_output_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho progress\necho other >&2\n", encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(gate, "hub_cache", lambda *_: None)
+    done = gate.run_clients(Request("f", "p", "b", "light", 1, []), tmp_path)
+    assert (*capfd.readouterr(), done.stderr) == ("", "progress\n", "other\n")
+
+
 def test_processes_other_than_the_first_only_score_packs(
     exported: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
+from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     logging,
@@ -131,7 +132,9 @@ def find(request: Request) -> pa.Table | None:
     group.leave()
     if not leads:
         return None
-    for client in clients[1:]:
+    # export captures stderr and shows stdout.
+    bar = tqdm(clients[1:], "clients", unit="", delay=2, leave=None, file=sys.stdout, disable=None)
+    for client in bar:
         fitting = fits(client, exported)
         table = within_memory(found_by, client, exported) if fitting else None
         if table is None:

@@ -36,7 +36,8 @@ ByClient = dict[str, dict[str, Figures]]
 def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProcess[str]:
     """Run reward.exporting.clients on a request. The clients write `elsewhere`/found.parquet.
 
-    A base from the Hub is linked into a Hub cache, so no client downloads it.
+    Their progress is shown, and what they write to stderr is in the result. A base from the Hub is
+    linked into a Hub cache, so no client downloads it.
     """
     hub_cache(elsewhere / "hub", Path(request.base))
     (elsewhere / "empty").mkdir()
@@ -55,7 +56,8 @@ def run_clients(request: Request, elsewhere: Path) -> subprocess.CompletedProces
         [python, "-m", clients.__name__, str(elsewhere / "request.json")],
         cwd=elsewhere / "empty",
         env=os.environ | variables,
-        capture_output=True,
+        stdout=sys.__stderr__,
+        stderr=subprocess.PIPE,
         text=True,
         check=False,
     )
