@@ -203,9 +203,10 @@ def test_rewards_and_gradients_match_stock_passes(
     assert relative(found, expected) < 1e-5
     assert expected_gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     assert found_gradients.keys() == expected_gradients.keys()
+    bound = 5e-5 if family in ("GPT-2", "OPT", "Phi") else 1e-5
     for name, gradient in expected_gradients.items():
         assert gradient.norm() > 0, name
-        assert relative(found_gradients[name], gradient) < 5e-5, name
+        assert relative(found_gradients[name], gradient) < bound, name
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - WITH_WHOLE_LAST_LAYER))
