@@ -183,7 +183,7 @@ def items(paths: list[Path]) -> Iterator[Item]:
 
 
 def as_text(record: Any) -> str:
-    """A record as JSON. Raises BadRecord if it is no object, or information would be lost."""
+    """A record as JSON. Raises BadRecord if it is not an object, or information would be lost."""
     if not isinstance(record, dict):
         raise BadRecord("wrong_type", f"is {KINDS[type(record)]}, expected an object")
     if taken := [name for name in ADDED if name in record]:
