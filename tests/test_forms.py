@@ -475,6 +475,13 @@ def test_votes_of_a_continued_conversation_are_read() -> None:
     assert form_of(record).read(record).comparisons == [Comparison(1, 0, 0.75)]
 
 
+@pytest.mark.parametrize("last", [[], [user("q")], [user("q"), {"text": "a"}]])
+def test_conversation_without_its_answer_is_bad(last: list[Record]) -> None:
+    record = {"messages": [user("q"), answer("a")], "rejected_response": "b"}
+    with pytest.raises(BadRecord, match="'messages' does not end with an assistant message"):
+        form_of(record).read(record | {"messages": last})
+
+
 @pytest.mark.parametrize("columns", [{"preference": 0.9}, {"votes": [2, 1]}, {"preference": 0.5}])
 def test_margin_of_an_uncertain_pair_is_bad(columns: Record) -> None:
     with pytest.raises(BadRecord, match="'margin' is 1, but no answer is certainly") as caught:

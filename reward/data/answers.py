@@ -13,7 +13,7 @@ from itertools import combinations, product
 from typing import Any, Literal, NamedTuple, Protocol
 
 from reward.data.columns import TIE
-from reward.data.dialogue import as_messages, message, messages
+from reward.data.dialogue import as_messages, messages, role_of
 from reward.data.records import CERTAIN, PAIR, BadRecord, Comparison
 from reward.data.values import Columns, Record, is_absent, needed, plain, top, value_at
 
@@ -117,7 +117,7 @@ class Continued(Answers):
         if not isinstance(turns, list):
             raise BadRecord("wrong_type", f"{self.conversation!r} is not a list of messages")
         turns = messages(self.conversation, turns)
-        if not turns or not isinstance(turns[-1], dict) or turns[-1]["role"] != "assistant":
+        if not turns or role_of(turns[-1]) != "assistant":
             raise BadRecord(
                 "empty", f"{self.conversation!r} does not end with an assistant message"
             )
@@ -197,11 +197,7 @@ def until_turn(answer: Any, turn: Any) -> Any:
     number = plain(turn)
     if not isinstance(answer, list) or not isinstance(number, int | float):
         return answer
-    starts = [
-        place
-        for place, item in enumerate(answer)
-        if isinstance(item, dict) and message("", item).get("role") == "user"
-    ]
+    starts = [place for place, item in enumerate(answer) if role_of(item) == "user"]
     return answer[: starts[int(number)]] if 1 <= number < len(starts) else answer
 
 

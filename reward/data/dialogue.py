@@ -53,11 +53,14 @@ def are_spoken(value: Any) -> bool:
 
 def are_conversations(value: Any) -> bool:
     """Whether a value is a list of messages, and not all of them are the assistant's."""
-    return are_messages(value) and any(
-        message("", {keys[0]: item[keys[0]], keys[1]: ""})["role"] != "assistant"
-        for item in value
-        if (keys := spelling(item))
-    )
+    return are_messages(value) and any(role_of(item) != "assistant" for item in value)
+
+
+def role_of(item: Any) -> Any:
+    """The role of a message under its usual name, or None if there is none."""
+    key, _ = spelling(item) or SPELLINGS[0]
+    role = item.get(key) if isinstance(item, dict) else None
+    return SPEAKERS.get(role, role) if isinstance(role, str) else role
 
 
 def message(key: str, item: Any) -> Any:
@@ -69,7 +72,7 @@ def message(key: str, item: Any) -> Any:
     if keys is None:
         return item
     role, content = (item[name] for name in keys)
-    known = SPEAKERS.get(role, role) if isinstance(role, str) else role
+    known = role_of(item)
     words = _joined(key, content) if isinstance(content, list) else content
     if keys == SPELLINGS[0] and known is role and words is content:
         return item
