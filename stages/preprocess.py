@@ -210,12 +210,12 @@ def row_of(
         try:
             ids = cut(encoder, record, encoded)
         except BadRecord as fault:
-            ledger.bad(file, position, fault.reason, str(fault))
+            ledger.bad(file, position, fault)
             return None
     is_cut = ids is not encoded and not all(map(np.array_equal, ids, encoded))
     kept = compare(record, ids, options.max_length, encoder.unknown)
     for each in kept.faults:
-        ledger.bad(file, position, *over_length(options, each))
+        ledger.bad(file, position, over_length(options, each))
     if not kept.compared:
         return None
     if is_cut:
@@ -241,14 +241,14 @@ def cut(encoder: Encoder, record: Record, encoded: list[TokenIds]) -> list[Token
     return encoded
 
 
-def over_length(options: Preprocess, fault: BadRecord) -> tuple[str, str]:
-    """The reason and the message of a fault, which is about the answer if prompts are cut."""
+def over_length(options: Preprocess, fault: BadRecord) -> BadRecord:
+    """A fault with the parameter if it is about length, and about the answer if prompts are cut."""
     if fault.reason != "over_length":
-        return fault.reason, str(fault)
+        return fault
     sentence = f"{fault} (preprocess.max_length)"
     if options.over_length == "truncate_prompt":
-        return "answer_too_long", f"{sentence}, and the prompt is too short to cut"
-    return fault.reason, sentence
+        return BadRecord("answer_too_long", f"{sentence}, and the prompt is too short to cut")
+    return BadRecord(fault.reason, sentence)
 
 
 # --- all records together --------------------------------------------------------------------
@@ -278,7 +278,7 @@ def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
                 f"{name} files: {'; '.join([*places][:SHOWN])}; to leave them out, set "
                 "preprocess.on_bad_record to drop"
             )
-        ledger.bad_rows(rows, f"in_{name}_set", f"its prompt is in a {name} file")
+        ledger.bad_rows(rows, BadRecord(f"in_{name}_set", f"its prompt is in a {name} file"))
         shared |= found
         rest &= ~found
     return shared
@@ -294,15 +294,9 @@ def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_
     repeated = duplicates(ballots.verdicts) & ~contradicted & ~votes.cast
     ledger.votes, ledger.merged = int(votes.cast.sum()), int(votes.merged.sum())
     ledger.grade(rows[votes.rows], votes.preference, votes.weight, votes.margin)
-    for reason, found, sentence in (
-        (
-            "contradiction",
-            contradicted,
-            "another record gives the same answers a different verdict",
-        ),
-        ("duplicate", repeated, "repeats an earlier record"),
-    ):
-        ledger.bad_rows(rows[found].tolist(), reason, sentence)
+    contradiction = "another record gives the same answers a different verdict"
+    ledger.bad_rows(rows[contradicted], BadRecord("contradiction", contradiction))
+    ledger.bad_rows(rows[repeated], BadRecord("duplicate", "repeats an earlier record"))
     used[rows[contradicted | repeated | votes.merged]] = False
     if reasons := refused(options, ledger):
         raise Fault(f"{ledger.listed(reasons)}; {', '.join(remedies(options, reasons))}")

@@ -112,10 +112,10 @@ class Ledger:
                     record = usable(raw)
                     texts = [encoder.render(record.prompt, answer) for answer in record.answers]
                 except BadRecord as fault:
-                    self.bad(file, position, fault.reason, str(fault))
+                    self.bad(file, position, fault)
                     continue
                 for each in record.faults:
-                    self.bad(file, position, each.reason, str(each))
+                    self.bad(file, position, each)
                 if record.comparisons:
                     yield Rendered(file, position, record, texts)
 
@@ -156,20 +156,20 @@ class Ledger:
         found[np.asarray(self.graded)] = np.asarray(self.grades[name])
         return found
 
-    def bad(self, file: int, position: int, reason: str, sentence: str) -> None:
+    def bad(self, file: int, position: int, fault: BadRecord) -> None:
         """Count a bad record, and keep its place if it is one of the first SHOWN with its reason.
 
         Records arrive in file order only within one reason, because the ids of a record are checked
         long after the record itself.
         """
-        self.dropped[reason] += 1
-        if self.dropped[reason] <= SHOWN:
-            self.faults.append(BadPlace(file, position, reason, sentence))
+        self.dropped[fault.reason] += 1
+        if self.dropped[fault.reason] <= SHOWN:
+            self.faults.append(BadPlace(file, position, fault.reason, str(fault)))
 
-    def bad_rows(self, rows: Iterable[int], reason: str, sentence: str) -> None:
+    def bad_rows(self, rows: Iterable[int], fault: BadRecord) -> None:
         """Count records that turn out to be bad when all records are compared."""
         for row in rows:
-            self.bad(self.file[row], self.position[row], reason, sentence)
+            self.bad(self.file[row], self.position[row], fault)
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """One of the arrays, without a copy."""

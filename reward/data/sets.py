@@ -83,7 +83,7 @@ def read_set(path: Path, encoder: Encoder, drop: bool) -> TestSet:
         ids = encoder.encode_arrays(texts)
         kept = compare(record, ids, encoder.template.max_length, encoder.unknown)
         for each in kept.faults:
-            ledger.bad(file, position, each.reason, str(each))
+            ledger.bad(file, position, each)
         if kept.compared:
             rows.append(as_row(record, ids, texts, kept.compared))
             ledger.add(file, position, record, ids, kept)
