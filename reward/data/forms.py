@@ -6,7 +6,7 @@ columns. `reward.data.recognition` finds the form of a file.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -215,7 +215,13 @@ class Form:
     ) -> tuple[Any, list[Any]]:
         """The prompt and the answers with role and content, after the earlier messages."""
         answers = [_answer(*each) for each in zip(names, found, strict=True)]
-        prompt, answers = WHOLE_TEXTS[self.whole](prompt, answers, names)
+        match self.whole:
+            case "turns":
+                prompt, answers = None, _by_turns(answers, names)
+            case "words":
+                prompt, answers = _by_words(answers)
+            case "repeated":
+                answers = _without_prompt(prompt, answers, names)
         if isinstance(prompt, str) and self.whole != "words" and not self.is_canonical:
             prompt, answers = _in_turns(prompt, answers)
         if isinstance(prompt, list) and _ends_with_one(prompt, answers):
@@ -344,18 +350,14 @@ def _in_turns(prompt: str, answers: list[Any]) -> tuple[Any, list[Any]]:
     return found, answers
 
 
-def _as_is(prompt: Any, answers: list[Any], _names: Sequence[str]) -> tuple[Any, list[Any]]:
-    return prompt, answers
-
-
-def _by_turns(_prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
+def _by_turns(answers: list[Any], names: Sequence[str]) -> list[Any]:
     for key, text in zip(names, answers, strict=True):
         if not isinstance(text, str) or not has_turns(text):
             raise BadRecord("missing_key", f"{key!r} has no Human: and Assistant: turns")
-    return None, [turns(text) for text in answers]
+    return [turns(text) for text in answers]
 
 
-def _by_words(_prompt: Any, answers: list[Any], _names: Sequence[str]) -> tuple[Any, list[Any]]:
+def _by_words(answers: list[Any]) -> tuple[str, list[Any]]:
     first, *others = answers
     cut = 0
     if all(isinstance(text, str) for text in answers):
@@ -365,22 +367,13 @@ def _by_words(_prompt: Any, answers: list[Any], _names: Sequence[str]) -> tuple[
     return first[:cut], [text[cut:] for text in answers]
 
 
-def _without_prompt(prompt: Any, answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
+def _without_prompt(prompt: Any, answers: list[Any], names: Sequence[str]) -> list[Any]:
     for key, text in zip(names, answers, strict=True):
         if not repeats(prompt, text):
             raise BadRecord("prompt_differs", f"{key!r} does not begin with the prompt")
-    return prompt, [text[len(prompt) :] for text in answers]
+    return [text[len(prompt) :] for text in answers]
 
 
 def repeats(prompt: Any, answer: Any) -> bool:
     """Whether an answer is a text that begins with its prompt."""
     return isinstance(prompt, str) and isinstance(answer, str) and answer.startswith(prompt)
-
-
-Split = Callable[[Any, list[Any], Sequence[str]], tuple[Any, list[Any]]]
-WHOLE_TEXTS: dict[Whole, Split] = {
-    "": _as_is,
-    "turns": _by_turns,
-    "words": _by_words,
-    "repeated": _without_prompt,
-}
