@@ -196,8 +196,9 @@ def _conflicts(entry: dict[str, Any]) -> list[str]:
         faults.append("expected chosen and rejected, or answers")
     if ("answers" in entry) != (len(given) == 1):
         return [*faults, f"expected answers with one of {', '.join(ways)}"]
+    answers = _listed(entry, "answers")
     for way in ("verdict", *SOFT):
-        if way in given and (not isinstance(entry["answers"], list) or len(entry["answers"]) != 2):
+        if way in given and len(answers) != 2:
             faults.append(f"{way} needs two columns in answers")
     valued = {"first", "second", "tie"} & entry.keys()
     if "verdict" in entry and not {"first", "second"} <= entry.keys():
@@ -212,12 +213,10 @@ def _conflicts(entry: dict[str, Any]) -> list[str]:
     if len({*meanings}) != len(meanings):
         faults.append("first, second and tie share a value, expected one meaning for each value")
     for way in filter(entry.__contains__, ORDERED):
-        columns, answers = entry[way], entry.get("answers")
-        if type(columns) is not type(answers):
+        columns = _listed(entry, way)
+        if type(entry[way]) is not type(entry["answers"]):
             faults.append(f"answers and {way} must both be one column, or both a list of columns")
-        elif (
-            isinstance(columns, list) and isinstance(answers, list) and len(columns) != len(answers)
-        ):
+        elif len(columns) != len(answers):
             faults.append(
                 f"{way} has {len(columns)} columns, answers has {len(answers)}, expected as many"
             )
