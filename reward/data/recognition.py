@@ -327,8 +327,8 @@ def _context(
     given = known.context or Context()
     taken = {top(path) for path in answers.columns}
     prompt = given.prompt
-    candidates = _prompts(columns, taken)
     if "prompt" not in known.named:
+        candidates = _prompts(columns, taken)
         if len(candidates) > 1:
             paths = [*candidates.values(), *([None] if conversations else [])]
             raise unread.fault(
@@ -337,14 +337,13 @@ def _context(
             )
         found = [path for each, path in candidates.items() if _is_prompt(each, columns[each])]
         prompt = found[0] if found else None
-    rest = {
-        key: getattr(given, key) if key in known.named else _named(key, columns, unread, free)
-        for key in BEFORE
-        if (free := [each for each in BEFORE[key] if each not in (*taken, top(prompt or ""))])
-        or key in known.named
-    }
+    rest = {}
+    for key, names in BEFORE.items():
+        free = [name for name in names if name not in (*taken, top(prompt or ""))]
+        if free and key not in known.named:
+            rest[key] = _named(key, columns, unread, free)
     rivals = () if "prompt" in known.named else _rivals(prompt, taken)
-    return Context(prompt, **rest, rivals=rivals)
+    return replace(given, prompt=prompt, **rest, rivals=rivals)
 
 
 def _named(key: str, columns: Columns, unread: Unrecognized, names: list[str]) -> str:
