@@ -155,20 +155,6 @@ def test_record_of_another_type_after_25_mb_is_found(
     assert f"{path}: line 66: wrong_type: " in message_of(preprocess.main)
 
 
-def test_test_prompt_in_training_data_is_named(
-    workspace: Path, set_params: SetParams, message_of: Callable[..., str]
-) -> None:
-    for name, answer in (("train", "b"), ("test", "c")):
-        record = {"prompt": "a", "chosen": answer, "rejected": "d"}
-        (workspace / "data" / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
-    set_params("preprocess", data="data")
-    expected = (
-        "data: the prompts of 1 record are also in the test files: data/train.jsonl: line 1; "
-        "to leave them out, set preprocess.on_bad_record to drop"
-    )
-    assert message_of(preprocess.main) == expected
-
-
 # --- parameters ------------------------------------------------------------------------------
 
 

@@ -207,13 +207,6 @@ def test_no_prompt_appears_in_two_splits_whatever_its_form(data: Path) -> None:
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 20
 
 
-@pytest.mark.usefixtures("data")
-def test_separate_test_set_is_the_test_split(workspace: Path, set_params: SetParams) -> None:
-    rewrite(workspace / "data" / "raw" / "test.jsonl", [pair(i) for i in range(3)])
-    set_params("preprocess", data="data/raw", on_bad_record="drop")
-    assert run()["pairs"] == {"train": 36, "validation": 4, "test": 3}
-
-
 @pytest.mark.parametrize("changes", [{}, {"chosen": "bad", "rejected": "good"}, {"chosen": "fine"}])
 def test_training_records_with_a_test_prompt_are_listed_or_left_out(
     data: Path, workspace: Path, set_params: SetParams, changes: dict[str, str]
@@ -288,23 +281,10 @@ def test_votes_with_an_empty_column_are_votes_on_the_same_pair(data: Path) -> No
     assert run()["merged"] == 8
 
 
-def test_file_named_like_a_split_is_not_trained_on(workspace: Path, set_params: SetParams) -> None:
-    folder_of(workspace, set_params, pairs=[*map(pair, range(20))], testset=[pair(30)])
-    assert "mine/testset.json is named like a test or validation set, but would" in fault()
-    (workspace / "mine" / "dataset.yaml").write_text("testset.json: {split: test}\n")
-    assert run()["pairs"]["test"] == 1
-
-
 def test_dataset_yml_is_a_fault(workspace: Path, set_params: SetParams) -> None:
     folder = folder_of(workspace, set_params, pairs=[*map(pair, range(20))])
     (folder / "dataset.yml").write_text("pairs.json: {seed: 1}\n")
     assert "mine/dataset.yml is not read; rename it to dataset.yaml" in fault()
-
-
-def test_condition_that_matches_nothing_is_a_fault(workspace: Path, set_params: SetParams) -> None:
-    folder = folder_of(workspace, set_params, pairs=[*map(pair, range(20))])
-    (folder / "dataset.yaml").write_text("pairs.json: {where: {prompt: nothing}}\n")
-    assert "mine/pairs.json: where (prompt) matches no record (of 20)" in fault()
 
 
 def test_records_that_differ_in_no_other_column_are_not_votes(data: Path) -> None:
