@@ -441,11 +441,9 @@ def test_custom_code_is_neither_copied_nor_run(
         f"Path({str(here / 'ran')!r}).touch()\n"
         "class Own(PreTrainedTokenizerFast):\n    pass\n"
     )
-    for name, value in (("tokenizer_config.json", [None, "own.Own"]),):
-        content = read_json(source / name)
-        content["auto_map"] = {"AutoTokenizer": value}
-        content["tokenizer_class"] = "Own"
-        write(source / name, content)
+    config = read_json(source / "tokenizer_config.json")
+    own = {"auto_map": {"AutoTokenizer": [None, "own.Own"]}, "tokenizer_class": "Own"}
+    write(source / "tokenizer_config.json", config | own)
     set_params("base", name=str(source))
     fetch.main()
     assert not (fetch.BASE / "own.py").exists()
