@@ -231,6 +231,11 @@ def test_empty_values_count_as_missing_columns(empty: Any) -> None:
     assert ({key: found[key] for key in FIELDS}, ties) == (PLAIN, 0)
 
 
+def test_blank_system_column_counts_as_missing() -> None:
+    [[[found], _]] = pairs_of(PLAIN | {"system": " \n", "history": [["a", "b"]]})
+    assert found["prompt"] == [user("a"), {"role": "assistant", "content": "b"}, user("Why?")]
+
+
 @pytest.mark.parametrize("name", ["image", "images", "video", "videos", "audio", "audios"])
 def test_record_with_media_is_bad(name: str) -> None:
     with pytest.raises(BadRecord, match=f"'{name}' has a value, expected text only") as caught:

@@ -587,6 +587,29 @@ def test_system_message_before_the_repeated_prompt_joins_it() -> None:
     assert (pair.prompt, pair.answers[0], pair.answers[1]) == ((SYSTEM, USER), (GOOD,), (BAD,))
 
 
+@pytest.mark.parametrize("empty", ["", " \n", None])
+def test_empty_system_message_counts_as_none(empty: Any) -> None:
+    silent = {"role": "system", "content": empty}
+    spoken = check({"prompt": messages(USER), "chosen": "good", "rejected": "bad"})
+    for record in (
+        {"prompt": [silent, *messages(USER)], "chosen": "good", "rejected": "bad"},
+        {
+            "chosen": [silent, *messages(USER, ("assistant", "good"))],
+            "rejected": [silent, *messages(USER, ("assistant", "bad"))],
+        },
+    ):
+        found = check(record)
+        assert (found.prompt, found.answers) == (spoken.prompt, spoken.answers)
+    with pytest.raises(BadRecord, match=r"^'prompt' is empty$"):
+        check({"prompt": [silent], "chosen": "good", "rejected": "bad"})
+
+
+def test_empty_message_is_named_as_one_of_the_prompt() -> None:
+    head = messages(USER, ("assistant", " "), MORE)
+    with pytest.raises(BadRecord, match=r"^a message of 'prompt' is empty$"):
+        check({"prompt": head, "chosen": "good", "rejected": "bad"})
+
+
 def test_shared_first_answer_is_not_part_of_the_prompt() -> None:
     pair = check({"chosen": messages(USER, GOOD, MORE, GOOD), "rejected": messages(USER, GOOD)})
     assert (pair.prompt, pair.answers[1]) == ((USER,), (GOOD,))

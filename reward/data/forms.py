@@ -24,7 +24,7 @@ from reward.data.dialogue import (
     turns,
 )
 from reward.data.records import FIELDS, ROLES, TOOLS, BadRecord, Raw, raw_pair
-from reward.data.values import Record, is_absent, top, value_at
+from reward.data.values import Record, is_absent, is_blank, top, value_at
 
 # Names of a prompt column that holds texts, messages, or either.
 TEXTS = ("question", "instruction", "query", "post")
@@ -82,7 +82,7 @@ class Context:
         """The system message and the earlier turns, as messages. Raises BadRecord."""
         found = []
         system = value_at(record, self.system) if self.system else None
-        if not is_absent(system):
+        if not is_blank(system):
             if not isinstance(system, str):
                 raise BadRecord(
                     "wrong_type", f"{self.system!r} is not a string{unless_other('system')}"
@@ -93,7 +93,7 @@ class Context:
 
     def _with_input(self, record: Record, prompt: Any) -> Any:
         more = value_at(record, self.input) if self.input else None
-        if is_absent(more) or (isinstance(more, str) and not more.strip()):
+        if is_blank(more):
             return prompt
         if is_absent(prompt) or more == prompt:
             return more

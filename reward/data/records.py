@@ -159,8 +159,7 @@ def check(record: Any) -> Record:
     except (UnicodeEncodeError, TypeError) as error:
         raise BadRecord("not_text", f"has a value that is not valid text: {error}") from None
     for key, messages in zip(("prompt", *raw.names), (prompt, *answers), strict=True):
-        if any(map(_is_empty, messages)):
-            raise BadRecord("empty", f"{key!r} is empty")
+        _require_words(key, messages)
     kept, faults = [], []
     for place, found in enumerate(raw.comparisons):
         if not found.weight:
@@ -201,8 +200,7 @@ def candidates(record: Any) -> Candidates:
     if "prompt" not in record:
         raise BadRecord("missing_key", f"'prompt' is missing, found {names_of(record)}")
     prompt = _messages("prompt", record["prompt"], "user")
-    if any(map(_is_empty, prompt)):
-        raise BadRecord("empty", "'prompt' is empty")
+    _require_words("prompt", prompt)
     named = _answers(record, given[0])
     texts = _without_text(record["prompt"], [value for _, value in named])
     answers = [
@@ -289,7 +287,18 @@ def _messages(key: str, value: Any, role: str = "assistant") -> Messages:
         raise BadRecord("wrong_type", f"{key!r} is {_kind(value)}, {expected}")
     if not value:
         raise BadRecord("empty", f"{key!r} is an empty list")
-    return tuple(_message(key, item) for item in value)
+    found = tuple(_message(key, item) for item in value if not _is_empty_system(item))
+    if not found:
+        raise BadRecord("empty", f"{key!r} is empty")
+    return found
+
+
+def _is_empty_system(item: Any) -> bool:
+    """Whether a message is an empty system message, which means that there is none."""
+    if not isinstance(item, dict) or item.get("role") != "system" or "content" not in item:
+        return False
+    content = item["content"]
+    return content is None or (isinstance(content, str) and not content.strip())
 
 
 def _message(key: str, item: Any) -> Message:
@@ -371,8 +380,12 @@ def parts_of(message: Message) -> dict[str, Any]:
     return parts
 
 
-def _is_empty(message: Message) -> bool:
-    return not message[1].strip() and "tool_calls" not in parts_of(message)
+def _require_words(key: str, messages: Messages) -> None:
+    """Raises BadRecord if one of the messages is empty and calls no tool."""
+    empty = [not each[1].strip() and "tool_calls" not in parts_of(each) for each in messages]
+    if any(empty):
+        which = "" if all(empty) else "a message of "
+        raise BadRecord("empty", f"{which}{key!r} is empty")
 
 
 def _without_text(prompt: Any, answers: list[Any]) -> list[Any]:

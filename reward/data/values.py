@@ -21,6 +21,11 @@ def is_absent(value: Any) -> bool:
     return not value and (value is None or isinstance(value, str | list | dict))
 
 
+def is_blank(value: Any) -> bool:
+    """Whether a value is absent or only white space."""
+    return is_absent(value) or (isinstance(value, str) and not value.strip())
+
+
 def value_at(record: Record, path: str) -> Any:
     """The value of a column, or of a path: `info.post`, `texts[0]`, `answers[].text` (a list).
 
