@@ -160,18 +160,22 @@ def _guessed_order(columns: Columns, name: str) -> tuple[Entry, list[str]]:
     """The entry of a list of answers, and notes."""
     items = [item for value in columns[name] for item in value]
     entry: Entry = {"answers": name}
+    path = "{}"
     number = next((key for key in columns if _like([key], RANKERS)), None)
     if all(isinstance(item, dict) for item in items):
         inside = columns_of(items)
         text = next((key for key in inside if _can_be_text(inside[key])), COLUMN)
-        entry = {"answers": f"{name}[].{text}"}
+        entry, path = {"answers": f"{name}[].{text}"}, f"{{}}.{text}"
         number = next((f"{name}[].{key}" for key in inside if are_numbers(inside[key])), None)
     if number:
         key, notes = _guessed_key(number, number)
         return guessed_prompt(columns, entry | {key: number}), notes
-    notes = [
-        f"no column says which of {name} is better (VALUE: best_first if the best comes first)"
-    ]
+    verdict = _like([key for key in columns if are_labels(columns[key])], VERDICTS)
+    if verdict and all(len(value) == 2 for value in columns[name]):
+        both = [path.format(f"{name}[{place}]") for place in range(2)]
+        return _guessed_verdict(columns, {"answers": both}, [])
+    says = f"{verdict} cannot say" if verdict else "no column says"
+    notes = [f"{says} which of {name} is better (VALUE: best_first if the best comes first)"]
     return guessed_prompt(columns, entry | {"order": VALUE}), notes
 
 
