@@ -559,7 +559,7 @@ def require_as_close_as_stock(
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "Llama 2"])
+@pytest.mark.parametrize("family", ["Qwen2, Qwen2.5", "Llama 2", "Mistral"])
 @pytest.mark.parametrize(
     ("path", "factor"), [("text by text", 1.5), ("flash", 1.5), (ON_GPU, 2)], indirect=["path"]
 )
