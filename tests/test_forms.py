@@ -291,7 +291,8 @@ def test_verdict_without_a_meaning_is_an_error_and_is_named(
     found = fault(list, source_of(path))
     assert found == (
         f"{path}: line {place}: better_response_id is {shown}, "
-        "expected 0 for the first answer, 1 for the second"
+        "expected 0 for the first answer, 1 for the second; "
+        "declare other values in dataset.yaml (answers, verdict, first, second, tie)"
     )
 
 

@@ -122,7 +122,8 @@ def test_unmapped_verdict_is_an_error_and_a_mapped_tie_is_not(tmp_path: Path) ->
     write(tmp_path, f"{mapping}}}", *records)
     assert fault(folder) == (
         f'{folder}/x.jsonl: line 2: vote is "same", '
-        "expected l for the first answer, r for the second"
+        "expected l for the first answer, r for the second; "
+        "declare other values in dataset.yaml (answers, verdict, first, second, tie)"
     )
 
 

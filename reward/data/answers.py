@@ -184,7 +184,8 @@ class Judged(Answers):
         sign = self.meaning.sign(verdict)
         if sign is None:
             raise UnknownVerdict(
-                f"{self.verdict} is {_shown(verdict)}, expected {self.meaning.description}"
+                f"{self.verdict} is {_shown(verdict)}, expected {self.meaning.description}; "
+                "declare other values in dataset.yaml (answers, verdict, first, second, tie)"
             )
         turn = record.get(self.turn) if self.turn else None
         one, other = (until_turn(answer, turn) for answer in (one, other))
