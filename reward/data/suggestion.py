@@ -160,19 +160,19 @@ def _guessed_order(columns: Columns, name: str) -> tuple[Entry, list[str]]:
     """The entry of a list of answers, and notes."""
     items = [item for value in columns[name] for item in value]
     entry: Entry = {"answers": name}
-    path = "{}"
+    tail = ""
     number = next((key for key in columns if _like([key], RANKERS)), None)
     if all(isinstance(item, dict) for item in items):
         inside = columns_of(items)
         text = next((key for key in inside if _can_be_text(inside[key])), COLUMN)
-        entry, path = {"answers": f"{name}[].{text}"}, f"{{}}.{text}"
+        entry, tail = {"answers": f"{name}[].{text}"}, f".{text}"
         number = next((f"{name}[].{key}" for key in inside if are_numbers(inside[key])), None)
     if number:
         key, notes = _guessed_key(number, number)
         return guessed_prompt(columns, entry | {key: number}), notes
     verdict = _like([key for key in columns if are_labels(columns[key])], VERDICTS)
     if verdict and all(len(value) == 2 for value in columns[name]):
-        both = [path.format(f"{name}[{place}]") for place in range(2)]
+        both = [f"{name}[{place}]{tail}" for place in range(2)]
         return _guessed_verdict(columns, {"answers": both}, [])
     says = f"{verdict} cannot say" if verdict else "no column says"
     notes = [f"{says} which of {name} is better (VALUE: best_first if the best comes first)"]
