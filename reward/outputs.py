@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -195,9 +195,11 @@ def changed_files(folder: Path, expected: dict[str, str]) -> list[str]:
     ]
 
 
-def watched(items: Iterable[Item], doing: str, unit: str = "files") -> Iterable[Item]:
-    """The items one by one, with a progress bar after two seconds."""
-    return tqdm(items, desc=doing, unit=f" {unit}", delay=2, leave=False, disable=None)
+def watched(
+    items: Iterable[Item], doing: str, unit: str = "files", file: TextIO | None = None
+) -> Iterable[Item]:
+    """The items one by one, with a progress bar after two seconds, by default on stderr."""
+    return tqdm(items, desc=doing, unit=f" {unit}", delay=2, leave=False, file=file, disable=None)
 
 
 def require_files(folder: Path, expected: dict[str, str]) -> None:

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     logging,
@@ -63,7 +62,7 @@ from reward.model.memory import within_memory
 from reward.model.packing import Texts, pairs_of
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
 from reward.model.scoring import score
-from reward.outputs import read_json, writing
+from reward.outputs import read_json, watched, writing
 from reward.process import command_line, free_memory, run, threads
 
 CLIENT, FORM, FOUND, LEFT_OUT = "client", "form", "found.parquet", b"left_out"
@@ -133,8 +132,7 @@ def find(request: Request) -> pa.Table | None:
     if not leads:
         return None
     # export captures stderr and shows stdout.
-    bar = tqdm(clients[1:], "clients", unit="", delay=2, leave=None, file=sys.stdout, disable=None)
-    for client in bar:
+    for client in watched(clients[1:], "checking the export", "clients", sys.stdout):
         fitting = fits(client, exported)
         table = within_memory(found_by, client, exported) if fitting else None
         if table is None:
