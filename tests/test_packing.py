@@ -3,8 +3,10 @@
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 
 from reward.model.packing import (
     Texts,
@@ -13,6 +15,8 @@ from reward.model.packing import (
     into_packs,
     pack,
     pair,
+    rows_in,
+    rows_of,
     split_to_fit,
     texts_of,
     tokens,
@@ -55,6 +59,30 @@ def test_packs_are_within_the_limit_and_as_full_as_possible(seed: int, limit: in
         assert sum(lengths[index] for index in group) <= limit or len(group) == 1
     for group, following in pairwise(groups):
         assert sum(lengths[index] for index in [*group, following[0]]) > limit
+
+
+@pytest.mark.parametrize("arranged", ["whole", "in pieces", "selected"])
+def test_rows_are_those_of_the_numpy_format(arranged: str) -> None:
+    """1,500 rows with empty lists, in one piece or in more, and in another order."""
+    draw = random.Random(0)
+    rows = [
+        {"a": [draw.randrange(9) for _ in range(draw.randint(0, 3))], "b": "x", "c": place}
+        for place in range(1500)
+    ]
+    pieces = [Dataset.from_list(rows[:7]), Dataset.from_list(rows[7:])]
+    dataset = concatenate_datasets(pieces) if arranged == "in pieces" else Dataset.from_list(rows)
+    if arranged == "selected":
+        dataset = dataset.select(draw.sample(range(1500), 1400))
+    expected = dataset.select_columns(["a", "c"]).with_format("numpy")
+    places = [5, 1200, 3]
+    for found, others in (
+        (rows_of(dataset, ["a", "c"]), expected),
+        (rows_in(dataset.with_format("arrow")[places]), [expected[place] for place in places]),
+    ):
+        for one, other in zip(found, others, strict=True):
+            assert one["a"].dtype == np.int64
+            assert one["a"].tolist() == other["a"].tolist()
+            assert one["c"] == other["c"]
 
 
 def test_plan_for_nothing_is_empty() -> None:

@@ -9,14 +9,15 @@ The positions of each rest continue where its prefix ends. Attention is causal, 
 only its prefix and itself has the same reward and the same gradient as in a row of its own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapreplace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
@@ -95,7 +96,30 @@ def pair(row: Mapping[str, Any]) -> Texts:
 
 def pairs_of(dataset: "Dataset") -> list[Texts]:
     """All pairs of a tokenized dataset."""
-    return [pair(row) for row in dataset.select_columns(COLUMNS).with_format("numpy")]
+    return [pair(row) for row in rows_of(dataset, COLUMNS)]
+
+
+def rows_of(dataset: "Dataset", columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of all rows of a dataset, lists as int64 arrays."""
+    for table in dataset.select_columns(list(columns)).with_format("arrow").iter(1000):
+        yield from rows_in(cast(pa.Table, table))
+
+
+def rows_in(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows of a table, lists as int64 arrays.
+
+    The numpy format of datasets gives the same arrays, but takes 2 to 20 times as long.
+    """
+    columns = []
+    for column in table.combine_chunks().columns:
+        if pa.types.is_nested(column.type):
+            ends = pc.list_value_length(column).to_numpy().cumsum()
+            numbers = pc.list_flatten(column).to_numpy().astype(np.int64)
+            columns.append(np.split(numbers, ends[:-1]))
+        else:
+            columns.append(column.to_pylist())
+    for row in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, row, strict=True))
 
 
 def tokens(texts: Texts) -> int:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from reward.data.columns import ANSWERS, IDS, PROMPT_ID
-from reward.model.packing import Texts, texts_of, to_device, tokens
+from reward.model.packing import Texts, rows_of, texts_of, to_device, tokens
 
 COLUMNS = [PROMPT_ID, *ANSWERS, *IDS]
 
@@ -51,7 +51,7 @@ def rankings(rows: Iterable[Mapping[str, Any]]) -> list[Ranking]:
 
 def rankings_of(dataset: Dataset) -> list[Ranking]:
     """All rankings of a tokenized dataset."""
-    return rankings(dataset.select_columns(COLUMNS).with_format("numpy"))
+    return rankings(rows_of(dataset, COLUMNS))
 
 
 def divided(ranking: Ranking, tokens_per_pack: int) -> list[Ranking]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 
-from reward.model.packing import balanced, tokens
+from reward.model.packing import balanced, rows_in, tokens
 from reward.model.pairwise import Labels
 from reward.model.rankings import COLUMNS, Ranking, divided, rankings
 
@@ -37,7 +37,7 @@ class Steps(Sequence[Step]):
     def __init__(self, dataset: Dataset, rows: Sequence[Rows]) -> None:
         """`rows` are the rows of the dataset that each step uses."""
         self.dataset = dataset
-        self._texts = dataset.select_columns(COLUMNS).with_format("numpy")
+        self._texts = dataset.select_columns(COLUMNS).with_format("arrow")
         self._labels = Labels.of(dataset)
         self._rows = rows
 
@@ -46,12 +46,7 @@ class Steps(Sequence[Step]):
 
     def __getitem__(self, index: Any) -> Any:
         rows = self._rows[index]
-        columns = self._texts[rows]  # at once, which takes a sixth of the time of row by row
-        texts = zip(*columns.values(), strict=True)
-        return Step(
-            rankings(dict(zip(columns, each, strict=True)) for each in texts),
-            self._labels.take(rows),
-        )
+        return Step(rankings(rows_in(self._texts[rows])), self._labels.take(rows))
 
     def sizes(self) -> Rows:
         """The number of comparisons of each step."""
