@@ -26,9 +26,10 @@ import resource
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,7 +40,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -159,15 +160,18 @@ class RewardTrainer(Trainer):
         self.unread: list[tuple[int, Tensor]] = []
         self.reads_every_step = device().type == "cpu"
         self.drawn = -math.inf
+        # The Trainer calls this after every step. The model's own walks over all of its modules.
+        vars(model)["zero_grad"] = partial(drop_gradients, self.trained)
 
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Compute the gradient of the mean loss over the step's pairs, pack by pack.
 
         If memory runs out, the step starts again with packs of half the size.
         """
-        model.train()
+        if not model.training:  # because this, too, walks over all modules
+            model.train()
         step = inputs["step"]
         while (sums := self.attempt(step)) is None:
             largest, *_ = step.packs(self.tokens_per_pack)
@@ -266,6 +270,10 @@ class RewardTrainer(Trainer):
             write_curves(self.curves, self.state.log_history)
             self.drawn = time.monotonic()
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip the gradients. The Trainer would look for them in all of the base's modules."""
+        return nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Always 0, because the Trainer can only count the tokens of padded tensors."""
         return 0
@@ -326,7 +334,7 @@ class RewardTrainer(Trainer):
         for parameter, weight in zip(self.trained, weights, strict=True):
             parameter.copy_(weight)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not group.leads():
             return
         folder = self.args.output_dir
@@ -363,6 +371,11 @@ def random_numbers(seed: int, step: int, pack: int) -> Iterator[None]:
         if on_gpu:
             torch.cuda.manual_seed(own)
         yield
+
+
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def judged(j: Tensor, k: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
@@ -614,7 +627,7 @@ def largest_pack(trainer: RewardTrainer) -> int:
         held = pairs[: bisect_right(ends, size)]
         ranked = [Ranking(texts, [Comparison(row, 0, 1)]) for row, texts in enumerate(held)]
         found = trainer.attempt(Step(ranked, Labels.certain(len(held))))
-        trainer.reward_model.zero_grad()
+        drop_gradients(trainer.trained)
         return found is not None
 
     fitting, most = ends[0], ends[-1]
