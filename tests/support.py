@@ -255,6 +255,7 @@ def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let layers have the operations of a GPU, also where only large tensors have them there."""
     monkeypatch.setattr(layers, "prefers_few_operations", lambda device: True)
     monkeypatch.setattr(layers, "LARGE", -(2**30))
+    monkeypatch.setattr(layers, "memory_of", lambda device: 2**40)
 
 
 def train_killed_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from reward.model import attention, layers, scoring, swiglu, trainer
+from reward.model import attention, kernels, layers, scoring, trainer
 from reward.model.scoring import score
 from reward.model.steps import Step
 from reward.model.trainer import RewardTrainer
@@ -180,8 +180,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(0))
     monkeypatch.setattr(Tensor, "pin_memory", pinned)
-    monkeypatch.setattr(swiglu, "SWIGLU", kernel(swiglu.swiglu))
-    monkeypatch.setattr(swiglu, "SWIGLU_GRADIENTS", kernel(swiglu.swiglu_gradients))
+    monkeypatch.setattr(kernels, "SWIGLU", kernel(kernels.swiglu))
+    monkeypatch.setattr(kernels, "SWIGLU_GRADIENTS", kernel(kernels.swiglu_gradients))
+    # Because tensors here cannot be viewed as another dtype, as the kernel of rotations needs.
+    monkeypatch.setattr(kernels, "in_fours", lambda x: False)
     grouped = attention.gqa_flag(varlen.varlen_attn)
     monkeypatch.setattr(
         attention, "flash", lambda *given, **named: Flash.apply(*given, named | grouped)
@@ -209,6 +211,8 @@ def move(model: nn.Module) -> None:
             setattr(module, name, moved)
         for name, buffer in [*module.named_buffers(recurse=False)]:
             setattr(module, name, OnGpu(buffer))
+        if (joint := getattr(module, "joint", None)) and joint.bias is not None:
+            joint.bias = OnGpu(torch.cat([held(each.base_layer.bias) for each in joint.layers]))
 
 
 def gradient(ours: RewardTrainer, step: Step) -> Tensor:

@@ -11,9 +11,9 @@ from reward.exporting import clients
 from reward.model import trainer
 from reward.model.attention import Plan, text_by_text
 from reward.model.base import fast_dtype
+from reward.model.kernels import in_fours, rotated, rotated_by_operations, swiglu, swiglu_gradients
 from reward.model.packing import pack, tokens
 from reward.model.steps import Step
-from reward.model.swiglu import swiglu, swiglu_gradients
 from reward.outputs import digests, read_json
 from stages import export, preprocess, train
 from tests.support import (
@@ -131,6 +131,38 @@ def test_swiglu_kernels_match_their_formulas(shape: tuple[int, ...], dtype: torc
     rounding = 1e-5 if dtype == torch.float32 else 0.01
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("size", "width", "one_by_one"), [(64, 64, 0), (64, 32, 0), (24, 24, 0), (64, 64, 1)]
+)
+def test_rotation_kernel_matches_its_formula(
+    size: int, width: int, one_by_one: bool, sign: int
+) -> None:
+    """For queries and keys that are slices of a wider tensor, as from joint projections.
+
+    Slices that begin at an odd place are not read in fours.
+    """
+    torch.manual_seed(0)
+    heads, tokens, before = (6, 2), 50, int(one_by_one)
+    wide = torch.randn(1, tokens, before + 8 * size, dtype=torch.bfloat16, device="cuda")
+    wide[0, 3, before + 5] = float("nan")
+    q, k = (
+        part.view(1, tokens, -1, size).transpose(1, 2)[..., :width]
+        for part in wide[..., before:].split([size * count for count in heads], -1)
+    )
+    angles = torch.randn(1, 1, tokens, width // 2, device="cuda").repeat(1, 1, 1, 2)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    assert in_fours(q) == (not one_by_one)
+    found = rotated((q, k), cos, sin, sign)
+    rounding = 0.02 if one_by_one else 2**-8
+    for one, x in zip(found, (q, k), strict=True):
+        expected = rotated_by_operations(x.float(), cos.float(), sin.float(), sign)
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(
+            one.float(), expected, rtol=rounding, atol=rounding, equal_nan=True
+        )
 
 
 def large_step(**values: Any) -> tuple[trainer.RewardTrainer, Step]:

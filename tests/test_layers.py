@@ -216,6 +216,118 @@ def test_disabled_adapter_adds_nothing(tmp_path: Path) -> None:
     assert not torch.equal(layer(x), layer.base_layer(x))
 
 
+# --- projections of attention ----------------------------------------------------------------
+
+
+@pytest.fixture
+def of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(f"{__name__}.ADAPTED", [*layers.JOINED])
+
+
+def projections(model: PeftModel) -> list[Any]:
+    """The projections of the first layer to queries, keys and values."""
+    attention = next(each for each in model.modules() if hasattr(each, "q_proj"))
+    return [getattr(attention, name) for name in layers.JOINED]
+
+
+def projected(model: PeftModel, x: Tensor, of_values: Tensor) -> list[Tensor]:
+    """Queries, keys and values, of which one changes in place, then all gradients.
+
+    `of_values` is the input of the values, the same tensor as `x` or an equal one.
+    """
+    q, k, v = projections(model)
+    found = [q(x), k(x), v(of_values)]
+    found[1].clamp_(-1, 1)
+    weights = [torch.linspace(-1, 2, each.numel()).view_as(each).to(each) for each in found]
+    trained = [p for each in (q, k, v) for p in each.parameters() if p.requires_grad]
+    loss = torch.stack([(each * w).sum() for each, w in zip(found, weights, strict=True)]).sum()
+    return [*(each.detach() for each in found), *torch.autograd.grad(loss, [x, *trained])]
+
+
+@pytest.mark.usefixtures("of_a_gpu")
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2e-6), ("bfloat16", 0.01)])
+@pytest.mark.parametrize(("family", "quantization"), [("qwen2", "4"), ("llama", "none")])
+def test_projections_computed_together_match_separate_ones(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    quantization: str,
+    dtype: str,
+    rounding: float,
+    same: bool,
+) -> None:
+    """Those of Qwen2 have biases. If the values' input is another tensor, they are separate."""
+    model = reward_model(tmp_path, family, quantization, dtype=dtype)
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(5)).to(model.dtype)
+    x.requires_grad_()
+    calls: list[Any] = []
+    product = layers.product
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(given)
+        return product(*given)
+
+    monkeypatch.setattr(layers, "product", counted)
+    found = projected(model, x, x if same else x.view_as(x))
+    assert len(calls) == (2 if same else 4)
+    joint = projections(model)[0].joint
+    assert same == (joint.x is None and not joint.waiting)
+    for each in projections(model):
+        monkeypatch.setattr(each, "joint", None)
+    expected = projected(model, x, x)
+    assert len(calls) == (2 if same else 4) + 6
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert relative(one.float(), other.float()) < rounding
+
+
+@pytest.mark.usefixtures("of_a_gpu")
+@pytest.mark.parametrize(
+    ("changed", "together"),
+    [
+        ({}, True),
+        ({"lora_dropout": 0.1}, False),
+        ({"alpha_pattern": {"k_proj": 3}}, False),
+        ({"target_modules": ["q_proj", "v_proj"]}, False),
+        ({"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"k_proj": 16}}, True),
+    ],
+)
+def test_only_adapters_of_one_scaling_without_dropout_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], together: bool
+) -> None:
+    original = LoraConfig
+    monkeypatch.setattr(f"{__name__}.LoraConfig", lambda **given: original(**given | changed))
+    model = reward_model(tmp_path)
+    found = [getattr(each, "joint", None) for each in projections(model)]
+    assert len({*found}) == 1
+    assert (None not in found) == together
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_dequantized_weights_are_kept_if_there_is_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enough: bool
+) -> None:
+    """They are 7 projections per layer. The values are the same, and so is the state dict."""
+    attention, mlp = 64 * (64 + 32 + 32) + 64 * 64, 3 * 64 * 96
+    needed = 4 * 2 * (attention + mlp)
+    monkeypatch.setattr(f"{__name__}.ADAPTED", [*layers.JOINED])
+    compute_as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(layers, "memory_of", lambda device: 16 * needed - (not enough))
+    model = reward_model(tmp_path)
+    kept = [each for each in modules(model, Linear4bit).values() if "kept" in vars(each)]
+    joints = {each.joint for each in projections(model)}
+    assert len(kept) == (8 if enough else 0)
+    assert all((joint.kept is not None) == enough for joint in joints)
+    assert not [name for name in model.state_dict() if "kept" in name]
+    x = torch.randn(1, 9, 64, requires_grad=True)
+    found = projected(model, x, x)
+    for each in (*kept, *joints):
+        each.kept = None
+    assert all(map(torch.equal, found, projected(model, x, x)))
+
+
 # --- rotary embedding ------------------------------------------------------------------------
 
 

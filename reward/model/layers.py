@@ -9,9 +9,14 @@ In half precision, the base's weights, inputs and outputs are fp16 or bf16. Adap
 gradients are fp32, and norms compute in fp32. In bf16, adapters are rounded to bf16 for their
 products, as in automatic mixed precision. In fp16, whose smallest numbers are much larger, these
 products are in fp32.
+
+On a GPU, the CPU has to launch every operation, and unless a pack is large, this takes longer than
+to compute it. So there, layers take fewer operations, and weights in 4 bits are dequantized only
+once if there is memory for it.
 """
 
 import inspect
+from collections.abc import Sequence
 from functools import cache
 from types import FunctionType, SimpleNamespace
 from typing import Any, cast
@@ -27,8 +32,8 @@ from torch.nn.functional import linear, pad, rms_norm, silu
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
+from reward.model.kernels import rotated, swiglu, swiglu_gradients
 from reward.model.swapping import Swapped, swap_in
-from reward.model.swiglu import swiglu, swiglu_gradients
 
 LINEAR = (nn.Linear, Linear4bit)
 # Products in half precision with a multiple of this many numbers per row have faster kernels on a
@@ -37,6 +42,10 @@ RANKS = 8
 # From about this many numbers, a pass over a tensor takes a GPU longer than two operations take the
 # CPU to launch.
 LARGE = 2**24
+# The layers of attention that get the same input.
+JOINED = ("q_proj", "k_proj", "v_proj")
+# The share of a GPU's memory that dequantized weights may take.
+KEPT_SHARE = 1 / 16
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -62,14 +71,16 @@ def swap_layers(model: PeftModel) -> None:
                 swap_in(module, Rotating)
             elif is_swiglu(module):
                 swap_in(module, Gated)
+            join(module)
+        keep_dense(classifier)
 
 
 def prefers_few_operations(device: torch.device) -> bool:
     """Whether each operation has a high fixed cost, as on a GPU, where the CPU has to launch it.
 
-    Where this is true, norms, rotary embeddings and SwiGLU take fewer operations. For large
-    tensors, adapters take more operations but fewer passes over memory. On a CPU, neither would
-    save time.
+    Where this is true, norms, rotary embeddings, SwiGLU and the projections of attention take fewer
+    operations. For large tensors, adapters take more operations but fewer passes over memory. On a
+    CPU, neither would save time.
     """
     return device.type == "cuda"
 
@@ -81,8 +92,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return found.detach()  # because a model could not change a view in place
-    return linear(x, weight, bias)
+    else:
+        found = linear(x, weight, bias)
+    return found.detach()  # because a model could not change a view in place
 
 
 def multiplies_bf16() -> bool:
@@ -91,12 +103,37 @@ def multiplies_bf16() -> bool:
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def dense(layer: nn.Module) -> Tensor:
+def dense(layer: Any) -> Tensor:
     """The weights of a linear layer, [outputs, inputs]."""
-    weight: Any = layer.weight
+    if (kept := vars(layer).get("kept")) is not None:
+        return cast(Tensor, kept)
+    if isinstance(layer, Joint):
+        return torch.cat([dense(each.base_layer) for each in layer.layers])
     if isinstance(layer, Linear4bit):
+        weight: Any = layer.weight
         return dequantize_4bit(weight.data, weight.quant_state)
-    return weight
+    return cast(Tensor, layer.weight)
+
+
+def keep_dense(classifier: PreTrainedModel) -> None:
+    """Dequantize weights once, not in every pass, if this takes little of the GPU's memory.
+
+    The values are the same. A plain attribute is not part of the state dict.
+    """
+    modules = [*classifier.base_model.modules()]
+    joints = {each.joint for each in modules if isinstance(each, AdaptedLayer) and each.joint}
+    joined = {each.base_layer for joint in joints for each in joint.layers}
+    quantized = [each for each in modules if isinstance(each, Linear4bit) and each not in joined]
+    found: list[Any] = [*joints, *quantized]
+    numbers = sum(each.out_features * each.in_features for each in found)
+    if numbers * classifier.dtype.itemsize <= KEPT_SHARE * memory_of(classifier.device):
+        for each in found:
+            vars(each)["kept"] = dense(each)
+
+
+def memory_of(device: torch.device) -> int:
+    """The memory of a GPU in bytes; 0 for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def output(layer: Any, x: Tensor) -> Tensor:
@@ -148,7 +185,7 @@ class Frozen(Function):
     """x W' + bias for a frozen W.
 
     With G, the gradient of the result, the gradient of x is G W. It needs W but not x, so nothing
-    is saved. W is dequantized again in backward, which takes less memory than keeping it.
+    is saved. Unless `keep_dense` keeps W, it is dequantized again in backward.
     """
 
     @staticmethod
@@ -227,16 +264,79 @@ class AdaptedLayer(Swapped):
     Without dropout, PEFT's dropout module returns x itself.
     """
 
+    joint: "Joint | None" = None
+
     def forward(self, x: Tensor) -> Tensor:
         lora: Any = self
         if lora.disable_adapters:
             return cast(Tensor, super().forward(x))
-        [name] = lora.active_adapters
-        parts = (lora.lora_A, lora.lora_B, lora.scaling, lora.lora_dropout)
-        a, b, scaling, dropout = (part[name] for part in parts)
+        if self.joint and (found := self.joint.output(self, x)) is not None:
+            return found
+        a, b, scaling, dropout = adapter_of(self)
         y = dropout(x)
         kept = None if y is x else y
         return cast(Tensor, Adapted.apply(x, kept, a.weight, b.weight, scaling, lora.base_layer))
+
+
+def adapter_of(lora: Any) -> list[Any]:
+    """A, B, the scaling and the dropout of a LoRA layer with one adapter."""
+    [name] = lora.active_adapters
+    parts = (lora.lora_A, lora.lora_B, lora.scaling, lora.lora_dropout)
+    return [part[name] for part in parts]
+
+
+class Joint:
+    """LoRA layers with one input, as a single layer that has the outputs of all, one after another.
+
+    This takes fewer operations and fewer passes over the input and its gradient. A model calls the
+    layers separately. The call of the first computes the outputs of all, and the calls of the
+    others return theirs if they have the same input.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        """The layers have no dropout and the same scaling, and all or none have a bias."""
+        bases = [layer.base_layer for layer in layers]
+        self.layers = layers
+        self.sizes = [base.out_features for base in bases]
+        self.in_features, self.out_features = bases[0].in_features, sum(self.sizes)
+        self.bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
+        self.kept: Tensor | None = None
+        self.x: Tensor | None = None
+        self.waiting: dict[Any, Tensor] = {}
+
+    def output(self, layer: Any, x: Tensor) -> Tensor | None:
+        """The output of one of the layers, or None if it has to be computed alone."""
+        if layer is self.layers[0]:
+            a, b, (scaling, *_), _ = zip(*map(adapter_of, self.layers), strict=True)
+            factors = (
+                torch.cat([each.weight for each in a]),
+                torch.block_diag(*(each.weight for each in b)),
+            )
+            found = Adapted.apply(x, None, *factors, scaling, self)
+            # unsafe, because a model may change one of the outputs in place.
+            first, *others = torch.unsafe_split_with_sizes(found, self.sizes, -1)
+            self.x, self.waiting = x, dict(zip(self.layers[1:], others, strict=True))
+            return first
+        if x is not self.x:
+            return None
+        found = self.waiting.pop(layer, None)
+        if not self.waiting:
+            self.x = None
+        return found
+
+
+def join(module: nn.Module) -> None:
+    """Let the layers JOINED of a module compute their outputs together if a Joint can do that."""
+    layers: list[Any] = [getattr(module, name, None) for name in JOINED]
+    if not all(isinstance(layer, AdaptedLayer) for layer in layers):
+        return
+    _, _, scalings, dropouts = zip(*map(adapter_of, layers), strict=True)
+    bases = [layer.base_layer for layer in layers]
+    kinds = {(base.in_features, base.bias is None) for base in bases}
+    if len(kinds) == len({*scalings}) == 1 and {*map(type, dropouts)} == {nn.Identity}:
+        joint = Joint(layers)
+        for layer in layers:
+            layer.joint = joint
 
 
 # --- norms -----------------------------------------------------------------------------------
@@ -353,28 +453,21 @@ ROTARY = "apply_rotary_pos_emb"
 class Rotation(Function):
     """x cos + rot(x) sin, where rot turns the halves (u, v) of each head into (-v, u).
 
-    Su et al. 2021, "RoFormer", equation 34, for pairs of numbers half a head apart. x is [1, heads,
-    tokens, size]; cos and sin are [1, 1, tokens, size], and their halves are equal. So the gradient
-    is the rotation by the opposite angle. PyTorch's own gradient of slices and their concatenation
-    takes three times as many operations.
+    Su et al. 2021, "RoFormer", equation 34, for pairs of numbers half a head apart. Queries and
+    keys are [1, heads, tokens, size]; cos and sin are [1, 1, tokens, size], and their halves are
+    equal. So the gradient is the rotation by the opposite angle. PyTorch's own gradient of slices
+    and their concatenation takes three times as many operations.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
         ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin, 1)
+        return tuple(rotated((q, k), cos, sin, 1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        [gradient], (cos, sin) = gradients, ctx.saved_tensors
-        return rotated(gradient, cos, sin, -1), None, None
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    found, half = x * cos, x.shape[-1] // 2
-    found[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
-    found[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
-    return found.to(x.dtype)
+        cos, sin = ctx.saved_tensors
+        return *rotated(gradients, cos, sin, -1), None, None
 
 
 def rotate(
@@ -388,7 +481,7 @@ def rotate(
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     size = cos.shape[-1]
     parts = (x if x.shape[-1] == size else x[..., :size] for x in (q, k))
-    turned_q, turned_k = (cast(Tensor, Rotation.apply(part, cos, sin)) for part in parts)
+    turned_q, turned_k = cast(tuple[Tensor, Tensor], Rotation.apply(*parts, cos, sin))
     if q.shape[-1] == size:
         return turned_q, turned_k
     return torch.cat([turned_q, q[..., size:]], -1), torch.cat([turned_k, k[..., size:]], -1)
