@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from reward.model import attention, scoring
 from reward.model.attention import Plan, attend, flash_attention, for_each_query, text_by_text
 from reward.model.base import Quantization, add_lora, device, head_of, load_base, new_head
+from reward.model.layers import AdaptedLayer, Joint
 from reward.model.memory import TooLarge
 from reward.model.packing import Pack, Texts, pack
 from reward.model.scoring import as_in_transformers, evaluating, require_exact, rewards
@@ -207,6 +208,43 @@ def test_rewards_and_gradients_match_stock_passes(
     for name, gradient in expected_gradients.items():
         assert gradient.norm() > 0, name
         assert relative(found_gradients[name], gradient) < bound, name
+
+
+def joints_of(model: PeftModel) -> set[Joint]:
+    return {each.joint for each in model.modules() if isinstance(each, AdaptedLayer) and each.joint}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("path", [ON_GPU], indirect=True)
+@pytest.mark.usefixtures("path")
+def test_projections_of_every_layer_are_computed_together(tmp_path: Path, family: str) -> None:
+    """If query, key and value have an adapter each; no output waits after a pass."""
+    model = model_of(tmp_path, family)
+    joints = joints_of(model)
+    assert len(joints) == (3 if FAMILIES[family][2] == SEPARATE else 0)
+    rewards(model, pack(random_prompts(0))).sum().backward()
+    assert not any(joint.waiting or joint.x is not None for joint in joints)
+
+
+@pytest.mark.parametrize("path", [ON_GPU], indirect=True)
+@pytest.mark.usefixtures("path")
+def test_failed_pass_leaves_no_output_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Qwen3, a norm of the queries comes before the keys."""
+    model = model_of(tmp_path, "Qwen3")
+    seen: list[Joint] = []
+
+    def fail(_: Tensor) -> Tensor:
+        seen.extend(joint for joint in joints_of(model) if joint.waiting)
+        raise torch.OutOfMemoryError
+
+    norms = [each for name, each in model.named_modules() if name.endswith("q_norm")]
+    monkeypatch.setattr(norms[1], "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        rewards(model, pack(random_prompts(0)))
+    assert len(seen) == 1
+    assert not any(joint.waiting or joint.x is not None for joint in joints_of(model))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - WITH_WHOLE_LAST_LAYER))

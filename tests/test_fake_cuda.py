@@ -211,8 +211,11 @@ def move(model: nn.Module) -> None:
             setattr(module, name, moved)
         for name, buffer in [*module.named_buffers(recurse=False)]:
             setattr(module, name, OnGpu(buffer))
-        if (joint := getattr(module, "joint", None)) and joint.bias is not None:
-            joint.bias = OnGpu(torch.cat([held(each.base_layer.bias) for each in joint.layers]))
+        if "kept" in vars(module):
+            vars(module)["kept"] = OnGpu(vars(module)["kept"])
+    joints: set[Any] = {getattr(each, "joint", None) for each in model.modules()}
+    for joint in joints - {None}:
+        joint.kept, joint.bias = OnGpu(joint.kept), OnGpu(joint.bias)
 
 
 def gradient(ours: RewardTrainer, step: Step) -> Tensor:
@@ -236,7 +239,10 @@ def test_step_and_scores_match_a_cpu_and_never_wait(
     rounding: float,
     large: bool,
 ) -> None:
-    """Adapters take other operations for large tensors. Scores are read once for each pack."""
+    """Adapters take other operations for large tensors, and layers for weights that are kept.
+
+    Scores are read once for each pack.
+    """
     set_params("quantization", compute_dtype=dtype)
     set_params("lora", r=6)
     on_cpu = new_trainer()
@@ -246,6 +252,7 @@ def test_step_and_scores_match_a_cpu_and_never_wait(
     monkeypatch.setattr(scoring, "device", lambda: GPU)
     monkeypatch.setattr(attention, "has_flash", lambda device: flash)
     monkeypatch.setattr(layers, "prefers_few_operations", lambda device: True)
+    monkeypatch.setattr(layers, "memory_of", lambda device: 2**40 if large else 0)
     ours = new_trainer()
     monkeypatch.setattr(layers, "LARGE", -(2**30) if large else layers.LARGE)
     with gpu:

@@ -392,23 +392,35 @@ def test_pair_too_long_for_memory_stops_the_stage(monkeypatch: pytest.MonkeyPatc
     assert not train.ADAPTER.exists()
 
 
-def test_gradients_are_dropped_and_clipped_without_a_look_at_the_base(
-    monkeypatch: pytest.MonkeyPatch,
+def test_all_modules_are_in_training_mode_before_the_first_step() -> None:
+    """transformers loads a base in eval mode, in which layers would not be checkpointed."""
+    assert all(module.training for module in new_trainer().reward_model.modules())
+
+
+def test_steps_drop_and_clip_gradients_without_a_look_at_the_base(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After every step, the Trainer would walk over all of its modules, which takes long."""
+    """The Trainer would walk over all of its modules after every step, which takes long."""
+    set_params("train", max_steps=3, max_grad_norm=1e-3)
     ours = new_trainer()
-    ours.training_step(ours.reward_model, {"step": ours.steps[0]})
-    before = [each.grad for each in ours.trained if each.grad is not None]
-    assert len(before) == len(ours.trained)
-    norm = torch.cat([each.flatten() for each in before]).norm()
-    for name in ("parameters", "named_parameters", "modules", "named_modules"):
-        monkeypatch.delattr(torch.nn.Module, name)
-    ours.args.max_grad_norm = norm.item() / 2
-    assert ours._clip_grad_norm(ours.reward_model).item() == pytest.approx(norm.item())
-    after = torch.cat([each.grad.flatten() for each in ours.trained if each.grad is not None])
-    assert after.norm().item() == pytest.approx(norm.item() / 2, rel=1e-5)
-    ours.reward_model.zero_grad()
-    assert not any(each.grad is not None for each in ours.trained)
+    monkeypatch.delattr(torch.nn.Module, "zero_grad")
+    monkeypatch.delattr("accelerate.Accelerator.clip_grad_norm_")
+    norms, step = [], ours._clip_grad_norm
+
+    def noted(model: torch.nn.Module) -> torch.Tensor:
+        found = step(model)
+        gradients = [each.grad.flatten() for each in ours.trained if each.grad is not None]
+        assert len(gradients) == len(ours.trained)
+        norms.append((found.item(), torch.cat(gradients).norm().item()))
+        return found
+
+    monkeypatch.setattr(ours, "_clip_grad_norm", noted)
+    ours.train()
+    assert len(norms) == 3
+    for before, after in norms:
+        assert before > 1e-3
+        assert after == pytest.approx(1e-3, rel=1e-3)
+    assert all(each.grad is None for each in ours.trained)
 
 
 @pytest.mark.parametrize("room", [90, 150, 220, 10**6])

@@ -1,9 +1,9 @@
 """SwiGLU and rotary embeddings in one kernel on a GPU, where PyTorch's operations take several.
 
-Passes over memory determine their time. PyTorch compiles the kernels when they are first called, in
-about a second, and keeps them in ~/.cache/torch/kernels. T is the type of the computation: fp32 for
-tensors in half precision, so a result is rounded once. Elsewhere than on a GPU, PyTorch's
-operations compute the same.
+Each operation reads and writes whole tensors, which determines its time. PyTorch compiles the
+kernels when they are first called, in about a second, and keeps them in ~/.cache/torch/kernels. A
+result is computed in fp32 and rounded once. Elsewhere than on a GPU, PyTorch's operations compute
+the same.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.cuda.jiterator import _create_jit_fn, _create_multi_output_jit_fn
 from torch.nn.functional import silu
 
+# T is the type of the computation: fp32 for tensors in half precision.
 SWIGLU: Any = _create_jit_fn(
     "template <typename T> T swiglu(T gate, T up) { return gate / (T(1) + std::exp(-gate)) * up; }"
 )
@@ -29,9 +30,9 @@ SWIGLU_GRADIENTS: Any = _create_multi_output_jit_fn(
     num_outputs=2,
 )
 
-# The halves of a head, u and v, are broadcast, so the kernel spends its time on indices, not on
-# numbers. Therefore T is an int64 that holds four bf16 numbers. `part` is 0 for the first half of
-# the result and 1 for the second, and 2 more for the opposite angle.
+# The halves of a head, u and v, are broadcast, so with one number at a time the kernel would spend
+# its time on their indices. Here T is an int64 that holds four bf16 numbers. `part` is 0 for the
+# first half of the result and 1 for the second, and 2 more for the opposite angle.
 ROTATED: Any = _create_jit_fn(
     """
     template <typename T> T rotated(T u, T v, T cos, T sin, T part) {

@@ -71,7 +71,6 @@ def swap_layers(model: PeftModel) -> None:
                 swap_in(module, Rotating)
             elif is_swiglu(module):
                 swap_in(module, Gated)
-            join(module)
         keep_dense(classifier)
 
 
@@ -107,8 +106,6 @@ def dense(layer: Any) -> Tensor:
     """The weights of a linear layer, [outputs, inputs]."""
     if (kept := vars(layer).get("kept")) is not None:
         return cast(Tensor, kept)
-    if isinstance(layer, Joint):
-        return torch.cat([dense(each.base_layer) for each in layer.layers])
     if isinstance(layer, Linear4bit):
         weight: Any = layer.weight
         return dequantize_4bit(weight.data, weight.quant_state)
@@ -116,19 +113,25 @@ def dense(layer: Any) -> Tensor:
 
 
 def keep_dense(classifier: PreTrainedModel) -> None:
-    """Dequantize weights once, not in every pass, if this takes little of the GPU's memory.
+    """Keep dense weights, those of layers with one input together, if a GPU has the memory.
 
-    The values are the same. A plain attribute is not part of the state dict.
+    So weights in 4 bits are dequantized once, not in every pass, with the same values. Those of a
+    Joint are a copy, even if the base is not quantized. A plain attribute is not part of the state
+    dict.
     """
     modules = [*classifier.base_model.modules()]
-    joints = {each.joint for each in modules if isinstance(each, AdaptedLayer) and each.joint}
-    joined = {each.base_layer for joint in joints for each in joint.layers}
+    groups = [layers for module in modules if (layers := joinable(module))]
+    joined = [layer.base_layer for layers in groups for layer in layers]
     quantized = [each for each in modules if isinstance(each, Linear4bit) and each not in joined]
-    found: list[Any] = [*joints, *quantized]
-    numbers = sum(each.out_features * each.in_features for each in found)
-    if numbers * classifier.dtype.itemsize <= KEPT_SHARE * memory_of(classifier.device):
-        for each in found:
-            vars(each)["kept"] = dense(each)
+    numbers = sum(each.out_features * each.in_features for each in (*joined, *quantized))
+    if numbers * classifier.dtype.itemsize > KEPT_SHARE * memory_of(classifier.device):
+        return
+    for layers in groups:
+        joint = Joint(layers)
+        for place, layer in enumerate(layers):
+            layer.joint, layer.place = joint, place
+    for each in quantized:
+        vars(each)["kept"] = dense(each)
 
 
 def memory_of(device: torch.device) -> int:
@@ -264,13 +267,15 @@ class AdaptedLayer(Swapped):
     Without dropout, PEFT's dropout module returns x itself.
     """
 
+    # What computes this layer together with others, and its place among them.
     joint: "Joint | None" = None
+    place = 0
 
     def forward(self, x: Tensor) -> Tensor:
         lora: Any = self
         if lora.disable_adapters:
             return cast(Tensor, super().forward(x))
-        if self.joint and (found := self.joint.output(self, x)) is not None:
+        if self.joint and (found := self.joint.output(self.place, x)) is not None:
             return found
         a, b, scaling, dropout = adapter_of(self)
         y = dropout(x)
@@ -294,49 +299,54 @@ class Joint:
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        """The layers have no dropout and the same scaling, and all or none have a bias."""
+        """`layers` are those that `joinable` returns."""
         bases = [layer.base_layer for layer in layers]
-        self.layers = layers
+        self.a, self.b, (self.scaling, *_), _ = zip(*map(adapter_of, layers), strict=True)
         self.sizes = [base.out_features for base in bases]
-        self.in_features, self.out_features = bases[0].in_features, sum(self.sizes)
         self.bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
-        self.kept: Tensor | None = None
+        self.kept = torch.cat([dense(base) for base in bases])
         self.x: Tensor | None = None
-        self.waiting: dict[Any, Tensor] = {}
+        self.waiting: dict[int, Tensor] = {}
 
-    def output(self, layer: Any, x: Tensor) -> Tensor | None:
-        """The output of one of the layers, or None if it has to be computed alone."""
-        if layer is self.layers[0]:
-            a, b, (scaling, *_), _ = zip(*map(adapter_of, self.layers), strict=True)
-            factors = (
-                torch.cat([each.weight for each in a]),
-                torch.block_diag(*(each.weight for each in b)),
-            )
-            found = Adapted.apply(x, None, *factors, scaling, self)
+    def output(self, place: int, x: Tensor) -> Tensor | None:
+        """The output of the layer at a place, or None if it has to be computed alone."""
+        if place == 0:
+            a = torch.cat([each.weight for each in self.a])
+            b = torch.block_diag(*(each.weight for each in self.b))
+            found = Adapted.apply(x, None, a, b, self.scaling, self)
             # unsafe, because a model may change one of the outputs in place.
-            first, *others = torch.unsafe_split_with_sizes(found, self.sizes, -1)
-            self.x, self.waiting = x, dict(zip(self.layers[1:], others, strict=True))
-            return first
-        if x is not self.x:
-            return None
-        found = self.waiting.pop(layer, None)
+            outputs = torch.unsafe_split_with_sizes(found, self.sizes, -1)
+            self.x, self.waiting = x, dict(enumerate(outputs))
+        found = self.waiting.pop(place, None) if x is self.x else None
         if not self.waiting:
             self.x = None
         return found
 
+    def forget(self) -> None:
+        """Drop the outputs that wait, which keep all that backward would need of earlier layers."""
+        self.x, self.waiting = None, {}
 
-def join(module: nn.Module) -> None:
-    """Let the layers JOINED of a module compute their outputs together if a Joint can do that."""
+
+def joinable(module: nn.Module) -> list[Any]:
+    """The layers JOINED of a module if all are there and a Joint can compute them, else none.
+
+    It can if their adapters have no dropout and one scaling, and all or none have a bias.
+    """
     layers: list[Any] = [getattr(module, name, None) for name in JOINED]
     if not all(isinstance(layer, AdaptedLayer) for layer in layers):
-        return
+        return []
     _, _, scalings, dropouts = zip(*map(adapter_of, layers), strict=True)
     bases = [layer.base_layer for layer in layers]
     kinds = {(base.in_features, base.bias is None) for base in bases}
-    if len(kinds) == len({*scalings}) == 1 and {*map(type, dropouts)} == {nn.Identity}:
-        joint = Joint(layers)
-        for layer in layers:
-            layer.joint = joint
+    alike = len(kinds) == len({*scalings}) == 1 and {*map(type, dropouts)} == {nn.Identity}
+    return layers if alike else []
+
+
+def forget_waiting(model: nn.Module) -> None:
+    """Let all Joints of a model forget, after a pass that has failed."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer) and module.joint:
+            module.joint.forget()
 
 
 # --- norms -----------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def rows_in(table: pa.Table) -> Iterator[dict[str, Any]]:
         if pa.types.is_nested(column.type):
             ends = pc.list_value_length(column).to_numpy().cumsum()
             numbers = pc.list_flatten(column).to_numpy().astype(np.int64)
-            columns.append(np.split(numbers, ends[:-1]))
+            columns.append(np.split(numbers, ends)[:-1])
         else:
             columns.append(column.to_pylist())
     for row in zip(*columns, strict=True):

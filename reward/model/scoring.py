@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from reward.model import attention, group
 from reward.model.base import device, head_of
+from reward.model.layers import forget_waiting
 from reward.model.memory import TooLarge, within_memory
 from reward.model.packing import Pack, Texts, into_packs, pack, split_to_fit, to_device, tokens
 from reward.model.swapping import swapped_out
@@ -34,13 +35,14 @@ def last_hidden(model: PeftModel, batch: Pack) -> Tensor:
     ids, positions, order = (
         to_device(each, device()) for each in (batch.input_ids, batch.position_ids, batch.order)
     )
-    hidden = (
-        cast(PreTrainedModel, model.get_base_model())
-        .base_model(
+    base: Any = cast(PreTrainedModel, model.get_base_model()).base_model
+    try:
+        hidden = base(
             input_ids=ids, position_ids=positions, plan=plan, use_cache=False, return_dict=True
-        )
-        .last_hidden_state[0]
-    )
+        ).last_hidden_state[0]
+    except BaseException:  # such as running out of memory
+        forget_waiting(model)
+        raise
     # LastLayer returns only the last token of each text, but some models keep their own layer.
     if len(hidden) != len(order):
         hidden = hidden[plan.ends]

@@ -160,6 +160,7 @@ class RewardTrainer(Trainer):
         self.unread: list[tuple[int, Tensor]] = []
         self.reads_every_step = device().type == "cpu"
         self.drawn = -math.inf
+        model.train()  # because transformers loads a base in eval mode
         # The Trainer calls this after every step. The model's own walks over all of its modules.
         vars(model)["zero_grad"] = partial(drop_gradients, self.trained)
 
