@@ -31,9 +31,11 @@ from itertools import cycle, product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from reward.process import command_line
 
@@ -95,7 +97,7 @@ class Outcome:
     case: Case
     at: int | None = None
     repeated: int | None = None
-    detached: bool = False
+    repaired: bool = False
     resumed: bool = False
     same: bool = False
     failures: list[str] = field(default_factory=list)
@@ -284,12 +286,21 @@ class Project:
     def recorded(self) -> str:
         """The outs of train in the last dvc.lock of this project or its experiments."""
         revisions = self.call("git", "for-each-ref", "--format=%(objectname)", "refs/exps").split()
-        locks = [(self.folder / "dvc.lock").read_text(encoding="utf-8")]
+        locks = [self.lock()]
         locks += [self.call("git", "show", f"{revision}:dvc.lock") for revision in revisions]
         for lock in reversed(locks):
-            if train := YAML(typ="safe").load(lock)["stages"].get("train"):
+            if train := self.read(lock).get("train"):
                 return str(sorted((out["path"], out["md5"]) for out in train["outs"]))
         return ""
+
+    def lock(self) -> str:
+        return (self.folder / "dvc.lock").read_text(encoding="utf-8")
+
+    def read(self, lock: str) -> dict[str, Any]:
+        """The stages of a dvc.lock; none if DVC was killed while it wrote the file."""
+        with suppress(YAMLError):
+            return (YAML(typ="safe").load(lock) or {}).get("stages", {})
+        return {}
 
     def remove(self) -> None:
         for process in self.processes():
@@ -471,7 +482,10 @@ def run_again(project: Project, outcome: Outcome, expected: str) -> None:
         check=False,
     ).returncode:
         project.call("git", "switch", "--quiet", "main")
-        outcome.detached = True
+        outcome.repaired = True
+    if not project.read(project.lock()):
+        project.call("git", "checkout", "--quiet", "dvc.lock")
+        outcome.repaired = True
     project.forget()
     project.start(outcome.case.processes[1])
     end = time.monotonic() + PATIENCE
@@ -518,7 +532,7 @@ def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
         ("signal", lambda outcome: outcome.case.signal.name, tuple(s.name for s in SIGNALS)),
     ):
         lines += [
-            f"| {title} | kills | resumed by itself | HEAD was detached | "
+            f"| {title} | kills | resumed by itself | repaired by git | "
             "steps repeated, median and maximum | same bytes |",
             "|---|---:|---:|---:|---:|---:|",
         ]
@@ -530,13 +544,13 @@ def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
 
 
 def row(name: str, outcomes: list[Outcome]) -> str:
-    resumed, detached, same = (
+    resumed, repaired, same = (
         sum(getattr(outcome, name) for outcome in outcomes)
-        for name in ("resumed", "detached", "same")
+        for name in ("resumed", "repaired", "same")
     )
     repeated = [outcome.repeated for outcome in outcomes if outcome.repeated is not None]
     steps = f"{median(repeated):.0f}, {max(repeated)}" if repeated else "–"
-    return f"| {name} | {len(outcomes)} | {resumed} | {detached} | {steps} | {same} |"
+    return f"| {name} | {len(outcomes)} | {resumed} | {repaired} | {steps} | {same} |"
 
 
 if __name__ == "__main__":
