@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Sequence, Value, concatenate_datasets
 
 from reward.model.packing import (
     Texts,
@@ -71,6 +71,7 @@ def test_rows_are_those_of_the_numpy_format(arranged: str) -> None:
     ]
     pieces = [Dataset.from_list(rows[:7]), Dataset.from_list(rows[7:])]
     dataset = concatenate_datasets(pieces) if arranged == "in pieces" else Dataset.from_list(rows)
+    dataset = dataset.cast_column("a", Sequence(Value("int32")))  # as tokenized data
     if arranged == "selected":
         dataset = dataset.select(draw.sample(range(1500), 1400))
     expected = dataset.select_columns(["a", "c"]).with_format("numpy")
