@@ -638,8 +638,20 @@ def test_dialogue_under_the_canonical_names_stays_a_text() -> None:
     prompt = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:"
     record = {"prompt": prompt, "chosen": " Because.", "rejected": " No."}
     assert pairs_of(record) == [([record], 0)]
+    assert as_scored(record) == candidates(record)
+
+
+def test_dialogues_without_a_prompt_are_scored_as_they_are_trained() -> None:
+    head = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:"
+    record = {"chosen": f"{head} Because.", "rejected": f"{head} No."}
+    assert as_scored(record) == candidates(record)
+    assert candidates(record).prompt == (("user", "Hi."), ("assistant", "Hello!"), ("user", "Why?"))
+
+
+def as_scored(record: dict[str, Any]) -> Candidates:
+    """The prompt and the answers of a record as preprocess reads them."""
     read = check(form_of(record).read(record))
-    assert Candidates(read.prompt, read.answers) == candidates(record)
+    return Candidates(read.prompt, read.answers)
 
 
 def test_column_whose_name_has_a_dot_is_read_and_not_kept() -> None:

@@ -553,19 +553,19 @@ def test_answer_that_equals_the_prompt_is_empty() -> None:
         check({"prompt": LONG, "chosen": f"{LONG} Good.", "rejected": LONG})
 
 
-def test_text_conversations_are_split_after_the_last_shared_turn_marker() -> None:
+def test_text_conversations_become_messages() -> None:
     head = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
     pair = check({"chosen": f"{head} Like this.", "rejected": f"{head} Like that."})
-    assert pair.prompt == (("user", head),)
-    assert pair.answers[0] == (("assistant", " Like this."),)
-    assert pair.answers[1] == (("assistant", " Like that."),)
+    assert pair.prompt == (("user", "hi"), ("assistant", "hello"), ("user", "how?"))
+    assert pair.answers == [(("assistant", "Like this."),), (("assistant", "Like that."),)]
 
 
 def test_conversations_that_diverge_early_are_split_there() -> None:
     head = "\n\nHuman: hi\n\nAssistant:"
     pair = check({"chosen": f"{head} a\n\nHuman: b\n\nAssistant: c", "rejected": f"{head} d"})
-    assert pair.prompt == (("user", head),)
-    assert pair.answers[1] == (("assistant", " d"),)
+    assert pair.prompt == (("user", "hi"),)
+    assert pair.answers[0] == (("assistant", "a"), ("user", "b"), ("assistant", "c"))
+    assert pair.answers[1] == (("assistant", "d"),)
 
 
 def test_answers_with_a_common_beginning_are_not_a_conversation() -> None:

@@ -1,11 +1,8 @@
 """Convert messages and conversations in any known spelling to messages with role and content.
 
-Anything else is left unchanged, because `records.check` reports what is wrong with it. HH is
-Anthropic's data set hh-rlhf.
+Anything else is left unchanged, because `records.check` reports what is wrong with it.
 """
 
-import re
-import unicodedata
 from typing import Any
 
 from reward.data.records import BadRecord
@@ -17,13 +14,6 @@ SPEAKERS = {
     **{"assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant"},
     **{"tool": "tool", "function": "tool", "observation": "tool"},
 }
-# HH has a few turns of "Hum:" where "Human:" was meant.
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Hum|Assistant):")
-FIRST_TURN = re.compile(r"\s*(?:Human|Hum):")
-# In HelpSteer2, between the turns of a prompt, which begins and ends with the user's. NeMo-Aligner
-# marks the system message and the first turn, too, and ends with the assistant's.
-MARKED_TURN = re.compile(r"(?:\A|\n)<extra_id_[01]>(System|User|Assistant)\n")
-SENTENCE_END = re.compile(r"[。！？!?…；][」』”’）)]*")
 
 Message = dict[str, Any]
 
@@ -108,77 +98,3 @@ def _joined(key: str, parts: list[Any]) -> Any:
             return parts
         texts.append(text)
     return "".join(texts)
-
-
-# --- texts that are whole conversations ------------------------------------------------------
-
-
-def has_turns(text: str) -> bool:
-    """Whether a text is a conversation as in HH, in turns that begin with Human: or Assistant:."""
-    return bool(FIRST_TURN.match(text)) and "\n\nAssistant:" in text
-
-
-def turns(text: str) -> list[Message]:
-    """The messages of a conversation as in HH. An empty last turn, as in a prompt, is left out."""
-    _, *parts = TURN.split(text)
-    speakers, contents = parts[::2], parts[1::2]
-    found = [
-        {"role": "assistant" if speaker == "Assistant" else "user", "content": content.strip()}
-        for speaker, content in zip(speakers, contents, strict=True)
-    ]
-    return found[:-1] if found and not found[-1]["content"] else found
-
-
-def marked_turns(text: str) -> list[Message] | None:
-    """The messages of a prompt as in HelpSteer2 or NeMo-Aligner; None without marks of turns.
-
-    An empty system message and an empty last turn are left out.
-    """
-    first, *parts = MARKED_TURN.split(text)
-    if not parts:
-        return None
-    speakers, contents = parts[::2], parts[1::2]
-    if first or speakers[0] == "Assistant":
-        speakers, contents = ["User", *speakers], [first, *contents]
-    found = [
-        {"role": speaker.lower(), "content": content}
-        for speaker, content in zip(speakers, contents, strict=True)
-    ]
-    found = [each for each in found if each["role"] != "system" or each["content"].strip()]
-    return found[:-1] if found[-1:] == [{"role": "assistant", "content": ""}] else found
-
-
-def shared_start(chosen: str, rejected: str) -> int:
-    """The length of the prompt with which two texts begin, in characters.
-
-    The prompt ends with the last word that they share, without the white space after it, and is
-    shorter than either text. Chinese and Japanese have no white space between words. There, it ends
-    with the last shared sentence, or else with the last shared character.
-    """
-    shorter = min(len(chosen.rstrip()), len(rejected.rstrip()))
-    differ = (place for place in range(shorter) if chosen[place] != rejected[place])
-    cut = max(0, min(next(differ, shorter), shorter - 1))
-    while cut and any(_within_word(text, cut) for text in (chosen, rejected)):
-        cut -= 1
-    if cut and _is_ideographic(chosen[cut - 1]):
-        ends = [found.end() for found in SENTENCE_END.finditer(chosen, 0, cut)]
-        cut = ends[-1] if ends else cut
-    return len(chosen[:cut].rstrip())
-
-
-def _within_word(text: str, cut: int) -> bool:
-    """Whether a cut would split a word, or a letter from its combining mark."""
-    before, after = text[cut - 1], text[cut]
-    if unicodedata.combining(after):
-        return True
-    if before.isspace() or after.isspace():
-        return False
-    return not (_is_ideographic(before) or _is_ideographic(after))
-
-
-def _is_ideographic(character: str) -> bool:
-    """Whether a character belongs to a script without white space between words.
-
-    Punctuation marks of these scripts count too.
-    """
-    return unicodedata.east_asian_width(character) in "WF" and not "가" <= character <= "힣"

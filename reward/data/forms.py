@@ -12,18 +12,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from reward.data.answers import CANONICAL, UNGRADED, Answers, Grades, unless_other
-from reward.data.dialogue import (
-    Message,
-    as_messages,
-    has_turns,
-    marked_turns,
-    message,
-    messages,
-    shared_start,
-    spelling,
-    turns,
-)
-from reward.data.records import FIELDS, ROLES, TOOLS, BadRecord, Raw, raw_pair
+from reward.data.dialogue import Message, as_messages, message, messages, spelling
+from reward.data.records import FIELDS, ROLES, TOOLS, BadRecord, Raw, by_turns, raw_pair
+from reward.data.transcripts import has_turns, marked_turns, shared_start, turns
 from reward.data.values import Record, is_absent, is_blank, top, value_at
 
 # Names of a prompt column that holds texts, messages, or either.
@@ -217,7 +208,7 @@ class Form:
         answers = [_answer(*each) for each in zip(names, found, strict=True)]
         match self.whole:
             case "turns":
-                prompt, answers = None, _by_turns(answers, names)
+                prompt, answers = None, by_turns(answers, names)
             case "words":
                 prompt, answers = _by_words(answers)
             case "repeated":
@@ -348,13 +339,6 @@ def _in_turns(prompt: str, answers: list[Any]) -> tuple[Any, list[Any]]:
     if awaits:
         answers = [answer.strip() if isinstance(answer, str) else answer for answer in answers]
     return found, answers
-
-
-def _by_turns(answers: list[Any], names: Sequence[str]) -> list[Any]:
-    for key, text in zip(names, answers, strict=True):
-        if not isinstance(text, str) or not has_turns(text):
-            raise BadRecord("missing_key", f"{key!r} has no Human: and Assistant: turns")
-    return [turns(text) for text in answers]
 
 
 def _by_words(answers: list[Any]) -> tuple[str, list[Any]]:

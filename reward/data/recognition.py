@@ -23,14 +23,7 @@ from reward.data.answers import (
     Order,
     Preferred,
 )
-from reward.data.dialogue import (
-    are_conversations,
-    are_messages,
-    are_spoken,
-    has_turns,
-    shared_start,
-    spelling,
-)
+from reward.data.dialogue import are_conversations, are_messages, are_spoken, spelling
 from reward.data.forms import (
     CONVERSATIONS,
     POST,
@@ -43,6 +36,7 @@ from reward.data.forms import (
     repeats,
 )
 from reward.data.suggestion import COLUMN, Unrecognized, entry_of, guessed_prompt, names_in, unknown
+from reward.data.transcripts import has_turns, shared_start
 from reward.data.values import (
     Columns,
     Record,

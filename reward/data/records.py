@@ -17,12 +17,12 @@ from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 from reward.data.columns import RESERVED, TIE
+from reward.data.transcripts import has_turns, turns
 from reward.process import as_written
 
 ROLES = ("system", "user", "assistant", "tool")
 PAIR = ("chosen", "rejected")
 FIELDS = ("prompt", *PAIR)
-LAST_TURN = "\n\nAssistant:"
 # Answers may begin with a prompt of at most this many bytes by chance, such as a greeting.
 GREETING = 15
 # Keys that a message may have besides role and content, which chat templates render.
@@ -231,11 +231,10 @@ def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
     """The prompt and the answers as messages. A repeated prompt is removed from answers."""
     prompt, answers, names, *_ = raw
     if all(isinstance(answer, str) for answer in answers):
-        if prompt is None:
-            prompt, answers = _split_texts(answers)
-        else:
+        if prompt is not None:
             answers = _without_text(prompt, answers)
-        return _messages("prompt", prompt, "user"), [(("assistant", each),) for each in answers]
+            return _messages("prompt", prompt, "user"), [(("assistant", each),) for each in answers]
+        answers = by_turns(answers, names)
     if any(isinstance(answer, list) for answer in answers):
         for key, value in zip(names, answers, strict=True):
             if isinstance(value, str):
@@ -404,21 +403,15 @@ def _without_text(prompt: Any, answers: list[Any]) -> list[Any]:
     return [answer[len(prompt) :] for answer in answers]
 
 
-def _split_texts(answers: list[str]) -> tuple[str, list[str]]:
-    """Split conversations as in HH after the last LAST_TURN in the text that they share.
-
-    Without it, a prompt cannot be told from answers that happen to begin with the same words.
-    """
-    cut = len(answers[0])
-    while (cut := answers[0].rfind(LAST_TURN, 0, cut)) >= 0:
-        head = answers[0][: cut + len(LAST_TURN)]
-        if all(answer.startswith(head) for answer in answers):
-            return head, [answer[len(head) :] for answer in answers]
-    raise BadRecord(
-        "missing_key",
-        "'prompt' is missing, and the answers have no common beginning that contains "
-        f"{LAST_TURN!r}",
-    )
+def by_turns(answers: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """The messages of answers that are whole conversations as in HH. Raises BadRecord."""
+    for key, text in zip(names, answers, strict=True):
+        if not isinstance(text, str) or not has_turns(text):
+            raise BadRecord(
+                "missing_key",
+                f"'prompt' is missing, and {key!r} has no Human: and Assistant: turns",
+            )
+    return [turns(text) for text in answers]
 
 
 def _columns(record: dict[str, Any]) -> dict[str, str]:
