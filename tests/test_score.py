@@ -141,6 +141,68 @@ def test_pairs_get_the_evaluated_rewards_in_the_order_chosen_rejected(
         assert sum(pair == pytest.approx(tuple(row), abs=1e-5) for row in rows) == 1
 
 
+PAIR = {"chosen": "yes", "rejected": "no"}
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        (PAIR | {"question": "hi"}, "hi"),
+        (PAIR | {"prompt": "hi", "input": "there"}, "hi\nthere"),
+        ({side: f"\n\nHuman: hi\n\nAssistant: {PAIR[side]}" for side in PAIR}, "hi"),
+        (PAIR | {"prompt": "hi", "margin": -1, "weight": 0}, "hi"),
+    ],
+)
+def test_pairs_are_read_as_in_training(
+    record: dict[str, Any], prompt: str, command: Callable[..., None]
+) -> None:
+    folder = Path("two")
+    folder.mkdir()
+    write([record], folder / "a.jsonl")
+    write([{"prompt": prompt, "answers": ["yes", "no"]}], folder / "b.jsonl")
+    command(folder, "--output", OUTPUT)
+    pair, expected = lines()
+    assert pair["rewards"] == expected["rewards"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (PAIR | {"prompt": "hi", "system": "Be kind."}, "in.jsonl: line 1: needs_chat: has a sys"),
+        (PAIR | {"prompt": "hi", "history": [["a", "b"]]}, "in.jsonl: line 1: needs_chat: has sev"),
+        (PAIR | {"prompt": "hi", "chosen": ["a", "b"]}, "in.jsonl: line 1: several_kinds: has lis"),
+        (PAIR | {"topic": "greeting"}, "in.jsonl: none of the columns chosen, rejected, topic is "),
+        (
+            PAIR | {"prompt": "hi", "response_0": "a", "response_1": "b", "better_response_id": 1},
+            "in.jsonl: can be read as chosen and rejected or as response_0 and response_1",
+        ),
+    ],
+)
+def test_pair_that_training_would_read_otherwise_is_refused(
+    record: dict[str, Any], message: str, fault: Callable[..., str]
+) -> None:
+    write([record])
+    assert fault(INPUT, "--output", OUTPUT).startswith(message)
+
+
+def test_dataset_yaml_says_what_the_columns_of_pairs_mean(
+    command: Callable[..., None], fault: Callable[..., str]
+) -> None:
+    record = PAIR | {"prompt": "hi", "whole": "maybe", "topic": "q", "best": 0}
+    write([record, {"prompt": "hi", "answers": ["maybe", "no"]}])
+    Path("dataset.yaml").write_text("in.jsonl: {chosen: whole, rejected: rejected}")
+    command(INPUT, "--output", OUTPUT)
+    pair, expected = lines()
+    assert pair["rewards"] == expected["rewards"]
+    Path("dataset.yaml").write_text(
+        "in.jsonl: {answers: [whole, topic], verdict: best, first: [0], second: [1]}"
+    )
+    write([record])
+    assert fault(INPUT, "--output", "other.jsonl").startswith(
+        "in.jsonl is read as prompt, whole and topic with best (0 for the first answer"
+    )
+
+
 def test_parquet_has_typed_columns_with_the_same_content(command: Callable[..., None]) -> None:
     records = write(some_records())
     command(INPUT, "data/raw/pairs.json", "--output", OUTPUT)
@@ -491,7 +553,7 @@ def test_killed_process_loses_and_duplicates_nothing(start: Callable[[str], Fork
         ('{"prompt": "a"}', "missing_key: 'chosen' is missing, found the key prompt"),
         (
             '{"prompt": "a", "answer": "b", "ranks": []}',
-            "taken_key: has the key 'ranks', which the output needs",
+            "taken_key: has the key 'ranks', which the output needs; rename or remove it",
         ),
         (
             '{"prompt": "a", "answer": "b", "x": NaN}',

@@ -2,11 +2,11 @@
 
     python -m reward.serving.score data/raw/pairs.json --output rewards.jsonl
 
-Reads records with `prompt` and one `answer` or a list of `answers`, or preference pairs, in any
-file format that preprocess reads. Writes each record unchanged with three more keys: `rewards`,
-`ranks` (1 is the best) and `probabilities` of being the best. Each is a list in the order of the
-answers (chosen, then rejected). A Parquet output has the columns `position`, `file` and `record`
-(as JSON text), and those three.
+Reads records with `prompt` and one `answer` or a list of `answers`, or with `prompt`, `chosen` and
+`rejected`, in any type of file that preprocess reads. Writes each record unchanged with three more
+keys: `rewards`, `ranks` (1 is the best) and `probabilities` of being the best. Each is a list in
+the order of the answers (chosen, then rejected). A Parquet output has the columns `position`,
+`file` and `record` (as JSON text), and those three.
 
 To continue after an interruption, run the same command again: finished rows are kept in a journal
 next to the output. All visible GPUs share the work, with one process each.
@@ -19,7 +19,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -30,8 +31,11 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
+from reward.data.answers import UNGRADED, Preferred
+from reward.data.forms import Form
 from reward.data.reading import files, place_of, read
-from reward.data.records import KINDS, PAIR, TOOLS, BadRecord
+from reward.data.records import KINDS, PAIR, TOOLS, BadRecord, Raw
+from reward.data.sources import source_of
 from reward.locks import hold
 from reward.model import group
 from reward.model.base import DIGESTS
@@ -62,10 +66,34 @@ Row = dict[str, Any]
 as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
+@dataclass(frozen=True)
+class Input:
+    """An input file."""
+
+    path: Path
+
+    @cached_property
+    def form(self) -> Form:
+        """What its columns mean if it has pairs, as preprocess recognizes it. Raises a Fault."""
+        form = source_of(self.path).form
+        if not isinstance(form.answers, Preferred):
+            raise Fault(f"{self.path} is read as {form.description}, expected chosen and rejected")
+        return replace(form, grades=UNGRADED)
+
+    def pair(self, record: Row) -> Raw:
+        """The prompt, chosen and rejected of a record, as in training. Raises BadRecord."""
+        found = self.form.read(record)
+        if len(found.answers) > len(PAIR):
+            raise BadRecord(
+                "several_kinds", "has lists of chosen or rejected answers, expected one of each"
+            )
+        return found
+
+
 class Item(NamedTuple):
     """A record as JSON text and as read, unchecked, and its position in its file."""
 
-    file: Path
+    input: Input
     position: int
     record: str
     content: Row
@@ -73,7 +101,7 @@ class Item(NamedTuple):
     @property
     def place(self) -> str:
         """The file and position, for messages."""
-        return place_of(self.file, self.position)
+        return place_of(self.input.path, self.position)
 
     @property
     def answers(self) -> int:
@@ -97,7 +125,7 @@ class Item(NamedTuple):
     @property
     def source(self) -> Row:
         """The first columns of its row."""
-        return {"file": str(self.file), "position": self.position, "record": self.record}
+        return {"file": str(self.input.path), "position": self.position, "record": self.record}
 
 
 @dataclass
@@ -175,9 +203,10 @@ def score_files(scorer: Scorer, paths: list[Path], journal: "Journal | None") ->
 def items(paths: list[Path]) -> Iterator[Item]:
     """The records of all files. Raises a Fault for one that cannot be written to the output."""
     for path in paths:
+        source = Input(path)
         for position, record in read(path):
             try:
-                yield Item(path, position, as_text(record), record)
+                yield Item(source, position, as_text(record), record)
             except BadRecord as error:
                 raise fault_at(place_of(path, position), error) from None
 
@@ -187,7 +216,9 @@ def as_text(record: Any) -> str:
     if not isinstance(record, dict):
         raise BadRecord("wrong_type", f"is {KINDS[type(record)]}, expected an object")
     if taken := [name for name in ADDED if name in record]:
-        raise BadRecord("taken_key", f"has the key {taken[0]!r}, which the output needs")
+        raise BadRecord(
+            "taken_key", f"has the key {taken[0]!r}, which the output needs; rename or remove it"
+        )
     columns = []
     for name, value in record.items():
         try:
@@ -237,8 +268,10 @@ def scored(scorer: Scorer, batch: list[Item], totals: Totals) -> list[Row]:
 
 def texts_of(scorer: Scorer, item: Item) -> list[str]:
     """The rendered answers of an item. Raises a Fault if they cannot be rendered."""
+    record = item.content
+    is_pair = {*PAIR} <= record.keys() and not {"answer", "answers"} & record.keys()
     try:
-        return scorer.render(scorer.candidates(item.content))
+        return scorer.render(scorer.candidates(item.input.pair(record) if is_pair else record))
     except BadRecord as error:
         raise fault_at(item.place, error) from None
 
