@@ -130,6 +130,30 @@ def test_configuration_that_names_code_is_a_fault(name: str, change: dict[str, A
         load_exported(export.EXPORT)
 
 
+def test_kernel_that_a_base_on_the_hub_names_never_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with code, the digests are the stranger's own."""
+    base, revision = export.EXPORT / "base", "a" * 40
+    config = read_json(base / "config.json") | {"_attn_implementation": "evil/kernel"}
+    write_json(base / "config.json", config)
+    snapshot = tmp_path / "models--stranger--nice" / "snapshots" / revision
+    snapshot.parent.mkdir(parents=True)
+    base.rename(snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    path = export.EXPORT / "adapter_config.json"
+    write_json(
+        path,
+        read_json(path) | {"base_model_name_or_path": "stranger/nice", "revision": revision},
+    )
+    seal_again(export.EXPORT)
+    record = read_json(export.EXPORT / DIGESTS)
+    write_json(export.EXPORT / DIGESTS, record | {"base": digests(snapshot)})
+    with pytest.raises(Fault, match=r"config\.json names a kernel as its attention"):
+        load_exported(export.EXPORT)
+
+
 def test_code_behind_a_link_to_a_folder_is_a_fault() -> None:
     base = export.EXPORT / "base"
     base.rename("elsewhere")

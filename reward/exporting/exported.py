@@ -40,6 +40,8 @@ from reward.model.base import (
     fused_experts,
     load_base,
     load_stock,
+    names_kernel,
+    objects_in,
     require_sealed,
     seal,
 )
@@ -62,9 +64,6 @@ AS_TRAINED = (ADAPTER_WEIGHTS, QUANTIZATION, TRAINING)
 BASE_NAME = "base_model_name_or_path"
 # Configuration keys whose values transformers and PEFT import as code.
 NAMING_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "megatron_config"}
-# A part of the keys whose values may name a repository on the Hub, from which transformers loads a
-# kernel: with a slash, because names of its own attention have none.
-ATTENTION = "attn_implementation"
 
 
 @dataclass(frozen=True)
@@ -272,18 +271,8 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def names_code(path: Path) -> bool:
-    """Whether a configuration names code at any level."""
-    parts = [recorded(path)]
-    while parts:
-        part = parts.pop()
-        if any(part.get(key) for key in NAMING_CODE):
-            return True
-        if any(ATTENTION in key and "/" in str(value) for key, value in part.items()):
-            return True
-        values = [item for value in part.values() for item in as_list(value)]
-        parts += [value for value in values if isinstance(value, dict)]
-    return False
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    """Whether a configuration names code or a kernel at any level."""
+    return any(
+        names_kernel(part) or any(part.get(key) for key in NAMING_CODE)
+        for part in objects_in(recorded(path))
+    )

@@ -53,6 +53,10 @@ NOT_LINEAR = re.compile(r"embed|wte|wpe|lm_head|score")
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
+# A part of the keys whose values may name a repository on the Hub, from which transformers loads a
+# kernel: with a slash, because names of its own attention have none.
+ATTENTION = "attn_implementation"
+
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -111,10 +115,15 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     """The base on the device as transformers loads it: a sequence classifier with one label.
 
     A base that is stored in 4 bits stays as it is. Code that comes with a base never runs. Raises a
-    Fault if transformers has no classifier for the model, or if it has no linear layer `score`,
-    and TooLarge if the model does not fit in memory.
+    Fault if transformers has no classifier for the model, if it has no linear layer `score`, or if
+    its configuration names a kernel, and TooLarge if the model does not fit in memory.
     """
     config = read_json(base / "config.json")
+    if any(map(names_kernel, objects_in(config))):
+        raise Fault(
+            f"{base}: config.json names a kernel as its attention, which transformers would "
+            "download and run; expected no such key"
+        )
     if (kind := config.get("model_type")) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise Fault(
             f"{base}: transformers has no sequence classifier for {kind}, expected a decoder model "
@@ -144,6 +153,22 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
         )
     keep_weights_unpacked(model)
     return model
+
+
+def names_kernel(part: dict[str, Any]) -> bool:
+    """Whether an object of a configuration names a kernel on the Hub as the model's attention."""
+    return any(ATTENTION in key and "/" in str(value) for key, value in part.items())
+
+
+def objects_in(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration and all objects in it, at any level."""
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        yield part
+        for value in part.values():
+            listed = value if isinstance(value, list) else [value]
+            parts += [each for each in listed if isinstance(each, dict)]
 
 
 def is_quantized(config: dict[str, Any]) -> bool:
