@@ -1,5 +1,6 @@
 """The speed benchmark: its workload, its contenders and its report."""
 
+import json
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -22,12 +23,14 @@ from benchmarks.speed.workload import (
     ANSWER,
     PREFIX,
     Workload,
+    drawn,
     generated,
     lengths,
     prepare,
     usable_ids,
 )
 from reward.data.prefixes import prefix_length
+from reward.data.tokens import Encoder, Template
 from reward.model.packing import Texts, tokens
 from reward.process import Fault
 
@@ -83,6 +86,22 @@ def test_generated_pairs_depend_only_on_their_seed() -> None:
 def test_special_ids_are_not_drawn(tiny_base: Path) -> None:
     assert 4092 in (ids := usable_ids(tiny_base))
     assert 4093 not in ids  # <|endoftext|>, which is also the pad token
+
+
+def test_pairs_are_drawn_from_files_as_preprocess_reads_them(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    record = {"question": "Why?", "answers": ["No.", "Because.", "So."], "ranks": [3, 1, 2]}
+    path.write_text(f"{json.dumps(record)}\n" * 2)
+    options = Namespace(data=path, template="zh", seed=0, prompts=2)
+    encoder = Encoder(tiny_base, Template.of("zh", False, 99, tiny_base))
+    first, second = drawn(options, tiny_base, longest=99)
+    assert first == second
+    assert [*first.ids] == encoder.encode(["问:Why?\n\n答:Because.", "问:Why?\n\n答:No."])
+    path.write_text(f"{json.dumps(record)}\n{json.dumps(record | {'question': ''})}")
+    with pytest.raises(Fault, match=r"has 1 usable pair of .*\(a bad record: 'prompt' is empty\)"):
+        drawn(options, tiny_base, longest=99)
 
 
 def test_table_has_medians_ratios_and_shares() -> None:

@@ -16,14 +16,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks import random_base
 from benchmarks.speed.hardware import HARDWARE, QUANTIZATION
-from reward.data.reading import files, read
-from reward.data.records import BadRecord, check
+from reward.data.records import BadRecord
+from reward.data.sources import sources, usable
 from reward.data.tokens import Encoder, Template
 from reward.model.base import add_lora, load_base, load_stock, new_head
 from reward.model.packing import Texts, texts_of
 from reward.model.trainer import HEAD_PAIRS, scale_head
 from reward.outputs import read_json
-from reward.process import Fault
+from reward.process import Fault, counted
 
 LONGEST, PROMPTS_PER_STEP = 2040, 8
 
@@ -174,15 +174,22 @@ def usable_ids(base: Path) -> list[int]:
 
 
 def drawn(options: argparse.Namespace, base: Path, longest: int) -> list[Texts]:
-    """Pairs of a preference file, drawn at random from those that can be used."""
+    """Pairs of preference files, drawn at random from those that can be used.
+
+    Of a record with several comparisons, only the first is used.
+    """
     encoder = Encoder(base, Template.of(options.template, False, longest, base))
-    records = [record for path in files(options.data) for _, record in read(path)]
+    records = [record for source in sources(options.data) for _, record in source]
     pairs: list[Texts] = []
+    bad = ""
     for index in np.random.default_rng(options.seed).permutation(len(records)):
         try:
-            pair = check(records[index])
-            texts = [encoder.render(pair.prompt, answer) for answer in pair.answers]
-        except BadRecord:
+            record = usable(records[index])
+            first = record.comparisons[0]
+            answers = [record.answers[first.j], record.answers[first.k]]
+            texts = [encoder.render(record.prompt, answer) for answer in answers]
+        except BadRecord as fault:
+            bad = f" (a bad record: {fault})"
             continue
         chosen, rejected = encoder.encode(texts)
         if chosen != rejected and max(len(chosen), len(rejected)) <= longest:
@@ -190,8 +197,8 @@ def drawn(options: argparse.Namespace, base: Path, longest: int) -> list[Texts]:
         if len(pairs) == options.prompts:
             return pairs
     raise Fault(
-        f"{options.data} has {len(pairs)} usable pairs of at most {longest} tokens with the "
-        f"template {options.template}, expected {options.prompts}; lower --prompts"
+        f"{options.data} has {counted(len(pairs), 'usable pair')} of at most {longest} tokens with "
+        f"the template {options.template}{bad}, expected {options.prompts}; lower --prompts"
     )
 
 
