@@ -53,8 +53,9 @@ def see_one_gpu() -> None:
 # Whether torchrun started this process as one of several. If torchrun started another program, such
 # as a trainer that calls the reward function, this is False.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ and is_command(sys.orig_argv)
-# Whether DVC started this process, directly or through another one.
+# Whether DVC started this process, directly or through another one, and if directly.
 STAGED = "DVC_ROOT" in os.environ
+IS_STAGE = STAGED and LAUNCHER not in os.environ
 # The file from which torchrun reads the error of a process.
 ERRORS = os.environ.get("TORCHELASTIC_ERROR_FILE") if LAUNCHED else None
 if LAUNCHED:
@@ -121,7 +122,7 @@ def run(main: Callable[[], None]) -> None:
         if signal.getsignal(signal.SIGINT) is interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
-        if STAGED and not LAUNCHED:
+        if IS_STAGE:
             print(f"took       {time.monotonic() - STARTED:.1f} s")
         print(end="", flush=True)  # unlike sys.stdout.flush, also if it is closed
     except Fault as fault:

@@ -55,6 +55,22 @@ def test_fault_prints_one_sentence_and_exits_with_1(tmp_path: Path) -> None:
     assert stage.returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("environment", "printed"),
+    [({}, False), ({"DVC_ROOT": "."}, True), ({"DVC_ROOT": ".", process.LAUNCHER: "1"}, False)],
+)
+def test_stage_that_dvc_started_says_how_long_it_took(
+    environment: dict[str, str], printed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that it has started says nothing."""
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    (tmp_path / "stage.py").write_text(STAGE.format(body="pass"), encoding="utf-8")
+    command = [sys.executable, "stage.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    output = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+    assert ("took " in output) == printed
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("printed", ["'end'", "'end', flush=True", "'x' * 10**6"])
 def test_output_that_nobody_reads_any_more_ends_a_stage_in_silence(
