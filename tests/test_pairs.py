@@ -800,6 +800,8 @@ def test_scalar_columns_are_kept_as_text_and_reserved_names_are_renamed() -> Non
         **{"kind": "a", "score": "1.5", "n": "2", "flag": "True"},
         **{"raw_id": "7", "raw_margin": "3", "raw_prompt_id": "p", "raw_test set": "t"},
     }
+    taken = {"raw_id": "x", "id": 7, "raw_raw_id": "y"}
+    assert check(PLAIN | taken).columns == {"raw_id": "x", "raw_raw_raw_id": "7", "raw_raw_id": "y"}
 
 
 # --- all records together --------------------------------------------------------------------

@@ -10,7 +10,7 @@ them, or one `answer` instead.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from json.encoder import encode_basestring
@@ -415,12 +415,21 @@ def by_turns(answers: Sequence[Any], names: Sequence[str]) -> list[Any]:
 
 
 def _columns(record: dict[str, Any]) -> dict[str, str]:
-    """The extra columns that are kept, as strings. A reserved name becomes raw_<name>."""
+    """The extra columns that are kept, as strings, under names that are not RESERVED."""
     return {
-        f"raw_{key}" if key in RESERVED else key: str(value)
+        _free(key, record): str(value)
         for key, value in record.items()
         if key not in (*FIELDS, TOOLS) and isinstance(value, str | int | float)
     }
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    """The name of a column; one that is RESERVED gets `raw_` before it until it is free."""
+    if name in RESERVED:
+        name = f"raw_{name}"
+        while name in taken:
+            name = f"raw_{name}"
+    return name
 
 
 def _kind(value: Any) -> str:
