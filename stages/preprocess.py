@@ -38,7 +38,7 @@ from reward.data.records import PARTS, TOOLS, BadRecord, Record
 from reward.data.rows import as_row, compare
 from reward.data.sets import Notes, read_sets, write_sets
 from reward.data.sources import Source, sources
-from reward.data.splitting import among, contradictions, count_votes, duplicates, split
+from reward.data.splitting import among, contradictions, count_votes, duplicates, portions, split
 from reward.data.tokenized import Row
 from reward.data.tokens import Encoder, Template, as_array
 from reward.outputs import whole_folder, write_json
@@ -286,18 +286,23 @@ def overlap(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
 
 def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_]:
     """Which records of the ledger are used. Raises a Fault that lists the first bad ones."""
-    used = ~overlap(options, ledger)
-    rows = np.flatnonzero(used)
-    ballots = ledger.ballots().take(rows)
-    votes = count_votes(ballots, ledger.judges[rows])
-    contradicted = contradictions(ballots.verdicts, ballots.answers) & ~votes.cast
-    repeated = duplicates(ballots.verdicts) & ~contradicted & ~votes.cast
-    ledger.votes, ledger.merged = int(votes.cast.sum()), int(votes.merged.sum())
-    ledger.grade(rows[votes.rows], votes.preference, votes.weight, votes.margin)
+    used, judges = ~overlap(options, ledger), ledger.judges
+    cast, merged, contradicted, repeated = np.zeros((4, len(used)), dtype=bool)
+    for portion in portions(ledger.column("prompt")):
+        rows = portion[used[portion]]
+        ballots = ledger.ballots(rows)
+        votes = count_votes(ballots, judges[rows])
+        ledger.grade(rows[votes.rows], votes.preference, votes.weight, votes.margin)
+        cast[rows], merged[rows] = votes.cast, votes.merged
+        contradicted[rows] = contradictions(ballots.verdicts, ballots.answers)
+        repeated[rows] = duplicates(ballots.verdicts)
+    contradicted &= ~cast
+    repeated &= ~contradicted & ~cast
+    ledger.votes, ledger.merged = int(cast.sum()), int(merged.sum())
     contradiction = "another record gives the same answers a different verdict"
-    ledger.bad_rows(rows[contradicted], BadRecord("contradiction", contradiction))
-    ledger.bad_rows(rows[repeated], BadRecord("duplicate", "repeats an earlier record"))
-    used[rows[contradicted | repeated | votes.merged]] = False
+    ledger.bad_rows(np.flatnonzero(contradicted), BadRecord("contradiction", contradiction))
+    ledger.bad_rows(np.flatnonzero(repeated), BadRecord("duplicate", "repeats an earlier record"))
+    used &= ~(contradicted | repeated | merged)
     if reasons := refused(options, ledger):
         raise Fault(f"{ledger.listed(reasons)}; {', '.join(remedies(options, reasons))}")
     if not used.any():
@@ -360,10 +365,11 @@ def write_splits(
     folder: Path, table: Path, ledger: Ledger, parts: npt.NDArray[np.int8], tokenizer: str
 ) -> None:
     """Write each split as a dataset, in threads: Arrow and hashing release Python's lock."""
+    late = ledger.late(parts >= 0)
 
     def write(name: str) -> None:
         rows = parts == SPLITS.index(name)
-        ledger.write(folder / name, table, rows, tokenizer, texts=name == "test")
+        ledger.write(folder / name, table, rows, late, tokenizer, texts=name == "test")
 
     with ThreadPoolExecutor(len(SPLITS)) as pool:
         for _ in pool.map(write, SPLITS):
@@ -376,35 +382,44 @@ def write_splits(
 def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
     """All figures of the pairs. `length` has quantiles over all texts, in tokens."""
     used = parts >= 0
-    prompts = ledger.column("prompt")
     lengths = np.concatenate([ledger.column(side)[used] for side in ("chosen", "rejected")])
-    tokens = int(lengths.sum())
-    preference = ledger.grade_of(PREFERENCE)[used]
-    quantiles = np.quantile(lengths, [0.5, 0.9, 0.99], method="nearest").tolist()
+    tokens, most = int(lengths.sum()), int(lengths.max())
+    preference = ledger.grade_of(PREFERENCE)
+    quantiles = np.quantile(lengths, [0.5, 0.9, 0.99], method="nearest", overwrite_input=True)
     return {
         "pairs": {name: int((parts == i).sum()) for i, name in enumerate(SPLITS)},
-        "prompts": {
-            name: len(np.unique_counts(prompts[parts == i]).counts) for i, name in enumerate(SPLITS)
-        },
+        "prompts": {name: prompts_of(ledger, parts == i) for i, name in enumerate(SPLITS)},
         "dropped": dict(+ledger.dropped),
-        "ties": int((preference == TIE).sum()),
-        "soft": int(((preference > TIE) & (preference < 1)).sum()),
+        "ties": int((used & (preference == TIE)).sum()),
+        "soft": int((used & (preference > TIE) & (preference < 1)).sum()),
         "votes": ledger.votes,
         "merged": ledger.merged,
         "largest_family": largest_family(ledger, used),
         "truncated": ledger.truncated,
         "tokens": tokens,
-        "length": dict(zip(("q50", "q90", "q99"), quantiles, strict=True))
-        | {"max": int(lengths.max())},
+        "length": dict(zip(("q50", "q90", "q99"), quantiles.tolist(), strict=True)) | {"max": most},
         "shared_prefix_share": round(2 * int(ledger.column("prefix")[used].sum()) / tokens, 4),
     }
 
 
+def prompts_of(ledger: Ledger, rows: npt.NDArray[np.bool_]) -> int:
+    """The number of different prompts in the comparisons selected by `rows`."""
+    prompts = ledger.column("prompt")
+    return sum(
+        len(np.unique_counts(prompts[portion[rows[portion]]]).values)
+        for portion in portions(prompts)
+    )
+
+
 def largest_family(ledger: Ledger, used: npt.NDArray[np.bool_]) -> int:
     """The number of prompts in the largest family; 1 if no prompt continues another."""
-    unique, first = np.unique(ledger.column("prompt")[used], return_index=True)
-    families = ledger.prompts.families[used][first]
-    return int(np.unique_counts(families).counts.max(initial=len(unique) and 1))
+    prompts, families, largest = ledger.column("prompt"), ledger.prompts.families, 0
+    for portion in portions(families):
+        rows = portion[used[portion]]
+        _, first = np.unique(prompts[rows], return_index=True)
+        found = np.unique_counts(families[rows][first]).counts
+        largest = max(largest, int(found.max(initial=0)))
+    return largest
 
 
 def headline(figures: dict[str, Any]) -> dict[str, int]:

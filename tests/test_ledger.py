@@ -1,14 +1,19 @@
 """The ledger of records in preprocess: which columns identify the annotator."""
 
 import random
+import tracemalloc
 from array import array
 from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from reward import params
 from reward.data import ledger
-from reward.data.ledger import Judges
+from reward.data.columns import ANSWERS
+from reward.data.ledger import Judges, Ledger
+from stages import preprocess
 
 Row = tuple[int, int, int, dict[str, str]]
 NAMES = ("id", "annotator", "comment", "source")
@@ -56,7 +61,7 @@ def test_column_identifies_annotators_if_a_value_has_several_comparisons(
     monkeypatch.setattr(ledger, "FIRST_LOOK", 4)
     rows = draw(seed)
     file, position, answers = array("I"), array("I"), array("Q")
-    judges = Judges(file, position, lambda start: np.asarray(answers)[start:])
+    judges = Judges(file, position, lambda rows: np.asarray(answers)[rows])
     for row in rows:
         for values, value in zip((file, position, answers), row[:3], strict=True):
             values.append(value)
@@ -64,3 +69,22 @@ def test_column_identifies_annotators_if_a_value_has_several_comparisons(
     hashes, expected = judges.all().tolist(), slow_annotators(rows)
     assert len({*zip(hashes, expected, strict=True)}) == len({*hashes}) == len({*expected})
     assert judges.all().tolist() == hashes
+
+
+def test_comparing_all_records_takes_less_memory_than_their_numbers() -> None:
+    """The numbers of a record themselves take about 50 bytes."""
+    count, generator = 100_000, np.random.default_rng(0)
+    held = Ledger([SimpleNamespace(split=None)])  # type: ignore[list-item]
+    for name in ("prompt", *ANSWERS):
+        getattr(held, name).extend(generator.integers(0, 2**64, count, dtype=np.uint64).tolist())
+    for name in ("file", "position"):
+        getattr(held, name).extend([0] * count)
+    held._judges._sums.extend([0] * count)
+    options = params.load("preprocess", preprocess.Preprocess)
+    used = np.ones(count, dtype=bool)
+    for compare in (lambda: preprocess.without_repeats(options, held), lambda: held.late(used)):
+        tracemalloc.start()
+        compare()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 40 * count

@@ -31,6 +31,7 @@ from reward.data.splitting import (
     contradictions,
     count_votes,
     duplicates,
+    first_places,
     number_answers,
     split,
 )
@@ -833,8 +834,9 @@ def test_answers_are_numbered_in_order_of_appearance(seed: int) -> None:
         of_prompt = known.setdefault(prompt, [])
         of_prompt += [answer for answer in dict.fromkeys(both) if answer not in of_prompt]
         expected.append([of_prompt.index(answer) for answer in both])
-    numbers, first = number_answers(prompts, answers)
+    numbers = number_answers(prompts, answers)
     assert numbers.tolist() == expected
+    first = first_places(prompts, numbers)
     found = list(zip(prompts[first // 2], answers.ravel()[first], strict=True))
     assert found == [(prompt, answer) for prompt, listed in known.items() for answer in listed]
     assert first.tolist() == [

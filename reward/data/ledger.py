@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +26,17 @@ from reward.data.rows import Kept, hash_of
 from reward.data.sources import Source, usable
 from reward.data.splitting import (
     Ballots,
+    Flags,
     Floats,
     Hashes,
-    Numbered,
+    Indices,
     Prompts,
     beginnings,
     combined,
+    first_places,
     mixed,
     number_answers,
+    portions,
 )
 from reward.data.tokens import Encoder
 
@@ -148,7 +151,7 @@ class Ledger:
             values.extend(found)
 
     def grade_of(self, name: str) -> Floats:
-        """One of GRADES: [comparisons]. Only values other than the default take memory."""
+        """One of GRADES: [comparisons]. If all have the default, it takes no memory."""
         default = CERTAIN[2 + GRADES.index(name)]
         if not self.graded:
             return np.broadcast_to(np.float64(default), len(self.file))
@@ -175,44 +178,50 @@ class Ledger:
         """One of the arrays, without a copy."""
         return np.asarray(getattr(self, name))
 
-    def answers(self, start: int = 0) -> Hashes:
-        """Hashes that are equal for the same two answers to one prompt, in either order.
-
-        Shape [comparisons], without those before `start`.
-        """
-        prompt, one, other = (self.column(name)[start:] for name in ("prompt", *ANSWERS))
+    def answers(self, rows: Indices | slice) -> Hashes:
+        """Hashes that are equal for the same two answers to one prompt, in either order: [rows]."""
+        prompt, one, other = (self.column(name)[rows] for name in ("prompt", *ANSWERS))
         return combined(prompt, np.minimum(one, other), np.maximum(one, other))
 
-    def ballots(self) -> Ballots:
-        """The ballot of every comparison: [comparisons]."""
-        preference, weight, margin = map(self.grade_of, GRADES)
-        is_first = self.column(ANSWERS[0]) < self.column(ANSWERS[1])
-        first, answers = np.where(is_first, preference, 1 - preference), self.answers()
+    def ballots(self, rows: Indices) -> Ballots:
+        """The ballots of some comparisons: [rows]."""
+        preference, weight, margin = (self.grade_of(name)[rows] for name in GRADES)
+        one, other = (self.column(name)[rows] for name in ANSWERS)
+        first, answers = np.where(one < other, preference, 1 - preference), self.answers(rows)
         verdicts = combined(answers, np.round(first * PARTS).astype(np.uint64))
         return Ballots(answers, verdicts, first, weight, margin)
 
-    def numbered(self, rows: npt.NDArray[np.bool_]) -> Numbered:
-        """The answers of the comparisons selected by `rows`, numbered within their prompts."""
-        sides = [self.column(name)[rows] for name in ANSWERS]
-        return number_answers(self.column("prompt")[rows], np.stack(sides, axis=1))
+    def late(self, used: Flags) -> dict[str, npt.NDArray[Any]]:
+        """The columns that are known only after all records are read: [comparisons].
+
+        ANSWERS are the numbers of the answers within their prompts, in the comparisons selected by
+        `used`. All of a prompt's are in the same split.
+        """
+        prompts, numbers = self.column("prompt"), np.zeros((len(used), 2), dtype=np.int32)
+        for portion in portions(prompts):
+            rows = portion[used[portion]]
+            sides = [self.column(name)[rows] for name in ANSWERS]
+            numbers[rows] = number_answers(prompts[rows], np.stack(sides, axis=1))
+        grades = {name: self.grade_of(name) for name in GRADES}
+        return dict(zip(ANSWERS, numbers.T, strict=True)) | grades
 
     def write(
         self,
         folder: Path,
         table: Path,
-        rows: npt.NDArray[np.bool_],
+        rows: Flags,
+        late: Mapping[str, npt.NDArray[Any]],
         tokenizer: str,
         texts: bool,
     ) -> None:
         """Write the comparisons selected by `rows` from the scratch table to a new folder.
 
-        With `texts`, write the texts of their answers too.
+        `late` is that of all comparisons. With `texts`, write the texts of the answers too.
         """
-        numbers, first = self.numbered(rows)
-        late = dict(zip(ANSWERS, numbers.T, strict=True))
-        late |= {name: self.grade_of(name)[rows] for name in GRADES}
         tokenized.write(folder, table, rows, late, sorted(self.columns), tokenizer)
         if texts:
+            numbers = np.stack([late[name][rows] for name in ANSWERS], axis=1)
+            first = first_places(self.column("prompt")[rows], numbers)
             sides = 2 * np.flatnonzero(rows)[first // 2] + first % 2
             tokenized.write_answers(folder, table, sides, numbers.ravel()[first], tokenizer)
 
@@ -254,7 +263,7 @@ class Judges:
     """
 
     def __init__(
-        self, file: array[int], position: array[int], answers: Callable[[int], Hashes]
+        self, file: array[int], position: array[int], answers: Callable[[slice], Hashes]
     ) -> None:
         """`file`, `position` and `answers` are the ledger's, which extends them before `add`."""
         self._file, self._position, self._answers = file, position, answers
@@ -290,12 +299,15 @@ class Judges:
     def all(self) -> Hashes:
         """The hash of every comparison: [comparisons]."""
         self._settle()
-        return np.array(self._sums, dtype=np.uint64)
+        return np.asarray(self._sums)
 
     def _settle(self) -> None:
         """Add the columns in which a value occurs with two different pairs of answers."""
-        sums, positions = (np.asarray(each)[self._start :] for each in (self._sums, self._position))
-        answers = self._answers(self._start)
+        if not self._waiting:
+            return
+        here = slice(self._start, None)
+        sums, positions = (np.asarray(each)[here] for each in (self._sums, self._position))
+        answers = self._answers(here)
         # The pairs of a record are consecutive and share its columns, so the first is enough.
         first = np.diff(positions, prepend=0) != 0
         for name, waiting in self._waiting.items():

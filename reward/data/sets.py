@@ -116,7 +116,8 @@ def write_sets(
         with tokenized.stream(scratch) as append:
             append(tokenized.batch(each.rows))
         everything = np.ones(len(each.ledger.file), dtype=bool)
-        each.ledger.write(folder / each.name, scratch, everything, tokenizer, texts=True)
+        late = each.ledger.late(everything)
+        each.ledger.write(folder / each.name, scratch, everything, late, tokenizer, texts=True)
         scratch.unlink()
         leaked = each.ledger.prompts.shared_with(trained_on)
         index[each.name] = Notes(each.too_long, int(leaked.sum()), each.bad)

@@ -3,6 +3,7 @@
 Here, a record is a few 64-bit hashes, so millions of records fit in memory.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.integer]
 Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
+
+PORTIONS = 16
 
 
 def among(values: Hashes, known: Hashes) -> Flags:
@@ -146,22 +149,11 @@ def _count(ballots: Ballots, columns: Hashes) -> Votes:
     return Votes(cast, cast & ~stays, kept, preference[kept], weight[kept], agreed[kept])
 
 
-class Numbered(NamedTuple):
-    """The answers of some comparisons, numbered within their prompts.
-
-    `numbers` is [comparisons, 2]. `first` is [answers]: the flat indices into `numbers` at which
-    each answer first appears, in the order of prompts and, within a prompt, of numbers.
-    """
-
-    numbers: Indices
-    first: Indices
-
-
-def number_answers(prompts: Hashes, answers: Hashes) -> Numbered:
+def number_answers(prompts: Hashes, answers: Hashes) -> Indices:
     """Number the answers to each prompt 0, 1, ... in the order in which they appear.
 
     Equal hashes mean the same prompt and, within a prompt, the same answer. Shapes [comparisons]
-    and [comparisons, 2].
+    and [comparisons, 2], like that of the numbers.
     """
     prompt = np.repeat(prompts, 2)
     keys = combined(prompt, answers.ravel())
@@ -171,15 +163,43 @@ def number_answers(prompts: Hashes, answers: Hashes) -> Numbered:
     # Where each answer first appears. Counting these places within a prompt numbers its answers.
     first = np.sort(order[is_new])
     by_prompt = np.argsort(prompt[first], kind="stable")
-    starts = np.flatnonzero(
-        np.diff(prompt[first][by_prompt], prepend=~prompt[first][by_prompt[:1]])
-    )
-    sizes = np.diff(starts, append=len(first))
+    _, sizes = np.unique_counts(prompt[first])
     number = np.zeros(len(keys), dtype=np.int32)
-    number[first[by_prompt]] = np.arange(len(first)) - np.repeat(starts, sizes)
-    appeared = np.repeat(first[by_prompt[starts]], sizes)
+    number[first[by_prompt]] = places_within(sizes)
     number[order] = number[order[is_new]][np.cumsum(is_new) - 1]
-    return Numbered(number.reshape(-1, 2), first[by_prompt][np.argsort(appeared, kind="stable")])
+    return number.reshape(-1, 2)
+
+
+def first_places(prompts: Hashes, numbers: Indices) -> Indices:
+    """The flat indices into `numbers` at which each answer first appears: [answers].
+
+    They are in the order of prompts and, within a prompt, of numbers. `prompts` is [comparisons]
+    and `numbers` is from `number_answers`.
+    """
+    prompt, number = np.repeat(prompts, 2), numbers.ravel()
+    order = np.lexsort((number, prompt))
+    left, right = order[:-1], order[1:]
+    is_new = np.ones(len(order), dtype=bool)
+    is_new[1:] = (number[left] != number[right]) | (prompt[left] != prompt[right])
+    first = order[is_new]
+    # A prompt first appears with its answer 0.
+    begins = number[first] == 0
+    return first[np.argsort(first[begins][np.cumsum(begins) - 1], kind="stable")]
+
+
+def places_within(sizes: Indices) -> Indices:
+    """0, 1, ... for each group, one group after another, given the sizes of the groups."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def portions(prompts: Hashes) -> Iterator[Indices]:
+    """The indices of all records in PORTIONS portions, each with all records of its prompts.
+
+    What compares the records of a prompt takes less memory for one portion after another.
+    """
+    portion = np.ascontiguousarray(prompts).view(np.uint8)[:: prompts.itemsize] % PORTIONS
+    for each in range(PORTIONS):
+        yield np.flatnonzero(portion == each)
 
 
 def beginnings(prompt: Messages) -> list[int]:

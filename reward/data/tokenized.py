@@ -154,8 +154,8 @@ def write(
 ) -> None:
     """Write the selected comparisons of a scratch table to a new folder.
 
-    `selected` is [comparisons]. `late` are ANSWERS and GRADES of the selected ones, which are known
-    only after all records are read. `columns` are the extra columns to write. `tokenizer` is the
+    `selected` is [comparisons], and so are `late`, ANSWERS and GRADES, which are known only after
+    all records are read. `columns` are the extra columns to write. `tokenizer` is the
     SHA-256 of the tokenizer that made the ids. The folder's fingerprint is the beginning of the
     SHA-256 of its data.
     """
@@ -175,16 +175,15 @@ def write(
             **{name: Value("string") for name in columns},
         }
     )
-    start = done = 0
+    start = 0
     with pa.OSFile(str(table)) as source, new_folder(folder, features, tokenizer) as append:
         for part in pa.ipc.open_stream(source):
             count = len(part[COMPARED].values)
             rows = np.flatnonzero(selected[start : start + count])
-            start += count
             if len(rows):
-                known = {name: each[done : done + len(rows)] for name, each in late.items()}
+                known = {name: each[start + rows] for name, each in late.items()}
                 append(_widened(part, rows, known, features.arrow_schema, columns))
-                done += len(rows)
+            start += count
 
 
 def write_answers(
