@@ -26,7 +26,7 @@ from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
 from tests.forked import Forked, join_lost_host, launch_train, train_in_group
-from tests.support import SetParams, write_pairs
+from tests.support import SetParams, new_trainer, write_pairs
 
 Bytes = dict[str, str]
 
@@ -113,9 +113,11 @@ def test_bytes_do_not_depend_on_the_number_of_processes() -> None:
     assert [status for status, _, _ in killed] == [1, 1, -signal.SIGKILL, 1]
     assert not train.ADAPTER.exists()
     assert "memory     ran out" in killed[0][1]
+    assert "processes  1 of 4 have work, because" in killed[0][1]
     resumed = trained(2, unkilled, room)
     require_trained(resumed)
     assert "resuming   from step-2" in resumed[0][1]
+    assert "have work" not in resumed[0][1]
     assert result() == expected
     forget()
 
@@ -189,6 +191,7 @@ def test_two_machines_resume_a_run_that_a_killed_process_stopped(
         other_printed, other_errors = other.communicate()
     assert (head.returncode, errors, other.returncode, other_errors) == (0, "", 0, "")
     assert "resuming   from step-" in printed
+    assert "processes  1 of 2 have work, because" in printed
     assert re.fullmatch(r"processes  on 2 machines.*\n", other_printed)
     assert result() == expected
     assert not (elsewhere / "models" / "checkpoints").exists()
@@ -254,6 +257,38 @@ def test_each_visible_gpu_gets_a_process_if_a_step_has_enough_packs(
     assert alone == [True] * (2 - processes)
     note = "processes  1 on 2 GPUs, because the first step has no more packs; raise"
     assert (note in capsys.readouterr().out) == (processes == 1)
+
+
+def test_each_gpu_of_several_machines_gets_a_process(
+    launched: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No machine knows how many GPUs the others have. Training says if there are too many."""
+    monkeypatch.setenv("PET_NNODES", "2")
+    monkeypatch.setenv("PET_RDZV_BACKEND", "c10d")
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", "head:29400")
+    launching.distribute(lambda: None, "stages.train", train.useful, machines=True)
+    assert [each.nproc_per_node for each in launched] == [2]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("tokens", "processes", "noted"), [("auto", 2, 1), (80, 2, 0), (80, 8, 4)])
+def test_processes_without_work_are_noted_once_the_size_of_packs_is_known(
+    set_params: SetParams,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tokens: int | str,
+    processes: int,
+    noted: int,
+) -> None:
+    set_params("train", tokens_per_pack=tokens)
+    ours = new_trainer()
+    monkeypatch.setattr(group, "size", lambda: processes)
+    ours.report_idle()
+    note = (
+        f"processes  {noted} of {processes} have work, because the first step has no more packs; "
+        "raise train.pairs_per_step or lower train.tokens_per_pack to use more\n"
+    )
+    assert capsys.readouterr().out == (note if noted else "")
 
 
 def test_torchrun_variables_set_the_number_of_processes_and_machines(

@@ -49,7 +49,8 @@ def distribute(
     """Call `main` in the requested number of processes, by default one for each visible GPU.
 
     Each process runs `module` with `arguments`, and the module must call this function again. Given
-    the number of GPUs, `useful` returns how many of them there is work for, by default all.
+    the number of GPUs, `useful` returns how many of them there is work for, by default all. It is
+    not called on several machines, because no machine knows how many GPUs the others have.
     `machines` allows a stage to run on several machines. With `together` the processes form one
     group. Otherwise each is a group of one.
     """
@@ -62,10 +63,10 @@ def distribute(
             main()
         return
     options = torchrun_options([module, *arguments], machines)
-    here = options.nproc_per_node
-    if "PET_NPROC_PER_NODE" not in os.environ and here > 1:
+    here, several = options.nproc_per_node, int(options.nnodes) > 1
+    if "PET_NPROC_PER_NODE" not in os.environ and here > 1 and not several:
         here = options.nproc_per_node = useful(here)
-    if here > 1 or int(options.nnodes) > 1:
+    if here > 1 or several:
         launch(options)
     else:
         main()

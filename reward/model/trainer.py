@@ -299,6 +299,7 @@ class RewardTrainer(Trainer):
         """Train from the first step. A head that is not new is evaluated first, not scaled."""
         if self.finds_pack_size:
             self.tokens_per_pack = largest_pack(self)
+        self.report_idle()
         rows = self.steps.dataset
         first = pairs_of(rows.select(range(min(HEAD_PAIRS, len(rows)))))
         if new_head:
@@ -324,10 +325,20 @@ class RewardTrainer(Trainer):
             self.best = [best[name] for name in self.names]
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < state.max_steps:
+            self.report_idle()
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # because the Trainer would take an extra step if the last epoch is not a whole one
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
+
+    def report_idle(self) -> None:
+        """Print a line if the first step has fewer packs than there are processes."""
+        packs = len(self.steps[0].packs(self.tokens_per_pack))
+        if packs < group.size():
+            print(
+                f"processes  {packs} of {group.size()} have work, because the first step has no "
+                "more packs; raise train.pairs_per_step or lower train.tokens_per_pack to use more"
+            )
 
     @torch.no_grad()
     def set_weights(self, weights: Sequence[Tensor]) -> None:
