@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -208,6 +209,41 @@ def test_links_stay_in_their_language_except_one_to_the_other(name: str) -> None
     other = name.replace(".zh.md", ".md") if chinese else name.replace(".md", ".zh.md")
     across = [page for page in found if page in PAGES and page.endswith(".zh.md") != chinese]
     assert across == [other]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_job_of_slurm_trains_on_all_cores_and_ends_if_training_fails(
+    tmp_path: Path, failing: bool
+) -> None:
+    """With stand-ins for the programs. `srun` does not pass on the cores that sbatch was given."""
+    [job] = [code for code in blocks(page("docs/distributed", ".md"), "sh") if "#SBATCH" in code]
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    programs = {
+        "scontrol": "echo head; echo other",
+        "dvc": 'echo "dvc $* on $PET_NNODES at $PET_RDZV_ENDPOINT"',
+        "python": 'echo "python $* on $PET_NNODES at $PET_RDZV_ENDPOINT"',
+        "srun": 'echo "$1"; shift; SLURM_PROCID=0 "$@"; SLURM_PROCID=1 "$@"; exit $STATUS',
+    }
+    for name, program in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "64",
+        "STATUS": f"{failing:d}",
+    }
+    done = subprocess.run(
+        ["bash", "-c", job], cwd=tmp_path, env=os.environ | slurm, capture_output=True, text=True
+    )
+    assert done.returncode == failing
+    assert done.stdout.splitlines() == [
+        "--cpus-per-task=64",
+        "dvc repro train on 2 at head:29400",
+        "python -m stages.train on 2 at head:29400",
+        *([] if failing else ["dvc repro on 1 at head:29400"]),
+    ]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
