@@ -126,17 +126,20 @@ def main() -> None:
 def local_folder(base: Base) -> Source | None:
     """The local folder whose path is base.name, if it exists.
 
-    Raises a Fault for the exported folder, which is made from models/base, and for a folder that
-    the project has, but not its copy in which DVC runs an experiment.
+    Raises a Fault for models/base itself, for the exported folder, which is made from it, and for a
+    folder that the project has, but not its copy in which DVC runs an experiment.
     """
     try:
         folder = Path(base.name).expanduser()
     except RuntimeError:  # the home of an unknown user
         return None
+    if folder.resolve().is_relative_to(BASE.resolve()):
+        raise base.fault(f"is in {BASE}, where this stage puts the base; expected another folder")
     if folder.resolve().is_relative_to(EXPORT.resolve()):
+        mine = EXPORT.with_name("mine")
         raise base.fault(
             f"is in {EXPORT}, which the pipeline makes from its base; expected a copy of it "
-            f"elsewhere: dvc get . {EXPORT} --rev main -o {EXPORT.with_name('mine')}"
+            f"elsewhere: dvc get . {EXPORT} --rev main -o {mine}, and then base.name={mine}/merged"
         )
     if not folder.is_dir():
         if (project := copied_from()) and (project / folder).is_dir():
@@ -313,6 +316,8 @@ def require_whole(base: Base, config: dict[str, Any], folder: Path) -> None:
 def require_weights(base: Base, source: Source) -> None:
     """Raises a Fault without weights in safetensors under the names that transformers loads."""
     if not source.matching([WEIGHTS, INDEX]):
+        if "adapter_config.json" in source.names:
+            raise base.fault("is an adapter, expected a whole model, such as merged/ of an export")
         others = source.matching([f"*{suffix}" for suffix in WEIGHT_SUFFIXES])
         found = f"only {', '.join(others[:3])}" if others else "no weights"
         raise base.fault(f"has {found}, expected {WEIGHTS}, or {INDEX} and its shards")

@@ -609,6 +609,7 @@ def pickle_only(folder: Path) -> None:
 
 def adapter(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    write(folder / "adapter_config.json", {"peft_type": "LORA"})
 
 
 def pointer(folder: Path) -> None:
@@ -622,7 +623,7 @@ def no_tokenizer(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickle only": (pickle_only, "has only pytorch_model.bin"),
-    "an adapter": (adapter, "has only adapter_model.safetensors"),
+    "an adapter": (adapter, "is an adapter, expected a whole model, such as merged/ of an export"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
     "git-lfs pointer": (pointer, "has a broken model.safetensors"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
@@ -896,6 +897,15 @@ def test_name_that_is_neither_id_nor_folder_is_refused_without_a_request(
 ) -> None:
     set_params("base", name=name)
     assert f"{name} is neither a local folder nor a valid Hub id" in refused()
+    assert hub.tokens == set()
+
+
+@pytest.mark.parametrize("name", ["models/base", "./models/base/", "models/base/mine"])
+def test_folder_that_fetch_writes_is_refused_also_if_dvc_has_removed_it(
+    name: str, hub: Hub, set_params: SetParams
+) -> None:
+    set_params("base", name=name)
+    assert "is in models/base, where this stage puts the base; expected another" in refused()
     assert hub.tokens == set()
 
 

@@ -249,3 +249,12 @@ def test_base_in_the_exported_folder_is_refused(
     set_params("base", name=name)
     with pytest.raises(Fault, match=r"is in models/export, .*from its base; expected a copy of it"):
         fetch.main()
+
+
+def test_message_about_the_exported_folder_says_what_the_docs_say(set_params: SetParams) -> None:
+    set_params("base", name="models/export")
+    with pytest.raises(Fault) as fault:
+        fetch.main()
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    copy, base = str(fault.value).partition("elsewhere: ")[2].split(", and then ")
+    assert f"```sh\n{copy}\ndvc exp run -S {base}\n```" in page
