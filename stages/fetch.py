@@ -10,10 +10,12 @@ equivalent one.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,20 +161,39 @@ def hub_repository(base: Base) -> Source:
     if constants.HF_HUB_OFFLINE:
         return cached_repository(base)
     api = HfApi()
-    with hub_faults(base, api.endpoint):
+    endpoint = without_password(api.endpoint)
+    hide_password(api.endpoint)
+    with hub_faults(base, endpoint):
         info = api.model_info(base.name, revision=base.revision, timeout=SECONDS)
     commit = info.sha
     if commit is None:
-        raise base.fault(f"has no commit at {api.endpoint}, expected a Hub that reports one")
+        raise base.fault(f"has no commit at {endpoint}, expected a Hub that reports one")
 
     def download(name: str) -> Path:
-        with hub_faults(base, api.endpoint), writing(Path(constants.HF_HUB_CACHE)):
+        with hub_faults(base, endpoint), writing(Path(constants.HF_HUB_CACHE)):
             return Path(api.hf_hub_download(base.name, name, revision=commit))
 
     names = [file.rfilename for file in info.siblings or []]
     # Read from the card itself, so that the card is in the cache for offline use.
     found = license_in(download("README.md").parent) if "README.md" in names else {}
     return Source("hub", commit, names, download, found)
+
+
+def without_password(address: str) -> str:
+    """An address without the user and the password that it may contain."""
+    return re.sub(r"^(\w+://)?.*@", r"\1", address)
+
+
+def hide_password(address: str) -> None:
+    """Leave the user and the password of an address out of what huggingface_hub logs."""
+
+    def hide(record: LogRecord) -> bool:
+        record.msg = record.getMessage().replace(address, without_password(address))
+        record.args = ()
+        return True
+
+    for handler in getLogger("huggingface_hub").handlers:
+        handler.addFilter(hide)
 
 
 def cached_repository(base: Base) -> Source:

@@ -1,6 +1,7 @@
 """Fetch: what it copies to models/base from a folder or a hub, and what it refuses."""
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -945,6 +946,28 @@ def test_unreachable_hub_is_reported_within_seconds(
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://user:p@ss@127.0.0.1:9/hf", "http://127.0.0.1:9/hf"),
+        ("token@127.0.0.1:9", "127.0.0.1:9"),
+        ("http://127.0.0.1:9", "http://127.0.0.1:9"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_password_of_a_mirror_is_in_no_message(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch, address: str, shown: str
+) -> None:
+    """Neither in those of the stage nor in those that huggingface_hub logs at each retry."""
+    use_endpoint(monkeypatch, address)
+    set_params("base", name="org/model")
+    assert f"and {shown} could not be reached" in refused()
+    [handler, *_] = logging.getLogger("huggingface_hub").handlers
+    logged = logging.makeLogRecord({"msg": "Error 503 at %s/org", "args": (address,)})
+    assert handler.filter(logged)
+    assert logged.getMessage() == f"Error 503 at {shown}/org"
+
+
 @pytest.mark.usefixtures("hub")
 def test_hub_that_never_answers_times_out(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch
@@ -991,9 +1014,10 @@ def test_stage_exits_with_one_sentence_and_status_1(
     here: Path, closed_address: str, set_params: SetParams
 ) -> None:
     set_params("base", name="org/model")
-    done = run_fetch(here, closed_address)
+    done = run_fetch(here, closed_address.replace("//", f"//user:{SECRET}@"))
     assert done.returncode == 1
-    assert done.stderr.startswith("params.yaml: base.name org/model is not a local folder, and ")
+    start = f"params.yaml: base.name org/model is not a local folder, and {closed_address} could"
+    assert done.stderr.startswith(start)
     assert done.stderr.count("\n") == 1
     assert list((here / "models").iterdir()) == []
 

@@ -118,6 +118,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, complete: Path) -> Project
     home = tmp_path_factory.mktemp("canary-home")
     project = Project(
         tmp_path_factory.mktemp("another") / "folder",
+        HF_ENDPOINT="http://canary:canary@127.0.0.1:9",
         HF_TOKEN="hf_canaryTokenOfNobody",
         HOME=str(home),
         WANDB_API_KEY="canary-of-a-tracker",
