@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 BASE = Path("models/base")
 EXPORT = BASE.with_name("export")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = (
     "tokenizer*.json",
@@ -151,7 +152,15 @@ def local_folder(base: Base) -> Source | None:
             )
         return None
     names = [path.name for path in folder.iterdir() if path.is_file()]
-    return Source("local", "local folder", names, lambda name: folder / name, license_in(folder))
+    found = license_in(with_card(folder))
+    return Source("local", "local folder", names, lambda name: folder / name, found)
+
+
+def with_card(folder: Path) -> Path:
+    """The folder with a local model's card: one up for the merged model of an export."""
+    export = folder.resolve().parent
+    is_export = all((export / name).is_file() for name in ("digests.json", ADAPTER_CONFIG))
+    return export if is_export and not (folder / "README.md").exists() else folder
 
 
 def hub_repository(base: Base) -> Source:
@@ -337,7 +346,7 @@ def require_whole(base: Base, config: dict[str, Any], folder: Path) -> None:
 def require_weights(base: Base, source: Source) -> None:
     """Raises a Fault without weights in safetensors under the names that transformers loads."""
     if not source.matching([WEIGHTS, INDEX]):
-        if "adapter_config.json" in source.names:
+        if ADAPTER_CONFIG in source.names:
             raise base.fault("is an adapter, expected a whole model, such as merged/ of an export")
         others = source.matching([f"*{suffix}" for suffix in WEIGHT_SUFFIXES])
         found = f"only {', '.join(others[:3])}" if others else "no weights"

@@ -42,6 +42,7 @@ from reward import params
 from reward.data import tokenized
 from reward.data.tokens import Encoder, Template
 from reward.exporting import clients, gate, portable
+from reward.exporting.card import name_of
 from reward.exporting.clients import FOUND, LEFT_OUT, PACKS, Request, fits, select
 from reward.exporting.exported import Trained, load_exported, write_card, write_exported
 from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
@@ -1276,6 +1277,19 @@ def test_card_is_a_valid_hub_model_card(exported: Callable[[Change], Path]) -> N
         "pipeline_tag": "text-classification",
         "tags": ["reward-model", "lora"],
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "shown"),
+    [
+        ("hub", "org/merged", "org/merged"),
+        ("local", "/home/me/models/qwen/", "qwen"),
+        ("local", "models/mine/merged", "mine/merged"),
+        ("local", "merged", "merged"),
+    ],
+)
+def test_card_names_a_merged_model_by_its_export_too(kind: str, name: str, shown: str) -> None:
+    assert name_of({"kind": kind, "name": name}) == shown
 
 
 @pytest.mark.usefixtures("ready")

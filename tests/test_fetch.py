@@ -310,6 +310,24 @@ def test_licence_is_read_from_the_card(
     assert fetch.license_in(tmp_path) == found
 
 
+def test_merged_model_of_an_export_has_the_licence_of_the_card_above(
+    here: Path, source: Path, set_params: SetParams
+) -> None:
+    export = here / "mine"
+    shutil.copytree(source, export / "merged")
+    (export / "README.md").write_text("---\nlicense: mit\n---\n")
+    (export / "digests.json").touch()
+    set_params("base", name="mine/merged")
+    fetch.main()
+    assert "license" not in read_json(fetch.BASE / "base.json")  # the card of something else
+    (export / "adapter_config.json").touch()
+    fetch.main()
+    assert read_json(fetch.BASE / "base.json")["license"] == {"license": "mit"}
+    (export / "merged" / "README.md").write_text("---\nlicense: bsd\n---\n")
+    fetch.main()
+    assert read_json(fetch.BASE / "base.json")["license"] == {"license": "bsd"}
+
+
 def test_copied_files_have_default_modes(here: Path, source: Path, set_params: SetParams) -> None:
     for path in source.iterdir():
         path.chmod(0o600)

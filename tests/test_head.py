@@ -1,6 +1,5 @@
 """A base that is already a reward model: its head is kept, or the model is refused."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from reward.model.scoring import rewards, score
 from reward.outputs import read_json
 from reward.process import Fault
 from stages import fetch, preprocess, train
+from tests import support
 from tests.support import SetParams, built, write_pairs
 
 WEIGHTS = "adapter_model.safetensors"
@@ -173,13 +173,9 @@ def test_non_finite_rewards_of_the_base_stop_the_stage() -> None:
 @pytest.mark.usefixtures("project")
 def test_copy_of_an_export_can_be_trained_again() -> None:
     """As a base, the merged model has the rewards of the evaluation."""
-    shutil.copytree("models/export/merged", "models/mine")
-    text = Path("params.yaml").read_text()
-    name = json.loads(Path("models/base/base.json").read_text())["name"]
-    assert name in text
-    Path("params.yaml").write_text(
-        text.replace(name, "models/mine").replace("bits: 4", "bits: none")
-    )
+    shutil.copytree("models/export", "models/mine")
+    support.set_params("base", name="models/mine/merged")
+    support.set_params("quantization", bits="none")
     fetch.main()
     preprocess.main()
     test = load_from_disk("data/tokenized/test")

@@ -59,7 +59,7 @@ def render(facts: Facts) -> str:
         vars(facts),
         front_matter=front_matter(base).to_yaml(),
         license=", ".join(licence(base).values()),
-        name=Path(base["name"]).name if base["kind"] == "local" else base["name"],
+        name=name_of(base),
         revision=revision(base),
         quantization=recipe["bnb_4bit_quant_type"].upper() if recipe else "not quantized",
         quantization_config=f"BitsAndBytesConfig({code})" if recipe else None,
@@ -68,6 +68,14 @@ def render(facts: Facts) -> str:
             {name: training[name] for name in ("quantization", "lora", "train")}, indent=2
         ),
     )
+
+
+def name_of(base: dict[str, Any]) -> str:
+    """The name of the base: of a local folder the last part, of a merged export the last two."""
+    if base["kind"] != "local":
+        return str(base["name"])
+    folder = Path(base["name"])
+    return Path(*folder.parts[-2 if folder.name == "merged" else -1 :]).as_posix()
 
 
 def revision(base: dict[str, Any]) -> str:
