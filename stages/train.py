@@ -9,6 +9,7 @@ continues from the last one and ends with the same bytes.
 """
 
 import gc
+import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,6 +108,7 @@ def main() -> None:
         saved.forget_if_recorded(Path("dvc.lock"), "train")
         require_files(BASE, base_record(BASE)["files"])
         if keeps_head(options) and group.from_first(saved.latest() is None):
+            report_other_texts()
             report_unquantized(options, lora, quantization, validation)
         model = build(options, lora, quantization)
         report_precisions(model, quantization)
@@ -220,6 +222,41 @@ def build(options: Train, lora: Lora, quantization: Quantization) -> PeftModel:
             target_modules=lora.target_modules,
         ),
     )
+
+
+def report_other_texts() -> None:
+    """Print a note if the base's head was trained on texts of another template than the data has.
+
+    An export records its template, and its chat template renders the same texts. Any other reward
+    model was probably trained with its chat template.
+    """
+    used = recorded(TOKENIZED / "template.json")
+    chat = recorded(BASE / "tokenizer_config.json").get("chat_template")
+    export = recorded(BASE / "config.json").get("reward_model")
+    if isinstance(export, dict):
+        before, trained = {name: export.get(name) for name in ("template", "append_eos")}, "trained"
+    elif chat:
+        before, trained = {"template": "chat"}, "probably trained"
+    else:
+        return
+    now = {name: used[name] for name in before}
+    # If a chat template prints a date, preprocess has put a macro before it.
+    if chat and (used["chat_template"] or "").endswith(chat):
+        now = {name: before[name] or now[name] for name in before}
+    elif used["chat_template"]:
+        now["template"] = "chat with another chat_template"
+    if differing := [name for name in before if before[name] != now[name]]:
+        was, has = (
+            " and ".join(
+                f"preprocess.{name} {json.dumps(settings[name], ensure_ascii=False)}"
+                for name in differing
+            )
+            for settings in (before, now)
+        )
+        print(
+            f"note       the base's head was {trained} with {was}, but the data has {has}; its "
+            "rewards are worse on other texts"
+        )
 
 
 def report_unquantized(

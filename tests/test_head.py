@@ -13,11 +13,13 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2C
 
 from reward import params
 from reward.data.columns import IDS
+from reward.data.tokens import Encoder, Template
+from reward.exporting.portable import prepare_tokenizer
 from reward.model import checkpoints, trainer
 from reward.model.base import Quantization, head_of, weight_bytes
 from reward.model.packing import pairs_of
 from reward.model.scoring import rewards, score
-from reward.outputs import read_json
+from reward.outputs import read_json, write_json
 from reward.process import Fault
 from stages import fetch, preprocess, train
 from tests import support
@@ -107,6 +109,7 @@ def test_first_validation_figures_match_the_base(
     train.main()
     unquantized = f"unquantized validation loss {loss:.4f}  accuracy"
     printed = capsys.readouterr().out
+    assert "note       the base's head was probably trained with preprocess.template" in printed
     assert any(line.startswith(unquantized) for line in printed.splitlines())
     assert printed.index(unquantized) < printed.index("step     0  validation loss")
     own, adapter = head_in(reward_model / "model.safetensors"), head_in(train.ADAPTER / WEIGHTS)
@@ -186,6 +189,90 @@ def test_copy_of_an_export_can_be_trained_again() -> None:
         [evaluated["reward_chosen"].to_pylist(), evaluated["reward_rejected"].to_pylist()]
     ).T
     assert (found - expected).abs().max() < 1e-4
+
+
+# Chat templates, the second with a date.
+OTHER = "{{ messages[0].content }}{{ messages[1].content }}"
+DATED = "{{ strftime_now('%Y') }}" + OTHER
+ZH, NONE = r'"问:{prompt}\n\n答:{answer}"', '"{prompt}{answer}"'
+
+
+def template(name: str, append_eos: bool) -> Template:
+    """The template that preprocess makes of a name, or of a chat template."""
+    path = None
+    if name in (OTHER, DATED):
+        path = Path("own.jinja")
+        path.write_text(name)
+    return Template.of("chat" if path else name, append_eos, 99, train.BASE, path, "2026-01-01")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "was", "has"),
+    [
+        (("zh", False), ("zh", False), "", ""),
+        (("zh", False), ("chat", False), "", ""),
+        (("zh", True), ("zh", True), "", ""),
+        (("zh", True), ("chat", True), "", ""),
+        (("zh", True), ("chat", False), "", ""),  # the exported chat template renders the eos
+        ((DATED, True), ("chat", True), "", ""),
+        (("zh", False), ("none", False), f"template {ZH}", f"template {NONE}"),
+        (("zh", False), ("zh", True), "append_eos false", "append_eos true"),
+        (("zh", False), ("chat", True), "append_eos false", "append_eos true"),
+        (("zh", False), (OTHER, False), f"template {ZH}", 'template "chat with another'),
+        (("chat", False), ("zh", False), 'template "chat"', f"template {ZH}"),
+        (("chat", False), (OTHER, False), 'template "chat"', 'template "chat with another'),
+    ],
+)
+@pytest.mark.usefixtures("workspace")
+def test_other_texts_than_those_of_the_exported_head_are_noted(
+    capsys: pytest.CaptureFixture[str],
+    before: tuple[str, bool],
+    now: tuple[str, bool],
+    was: str,
+    has: str,
+) -> None:
+    """There is a note if, and only if, the ids of a pair are not those of its training."""
+
+    def ids(template: Template) -> list[list[int]]:
+        encoder = Encoder(train.BASE, template)
+        return encoder.encode([encoder.render((("user", "Hi?"),), (("assistant", "Yes."),))])
+
+    trained = template(*before)
+    known = {"template": trained.template, "append_eos": trained.append_eos}
+    config = read_json(train.BASE / "config.json")
+    write_json(train.BASE / "config.json", config | {"reward_model": known})
+    expected = ids(trained)
+    prepare_tokenizer(train.BASE, trained, config["vocab_size"]).save(train.BASE)
+    used = template(*now)
+    used.save(train.TOKENIZED / "template.json")
+    train.report_other_texts()
+    printed = capsys.readouterr().out
+    assert (ids(used) == expected) == (not printed)
+    if printed:
+        start = f"note       the base's head was trained with preprocess.{was}, but the data has "
+        assert printed.startswith(f"{start}preprocess.{has}")
+        assert printed.endswith("; its rewards are worse on other texts\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "has_chat", "noted"),
+    [("zh", True, True), ("zh", False, False), ("chat", True, False)],
+)
+@pytest.mark.usefixtures("workspace")
+def test_text_template_is_noted_if_another_reward_model_has_a_chat_template(
+    capsys: pytest.CaptureFixture[str], name: str, has_chat: bool, noted: bool
+) -> None:
+    template(name, append_eos=True).save(train.TOKENIZED / "template.json")
+    config = read_json(train.BASE / "tokenizer_config.json")
+    if not has_chat:
+        del config["chat_template"]
+    write_json(train.BASE / "tokenizer_config.json", config)
+    train.report_other_texts()
+    note = (
+        'note       the base\'s head was probably trained with preprocess.template "chat", but the '
+        f"data has preprocess.template {ZH}; its rewards are worse on other texts\n"
+    )
+    assert capsys.readouterr().out == (note if noted else "")
 
 
 # --- refused models --------------------------------------------------------------------------
