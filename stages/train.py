@@ -240,7 +240,8 @@ def report_other_texts() -> None:
     else:
         return
     now = {name: used[name] for name in before}
-    # If a chat template prints a date, preprocess has put a macro before it.
+    # The base's own template renders the texts of its training, with their eos. If it prints a
+    # date, preprocess has put a macro before it.
     if chat and (used["chat_template"] or "").endswith(chat):
         now = {name: before[name] or now[name] for name in before}
     elif used["chat_template"]:
