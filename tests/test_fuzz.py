@@ -1,9 +1,10 @@
-"""Whatever the bytes, readers and checks give pairs or a one-sentence message, and nothing else."""
+"""Whatever the bytes, records and entries, there are pairs or a message, and nothing else."""
 
 import gzip
 import io
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,8 +14,10 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reward.data.mapping import BEFORE, GRADED, ORDERED, read_mapping
 from reward.data.reading import SUFFIXES, read
 from reward.data.records import FIELDS, PARTS, ROLES, TOOLS, BadRecord, Record, check, parts_of
+from reward.data.sources import sources, usable
 from reward.process import Fault
 
 RECORDS: list[dict[str, Any]] = [
@@ -121,6 +124,96 @@ RECORD = st.fixed_dictionaries({}, optional=dict.fromkeys([*FIELDS, TOOLS, "id",
 @given(RECORD | ANYTHING)
 def test_any_value_is_a_pair_or_is_refused_with_a_reason(record: Any) -> None:
     judge(record)
+
+
+FORMS = [
+    [record for _, record in read(path)]
+    for path in sorted((Path(__file__).parent / "forms").iterdir())
+    if path.suffix != ".yaml"
+]
+NAMES = sorted({name for form in FORMS for record in form for name in record})
+
+
+@st.composite
+def changed(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """The records of a published form, with a few other values and columns."""
+    records = [dict(record) for record in draw(st.sampled_from(FORMS))]
+    for _ in range(draw(st.integers(0, 3))):
+        record = draw(st.sampled_from(records))
+        name = draw(st.sampled_from([*record, *NAMES]))
+        record[name] = draw(ANYTHING | st.sampled_from([*record.values()]))
+        if draw(st.booleans()):
+            del record[draw(st.sampled_from(sorted(record)))]
+        if not record:
+            record["prompt"] = ""
+    return records
+
+
+def values_of(names: list[str]) -> dict[str, st.SearchStrategy[Any]]:
+    """What each key of dataset.yaml that is about columns may be, for columns of these names."""
+    name = st.sampled_from(names)
+    column = name | st.builds(str.__add__, name, st.sampled_from(["[0]", "[].text", ".content"]))
+    columns = column | st.lists(column, min_size=2, max_size=2)
+    value = st.integers(0, 2) | st.sampled_from(["A", "B", "model_a"])
+    return {
+        **dict.fromkeys((*BEFORE, *GRADED), column | st.none()),
+        **dict.fromkeys(("chosen", "rejected", "verdict"), column),
+        **dict.fromkeys(("answers", "votes", *ORDERED), columns),
+        **dict.fromkeys(("first", "second", "tie"), value | st.lists(value, max_size=2)),
+        "order": st.just("best_first"),
+        "where": st.dictionaries(column, value, max_size=1),
+        "take": st.sampled_from([1, 0.5]),
+    }
+
+
+def mapping(folder: str, entry: dict[str, Any]) -> Path:
+    """Write a dataset.yaml with this entry for x.jsonl."""
+    (Path(folder) / "dataset.yaml").write_text(json.dumps({"x.jsonl": entry}))
+    return Path(folder)
+
+
+ENTRY = values_of(["a", "b"]) | {"take": LEAF, "seed": LEAF, "split": LEAF}
+
+
+@settings(FEW, max_examples=300)
+@given(st.lists(st.sampled_from(sorted(ENTRY)), max_size=5), st.data())
+def test_any_entry_is_read_or_refused(keys: list[str], data: st.DataObject) -> None:
+    with TemporaryDirectory() as folder:
+        path = mapping(folder, {key: data.draw(ENTRY[key]) for key in keys})
+        with suppress(Fault):
+            read_mapping(path)
+
+
+# Keys that together say which answer is better.
+WAYS = [
+    (),
+    ("chosen", "rejected"),
+    ("answers", "verdict", "first", "second"),
+    ("answers", "order"),
+    *(("answers", way) for way in (*ORDERED, "votes", "preference")),
+]
+
+
+@settings(FEW, max_examples=200)
+@given(changed(), st.data())
+def test_any_form_and_entry_give_pairs_or_a_message(
+    records: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    values = values_of(sorted({name for record in records for name in record}))
+    others = st.lists(st.sampled_from([*BEFORE, *GRADED, "where", "take"]), max_size=2)
+    keys = (*data.draw(st.sampled_from(WAYS)), *data.draw(others))
+    with TemporaryDirectory() as folder:
+        path = mapping(folder, {key: data.draw(values[key]) for key in keys})
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (path / "x.jsonl").write_text(lines)
+        message = ""
+        try:
+            for _, found in sources(path)[0]:
+                with suppress(BadRecord):
+                    usable(found)
+        except Fault as fault:
+            message = str(fault)
+        assert not message or message.startswith(folder)
 
 
 def judge(record: Any) -> None:

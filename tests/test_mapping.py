@@ -321,6 +321,15 @@ def test_entry_overrides_the_split(tmp_path: Path) -> None:
             "x.jsonl: {answers: [a, b], ranks: [c, d], scores: [e, f]}",
             "expected answers with one of verdict, ranks, scores, order, votes, preference",
         ),
+        *(
+            (f"x.jsonl: {{{ways}}}", "x.jsonl: expected answers with one of verdict, ranks")
+            for ways in (
+                "scores: s, verdict: v, first: 1, second: 2",
+                "ranks: r, scores: s",
+                "order: best_first, verdict: v",
+                "chosen: a, rejected: b, scores: s, verdict: v, first: 1, second: 2",
+            )
+        ),
         (
             "x.jsonl: {answers: [a, b, c], verdict: v, first: 1, second: 2}",
             "verdict needs two columns in answers",

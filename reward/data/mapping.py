@@ -194,7 +194,7 @@ def _conflicts(entry: dict[str, Any]) -> list[str]:
     faults = []
     if len(pair) == 1 or (pair and "answers" in entry):
         faults.append("expected chosen and rejected, or answers")
-    if ("answers" in entry) != (len(given) == 1):
+    if len(given) != ("answers" in entry):
         return [*faults, f"expected answers with one of {', '.join(ways)}"]
     answers = _listed(entry, "answers")
     for way in ("verdict", *SOFT):
