@@ -250,6 +250,19 @@ def test_ties_count_only_in_loss_and_calibration() -> None:
     assert curves == others
 
 
+def test_accuracy_of_slices_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    def watched(slices: list[tuple[str, str]], *_: str) -> list[tuple[str, str]]:
+        shown.extend(slices)
+        return slices
+
+    monkeypatch.setattr(evaluation, "watched", watched)
+    found = measured(graded([1.0] * 3, [1.0] * 3, kind=["a", "b", "a"]))["by"]
+    assert shown == [(name, value) for name, values in found.items() for value in values]
+    assert found["kind"].keys() == {"a", "b"}
+
+
 def test_weights_are_ignored() -> None:
     preference, margin = [1.0, 0.5, 0.75] * 4, [2.0, 9.0, -1.0] * 4
     table = graded(preference, margin)

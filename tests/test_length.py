@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,6 +165,21 @@ def test_curve_of_many_lengths_is_fitted_at_some_of_them(
     monkeypatch.setattr(length, "PLACES", 1000)
     assert len(length.places_of(x)) > 500
     assert some == pytest.approx(length.lowess(x, y, x), abs=0.01)
+
+
+def test_long_vectors_are_multiplied_in_parts() -> None:
+    """BLAS, which takes several threads for longer ones, gets no more values than LONGEST."""
+    lengths = []
+
+    class Watched(np.ndarray[tuple[int], np.dtype[np.float64]]):
+        def __matmul__(self, other: Any) -> Any:
+            lengths.append(len(self))
+            return np.asarray(self) @ other
+
+    one, other = np.random.default_rng(0).normal(size=(2, 2 * length.LONGEST + 1))
+    expected = math.fsum(one * other)
+    assert length.product(one.view(Watched), other) == pytest.approx(expected)
+    assert lengths == [length.LONGEST, length.LONGEST, 1]
 
 
 @pytest.mark.parametrize(

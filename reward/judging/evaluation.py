@@ -40,7 +40,7 @@ from reward.judging.metrics import (
     ties,
 )
 from reward.judging.rankings import rankings
-from reward.outputs import recorded, writing
+from reward.outputs import recorded, watched, writing
 from reward.process import Fault, counted
 
 # The most values of a column that slices the pairs. RewardBench has 23 subsets.
@@ -169,17 +169,18 @@ def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
 
     A value that only ties have is left out.
     """
+    columns = {
+        name: (np.array(column, dtype=object), values)
+        for name, column in kept_columns(table).items()
+        if len(values := in_order({value for value in column if value is not None})) <= SLICE_VALUES
+    }
+    slices = [(name, value) for name, (_, values) in columns.items() for value in values]
     result: Slices = {}
-    for name, column in kept_columns(table).items():
-        values = in_order({value for value in column if value is not None})
-        if 0 < len(values) <= SLICE_VALUES:
-            places = np.array(column, dtype=object)
-            found = {
-                value: resampling.accuracy(judged.take(np.flatnonzero(places == value)))
-                for value in values
-            }
-            result[name] = {value: each for value, each in found.items() if each["pairs"]}
-    return {name: values for name, values in result.items() if values}
+    for name, value in watched(slices, "accuracy of slices", "slices"):
+        found = resampling.accuracy(judged.take(np.flatnonzero(columns[name][0] == value)))
+        if found["pairs"]:
+            result.setdefault(name, {})[value] = found
+    return result
 
 
 def in_order(values: Iterable[str]) -> list[str]:

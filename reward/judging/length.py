@@ -13,6 +13,9 @@ from reward.judging.metrics import Figures, Floats, Ints, Judged, Resampling, ha
 SHARE, REWEIGHTINGS = 2 / 3, 3
 # The most places at which a curve is fitted; between them it is linear.
 PLACES = 100
+# BLAS multiplies longer vectors in several threads. On a busy machine that takes ten times as long,
+# and the last digits depend on the number of threads.
+LONGEST = 10_000
 
 
 def length_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
@@ -147,9 +150,15 @@ def local_mean(x: Ints, y: Floats, weights: Floats, place: int) -> float:
     # If all points around the place are outliers, there is nothing better to use.
     near = near * weights if (near * weights).any() else near
     near /= near.sum()
-    center, mean = near @ x, near @ y
-    variance = near @ np.square(x - center)
+    center, mean = product(near, x), product(near, y)
+    variance = product(near, np.square(x - center))
     if np.sqrt(variance) <= 1e-3 * np.ptp(x):
         return float(mean)
-    slope = near @ ((x - center) * y) / variance
+    slope = product(near, (x - center) * y) / variance
     return float(mean + slope * (place - center))
+
+
+def product(one: Floats, other: Floats | Ints) -> float:
+    """The scalar product, as the sum of those of parts with at most LONGEST values."""
+    parts = (slice(start, start + LONGEST) for start in range(0, len(one), LONGEST))
+    return float(sum(one[part] @ other[part] for part in parts))
