@@ -321,8 +321,8 @@ class Grades:
         without a meaning.
         """
         preference = self._preference(record)
-        margin = _number(record, self.margin, 0.0, NOT_NEGATIVE)
-        weight = _number(record, self.weight, 1.0, NOT_NEGATIVE)
+        margin = _number(record, self.margin, 0.0)
+        weight = _number(record, self.weight, 1.0)
         found = []
         for each in comparisons:
             p = each.preference if preference is None else preference
@@ -342,7 +342,7 @@ class Grades:
             return share
         if self.preference is None or is_absent(value_at(record, self.preference)):
             return None
-        return _number(record, self.preference, TIE, PROBABILITY)
+        return _number(record, self.preference, TIE, 1.0)
 
     def _share(self, record: Record) -> float | None:
         """The share of the votes for the first answer. A tied vote counts half for each answer."""
@@ -375,24 +375,34 @@ class Grades:
 
 UNGRADED = Grades()
 COUNTS = "two whole numbers, the votes for each answer, not both 0"
-NOT_NEGATIVE = "a non-negative number"
-PROBABILITY = "a number from 0 to 1, the probability that the first answer is preferred"
+# Losses are sums in fp32, divided by the sum of the weights. Sums of numbers above MOST may be
+# infinite there, and so may the inverse of a sum of numbers below LEAST.
+MOST, LEAST = 1e30, 1e-30
+# What is expected of a number up to a limit.
+EXPECTED = {
+    1.0: "a number from 0 to 1, the probability that the first answer is preferred",
+    MOST: "a number from 0 to 1e30",
+}
 
 
 def _is_count(number: Any) -> bool:
     return isinstance(number, int | float) and number >= 0 and number % 1 == 0
 
 
-def _number(record: Record, path: str | None, default: float, expected: str) -> float:
-    """The number at a path, or the default if there is none. Raises UnknownVerdict."""
+def _number(record: Record, path: str | None, default: float, most: float = MOST) -> float:
+    """The number at a path, or the default if there is none. Less than LEAST counts as 0.
+
+    Raises UnknownVerdict for any other value than a number from 0 to `most`.
+    """
     value = value_at(record, path) if path else None
     if is_absent(value):
         return default
     number = plain(value)
-    limit = 1.0 if expected == PROBABILITY else math.inf
-    if not isinstance(number, int | float) or not math.isfinite(number) or not 0 <= number <= limit:
-        raise UnknownVerdict(f"{path} is {_shown(value)}, expected {expected}{unless_other(path)}")
-    return number
+    if not isinstance(number, int | float) or not 0 <= number <= most:
+        raise UnknownVerdict(
+            f"{path} is {_shown(value)}, expected {EXPECTED[most]}{unless_other(path)}"
+        )
+    return number if number >= LEAST else 0.0
 
 
 def unless_other(key: str | None) -> str:
