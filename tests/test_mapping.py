@@ -142,6 +142,10 @@ def test_unmapped_verdict_is_an_error_and_a_mapped_tie_is_not(tmp_path: Path) ->
          Comparison(0, 1, 1, 3, 2)),
         ("answers: [left, right], verdict: vote, first: l, second: r, margin: gap", {"gap": 2},
          Comparison(0, 1, margin=2)),
+        ("answers: [left, right], scores: [s, t], margin: gap", {"s": 1, "t": 3, "gap": 2},
+         Comparison(1, 0, margin=2)),
+        ("answers: [left, right], scores: [s, t]", {"s": 1, "t": 3, "margin": -2},
+         Comparison(1, 0)),
         ("answers: [left, right], verdict: margin, first: -1, second: 1", {"margin": -1},
          Comparison(0, 1)),
         ("chosen: left, rejected: right, weight: null, margin: null", {"weight": 9, "margin": -9},
@@ -157,6 +161,38 @@ def test_entry_defines_what_grades_a_comparison(
     [(_, raw)] = source
     assert isinstance(raw, Raw)
     assert raw.comparisons == [expected]
+
+
+PANDALM = {"instruction": "Why?", "response1": "A.", "response2": "B.", "votes": [2, 2, 1, 2]}
+
+
+def test_what_grades_a_recognized_verdict_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "x.jsonl: {weight: w}", PANDALM | {"w": 3})
+    [(_, raw)] = next(iter(sources(tmp_path)))
+    assert raw.comparisons == [Comparison(1, 0, 0.75, 3)]
+
+
+@pytest.mark.parametrize(
+    ("key", "record", "form"),
+    [
+        ("margin", {"prompt": "Why?", "answers": [{"text": "A.", "rank": 1}] * 3}, "answers"),
+        ("votes", {"prompt": "Why?", "answers": [{"text": "A.", "rank": 1}] * 3}, "answers"),
+        (
+            "preference",
+            {"prompt": "Why?", "response_0": "A.", "response_1": "B.", "better_response_id": 0},
+            "response_0 and response_1 with better_response_id",
+        ),
+        ("votes", PANDALM, "response1 and response2"),
+    ],
+)
+def test_what_cannot_grade_the_recognized_answers_is_refused(
+    tmp_path: Path, key: str, record: Record, form: str
+) -> None:
+    write(tmp_path, f"x.jsonl: {{{key}: other}}", record | {"other": 1})
+    message = fault(tmp_path)
+    assert message.startswith(f"{tmp_path}/x.jsonl: {key} in dataset.yaml cannot grade {form}")
+    write(tmp_path, f"x.jsonl: {{{key}: null}}", record)
+    assert len(sources(tmp_path)) == 1
 
 
 def test_yes_no_and_table_cells_are_read_as_text(tmp_path: Path) -> None:
@@ -330,6 +366,8 @@ def test_entry_overrides_the_split(tmp_path: Path) -> None:
                 "chosen: a, rejected: b, scores: s, verdict: v, first: 1, second: 2",
             )
         ),
+        ("x.jsonl: {answers: [a, b, c], ranks: [r, s, t], margin: m}", "margin needs two columns"),
+        ("x.jsonl: {answers: a, order: best_first, margin: m}", "margin needs two columns"),
         (
             "x.jsonl: {answers: [a, b, c], verdict: v, first: 1, second: 2}",
             "verdict needs two columns in answers",

@@ -197,9 +197,10 @@ def _conflicts(entry: dict[str, Any]) -> list[str]:
     if len(given) != ("answers" in entry):
         return [*faults, f"expected answers with one of {', '.join(ways)}"]
     answers = _listed(entry, "answers")
-    for way in ("verdict", *SOFT):
-        if way in given and len(answers) != 2:
-            faults.append(f"{way} needs two columns in answers")
+    # One margin cannot be that of every comparison in a ranking.
+    for key in ("verdict", *SOFT, "margin"):
+        if entry.get(key) is not None and len(answers) not in (0, 2):
+            faults.append(f"{key} needs two columns in answers")
     valued = {"first", "second", "tie"} & entry.keys()
     if "verdict" in entry and not {"first", "second"} <= entry.keys():
         faults.append("verdict needs first and second, the values that prefer each answer")

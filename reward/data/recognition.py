@@ -151,7 +151,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
     if context.prompt is None and answers == CANONICAL and "prompt" not in known.named:
         context = replace(context, prompt="prompt")
     _require_decoded(path, objects, context.prompt, answers)
-    form = Form(context, answers, _grades(columns, answers, known), whole)
+    form = Form(context, answers, _grades(path, columns, answers, known), whole)
     return replace(form, description=_description(form, columns))
 
 
@@ -265,14 +265,23 @@ def _are_votes(columns: Columns) -> bool:
     return bool(signs) and None not in signs
 
 
-def _grades(columns: Columns, answers: Answers, known: Known) -> Grades:
+def _grades(path: Path, columns: Columns, answers: Answers, known: Known) -> Grades:
     """The columns that grade the comparisons, recognized by their names.
 
     A column with one of these names that never looks like a number, or like counts of votes, means
     something else, and is kept. If only some values look like one, reading the others is an error.
+
+    Raises a Fault for a column in dataset.yaml that cannot grade these answers.
     """
-    if answers == VOTED and not known.answers:
-        return VOTES
+    is_voted = answers == VOTED and not known.answers
+    is_pair = isinstance(answers, Preferred | Continued) and not is_voted
+    fitting = {"preference": is_pair, "votes": is_pair, "margin": len(answers.columns) == 2}
+    for key, fits in fitting.items():
+        if getattr(known.grades, key) and not fits:
+            raise Fault(
+                f"{path}: {key} in dataset.yaml cannot grade {answers.description}; expected an "
+                f"entry without {key}, or one that names the answers"
+            )
     taken = {top(path) for path in (*answers.columns, *answers.verdicts)}
 
     def column(name: str) -> str | None:
@@ -283,14 +292,15 @@ def _grades(columns: Columns, answers: Answers, known: Known) -> Grades:
         is_free = name not in taken and (name not in columns or any(map(test, columns[name])))
         return name if is_free else None
 
-    votes, is_pair = known.grades.votes, isinstance(answers, Preferred | Continued)
+    given = VOTES if is_voted else known.grades
+    votes = given.votes
     if not votes and is_pair and (found := column("votes")):
         votes = (found,)
     return Grades(
         preference=column("preference") if is_pair else None,
         votes=votes,
-        meaning=known.grades.meaning,
-        margin=column("margin") if not isinstance(answers, Listed) else None,
+        meaning=given.meaning,
+        margin=known.grades.margin if isinstance(answers, Listed) else column("margin"),
         weight=column("weight"),
     )
 
