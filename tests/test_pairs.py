@@ -883,6 +883,26 @@ def test_families_match_a_search_for_the_shortest_prefix() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [
+        ("\n\nHuman: Hi.\n\nAssistant:", " Hello!\n\nHuman: Why?\n\nAssistant:"),
+        ("\n\nHuman: Hi.", "\n\nAssistant: Hello!\n\nHuman: Why?"),
+        ("Hi.", "\n<extra_id_1>Assistant\nHello!\n<extra_id_1>User\nWhy?"),
+        (
+            "<extra_id_1>User\nHi.\n<extra_id_1>Assistant\n",
+            "Hello!\n<extra_id_1>User\nWhy?\n<extra_id_1>Assistant\n",
+        ),
+    ],
+)
+def test_text_in_turns_continues_its_earlier_prompts(first: str, more: str) -> None:
+    own, earlier = ((("system", "Be brief."), ("user", text)) for text in (first + more, first))
+    found = beginnings(own)
+    assert found[0] == hash64([own[:1]])
+    assert hash64([earlier]) in found
+    assert hash64([own]) not in found
+
+
 def test_votes_match_a_count_of_every_group() -> None:
     generator = np.random.default_rng(2)
     answers, columns = (generator.integers(0, most, 300) for most in (60, 3))

@@ -237,7 +237,18 @@ def dialogue(index: int, turns: int) -> dict[str, Any]:
     }
 
 
-def test_continued_dialogues_stay_in_one_split(data: Path, set_params: SetParams) -> None:
+def in_turns(index: int, turns: int) -> dict[str, Any]:
+    """The same pair as `dialogue` as texts in the format of HH."""
+    names = {"user": "Human", "assistant": "Assistant"}
+    messages = dialogue(index, turns)["prompt"]
+    spoken = [f"\n\n{names[each['role']]}: {each['content']}" for each in messages]
+    return pair(index, prompt="".join([*spoken, "\n\nAssistant:"]))
+
+
+@pytest.mark.parametrize("dialogue", [dialogue, in_turns])
+def test_continued_dialogues_stay_in_one_split(
+    data: Path, set_params: SetParams, dialogue: Callable[[int, int], dict[str, Any]]
+) -> None:
     rewrite(data, [dialogue(index, turns) for turns in (3, 1, 2) for index in range(15)])
     set_params("preprocess", template="chat")
     metrics = run()

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from reward.data.columns import TIE
 from reward.data.records import Messages, hash64
+from reward.data.transcripts import prompt_ends
 
 Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.integer]
@@ -205,9 +206,13 @@ def portions(prompts: Hashes) -> Iterator[Indices]:
 def beginnings(prompt: Messages) -> list[int]:
     """The hashes of all prompts that this one continues, shortest first.
 
-    Each equals the `prompt_hash` of a record with that prompt.
+    Each equals the `prompt_hash` of a record with that prompt. The last message may itself be a
+    text in turns.
     """
-    return [hash64([prompt[:end]]) for end in range(1, len(prompt))]
+    *before, (role, text, *parts) = prompt
+    found = [prompt[:end] for end in range(1, len(prompt))]
+    found += [(*before, (role, text[:end], *parts)) for end in prompt_ends(text)]
+    return [hash64([each]) for each in found]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ FIRST_TURN = re.compile(r"\s*(?:Human|Hum):")
 # In HelpSteer2, between the turns of a prompt, which begins and ends with the user's. NeMo-Aligner
 # marks the system message and the first turn, too, and ends with the assistant's.
 MARKED_TURN = re.compile(r"(?:\A|\n)<extra_id_[01]>(System|User|Assistant)\n")
+# The marks of the assistant's turns, after which a conversation may go on.
+ANSWERED = re.compile(r"\n\nAssistant:|\n<extra_id_1>Assistant\n")
 SENTENCE_END = re.compile(r"[。！？!?…；][」』”’）)]*")
 
 Message = dict[str, str]
@@ -31,6 +33,11 @@ def turns(text: str) -> list[Message]:
         for speaker, content in zip(speakers, contents, strict=True)
     ]
     return found[:-1] if found and not found[-1]["content"] else found
+
+
+def prompt_ends(text: str) -> list[int]:
+    """Where earlier prompts may end in a text: before and after every mark of the assistant."""
+    return [end for mark in ANSWERED.finditer(text) for end in mark.span() if end < len(text)]
 
 
 def marked_turns(text: str) -> list[Message] | None:
