@@ -274,6 +274,7 @@ LOSSY = {
         " else m.content) }}{%- endfor -%}"
     ),
     "no system": "{%- for m in messages if m.role != 'system' -%}" + TURN + "{%- endfor -%}",
+    "no tools": CALLS.partition("{% endif -%}")[2],
     "no parts": "{%- for m in messages -%}" + TURN + "{%- endfor -%}",
     "last two": "{%- for m in messages[-2:] -%}" + TURN + "{%- endfor -%}",
     "another order": "{%- for m in messages | reverse -%}" + TURN + "{%- endfor -%}",
@@ -297,6 +298,8 @@ LOSSY = {
         ("no parts", "name of message 1 (user): 'Ann'",
          {"prompt": [{"role": "user", "content": "Hi?", "name": "Ann"}]}),
         ("no parts", "name of the tools: 'look'", {"tools": [SCHEMA]}),
+        ("no tools", "the tools",
+         {"tools": [SCHEMA], "rejected": [REPLY | {"tool_calls": [LOOK]}]}),
         ("last two", f"content of message 1 (user): '{'Hi? ' * 10}'...",
          {"prompt": [{"role": "user", "content": "Hi? " * 11}, REPLY,
                      {"role": "user", "content": "Ho?"}]}),
@@ -345,6 +348,14 @@ def test_chat_template_may_trim_escape_and_reformat(tiny_base: Path, tmp_path: P
     call["function"]["arguments"] = json.loads(arguments)
     pair = check({"prompt": turns, "chosen": "Yes", "rejected": "No"})
     assert encoder.render(pair.prompt, pair.answers[0])
+
+
+def test_chat_template_may_fail_without_tools(tiny_base: Path, tmp_path: Path) -> None:
+    template = CALLS.replace("{% endif -%}", "{% else %}{{ raise_exception('no') }}{% endif -%}", 1)
+    base = changed_base(tiny_base, tmp_path, chat_template=template)
+    encoder = Encoder(base, Template.of("chat", False, 10, base))
+    pair = check({"prompt": "Hi?", "tools": [SCHEMA], "chosen": "Yes", "rejected": "No"})
+    assert '"look"' in encoder.render(pair.prompt, pair.answers[0])
 
 
 def test_error_in_a_chat_template_is_a_bad_record(tiny_base: Path, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def render_chat(template: str, messages: Messages, tokens: Mapping[str, str]) ->
     try:
         text = _rendered(template, messages, tokens)
         require_whole(text, messages)
+        _require_tools(text, template, messages, tokens)
     except RecursionError:
         raise BadRecord("chat_template", "has a value that is nested too deeply") from None
     return text
@@ -139,6 +140,21 @@ def _rendered(template: str, messages: Messages, tokens: Mapping[str, str]) -> s
     except (TemplateError, *ERRORS) as error:
         raise BadRecord("chat_template", f"the chat template fails: {error}") from None
     return str(text)
+
+
+def _require_tools(text: str, template: str, messages: Messages, tokens: Mapping[str, str]) -> None:
+    """Raise BadRecord `not_rendered` if the text is the same without the tools.
+
+    Their names do not show that, because calls have them too.
+    """
+    if messages[0][0] != TOOLS:
+        return
+    try:
+        without = _rendered(template, messages[1:], tokens)
+    except BadRecord:
+        return
+    if text == without:
+        raise BadRecord("not_rendered", "the chat template leaves out the tools")
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
