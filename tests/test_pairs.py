@@ -605,6 +605,12 @@ def test_empty_system_message_counts_as_none(empty: Any) -> None:
         check({"prompt": [silent], "chosen": "good", "rejected": "bad"})
 
 
+def test_empty_system_message_with_a_thought_is_bad() -> None:
+    silent = {"role": "system", "content": "", "reasoning_content": "Hm."}
+    with pytest.raises(BadRecord, match=r"^a message of 'prompt' is empty$"):
+        check({"prompt": [silent, *messages(USER)], "chosen": "good", "rejected": "bad"})
+
+
 def test_empty_message_is_named_as_one_of_the_prompt() -> None:
     head = messages(USER, ("assistant", " "), MORE)
     with pytest.raises(BadRecord, match=r"^a message of 'prompt' is empty$"):

@@ -296,6 +296,8 @@ def _is_empty_system(item: Any) -> bool:
     """Whether a message is an empty system message, which means that there is none."""
     if not isinstance(item, dict) or item.get("role") != "system" or "content" not in item:
         return False
+    if any(item.get(part) for part in PARTS):
+        return False
     content = item["content"]
     return content is None or (isinstance(content, str) and not content.strip())
 
