@@ -280,7 +280,7 @@ def test_verdict_may_be_a_number_or_a_text(value: Any, chosen: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(2, "2"), (-1, "-1"), (True, "true"), ("A", '"A"'), ([0], "[0]"), ("", '""')],
+    [(2, "2"), (-1, "-1"), (True, "true"), ("A", '"A"'), ([0], "[0]")],
 )
 @pytest.mark.parametrize("place", [2, 200])
 def test_verdict_without_a_meaning_is_an_error_and_is_named(
@@ -332,10 +332,53 @@ def test_post_or_article_is_the_prompt_of_a_summary() -> None:
         assert [form.read(each).prompt for each in articles] == ["An article."] * 2
 
 
-def test_missing_verdict_is_a_bad_record() -> None:
+@pytest.mark.parametrize(
+    ("verdict", "found"),
+    [
+        ({}, "is missing, found the keys prompt, response_0, response_1"),
+        ({"better_response_id": None}, "is null"),
+        ({"better_response_id": ""}, "is empty"),
+        ({"better_response_id": " "}, "is empty"),
+    ],
+)
+def test_missing_verdict_is_a_bad_record(verdict: Record, found: str) -> None:
     form = form_of(TWO | {"better_response_id": 0})
-    with pytest.raises(BadRecord, match="'better_response_id' is missing") as caught:
-        form.read(TWO | {"better_response_id": None})
+    with pytest.raises(BadRecord, match=f"^'better_response_id' {found}$") as caught:
+        form.read(TWO | verdict)
+    assert caught.value.reason == "missing_key"
+
+
+def test_empty_verdict_may_be_declared_a_tie() -> None:
+    form = Judged("response_0", "response_1", "better", Meaning((0,), (1,), ("",)))
+    assert form.compared(TWO | {"better": ""}).comparisons == [Comparison(0, 1, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        (TWO | {"better_response_id": 0, "response_1": ""}, "response_1"),
+        (TWO | {"better_response_id": 1, "response_1": ""}, "response_1"),
+        ({"prompt": "Why?", "response_j": "A.", "response_k": ""}, "response_k"),
+        ({"prompt": "Why?", "response1": "A.", "response2": "", "votes": [2]}, "response2"),
+        ({"messages": [user("q"), answer("a")], "rejected_response": ""}, "rejected_response"),
+        ({"prompt": "Why?", "chosen": ["A.", "B."], "rejected": ["C.", ""]}, "rejected"),
+        (
+            {"prompt": "Why?", "answer_0": "", "answer_1": "B.", "score_0": 1, "score_1": 2},
+            "answer 1",
+        ),
+    ],
+)
+def test_empty_answer_is_named_by_its_column_or_place(record: Record, name: str) -> None:
+    form = form_of({key: value or "B." for key, value in record.items()})
+    with pytest.raises(BadRecord, match=f"^'{name}' is empty$"):
+        check(form.read(record))
+
+
+@pytest.mark.parametrize("item", ["C.", [answer("C.")]])
+def test_null_in_a_list_of_answers_is_named(item: Any) -> None:
+    record = {"prompt": "Why?", "chosen": ["A."], "rejected": [item, None]}
+    with pytest.raises(BadRecord, match=r"^item 2 of 'rejected' is null$") as caught:
+        pairs_of(record)
     assert caught.value.reason == "missing_key"
 
 
@@ -380,6 +423,7 @@ def test_rank_or_score_without_a_meaning_is_an_error(grades: Record, message: st
     [
         ({"ranks": [1, 2]}, "wrong_type"),
         ({"ranks": [1, 2, None]}, "missing_key"),
+        ({"ranks": [1, 2, ""]}, "missing_key"),
         ({"answers": ["A."], "ranks": [1]}, "empty"),
     ],
 )
@@ -388,6 +432,15 @@ def test_list_that_does_not_match_its_answers_is_a_bad_record(change: Record, re
     with pytest.raises(BadRecord) as caught:
         form.read(RANKED | change)
     assert caught.value.reason == reason
+
+
+def test_rating_is_named_by_its_column() -> None:
+    record = {"prompt": "Why?", "answer_0": "A.", "answer_1": "B.", "score_0": 1, "score_1": 2}
+    form = form_of(record)
+    with pytest.raises(BadRecord, match=r"^'score_1' is empty$"):
+        form.read(record | {"score_1": ""})
+    with pytest.raises(UnknownVerdict, match=r'^score_1 has "good", expected numbers'):
+        form.read(record | {"score_1": "good"})
 
 
 def test_order_of_preference_is_read_as_all_comparisons() -> None:

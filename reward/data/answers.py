@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from reward.data.columns import TIE
 from reward.data.dialogue import as_messages, messages, role_of
-from reward.data.records import CERTAIN, PAIR, BadRecord, Comparison
-from reward.data.values import Columns, Record, is_absent, needed, plain, top, value_at
+from reward.data.records import CERTAIN, BadRecord, Comparison
+from reward.data.values import Columns, Record, is_absent, is_blank, needed, plain, top, value_at
 
 
 class UnknownVerdict(Exception):
@@ -30,11 +30,11 @@ class Compared(NamedTuple):
     comparisons: list[Comparison]
 
 
-def every_pair(chosen: list[Any], rejected: list[Any]) -> Compared:
-    """Prefer every chosen answer to every rejected one."""
+def every_pair(columns: Sequence[str], chosen: list[Any], rejected: list[Any]) -> Compared:
+    """Prefer every chosen answer to every rejected one. `columns` are where these are."""
     first = len(chosen)
     places = product(range(first), range(first, first + len(rejected)))
-    names = [PAIR[0]] * first + [PAIR[1]] * len(rejected)
+    names = [columns[0]] * first + [columns[1]] * len(rejected)
     return Compared(chosen + rejected, names, [Comparison(j, k) for j, k in places])
 
 
@@ -62,17 +62,27 @@ class Answers(Protocol):
         """
 
 
-def answers_in(value: Any) -> list[Any]:
-    """The answers in a column, which holds one answer or a list of them.
+def answers_in(record: Record, path: str) -> list[Any]:
+    """The answers in a column, none of them null. Raises BadRecord."""
+    found = listed(needed(record, path))
+    require_no_null(path, found)
+    return found
+
+
+def listed(value: Any) -> list[Any]:
+    """The answers that a value holds, which is one answer or a list of them.
 
     A text, a message or a list of messages is one answer.
     """
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if all(isinstance(item, list) for item in value):
-            return value
-    return [value]
+    kinds = {type(item) for item in value} - {type(None)} if isinstance(value, list) else set()
+    return list(value) if kinds in ({str}, {list}) else [value]
+
+
+def require_no_null(path: str, values: list[Any]) -> None:
+    """Raises BadRecord if one of the values is null."""
+    if None in values:
+        place = values.index(None) + 1
+        raise BadRecord("missing_key", f"item {place} of {path!r} is null")
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class Preferred(Answers):
         return f"{self.chosen} and {self.rejected}"
 
     def compared(self, record: Record) -> Compared:
-        return every_pair(*(answers_in(needed(record, path)) for path in self.columns))
+        return every_pair(self.columns, *(answers_in(record, path) for path in self.columns))
 
 
 CANONICAL = Preferred("chosen", "rejected")
@@ -113,7 +123,7 @@ class Continued(Answers):
         return f"{self.conversation} with {self.rejected}"
 
     def compared(self, record: Record) -> Compared:
-        turns, rejected = (needed(record, path) for path in self.columns)
+        turns, rejected = needed(record, self.conversation), answers_in(record, self.rejected)
         if not isinstance(turns, list):
             raise BadRecord("wrong_type", f"{self.conversation!r} is not a list of messages")
         turns = messages(self.conversation, turns)
@@ -122,10 +132,9 @@ class Continued(Answers):
                 "empty", f"{self.conversation!r} does not end with an assistant message"
             )
         others = [
-            turns[:-1] + as_messages(self.rejected, answer, "assistant")
-            for answer in answers_in(rejected)
+            turns[:-1] + as_messages(self.rejected, answer, "assistant") for answer in rejected
         ]
-        return every_pair([turns], others)
+        return every_pair(self.columns, [turns], others)
 
 
 @dataclass(frozen=True)
@@ -183,14 +192,23 @@ class Judged(Answers):
         one, other, verdict = (needed(record, path) for path in (*self.columns, self.verdict))
         sign = self.meaning.sign(verdict)
         if sign is None:
+            require_filled(repr(self.verdict), verdict)
             raise UnknownVerdict(
                 f"{self.verdict} is {_shown(verdict)}, expected {self.meaning.description}; "
                 "declare other values in dataset.yaml (answers, verdict, first, second, tie)"
             )
         turn = record.get(self.turn) if self.turn else None
         one, other = (until_turn(answer, turn) for answer in (one, other))
-        better = [other, one] if sign < 0 else [one, other]
-        return Compared(better, PAIR, [CERTAIN if sign else Comparison(0, 1, TIE)])
+        found, names = [one, other], self.columns
+        if sign < 0:
+            found, names = found[::-1], names[::-1]
+        return Compared(found, names, [CERTAIN if sign else Comparison(0, 1, TIE)])
+
+
+def require_filled(name: str, value: Any) -> None:
+    """Raises BadRecord for a verdict or rating that is blank, as null is in a table."""
+    if is_blank(value):
+        raise BadRecord("missing_key", f"{name} is empty")
 
 
 def until_turn(answer: Any, turn: Any) -> Any:
@@ -243,7 +261,8 @@ class Listed(Answers):
         if self.order == "best_first":
             ratings = [-float(place) for place in range(len(found))]
         else:
-            ratings = [self._rating(value) for value in self._values(record, self.ratings)]
+            given = self._values(record, self.ratings)
+            ratings = [self._rating(place, value) for place, value in enumerate(given)]
         if len(ratings) != len(found):
             name, other = self.answers[0], self.ratings[0]
             raise BadRecord(
@@ -265,14 +284,15 @@ class Listed(Answers):
         found = needed(record, paths[0])
         if not isinstance(found, list):
             raise BadRecord("wrong_type", f"{paths[0]!r} is not a list")
-        for place, value in enumerate(found, start=1):
-            if value is None:
-                raise BadRecord("missing_key", f"item {place} of {paths[0]!r} is null")
+        require_no_null(paths[0], found)
         if len(found) < 2:
             raise BadRecord("empty", f"{paths[0]!r} has {len(found)} answers, expected two or more")
         return found
 
-    def _rating(self, value: Any) -> float:
+    def _rating(self, place: int, value: Any) -> float:
+        several = len(self.ratings) > 1
+        name = self.ratings[place if several else 0]
+        require_filled(repr(name) if several else f"item {place + 1} of {name!r}", value)
         number = plain(value)
         if isinstance(number, int | float) and math.isfinite(number):
             if self.order == "scores":
@@ -280,7 +300,7 @@ class Listed(Answers):
             if number >= 1 and number == int(number):
                 return -number
         raise UnknownVerdict(
-            f"{self.ratings[0]} has {_shown(value)}, expected {ORDERS[self.order]}",
+            f"{name} has {_shown(value)}, expected {ORDERS[self.order]}",
         )
 
 

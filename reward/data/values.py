@@ -58,7 +58,8 @@ def needed(record: Record, path: str) -> Any:
     """The value at a path. Raises BadRecord if there is none."""
     value = value_at(record, path)
     if value is None:
-        raise BadRecord("missing_key", f"{path!r} is missing, found {names_of(record)}")
+        found = "is null" if path in record else f"is missing, found {names_of(record)}"
+        raise BadRecord("missing_key", f"{path!r} {found}")
     return value
 
 
