@@ -404,6 +404,35 @@ def test_ranking_is_read_as_all_its_comparisons(
 
 
 @pytest.mark.parametrize(
+    "answers",
+    [
+        [answer("A."), answer("B.")],
+        [[answer("A.")], [answer("B.")]],
+        [{"from": "gpt", "value": "A."}, {"from": "gpt", "value": "B."}],
+        [[user("Why?"), answer("A.")], [user("Why?"), answer("B.")]],
+    ],
+    ids=["message", "messages", "other keys", "conversations"],
+)
+def test_listed_answers_may_be_messages(answers: list[Any]) -> None:
+    record = {"prompt": "Why?", "responses": answers, "scores": [1, 2]}
+    pair = check(form_of(record).read(record))
+    assert pair.prompt == (("user", "Why?"),)
+    assert pair.answers == [(("assistant", "A."),), (("assistant", "B."),)]
+    assert pair.comparisons == [Comparison(1, 0)]
+
+
+def test_listed_conversations_need_no_prompt() -> None:
+    first, second, third = ([user("Why?"), answer(text)] for text in ("A.", "B.", "C."))
+    for record in (
+        {"responses": [first, second, third], "ranks": [1, 2, 2]},
+        {"chosen": [first], "rejected": [second, third]},
+    ):
+        pair = check(form_of(record).read(record))
+        assert pair.prompt == (("user", "Why?"),)
+        assert [*map(len, pair.answers)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
     ("grades", "message"),
     [
         ({"ranks": [0, 1, 2]}, "ranks has 0, expected whole numbers from 1"),

@@ -41,6 +41,14 @@ def are_spoken(value: Any) -> bool:
     )
 
 
+def are_replies(items: list[Any]) -> bool:
+    """Whether these are answers as messages of the assistant, or as lists of messages."""
+    return bool(items) and all(
+        are_spoken(item) and (isinstance(item, list) or role_of(item) == "assistant")
+        for item in items
+    )
+
+
 def are_conversations(value: Any) -> bool:
     """Whether a value is a list of messages, and not all of them are the assistant's."""
     return are_messages(value) and any(role_of(item) != "assistant" for item in value)

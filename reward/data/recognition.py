@@ -22,8 +22,15 @@ from reward.data.answers import (
     Meaning,
     Order,
     Preferred,
+    listed,
 )
-from reward.data.dialogue import are_conversations, are_messages, are_spoken, spelling
+from reward.data.dialogue import (
+    are_conversations,
+    are_messages,
+    are_replies,
+    are_spoken,
+    spelling,
+)
 from reward.data.forms import (
     CONVERSATIONS,
     POST,
@@ -235,17 +242,19 @@ def _lists(columns: Columns) -> list[Answers]:
         if not values or not all(isinstance(value, list) for value in values):
             continue
         items = [item for value in values for item in value]
+        rated: list[Answers] = []
         if all(isinstance(item, dict) for item in items):
             inside = columns_of(items)
             texts = [key for key in ANSWER if are_texts(inside.get(key, []))]
             if len(texts) == 1:
-                found += [
+                rated = [
                     Listed((f"{name}[].{texts[0]}",), order, (f"{name}[].{key}",))
                     for order, keys in RATINGS.items()
                     for key in keys
                     if key in inside
                 ]
-        elif are_texts(items):
+        found += rated
+        if not rated and (are_texts(items) or are_replies(items)):
             found += [
                 Listed((name,), order, (key,))
                 for order, keys in RATINGS.items()
@@ -475,7 +484,7 @@ def _hold_conversations(records: list[Record], answers: Answers) -> bool:
     if isinstance(answers, Continued):
         return True
     values = [value_at(record, path) for record in records for path in answers.columns]
-    given = [value for value in values if not is_absent(value)]
+    given = [each for value in values if not is_absent(value) for each in listed(value)]
     return all(map(are_messages, given)) and (not given or any(map(are_conversations, given)))
 
 

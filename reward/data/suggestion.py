@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reward.data.answers import Answers, Judged, Listed
-from reward.data.dialogue import are_messages
+from reward.data.dialogue import are_messages, are_replies
 from reward.data.forms import PROMPTS
 from reward.data.values import Columns, are_labels, are_numbers, are_texts, columns_of
 from reward.process import Fault
@@ -162,11 +162,11 @@ def _guessed_order(columns: Columns, name: str) -> tuple[Entry, list[str]]:
     entry: Entry = {"answers": name}
     tail = ""
     number = next((key for key in columns if _like([key], RANKERS)), None)
-    if all(isinstance(item, dict) for item in items):
-        inside = columns_of(items)
+    inside = columns_of(items) if all(isinstance(item, dict) for item in items) else {}
+    rated = next((f"{name}[].{key}" for key in inside if are_numbers(inside[key])), None)
+    if rated or (inside and not are_replies(items)):
         text = next((key for key in inside if _can_be_text(inside[key])), COLUMN)
-        entry, tail = {"answers": f"{name}[].{text}"}, f".{text}"
-        number = next((f"{name}[].{key}" for key in inside if are_numbers(inside[key])), None)
+        entry, tail, number = {"answers": f"{name}[].{text}"}, f".{text}", rated
     if number:
         key, notes = _guessed_key(number, number)
         return guessed_prompt(columns, entry | {key: number}), notes
@@ -206,10 +206,10 @@ def _can_be_text(values: list[Any]) -> bool:
 
 
 def _can_be_answers(values: list[Any]) -> bool:
-    """Whether these are lists of texts or of objects that are not messages."""
+    """Whether these are lists of texts, of objects that are not messages, or of replies."""
     return all(
         isinstance(value, list)
         and all(isinstance(item, str | dict) for item in value)
         and not are_messages(value)
         for value in values
-    )
+    ) or all(isinstance(value, list) and len(value) > 1 and are_replies(value) for value in values)
