@@ -243,6 +243,23 @@ def test_record_with_media_is_bad(name: str) -> None:
     assert caught.value.reason == "not_text"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("documents", [{"title": "Eggs", "text": "Boil them."}]),
+        ("functions", '[{"name": "look"}]'),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)
+def test_record_with_more_for_the_chat_template_is_bad(name: str, value: Any) -> None:
+    with pytest.raises(BadRecord, match=f"'{name}' has a value, which is not supported") as caught:
+        pairs_of(PLAIN | {name: value})
+    assert caught.value.reason == "unread"
+    known = Known(Context(input=name), named=frozenset({"input"}))
+    raw = recognize(Path("x.jsonl"), [PLAIN], known).read(PLAIN | {name: "More."})
+    assert raw.prompt == "Why?\nMore."
+
+
 def test_part_that_is_not_text_is_named() -> None:
     parts = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": "x"}]
     with pytest.raises(BadRecord, match="'prompt' has a part of type 'image_url'") as caught:

@@ -715,6 +715,8 @@ PLAIN = FORMS["texts"]
         ("wrong_type", "an item of 'tools' is a string, expected", PLAIN | {"tools": ["look"]}),
         ("unread", "a message of 'chosen' has 'images', which", with_answer(images=["a.png"])),
         ("unread", "a message of 'chosen' has 'thinking', which", with_answer(thinking="so")),
+        ("unread", "a message of 'chosen' has 'thought', which", with_answer(thought="so")),
+        ("unread", "a message of 'chosen' has 'tool_plan', which", with_answer(tool_plan="so")),
         ("not_text", "'chosen' contains a value that is not JSON",
          with_answer(tool_calls=[{"name": "look", "arguments": b"x"}])),
         ("not_text", "not valid text", PLAIN | {"tools": [{"name": "\ud800"}]}),

@@ -27,6 +27,9 @@ REPEATING = frozenset({"messages", "conversations", "conversation"})
 POST, ARTICLE = "info.post", "info.article"
 # Columns that a text model cannot see. A record with a value in one of them is bad.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Columns that chat templates may render besides messages and tools, which no code here reads. A
+# record with a value in one of them is bad, unless the form gives it another meaning.
+UNREAD_COLUMNS = ("documents", "functions", "chat_template_kwargs")
 
 
 # --- the conversation before the answers -----------------------------------------------------
@@ -157,7 +160,8 @@ class Form:
     @cached_property
     def looked_at(self) -> set[str]:
         """The columns that need a conversion or a check if they have a value."""
-        return (self.used | {*MEDIA, *self.context.rivals, TOOLS}) - {*FIELDS}
+        checked = {*MEDIA, *UNREAD_COLUMNS, *self.context.rivals, TOOLS}
+        return (self.used | checked) - {*FIELDS}
 
     @cached_property
     def is_canonical(self) -> bool:
@@ -174,6 +178,7 @@ class Form:
             return raw_pair(record)
         if self.is_canonical and _is_canonical(record, self.looked_at):
             return raw_pair(record)
+        self._refuse_unread(record)
         self._refuse_rivals(record)
         before, prompt = self.context.before(record), self.context.prompt_of(record)
         found, names, comparisons = self.answers.compared(record)
@@ -189,6 +194,15 @@ class Form:
             kept[TOOLS] = _tools(tools)
         prompt, answers = self._conversation(before, prompt, found, names)
         return Raw(prompt, answers, names, comparisons, kept)
+
+    def _refuse_unread(self, record: Record) -> None:
+        for name in UNREAD_COLUMNS:
+            if name not in self.used and not is_absent(record.get(name)):
+                raise BadRecord(
+                    "unread",
+                    f"{name!r} has a value, which is not supported; remove the column if the "
+                    "answers do not depend on it",
+                )
 
     def _refuse_rivals(self, record: Record) -> None:
         for name in self.context.rivals:

@@ -28,7 +28,10 @@ GREETING = 15
 # Keys that a message may have besides role and content, which chat templates render.
 PARTS = ("reasoning_content", "tool_calls", "name", "tool_call_id")
 # Keys that a message must not have, because no code here reads them.
-UNREAD = ("audio", "function_call", "images", "reasoning", "thinking", "videos")
+UNREAD = (
+    *("audio", "images", "videos"),
+    *("function_call", "reasoning", "thinking", "thought", "tool_plan"),
+)
 TOOLS = "tools"
 # The types of JSON in words, and bytes, which Parquet has.
 KINDS: dict[type, str] = {
