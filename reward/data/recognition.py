@@ -42,7 +42,15 @@ from reward.data.forms import (
     either,
     repeats,
 )
-from reward.data.suggestion import COLUMN, Unrecognized, entry_of, guessed_prompt, names_in, unknown
+from reward.data.suggestion import (
+    COLUMN,
+    Entry,
+    Unrecognized,
+    entry_of,
+    guessed_prompt,
+    names_in,
+    unknown,
+)
 from reward.data.transcripts import has_turns, shared_start
 from reward.data.values import (
     Columns,
@@ -344,10 +352,12 @@ def _context(
         candidates = _prompts(columns, taken)
         if len(candidates) > 1:
             paths = [*candidates.values(), *([None] if conversations else [])]
-            raise unread.fault(
-                f"{' and '.join(candidates)} could each be the prompt",
-                *({"prompt": path} for path in paths),
-            )
+            ways: list[Entry] = [{"prompt": path} for path in paths]
+            asked, *others = candidates
+            if others == ["context"] and are_texts(columns[asked] + columns["context"]):
+                # What a question is about, rather than another question.
+                ways.insert(0, {"prompt": asked, "input": "context"})
+            raise unread.fault(f"{' and '.join(candidates)} could each be the prompt", *ways)
         found = [path for each, path in candidates.items() if _is_prompt(each, columns[each])]
         prompt = found[0] if found else None
     rest = {}
