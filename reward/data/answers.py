@@ -395,13 +395,14 @@ class Grades:
 
 UNGRADED = Grades()
 COUNTS = "two whole numbers, the votes for each answer, not both 0"
-# Losses are sums in fp32, divided by the sum of the weights. Sums of numbers above MOST may be
-# infinite there, and so may the inverse of a sum of numbers below LEAST.
-MOST, LEAST = 1e30, 1e-30
+# Losses are sums in fp32 of products of a weight and a margin, divided by the sum of the weights.
+# With numbers above MOST, they may be infinite there, and so may the inverse of a sum of numbers
+# below LEAST.
+MOST, LEAST = 1e15, 1e-30
 # What is expected of a number up to a limit.
 EXPECTED = {
     1.0: "a number from 0 to 1, the probability that the first answer is preferred",
-    MOST: "a number from 0 to 1e30",
+    MOST: "a number from 0 to 1e15",
 }
 
 
