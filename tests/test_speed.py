@@ -99,7 +99,8 @@ def test_pairs_are_drawn_from_files_as_preprocess_reads_them(
     first, second = drawn(options, tiny_base, longest=99)
     assert first == second
     assert [*first.ids] == encoder.encode(["问:Why?\n\n答:Because.", "问:Why?\n\n答:No."])
-    path.write_text(f"{json.dumps(record)}\n{json.dumps(record | {'question': ''})}")
+    bad = record | {"question": ""}, record | {"answers": ["A.", "A."], "ranks": [1, 1]}
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in (record, *bad)))
     with pytest.raises(Fault, match=r"has 1 usable pair of .*\(a bad record: 'prompt' is empty\)"):
         drawn(options, tiny_base, longest=99)
 

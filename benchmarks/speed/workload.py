@@ -185,11 +185,13 @@ def drawn(options: argparse.Namespace, base: Path, longest: int) -> list[Texts]:
     for index in np.random.default_rng(options.seed).permutation(len(records)):
         try:
             record = usable(records[index])
-            first = record.comparisons[0]
-            answers = [record.answers[first.j], record.answers[first.k]]
+            first = record.comparisons[:1]
+            answers = [record.answers[place] for each in first for place in (each.j, each.k)]
             texts = [encoder.render(record.prompt, answer) for answer in answers]
         except BadRecord as fault:
             bad = f" (a bad record: {fault})"
+            continue
+        if not texts:  # a tie of equal answers
             continue
         chosen, rejected = encoder.encode(texts)
         if chosen != rejected and max(len(chosen), len(rejected)) <= longest:
