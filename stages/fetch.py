@@ -190,7 +190,7 @@ def hub_repository(base: Base) -> Source:
 
 def without_password(address: str) -> str:
     """An address without the user and the password that it may contain."""
-    return re.sub(r"^(\w+://)?.*@", r"\1", address)
+    return re.sub(r"^(\w+://)?[^/]*@", r"\1", address)
 
 
 def hide_password(address: str) -> None:

@@ -297,7 +297,7 @@ def _grades(path: Path, columns: Columns, answers: Answers, known: Known) -> Gra
         if getattr(known.grades, key) and not fits:
             raise Fault(
                 f"{path}: {key} in dataset.yaml cannot grade {answers.description}; expected an "
-                f"entry without {key}, or one that names the answers"
+                f"entry without {key}, or one that names two columns of answers"
             )
     taken = {top(path) for path in (*answers.columns, *answers.verdicts)}
 
