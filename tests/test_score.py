@@ -185,6 +185,26 @@ def test_pair_that_training_would_read_otherwise_is_refused(
     assert fault(INPUT, "--output", OUTPUT).startswith(message)
 
 
+@pytest.mark.parametrize(
+    "other", [{"answer": "a"}, {"answers": ["a", "b"]}, {"answers": ["a", "b"], "scores": [1, 2]}]
+)
+def test_pairs_after_many_other_records_are_read(
+    other: dict[str, Any], command: Callable[..., None]
+) -> None:
+    write([{"prompt": "hi"} | other] * 101 + [PAIR | {"prompt": "hi"}])
+    command(INPUT, "--output", OUTPUT)
+    assert len(lines()[-1]["rewards"]) == 2
+
+
+@pytest.mark.parametrize("more", [{"documents": [{"title": "A"}]}, {"image": "a.png"}])
+@pytest.mark.parametrize("answers", [PAIR, {"answer": "yes"}])
+def test_column_that_no_text_can_show_is_refused(
+    more: dict[str, Any], answers: dict[str, str], fault: Callable[..., str]
+) -> None:
+    write([{"prompt": "hi"} | answers | more])
+    assert f"'{next(iter(more))}' has a value" in fault(INPUT, "--output", OUTPUT)
+
+
 def test_dataset_yaml_says_what_the_columns_of_pairs_mean(
     command: Callable[..., None], fault: Callable[..., str]
 ) -> None:
@@ -194,10 +214,22 @@ def test_dataset_yaml_says_what_the_columns_of_pairs_mean(
     command(INPUT, "--output", OUTPUT)
     pair, expected = lines()
     assert pair["rewards"] == expected["rewards"]
+    write([record])
+    write([{"prompt": "hi", "answers": ["yes", "no"]}], Path("plain.jsonl"))
+    command("plain.jsonl", "--output", "plain.out.jsonl")
+    [plain] = lines(Path("plain.out.jsonl"))
+    for entry in (
+        "{chosen: rejected, rejected: chosen}",
+        "{answers: [rejected, chosen], verdict: best, first: [0], second: [1]}",
+    ):
+        Path("dataset.yaml").write_text(f"in.jsonl: {entry}")
+        OUTPUT.unlink()
+        command(INPUT, "--output", OUTPUT)
+        [row] = lines()
+        assert row["rewards"] == plain["rewards"]
     Path("dataset.yaml").write_text(
         "in.jsonl: {answers: [whole, topic], verdict: best, first: [0], second: [1]}"
     )
-    write([record])
     assert fault(INPUT, "--output", "other.jsonl").startswith(
         "in.jsonl is read as prompt, whole and topic with best (0 for the first answer"
     )

@@ -1,7 +1,7 @@
 """The preference files of a path: each with its form, its split, and its selected records."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -157,13 +157,21 @@ def sources(path: Path) -> list[Source]:
     return found
 
 
-def source_of(path: Path) -> Source:
-    """A file in a folder with its form. Raises a Fault if it cannot be read or recognized."""
-    return _source(path, read_mapping(path.parent), alone=False)
+def source_of(path: Path, only: Callable[[Any], bool] = lambda _: True) -> Source:
+    """A file in a folder with its form, that of the records for which `only` is true.
+
+    Raises a Fault if it cannot be read or recognized.
+    """
+    return _source(path, read_mapping(path.parent), alone=False, only=only)
 
 
-def _source(path: Path, mapping: Mapping | None, alone: bool) -> Source:
-    head = [record for _, record in islice(read(path), HEAD)]
+def _source(
+    path: Path,
+    mapping: Mapping | None,
+    alone: bool,
+    only: Callable[[Any], bool] = lambda _: True,
+) -> Source:
+    head = [*islice((record for _, record in read(path) if only(record)), HEAD)]
     entry = (mapping.entry(path.name) if mapping else None) or Entry()
     columns = {name: None for record in head if isinstance(record, dict) for name in record}
     for key, column in entry.paths:

@@ -31,7 +31,7 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
-from reward.data.answers import UNGRADED, Preferred
+from reward.data.answers import CANONICAL, UNGRADED, Preferred
 from reward.data.forms import Form
 from reward.data.reading import files, place_of, read
 from reward.data.records import KINDS, PAIR, TOOLS, BadRecord, Raw
@@ -74,11 +74,16 @@ class Input:
 
     @cached_property
     def form(self) -> Form:
-        """What its columns mean if it has pairs, as preprocess recognizes it. Raises a Fault."""
-        form = source_of(self.path).form
-        if not isinstance(form.answers, Preferred):
+        """What the columns of its pairs mean, as preprocess recognizes it. Raises a Fault.
+
+        The answers are chosen and rejected, in this order, even if dataset.yaml says that other
+        columns decide which of them is better.
+        """
+        form = source_of(self.path, only=is_pair).form
+        answers = CANONICAL if {*form.answers.columns} == {*PAIR} else form.answers
+        if not isinstance(answers, Preferred):
             raise Fault(f"{self.path} is read as {form.description}, expected chosen and rejected")
-        return replace(form, grades=UNGRADED)
+        return replace(form, answers=answers, grades=UNGRADED)
 
     def pair(self, record: Row) -> Raw:
         """The prompt, chosen and rejected of a record, as in training. Raises BadRecord."""
@@ -269,11 +274,17 @@ def scored(scorer: Scorer, batch: list[Item], totals: Totals) -> list[Row]:
 def texts_of(scorer: Scorer, item: Item) -> list[str]:
     """The rendered answers of an item. Raises a Fault if they cannot be rendered."""
     record = item.content
-    is_pair = {*PAIR} <= record.keys() and not {"answer", "answers"} & record.keys()
     try:
-        return scorer.render(scorer.candidates(item.input.pair(record) if is_pair else record))
+        asked = item.input.pair(record) if is_pair(record) else record
+        return scorer.render(scorer.candidates(asked))
     except BadRecord as error:
         raise fault_at(item.place, error) from None
+
+
+def is_pair(record: Any) -> bool:
+    """Whether a record has the keys of a pair, and not those of answers to be scored."""
+    keys = record.keys() if isinstance(record, dict) else set()
+    return {*PAIR} <= keys and not {"answer", "answers"} & keys
 
 
 def fault_at(place: str, error: BadRecord) -> Fault:
