@@ -258,6 +258,9 @@ def test_record_with_more_for_the_chat_template_is_bad(name: str, value: Any) ->
     known = Known(Context(input=name), named=frozenset({"input"}))
     raw = recognize(Path("x.jsonl"), [PLAIN], known).read(PLAIN | {name: "More."})
     assert raw.prompt == "Why?\nMore."
+    harmless: list[Any] = [3, False, "sort", [], {"enable_thinking": None}]
+    for each in harmless:
+        assert pairs_of(PLAIN | {name: each})
 
 
 def test_part_that_is_not_text_is_named() -> None:
@@ -519,7 +522,7 @@ def test_order_of_preference_is_read_as_all_comparisons() -> None:
         ({"weight": 2, "margin": "1.5"}, Comparison(0, 1, 1, 2, 1.5)),
         ({"weight": 0}, Comparison(0, 1, 1, 0)),
         ({"weight": 1e-31}, Comparison(0, 1, 1, 0)),
-        ({"weight": 1e-30, "margin": 1e30}, Comparison(0, 1, 1, 1e-30, 1e30)),
+        ({"weight": 1e-30, "margin": 1e15}, Comparison(0, 1, 1, 1e-30, 1e15)),
         ({"weight": "heavy", "margin": "wide", "preference": "yes"}, Comparison(0, 1)),
         ({"votes": 17}, Comparison(0, 1)),
     ],
@@ -539,11 +542,11 @@ def test_grading_columns_are_read(columns: Record, expected: Comparison) -> None
         ({"preference": -0.1}, "preference is -0.1, expected a number from 0 to 1"),
         (
             {"margin": -1},
-            "margin is -1, expected a number from 0 to 1e30 (if it means something else, ",
+            "margin is -1, expected a number from 0 to 1e15 (if it means something else, ",
         ),
-        ({"weight": float("inf")}, "weight is Infinity, expected a number from 0 to 1e30"),
-        ({"weight": 1e31}, "weight is 1e+31, expected a number from 0 to 1e30"),
-        ({"margin": 1e31}, "margin is 1e+31, expected a number from 0 to 1e30"),
+        ({"weight": float("inf")}, "weight is Infinity, expected a number from 0 to 1e15"),
+        ({"weight": 1e16}, "weight is 1e+16, expected a number from 0 to 1e15"),
+        ({"margin": 1e16}, "margin is 1e+16, expected a number from 0 to 1e15"),
         ({"votes": [0, 0]}, "votes is [0, 0], expected two whole numbers, the votes for each"),
         ({"votes": [1.5, 1]}, "votes is [1.5, 1], expected two whole numbers"),
         ({"votes": [float("inf"), 1]}, "votes is [Infinity, 1], expected two whole numbers"),

@@ -13,7 +13,18 @@ from typing import Any, Literal
 
 from reward.data.answers import CANONICAL, UNGRADED, Answers, Grades, unless_other
 from reward.data.dialogue import Message, as_messages, message, messages, spelling
-from reward.data.records import FIELDS, ROLES, TOOLS, BadRecord, Raw, by_turns, raw_pair
+from reward.data.records import (
+    FIELDS,
+    MEDIA,
+    RENDERED,
+    ROLES,
+    TOOLS,
+    BadRecord,
+    Raw,
+    by_turns,
+    raw_pair,
+    require_all_read,
+)
 from reward.data.transcripts import has_turns, marked_turns, shared_start, turns
 from reward.data.values import Record, is_absent, is_blank, top, value_at
 
@@ -25,11 +36,6 @@ PROMPTS = ("prompt", *TEXTS, *CONVERSATIONS, "history", "input")
 REPEATING = frozenset({"messages", "conversations", "conversation"})
 # summarize_from_feedback: the path to a post, and to an article in records without one.
 POST, ARTICLE = "info.post", "info.article"
-# Columns that a text model cannot see. A record with a value in one of them is bad.
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# Columns that chat templates may render besides messages and tools, which no code here reads. A
-# record with a value in one of them is bad, unless the form gives it another meaning.
-UNREAD_COLUMNS = ("documents", "functions", "chat_template_kwargs")
 
 
 # --- the conversation before the answers -----------------------------------------------------
@@ -62,9 +68,6 @@ class Context:
 
     def prompt_of(self, record: Record) -> Any:
         """The prompt of a record: a text, a list of messages, or None. Raises BadRecord."""
-        for name in MEDIA:
-            if not is_absent(record.get(name)):
-                raise BadRecord("not_text", f"{name!r} has a value, expected text only")
         prompt = either(record, self.prompt) if self.prompt else None
         if spelling(prompt):
             prompt = [prompt]
@@ -160,7 +163,7 @@ class Form:
     @cached_property
     def looked_at(self) -> set[str]:
         """The columns that need a conversion or a check if they have a value."""
-        checked = {*MEDIA, *UNREAD_COLUMNS, *self.context.rivals, TOOLS}
+        checked = {*MEDIA, *RENDERED, *self.context.rivals, TOOLS}
         return (self.used | checked) - {*FIELDS}
 
     @cached_property
@@ -178,7 +181,7 @@ class Form:
             return raw_pair(record)
         if self.is_canonical and _is_canonical(record, self.looked_at):
             return raw_pair(record)
-        self._refuse_unread(record)
+        require_all_read(record, self.used)
         self._refuse_rivals(record)
         before, prompt = self.context.before(record), self.context.prompt_of(record)
         found, names, comparisons = self.answers.compared(record)
@@ -194,15 +197,6 @@ class Form:
             kept[TOOLS] = _tools(tools)
         prompt, answers = self._conversation(before, prompt, found, names)
         return Raw(prompt, answers, names, comparisons, kept)
-
-    def _refuse_unread(self, record: Record) -> None:
-        for name in UNREAD_COLUMNS:
-            if name not in self.used and not is_absent(record.get(name)):
-                raise BadRecord(
-                    "unread",
-                    f"{name!r} has a value, which is not supported; remove the column if the "
-                    "answers do not depend on it",
-                )
 
     def _refuse_rivals(self, record: Record) -> None:
         for name in self.context.rivals:

@@ -32,6 +32,10 @@ UNREAD = (
     *("audio", "images", "videos"),
     *("function_call", "reasoning", "thinking", "thought", "tool_plan"),
 )
+# Columns that a text model cannot see.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Columns besides messages and tools that chat templates may render, which no code here reads.
+RENDERED = ("documents", "functions", "chat_template_kwargs")
 TOOLS = "tools"
 # The types of JSON in words, and bytes, which Parquet has.
 KINDS: dict[type, str] = {
@@ -202,6 +206,7 @@ def candidates(record: Any) -> Candidates:
         raise BadRecord("several_kinds", f"has {names_of(record)}, {expected}")
     if "prompt" not in record:
         raise BadRecord("missing_key", f"'prompt' is missing, found {names_of(record)}")
+    require_all_read(record)
     prompt = _messages("prompt", record["prompt"], "user")
     _require_words("prompt", prompt)
     named = _answers(record, given[0])
@@ -216,6 +221,31 @@ def candidates(record: Any) -> Candidates:
     except UnicodeEncodeError as error:
         raise BadRecord("not_text", f"has a value that is not valid text: {error}") from None
     return Candidates(prompt, answers)
+
+
+def require_all_read(record: dict[str, Any], used: Container[str] = ()) -> None:
+    """Raises BadRecord for a value in one of MEDIA or RENDERED that a template could render.
+
+    The columns in `used` have another meaning.
+    """
+    for name in MEDIA:
+        if record.get(name) not in (None, "", [], {}):
+            raise BadRecord("not_text", f"{name!r} has a value, expected text only")
+    for name in RENDERED:
+        if name not in used and _has_items(record.get(name)):
+            raise BadRecord(
+                "unread",
+                f"{name!r} has a value, which is not supported; remove the column if the answers "
+                "do not depend on it",
+            )
+
+
+def _has_items(value: Any) -> bool:
+    """Whether a value is a list or an object with more than nulls, or may be one as JSON."""
+    if isinstance(value, str):
+        return value.lstrip().startswith(("[", "{"))
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list) and any(item is not None for item in items)
 
 
 def _answers(record: dict[str, Any], key: str) -> list[tuple[str, Any]]:
@@ -237,7 +267,10 @@ def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
         if prompt is not None:
             answers = _without_text(prompt, answers)
             return _messages("prompt", prompt, "user"), [(("assistant", each),) for each in answers]
-        answers = by_turns(answers, names)
+        try:
+            answers = by_turns(answers, names)
+        except BadRecord as fault:
+            raise BadRecord(fault.reason, f"'prompt' is missing, and {fault}") from None
     if any(isinstance(answer, list) for answer in answers):
         for key, value in zip(names, answers, strict=True):
             if isinstance(value, str):
@@ -412,10 +445,7 @@ def by_turns(answers: Sequence[Any], names: Sequence[str]) -> list[Any]:
     """The messages of answers that are whole conversations as in HH. Raises BadRecord."""
     for key, text in zip(names, answers, strict=True):
         if not isinstance(text, str) or not has_turns(text):
-            raise BadRecord(
-                "missing_key",
-                f"'prompt' is missing, and {key!r} has no Human: and Assistant: turns",
-            )
+            raise BadRecord("missing_key", f"{key!r} has no Human: and Assistant: turns")
     return [turns(text) for text in answers]
 
 
