@@ -970,6 +970,7 @@ def test_unreachable_hub_is_reported_within_seconds(
         ("http://user:p@ss@127.0.0.1:9/hf", "http://127.0.0.1:9/hf"),
         ("token@127.0.0.1:9", "127.0.0.1:9"),
         ("http://127.0.0.1:9", "http://127.0.0.1:9"),
+        ("http://127.0.0.1:9/hf@main", "http://127.0.0.1:9/hf@main"),
     ],
 )
 @pytest.mark.usefixtures("hub")
