@@ -288,8 +288,7 @@ def without_repeats(options: Preprocess, ledger: Ledger) -> npt.NDArray[np.bool_
     """Which records of the ledger are used. Raises a Fault that lists the first bad ones."""
     used, judges = ~overlap(options, ledger), ledger.judges
     cast, merged, contradicted, repeated = np.zeros((4, len(used)), dtype=bool)
-    for portion in portions(ledger.column("prompt")):
-        rows = portion[used[portion]]
+    for rows in portions(ledger.column("prompt"), used):
         ballots = ledger.ballots(rows)
         votes = count_votes(ballots, judges[rows])
         ledger.grade(rows[votes.rows], votes.preference, votes.weight, votes.margin)
@@ -405,17 +404,13 @@ def measure(ledger: Ledger, parts: npt.NDArray[np.int8]) -> dict[str, Any]:
 def prompts_of(ledger: Ledger, rows: npt.NDArray[np.bool_]) -> int:
     """The number of different prompts in the comparisons selected by `rows`."""
     prompts = ledger.column("prompt")
-    return sum(
-        len(np.unique_counts(prompts[portion[rows[portion]]]).values)
-        for portion in portions(prompts)
-    )
+    return sum(len(np.unique_counts(prompts[each]).values) for each in portions(prompts, rows))
 
 
 def largest_family(ledger: Ledger, used: npt.NDArray[np.bool_]) -> int:
     """The number of prompts in the largest family; 1 if no prompt continues another."""
     prompts, families, largest = ledger.column("prompt"), ledger.prompts.families, 0
-    for portion in portions(families):
-        rows = portion[used[portion]]
+    for rows in portions(families, used):
         _, first = np.unique(prompts[rows], return_index=True)
         found = np.unique_counts(families[rows][first]).counts
         largest = max(largest, int(found.max(initial=0)))

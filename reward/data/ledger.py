@@ -198,8 +198,7 @@ class Ledger:
         `used`. All of a prompt's are in the same split.
         """
         prompts, numbers = self.column("prompt"), np.zeros((len(used), 2), dtype=np.int32)
-        for portion in portions(prompts):
-            rows = portion[used[portion]]
+        for rows in portions(prompts, used):
             sides = [self.column(name)[rows] for name in ANSWERS]
             numbers[rows] = number_answers(prompts[rows], np.stack(sides, axis=1))
         grades = {name: self.grade_of(name) for name in GRADES}

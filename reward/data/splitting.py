@@ -193,14 +193,14 @@ def places_within(sizes: Indices) -> Indices:
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-def portions(prompts: Hashes) -> Iterator[Indices]:
-    """The indices of all records in PORTIONS portions, each with all records of its prompts.
+def portions(prompts: Hashes, selected: Flags) -> Iterator[Indices]:
+    """The indices of the selected records in PORTIONS portions; those of a prompt are in one.
 
     What compares the records of a prompt takes less memory for one portion after another.
     """
     portion = np.ascontiguousarray(prompts).view(np.uint8)[:: prompts.itemsize] % PORTIONS
     for each in range(PORTIONS):
-        yield np.flatnonzero(portion == each)
+        yield np.flatnonzero(selected & (portion == each))
 
 
 def beginnings(prompt: Messages) -> list[int]:
