@@ -2,11 +2,11 @@
 
     python -m reward.serving.score data/raw/pairs.json --output rewards.jsonl
 
-Reads records with `prompt` and one `answer` or a list of `answers`, or with `prompt`, `chosen` and
-`rejected`, in any type of file that preprocess reads. Writes each record unchanged with three more
-keys: `rewards`, `ranks` (1 is the best) and `probabilities` of being the best. Each is a list in
-the order of the answers (chosen, then rejected). A Parquet output has the columns `position`,
-`file` and `record` (as JSON text), and those three.
+Reads records with `prompt` and one `answer` or a list of `answers`, or pairs with `chosen` and
+`rejected`, which are read as in training, in any type of file that preprocess reads. Writes each
+record unchanged with three more keys: `rewards`, `ranks` (1 is the best) and `probabilities` of
+being the best. Each is a list in the order of the answers (chosen, then rejected). A Parquet output
+has the columns `position`, `file` and `record` (as JSON text), and those three.
 
 To continue after an interruption, run the same command again: finished rows are kept in a journal
 next to the output. All visible GPUs share the work, with one process each.
