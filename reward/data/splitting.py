@@ -19,7 +19,7 @@ Indices = npt.NDArray[np.integer]
 Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
-PORTIONS = 16
+PORTIONS = 64
 
 
 def among(values: Hashes, known: Hashes) -> Flags:
