@@ -45,6 +45,7 @@ from reward.model.layers import multiplies_bf16
 from reward.model.memory import within_memory
 from reward.model.packing import full_pack
 from reward.model.plain import require_length
+from reward.model.progress import line_of, write_curves
 from reward.model.scoring import require_exact
 from reward.model.steps import Steps, planned
 from reward.model.trainer import (
@@ -52,10 +53,8 @@ from reward.model.trainer import (
     RewardTrainer,
     Train,
     figures,
-    line_of,
     optimizer,
     validation_step,
-    write_curves,
 )
 from reward.outputs import (
     changed_files,

@@ -222,6 +222,7 @@ RERUN = {
     "reward.data.templates": {"preprocess", "export"},
     "reward.model.embedded": {"fetch"},
     "reward.model.trainer": {"train"},
+    "reward.model.progress": {"train"},
     "reward.model.checkpoints": {"train"},
     "reward.locks": {"train"},
     "reward.judging.benchmarks": {"evaluate"},

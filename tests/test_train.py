@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from reward import params
-from reward.model import checkpoints, trackers, trainer
+from reward.model import checkpoints, progress, trackers, trainer
 from reward.model.base import Quantization, head_of
 from reward.model.memory import within_memory
 from reward.model.packing import Texts, pairs_of, tokens
@@ -290,7 +290,7 @@ def test_curves_of_only_ties_have_no_accuracy(set_params: SetParams, tmp_path: P
     logged = [entry for entry in ours.state.log_history if "loss" in entry]
     assert len(logged) == 2
     assert all("accuracy" not in entry for entry in logged)
-    trainer.write_curves(tmp_path, ours.state.log_history)
+    progress.write_curves(tmp_path, ours.state.log_history)
     assert read_json(tmp_path / "training.json")[0]["accuracy"] is None
 
 

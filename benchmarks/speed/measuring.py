@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from benchmarks.speed.hardware import HARDWARE
 from benchmarks.speed.workload import Workload
-from reward.model.trainer import peak_memory
+from reward.model.progress import peak_memory
 
 T = TypeVar("T")
 
