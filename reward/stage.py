@@ -13,10 +13,13 @@ from pathlib import Path
 
 from reward import params
 from reward.outputs import digest
-from reward.process import STAGED, Fault, command_line, loaded_modules, run
+from reward.params import read_yaml
+from reward.process import STAGED, Fault, command_line, run
 
 # The folders in which stages write their outputs.
 OUTPUTS = ("data", "metrics", "models", "reports")
+# The folders of the project's code.
+CODE = ("reward", "stages")
 # The folder of a project in which DVC copies it for `dvc exp run --temp` and the queue.
 COPIES = Path(".dvc/tmp/exps")
 
@@ -36,7 +39,7 @@ def run_stage(name: str, description: str | None, main: Callable[[], None]) -> N
         require_whole_history()
         params.loaded.clear()
         _read.clear()
-        before = digests_of_code()
+        before = digests_of_code(name)
         main()
         require_unchanged(before)
 
@@ -93,8 +96,12 @@ def stamps(path: Path) -> Stamps:
     return {each: (stat.st_size, stat.st_mtime_ns) for each in files for stat in [each.stat()]}
 
 
-def digests_of_code() -> dict[Path, str]:
-    return {path: digest(path) for path in loaded_modules().values()}
+def digests_of_code(module: str) -> dict[Path, str]:
+    """The digests of the code that dvc.yaml lists for a stage, even if it is imported later."""
+    stages = read_yaml(Path("dvc.yaml"))["stages"].values()
+    listed = [stage["deps"] for stage in stages if module in str(stage.get("cmd"))]
+    paths = [Path(str(dependency)) for dependencies in listed for dependency in dependencies]
+    return {path: digest(path) for path in paths if path.parts[0] in CODE}
 
 
 def require_unchanged(code: dict[Path, str]) -> None:
@@ -105,7 +112,7 @@ def require_unchanged(code: dict[Path, str]) -> None:
         changed += [str(each) for each in {**then, **now} if then.get(each) != now.get(each)]
     for path, before in code.items():
         if not path.exists() or digest(path) != before:
-            changed.append(os.path.relpath(path))
+            changed.append(str(path))
     if changed:
         raise Fault(
             f"changed since the stage began: {', '.join(changed)}; DVC would record this for what "

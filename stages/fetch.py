@@ -36,7 +36,7 @@ from reward.outputs import (
 )
 from reward.params import Seed, Text
 from reward.process import Fault, counted, one_line
-from reward.stage import copied_from, run_stage
+from reward.stage import copied_from, reads, run_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,6 +110,7 @@ def main() -> None:
     base = params.load("base", Base)
     with whole_folder(BASE) as folder:
         if base.name == embedded.NAME:
+            reads(embedded.CORPUS)
             embedded.build(folder, base.seed)
             normalize_tokenizer(base, folder)
             origin: dict[str, Any] = {
@@ -289,13 +290,20 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
 def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     """Copy only what a model needs. Returns the entries of base.json about its origin."""
     from reward.model.converting import conversion_of
+    from reward.model.suitable import named
 
     require_weights(base, source)
     for name in source.matching(CONFIGS + TOKENIZER):
         copy_file(source.path(name), folder / name)
     original = digests(folder)
     config = read_config(base, folder)
-    conversion = conversion_of(config)
+    try:
+        conversion = conversion_of(config)
+    except Exception as error:  # because config.json may hold anything
+        raise base.fault(
+            f"has a config.json that cannot be converted ({named(error)}), expected one for the "
+            "installed version of transformers"
+        ) from None
     require_suitable(base, config, conversion, source)
     normalize_tokenizer(base, folder)
     origin: dict[str, Any] = {"kind": source.kind, "revision": source.revision}

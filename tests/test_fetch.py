@@ -601,6 +601,14 @@ CONFIGS: dict[str, tuple[Any, str]] = {
         of("llama", "LlamaForCausalLM", num_attention_heads=7),
         "has a config.json from which transformers cannot build a model (",
     ),
+    "Granite without heads": (
+        of("granite", "GraniteForCausalLM", num_attention_heads=0),
+        "has a config.json that cannot be converted (ZeroDivisionError: ",
+    ),
+    "Gemma 3 without its text part": (
+        {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": None},
+        "has a config.json that cannot be converted (TypeError: ",
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """The process of a stage: a fault is one sentence, interrupts never exit with 0, no orphans."""
 
+import json
 import math
 import os
 import signal
@@ -128,6 +129,7 @@ def test_folder_of_outputs_that_leads_out_of_the_project_is_refused_before_the_w
     (tmp_path / target).mkdir()
     (tmp_path / "project" / "models").symlink_to(tmp_path / target)
     monkeypatch.chdir(tmp_path / "project")
+    Path("dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["stages.train"])
     done = []
     for staged in (False, True):
@@ -151,7 +153,7 @@ class Group:
     [
         ("params.yaml", "a: {rank: 2}\n", "a: {rank: 2}\nb: {}\n", ""),
         ("params.yaml", "a: {rank: 2}\n", "a: {rank: 3}\n", "a.rank from 2 to 3; DVC would record"),
-        ("code.py", "x = 1\n", "x = 2\n", "code.py; DVC would record"),
+        ("reward/code.py", "x = 1\n", "x = 2\n", "reward/code.py; DVC would record"),
         ("data/pairs.json", "[]\n", "[{}]\n", "data/pairs.json; DVC would record"),
         ("other.json", "[]\n", "[{}]\n", ""),
     ],
@@ -168,8 +170,10 @@ def test_outputs_are_not_recorded_for_what_has_changed_while_they_were_made(
     """DVC reads parameters and code again when a stage is done, and records what it then finds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["stages.train"])
-    monkeypatch.setattr("reward.stage.loaded_modules", lambda: {"main": tmp_path / "code.py"})
-    Path("code.py").touch()
+    stage = {"cmd": "python -m stages.train", "deps": ["${some.data}", "reward/code.py"]}
+    Path("dvc.yaml").write_text(json.dumps({"stages": {"train": stage}}), encoding="utf-8")
+    Path("reward").mkdir()
+    Path("reward/code.py").touch()
     Path("data").mkdir()
     Path("params.yaml").write_text("a: {rank: 2}\n", encoding="utf-8")
 
@@ -210,6 +214,7 @@ def test_experiment_that_dvc_would_lose_is_refused_before_the_work(
     project = tmp_path / "project"
     (project / copy).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(project / copy)
+    Path("dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     monkeypatch.setenv("DVC_ROOT", str(project))
     monkeypatch.setattr(sys, "argv", ["stages.train"])
     monkeypatch.setattr("reward.stage.STAGED", True)
