@@ -102,14 +102,17 @@ class Template:
 class Encoder:
     """The tokenizer of a base folder together with a template."""
 
-    def __init__(self, base: Path, template: Template) -> None:
-        """Raises a Fault if the tokenizer is another one, or lacks what the template needs."""
+    def __init__(self, base: Path, template: Template, size: int | None = None) -> None:
+        """`size` is the number of ids of the model; by default it is read from its config.json.
+
+        Raises a Fault if the tokenizer is another one, or lacks what the template needs.
+        """
         if digest(base / "tokenizer.json") != template.tokenizer:
             raise Fault(
                 f"{base}/tokenizer.json is not the one that the template was made for; "
                 "expected the base model of the tokenized data"
             )
-        self.template, self._base = template, base
+        self.template, self._base, self._given_size = template, base, size
         self._tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -175,12 +178,12 @@ class Encoder:
         before, after = map("".join, around(self._tokenizer))
         return before, after
 
-    def unknown(self, *texts: TokenIds) -> str | None:
+    def unknown(self, *texts: Sequence[int] | TokenIds) -> str | None:
         """Says which id of the texts the base lacks, if one does.
 
         A tokenizer may have tokens that were added without enlarging the base.
         """
-        largest = max(int(ids.max(initial=0)) for ids in texts) if self._size else 0
+        largest = max(int(np.max(ids, initial=0)) for ids in texts) if self._size else 0
         if not self._size or largest < self._size:
             return None
         token = self._tokenizer.id_to_token(largest)
@@ -189,8 +192,9 @@ class Encoder:
     @cached_property
     def _size(self) -> int | None:
         """The number of ids of the base if the tokenizer has more; None if not, or not known."""
-        path = self._base / "config.json"
-        size = read_json(path).get("vocab_size") if path.exists() else None
+        size, path = self._given_size, self._base / "config.json"
+        if size is None and path.exists():
+            size = read_json(path).get("vocab_size")
         ids = [self._tokenizer.get_vocab_size() - 1, *self._tokenizer.get_added_tokens_decoder()]
         return size if isinstance(size, int) and max(ids) >= size else None
 

@@ -49,7 +49,8 @@ class Scorer:
         self._folder = folder = Path(folder)
         self._model = load_exported(folder)
         self._template = Template.load(folder / "template.json")
-        self._encoder = Encoder(folder, self._template)
+        size = self._model.get_input_embeddings().num_embeddings
+        self._encoder = Encoder(folder, self._template, size)
         self.temperature: float = recorded(folder / REWARD)["temperature"]
         bos = token_of(read_json(folder / TOKENIZER_CONFIG), "bos_token")
         self._openings, self._endings = Openings(self._encoder, bos), Endings(self._encoder)
@@ -74,7 +75,8 @@ class Scorer:
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, as in training.
 
-        Raises Misfit for the first text that has no ids or more than max_length.
+        Raises Misfit for the first text that has no ids, more than max_length, or one that the
+        model lacks.
         """
         found, most = self._encoder.encode(texts), self._template.max_length
         for index, ids in enumerate(found):
@@ -83,6 +85,8 @@ class Scorer:
             if len(ids) > most:
                 sentence = f"the text has {len(ids)} tokens, expected at most {most}"
                 raise Misfit(index, "over_length", sentence)
+            if unknown := self._encoder.unknown(ids):
+                raise Misfit(index, "unknown_id", f"the text has {unknown}")
         return found
 
     def encode_rendered(self, texts: Sequence[str]) -> list[Ids]:
