@@ -113,7 +113,7 @@ def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:
     margin = margins(chosen, rejected)
     if broken := int((~margin.isfinite()).sum()):
         raise Fault(
-            f"{ADAPTER}: the rewards of {broken} of {len(margin)} test pairs are not finite; "
+            f"{ADAPTER}: the rewards of {broken} of {len(margin)} pairs are not finite; "
             "set quantization.compute_dtype to float32, which has the widest range"
         )
 

@@ -346,7 +346,7 @@ def test_report_says_which_temperature_is_best(
 def test_non_finite_rewards_stop_the_stage(
     judged: Callable[[Scorer], dict[str, Any]], broken: float
 ) -> None:
-    with pytest.raises(Fault, match="rewards of 20 of 20 test pairs are not finite"):
+    with pytest.raises(Fault, match="rewards of 20 of 20 pairs are not finite"):
         judged(lambda row: (broken, 0.0))
     assert not evaluate.REPORTS.exists()
     assert not evaluate.METRICS.exists()

@@ -22,6 +22,7 @@ from reward.data.records import (
     Raw,
     candidates,
     check,
+    parts_of,
 )
 from reward.data.sources import Source, source_of, sources, usable
 from reward.data.values import is_absent
@@ -101,7 +102,7 @@ def test_published_form_gives_its_pairs(name: str) -> None:
     if "columns" in expected:
         assert checked[0].columns == expected["columns"]
     if "tools" in expected:
-        assert found[0]["tools"] == expected["tools"]
+        assert parts_of(checked[0].prompt[0])["tools"] == expected["tools"]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -204,6 +205,18 @@ def test_what_the_prompt_repeats_is_used_once() -> None:
         assert found["prompt"] == [*earlier, user("Why?")]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": [user("Why?"), {"role": "assistant"}]},
+        {"prompt": [{"role": "system"}, user("Why?")], "system": "Be brief."},
+    ],
+)
+def test_message_without_content_is_a_bad_record(change: Record) -> None:
+    with pytest.raises(BadRecord):
+        check(form_of(PLAIN | change).read(PLAIN | change))
+
+
 def test_system_column_that_repeats_the_system_message_is_used_once() -> None:
     messages = {"messages": [system("s"), user("q")], "system": "s"}
     record = {"chosen": "c", "rejected": "r"} | messages
@@ -234,6 +247,12 @@ def test_empty_values_count_as_missing_columns(empty: Any) -> None:
 def test_blank_system_column_counts_as_missing() -> None:
     [[[found], _]] = pairs_of(PLAIN | {"system": " \n", "history": [["a", "b"]]})
     assert found["prompt"] == [user("a"), {"role": "assistant", "content": "b"}, user("Why?")]
+
+
+@pytest.mark.parametrize("name", ["system", "input", "weight", "preference"])
+def test_empty_cells_of_a_column_that_is_read_are_not_kept(name: str) -> None:
+    raw = form_of(PLAIN).read(PLAIN | {name: "", "note": ""})
+    assert check(raw).columns == {"note": ""}
 
 
 @pytest.mark.parametrize("name", ["image", "images", "video", "videos", "audio", "audios"])
@@ -283,7 +302,7 @@ def test_part_that_is_not_text_is_named() -> None:
 )
 def test_context_column_of_the_wrong_type_is_bad(change: Record, sentence: str) -> None:
     with pytest.raises(BadRecord, match=sentence) as caught:
-        form_of(PLAIN).read(PLAIN | change)
+        check(form_of(PLAIN).read(PLAIN | change))
     assert caught.value.reason == "wrong_type"
 
 
@@ -365,6 +384,15 @@ def test_missing_verdict_is_a_bad_record(verdict: Record, found: str) -> None:
     form = form_of(TWO | {"better_response_id": 0})
     with pytest.raises(BadRecord, match=f"^'better_response_id' {found}$") as caught:
         form.read(TWO | verdict)
+    assert caught.value.reason == "missing_key"
+
+
+@pytest.mark.parametrize("votes", [{}, {"votes": None}, {"votes": []}, {"votes": ""}])
+def test_record_without_votes_has_no_verdict(votes: Record) -> None:
+    record = {"instruction": "Why?", "response1": "A.", "response2": "B."}
+    form = form_of(record | {"votes": [1, 2]})
+    with pytest.raises(BadRecord, match=r"^'votes' has no value$") as caught:
+        form.read(record | votes)
     assert caught.value.reason == "missing_key"
 
 
@@ -524,6 +552,7 @@ def test_order_of_preference_is_read_as_all_comparisons() -> None:
         ({"weight": 1e-31}, Comparison(0, 1, 1, 0)),
         ({"weight": 1e-30, "margin": 1e15}, Comparison(0, 1, 1, 1e-30, 1e15)),
         ({"weight": "heavy", "margin": "wide", "preference": "yes"}, Comparison(0, 1)),
+        ({"weight": True, "margin": False, "preference": True}, Comparison(0, 1)),
         ({"votes": 17}, Comparison(0, 1)),
     ],
 )

@@ -151,6 +151,7 @@ def test_unmapped_verdict_is_an_error_and_a_mapped_tie_is_not(tmp_path: Path) ->
         ("chosen: left, rejected: right, weight: null, margin: null", {"weight": 9, "margin": -9},
          Comparison(0, 1)),
         ("chosen: left, rejected: right, votes: null", {"votes": [0, 1]}, Comparison(0, 1)),
+        ("chosen: left, rejected: right, preference: p", {"p": None}, Comparison(0, 1)),
     ],
 )  # fmt: skip
 def test_entry_defines_what_grades_a_comparison(
@@ -161,6 +162,24 @@ def test_entry_defines_what_grades_a_comparison(
     [(_, raw)] = source
     assert isinstance(raw, Raw)
     assert raw.comparisons == [expected]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "columns", "named"),
+    [
+        ("preference: p", {"p": None}, "'p'"),
+        ("votes: [for, against]", {"for": None, "against": None}, "'for and against'"),
+        ("votes: v", {}, "'v'"),
+    ],
+)
+def test_comparison_without_a_verdict_is_a_bad_record(
+    tmp_path: Path, verdict: str, columns: Record, named: str
+) -> None:
+    given = {"p": 1, "for": 1, "against": 0, "v": [1, 0]}
+    entry = f"x.jsonl: {{prompt: ask, answers: [left, right], {verdict}}}"
+    [source] = sources(write(tmp_path, entry, TWO | given, TWO | columns))
+    [(_, _), (_, found)] = source
+    assert str(found) == f"{named} has no value"
 
 
 PANDALM = {"instruction": "Why?", "response1": "A.", "response2": "B.", "votes": [2, 2, 1, 2]}
@@ -437,7 +456,9 @@ def test_entry_for_a_file_that_is_read_by_itself_is_refused(tmp_path: Path) -> N
     ):
         sources(tmp_path / "x.jsonl")
     write(tmp_path, "y.jsonl:\n", *numbered(1))
-    assert len(sources(tmp_path / "x.jsonl")) == 1
+    # DVC does not see that file, so it changes nothing.
+    [source] = sources(tmp_path / "x.jsonl")
+    assert source.name is None
 
 
 def test_folder_without_dataset_yaml_has_no_mapping(tmp_path: Path) -> None:

@@ -376,6 +376,7 @@ def test_tables_are_read_by_their_header(
         (b"a,b,a\n1,2,3\n", "row 1: the column 'a' appears twice"),
         (b'a,b\n"1,2\n', r"row 2 \(line 2\): broken table: "),
         (b'a,b\n"1"x,2\n', r"row 2 \(line 2\): broken table: "),
+        (b'"a"x,b\n1,2\n', r"row 1 \(line 1\): broken table: "),
         (b"a,b\n", "has no records"),
         (b"", "has no records"),
     ],
@@ -668,8 +669,9 @@ def test_tools_are_the_first_message_of_the_prompt() -> None:
         pair = check(form | {"tools": [SCHEMA]})
         assert [message[:2] for message in pair.prompt] == [("tools", ""), USER]
         assert pairs.parts_of(pair.prompt[0]) == {"tools": [SCHEMA]}
-    asked = pairs.candidates({"prompt": "hi", "answer": "a", "tools": [SCHEMA]})
-    assert asked.prompt == pair.prompt
+    for tools in ([SCHEMA], json.dumps([SCHEMA])):
+        asked = pairs.candidates({"prompt": "hi", "answer": "a", "tools": tools})
+        assert asked.prompt == pair.prompt
 
 
 def test_hashes_and_ids_depend_on_parts_and_tools() -> None:
@@ -711,7 +713,7 @@ PLAIN = FORMS["texts"]
          with_answer(tool_calls="look")),
         ("wrong_type", "an item of 'tool_calls' in 'chosen' has the key id, expected a function",
          with_answer(tool_calls=[LOOK, {"id": 3}])),
-        ("wrong_type", "'tools' is a string, expected a list", PLAIN | {"tools": "look"}),
+        ("wrong_type", "'tools' is a string that is not JSON", PLAIN | {"tools": "look"}),
         ("wrong_type", "an item of 'tools' is a string, expected", PLAIN | {"tools": ["look"]}),
         ("unread", "a message of 'chosen' has 'images', which", with_answer(images=["a.png"])),
         ("unread", "a message of 'chosen' has 'thinking', which", with_answer(thinking="so")),

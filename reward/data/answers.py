@@ -313,6 +313,8 @@ class Grades:
 
     `preference` is the probability that chosen, or the first of two answers, is preferred. `votes`
     are the numbers of votes for each answer, or a list of single votes with this `meaning`.
+    `decisive` are those of these columns that alone say which answer is better, so that no record
+    can be without them.
     """
 
     preference: str | None = None
@@ -320,6 +322,7 @@ class Grades:
     meaning: Meaning | None = None
     margin: str | None = None
     weight: str | None = None
+    decisive: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -337,10 +340,12 @@ class Grades:
     def graded(self, record: Record, comparisons: list[Comparison]) -> list[Comparison]:
         """The comparisons of a record, with its preference, weight and margin.
 
-        Raises BadRecord for a margin if no answer is certainly better, UnknownVerdict for a value
-        without a meaning.
+        Raises BadRecord if there is no verdict, or a margin although no answer is certainly better.
+        Raises UnknownVerdict for a value without a meaning.
         """
         preference = self._preference(record)
+        if preference is None and self.decisive:
+            raise BadRecord("missing_key", f"{' and '.join(self.decisive)!r} has no value")
         margin = _number(record, self.margin, 0.0)
         weight = _number(record, self.weight, 1.0)
         found = []

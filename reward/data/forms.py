@@ -5,7 +5,6 @@ messages, or none), the answers (texts or lists of messages), their comparisons,
 columns. `reward.data.recognition` finds the form of a file.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -194,7 +193,7 @@ class Form:
         if is_absent(tools):
             tools = record.get(TOOLS)
         if TOOLS in kept or not is_absent(tools):
-            kept[TOOLS] = _tools(tools)
+            kept[TOOLS] = tools
         prompt, answers = self._conversation(before, prompt, found, names)
         return Raw(prompt, answers, names, comparisons, kept)
 
@@ -235,8 +234,8 @@ class Form:
 def _is_canonical(record: Record, looked_at: set[str]) -> bool:
     """Whether a record needs no conversion, or lacks an answer, which the check then reports.
 
-    The columns `looked_at` may be empty or repeat the chosen answer, as `messages` of UltraFeedback
-    does.
+    The columns `looked_at` may be null, or repeat the chosen answer, as `messages` of UltraFeedback
+    does. An empty text in one of them would be kept as an extra column.
     """
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if is_absent(chosen) or is_absent(rejected):
@@ -246,7 +245,7 @@ def _is_canonical(record: Record, looked_at: set[str]) -> bool:
         return False
     for name in looked_at.intersection(record):
         value = record[name]
-        if not is_absent(value) and not (name in REPEATING and value == chosen):
+        if value == "" or not (is_absent(value) or (name in REPEATING and value == chosen)):
             return False
     for value in (prompt, chosen, rejected):
         if type(value) is not str and value is not None and not _are_plain(value):
@@ -273,23 +272,13 @@ def _answer(key: str, value: Any) -> Any:
     return messages(key, value) if isinstance(value, list) else value
 
 
-def _tools(value: Any) -> Any:
-    """The tools of a record, which some files store as a JSON string."""
-    if not isinstance(value, str) or not value.strip():
-        return value or None
-    try:
-        return json.loads(value)
-    except ValueError:
-        raise BadRecord("wrong_type", "'tools' is a string that is not JSON") from None
-
-
 def _joined(before: list[Any], prompt: list[Any]) -> list[Any]:
     """The earlier messages, then those of the prompt. What is in both appears once.
 
     That may be the system message, all earlier messages, and the user's last message.
     """
     systems = [[each for each in part if _has_role(each, "system")] for part in (before, prompt)]
-    if all(systems) and systems[0][0]["content"] != systems[1][0]["content"]:
+    if all(systems) and systems[0][0].get("content") != systems[1][0].get("content"):
         raise BadRecord("prompt_differs", "the system message differs from the one in the prompt")
     if all(systems) or any(_has_role(each, "system") for each in prompt[:1]):
         others = [each for each in before if not _has_role(each, "system")]
@@ -304,7 +293,7 @@ def _joined(before: list[Any], prompt: list[Any]) -> list[Any]:
 def _ends_with_one(prompt: list[Any], answers: list[Any]) -> bool:
     """Whether the last message of a prompt is one of the answers."""
     return any(
-        _has_role(last, "assistant") and (last["content"] in answers or [last] in answers)
+        _has_role(last, "assistant") and (last.get("content") in answers or [last] in answers)
         for last in prompt[-1:]
     )
 

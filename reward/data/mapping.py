@@ -240,6 +240,7 @@ def _entry(entry: dict[str, Any]) -> Entry:
             **graded,
             votes=tuple(filter(None, _listed(entry, "votes"))),
             meaning=_meaning(entry) if {"votes", "first"} <= entry.keys() else None,
+            decisive=_soft(entry) if "answers" in entry and "verdict" not in entry else (),
         ),
         frozenset({*named, *graded, *(["votes"] if "votes" in entry else [])}),
     )
@@ -250,6 +251,11 @@ def _entry(entry: dict[str, Any]) -> Entry:
     paths += [("where", path) for path, _ in where]
     rest = {key: entry[key] for key in RECORDS if key in entry}
     return Entry(known, tuple(paths), where, **rest)
+
+
+def _soft(entry: dict[str, Any]) -> tuple[str, ...]:
+    """The columns of votes or of preferences that an entry names."""
+    return tuple(str(path) for way in SOFT for path in _listed(entry, way) if path)
 
 
 def _meaning(entry: dict[str, Any]) -> Meaning:
@@ -265,7 +271,7 @@ def _answers(entry: dict[str, Any]) -> Answers | None:
     if "verdict" in entry:
         first, second = entry["answers"]
         return Judged(first, second, entry["verdict"], _meaning(entry))
-    if any(entry.get(way) for way in SOFT):
+    if _soft(entry):
         return Preferred(*entry["answers"])
     for way in ORDERED:
         if way in entry:

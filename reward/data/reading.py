@@ -187,9 +187,10 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
         separator = next((each for each in shown if each in first), usual)
         file.seek(0)
         rows = csv.reader(file, delimiter=separator, strict=True)
-        position = 1
+        position = 0
         try:
             header = next(rows, [])
+            position = 1
             if twice := [name for name in header if header.count(name) > 1]:
                 raise Fault(f"{path}: row 1: the column {twice[0]!r} appears twice")
             for position, cells in enumerate(rows, start=2):

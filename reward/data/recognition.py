@@ -104,7 +104,7 @@ JUDGED = (
 )
 # PandaLM: the votes of several annotators.
 VOTED = Preferred("response1", "response2")
-VOTES = Grades(votes=("votes",), meaning=Meaning((1,), (2,), (0,)))
+VOTES = Grades(votes=("votes",), meaning=Meaning((1,), (2,), (0,)), decisive=("votes",))
 # WebGPT comparisons
 SCORED = (Listed(("answer_0", "answer_1"), "scores", ("score_0", "score_1")),)
 # The columns before the answers: their keys in dataset.yaml, and the names that are recognized.
@@ -319,6 +319,7 @@ def _grades(path: Path, columns: Columns, answers: Answers, known: Known) -> Gra
         meaning=given.meaning,
         margin=known.grades.margin if isinstance(answers, Listed) else column("margin"),
         weight=column("weight"),
+        decisive=given.decisive,
     )
 
 

@@ -377,10 +377,18 @@ def _parts(key: str, item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tools(record: dict[str, Any]) -> Messages:
-    """The tools of a record as a message to put before its prompt, or no message."""
+    """The tools of a record as a message to put before its prompt, or no message.
+
+    Some files store them as a JSON string.
+    """
     tools = record.get(TOOLS)
     if not tools:
         return ()
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise BadRecord("wrong_type", f"{TOOLS!r} is a string that is not JSON") from None
     _require_functions(f"{TOOLS!r}", tools)
     return ((TOOLS, "", _parts_text(TOOLS, {TOOLS: tools})),)
 

@@ -109,6 +109,6 @@ def are_numbers(values: list[Any]) -> bool:
 
 def begins_like_number(value: Any) -> bool:
     """Whether a value is a number, or a text such as "0.5", ",5", "25%" or "1 point"."""
-    return isinstance(value, int | float) or (
+    return type(value) in (int, float) or (
         isinstance(value, str) and re.match(r"\s*[-+]?[.,]?\d", value) is not None
     )
