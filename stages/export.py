@@ -40,7 +40,7 @@ from reward.outputs import (
     whole_folder,
     write_json,
 )
-from reward.process import Fault, counted, processors
+from reward.process import Fault, counted, threads
 from reward.stage import run_stage
 
 BASE = Path("models/base")
@@ -59,7 +59,7 @@ def main() -> None:
     options = params.load("export", Export)
     quantization = params.load("quantization", Quantization)
     require_libraries(options)
-    torch.set_num_threads(processors())
+    torch.set_num_threads(threads())
     evaluated = read_evaluated(tokenized.load(TEST, BASE))
     tokens_per_pack = packs_of(evaluated)
     trained = Trained(BASE, ADAPTER, quantization, recorded(EVALUATED), licenses())

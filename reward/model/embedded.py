@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from reward.outputs import read_json, write_json, writing
-from reward.process import Fault, processors
+from reward.process import Fault, threads
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -122,7 +122,7 @@ def pretrain(corpus: list[str], tokenizer: "Tokenizer", seed: int) -> "Qwen2ForC
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.set_num_threads(processors())
+    torch.set_num_threads(threads())
     torch.manual_seed(seed)
     end = tokenizer.encode(SPECIAL[0]).ids[0]
     model = Qwen2ForCausalLM(

@@ -41,7 +41,7 @@ from reward.judging.metrics import Resampling
 from reward.model.base import device, fast_dtype, keep_weights_unpacked
 from reward.model.head import is_classifier, problem_with_labels
 from reward.outputs import digest, read_json, recorded, watched, whole_folder, write_json
-from reward.process import Fault, command_line, one_line, processors, run
+from reward.process import Fault, command_line, one_line, run, threads
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -57,14 +57,14 @@ DATE = "2026-01-01"
 EXPECTED = "expected the folder of a sequence classifier, such as Qwen2ForSequenceClassification"
 
 
-class Judged(NamedTuple):
+class Scored(NamedTuple):
     """The ids of a text as the model reads it, [tokens], and the text's reward."""
 
     ids: npt.NDArray[np.int32]
     reward: float
 
 
-Answers = dict[tuple[str, int], Judged]
+Answers = dict[tuple[str, int], Scored]
 
 
 class Judge:
@@ -100,7 +100,7 @@ class Judge:
         for row in watched(answers, f"judging with {self.folder}", "answers"):
             key = row[PROMPT_ID], row[ANSWER]
             ids = self.ids(key, json.loads(row[PROMPT]) + json.loads(row[RESPONSE]))
-            found[key] = Judged(np.array(ids, dtype=np.int32), self.reward(ids))
+            found[key] = Scored(np.array(ids, dtype=np.int32), self.reward(ids))
         if broken := sum(not np.isfinite(each.reward) for each in found.values()):
             raise Fault(
                 f"{self.folder}: the rewards of {broken} of {len(found)} answers are not finite, "
@@ -144,7 +144,7 @@ def main() -> None:
     require_classifier(options.model)
     model = files_of(options.model)
     require_output(output, model)
-    torch.set_num_threads(processors())
+    torch.set_num_threads(threads())
     pairs = {options.sets / "test": tokenized.load(options.sets / "test", BASE)}
     # Leaked prompts are only known for the pipeline's own model.
     sets = [
@@ -232,7 +232,7 @@ def chat_template(folder: Path, tokenizer: Any) -> str:
     return dated(found, DATE)
 
 
-def table_of(pairs: Dataset, answers: Mapping[tuple[str, int], Judged]) -> pa.Table:
+def table_of(pairs: Dataset, answers: Mapping[tuple[str, int], Scored]) -> pa.Table:
     """The rewards of comparisons in evaluate's format; lengths count the model's own tokens."""
     j, k = (
         [answers[key] for key in zip(pairs[PROMPT_ID], pairs[name], strict=True)]
