@@ -45,7 +45,7 @@ from reward.model.layers import multiplies_bf16
 from reward.model.memory import within_memory
 from reward.model.packing import full_pack
 from reward.model.plain import require_length
-from reward.model.progress import line_of, write_curves
+from reward.model.progress import at_work, line_of, write_curves
 from reward.model.scoring import require_exact
 from reward.model.steps import Steps, planned
 from reward.model.trainer import (
@@ -127,13 +127,7 @@ def useful(gpus: int) -> int:
     if options.tokens_per_pack == "auto":
         return gpus
     first = steps(options, tokenized.load(SPLITS[0], BASE))[0]
-    packs = len(first.packs(options.tokens_per_pack))
-    if packs < gpus:
-        print(
-            f"processes  {packs} on {gpus} GPUs, because the first step has no more packs; raise "
-            "train.pairs_per_step or lower train.tokens_per_pack to use more"
-        )
-    return min(packs, gpus)
+    return at_work(first, options.tokens_per_pack, gpus)
 
 
 def require_possible(options: Train) -> None:

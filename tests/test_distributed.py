@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from reward import process
 from reward.model import group, launching
+from reward.model.progress import at_work
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
@@ -255,7 +256,7 @@ def test_each_visible_gpu_gets_a_process_if_a_step_has_enough_packs(
     launching.distribute(lambda: alone.append(True), "stages.train", train.useful)
     assert [each.nproc_per_node for each in launched] == [2] * (processes - 1)
     assert alone == [True] * (2 - processes)
-    note = "processes  1 on 2 GPUs, because the first step has no more packs; raise"
+    note = "processes  1 of 2 have work, because the first step has no more packs; raise"
     assert (note in capsys.readouterr().out) == (processes == 1)
 
 
@@ -274,7 +275,6 @@ def test_each_gpu_of_several_machines_gets_a_process(
 @pytest.mark.parametrize(("tokens", "processes", "noted"), [("auto", 2, 1), (80, 2, 0), (80, 8, 4)])
 def test_processes_without_work_are_noted_once_the_size_of_packs_is_known(
     set_params: SetParams,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tokens: int | str,
     processes: int,
@@ -282,8 +282,7 @@ def test_processes_without_work_are_noted_once_the_size_of_packs_is_known(
 ) -> None:
     set_params("train", tokens_per_pack=tokens)
     ours = new_trainer()
-    monkeypatch.setattr(group, "size", lambda: processes)
-    ours.report_idle()
+    at_work(ours.steps[0], ours.tokens_per_pack, processes)
     note = (
         f"processes  {noted} of {processes} have work, because the first step has no more packs; "
         "raise train.pairs_per_step or lower train.tokens_per_pack to use more\n"

@@ -149,7 +149,7 @@ class Meaning:
     def description(self) -> str:
         parts = [(self.first, "the first answer"), (self.second, "the second")]
         parts += [(self.tie, "a tie")] if self.tie else []
-        return ", ".join(f"{_listed(values)} for {answer}" for values, answer in parts)
+        return ", ".join(" or ".join(map(str, each)) + f" for {answer}" for each, answer in parts)
 
     def sign(self, value: Any) -> int | None:
         """1 if the first answer is better, -1 if the second is, 0 for a tie, None if unknown."""
@@ -158,10 +158,6 @@ class Meaning:
             if found in [plain(known) for known in values]:
                 return sign
         return None
-
-
-def _listed(values: tuple[Any, ...]) -> str:
-    return " or ".join(str(value) for value in values)
 
 
 @dataclass(frozen=True)

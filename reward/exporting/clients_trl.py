@@ -173,9 +173,11 @@ def sample_of_conversations(exported: Exported) -> dict[int, Conversation]:
     for index, pair in exported.conversations.items():
         ids = tokenizer(list(pair.answers), add_special_tokens=False)["input_ids"]
         whole = tokenizer.batch_decode(ids, skip_special_tokens=True) == list(pair.answers)
-        if whole and all(ids) and pair.prompt not in prompts and len(found) < SAMPLE:
+        if whole and all(ids) and pair.prompt not in prompts:
             prompts.add(pair.prompt)
             found[index] = pair
+        if len(found) == SAMPLE:
+            break
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 from datasets import Dataset
 
@@ -82,7 +83,10 @@ def as_table(
             ID: test[ID],
             **dict(zip(REWARDS, (chosen, rejected), strict=True)),
             MARGIN: chosen - rejected,
-            **{name: list(map(len, test[ids])) for name, ids in zip(TOKENS, IDS, strict=True)},
+            **{
+                name: pc.list_value_length(test.data[ids]).cast(pa.int64())
+                for name, ids in zip(TOKENS, IDS, strict=True)
+            },
         }
         | {name: test[name] for name in (*known, *kept)}
     )

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from reward.model.steps import Step
 from reward.outputs import write_json
 
 
@@ -66,6 +67,20 @@ def line_of(place: str, found: dict[str, float]) -> str:
         f"{place:<11} validation loss {found['loss']:.4f}  accuracy {found['accuracy']:.4f}  "
         f"margin {found['margin']:+.4f}"
     )
+
+
+def at_work(step: Step, tokens_per_pack: int, processes: int) -> int:
+    """How many of the processes have work: at most as many as the step has packs.
+
+    Prints a line if some have none.
+    """
+    packs = len(step.packs(tokens_per_pack))
+    if packs < processes:
+        print(
+            f"processes  {packs} of {processes} have work, because the first step has no more "
+            "packs; raise train.pairs_per_step or lower train.tokens_per_pack to use more"
+        )
+    return min(packs, processes)
 
 
 def peak_memory() -> float:

@@ -53,7 +53,7 @@ from reward.model.base import device, head_of, settle_config, trained_bytes
 from reward.model.memory import within_memory
 from reward.model.packing import Texts, lengths_of, pack, pairs_of, tokens
 from reward.model.pairwise import Labels, correct, losses, margins
-from reward.model.progress import Progress, validation_curve, write_curves
+from reward.model.progress import Progress, at_work, validation_curve, write_curves
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
 from reward.model.scoring import halved, rewards, score
 from reward.model.steps import Step, StepOf, Steps
@@ -296,7 +296,7 @@ class RewardTrainer(Trainer):
         """Train from the first step. A head that is not new is evaluated first, not scaled."""
         if self.finds_pack_size:
             self.tokens_per_pack = largest_pack(self)
-        self.report_idle()
+        at_work(self.steps[0], self.tokens_per_pack, group.size())
         rows = self.steps.dataset
         first = pairs_of(rows.select(range(min(HEAD_PAIRS, len(rows)))))
         if new_head:
@@ -322,20 +322,11 @@ class RewardTrainer(Trainer):
             self.best = [best[name] for name in self.names]
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < state.max_steps:
-            self.report_idle()
+            at_work(self.steps[0], self.tokens_per_pack, group.size())
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # because the Trainer would take an extra step if the last epoch is not a whole one
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
-
-    def report_idle(self) -> None:
-        """Print a line if the first step has fewer packs than there are processes."""
-        packs = len(self.steps[0].packs(self.tokens_per_pack))
-        if packs < group.size():
-            print(
-                f"processes  {packs} of {group.size()} have work, because the first step has no "
-                "more packs; raise train.pairs_per_step or lower train.tokens_per_pack to use more"
-            )
 
     @torch.no_grad()
     def set_weights(self, weights: Sequence[Tensor]) -> None:
