@@ -152,7 +152,12 @@ def local_folder(base: Base) -> Source | None:
                 f"does not know it; add -C {base.name} to the command, or give its absolute path"
             )
         return None
-    names = [path.name for path in folder.iterdir() if path.is_file()]
+    try:
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+    except OSError as error:
+        raise base.fault(
+            f"cannot be read: {error.strerror}; expected the folder of a model"
+        ) from None
     found = license_in(with_card(folder))
     return Source("local", "local folder", names, lambda name: folder / name, found)
 

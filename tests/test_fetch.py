@@ -1,5 +1,6 @@
 """Fetch: what it copies to models/base from a folder or a hub, and what it refuses."""
 
+import errno
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import huggingface_hub
 import pytest
@@ -782,6 +783,19 @@ def test_missing_shard_and_broken_index_are_named(llama: Path, set_params: SetPa
     for content in ("{", "[]", '{"weight_map": []}'):
         (llama / "model.safetensors.index.json").write_text(content)
         assert "has a broken model.safetensors.index.json" in refused()
+
+
+def test_folder_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """root may read any folder, so the error is a fake."""
+
+    def refuse(_: Path) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(Fault, match=r"cannot be read: Permission denied; expected the folder of a"):
+        fetch.local_folder(fetch.Base(str(tmp_path), "main", 0))
 
 
 def test_shard_outside_the_folder_is_refused(llama: Path, set_params: SetParams) -> None:
