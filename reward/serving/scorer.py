@@ -198,10 +198,10 @@ def reward_function(
     Prompts and completions are texts or lists of messages, which the model's own template renders,
     as well as the dataset's column `tools`. A completion that cannot be scored gets the reward
     None, which TRL ignores, because a policy may write anything: an empty one, one that is too
-    long, does not end in a message of the assistant or cannot be rendered. The first one causes a
-    warning. With `strict`, it causes a Fault instead. The function always raises a Fault for a
-    prompt that cannot be rendered with any answer. Its name, by which TRL names its curves, is the
-    path of the folder.
+    long, has a token that the model lacks, does not end in a message of the assistant or cannot be
+    rendered. The first one causes a warning. With `strict`, it causes a Fault instead. The function
+    always raises a Fault for a prompt that cannot be rendered with any answer. Its name, by which
+    TRL names its curves, is the path of the folder.
     """
     scorer, warned = Scorer(folder), False
 
