@@ -23,6 +23,7 @@ from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig
 
 from reward import params
@@ -85,6 +86,19 @@ def distance(one: Tensors, other: Tensors) -> float:
     """The largest difference between tensors of two adapters, relative to the tensor's norm."""
     assert one.keys() == other.keys()
     return max(((one[n] - other[n]).norm() / (other[n].norm() + 1e-12)).item() for n in one)
+
+
+def ids_of(step: Step) -> list[list[int]]:
+    """The ids of all texts of a step."""
+    return [[*map(int, ids)] for each in step.rankings for ids in each.texts.ids]
+
+
+@torch.no_grad()
+def set_adapters(model: PeftModel) -> None:
+    """Give new adapters an effect, so that rewards depend on them."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.05)
 
 
 def training_pairs() -> list[Texts]:
@@ -230,10 +244,7 @@ def test_gradient_of_a_step_matches_its_comparisons_one_by_one(
     steps = Steps(rows, [np.arange(len(rows))])
     run = checkpoints.Run(Path("models/checkpoints/run"))
     ours = trainer.RewardTrainer(built(), options, run, steps, rows, train.REPORTS)
-    with torch.no_grad():
-        for name, parameter in ours.reward_model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
+    set_adapters(ours.reward_model)
     sums = ours.attempt(steps[0])
     assert sums is not None
     loss, right, margin, decided = sums.tolist()
@@ -380,6 +391,24 @@ def test_repeated_step_uses_the_same_random_numbers(
     train.main()
     assert len(calls) == 4
     assert distance(weights(), expected) == 0
+
+
+def test_dropout_of_a_pack_depends_on_the_seed_its_step_and_its_number(
+    set_params: SetParams,
+) -> None:
+    set_params("lora", lora_dropout=0.5)
+    ours = new_trainer()
+    set_adapters(ours.reward_model)
+    step = ours.steps[0]
+    [held] = step.packs(ours.tokens_per_pack)
+
+    def addend(seed: int, done: int, number: int) -> tuple[float, ...]:
+        ours.args.seed, ours.state.global_step = seed, done
+        return tuple(ours.addend(step, [held] * 2, number).tolist())
+
+    found = [addend(*each) for each in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert addend(0, 0, 0) == found[0]
+    assert len({*found}) == 4
 
 
 def test_pair_too_long_for_memory_stops_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -580,13 +609,38 @@ def test_pack_size_is_in_the_checkpoint(
 # --- start and faults ------------------------------------------------------------------------
 
 
-def test_all_linear_layers_can_be_adapted_with_rank_stabilization(
+def test_all_linear_layers_can_be_adapted_with_rank_stabilization_and_dropout(
     set_params: SetParams,
 ) -> None:
     set_params("lora", r=4, lora_alpha=32, use_rslora=True, target_modules="all-linear")
+    set_params("lora", lora_dropout=0.5)
     layers = [each for each in built().modules() if isinstance(each, LoraLayer)]
     assert len(layers) == 2 * 7
     assert {each.scaling["default"] for each in layers} == {32 / 2}
+    assert {str(each.lora_dropout["default"]) for each in layers} == {str(nn.Dropout(0.5))}
+
+
+def test_seed_determines_adapters_head_order_dropout_and_validation_pairs(
+    set_params: SetParams,
+) -> None:
+    set_params("preprocess", validation_fraction=0.4)
+    preprocess.main()
+
+    def drawn(seed: int) -> dict[str, Any]:
+        set_params("train", seed=seed, validation_pairs=1)
+        ours = new_trainer()
+        weights = {
+            name: each.tolist()
+            for name, each in ours.reward_model.named_parameters()
+            if each.requires_grad and "lora_B" not in name
+        }
+        texts = {"order": [ids_of(each) for each in ours.steps]}
+        return weights | texts | {"validation": ids_of(ours.validation), "dropout": ours.args.seed}
+
+    first, again, other = map(drawn, (0, 0, 1))
+    assert len(first) == 2 * 7 + 1 + 3
+    assert first == again
+    assert [name for name in first if first[name] == other[name]] == []
 
 
 def test_initial_margins_are_small_whatever_the_scale_of_the_head() -> None:
