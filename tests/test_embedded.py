@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 from reward.model import embedded
 from reward.outputs import digests, read_json
 from reward.process import Fault
+from stages import fetch
+from tests.support import SetParams
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +44,26 @@ def test_another_seed_changes_only_the_weights(built: dict[str, Path]) -> None:
     one, other = digests(built["one"]), digests(built["other"])
     assert {name for name in one if one[name] != other[name]} == {"model.safetensors"}
     assert one.keys() == other.keys()
+
+
+def test_fetch_builds_the_model_with_its_seed_and_records_it(
+    built: dict[str, Path], set_params: SetParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "CORPUS", ROOT / embedded.CORPUS)
+    set_params("base", seed=1)
+    fetch.main()
+    base = read_json(fetch.BASE / "base.json")
+    (fetch.BASE / "base.json").unlink()
+    assert base == {
+        "name": embedded.NAME,
+        "kind": "embedded",
+        "revision": "seed 1",
+        "license": {"license": "apache-2.0"},
+        "files": digests(fetch.BASE),
+    }
+    other = digests(built["other"])
+    assert base["files"].keys() == other.keys()
+    assert base["files"]["model.safetensors"] == other["model.safetensors"]
 
 
 def test_no_file_names_a_library_version(built: dict[str, Path]) -> None:
