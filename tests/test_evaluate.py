@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +16,9 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 
+from reward import params
 from reward.data.columns import IDS
+from reward.groups import Evaluate
 from reward.judging import evaluation
 from reward.judging.benchmarks import REWARDBENCH
 from reward.judging.metrics import Resampling
@@ -23,7 +26,7 @@ from reward.model.packing import Texts
 from reward.outputs import digests
 from reward.process import Fault
 from stages import evaluate, preprocess
-from tests.support import write_pairs
+from tests.support import SetParams, write_pairs
 
 KNOWN = ("prefix_length", "preference", "weight", "answer_j", "answer_k", "prompt_id")
 Scorer = Callable[[dict[str, Any]], tuple[float, float]]
@@ -41,7 +44,8 @@ def judged(
     shutil.copy("data/tokenized/template.json", evaluate.ADAPTER)
 
     def run(scorer: Scorer) -> dict[str, Any]:
-        def score(_: None, prompts: list[Texts], __: int) -> torch.Tensor:
+        def score(_: None, prompts: list[Texts], tokens_per_pack: int) -> torch.Tensor:
+            assert tokens_per_pack == params.load("evaluate", Evaluate).tokens_per_pack
             rewards = {
                 tuple(row[name]): reward
                 for row in load_from_disk(evaluate.TEST)
@@ -204,6 +208,33 @@ def test_same_rewards_give_the_same_bytes(judged: Callable[[Scorer], dict[str, A
     assert (digests(evaluate.REPORTS), evaluate.METRICS.read_bytes()) == first
 
 
+def test_intervals_depend_on_the_number_of_samples_and_the_seed(
+    judged: Callable[[Scorer], dict[str, Any]], set_params: SetParams
+) -> None:
+    found = set()
+    for samples, seed in ((50, 0), (50, 1), (10, 0)):
+        set_params("evaluate", bootstrap_samples=samples, seed=seed)
+        figures = judged(arbitrary_rewards)
+        found.add((figures["accuracy_low"], figures["accuracy_high"]))
+    assert len(found) == 3
+
+
+def test_threads_and_packs_are_those_that_were_asked_for(
+    judged: Callable[[Scorer], dict[str, Any]],
+    set_params: SetParams,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads, packs = Mock(), Mock()
+    monkeypatch.setattr(torch, "set_num_threads", threads)
+    monkeypatch.setattr(evaluate, "full_pack", packs)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    set_params("evaluate", tokens_per_pack=512)
+    judged(arbitrary_rewards)
+    assert (threads.mock_calls, packs.call_args.args[1]) == ([call(7)], 512)
+    written = pyarrow.parquet.read_schema(evaluate.REPORTS / "rewards.parquet")
+    assert written.metadata[b"tokens_per_pack"] == b"512"
+
+
 def graded(preference: list[float], margin: list[float], **columns: list[str]) -> pa.Table:
     """Comparisons of three answers to each prompt, as judged by evaluate."""
     count = len(preference)
@@ -309,6 +340,12 @@ def test_rewardbench_set_has_a_score_and_a_slice_for_each_subset() -> None:
     some = evaluation.measure_sets([each], [table.slice(0, 3)], Resampling(200, 0))
     assert some["bench"]["benchmark"]["score"] is None
     assert "sets/bench/score" not in evaluate.headline(figures | {"sets": some})
+
+
+def test_column_with_few_values_slices_the_pairs() -> None:
+    columns = {f"{count} values": [str(row % count) for row in range(62)] for count in (30, 31)}
+    figures = measured(graded([1.0] * 62, [1.0] * 62, **columns))
+    assert {name: len(values) for name, values in figures["by"].items()} == {"30 values": 30}
 
 
 def test_odd_names_of_slices_neither_break_the_report_nor_the_plots(

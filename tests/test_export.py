@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow as pa
@@ -778,6 +779,24 @@ def test_packs_have_the_size_recorded_by_evaluate(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Fault, match="failed with status 1"):
         export.main()
     assert [request.tokens_per_pack for request in requests] == [60]
+
+
+@pytest.mark.usefixtures("ready")
+def test_longer_texts_choose_the_pairs_and_all_rewards_the_tolerance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen, judged = MagicMock(), MagicMock(side_effect=Fault)
+    monkeypatch.setattr(gate, "select_pairs", chosen)
+    monkeypatch.setattr(export, "require_alike", judged)
+    for place, name in ((export, "write_exported"), (export, "score_elsewhere"), (gate, "measure")):
+        monkeypatch.setattr(place, name, MagicMock())
+    with pytest.raises(Fault):
+        export.main()
+    rows = pyarrow.parquet.read_table(export.REWARDS).to_pylist()
+    lengths = [max(row["tokens_chosen"], row["tokens_rejected"]) for row in rows]
+    assert chosen.call_args.args[0].tolist() == lengths
+    rewards = [row[f"reward_{side}"] for row in rows for side in ("chosen", "rejected")]
+    assert judged.call_args.args[-1] == pytest.approx(np.std(rewards))
 
 
 def test_interpreter_may_be_relative_to_the_working_folder(
