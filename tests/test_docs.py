@@ -14,7 +14,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from reward.judging import evaluation
+from reward.judging import page as judgements
 from reward.judging.metrics import Resampling
+from reward.serving import queue, serve
 from stages import evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -395,6 +397,26 @@ def test_speeds_match_the_recorded_run(language: str) -> None:
         assert times == expected[3]
         assert tokens == f"{float(expected[4]):.0f}"
         assert memory in (expected[5], "–")
+
+
+def test_limits_match_the_code() -> None:
+    """In English; the other language has the same numbers."""
+    limits = {
+        "clients": [
+            f"Bodies above {serve.LARGEST / 2**20:g} MiB get 413.",
+            f"at most {serve.TEXTS:,} texts",
+            f"Waiting texts are limited to {queue.MOST / 1e6:.0f} million tokens",
+            f"bodies that are being read are limited to {serve.READING / 2**20:g} MiB together",
+        ],
+        "data": [f"A column with at most {evaluation.SLICE_VALUES} different values"],
+        "evaluation": [
+            f"the {judgements.MOST_PAIRS:,} with the lowest margins",
+            f"{judgements.MOST_CHARACTERS / 1e6:g} million characters",
+        ],
+    }
+    for name, sentences in limits.items():
+        text = " ".join(page(f"docs/{name}", ".md").split())
+        assert [each for each in sentences if each not in text] == []
 
 
 # --- both languages --------------------------------------------------------------------------
