@@ -174,6 +174,26 @@ def test_split_of_a_prompt_does_not_depend_on_the_order_of_records(data: Path) -
     assert split_of() == first
 
 
+@pytest.mark.usefixtures("data")
+def test_prompts_of_the_test_split_depend_on_the_seed(set_params: SetParams) -> None:
+    found = []
+    for seed in (0, 1):
+        set_params("preprocess", seed=seed)
+        run()
+        found.append({row["prompt_id"] for row in written()["test"]})
+    assert found[0] != found[1]
+
+
+@pytest.mark.usefixtures("data")
+def test_chat_template_and_date_are_those_of_params(set_params: SetParams) -> None:
+    own = "Mine, {{ strftime_now('%Y-%m-%d') }}:{% for each in messages %} {{ each.content }}"
+    Path("own.jinja").write_text(own + "{% endfor %}")
+    set_params("preprocess", template="chat", chat_template="own.jinja", date="2031-12-25")
+    run()
+    texts = load_from_disk(str(preprocess.TOKENIZED / "test" / "answers"))["text"]
+    assert all(each.startswith("Mine, 2031-12-25: Name a word") for each in texts)
+
+
 def test_folder_with_every_format_is_one_data_set(
     data: Path, workspace: Path, set_params: SetParams
 ) -> None:
@@ -258,6 +278,50 @@ def test_continued_dialogues_stay_in_one_split(
     for index in range(15):
         family = {check(dialogue(index, turns)).prompt_id for turns in (1, 2, 3)}
         assert sum(bool(family & found) for found in prompts) == 1
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_dialogues_that_begin_or_continue_one_of_a_split_file_are_listed_or_left_out(
+    workspace: Path, set_params: SetParams, name: str
+) -> None:
+    leaks = [dialogue(20, 1), dialogue(21, 3)]
+    held = [dialogue(20, 2), dialogue(21, 2), dialogue(22, 2)]
+    others = {"pairs": [*(dialogue(index, 1) for index in range(20)), *leaks], name: held}
+    folder_of(workspace, set_params, **others)
+    set_params("preprocess", template="chat")
+    assert (
+        f"mine: the prompts of 2 records are also in the {name} files: mine/pairs.json: record 21; "
+        "mine/pairs.json: record 22; "
+    ) in fault()
+    set_params("preprocess", on_bad_record="drop")
+    assert run()["dropped"] == {f"in_{name}_set": 2}
+    assert {row["prompt_id"] for row in written()[name]} == {check(each).prompt_id for each in held}
+
+
+def test_dialogues_of_a_set_that_begin_or_continue_one_of_training_have_leaked(
+    workspace: Path, set_params: SetParams
+) -> None:
+    pairs = [dialogue(index, 2) for index in range(10)]
+    folder_of(
+        workspace, set_params, pairs=pairs, validation=[dialogue(20, 2)], test=[dialogue(30, 2)]
+    )
+    turns = {0: (1,), 1: (3,), 20: (1, 3), 30: (1, 3), 40: (2,)}
+    extra = [dialogue(index, count) for index, counts in turns.items() for count in counts]
+    rewrite(workspace / "data" / "sets" / "extra.json", extra)
+    set_params("preprocess", template="chat")
+    run()
+    index = read_json(preprocess.TOKENIZED / "sets" / "index.json")
+    assert index == {"extra": {"bad": 0, "leaked": 4, "too_long": 0}}
+
+
+def test_prompt_of_both_split_files_stays_in_test(workspace: Path, set_params: SetParams) -> None:
+    contents = {"test": [pair(30), pair(31)], "validation": [pair(31, chosen="fine"), pair(32)]}
+    folder_of(workspace, set_params, pairs=[*map(pair, range(20)), pair(31)], **contents)
+    set_params("preprocess", on_bad_record="drop")
+    assert run()["dropped"] == {"in_test_set": 2}
+    prompts = {name: {row["prompt_id"] for row in rows} for name, rows in written().items()}
+    assert prompts["test"] == {check(pair(index)).prompt_id for index in (30, 31)}
+    assert prompts["validation"] == {check(pair(32)).prompt_id}
 
 
 def vote(index: int, annotator: str, reverse: bool = False) -> dict[str, Any]:
