@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -68,10 +69,12 @@ def held() -> Iterator[Held]:
 
 def served(scorer: Any, work: Callable[[Client], Awaitable[T]], key: str | None = None) -> T:
     """The result of `work` with a server in this process."""
+    return served_by(serve.Service(cast(Scorer, scorer), key), work)
 
+
+def served_by(service: serve.Service, work: Callable[[Client], Awaitable[T]]) -> T:
     async def with_server() -> T:
-        application = serve.Service(cast(Scorer, scorer), key).application()
-        async with TestClient(TestServer(application)) as client:
+        async with TestClient(TestServer(service.application())) as client:
             return await asyncio.wait_for(work(client), 60)
 
     return asyncio.run(with_server())
@@ -683,6 +686,60 @@ def test_missing_or_invalid_key_is_reported(
 
 
 # --- the process -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_command_serves_the_model_with_its_key_at_its_address(
+    held: Held, launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held.may.set()
+    loaded: list[Path] = []
+    begun: list[Any] = []
+
+    def load(folder: Path) -> Held:
+        loaded.append(folder)
+        return held
+
+    async def begin(*arguments: Any) -> None:
+        begun.extend(arguments)
+
+    monkeypatch.setattr(serve, "Scorer", load)
+    monkeypatch.setattr(serve, "serve", begin)
+    monkeypatch.setattr(serve, "LAUNCHED", launched)
+    monkeypatch.setenv("REWARD_API_KEY", KEY)
+    arguments = ["--model", "export", "--host", "0.0.0.0", "--port", "6000"]
+    monkeypatch.setattr("sys.argv", ["serve", *arguments])
+    serve.main()
+    service, *place = begun
+    assert (loaded, place) == ([Path("export")], ["0.0.0.0", 6000, launched])
+
+    async def work(client: Client) -> list[int]:
+        sent = [{}, {"Authorization": f"Bearer {KEY}"}]
+        return [
+            (await client.post(REWARD, json={"query": ["7"]}, headers=headers)).status
+            for headers in sent
+        ]
+
+    assert served_by(service, work) == [401, 200]
+
+
+def test_command_raises_the_limit_of_open_files(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def begin(*_: Any) -> None:
+        pass
+
+    monkeypatch.setattr(serve, "Scorer", lambda _: held)
+    monkeypatch.setattr(serve, "serve", begin)
+    monkeypatch.setattr("sys.argv", ["serve"])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = before[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+    try:
+        serve.main()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture
