@@ -7,12 +7,13 @@ subprocess.Popen: output through pipes, signals, an exit status.
 import asyncio
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import chdir, suppress
+from contextlib import ExitStack, chdir, suppress
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from typing import Any, Self, cast
@@ -21,12 +22,12 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistNetworkError
 
-from reward.model import group, launching, trainer
+from reward.model import group, launching, scoring, trainer
 from reward.model.scoring import rewards
 from reward.process import run
 from reward.serving import score, serve
 from reward.serving.scorer import Ids, Scorer
-from stages import train
+from stages import evaluate, train
 from tests.support import ROOT
 
 FROM_SERVER = get_context("forkserver")
@@ -114,16 +115,11 @@ def train_until(step: int) -> None:
     train.main()
 
 
-def train_in_group(
-    rank: int, size: int, port: int, killed: tuple[int, int] | None = None, room: int = 10**6
-) -> None:
-    """Run the train stage as one of several processes.
+def train_within(room: int, killed: tuple[int, int] | None = None) -> None:
+    """Run the train stage; packs of more than `room` tokens run out of memory.
 
-    `killed` is the rank of a process that kills itself, and the step before which it does so. Packs
-    of more than `room` tokens run out of memory.
+    `killed` is the rank of a process that kills itself, and the step before which it does so.
     """
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
     def limited(model: Any, batch: Any) -> torch.Tensor:
         found = rewards(model, batch)
@@ -132,8 +128,58 @@ def train_in_group(
         return found
 
     vars(trainer)["rewards"] = limited
+    train_until(killed[1] if killed and killed[0] == group.rank() else -1)
+
+
+def evaluate_within(room: int, elsewhere: str) -> None:
+    """Run the evaluate stage. Processes other than the first work in the folder `elsewhere`.
+
+    In the first process, packs of more than `room` tokens run out of memory.
+    """
+
+    def limited(model: Any, batch: Any) -> torch.Tensor:
+        if group.leads() and batch.input_ids.shape[1] > room:
+            raise torch.OutOfMemoryError
+        return rewards(model, batch)
+
+    if not group.leads():
+        os.chdir(elsewhere)
+    vars(scoring)["rewards"] = limited
+    keep_threads()
+    evaluate.main()
+
+
+def run_in_group(
+    size: int, work: Callable[..., None], *arguments: Any
+) -> list[tuple[int | None, str, str]]:
+    """Run a function in `size` processes; return the status, stdout and stderr of each."""
+    port = free_port()
+    with ExitStack() as running:
+        ranks = [
+            running.enter_context(Forked(join, rank, size, port, work, *arguments))
+            for rank in range(size)
+        ]
+        printed = [each.communicate() for each in ranks]
+        return [(each.returncode, *texts) for each, texts in zip(ranks, printed, strict=True)]
+
+
+def join(rank: int, size: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Run a function as one of several processes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with group.joined():
-        train_until(killed[1] if killed and killed[0] == rank else -1)
+        work(*arguments)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def require_done(found: Sequence[tuple[int | None, str, str]]) -> None:
+    """Require that all processes of a group succeeded, and that only the first one printed."""
+    assert [(status, errors) for status, _, errors in found] == [(0, "")] * len(found)
+    assert [bool(output) for _, output, _ in found] == [True] + [False] * (len(found) - 1)
 
 
 def launch_train(environment: dict[str, str]) -> None:

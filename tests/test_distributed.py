@@ -7,10 +7,9 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, chdir, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import chdir, nullcontext, suppress
 from pathlib import Path
-from socket import socket
 from typing import Any
 
 import psutil
@@ -26,7 +25,15 @@ from reward.model.progress import at_work
 from reward.outputs import digest, digests, read_json, write_json
 from reward.process import Fault
 from stages import preprocess, train
-from tests.forked import Forked, join_lost_host, launch_train, train_in_group
+from tests.forked import (
+    Forked,
+    free_port,
+    join_lost_host,
+    launch_train,
+    require_done,
+    run_in_group,
+    train_within,
+)
 from tests.support import SetParams, new_trainer, write_pairs
 
 Bytes = dict[str, str]
@@ -60,12 +67,6 @@ def forget() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def free_port() -> int:
-    with socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def wait_for(condition: Callable[[], object]) -> None:
     end = time.monotonic() + 60
     while not condition():
@@ -79,21 +80,11 @@ def is_alive(found: psutil.Process) -> bool:
     return False
 
 
-def trained(size: int, *arguments: Any) -> list[tuple[int | None, str, str]]:
+def trained(
+    size: int, room: int = 10**6, killed: tuple[int, int] | None = None
+) -> list[tuple[int | None, str, str]]:
     """Train in `size` processes; return the status, stdout and stderr of each."""
-    port = free_port()
-    with ExitStack() as running:
-        ranks = [
-            running.enter_context(Forked(train_in_group, rank, size, port, *arguments))
-            for rank in range(size)
-        ]
-        printed = [each.communicate() for each in ranks]
-        return [(each.returncode, *texts) for each, texts in zip(ranks, printed, strict=True)]
-
-
-def require_trained(found: Sequence[tuple[int | None, str, str]]) -> None:
-    assert [(status, errors) for status, _, errors in found] == [(0, "")] * len(found)
-    assert [bool(output) for _, output, _ in found] == [True] + [False] * (len(found) - 1)
+    return run_in_group(size, train_within, room, killed)
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes() -> None:
@@ -101,40 +92,40 @@ def test_bytes_do_not_depend_on_the_number_of_processes() -> None:
 
     One of four processes is killed, and two resume the run.
     """
-    unkilled, room = None, 90
-    require_trained(trained(1, unkilled, room))
+    room = 90
+    require_done(trained(1, room))
     expected = result()
     forget()
 
-    require_trained(trained(2, unkilled, room))
+    require_done(trained(2, room))
     assert result() == expected
     forget()
 
-    killed = trained(4, (2, 3), room)
+    killed = trained(4, room, killed=(2, 3))
     assert [status for status, _, _ in killed] == [1, 1, -signal.SIGKILL, 1]
     assert not train.ADAPTER.exists()
     assert "memory     ran out" in killed[0][1]
     assert "processes  1 of 4 have work, because" in killed[0][1]
-    resumed = trained(2, unkilled, room)
-    require_trained(resumed)
+    resumed = trained(2, room)
+    require_done(resumed)
     assert "resuming   from step-2" in resumed[0][1]
     assert "have work" not in resumed[0][1]
     assert result() == expected
     forget()
 
-    require_trained(trained(4, unkilled, room))
+    require_done(trained(4, room))
     assert result() == expected
 
 
 def test_summing_in_any_order_changes_weights_only_by_rounding(set_params: SetParams) -> None:
     """Without `sum_in_order`, each process sums its own packs."""
     room = 90  # so that each process has several packs of a step
-    require_trained(trained(1, None, room))
+    require_done(trained(1, room))
     [weights] = train.ADAPTER.glob("*.safetensors")
     ordered = load_file(weights)
     forget()
     set_params("train", sum_in_order=False)
-    require_trained(trained(2, None, room))
+    require_done(trained(2, room))
     for name, found in load_file(weights).items():
         torch.testing.assert_close(found, ordered[name], rtol=1e-3, atol=1e-5)
 
@@ -163,7 +154,7 @@ def test_process_group_of_a_caller_is_ignored(monkeypatch: pytest.MonkeyPatch) -
 def test_two_machines_resume_a_run_that_a_killed_process_stopped(
     tmp_path: Path,
 ) -> None:
-    require_trained(trained(1))
+    require_done(trained(1))
     expected = result()
     forget()
     with Forked(launch_train, {"PET_NPROC_PER_NODE": "2"}) as killed:

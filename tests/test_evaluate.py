@@ -23,10 +23,11 @@ from reward.judging import evaluation
 from reward.judging.benchmarks import REWARDBENCH
 from reward.judging.metrics import Resampling
 from reward.model.packing import Texts
-from reward.outputs import digests
+from reward.outputs import digest, digests
 from reward.process import Fault
 from stages import evaluate, preprocess
-from tests.support import SetParams, write_pairs
+from tests.forked import evaluate_within, require_done, run_in_group
+from tests.support import SetParams, set_params, write_pairs
 
 KNOWN = ("prefix_length", "preference", "weight", "answer_j", "answer_k", "prompt_id")
 Scorer = Callable[[dict[str, Any]], tuple[float, float]]
@@ -387,3 +388,19 @@ def test_non_finite_rewards_stop_the_stage(
         judged(lambda row: (broken, 0.0))
     assert not evaluate.REPORTS.exists()
     assert not evaluate.METRICS.exists()
+
+
+def test_bytes_do_not_depend_on_the_number_of_processes(project: Path, tmp_path: Path) -> None:
+    """Also if memory runs out in only one of them."""
+    set_params("evaluate", tokens_per_pack=250, bootstrap_samples=10)
+    shutil.rmtree(evaluate.REPORTS)
+    evaluate.METRICS.unlink()
+    elsewhere = shutil.copytree(project, tmp_path / "elsewhere")
+    found = []
+    for size in (1, 2):
+        require_done(run_in_group(size, evaluate_within, 100, str(elsewhere)))
+        found.append((digests(evaluate.REPORTS), digest(evaluate.METRICS)))
+        shutil.rmtree(evaluate.REPORTS)
+    assert found[0] == found[1]
+    assert not (elsewhere / evaluate.REPORTS).exists()
+    assert not (elsewhere / evaluate.METRICS).exists()

@@ -20,7 +20,7 @@ from reward.data.records import Candidates
 from reward.process import run
 from reward.serving import score
 from reward.serving.scorer import Scorer
-from tests.forked import Forked, score_files
+from tests.forked import Forked, require_done, run_in_group, score_files
 from tests.support import file_size_limit
 
 pytestmark = pytest.mark.usefixtures("project")
@@ -574,6 +574,16 @@ def test_killed_process_loses_and_duplicates_nothing(start: Callable[[str], Fork
     assert OUTPUT.read_bytes() == Path("undisturbed.jsonl").read_bytes()
     assert 0 < done < OUTPUT.stat().st_size
     assert [row["extra"]["index"] for row in lines()] == list(range(600))
+
+
+def test_two_processes_continue_what_one_began(journal: bytes) -> None:
+    expected = OUTPUT.read_bytes()
+    OUTPUT.unlink()
+    JOURNAL.write_bytes(b"".join(journal.splitlines(keepends=True)[:16]))
+    found = run_in_group(2, score_files, 400, str(INPUT), "--output", str(OUTPUT))
+    require_done(found)
+    assert OUTPUT.read_bytes() == expected
+    assert not found[0][1].splitlines()[1].endswith("already scored: 0")
 
 
 # --- faults ----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from reward.process import Fault
 from reward.serving import queue, serve
 from reward.serving.metrics import Metrics
 from reward.serving.scorer import Ids, Scorer
-from tests.forked import PATIENCE, Forked, serve_named, serve_slowly
+from tests.forked import PATIENCE, Forked, free_port, serve_named, serve_slowly
 
 T = TypeVar("T")
 Client = TestClient[Request, Application]
@@ -864,11 +864,6 @@ metrics = Metrics()
 metrics.texts.inc(2)
 print(metrics.exposition().decode())
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def test_processes_share_the_requests_to_a_port() -> None:
