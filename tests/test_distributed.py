@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig
 
@@ -473,6 +474,26 @@ def test_no_folder_for_logs_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     launching.launch(launching.torchrun_options(["stages.train"], machines=False))
     assert Path(used[0]).parent == temporary
     assert not [*temporary.iterdir()]
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGTERM, SystemExit(143)), (signal.SIGINT, KeyboardInterrupt())],
+)
+def test_signal_to_the_launcher_decides_how_it_ends(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, expected: BaseException
+) -> None:
+    def elastic_launch(*_: Any) -> Callable[..., None]:
+        def stopped(*_: Any) -> None:
+            raise SignalException("stopped", number)
+
+        return stopped
+
+    monkeypatch.setattr(launching, "elastic_launch", elastic_launch)
+    with pytest.raises(type(expected)) as caught:
+        launching.launch(launching.torchrun_options(["stages.train"], machines=False))
+    assert caught.value.args == expected.args
 
 
 @pytest.mark.usefixtures("settings")
