@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import chdir, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,24 @@ def test_summing_in_any_order_changes_weights_only_by_rounding(set_params: SetPa
     require_done(trained(2, room))
     for name, found in load_file(weights).items():
         torch.testing.assert_close(found, ordered[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("in_order", "sum_of"), [(True, "OrderedSum"), (False, "PlainSum")])
+def test_sum_in_order_decides_how_a_step_is_summed(
+    set_params: SetParams, monkeypatch: pytest.MonkeyPatch, in_order: bool, sum_of: str
+) -> None:
+    class Summed(Exception):
+        pass
+
+    def begin(name: str) -> None:
+        raise Summed(name)
+
+    set_params("train", sum_in_order=in_order)
+    for name in ("OrderedSum", "PlainSum"):
+        monkeypatch.setattr(group, name, partial(begin, name))
+    ours = new_trainer()
+    with pytest.raises(Summed, match=sum_of):
+        ours.attempt(ours.steps[0])
 
 
 @pytest.mark.parametrize(
