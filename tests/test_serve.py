@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import aiohttp
@@ -150,17 +151,17 @@ def test_requests_that_arrive_during_scoring_are_batched(
     held: Held, most: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue, "TOKENS_PER_PACK", most)
+    service = serve.Service(cast(Scorer, held))
 
     async def work(client: Client) -> list[tuple[int, Any]]:
         first = asyncio.create_task(post(client, {"query": ["0"]}))
         await until(lambda: len(held.calls) == 1)
         others = [asyncio.create_task(post(client, {"query": [str(n)]})) for n in range(1, 10)]
-        await until(lambda: held.encoded == 10)
-        await asyncio.sleep(0.1)
+        await until(lambda: service._queue.tokens == 10)
         held.may.set()
         return await asyncio.gather(first, *others)
 
-    found = served(held, work)
+    found = served_by(service, work)
     assert [answer["rewards"] for _, answer in found] == [[float(n)] for n in range(10)]
     assert [len(texts) for texts in held.calls] == calls
 
@@ -216,30 +217,33 @@ def test_requests_beyond_the_queue_limit_are_refused_and_nothing_is_lost(
 def test_retry_after_is_the_time_to_score_the_queue(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A token takes 0.12 s: nine take 1.08 s."""
+    """A token takes 0.12 s of a clock that only scoring moves: nine take 1.08 s."""
     monkeypatch.setattr(queue, "TOKENS_PER_PACK", 2)
     monkeypatch.setattr(queue, "MOST", 9)
+    service, original, took = serve.Service(cast(Scorer, held)), held.rewards, 0.0
 
-    def rewards(texts: list[Ids], _: Sequence[Hashable]) -> list[float]:
-        time.sleep(0.12 * len(texts))
-        return [0.0] * len(texts)
+    def rewards(texts: list[Ids], prompts: Sequence[Hashable]) -> list[float]:
+        nonlocal took
+        took += 0.12 * len(texts)
+        return original(texts, prompts)
 
     monkeypatch.setattr(held, "rewards", rewards)
+    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: took))
 
-    async def work(client: Client) -> tuple[str, float, int]:
+    async def work(client: Client) -> None:
+        held.may.set()
         await post(client, {"query": ["0", "0"]})
-        begin = time.monotonic()
+        held.may.clear()
         waiting = [asyncio.create_task(post(client, {"query": ["1"] * 3})) for _ in range(3)]
-        await until(lambda: held.encoded == 11)
+        await until(lambda: service._queue.tokens == 9)
         async with client.post(REWARD, json={"query": ["9"]}) as response:
-            assert response.status == 503
-            header = response.headers["Retry-After"]
+            assert (response.status, response.headers["Retry-After"]) == (503, "2")
+        held.may.set()
         await asyncio.gather(*waiting)
-        return header, time.monotonic() - begin, (await post(client, {"query": ["9"]}))[0]
+        assert took == pytest.approx(0.24 + 1.08)
+        assert (await post(client, {"query": ["9"]}))[0] == 200
 
-    header, took, after = served(held, work)
-    assert (header, after) == ("2", 200)
-    assert took < 2
+    served_by(service, work)
 
 
 def test_total_size_of_bodies_being_read_is_limited(
@@ -247,13 +251,14 @@ def test_total_size_of_bodies_being_read_is_limited(
 ) -> None:
     monkeypatch.setattr(serve, "READING", 40)
     held.may.set()
+    service = serve.Service(cast(Scorer, held))
 
     async def work(client: Client) -> None:
         _, writer = await asyncio.open_connection(client.host, client.port)
         writer.write(
             b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n" + b" " * 30
         )
-        await asyncio.sleep(0.1)
+        await until(lambda: service._reading == 30)
         async with client.post(REWARD, json={"query": ["7"]}) as response:
             assert (response.status, response.headers["Retry-After"]) == (503, "1")
             assert await response.json() == {
@@ -261,10 +266,10 @@ def test_total_size_of_bodies_being_read_is_limited(
             }
         writer.close()
         await writer.wait_closed()
-        await asyncio.sleep(0.1)
+        await until(lambda: service._reading == 0)
         assert (await post(client, {"query": ["7"]}))[0] == 200
 
-    served(held, work)
+    served_by(service, work)
 
 
 def test_body_that_never_ends_times_out(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,28 +320,34 @@ def test_cancelled_texts_leave_the_queue(held: Held) -> None:
 
 
 def test_texts_of_a_disconnected_client_are_not_scored(
-    slow: Callable[[float], tuple[Forked, str]],
+    held: Held, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    process, url = slow(1)
+    port = free_port()
 
     async def one(session: aiohttp.ClientSession, text: str) -> Any:
+        url = f"http://127.0.0.1:{port}{REWARD}"
         async with session.post(url, json={"query": [text]}) as response:
             return await response.json()
 
     async def work() -> None:
+        service = serve.Service(cast(Scorer, held))
+        serving = asyncio.create_task(serve.serve(service, "127.0.0.1", port))
+        await until(lambda: "serving" in capfd.readouterr().out)
         async with aiohttp.ClientSession() as session:
-            first = asyncio.create_task(one(session, "a"))
-            await read_until(process, "scoring")
-            gone = asyncio.create_task(one(session, "aa"))
-            await read_until(process, "accepted")
+            first = asyncio.create_task(one(session, "1"))
+            await until(lambda: len(held.calls) == 1)
+            gone = asyncio.create_task(one(session, "2"))
+            await until(lambda: service._queue.tokens == 2)
             gone.cancel()
+            await until(lambda: service._queue.tokens == 1)
+            held.may.set()
             await first
-        process.send_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        await serving
 
-    asyncio.run(work())
-    printed, errors = process.communicate()
-    assert printed == "stopped    after 1 request with 1 text\n"
-    assert errors == ""
+    asyncio.run(asyncio.wait_for(work(), 60))
+    assert capfd.readouterr() == ("stopped    after 1 request with 1 text\n", "")
+    assert held.calls == [[[1]]]
 
 
 @pytest.mark.parametrize(
@@ -493,17 +504,17 @@ def test_scoring_error_does_not_fail_requests_in_the_same_batch(
         return found
 
     monkeypatch.setattr(held, "rewards", failing)
+    service = serve.Service(cast(Scorer, held))
 
     async def work(client: Client) -> list[tuple[int, Any]]:
         first = asyncio.create_task(post(client, {"query": ["0"]}))
         await until(lambda: len(held.calls) == 1)
         others = [asyncio.create_task(post(client, {"query": [n]})) for n in ("12", "13", "14")]
-        await until(lambda: held.encoded == 4)
-        await asyncio.sleep(0.1)
+        await until(lambda: service._queue.tokens == 4)
         held.may.set()
         return await asyncio.gather(first, *others)
 
-    found = served(held, work)
+    found = served_by(service, work)
     assert [status for status, _ in found] == [200, 200, 500, 200]
     assert [found[n][1]["rewards"] for n in (1, 3)] == [[12.0], [14.0]]
     assert len(held.calls[1]) == 3
