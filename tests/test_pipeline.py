@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from reward.outputs import digests, read_json
+from reward.process import processors
 from tests.support import EXPORTED, ROOT, write_pairs
 
 OUTPUTS = {
@@ -114,7 +115,10 @@ def stages_in(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, complete: Path) -> Project:
-    """A clone in which all stages have run, in an environment full of unusual values."""
+    """A clone in which all stages have run, in an environment full of unusual values.
+
+    Only the number of threads is that of `complete`, because bytes depend on it.
+    """
     home = tmp_path_factory.mktemp("canary-home")
     project = Project(
         tmp_path_factory.mktemp("another") / "folder",
@@ -123,7 +127,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, complete: Path) -> Project
         HOME=str(home),
         WANDB_API_KEY="canary-of-a-tracker",
         PYTHONHASHSEED="12345",
-        OMP_NUM_THREADS="2",
+        OMP_NUM_THREADS=str(processors()),
         MKL_NUM_THREADS="2",
     )
     fill(project, complete)
