@@ -98,16 +98,17 @@ class Current:
     seed: Positive
 
 
-@pytest.mark.parametrize(
-    ("key", "replacement"),
-    [
-        ("base.trust_remote_code", "was removed: code that comes with a model never runs"),
-        ("evaluate.sets", "was renamed to preprocess.sets"),
-        ("export.tokens_per_pack", "was removed: export uses evaluate.tokens_per_pack"),
-        ("train.head_margin", "was removed: the head is always scaled to 0.05"),
-        ("train.head_seed", "was removed: the head uses train.seed"),
-    ],
-)
+REPLACED = {
+    "base.trust_remote_code": "was removed: code that comes with a model never runs",
+    "evaluate.sets": "was renamed to preprocess.sets",
+    "export.tokens_per_pack": "was removed: export uses evaluate.tokens_per_pack",
+    "preprocess.test_data": "was removed: put files named test* in the folder preprocess.data",
+    "train.head_margin": "was removed: the head is always scaled to 0.05",
+    "train.head_seed": "was removed: the head uses train.seed",
+}
+
+
+@pytest.mark.parametrize(("key", "replacement"), REPLACED.items())
 def test_removed_key_is_named_with_what_replaced_it(
     tmp_path: Path, key: str, replacement: str
 ) -> None:
@@ -117,7 +118,10 @@ def test_removed_key_is_named_with_what_replaced_it(
     with pytest.raises(Fault) as fault:
         params.load(group, Current, path)
     assert str(fault.value) == f"{path}: {key} {replacement}"
-    assert key in params.GONE
+
+
+def test_every_removed_key_is_named() -> None:
+    assert params.GONE.keys() == REPLACED.keys()
 
 
 def test_other_unknown_key_is_not_called_removed(tmp_path: Path) -> None:
