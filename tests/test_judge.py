@@ -55,7 +55,7 @@ def test_judging_an_exported_model_matches_its_evaluation(
     assert f"for {OUTPUT}, " in printed
 
 
-def test_intervals_use_the_parameters_of_evaluate() -> None:
+def test_intervals_use_the_default_parameters_of_evaluate() -> None:
     options = read_yaml(PARAMS)["evaluate"]
     found = judge.RESAMPLING
     assert (found.samples, found.seed) == (options["bootstrap_samples"], options["seed"])
