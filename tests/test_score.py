@@ -30,7 +30,7 @@ JOURNAL, LOCK = Path("out.jsonl.journal"), Path("out.jsonl.journal.lock")
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use small batches, and hide the progress bar."""
+    """Use small batches."""
     monkeypatch.setattr(score, "BATCH_CHARACTERS", 400)
 
 
