@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def stages_in(output: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, complete: Path) -> Project:
+def finished(tmp_path_factory: pytest.TempPathFactory, complete: Path) -> Project:
     """A clone in which all stages have run, in an environment full of unusual values.
 
     Only the number of threads is that of `complete`, because bytes depend on it.
@@ -136,6 +137,16 @@ def project(tmp_path_factory: pytest.TempPathFactory, complete: Path) -> Project
     project.call("git", "add", "--all")
     project.call("git", "commit", "--quiet", "--message", "first run")
     return project
+
+
+@pytest.fixture
+def project(finished: Project) -> Iterator[Project]:
+    """The finished clone, restored after each test."""
+    yield finished
+    if finished.call("git", "status", "--short"):
+        finished.call("git", "checkout", "--quiet", "--", ".")
+        finished.call("git", "clean", "--quiet", "--force", "-d")
+        finished.call("dvc", "checkout", "--quiet")
 
 
 def fill(project: Project, complete: Path) -> None:
@@ -213,8 +224,6 @@ def test_another_lora_rank_reruns_only_train_evaluate_and_export(project: Projec
     assert project.ran(*command) == ["train", "evaluate", "export"]
     shown = json.loads(project.call("dvc", "exp", "show", "--json"))
     assert len(shown) == 2
-    project.call("git", "checkout", "--quiet", "--", ".")
-    project.call("dvc", "checkout", "--quiet")
 
 
 def test_plots_need_no_network(project: Project) -> None:
@@ -230,7 +239,6 @@ def test_plots_need_no_network(project: Project) -> None:
     assert 'src="http' not in page
     for title in ("Bradley-Terry loss", "Pairwise accuracy", "Learning rate", "Accuracy by slice"):
         assert title in page
-    shutil.rmtree(project.folder / "plots_here")
 
 
 def test_fault_is_one_sentence_under_dvc(project: Project) -> None:
@@ -238,11 +246,8 @@ def test_fault_is_one_sentence_under_dvc(project: Project) -> None:
     before = params.read_text(encoding="utf-8")
     params.write_text(before.replace("max_length: 2040", "max_length: -1"), encoding="utf-8")
     output = project.call("dvc", "repro", status=255)
-    params.write_text(before, encoding="utf-8")
     assert "params.yaml: preprocess.max_length is -1, must be a positive integer" in output
     assert "Traceback" not in output
-    project.call("git", "checkout", "--quiet", "--", ".")
-    project.call("dvc", "checkout", "--quiet")
 
 
 def test_registered_model_can_be_downloaded_by_version(project: Project, tmp_path: Path) -> None:
@@ -289,5 +294,3 @@ def test_commands_for_sweeps_do_what_the_docs_say(project: Project) -> None:
     assert stages_in(shell(both)) == ["preprocess"]
     recorded = read_json(project.folder / "data" / "tokenized" / "template.json")
     assert "问：{prompt}\n答：{answer}" in recorded.values()
-    project.call("git", "checkout", "--quiet", "--", ".")
-    project.call("dvc", "checkout", "--quiet")
