@@ -4,6 +4,7 @@ import math
 import random
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,29 +29,51 @@ from reward.serving import scorer as module
 from reward.serving.scorer import Misfit, Scorer, probabilities, ranks, reward_function
 
 EXPORT = Path("models/export")
-pytestmark = pytest.mark.usefixtures("project")
 USER, ASSISTANT = "user", "assistant"
 
 
 @pytest.fixture
-def scorer() -> Scorer:
-    return Scorer(EXPORT)
+def here(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A new working directory with links to the folders of `complete`, which are only read."""
+    for name in ("data", "models", "reports"):
+        (tmp_path / name).symlink_to(complete / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def export_with(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> Path:
-    """A copy of the export with another template and the same model."""
-    shutil.copytree(EXPORT, "changed", dirs_exist_ok=True)
-    path = Path("changed/template.json")
-    replace(Template.load(path), **changed).save(path)
-    monkeypatch.setattr(module, "load_exported", lambda _: load_exported(EXPORT))
-    return path.parent
+@pytest.fixture(scope="module")
+def scorer(complete: Path) -> Scorer:
+    """The exported model, loaded once; tests only read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(complete)
+        return Scorer(EXPORT)
 
 
-def scorer_of(monkeypatch: pytest.MonkeyPatch, name: str, append_eos: bool = False) -> Scorer:
-    """A scorer whose model was trained with another template."""
-    made = Template.of(name, append_eos, 2040, Path("models/base"))
-    changed = {"template": made.template, "chat_template": made.chat_template}
-    return Scorer(export_with(monkeypatch, append_eos=append_eos, **changed))
+@pytest.fixture
+def export_with(scorer: Scorer, here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Make a copy of the export with another template and the same model."""
+
+    def call(**changed: Any) -> Path:
+        folder = here / "changed"
+        shutil.copytree(EXPORT, folder, dirs_exist_ok=True)
+        path = folder / "template.json"
+        replace(Template.load(path), **changed).save(path)
+        monkeypatch.setattr(module, "load_exported", lambda _: scorer._model)
+        return folder
+
+    return call
+
+
+@pytest.fixture
+def scorer_of(export_with: Callable[..., Path]) -> Callable[..., Scorer]:
+    """Make a scorer whose model was trained with another template."""
+
+    def call(name: str, append_eos: bool = False) -> Scorer:
+        made = Template.of(name, append_eos, 2040, Path("models/base"))
+        changed = {"template": made.template, "chat_template": made.chat_template}
+        return Scorer(export_with(append_eos=append_eos, **changed))
+
+    return call
 
 
 @torch.no_grad()
@@ -85,10 +108,12 @@ def some_prompts(count: int) -> list[tuple[str, list[str]]]:
 # --- rewards ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("here")
 def test_folder_may_be_a_text(scorer: Scorer) -> None:
     assert Scorer(str(EXPORT)).temperature == scorer.temperature
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("tokens_per_pack", [1, 60, 4096])
 def test_rewards_match_each_text_alone(
     scorer: Scorer, tokens_per_pack: int, monkeypatch: pytest.MonkeyPatch
@@ -103,6 +128,7 @@ def test_rewards_match_each_text_alone(
     assert len(set(found)) > 20
 
 
+@pytest.mark.usefixtures("here")
 def test_rewards_match_the_evaluation(scorer: Scorer) -> None:
     evaluated = {
         row["id"]: (row["reward_chosen"], row["reward_rejected"])
@@ -118,6 +144,7 @@ def test_rewards_match_the_evaluation(scorer: Scorer) -> None:
     assert seen == len(evaluated) > 0
 
 
+@pytest.mark.usefixtures("here")
 def test_texts_of_a_prompt_need_not_share_a_prefix(scorer: Scorer) -> None:
     texts = ["one two", "three", "一", "three"]
     found = scorer.rewards(scorer.encode(texts), [0] * 4)
@@ -136,7 +163,9 @@ def test_shared_prefix_is_computed_once() -> None:
     assert (texts.prefix, tokens(texts)) == (2, 2 + 2 + 3 + 1)
 
 
-def test_non_finite_reward_is_a_fault(scorer: Scorer) -> None:
+@pytest.mark.usefixtures("here")
+def test_non_finite_reward_is_a_fault() -> None:
+    scorer = Scorer(EXPORT)
     for name, weight in scorer._model.named_parameters():
         if "score" in name:
             weight.data.fill_(torch.inf)
@@ -163,17 +192,17 @@ def test_probability_of_being_the_best_follows_bradley_terry() -> None:
 # --- texts -----------------------------------------------------------------------------------
 
 
-def test_eos_is_appended_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = Scorer(export_with(monkeypatch, append_eos=True))
+def test_eos_is_appended_as_in_training(export_with: Callable[..., Path]) -> None:
+    scorer = Scorer(export_with(append_eos=True))
     [plain] = Scorer(EXPORT).encode(["a b"])
     tokenizer = AutoTokenizer.from_pretrained(EXPORT)
     expected = [*plain, tokenizer.eos_token_id]
     assert scorer.encode(["a b", f"a b{tokenizer.eos_token}"]) == [expected, expected]
 
 
-def test_conversations_go_through_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversations_go_through_the_chat_template(scorer_of: Callable[..., Scorer]) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained("models/base")
-    scorer = scorer_of(monkeypatch, "chat")
+    scorer = scorer_of("chat")
     prompt = [{"role": "system", "content": "be kind"}, {"role": USER, "content": "hi"}]
     answer = [{"role": ASSISTANT, "content": "hello"}]
     [ids], _ = scorer.encode_pairs([prompt], [answer])
@@ -189,10 +218,10 @@ RECURSIVE = (
 
 @pytest.mark.parametrize(("depth", "reason"), [(600, "chat_template"), (20_000, "not_text")])
 def test_value_that_is_nested_too_deeply_is_a_bad_record(
-    depth: int, reason: str, monkeypatch: pytest.MonkeyPatch
+    depth: int, reason: str, export_with: Callable[..., Path]
 ) -> None:
     """Too deeply for the template, or for JSON, which newer versions of Python allow much more."""
-    scorer = Scorer(export_with(monkeypatch, template="chat", chat_template=RECURSIVE))
+    scorer = Scorer(export_with(template="chat", chat_template=RECURSIVE))
     value: list[Any] = []
     for _ in range(depth):
         value = [value]
@@ -203,8 +232,8 @@ def test_value_that_is_nested_too_deeply_is_a_bad_record(
     assert found.value.reason == reason
 
 
-def test_first_text_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = Scorer(export_with(monkeypatch, max_length=5))
+def test_first_text_that_does_not_fit_is_named(export_with: Callable[..., Path]) -> None:
+    scorer = Scorer(export_with(max_length=5))
     with pytest.raises(Misfit, match=r"^the text has 6 tokens, expected at most 5$") as found:
         scorer.encode(["1", "12345", "123456", "1234567"])
     assert (found.value.index, found.value.reason) == (2, "over_length")
@@ -240,9 +269,9 @@ def test_text_without_tokens_is_named(scorer: Scorer) -> None:
     ],
 )
 def test_whole_text_has_the_ids_of_training_whatever_its_ending(
-    name: str, tail: str, append_eos: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, tail: str, append_eos: bool, scorer_of: Callable[..., Scorer]
 ) -> None:
-    scorer = scorer_of(monkeypatch, name, append_eos)
+    scorer = scorer_of(name, append_eos)
     for answer in ("yes, of course", "好", "two\nlines", "- \n"):
         text = scorer.render(candidates({"prompt": "hi", "answer": answer}))[0]
         expected = scorer.encode([text])
@@ -259,11 +288,11 @@ def test_whole_text_has_the_ids_of_training_whatever_its_ending(
 
 
 def test_chat_template_that_trims_answers_trims_them_in_whole_texts(
-    monkeypatch: pytest.MonkeyPatch,
+    export_with: Callable[..., Path],
 ) -> None:
     jinja = "{% for m in messages %}<|im_start|>{{ m.content | trim }} <|im_end|>\n{% endfor %}"
     chat = {"template": "chat", "chat_template": jinja}
-    scorer = Scorer(export_with(monkeypatch, **chat))
+    scorer = Scorer(export_with(**chat))
     expected = scorer.encode(["<|im_start|>hi <|im_end|>\n<|im_start|>yes <|im_end|>\n"])
     for text in ("yes", "yes \n", "yes\n<|im_end|>", "yes <|im_end|>\n"):
         assert (
@@ -313,20 +342,20 @@ def test_ordinary_text_that_looks_like_a_token_is_scored(scorer: Scorer, ending:
 
 
 def test_template_may_end_in_a_token_that_its_tokenizer_does_not_know(
-    monkeypatch: pytest.MonkeyPatch,
+    scorer_of: Callable[..., Scorer],
 ) -> None:
-    scorer = scorer_of(monkeypatch, "{prompt}\n{answer}</s>")
+    scorer = scorer_of("{prompt}\n{answer}</s>")
     expected = scorer.encode(["hi\nyes</s>"])
     assert scorer.encode_rendered(["hi\nyes</s>"]) == expected
     assert scorer.encode_rendered(["hi\nyes"]) == expected
 
 
-def test_token_that_starts_a_message_does_not_end_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = scorer_of(monkeypatch, "chat")
+def test_token_that_starts_a_message_does_not_end_one(scorer_of: Callable[..., Scorer]) -> None:
+    scorer = scorer_of("chat")
     [text] = scorer.render(candidates({"prompt": "hi", "answer": "yes"}))
     with pytest.raises(Misfit, match=r"^the text ends in '<\|im_start\|>', expected no special"):
         scorer.encode_rendered([f"{text}<|im_start|>\n"])
-    empty = scorer_of(monkeypatch, "{prompt}<|im_start|>\n{answer}<|im_end|>")
+    empty = scorer_of("{prompt}<|im_start|>\n{answer}<|im_end|>")
     expected = empty.encode(["hi<|im_start|>\n<|im_end|>"])
     assert empty.encode_rendered(["hi<|im_start|>\n"]) == expected
 
@@ -341,9 +370,9 @@ def test_token_that_starts_a_message_does_not_end_one(monkeypatch: pytest.Monkey
     ],
 )
 def test_whole_text_of_white_space_and_endings_is_empty(
-    name: str, texts: list[str], append_eos: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, texts: list[str], append_eos: bool, scorer_of: Callable[..., Scorer]
 ) -> None:
-    scorer = scorer_of(monkeypatch, name, append_eos)
+    scorer = scorer_of(name, append_eos)
     for text in texts:
         with pytest.raises(Misfit, match=r"^the text is empty$") as found:
             scorer.encode_rendered([text])
@@ -374,9 +403,9 @@ SPACED = " {prompt}\n{answer}"
     ],
 )
 def test_whole_text_of_another_template_is_refused(
-    name: str, text: str, shown: str, monkeypatch: pytest.MonkeyPatch
+    name: str, text: str, shown: str, scorer_of: Callable[..., Scorer]
 ) -> None:
-    scorer = scorer_of(monkeypatch, name)
+    scorer = scorer_of(name)
     [known] = scorer.render(candidates({"prompt": "hi", "answer": "yes"}))
     with pytest.raises(Misfit) as found:
         scorer.encode_rendered([known, text])
@@ -405,8 +434,8 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("name", ["none", "{prompt}\n{answer}", SPACED, SYSTEM, "en", "chat"])
-def test_rendered_text_is_never_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer, rendered = scorer_of(monkeypatch, name), 0
+def test_rendered_text_is_never_refused(name: str, scorer_of: Callable[..., Scorer]) -> None:
+    scorer, rendered = scorer_of(name), 0
     for prompt in CONVERSATIONS:
         for answer in ("yes", "", "a\nb"):
             with suppress(BadRecord):  # text templates have no field for some parts
@@ -416,14 +445,15 @@ def test_rendered_text_is_never_refused(name: str, monkeypatch: pytest.MonkeyPat
     assert rendered >= 3
 
 
-def test_whole_text_gets_the_beginning_of_training_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_text_gets_the_beginning_of_training_texts(
+    scorer_of: Callable[..., Scorer], export_with: Callable[..., Path]
+) -> None:
     """A decoder may leave a space in place of BOS, and clients leave BOS out."""
-    plain = scorer_of(monkeypatch, "zh")
+    plain = scorer_of("zh")
     assert plain.encode_rendered([" 问:hi\n\n答:yes"]) == plain.encode(["问:hi\n\n答:yes"])
-    kept = scorer_of(monkeypatch, SPACED)
+    kept = scorer_of(SPACED)
     assert kept.encode_rendered([" \n\nyes"]) == kept.encode([" \n\nyes"])
     folder = export_with(
-        monkeypatch,
         template="chat",
         chat_template="{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}",
     )
@@ -561,8 +591,8 @@ CALLABLE = (
 )
 
 
-def test_tools_are_rendered_like_those_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = export_with(monkeypatch, template="chat", chat_template=CALLABLE)
+def test_tools_are_rendered_like_those_of_a_record(export_with: Callable[..., Path]) -> None:
+    folder = export_with(template="chat", chat_template=CALLABLE)
     scorer = Scorer(folder)
     records = [{"prompt": "hi", "answer": "yes", "tools": tools} for tools in (TOOLS, None, TOOLS)]
     texts = [text for record in records for text in scorer.render(scorer.candidates(record))]
@@ -578,12 +608,14 @@ def test_tools_are_rendered_like_those_of_a_record(monkeypatch: pytest.MonkeyPat
 # --- TRL -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("here")
 def test_tools_that_the_template_cannot_render_are_a_fault() -> None:
     message = r"^prompts\[0\]: has tools, but only preprocess.template chat can render such a"
     with pytest.raises(Fault, match=message):
         reward_function(EXPORT)(["hi"], ["yes"], tools=[TOOLS])
 
 
+@pytest.mark.usefixtures("here")
 def test_reward_function_takes_texts_and_messages() -> None:
     reward = reward_function(EXPORT)
     texts = reward(["hi", "hi", "you"], ["yes", "1", "no<|im_end|>"], completion_ids=[[1], [2]])
@@ -595,6 +627,7 @@ def test_reward_function_takes_texts_and_messages() -> None:
     assert texts == messages == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("completion", ["c", "", "1" * 3000, [{"role": ASSISTANT}]])
 def test_prompt_that_cannot_be_rendered_is_a_fault_whatever_the_completion(completion: Any) -> None:
     with pytest.raises(Fault, match=r"^prompts\[1\]: 'prompt' is empty$"):
@@ -604,6 +637,7 @@ def test_prompt_that_cannot_be_rendered_is_a_fault_whatever_the_completion(compl
 TOOL = {"role": "tool", "content": "4"}
 
 
+@pytest.mark.usefixtures("here")
 def test_completions_that_cannot_be_scored_have_no_reward_and_one_warning() -> None:
     reward, lenient = reward_function(EXPORT, strict=True), reward_function(EXPORT)
     cases: list[tuple[Any, str]] = [
@@ -640,9 +674,9 @@ SPLITTING = (
 
 
 def test_completion_that_cannot_be_rendered_does_not_end_the_training(
-    monkeypatch: pytest.MonkeyPatch,
+    export_with: Callable[..., Path],
 ) -> None:
-    folder = export_with(monkeypatch, template="chat", chat_template=SPLITTING)
+    folder = export_with(template="chat", chat_template=SPLITTING)
     lenient, strict = reward_function(folder), reward_function(folder, strict=True)
     left_out = "the chat template leaves out content of message 2 (assistant)"
     cases: list[tuple[Any, str]] = [
@@ -663,6 +697,7 @@ def test_completion_that_cannot_be_rendered_does_not_end_the_training(
         lenient(["a</think>b</think>c"], ["yes"])
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.filterwarnings("ignore")  # TRL's own warnings
 @pytest.mark.parametrize("conversational", [False, True])
 def test_grpo_step_uses_the_rewards_of_the_export(conversational: bool) -> None:
