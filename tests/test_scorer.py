@@ -239,16 +239,19 @@ def test_first_text_that_does_not_fit_is_named(export_with: Callable[..., Path])
     assert (found.value.index, found.value.reason) == (2, "over_length")
 
 
-def test_text_with_an_id_that_the_model_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("here")
+def test_text_with_an_id_that_the_model_lacks_is_named(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tokenizer of Gemma 3, for example, has one id more than the model."""
-    model, embeddings = load_exported(EXPORT), torch.nn.Embedding(300, 1)
-    monkeypatch.setattr(model, "get_input_embeddings", lambda: embeddings)
-    monkeypatch.setattr(module, "load_exported", lambda _: model)
-    scorer = Scorer(EXPORT)
-    [ids] = scorer.encode(["1"])
+    embeddings = torch.nn.Embedding(300, 1)
+    monkeypatch.setattr(scorer._model, "get_input_embeddings", lambda: embeddings)
+    monkeypatch.setattr(module, "load_exported", lambda _: scorer._model)
+    small = Scorer(EXPORT)
+    [ids] = small.encode(["1"])
     assert max(ids) < 300
     with pytest.raises(Misfit, match=r"^the text has the token .* but the base has 300 ids$") as of:
-        scorer.encode(["1", "Immunity"])
+        small.encode(["1", "Immunity"])
     assert (of.value.index, of.value.reason) == (1, "unknown_id")
 
 
