@@ -685,6 +685,9 @@ def test_hashes_and_ids_depend_on_parts_and_tools() -> None:
     checked = [check(record) for record in records]
     assert len({pair.ids[0] for pair in checked}) == len(records)
     assert len({pair.prompt_hash for pair in checked}) == len(records)
+    assert check(FORMS["messages"] | {"tools": json.dumps([SCHEMA])}) == checked[1]
+    for empty in (None, "", "[]", "null"):
+        assert check(FORMS["messages"] | {"tools": empty}) == checked[0]
     assert check(FORMS["messages"] | {"tools": []}) == checked[0]
 
 

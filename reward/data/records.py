@@ -161,7 +161,7 @@ def check(record: Any) -> Record:
     prompt, answers = _conversations(raw)
     tools, columns = _tools(raw.columns), _columns(raw.columns)
     try:
-        ids = _identities(raw, raw.columns[TOOLS] if tools else None)
+        ids = _identities(raw, tools)
         "".join([*columns, *columns.values()]).encode()
     except (UnicodeEncodeError, TypeError) as error:
         raise BadRecord("not_text", f"has a value that is not valid text: {error}") from None
@@ -179,9 +179,8 @@ def check(record: Any) -> Record:
     if faults and not kept:
         raise faults[0]
     comparisons = [raw.comparisons[place] for place in kept]
-    return Record(
-        tools + prompt, answers, comparisons, [ids[place] for place in kept], columns, faults
-    )
+    prompt, ids = _before(prompt, tools), [ids[place] for place in kept]
+    return Record(prompt, answers, comparisons, ids, columns, faults)
 
 
 def _identities(raw: Raw, tools: Any) -> list[str]:
@@ -215,7 +214,7 @@ def candidates(record: Any) -> Candidates:
         _without_prompt(prompt, key, _messages(key, value))
         for (key, _), value in zip(named, texts, strict=True)
     ]
-    prompt = _tools(record) + prompt
+    prompt = _before(prompt, _tools(record))
     try:
         hash64([prompt, answers])
     except UnicodeEncodeError as error:
@@ -376,21 +375,23 @@ def _parts(key: str, item: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
-def _tools(record: dict[str, Any]) -> Messages:
-    """The tools of a record as a message to put before its prompt, or no message.
-
-    Some files store them as a JSON string.
-    """
+def _tools(record: dict[str, Any]) -> Any:
+    """The tools of a record, which some files store as a JSON string; None if there are none."""
     tools = record.get(TOOLS)
-    if not tools:
-        return ()
-    if isinstance(tools, str):
+    if tools and isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
             raise BadRecord("wrong_type", f"{TOOLS!r} is a string that is not JSON") from None
+    if not tools:
+        return None
     _require_functions(f"{TOOLS!r}", tools)
-    return ((TOOLS, "", _parts_text(TOOLS, {TOOLS: tools})),)
+    return tools
+
+
+def _before(prompt: Messages, tools: Any) -> Messages:
+    """A prompt with its tools, if it has any, as a message before it."""
+    return ((TOOLS, "", _parts_text(TOOLS, {TOOLS: tools})), *prompt) if tools else prompt
 
 
 def _require_functions(where: str, value: Any) -> None:
