@@ -189,6 +189,7 @@ def test_two_machines_resume_a_run_that_a_killed_process_stopped(
     assert errors == "process 1 was ended by SIGKILL; run the same command again to continue\n"
     assert not any(each.is_running() for each in ranks)
 
+    Path("dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(".", elsewhere, ignore=shutil.ignore_patterns("checkpoints", "elsewhere"))
     port = free_port()
