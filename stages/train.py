@@ -127,7 +127,7 @@ def useful(gpus: int) -> int:
     if options.tokens_per_pack == "auto":
         return gpus
     first = steps(options, tokenized.load(SPLITS[0], BASE))[0]
-    return at_work(first, options.tokens_per_pack, gpus)
+    return at_work(first, options.tokens_per_pack, gpus, called="GPUs")
 
 
 def require_possible(options: Train) -> None:

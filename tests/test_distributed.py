@@ -268,7 +268,7 @@ def test_each_visible_gpu_gets_a_process_if_a_step_has_enough_packs(
     launching.distribute(lambda: alone.append(True), "stages.train", train.useful)
     assert [each.nproc_per_node for each in launched] == [2] * (processes - 1)
     assert alone == [True] * (2 - processes)
-    note = "processes  1 of 2 have work, because the first step has no more packs; raise"
+    note = "GPUs       1 of 2 have work, because the first step has no more packs; raise"
     assert (note in capsys.readouterr().out) == (processes == 1)
 
 

@@ -131,6 +131,8 @@ def test_unmapped_verdict_is_an_error_and_a_mapped_tie_is_not(tmp_path: Path) ->
     ("entry", "columns", "expected"),
     [
         ("answers: [left, right], preference: p", {"p": 0.2}, Comparison(1, 0, 0.8)),
+        ("answers: [left, right], preference: p", {"p": 0.2, "votes": [3, 1]},
+         Comparison(1, 0, 0.8)),
         ("answers: [left, right], votes: [for, against]", {"for": 3, "against": "1"},
          Comparison(0, 1, 0.75)),
         ("answers: [left, right], votes: v", {"v": [1, 3]}, Comparison(1, 0, 0.75)),
@@ -170,6 +172,8 @@ def test_entry_defines_what_grades_a_comparison(
         ("preference: p", {"p": None}, "'p'"),
         ("votes: [for, against]", {"for": None, "against": None}, "'for and against'"),
         ("votes: v", {}, "'v'"),
+        ("preference: p", {"p": None, "votes": [3, 1]}, "'p'"),
+        ("votes: v", {"preference": 0.8}, "'v'"),
     ],
 )
 def test_comparison_without_a_verdict_is_a_bad_record(
@@ -456,7 +460,7 @@ def test_entry_for_a_file_that_is_read_by_itself_is_refused(tmp_path: Path) -> N
     ):
         sources(tmp_path / "x.jsonl")
     write(tmp_path, "y.jsonl:\n", *numbered(1))
-    # DVC does not see that file, so it changes nothing.
+    # DVC does not see that file, so it changes no record.
     [source] = sources(tmp_path / "x.jsonl")
     assert source.name is None
 

@@ -706,6 +706,13 @@ def test_prompt_counts_as_repeated_only_with_its_parts() -> None:
 PLAIN = FORMS["texts"]
 
 
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 @pytest.mark.parametrize(
     ("reason", "sentence", "record"),
     [
@@ -725,6 +732,10 @@ PLAIN = FORMS["texts"]
         ("not_text", "'chosen' contains a value that is not JSON",
          with_answer(tool_calls=[{"name": "look", "arguments": b"x"}])),
         ("not_text", "not valid text", PLAIN | {"tools": [{"name": "\ud800"}]}),
+        ("not_text", "'tools' contains a value that is not JSON",
+         PLAIN | {"tools": [{"name": "look", "default": b"x"}]}),
+        ("not_text", "'tools' has a value that is nested too deeply",
+         PLAIN | {"tools": [{"name": "look", "default": nested(20_000)}]}),
         ("empty", "'chosen' is empty",
          {"prompt": "hi", "chosen": [turn("assistant", "") | {"name": "Ann"}],
           "rejected": messages(BAD)}),

@@ -532,7 +532,7 @@ def as_markdown(options: argparse.Namespace, outcomes: list[Outcome]) -> str:
         ("signal", lambda outcome: outcome.case.signal.name, tuple(s.name for s in SIGNALS)),
     ):
         lines += [
-            f"| {title} | kills | resumed by itself | repaired by git | "
+            f"| {title} | kills | resumed | repaired by git | "
             "steps repeated, median and maximum | same bytes |",
             "|---|---:|---:|---:|---:|---:|",
         ]

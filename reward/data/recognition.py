@@ -310,11 +310,12 @@ def _grades(path: Path, columns: Columns, answers: Answers, known: Known) -> Gra
         return name if is_free else None
 
     given = VOTES if is_voted else known.grades
-    votes = given.votes
-    if not votes and is_pair and (found := column("votes")):
+    # A column that alone decides is not replaced by another one that has a known name.
+    is_open, votes = is_pair and not given.decisive, given.votes
+    if not votes and is_open and (found := column("votes")):
         votes = (found,)
     return Grades(
-        preference=column("preference") if is_pair else None,
+        preference=column("preference") if is_open else given.preference,
         votes=votes,
         meaning=given.meaning,
         margin=known.grades.margin if isinstance(answers, Listed) else column("margin"),

@@ -160,6 +160,7 @@ def check(record: Any) -> Record:
     raw = record if isinstance(record, Raw) else raw_pair(record)
     prompt, answers = _conversations(raw)
     tools, columns = _tools(raw.columns), _columns(raw.columns)
+    opening = _opening(tools)
     try:
         ids = _identities(raw, tools)
         "".join([*columns, *columns.values()]).encode()
@@ -179,8 +180,8 @@ def check(record: Any) -> Record:
     if faults and not kept:
         raise faults[0]
     comparisons = [raw.comparisons[place] for place in kept]
-    prompt, ids = _before(prompt, tools), [ids[place] for place in kept]
-    return Record(prompt, answers, comparisons, ids, columns, faults)
+    ids = [ids[place] for place in kept]
+    return Record(opening + prompt, answers, comparisons, ids, columns, faults)
 
 
 def _identities(raw: Raw, tools: Any) -> list[str]:
@@ -214,7 +215,7 @@ def candidates(record: Any) -> Candidates:
         _without_prompt(prompt, key, _messages(key, value))
         for (key, _), value in zip(named, texts, strict=True)
     ]
-    prompt = _before(prompt, _tools(record))
+    prompt = _opening(_tools(record)) + prompt
     try:
         hash64([prompt, answers])
     except UnicodeEncodeError as error:
@@ -389,9 +390,9 @@ def _tools(record: dict[str, Any]) -> Any:
     return tools
 
 
-def _before(prompt: Messages, tools: Any) -> Messages:
-    """A prompt with its tools, if it has any, as a message before it."""
-    return ((TOOLS, "", _parts_text(TOOLS, {TOOLS: tools})), *prompt) if tools else prompt
+def _opening(tools: Any) -> Messages:
+    """The tools of a record as a message to put before its prompt, or no message."""
+    return ((TOOLS, "", _parts_text(TOOLS, {TOOLS: tools})),) if tools else ()
 
 
 def _require_functions(where: str, value: Any) -> None:

@@ -144,7 +144,7 @@ def sources(path: Path) -> list[Source]:
             f"{mapping.path} has an entry for {path.name}; set preprocess.data to the folder "
             f"{path.parent} instead of {path}, so that DVC notices a change of the entry"
         )
-    # DVC does not see dataset.yaml beside a single file, so it must change nothing.
+    # DVC does not see dataset.yaml beside a single file, so it must change no record.
     found = [_source(file, mapping if path.is_dir() else None, path.is_file()) for file in paths]
     for source in found if path.is_dir() else []:
         named = SPLIT.match(source.path.name)

@@ -69,18 +69,18 @@ def line_of(place: str, found: dict[str, float]) -> str:
     )
 
 
-def at_work(step: Step, tokens_per_pack: int, processes: int) -> int:
-    """How many of the processes have work: at most as many as the step has packs.
+def at_work(step: Step, tokens_per_pack: int, workers: int, called: str = "processes") -> int:
+    """How many processes or GPUs have work: at most as many as the step has packs.
 
     Prints a line if some have none.
     """
     packs = len(step.packs(tokens_per_pack))
-    if packs < processes:
+    if packs < workers:
         print(
-            f"processes  {packs} of {processes} have work, because the first step has no more "
+            f"{called:<11}{packs} of {workers} have work, because the first step has no more "
             "packs; raise train.pairs_per_step or lower train.tokens_per_pack to use more"
         )
-    return min(packs, processes)
+    return min(packs, workers)
 
 
 def peak_memory() -> float:
