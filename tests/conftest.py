@@ -24,10 +24,12 @@ from tests import support
 from tests.support import PARAMS, ROOT, run_clients_here, write_pairs
 
 NEEDS = ("cuda", "browser")
+# The files that take longest. Left for the end, they would keep one worker busy and the other idle.
+LONGEST = ("pipeline", "export", "train", "distributed", "disk")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked cuda without a GPU, and tests marked browser without a browser."""
+    """Begin with the LONGEST files, and skip tests that need a GPU or a browser without one."""
     import torch
 
     from tools.browser import CHROMIUM
@@ -37,6 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in NEEDS:
             if item.get_closest_marker(name) and not here[name]:
                 item.add_marker(pytest.mark.skip(reason=f"needs {name}"))
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
