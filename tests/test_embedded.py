@@ -49,9 +49,12 @@ def test_another_seed_changes_only_the_weights(built: dict[str, Path]) -> None:
 def test_fetch_builds_the_model_with_its_seed_and_records_it(
     built: dict[str, Path], set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    watched: list[Path] = []
     monkeypatch.setattr(embedded, "CORPUS", ROOT / embedded.CORPUS)
+    monkeypatch.setattr(fetch, "reads", watched.append)
     set_params("base", seed=1)
     fetch.main()
+    assert watched == [embedded.CORPUS]
     base = read_json(fetch.BASE / "base.json")
     (fetch.BASE / "base.json").unlink()
     assert base == {

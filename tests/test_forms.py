@@ -210,6 +210,10 @@ def test_what_the_prompt_repeats_is_used_once() -> None:
     [
         {"prompt": [user("Why?"), {"role": "assistant"}]},
         {"prompt": [{"role": "system"}, user("Why?")], "system": "Be brief."},
+        {
+            "prompt": [{"role": "system", "content": "Be brief."}, user("Why?")],
+            "history": [{"role": "system"}, user("Hi.")],
+        },
     ],
 )
 def test_message_without_content_is_a_bad_record(change: Record) -> None:
