@@ -67,6 +67,12 @@ def test_intervals_use_the_default_parameters_of_evaluate() -> None:
         ({"architectures": ["Qwen2ForCausalLM"]}, "mine is a Qwen2ForCausalLM, expected the fold"),
         ({"id2label": {"0": "a", "1": "b"}}, "mine is a classifier with 2 labels, expected one"),
         ({"max_position_embeddings": 10}, "mine reads at most 10 tokens, but answer "),
+        ({"_attn_implementation": "some/kernel"}, "mine: config.json names a kernel as its atte"),
+        ({"hidden_size": 16}, "mine has model.embed_tokens.weight of shape ["),
+        (
+            {"hidden_act": "none"},
+            "mine cannot be loaded (KeyError: 'none'), expected the folder of",
+        ),
     ],
 )
 def test_model_that_is_not_a_usable_reward_model_is_refused(
@@ -112,8 +118,53 @@ def test_missing_weights_are_refused() -> None:
     tensors = load_file("mine/model.safetensors")
     del tensors["score.weight"]
     save_file(tensors, "mine/model.safetensors", {"format": "pt"})
-    with pytest.raises(Fault, match=r"mine lacks score\.weight, expected the folder of a sequence"):
+    with pytest.raises(
+        Fault, match=r"mine is a classifier without a head, expected score\.weight amon"
+    ):
         judge.Judge(Path("mine"))
+
+
+def test_weights_that_the_model_does_not_use_are_refused() -> None:
+    """Without the layers above its num_hidden_layers, it would be another model."""
+    shutil.copytree("models/export/merged", "mine")
+    config = read_json(Path("mine/config.json"))
+    fewer = {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]}
+    write_json(Path("mine/config.json"), config | fewer)
+    found = (
+        r"mine has 12 tensors that a \w+ with its config\.json does not have, such as model\.lay"
+    )
+    with pytest.raises(Fault, match=found):
+        judge.Judge(Path("mine"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "found"),
+    [
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "SafetensorError"),
+        ("tokenizer.json", "{}", "KeyError: 'added_tokens'"),
+    ],
+)
+def test_broken_download_is_refused(file: str, content: str, found: str) -> None:
+    shutil.copytree("models/export/merged", "mine")
+    Path("mine", file).write_text(content, encoding="utf-8")
+    with pytest.raises(Fault, match=rf"^mine cannot be loaded \({found}.*\), expected the folder"):
+        judge.Judge(Path("mine"))
+
+
+def test_chat_template_that_renders_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree("models/export/merged", "mine")
+    Path("mine/chat_template.jinja").write_text("{# nothing #}", encoding="utf-8")
+    with pytest.raises(Fault, match="mine: its chat template renders nothing for answer 0 of pr"):
+        run(monkeypatch, "mine")
+
+
+def test_tokenizer_with_more_ids_than_the_model_is_refused() -> None:
+    judged = judge.Judge(Path("models/export/merged"))
+    judged.size = 10
+    with pytest.raises(Fault, match=r"has the id \d+, for which the model has no embedding, expe"):
+        judged.ids(
+            ("p", 0), [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        )
 
 
 def test_non_finite_rewards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,11 +119,7 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     its configuration names a kernel, and TooLarge if the model does not fit in memory.
     """
     config = read_json(base / "config.json")
-    if any(map(names_kernel, objects_in(config))):
-        raise Fault(
-            f"{base}: config.json names a kernel as its attention, which transformers would "
-            "download and run; expected no such key"
-        )
+    require_no_kernel(base, config)
     if (kind := config.get("model_type")) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise Fault(
             f"{base}: transformers has no sequence classifier for {kind}, expected a decoder model "
@@ -153,6 +149,15 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
         )
     keep_weights_unpacked(model)
     return model
+
+
+def require_no_kernel(folder: Path, config: dict[str, Any]) -> None:
+    """Raises a Fault if a folder's config.json names a kernel."""
+    if any(map(names_kernel, objects_in(config))):
+        raise Fault(
+            f"{folder}: config.json names a kernel as its attention, which transformers would "
+            "download and run; expected no such key"
+        )
 
 
 def names_kernel(part: dict[str, Any]) -> bool:

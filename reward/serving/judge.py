@@ -38,10 +38,11 @@ from reward.judging.evaluation import (
     write_rewards,
 )
 from reward.judging.metrics import Resampling
-from reward.model.base import device, fast_dtype, keep_weights_unpacked
-from reward.model.head import is_classifier, problem_with_labels
+from reward.model.base import device, fast_dtype, keep_weights_unpacked, require_no_kernel
+from reward.model.head import is_classifier, problem_with_head, problem_with_labels
+from reward.model.suitable import problem_with_weights, unused_weights
 from reward.outputs import digest, read_json, recorded, watched, whole_folder, write_json
-from reward.process import Fault, command_line, one_line, run, threads
+from reward.process import Fault, command_line, counted, one_line, run, threads
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -80,14 +81,22 @@ class Judge:
                 device_map={"": device()},
                 trust_remote_code=False,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, ImportError) as error:
-            raise Fault(f"{folder} cannot be loaded ({one_line(error, 200)}), {EXPECTED}") from None
-        if missing := sorted(loading["missing_keys"]):
-            raise Fault(f"{folder} lacks {', '.join(missing[:3])}, {EXPECTED}")
+        except Exception as error:  # because files of others may raise anything in the libraries
+            reason = f"{type(error).__name__}: {one_line(error, 200)}"
+            raise Fault(f"{folder} cannot be loaded ({reason}), {EXPECTED}") from None
+        if problem := problem_with_head(loading) or problem_with_weights(self.model, loading):
+            raise Fault(f"{folder} {problem}")
+        if unused := unused_weights(loading):
+            raise Fault(
+                f"{folder} has {counted(len(unused), 'tensor')} that a {type(self.model).__name__} "
+                f"with its config.json does not have, such as {unused[0]}, expected no others"
+            )
         keep_weights_unpacked(self.model.eval())
+        self.size = self.model.get_input_embeddings().num_embeddings
         self.folder, self.template = folder, chat_template(folder, self.tokenizer)
 
     def judge(self, answers: Dataset) -> Answers:
@@ -123,6 +132,16 @@ class Judge:
                 f"{self.folder}: its chat template rejects answer {key[1]} of prompt {key[0]} "
                 f"({one_line(error, 200)}), expected one that renders the test sets"
             ) from None
+        if not found:
+            raise Fault(
+                f"{self.folder}: its chat template renders nothing for answer {key[1]} of prompt "
+                f"{key[0]}, expected one that renders the test sets"
+            )
+        if max(found) >= self.size:
+            raise Fault(
+                f"{self.folder}: its tokenizer has the id {max(found)}, for which the model has no "
+                f"embedding, expected a tokenizer of at most {self.size} ids"
+            )
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most and len(found) > most:
             raise Fault(
@@ -216,6 +235,7 @@ def require_classifier(folder: Path) -> None:
         raise Fault(f"{path} cannot be read ({one_line(error)}), {EXPECTED}") from None
     if not isinstance(config, dict):
         raise Fault(f"{path} is not a JSON object, {EXPECTED}")
+    require_no_kernel(folder, config)
     if not is_classifier(config):
         raise Fault(f"{folder} is a {', '.join(config.get('architectures') or ['?'])}, {EXPECTED}")
     if reason := problem_with_labels(config):
