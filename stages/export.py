@@ -24,7 +24,7 @@ from datasets import Dataset
 
 from reward import params
 from reward.data import tokenized
-from reward.data.columns import ID, TOKENS
+from reward.data.columns import ID, PREFERENCE, TIE, TOKENS
 from reward.exporting import gate
 from reward.exporting.clients import FOUND, ORIGINAL, PACKS, Request, select
 from reward.exporting.exported import Trained, write_card, write_exported
@@ -64,12 +64,12 @@ def main() -> None:
     tokens_per_pack = packs_of(evaluated)
     trained = Trained(BASE, ADAPTER, quantization, recorded(EVALUATED), licenses())
     clients = select(options.clients, merged=options.merge != "none")
-    rewards = gate.rewards_of(evaluated)
+    rewards, decided = gate.rewards_of(evaluated), evaluated[PREFERENCE].to_numpy() != TIE
     compared = gate.select_pairs(longer(evaluated), rewards, options.pairs, options.seed)
     with whole_folder(EXPORT) as folder:
         facts = write_exported(folder, trained, options.merge)
         found = score_elsewhere(folder, options.clients, tokens_per_pack, compared)
-        figures = gate.measure(found, clients, rewards, facts.mixture)
+        figures = gate.measure(found, clients, rewards, decided, facts.mixture)
         require_alike(figures["clients"], clients, options, quantization, rewards.std())
         write_card(folder, replace(facts, left_out=figures["left_out"]))
     with whole_folder(REPORTS) as folder:
@@ -243,8 +243,10 @@ def in_columns(figures: Figures) -> str:
     if figures["pairs"]:
         row += (
             f"  {figures['difference_max']:8.2g}  {figures['difference_mean']:8.2g}"
-            f"  {figures['flips']:5}  {figures['accuracy']:8.4f}"
+            f"  {figures['flips']:5}"
         )
+    if "accuracy" in figures:
+        row += f"  {figures['accuracy']:8.4f}"
     return row
 
 

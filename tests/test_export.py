@@ -933,6 +933,7 @@ def test_client_fits_in_memory_if_its_weights_do(
 # --- figures ---------------------------------------------------------------------------------
 
 EVALUATED = np.array([[1.0, 0.0], [0.25, 0.5], [2.0, 2.0]])
+DECIDED = np.array([True, False, True])
 CLIENTS = {client.name: client for client in select("all", merged=True)}
 Found = dict[int, list[float]]
 
@@ -954,7 +955,7 @@ def measured(name: str, rewards: Found, form: str = "right") -> dict[str, Any]:
     }
     client = CLIENTS[name]
     found = pa.concat_tables([found_by(PACKS, packs), found_by(client, {form: rewards})])
-    return gate.measure(leaving_out(found), [PACKS, client], EVALUATED)["clients"]
+    return gate.measure(leaving_out(found), [PACKS, client], EVALUATED, DECIDED)["clients"]
 
 
 def leaving_out(found: pa.Table, *names: str) -> pa.Table:
@@ -977,7 +978,7 @@ def test_unquantized_base_that_does_not_fit_is_left_out(monkeypatch: pytest.Monk
 
 def test_client_that_is_left_out_is_not_compared() -> None:
     found = found_by(PACKS, {"packs": dict(enumerate(EVALUATED.tolist()))})
-    figures = gate.measure(leaving_out(found, "peft"), [PACKS, CLIENTS["peft"]], EVALUATED)
+    figures = gate.measure(leaving_out(found, "peft"), [PACKS, CLIENTS["peft"]], EVALUATED, DECIDED)
     assert (set(figures["clients"]), figures["left_out"]) == ({"packs"}, ["peft"])
     group = Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     compared = (figures["clients"], [PACKS, CLIENTS["peft"]], group)
@@ -995,6 +996,33 @@ def test_figures_cover_the_pairs_that_a_client_was_given() -> None:
         "accuracy": 0.5,
     }
     assert measured("peft", {})["peft"]["right"] == {"pairs": 0}
+
+
+def test_accuracy_leaves_out_ties_as_in_evaluate() -> None:
+    of_packs = measured("peft", {})["packs"]["packs"]
+    assert (of_packs["pairs"], of_packs["accuracy"]) == (3, 0.75)
+    only_ties = measured("peft", {1: [0.25, 0.5]})["peft"]["right"]
+    assert only_ties["pairs"] == 1
+    assert "accuracy" not in only_ties
+    assert export.in_columns(only_ties).split() == ["1", "0", "0", "0"]
+
+
+@pytest.mark.usefixtures("ready")
+def test_ties_of_the_test_set_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pyarrow.parquet.read_table(export.REWARDS)
+    place = table.column_names.index("preference")
+    ties = pa.array([1.0] + [0.5] * (len(table) - 1))
+    pyarrow.parquet.write_table(table.set_column(place, "preference", ties), export.REWARDS)
+    rewards = dict(enumerate(gate.rewards_of(table).tolist()))
+    alike = [
+        found_by(PACKS, {"packs": rewards}),
+        found_by(CLIENTS["peft"], {"right": rewards}),
+        found_by(CLIENTS["transformers_adapter"], {"right": rewards}),
+    ]
+    monkeypatch.setattr(export, "score_elsewhere", lambda *_: leaving_out(pa.concat_tables(alike)))
+    export.main()
+    found = read_json(export.REPORTS / "figures.json")["clients"]["packs"]["packs"]
+    assert (found["pairs"], found["accuracy"]) == (len(table), float(rewards[0][0] > rewards[0][1]))
 
 
 def test_texts_that_end_in_eos_are_compared_with_packs_of_the_same_texts() -> None:
@@ -1084,7 +1112,7 @@ def test_rewards_may_differ_within_the_tolerance(
     group = Export(merge, "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     quantization = Quantization(4, "nf4", False, dtype)
     rewards = paired([0, 1], [1.0, 0.0 + shift, 0.25, 0.5])
-    found = {client: {"right": gate.difference(rewards, EVALUATED)}}
+    found = {client: {"right": gate.difference(rewards, EVALUATED, DECIDED)}}
     given = (found, [CLIENTS[client]], group, quantization)
     if key is None:
         export.require_alike(*given, deviation=0.5)
@@ -1110,7 +1138,7 @@ def test_tolerance_grows_with_the_rewards_except_for_packs(
     """The default run in bf16, with a standard deviation of 4, differs by more than 0.25."""
     group = Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
     rewards = paired([0, 1], [1.0, 0.0 + shift, 0.25, 0.5])
-    found = {client: {"right": gate.difference(rewards, EVALUATED)}}
+    found = {client: {"right": gate.difference(rewards, EVALUATED, DECIDED)}}
     given = (found, [CLIENTS[client]], group, Quantization.unquantized(dtype))
     if allowed is None:
         export.require_alike(*given, deviation=4.0)
@@ -1144,7 +1172,11 @@ def test_few_texts_of_a_mixture_of_experts_may_differ_by_more_than_the_tolerance
     client: str, rewards: list[float], fault: str | None
 ) -> None:
     group = Export("float32", "light", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
-    found = {client: {"right": gate.difference(paired([0, 1], rewards), EVALUATED, mixture=True)}}
+    found = {
+        client: {
+            "right": gate.difference(paired([0, 1], rewards), EVALUATED, DECIDED, mixture=True)
+        }
+    }
     given = (found, [CLIENTS[client]], group, Quantization.unquantized("float32"))
     if fault is None:
         export.require_alike(*given, deviation=1.0)
@@ -1155,7 +1187,7 @@ def test_few_texts_of_a_mixture_of_experts_may_differ_by_more_than_the_tolerance
 
 def test_gate_fails_if_nothing_was_compared() -> None:
     group = Export("float32", "all", 200, 0, tolerance=0.01, tolerance_in_half=0.1)
-    alike = gate.difference(paired([0, 1], [1.0, 0.0, 0.25, 0.5]), EVALUATED)
+    alike = gate.difference(paired([0, 1], [1.0, 0.0, 0.25, 0.5]), EVALUATED, DECIDED)
     found: gate.ByClient = {"packs": {"packs": alike}, "peft": {"right": {"pairs": 0}}}
     given = ([CLIENTS[name] for name in found], group, Quantization.unquantized("float32"))
     with pytest.raises(

@@ -102,12 +102,17 @@ def rewards_of(table: pa.Table) -> Rewards:
 
 
 def measure(
-    found: pa.Table, selected: Sequence[Client], evaluated: Rewards, mixture: bool = False
+    found: pa.Table,
+    selected: Sequence[Client],
+    evaluated: Rewards,
+    decided: npt.NDArray[np.bool_],
+    mixture: bool = False,
 ) -> dict[str, Any]:
     """The figures of each client for each form of its input.
 
     Rewards of texts that end in eos are compared with those of packs with eos. `evaluated` is
-    [pairs, 2]. Clients that did not fit in memory are listed as left out.
+    [pairs, 2]. `decided`, [pairs], is false for ties, which accuracy leaves out. Clients that did
+    not fit in memory are listed as left out.
     """
     of_ended = rows(found, PACKS, EOS)
     ended = np.full_like(evaluated, np.nan)
@@ -116,7 +121,7 @@ def measure(
     by_client = {
         client.name: {
             form.name: difference(
-                rows(found, client, form), ended if form.ended else evaluated, mixture
+                rows(found, client, form), ended if form.ended else evaluated, decided, mixture
             )
             for form in client.forms
             if (client, form) != (PACKS, EOS)
@@ -131,7 +136,7 @@ def measure(
     }
     original = rows(found, ORIGINAL, PACKED)
     if len(original):
-        metrics[ORIGINAL.name] = difference(original, evaluated)
+        metrics[ORIGINAL.name] = difference(original, evaluated, decided)
     return metrics
 
 
@@ -140,8 +145,12 @@ def rows(found: pa.Table, client: Client, form: Form) -> pa.Table:
     return found.filter((pc.field(CLIENT) == client.name) & (pc.field(FORM) == form.name))
 
 
-def difference(found: pa.Table, expected: Rewards, mixture: bool = False) -> Figures:
+def difference(
+    found: pa.Table, expected: Rewards, decided: npt.NDArray[np.bool_], mixture: bool = False
+) -> Figures:
     """How far the rewards of some pairs are from the expected ones, and the number of pairs.
+
+    If all of them are ties, there is no accuracy.
 
     The figures of a mixture of experts have the median, too, by which it is judged. If two of its
     experts are almost tied for a token, rounding decides between them, so the rewards of a few
@@ -149,16 +158,21 @@ def difference(found: pa.Table, expected: Rewards, mixture: bool = False) -> Fig
     """
     if not len(found):
         return {"pairs": 0}
-    here, there = rewards_of(found), expected[found[PAIR].to_numpy()]
+    pairs = found[PAIR].to_numpy()
+    here, there = rewards_of(found), expected[pairs]
     apart, margin = np.abs(here - there), here[:, 0] - here[:, 1]
+    judged = margin[decided[pairs]]
     figures = {
         "pairs": len(here),
         LARGEST: three_digits(apart.max()),
         "difference_mean": three_digits(apart.mean()),
         "flips": int((np.sign(margin) != np.sign(there[:, 0] - there[:, 1])).sum()),
-        "accuracy": float(np.heaviside(margin, 0.5).mean()),
     }
-    return figures | ({MEDIAN: three_digits(float(np.median(apart)))} if mixture else {})
+    if len(judged):
+        figures["accuracy"] = float(np.heaviside(judged, 0.5).mean())
+    if mixture:
+        figures[MEDIAN] = three_digits(float(np.median(apart)))
+    return figures
 
 
 def three_digits(number: float) -> float:
