@@ -137,7 +137,7 @@ class Resampling:
         return float(result.low), float(result.high)
 
     def interval_of_share(self, right: Floats, prompts: Ints) -> tuple[float, float]:
-        """The same for values from 0 to 1, but no narrower than the number of prompts allows.
+        """The same for values from 0 to 1, but wide for few prompts that are all alike.
 
         Resamples of a few similar values say too little about unseen ones, so the interval reaches
         at least to the exact binomial bounds of prompts that are all correct or all wrong (Clopper
