@@ -819,6 +819,8 @@ def test_several_messages_are_shown_with_their_roles() -> None:
     turns = (("user", "a"), ("assistant", "b", '{"tool_calls": [1]}'))
     assert shown(as_json(turns[:1])) == "a"
     assert shown(as_json(turns)) == "user: a\n\nassistant: b\ntool_calls: [1]"
+    silent = (("assistant", "", '{"tool_calls":[1],"content":null}'),)
+    assert shown(as_json(silent)) == "assistant: \ntool_calls: [1]"
 
 
 # --- messages --------------------------------------------------------------------------------

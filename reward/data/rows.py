@@ -103,4 +103,5 @@ def shown(messages: str) -> str:
 def _with_role(message: dict[str, Any]) -> str:
     parts = {key: value for key, value in message.items() if key not in ("role", "content")}
     more = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in parts.items()]
-    return "\n".join([f"{message['role']}: {message['content']}", *more])
+    # A message that only calls tools may have null as its content.
+    return "\n".join([f"{message['role']}: {message['content'] or ''}", *more])
