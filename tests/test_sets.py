@@ -170,6 +170,13 @@ def test_metadata_of_a_data_set_is_no_set(encoder: Callable[[int], Encoder]) -> 
     assert [each.name for each in read_sets(Path("data/sets"), encoder(100), drop=False)] == ["own"]
 
 
+@pytest.mark.usefixtures("workspace")
+def test_folder_is_no_set_whatever_its_name_is(encoder: Callable[[int], Encoder]) -> None:
+    Path("data/sets/parts.parquet").mkdir()
+    assert read_sets(Path("data/sets"), encoder(100), drop=False) == []
+    assert other_names(Path("data/sets")) == ["parts.parquet/"]
+
+
 def test_missing_folder_is_reported(encoder: Callable[[int], Encoder]) -> None:
     with pytest.raises(
         Fault, match=r"preprocess.sets nowhere cannot be read: .*; expected a folder"

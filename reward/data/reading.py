@@ -76,20 +76,18 @@ def files(path: Path) -> list[Path]:
     try:
         if not path.exists():
             raise Fault(f"{path} does not exist, expected a file or a folder of preference pairs")
-        found = [path] if path.is_file() else sorted(filter(Path.is_file, path.iterdir()))
+        found = [path] if path.is_file() else sorted(filter(has_records, path.iterdir()))
     except OSError as error:
         raise Fault(f"{path} cannot be read: {error.strerror}; expected preference pairs") from None
-    if not path.is_file():
-        found = [child for child in found if has_records(child)]
     if not found or (not path.name.endswith(SUFFIXES) and path.is_file()):
         problem = "is not a preference file" if found else f"has no preference file{_folders(path)}"
         raise Fault(f"{path} {problem}, expected a name that ends in {', '.join(SUFFIXES)}")
     return found
 
 
-def has_records(file: Path) -> bool:
-    """Whether a file in a folder is a preference file, by its name."""
-    return file.name.endswith(SUFFIXES) and file.name not in METADATA
+def has_records(path: Path) -> bool:
+    """Whether something in a folder is a preference file, by its name."""
+    return path.name.endswith(SUFFIXES) and path.name not in METADATA and path.is_file()
 
 
 def _folders(path: Path) -> str:
@@ -108,7 +106,7 @@ def other_names(path: Path) -> list[str]:
     return [
         child.name + "/" * child.is_dir()
         for child in found
-        if not OTHERS.match(child.name) and not (child.is_file() and has_records(child))
+        if not OTHERS.match(child.name) and not has_records(child)
     ]
 
 

@@ -60,7 +60,7 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
     that cannot be read.
     """
     try:
-        paths = [path for path in sorted(folder.iterdir()) if has_records(path)]
+        paths = sorted(filter(has_records, folder.iterdir()))
     except OSError as error:
         raise Fault(
             f"params.yaml: preprocess.sets {folder} cannot be read: {error.strerror}; "
