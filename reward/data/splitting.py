@@ -81,10 +81,6 @@ class Ballots(NamedTuple):
     weight: Floats
     margin: Floats
 
-    def take(self, rows: Indices) -> "Ballots":
-        answers, verdicts, first, weight, margin = self
-        return Ballots(answers[rows], verdicts[rows], first[rows], weight[rows], margin[rows])
-
 
 class Votes(NamedTuple):
     """Which records are votes on a common pair, and what becomes of them.
@@ -109,23 +105,6 @@ def count_votes(ballots: Ballots, columns: Hashes) -> Votes:
     the mean weight, and its margin is the mean margin, or 0 if anyone disagrees. Records with equal
     verdicts and equal `columns` are a single vote. `columns` are hashes: [records].
     """
-    answers = ballots.answers
-    cast, merged = np.zeros((2, len(answers)), dtype=bool)
-    # Few records share their answers with another one. Only those take memory.
-    order = np.argsort(answers, kind="stable")
-    same = answers[order[1:]] == answers[order[:-1]]
-    several = np.zeros(len(answers), dtype=bool)
-    several[order[1:][same]] = several[order[:-1][same]] = True
-    rows = np.flatnonzero(several)
-    if not len(rows):
-        return Votes(cast, merged, rows, *np.zeros((3, 0)))
-    counted = _count(ballots.take(rows), columns[rows])
-    cast[rows], merged[rows] = counted.cast, counted.merged
-    return counted._replace(cast=cast, merged=merged, rows=rows[counted.rows])
-
-
-def _count(ballots: Ballots, columns: Hashes) -> Votes:
-    """Merge votes as `count_votes` does, if every record shares its answers with others."""
     answers, verdicts, first, weight, margin = ballots
     _, group, size = np.unique(answers, return_inverse=True, return_counts=True)
     order = np.argsort(group, kind="stable")
