@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from ruamel.yaml import YAML
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import TIE
-from reward.data.records import Raw
+from reward.data.records import BadRecord, Raw
+from reward.data.sources import Source as Pairs
 from reward.exporting import clients
 from reward.exporting.clients import FOUND, Request
 from reward.groups import Evaluate, Export
@@ -291,6 +292,15 @@ def pair_losses(rewards: "Tensor") -> "Tensor":
     return losses(
         *chosen_and_rejected(rewards), Labels.certain(len(rewards) // 2).to(rewards.device)
     )
+
+
+def raws(source: Pairs) -> list[Raw]:
+    """What the records of a source mean, without those that are bad."""
+    found = []
+    for position, record in source:
+        with suppress(BadRecord):
+            found.append(source.raw(position, record))
+    return found
 
 
 def as_pairs(raw: Raw) -> list[dict[str, Any]]:

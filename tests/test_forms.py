@@ -19,15 +19,14 @@ from reward.data.records import (
     BadRecord,
     Candidates,
     Comparison,
-    Raw,
     candidates,
     check,
     parts_of,
 )
-from reward.data.sources import Source, source_of, sources, usable
+from reward.data.sources import Source, source_of, sources
 from reward.data.values import is_absent
 from reward.process import Fault
-from tests.support import as_pairs, ties_of
+from tests.support import as_pairs, raws, ties_of
 
 FORMS = Path(__file__).parent / "forms"
 EXPECTED: dict[str, dict[str, Any]] = YAML(typ="safe").load(FORMS / "expected.yaml")
@@ -48,7 +47,7 @@ def pairs_of(*records: Record) -> list[tuple[list[Record], int]]:
 
 def read_all(source: Source) -> tuple[list[Record], int]:
     """The pairs and the number of ties of a source."""
-    found = [raw for _, raw in source if isinstance(raw, Raw)]
+    found = raws(source)
     return [pair for raw in found for pair in as_pairs(raw)], sum(map(ties_of, found))
 
 
@@ -98,7 +97,7 @@ def test_published_form_gives_its_pairs(name: str) -> None:
     assert source.form.description == expected["description"]
     assert triples(found) == expected["pairs"]
     assert ties == expected.get("ties", 0)
-    checked = [usable(raw) for _, raw in source]
+    checked = [*map(check, raws(source))]
     if "columns" in expected:
         assert checked[0].columns == expected["columns"]
     if "tools" in expected:
@@ -331,7 +330,7 @@ def test_verdict_without_a_meaning_is_an_error_and_is_named(
 ) -> None:
     records = [TWO | {"better_response_id": 0}] * (place - 1)
     path = write(tmp_path, *records, TWO | {"better_response_id": value})
-    found = fault(list, source_of(path))
+    found = fault(raws, source_of(path))
     assert found == (
         f"{path}: line {place}: better_response_id is {shown}, "
         "expected 0 for the first answer, 1 for the second; "
@@ -851,7 +850,7 @@ def test_suggested_entry_without_placeholders_can_be_copied(tmp_path: Path, name
     (tmp_path / "dataset.yaml").write_text(entry, encoding="utf-8")
     record = UNKNOWN[name]["record"]
     source = source_of(write(tmp_path, record))
-    assert [usable(raw) for _, raw in source]
+    assert [*map(check, raws(source))]
 
 
 def test_message_for_a_single_file_names_its_folder(tmp_path: Path) -> None:
@@ -964,10 +963,10 @@ def test_tools_may_be_beside_the_messages_or_in_their_own_column() -> None:
 def test_answers_without_their_prompt_are_bad_records_among_conversations(tmp_path: Path) -> None:
     good = {"chosen": [user("Why?"), answer("A.")], "rejected": [user("Why?"), answer("B.")]}
     bad = {"chosen": [answer("A.")], "rejected": [answer("B.")]}
-    *first, last = [raw for _, raw in source_of(write(tmp_path, good, good, bad))]
-    assert [usable(each).prompt for each in first] == [(("user", "Why?"),)] * 2
+    *first, last = raws(source_of(write(tmp_path, good, good, bad)))
+    assert [check(each).prompt for each in first] == [(("user", "Why?"),)] * 2
     with pytest.raises(BadRecord, match="'prompt' is missing"):
-        usable(last)
+        check(last)
 
 
 DIALOGUES = [

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from reward.data.mapping import BEFORE, GRADED, ORDERED, read_mapping
 from reward.data.reading import SUFFIXES, read
 from reward.data.records import FIELDS, PARTS, ROLES, TOOLS, BadRecord, Record, check, parts_of
-from reward.data.sources import sources, usable
+from reward.data.sources import sources
 from reward.process import Fault
 
 RECORDS: list[dict[str, Any]] = [
@@ -208,9 +208,10 @@ def test_any_form_and_entry_give_pairs_or_a_message(
         (path / "x.jsonl").write_text(lines)
         message = ""
         try:
-            for _, found in sources(path)[0]:
+            [source] = sources(path)
+            for position, record in source:
                 with suppress(BadRecord):
-                    usable(found)
+                    check(source.raw(position, record))
         except Fault as fault:
             message = str(fault)
         assert not message or message.startswith(folder)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from reward.data.mapping import read_mapping
-from reward.data.records import FIELDS, Comparison, Raw, check
+from reward.data.records import FIELDS, BadRecord, Comparison, check
 from reward.data.sources import Source, sources
 from reward.process import Fault
 from stages.preprocess import licenses
-from tests.support import as_pairs
+from tests.support import as_pairs, raws
 
 Record = dict[str, Any]
 TWO = {"ask": "Why?", "left": "A.", "right": "B.", "vote": "l"}
@@ -26,7 +26,7 @@ def write(folder: Path, mapping: str, *records: Any, name: str = "x.jsonl") -> P
 
 def read(folder: Path) -> tuple[Source, list[Record]]:
     [source] = sources(folder)
-    return source, [pair for _, raw in source if isinstance(raw, Raw) for pair in as_pairs(raw)]
+    return source, [pair for raw in raws(source) for pair in as_pairs(raw)]
 
 
 def triples(folder: Path) -> list[list[Any]]:
@@ -161,8 +161,7 @@ def test_entry_defines_what_grades_a_comparison(
 ) -> None:
     folder = write(tmp_path, f"x.jsonl: {{prompt: ask, {entry}}}", TWO | columns)
     [source] = sources(folder)
-    [(_, raw)] = source
-    assert isinstance(raw, Raw)
+    [raw] = raws(source)
     assert raw.comparisons == [expected]
 
 
@@ -182,8 +181,9 @@ def test_comparison_without_a_verdict_is_a_bad_record(
     given = {"p": 1, "for": 1, "against": 0, "v": [1, 0]}
     entry = f"x.jsonl: {{prompt: ask, answers: [left, right], {verdict}}}"
     [source] = sources(write(tmp_path, entry, TWO | given, TWO | columns))
-    [(_, _), (_, found)] = source
-    assert str(found) == f"{named} has no value"
+    _, second = source
+    with pytest.raises(BadRecord, match=f"{named} has no value"):
+        source.raw(*second)
 
 
 PANDALM = {"instruction": "Why?", "response1": "A.", "response2": "B.", "votes": [2, 2, 1, 2]}
@@ -191,7 +191,7 @@ PANDALM = {"instruction": "Why?", "response1": "A.", "response2": "B.", "votes":
 
 def test_what_grades_a_recognized_verdict_is_read(tmp_path: Path) -> None:
     write(tmp_path, "x.jsonl: {weight: w}", PANDALM | {"w": 3})
-    [(_, raw)] = next(iter(sources(tmp_path)))
+    [raw] = raws(*sources(tmp_path))
     assert raw.comparisons == [Comparison(1, 0, 0.75, 3)]
 
 

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks import random_base
 from benchmarks.speed.hardware import HARDWARE, QUANTIZATION
-from reward.data.records import BadRecord
-from reward.data.sources import sources, usable
+from reward.data.records import BadRecord, check
+from reward.data.sources import sources
 from reward.data.tokens import Encoder, Template
 from reward.model.base import add_lora, load_base, load_stock, new_head
 from reward.model.packing import Texts, texts_of
@@ -179,12 +179,13 @@ def drawn(options: argparse.Namespace, base: Path, longest: int) -> list[Texts]:
     Of a record with several comparisons, only the first is used.
     """
     encoder = Encoder(base, Template.of(options.template, False, longest, base))
-    records = [record for source in sources(options.data) for _, record in source]
+    records = [(source, *found) for source in sources(options.data) for found in source]
     pairs: list[Texts] = []
     bad = ""
     for index in np.random.default_rng(options.seed).permutation(len(records)):
         try:
-            record = usable(records[index])
+            source, position, content = records[index]
+            record = check(source.raw(position, content))
             first = record.comparisons[:1]
             answers = [record.answers[place] for each in first for place in (each.j, each.k)]
             texts = [encoder.render(record.prompt, answer) for answer in answers]

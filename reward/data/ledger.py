@@ -21,9 +21,9 @@ from reward.data import tokenized
 from reward.data.columns import ANSWERS, GRADES
 from reward.data.prefixes import TokenIds
 from reward.data.reading import place_of
-from reward.data.records import CERTAIN, BadRecord, Record, hash64
+from reward.data.records import CERTAIN, BadRecord, Record, check, hash64
 from reward.data.rows import Kept, hash_of
-from reward.data.sources import Source, usable
+from reward.data.sources import Source
 from reward.data.splitting import (
     Ballots,
     Flags,
@@ -110,9 +110,9 @@ class Ledger:
         """The records of all sources that pass the checks, as text. The others are counted."""
         for file, source in enumerate(self.sources):
             bar = tqdm(source, desc=str(source.path), unit=" records", delay=2, disable=None)
-            for position, raw in bar:
+            for position, content in bar:
                 try:
-                    record = usable(raw)
+                    record = check(source.raw(position, content))
                     texts = [encoder.render(record.prompt, answer) for answer in record.answers]
                 except BadRecord as fault:
                     self.bad(file, position, fault)

@@ -12,8 +12,7 @@ from reward.data.forms import Form
 from reward.data.mapping import Entry, Mapping, read_mapping
 from reward.data.reading import files, name_of, place_of, read
 from reward.data.recognition import HEAD, recognize
-from reward.data.records import BadRecord, Raw, check, hash64, names_of
-from reward.data.records import Record as Checked
+from reward.data.records import Raw, hash64, names_of
 from reward.data.suggestion import MAPPING
 from reward.data.values import plain, top, value_at
 from reward.process import Fault, counted, plural
@@ -49,41 +48,18 @@ class Source:
     taken: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """The position of each record, and the record or its fault for `usable`.
+        """The position and content of each selected record, for `raw`.
 
-        Raises a Fault for a verdict that has no meaning in the form.
+        Those that match `where`, or a draw from them. Raises a Fault if none matches.
         """
-        self.seen = self.taken = 0
-        chosen = self._drawn() if self.entry.where or self.entry.take is not None else self._all()
-        for position, record in chosen:
-            self.taken += 1
-            try:
-                yield position, self.form.read(self._labelled(record))
-            except BadRecord as fault:
-                yield position, fault
-            except UnknownVerdict as error:
-                raise Fault(f"{place_of(self.path, position)}: {error}") from None
-
-    def _labelled(self, record: Any) -> Any:
-        """A record with its source. A source named in dataset.yaml replaces the record's own."""
-        if self.name is None or not isinstance(record, dict):
-            return record
-        return {"source": self.name} | record | ({"source": self.name} if self.entry.source else {})
-
-    def _all(self) -> Iterator[tuple[int, Any]]:
-        for found in read(self.path):
-            self.seen += 1
-            yield found
-
-    def _drawn(self) -> Iterator[tuple[int, Any]]:
-        """The records that match `where`, or a draw from them. Raises a Fault if none matches."""
+        self.seen = self.taken = matching = 0
         drawn = self._draw() if self.entry.take is not None else None
-        matching = 0
         for position, record in read(self.path):
             self.seen += 1
             if self._matches(record):
                 matching += 1
                 if drawn is None or matching in drawn:
+                    self.taken += 1
                     yield position, record
         if not matching:
             paths = ", ".join(path for path, _ in self.entry.where)
@@ -91,6 +67,22 @@ class Source:
                 f"{self.path}: where ({paths}) matches no record (of {self.seen:,}), expected at "
                 "least one"
             )
+
+    def raw(self, position: int, record: Any) -> Raw:
+        """What a selected record means.
+
+        Raises BadRecord, and a Fault for a verdict that has no meaning in the form.
+        """
+        try:
+            return self.form.read(self._labelled(record))
+        except UnknownVerdict as error:
+            raise Fault(f"{place_of(self.path, position)}: {error}") from None
+
+    def _labelled(self, record: Any) -> Any:
+        """A record with its source. A source named in dataset.yaml replaces the record's own."""
+        if self.name is None or not isinstance(record, dict):
+            return record
+        return {"source": self.name} | record | ({"source": self.name} if self.entry.source else {})
 
     def _draw(self) -> set[int]:
         """Which matching records are taken, numbered from 1: those with the smallest hashes.
@@ -121,13 +113,6 @@ class Source:
         split = f" for {self.split}" if self.split else ""
         records = f"{self.taken:,}{of} {plural('record', self.seen)}"
         return f"read       {self.path} as {self.form.description}, {records}{split}"
-
-
-def usable(found: Raw | BadRecord) -> Checked:
-    """A record of a Source, checked. Raises BadRecord."""
-    if isinstance(found, BadRecord):
-        raise found
-    return check(found)
 
 
 def sources(path: Path) -> list[Source]:
