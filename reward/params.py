@@ -39,7 +39,7 @@ loaded: dict[tuple[Path, str], dict[str, Any]] = {}
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be, in words and as a test of a value of the right type."""
+    """What a value must be, in words and as a test. In a group, it has the right type."""
 
     expected: str
     holds: Callable[[Any], bool] = lambda value: True

@@ -19,11 +19,10 @@ say about the columns is recognized:
       license: cc-by-4.0             # for the model card, by its name on the Hub
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -32,7 +31,7 @@ from reward.data.forms import Context
 from reward.data.recognition import Known
 from reward.data.suggestion import MAPPING
 from reward.data.values import plain
-from reward.params import read_yaml, yaml_error
+from reward.params import Rule, read_yaml, yaml_error
 from reward.process import Fault, as_written
 
 ORDERED: tuple[Order, ...] = ("ranks", "scores")
@@ -43,13 +42,6 @@ SOFT = ("votes", "preference")
 RECORDS = ("take", "seed", "split", "source", "license")
 BEFORE = ("prompt", "input", "system", "history")
 Scalars = tuple[Any, ...]
-
-
-class Kind(NamedTuple):
-    """What the value of a key must be, in words and as a test."""
-
-    expected: str
-    holds: Callable[[Any], bool]
 
 
 def _is_path(value: Any) -> bool:
@@ -83,22 +75,22 @@ def _are_conditions(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_are_scalars, value.values()))
 
 
-COLUMN = Kind("the name of a column", _is_path)
-OPTIONAL = Kind("the name of a column, or null for none", lambda v: v is None or _is_path(v))
-COLUMNS = Kind("the name of a column, or a list of such names", _are_paths)
-VALUES = Kind("a value or a list of values", _are_scalars)
+COLUMN = Rule("the name of a column", _is_path)
+OPTIONAL = Rule("the name of a column, or null for none", lambda v: v is None or _is_path(v))
+COLUMNS = Rule("the name of a column, or a list of such names", _are_paths)
+VALUES = Rule("a value or a list of values", _are_scalars)
 KEYS = {
     **dict.fromkeys((*BEFORE, *GRADED), OPTIONAL),
-    "votes": Kind("the name of a column, a list of two such names, or null", _may_be_votes),
+    "votes": Rule("the name of a column, a list of two such names, or null", _may_be_votes),
     **dict.fromkeys(("chosen", "rejected", "verdict"), COLUMN),
     **dict.fromkeys(("answers", *ORDERED), COLUMNS),
     **dict.fromkeys(("first", "second", "tie"), VALUES),
-    "order": Kind("best_first", lambda value: value == "best_first"),
-    "where": Kind("columns, each with the values to keep", _are_conditions),
-    "take": Kind("a number of records, or a share above 0 and below 1", _is_amount),
-    "seed": Kind("an integer", lambda value: type(value) is int),
-    "split": Kind("train, validation or test", lambda v: v in ("train", "validation", "test")),
-    **dict.fromkeys(("source", "license"), Kind("a non-empty string", _is_path)),
+    "order": Rule("best_first", lambda value: value == "best_first"),
+    "where": Rule("columns, each with the values to keep", _are_conditions),
+    "take": Rule("a number of records, or a share above 0 and below 1", _is_amount),
+    "seed": Rule("an integer", lambda value: type(value) is int),
+    "split": Rule("train, validation or test", lambda v: v in ("train", "validation", "test")),
+    **dict.fromkeys(("source", "license"), Rule("a non-empty string", _is_path)),
 }
 
 
@@ -178,9 +170,9 @@ def _faults(entry: Any) -> list[str]:
         f"{key} is unknown, expected one of {', '.join(KEYS)}" for key in entry if key not in KEYS
     ]
     faults += [
-        f"{key} is {as_written(entry[key])}, expected {kind.expected}"
-        for key, kind in KEYS.items()
-        if key in entry and not kind.holds(entry[key])
+        f"{key} is {as_written(entry[key])}, expected {rule.expected}"
+        for key, rule in KEYS.items()
+        if key in entry and not rule.holds(entry[key])
     ]
     return faults or _conflicts(entry)
 
