@@ -34,7 +34,7 @@ from reward.data import tokenized
 from reward.data.columns import IDS, PREFERENCE, TIE
 from reward.data.ledger import SHOWN, Ledger, Rendered
 from reward.data.prefixes import TokenIds
-from reward.data.reading import other_names
+from reward.data.reading import batches, other_names
 from reward.data.records import PARTS, TOOLS, BadRecord, Record
 from reward.data.rows import as_row, compare
 from reward.data.sets import Notes, read_sets, write_sets
@@ -157,8 +157,9 @@ def collecting_rarely() -> Iterator[None]:
 
 def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger) -> None:
     """Write the ids of every usable record to `table`, and its numbers to the ledger."""
+    batched = batches(ledger.rendered(encoder), Rendered.characters, BATCH_CHARACTERS)
     with tokenized.stream(table) as append:
-        for batch, future in encoded(encoder, batches(ledger.rendered(encoder))):
+        for batch, future in encoded(encoder, batched):
             ids = iter(future.result())
             found = (
                 row_of(options, encoder, item, [*islice(ids, len(item.texts))], ledger)
@@ -166,20 +167,6 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
             )
             if rows := [row for row in found if row]:
                 append(tokenized.batch(rows))
-
-
-def batches(items: Iterable[Rendered]) -> Iterator[list[Rendered]]:
-    """Lists of records of about BATCH_CHARACTERS each, which limits memory."""
-    batch: list[Rendered] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += sum(map(len, item.texts))
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def encoded(

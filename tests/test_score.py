@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from reward.data.reading import batches
 from reward.data.records import Candidates
 from reward.process import run
 from reward.serving import score
@@ -378,9 +379,8 @@ def test_scored_records_are_neither_rendered_nor_scored_again(
         assert scored.endswith(f"already scored: {count - texts}")
 
 
-def test_texts_of_a_batch_are_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_a_batch_are_limited_too() -> None:
     """The text of each answer has the prompt and the tools."""
-    monkeypatch.setattr(score, "BATCH_CHARACTERS", 10_000)
     words = "word " * 400
     records = [
         {"prompt": words, "answers": ["a", "b", "c", "d"]},
@@ -391,7 +391,7 @@ def test_texts_of_a_batch_are_limited_too(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     for record, most in zip(records, (1, 1, 1, 3, 3), strict=True):
         write([record] * 9)
-        assert len(next(score.batches(score.items([INPUT])))) == most
+        assert len(next(batches(score.items([INPUT]), score.Item.size, 10_000))) == most
 
 
 def test_records_after_the_scored_ones_may_change(

@@ -64,6 +64,9 @@ class Rendered(NamedTuple):
     record: Record
     texts: list[str]
 
+    def characters(self) -> int:
+        return sum(map(len, self.texts))
+
 
 def numbers() -> array[int]:
     return array("I")

@@ -7,11 +7,11 @@ import json
 import re
 import shlex
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from reward.data.dialogue import are_spoken
 from reward.data.records import FIELDS, TOOLS, names_of
@@ -66,6 +66,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 UNKNOWN = "ENCODING"
 # The longest token of JSON, apart from strings, that the end of a chunk can cut in two.
 LONGEST_TOKEN = 16
+
+Item = TypeVar("Item")
 
 
 def files(path: Path) -> list[Path]:
@@ -137,6 +139,22 @@ def read(path: Path) -> Iterator[tuple[int, Any]]:
         ) from None
     if not position:
         raise Fault(f"{path} has no records, expected preference pairs")
+
+
+def batches(
+    items: Iterable[Item], size_of: Callable[[Item], int], most: int
+) -> Iterator[list[Item]]:
+    """Lists of items with a total size of about `most`, to limit memory; the same in every run."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= most:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _refuse_impostor(path: Path) -> None:

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from reward.data.answers import CANONICAL, UNGRADED, Preferred
 from reward.data.forms import Form
-from reward.data.reading import files, place_of, read
+from reward.data.reading import batches, files, place_of, read
 from reward.data.records import KINDS, PAIR, TOOLS, BadRecord, Raw
 from reward.data.sources import source_of
 from reward.locks import hold
@@ -118,7 +118,6 @@ class Item(NamedTuple):
                 return 1
         return len(PAIR)
 
-    @property
     def size(self) -> int:
         """About how many characters the record and its texts have.
 
@@ -192,7 +191,7 @@ def score_files(scorer: Scorer, paths: list[Path], journal: "Journal | None") ->
     """
     totals, start = Totals(), time.perf_counter()
     bar = tqdm(items(paths), desc="scored", unit=" prompts", disable=None)
-    for batch in batches(bar):
+    for batch in batches(bar, Item.size, BATCH_CHARACTERS):
         totals.prompts += len(batch)
         totals.texts += sum(item.answers for item in batch)
         if not group.from_first(journal is not None and journal.holds(batch)):
@@ -236,20 +235,6 @@ def as_text(record: Any) -> str:
                 "lists and objects of them; convert that column or remove it",
             ) from None
     return f"{{{', '.join(columns)}}}"
-
-
-def batches(found: Iterable[Item]) -> Iterator[list[Item]]:
-    """Lists of items of about BATCH_CHARACTERS each, the same in every run."""
-    batch: list[Item] = []
-    size = 0
-    for item in found:
-        batch.append(item)
-        size += item.size
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def scored(scorer: Scorer, batch: list[Item], totals: Totals) -> list[Row]:
