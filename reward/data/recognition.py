@@ -104,7 +104,8 @@ JUDGED = (
 )
 # PandaLM: the votes of several annotators.
 VOTED = Preferred("response1", "response2")
-VOTES = Grades(votes=("votes",), meaning=Meaning((1,), (2,), (0,)), decisive=("votes",))
+VOTE = Meaning((1,), (2,), (0,))
+VOTES = Grades(votes=("votes",), meaning=VOTE, decisive=("votes",))
 # WebGPT comparisons
 SCORED = (Listed(("answer_0", "answer_1"), "scores", ("score_0", "score_1")),)
 # The columns before the answers: their keys in dataset.yaml, and the names that are recognized.
@@ -273,9 +274,9 @@ def _lists(columns: Columns) -> list[Answers]:
 
 
 def _are_votes(columns: Columns) -> bool:
-    """Whether the column `votes` has lists of values that have a meaning in VOTES."""
+    """Whether the column `votes` has lists of values that have a meaning as a VOTE."""
     signs = [
-        VOTES.meaning.sign(vote) if VOTES.meaning else None
+        VOTE.sign(vote)
         for value in columns.get("votes", [None])
         for vote in (value if isinstance(value, list) else [None])
     ]

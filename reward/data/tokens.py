@@ -59,7 +59,7 @@ class Template:
         `chat_template` is the file with the template of "chat", by default the tokenizer's own.
         `date`, in ISO form, replaces today's date in it.
         """
-        text = name if name == "chat" else TEMPLATES.get(name, name)
+        text = TEMPLATES.get(name, name)
         if text != "chat":
             try:
                 divide(text)

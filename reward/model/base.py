@@ -1,6 +1,5 @@
 """The reward model: a quantized base, LoRA on its projections, and a scalar head."""
 
-import json
 import math
 import re
 import sys
@@ -225,9 +224,7 @@ def weight_bytes(base: Path, quantization: Quantization) -> int:
 
 def memory() -> float:
     """The memory of the GPU or, without a GPU, the free memory of the machine, in bytes."""
-    if device().type == "cuda":
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return free_memory()
+    return layers.memory_of(device()) or free_memory()
 
 
 def load_base(base: Path, quantization: Quantization) -> PreTrainedModel:
@@ -431,7 +428,7 @@ def name_magnitudes(path: Path) -> None:
 def settle_config(folder: Path, **changes: str) -> None:
     """Apply changes to an adapter's configuration and sort its modules, because PEFT does not."""
     path = folder / "adapter_config.json"
-    config = json.loads(path.read_text()) | changes
+    config = read_json(path) | changes
     config["target_modules"] = sorted(config["target_modules"])
     write_json(path, config)
 

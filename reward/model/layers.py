@@ -139,11 +139,6 @@ def memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
-def output(layer: Any, x: Tensor) -> Tensor:
-    """The output of a linear layer, whose weights may be in 4 bits."""
-    return product(x, dense(layer), layer.bias)
-
-
 def product_in_fp32(one: Tensor, other: Tensor) -> Tensor:
     """one @ other in fp32, [n, m] from [n, rows] and [rows, m]; the factors may be bf16."""
     if one.is_cuda and one.dtype != torch.float32:
@@ -194,7 +189,7 @@ class Frozen(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
-        return output(layer, x)
+        return product(x, dense(layer), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -185,7 +185,6 @@ def on_meta(folder: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
 
 def problem_with_model(config: dict[str, Any]) -> str | None:
     """Why the model that transformers builds from a config.json cannot be packed, or None."""
-    windows: list[int | None] = []
     try:
         model = build(config)
     except Exception as error:  # because a model's code may raise anything
@@ -198,7 +197,7 @@ def problem_with_model(config: dict[str, Any]) -> str | None:
     if reason := problem_with_interface(model):
         return reason
     try:
-        trace(model, windows)
+        windows = trace(model)
     except Fault as fault:
         return f"cannot be packed: {fault}"
     except Exception as error:
@@ -258,11 +257,12 @@ def build(config: dict[str, Any]) -> PreTrainedModel:
     return model.eval()  # because in training some models skip layers at random
 
 
-def trace(model: PreTrainedModel, windows: list[int | None]) -> None:
-    """Pass a row through a model and append the window of each call of attention to `windows`.
+def trace(model: PreTrainedModel) -> list[int | None]:
+    """Pass a row through a model. Returns the window of each call of attention.
 
     Raises a Fault for attention that is not plain.
     """
+    windows: list[int | None] = []
     with torch.no_grad():
         model.base_model(
             input_ids=torch.zeros(1, TOKENS, dtype=torch.long, device="meta"),
@@ -270,6 +270,7 @@ def trace(model: PreTrainedModel, windows: list[int | None]) -> None:
             plan=windows,
             use_cache=False,
         )
+    return windows
 
 
 def record_window(
