@@ -1,9 +1,9 @@
-"""Packs of pairs: rows of tokens without padding that hold shared prefixes only once.
+"""Packs of texts: rows of tokens without padding that hold shared prefixes only once.
 
-The two texts of a pair begin with the same tokens, because they share their prompt. A pack is a
-single row of tokens:
+The texts of a prompt, such as the two of a pair, begin with the same tokens. A pack is a single row
+of tokens:
 
-    [ prefix and rest of chosen ] of every pair, then [ rest of rejected ] of every pair
+    [ prefix and rest of the first text ] of every prompt, then [ rest ] of every other text
 
 The positions of each rest continue where its prefix ends. Attention is causal, so a text that sees
 only its prefix and itself has the same reward and the same gradient as in a row of its own.
