@@ -32,21 +32,24 @@ class Around(NamedTuple):
     """The text of a template around its fields.
 
     `before` is the text before {system}, and `after` is the rest of its line with the line breaks.
-    Both are None if the template has no {system}. `head` is the text from there to {prompt},
+    Both are empty if the template has no {system}. `head` is the text from there to {prompt},
     `middle` the text from there to {answer}, and `tail` the rest.
     """
 
-    before: str | None
-    after: str | None
+    before: str
+    after: str
     head: str
     middle: str
     tail: str
 
+    @property
+    def has_system(self) -> bool:
+        """Whether the template has {system}: if so, a line break follows it."""
+        return bool(self.after)
+
     def opening(self, system: str | None) -> str:
         """The text before the prompt. Without a system message, its line is left out."""
-        if system is None or self.before is None or self.after is None:
-            return self.head
-        return self.before + system + self.after + self.head
+        return self.head if system is None else self.before + system + self.after + self.head
 
 
 @cache
@@ -59,7 +62,7 @@ def divide(template: str) -> Around:
     found = FIELDS.fullmatch(template)
     if found is None or len(FIELD.findall(template)) > 2 + (found["before"] is not None):
         raise ValueError(template)
-    return Around(**found.groupdict())
+    return Around(**found.groupdict(default=""))
 
 
 def fill(template: str, messages: Messages) -> str:
@@ -73,9 +76,9 @@ def fill(template: str, messages: Messages) -> str:
         for part in parts_of(message):
             raise BadRecord(part, f"has {part}, {NEEDS_CHAT}")
     roles = [message[0] for message in messages]
-    system = messages[0][1] if roles[0] == "system" and around.before is not None else None
+    system = messages[0][1] if roles[0] == "system" and around.has_system else None
     if roles[system is not None :] != ["user", "assistant"]:
-        if around.before is None and "system" in roles:
+        if not around.has_system and "system" in roles:
             raise BadRecord("needs_chat", f"has a system message, {NEEDS_SYSTEM}")
         found = "several turns" if "user" in roles else "no user message"
         raise BadRecord("needs_chat", f"has {found}, {NEEDS_CHAT}")

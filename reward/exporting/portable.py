@@ -178,13 +178,13 @@ def in_jinja(tokenizer: Tokenizer, around: Around, eos: str) -> str:
     """A text template as a chat template that renders and rejects the same as `fill`."""
     start, end = opening(tokenizer, f"{around.opening(None)}a{around.middle}b{around.tail}")
     before, after, roles = "", "", "user, assistant"
-    if around.before is not None and around.after is not None:
+    if around.has_system:
         text = f"{around.opening('a')}b{around.middle}c{around.tail}"
         before = opening(tokenizer, text)[0] + around.before
         after, roles = around.after + around.head, f"{roles} and optionally system before them"
     values = {
         "PARTS": json.dumps([*PARTS, *UNREAD]),
-        "SYSTEM": json.dumps(around.before is not None),
+        "SYSTEM": json.dumps(around.has_system),
         "ROLES": roles,
         "BEFORE": literal(before),
         "AFTER": literal(after),

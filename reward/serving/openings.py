@@ -83,7 +83,7 @@ class Openings:
             return [self._of_chats()]
         around = divide(self._encoder.template.template)
         fixed: list[tuple[str, ...]] = [(around.head, around.middle)]
-        if around.before is not None and around.after is not None:
+        if around.has_system:
             fixed.append((around.before, around.after + around.head, around.middle))
         return fixed
 
