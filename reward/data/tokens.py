@@ -199,6 +199,11 @@ class Encoder:
         return size if isinstance(size, int) and max(ids) >= size else None
 
     @property
+    def bos(self) -> str | None:
+        """The tokenizer's beginning-of-sequence token, if it has one."""
+        return token_of(self._config, "bos_token")
+
+    @property
     def eos(self) -> str | None:
         """The tokenizer's end-of-sequence token, if it has one."""
         return token_of(self._config, "eos_token")

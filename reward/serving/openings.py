@@ -50,8 +50,8 @@ SHOWN = 40
 class Openings:
     """What all whole texts of a template begin with, and what they have before an answer."""
 
-    def __init__(self, encoder: Encoder, bos: str | None) -> None:
-        self._encoder, self._bos = encoder, bos
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
 
     def complete(self, text: str) -> str:
         """A whole text with the beginning of the template: no extra white space, and with bos.
@@ -65,8 +65,8 @@ class Openings:
         firsts = [first for first, *_ in self._fixed]
         if all(first and not first[0].isspace() for first in firsts):
             text = text.lstrip()
-        if self._bos and all(first.startswith(self._bos) for first in firsts):
-            text = self._bos + text.removeprefix(self._bos)
+        if (bos := self._encoder.bos) and all(first.startswith(bos) for first in firsts):
+            text = bos + text.removeprefix(bos)
         if not any(has(text, parts) for parts in self._fixed):
             shown = " or ".join(repr("...".join((*parts, ""))) for parts in self._fixed)
             raise BadRecord(

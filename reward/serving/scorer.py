@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from reward.data.records import TOOLS, BadRecord, Candidates, Messages, candidates
-from reward.data.tokens import TOKENIZER_CONFIG, Encoder, Template, token_of
+from reward.data.tokens import Encoder, Template
 from reward.exporting.exported import REWARD, load_exported
 from reward.model.packing import texts_of
 from reward.model.scoring import score
-from reward.outputs import read_json, recorded
+from reward.outputs import recorded
 from reward.process import Fault, as_written
 from reward.serving.endings import Endings
 from reward.serving.openings import Openings
@@ -48,12 +48,10 @@ class Scorer:
         """Raises a Fault unless the folder is a complete export."""
         self._folder = folder = Path(folder)
         self._model = load_exported(folder)
-        self._template = Template.load(folder / "template.json")
         size = self._model.get_input_embeddings().num_embeddings
-        self._encoder = Encoder(folder, self._template, size)
+        self._encoder = Encoder(folder, Template.load(folder / "template.json"), size)
         self.temperature: float = recorded(folder / REWARD)["temperature"]
-        bos = token_of(read_json(folder / TOKENIZER_CONFIG), "bos_token")
-        self._openings, self._endings = Openings(self._encoder, bos), Endings(self._encoder)
+        self._openings, self._endings = Openings(self._encoder), Endings(self._encoder)
 
     def candidates(self, record: Any) -> Candidates:
         """The prompt and answers of a record.
@@ -78,7 +76,7 @@ class Scorer:
         Raises Misfit for the first text that has no ids, more than max_length, or one that the
         model lacks.
         """
-        found, most = self._encoder.encode(texts), self._template.max_length
+        found, most = self._encoder.encode(texts), self._encoder.template.max_length
         for index, ids in enumerate(found):
             if not ids:
                 raise Misfit(index, "empty", "the text has no tokens")
