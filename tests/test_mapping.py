@@ -131,6 +131,7 @@ def test_unmapped_verdict_is_an_error_and_a_mapped_tie_is_not(tmp_path: Path) ->
     ("entry", "columns", "expected"),
     [
         ("answers: [left, right], preference: p", {"p": 0.2}, Comparison(1, 0, 0.8)),
+        ("answers: [left, right], preference: p", {"p": 0.49999999}, Comparison(0, 1, 0.5)),
         ("answers: [left, right], preference: p", {"p": 0.2, "votes": [3, 1]},
          Comparison(1, 0, 0.8)),
         ("answers: [left, right], votes: [for, against]", {"for": 3, "against": "1"},

@@ -348,6 +348,16 @@ def test_votes_are_merged_into_the_share_of_the_majority(data: Path, set_params:
     assert rows[check(vote(21, "b", True)).prompt_id]["id"] == check(vote(21, "b", True)).ids[0]
 
 
+@pytest.mark.parametrize("shares", [(0.7, 0.2, 0.6), (0.2, 0.7, 0.6), (0.6, 0.2, 0.7)])
+def test_votes_that_are_even_are_a_tie_in_any_order(data: Path, shares: tuple[float, ...]) -> None:
+    """In float64, the shares of these votes differ from 0.5."""
+    votes = [vote(20, name) | {"preference": p} for name, p in zip("abc", shares, strict=True)]
+    rewrite(data, [*(vote(index, "abc"[index % 3]) for index in range(20)), *votes])
+    assert run()["ties"] == 1
+    preferences = [row["preference"] for part in written().values() for row in part]
+    assert sorted(preferences)[:2] == [0.5, 1]
+
+
 def test_votes_with_an_empty_column_are_votes_on_the_same_pair(data: Path) -> None:
     votes = [vote(index, name, name in "ab") for index in (21, 20) for name in "abcde"]
     for each in votes[7:]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from reward.data.columns import TIE
 from reward.data.dialogue import as_messages, messages, role_of
-from reward.data.records import CERTAIN, BadRecord, Comparison
+from reward.data.records import CERTAIN, DECIMALS, BadRecord, Comparison
 from reward.data.values import Columns, Record, is_absent, is_blank, needed, plain, top, value_at
 
 
@@ -346,7 +346,7 @@ class Grades:
         weight = _number(record, self.weight, 1.0)
         found = []
         for each in comparisons:
-            p = each.preference if preference is None else preference
+            p = each.preference if preference is None else round(preference, DECIMALS)
             j, k = (each.k, each.j) if p < TIE else (each.j, each.k)
             found.append(Comparison(j, k, max(p, 1 - p), weight, margin))
             if margin and found[-1].preference < 1:

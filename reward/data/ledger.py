@@ -21,7 +21,7 @@ from reward.data import tokenized
 from reward.data.columns import ANSWERS, GRADES
 from reward.data.prefixes import TokenIds
 from reward.data.reading import place_of
-from reward.data.records import CERTAIN, BadRecord, Record, check, hash64
+from reward.data.records import CERTAIN, DECIMALS, BadRecord, Record, check, hash64
 from reward.data.rows import Kept, hash_of
 from reward.data.sources import Source
 from reward.data.splitting import (
@@ -43,8 +43,6 @@ from reward.data.tokens import Encoder
 SHOWN = 10
 # A column is searched for repeated values at this many records, at twice as many, and so on.
 FIRST_LOOK = 1024
-# Probabilities are rounded to multiples of 1 / PARTS before verdicts are compared.
-PARTS = 1_000_000
 
 
 class BadPlace(NamedTuple):
@@ -191,7 +189,7 @@ class Ledger:
         preference, weight, margin = (self.grade_of(name)[rows] for name in GRADES)
         one, other = (self.column(name)[rows] for name in ANSWERS)
         first, answers = np.where(one < other, preference, 1 - preference), self.answers(rows)
-        verdicts = combined(answers, np.round(first * PARTS).astype(np.uint64))
+        verdicts = combined(answers, np.round(first * 10**DECIMALS).astype(np.uint64))
         return Ballots(answers, verdicts, first, weight, margin)
 
     def late(self, used: Flags) -> dict[str, npt.NDArray[Any]]:

@@ -23,6 +23,9 @@ from reward.process import as_written
 ROLES = ("system", "user", "assistant", "tool")
 PAIR = ("chosen", "rejected")
 FIELDS = ("prompt", *PAIR)
+# Decimals of a preference. Without rounding, votes of 0.7, 0.2 and 0.6 are no tie in float64, and
+# 0.50000001 is one only in float32, in which training computes.
+DECIMALS = 6
 # Answers may begin with a prompt of at most this many bytes by chance, such as a greeting.
 GREETING = 15
 # Keys that a message may have besides role and content, which chat templates render.

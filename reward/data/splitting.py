@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reward.data.columns import TIE
-from reward.data.records import Messages, hash64
+from reward.data.records import DECIMALS, Messages, hash64
 from reward.data.transcripts import prompt_ends
 
 Hashes = npt.NDArray[np.uint64]
@@ -119,8 +119,9 @@ def count_votes(ballots: Ballots, columns: Hashes) -> Votes:
     counted = weight * is_new
     for_first, for_second = each(np.add, counted * first), each(np.add, counted * (1 - first))
     total = for_first + for_second
-    preference = np.maximum(for_first, for_second) / total
-    fits = (for_first == for_second) | ((first > TIE) == (for_first > for_second)) & (first != TIE)
+    share = np.round(for_first / total, DECIMALS)
+    preference = np.round(np.maximum(share, 1 - share), DECIMALS)
+    fits = (share == TIE) | ((first > TIE) == (share > TIE)) & (first != TIE)
     rows = np.arange(len(answers))
     stays = rows == each(np.minimum, np.where(fits, rows, len(answers)))
     agreed = np.where(preference == 1, each(np.add, counted * margin) / total, 0)
