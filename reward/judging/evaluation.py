@@ -99,7 +99,7 @@ def as_judged(table: pa.Table) -> Judged:
     tokens_chosen, tokens_rejected, prefixes, answer_chosen, answer_rejected = (
         table[name].to_numpy().astype(np.int64) for name in (*TOKENS, PREFIX, *ANSWERS)
     )
-    # The common prefix of all answers is the shortest one of their comparisons.
+    # If the comparisons are connected, this is the common prefix of all answers to the prompt.
     shared = np.full(prompts.max(initial=0) + 1, prefixes.max(initial=0))
     np.minimum.at(shared, prompts, prefixes)
     return Judged(

@@ -31,7 +31,7 @@ COLDEST, HOTTEST = 1e-3, 1e3
 class Answers:
     """The compared answers, without repeats. Shapes [answers].
 
-    `tokens` is the length without the common prefix of all answers to the prompt. `chosen` and
+    `tokens` is the length without the shared prefix of the prompt's comparisons. `chosen` and
     `rejected` are the indices of the two answers of every comparison, [comparisons].
     """
 
@@ -48,8 +48,8 @@ class Judged:
 
     `preference` is the probability that chosen is preferred, from 0.5, a tie, to 1. `prompts` are
     the numbers of the prompts, from 0. `answer_chosen` and `answer_rejected` are the numbers of the
-    answers to a prompt. Lengths are in tokens. `prefix` is the length of the common prefix of all
-    answers, including the prompt.
+    answers to a prompt. Lengths are in tokens. `prefix` is the length, including the prompt, of
+    what both answers begin with in every comparison of the prompt.
     """
 
     chosen: Floats
