@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 import re
 import tracemalloc
 from collections.abc import Callable
@@ -229,6 +230,21 @@ def test_path_without_preference_files_is_a_fault(tmp_path: Path, name: str) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(Fault, match=rf"{name}.*expected"):
         files(tmp_path / name)
+
+
+def test_name_that_is_not_utf_8_is_a_fault(tmp_path: Path) -> None:
+    """As in an old zip file."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    path.touch()
+    for given in (path, tmp_path):
+        with pytest.raises(Fault) as caught:
+            files(given)
+        assert str(caught.value) == (
+            rf"the path {tmp_path}/caf\xe9.jsonl is not UTF-8, expected one that is; "
+            "rename the file or its folder"
+        )
+    path.rename(path.with_suffix(".txt"))
+    assert other_names(tmp_path) == [r"caf\xe9.txt"]
 
 
 # --- broken files ----------------------------------------------------------------------------

@@ -649,6 +649,10 @@ def test_column_of_parquet_that_is_not_json_is_named(
     )
 
 
+# As in an old zip file, and as messages show it.
+NOT_UTF_8, SHOWN = os.fsdecode(b"caf\xe9.jsonl"), r"caf\xe9.jsonl"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -668,12 +672,25 @@ def test_column_of_parquet_that_is_not_json_is_named(
             ["none.jsonl", "--output", "out.jsonl"],
             "none.jsonl does not exist, expected a file or a folder of preference pairs",
         ),
+        (
+            [NOT_UTF_8, "--output", "out.jsonl"],
+            f"the path {SHOWN} is not UTF-8, expected one that is; rename the file or its folder",
+        ),
+        (
+            ["in.jsonl", "--output", NOT_UTF_8],
+            f"the path {SHOWN} is not UTF-8, expected one that is; rename the file or its folder",
+        ),
     ],
 )
-def test_bad_path_is_reported(
-    arguments: list[str], sentence: str, fault: Callable[..., str]
+def test_bad_path_is_reported_before_the_model_is_loaded(
+    arguments: list[str],
+    sentence: str,
+    fault: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delattr(score, "Scorer")
     write(some_records(2))
+    write(some_records(2), Path(NOT_UTF_8))
     before = sorted(Path().rglob("*"))
     assert fault(*arguments) == sentence
     assert sorted(Path().rglob("*")) == before

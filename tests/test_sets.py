@@ -1,6 +1,7 @@
 """Extra test sets: read like other data, judged with the test split, with leaks reported."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,12 @@ def test_two_files_for_one_set_are_reported(encoder: Callable[[int], Encoder]) -
 
 
 @pytest.mark.usefixtures("workspace")
+def test_name_that_is_not_utf_8_is_refused(encoder: Callable[[int], Encoder]) -> None:
+    write_set(Path("data/sets", os.fsdecode(b"caf\xe9.jsonl")), PAIR)
+    with pytest.raises(Fault, match=r"^the path data/sets/caf\\xe9.jsonl is not UTF-8, expected"):
+        read_sets(Path("data/sets"), encoder(100), drop=False)
+
+
 @pytest.mark.parametrize("name", ["test split", "index.json", "scratch.arrow"])
 def test_name_with_a_meaning_of_its_own_is_refused(
     encoder: Callable[[int], Encoder], name: str

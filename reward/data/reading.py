@@ -73,7 +73,7 @@ Item = TypeVar("Item")
 def files(path: Path) -> list[Path]:
     """The preference files of a path: the file itself, or those directly in the folder, sorted.
 
-    Raises a Fault if there is none or the path cannot be read.
+    Raises a Fault if there is none, the path cannot be read, or a name is not UTF-8.
     """
     try:
         if not path.exists():
@@ -84,7 +84,22 @@ def files(path: Path) -> list[Path]:
     if not found or (not path.name.endswith(SUFFIXES) and path.is_file()):
         problem = "is not a preference file" if found else f"has no preference file{_folders(path)}"
         raise Fault(f"{path} {problem}, expected a name that ends in {', '.join(SUFFIXES)}")
+    for file in found:
+        require_utf8(file)
     return found
+
+
+def require_utf8(path: Path) -> None:
+    """Raises a Fault for a path that is not UTF-8, which no JSON or Parquet file can hold."""
+    if (shown := printable(path)) != str(path):
+        raise Fault(
+            f"the path {shown} is not UTF-8, expected one that is; rename the file or its folder"
+        )
+
+
+def printable(path: Path | str) -> str:
+    r"""A path as text, in which a byte that is not UTF-8 is written as, for example, \xe9."""
+    return str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def has_records(path: Path) -> bool:
@@ -106,7 +121,7 @@ def other_names(path: Path) -> list[str]:
     """
     found = sorted(path.iterdir()) if path.is_dir() else []
     return [
-        child.name + "/" * child.is_dir()
+        printable(child.name) + "/" * child.is_dir()
         for child in found
         if not OTHERS.match(child.name) and not has_records(child)
     ]

@@ -10,7 +10,7 @@ from reward.data import tokenized
 from reward.data.columns import TEST_SPLIT
 from reward.data.ledger import Ledger
 from reward.data.mapping import read_mapping
-from reward.data.reading import has_records, name_of
+from reward.data.reading import has_records, name_of, require_utf8
 from reward.data.rows import as_row, compare
 from reward.data.sources import Source, source_of
 from reward.data.splitting import Prompts
@@ -57,7 +57,7 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
     """The sets of a folder, named after their files.
 
     With `drop`, bad records are left out, otherwise a Fault lists them. Raises a Fault for a file
-    that cannot be read.
+    that cannot be read or whose name is not UTF-8.
     """
     try:
         paths = sorted(filter(has_records, folder.iterdir()))
@@ -66,6 +66,8 @@ def read_sets(folder: Path, encoder: Encoder, drop: bool) -> list[TestSet]:
             f"params.yaml: preprocess.sets {folder} cannot be read: {error.strerror}; "
             "expected a folder of test sets, which may be empty"
         ) from None
+    for path in paths:
+        require_utf8(path)
     if mapping := read_mapping(folder):
         mapping.require_files([path.name for path in paths])
     names = [name_of(path) for path in paths]

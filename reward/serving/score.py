@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from reward.data.answers import CANONICAL, UNGRADED, Preferred
 from reward.data.forms import Form
-from reward.data.reading import batches, files, place_of, read
+from reward.data.reading import batches, files, place_of, read, require_utf8
 from reward.data.records import KINDS, PAIR, TOOLS, BadRecord, Raw
 from reward.data.sources import source_of
 from reward.locks import hold
@@ -173,7 +173,11 @@ def parse() -> argparse.Namespace:
 
 
 def require_output(output: Path, inputs: list[Path]) -> None:
-    """Raises a Fault for an output with another ending, or one that would be read as input."""
+    """Raises a Fault for an output with another ending, or one that would be read as input.
+
+    Raises one for a path that is not UTF-8 as well, which the Parquet writer cannot open.
+    """
+    require_utf8(output)
     if output.suffix not in (".jsonl", ".parquet") or output.is_dir():
         raise Fault(f"--output is {output}, expected a file that ends in .jsonl or .parquet")
     place = output.resolve()
