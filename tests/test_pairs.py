@@ -232,6 +232,19 @@ def test_path_without_preference_files_is_a_fault(tmp_path: Path, name: str) -> 
         files(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "pipe"])
+def test_pipe_is_a_fault(tmp_path: Path, name: str) -> None:
+    """A named pipe, or the output of another command as bash gives it with <(...)."""
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(Fault) as caught:
+        files(path)
+    assert str(caught.value) == (
+        f"{path} is not a regular file, expected one or a folder of preference pairs; "
+        "files are read more than once, so save what a pipe gives as a file"
+    )
+
+
 def test_name_that_is_not_utf_8_is_a_fault(tmp_path: Path) -> None:
     """As in an old zip file."""
     path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")

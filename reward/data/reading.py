@@ -78,6 +78,11 @@ def files(path: Path) -> list[Path]:
     try:
         if not path.exists():
             raise Fault(f"{path} does not exist, expected a file or a folder of preference pairs")
+        if not path.is_file() and not path.is_dir():
+            raise Fault(
+                f"{path} is not a regular file, expected one or a folder of preference pairs; "
+                "files are read more than once, so save what a pipe gives as a file"
+            )
         found = [path] if path.is_file() else sorted(filter(has_records, path.iterdir()))
     except OSError as error:
         raise Fault(f"{path} cannot be read: {error.strerror}; expected preference pairs") from None
