@@ -27,6 +27,8 @@ from tests.support import file_size_limit
 pytestmark = pytest.mark.usefixtures("project")
 OUTPUT, INPUT = Path("out.jsonl"), Path("in.jsonl")
 JOURNAL, LOCK = Path("out.jsonl.journal"), Path("out.jsonl.journal.lock")
+# As in an old zip file, and as messages show it.
+NOT_UTF_8, SHOWN = os.fsdecode(b"caf\xe9.jsonl"), r"caf\xe9.jsonl"
 
 
 @pytest.fixture(autouse=True)
@@ -259,6 +261,44 @@ def test_parquet_has_typed_columns_with_the_same_content(command: Callable[..., 
         *((str(INPUT), place) for place in range(1, len(records) + 1)),
         *(("data/raw/pairs.json", place) for place in range(1, 21)),
     ]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_output_is_the_file_that_a_link_names(
+    exists: bool, command: Callable[..., None], fault: Callable[..., str]
+) -> None:
+    """The journal, too, is on the disk that has room for it."""
+    other = Path("other", "rewards.jsonl").absolute()
+    if exists:
+        other.parent.mkdir()
+        other.touch()
+    OUTPUT.symlink_to(other)
+    records = write(some_records(6))
+    write([*records[:-1], {"prompt": "a"}])
+    assert "missing_key" in fault(INPUT, "--output", OUTPUT)
+    assert other.with_name("rewards.jsonl.journal").stat().st_size > 0
+    write(records)
+    command(INPUT, "--output", OUTPUT)
+    assert OUTPUT.is_symlink()
+    assert len(lines(other)) == 6
+    assert [*other.parent.iterdir()] == [other]
+
+
+def test_output_that_is_a_link_to_a_path_that_is_not_utf_8_is_refused(
+    fault: Callable[..., str],
+) -> None:
+    write(some_records(2))
+    OUTPUT.symlink_to(NOT_UTF_8)
+    assert fault(INPUT, "--output", OUTPUT).startswith(f"the path {Path(SHOWN).absolute()} is not")
+
+
+def test_output_that_is_a_link_in_the_input_is_refused(fault: Callable[..., str]) -> None:
+    write(some_records(2), Path("data/raw/in.jsonl"))
+    Path("data/raw/link.jsonl").symlink_to(OUTPUT.absolute())
+    assert fault("data/raw", "--output", "data/raw/link.jsonl") == (
+        f"--output is data/raw/link.jsonl, a link to {OUTPUT.absolute()}, which is part of the "
+        "input; choose another path"
+    )
 
 
 def test_files_of_a_folder_are_read_in_order(command: Callable[..., None]) -> None:
@@ -649,10 +689,6 @@ def test_column_of_parquet_that_is_not_json_is_named(
     )
 
 
-# As in an old zip file, and as messages show it.
-NOT_UTF_8, SHOWN = os.fsdecode(b"caf\xe9.jsonl"), r"caf\xe9.jsonl"
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -667,6 +703,23 @@ NOT_UTF_8, SHOWN = os.fsdecode(b"caf\xe9.jsonl"), r"caf\xe9.jsonl"
         (
             ["in.jsonl", "--output", "out.csv"],
             "--output is out.csv, expected a file that ends in .jsonl or .parquet",
+        ),
+        (
+            ["in.jsonl", "--output", "/dev/null"],
+            "--output is /dev/null, expected a file that ends in .jsonl or .parquet",
+        ),
+        (
+            ["in.jsonl", "--output", "full.jsonl"],
+            "--output is full.jsonl, a link to /dev/full, expected a file that ends in .jsonl or "
+            ".parquet",
+        ),
+        (
+            ["in.jsonl", "--output", "pipe.jsonl"],
+            "--output is pipe.jsonl, which is not a regular file; choose another path",
+        ),
+        (
+            ["loop.jsonl", "--output", "out.jsonl"],
+            "loop.jsonl does not exist, expected a file or a folder of preference pairs",
         ),
         (
             ["none.jsonl", "--output", "out.jsonl"],
@@ -691,9 +744,21 @@ def test_bad_path_is_reported_before_the_model_is_loaded(
     monkeypatch.delattr(score, "Scorer")
     write(some_records(2))
     write(some_records(2), Path(NOT_UTF_8))
+    os.mkfifo("pipe.jsonl")
+    Path("full.jsonl").symlink_to("/dev/full")
+    Path("loop.jsonl").symlink_to("loop.jsonl")
     before = sorted(Path().rglob("*"))
     assert fault(*arguments) == sentence
     assert sorted(Path().rglob("*")) == before
+
+
+def test_output_that_is_a_link_to_itself_is_reported(fault: Callable[..., str]) -> None:
+    write(some_records(2))
+    OUTPUT.symlink_to(OUTPUT)
+    assert fault(INPUT, "--output", OUTPUT) == (
+        f"--output is out.jsonl, a link to {OUTPUT.absolute()}, which is not a regular file; "
+        "choose another path"
+    )
 
 
 def test_folder_that_is_not_an_export_is_reported(

@@ -145,17 +145,17 @@ class Totals:
 
 def main() -> None:
     options = parse()
-    require_output(options.output, options.inputs)
+    output = destination(options.output, options.inputs)
     paths = [file for path in options.inputs for file in files(path)]
     torch.set_num_threads(threads())
     scorer = Scorer(options.model)
     if not group.leads():
         score_files(scorer, paths, None)
         return
-    with journal_beside(options.output, options.model) as journal:
+    with journal_beside(output, options.model) as journal:
         totals = score_files(scorer, paths, journal)
-        publish(journal, options.output)
-    report(totals, options.output)
+        publish(journal, output)
+    report(totals, output)
 
 
 def parse() -> argparse.Namespace:
@@ -172,17 +172,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def require_output(output: Path, inputs: list[Path]) -> None:
-    """Raises a Fault for an output with another ending, or one that would be read as input.
+def destination(output: Path, inputs: list[Path]) -> Path:
+    """The file to write: the output, or the file that it is a link to.
 
-    Raises one for a path that is not UTF-8 as well, which the Parquet writer cannot open.
+    Raises a Fault if that has another ending, exists but is not a regular file, or would be read as
+    input, and for a path that is not UTF-8, which the Parquet writer cannot open.
     """
-    require_utf8(output)
-    if output.suffix not in (".jsonl", ".parquet") or output.is_dir():
-        raise Fault(f"--output is {output}, expected a file that ends in .jsonl or .parquet")
-    place = output.resolve()
-    if {place, place.parent} & {path.resolve() for path in inputs}:
-        raise Fault(f"--output is {output}, which is part of the input; choose another path")
+    place = Path(os.path.realpath(output)) if output.is_symlink() else output
+    require_utf8(place)
+    named = f"--output is {output}{f', a link to {place}' if place != output else ''}"
+    if place.suffix not in (".jsonl", ".parquet"):
+        raise Fault(f"{named}, expected a file that ends in .jsonl or .parquet")
+    if os.path.lexists(place) and not place.is_file():
+        raise Fault(f"{named}, which is not a regular file; choose another path")
+    own = {*map(os.path.realpath, (place, place.parent, output.parent))}
+    if own & {*map(os.path.realpath, inputs)}:
+        raise Fault(f"{named}, which is part of the input; choose another path")
+    return place
 
 
 # --- scoring ---------------------------------------------------------------------------------
