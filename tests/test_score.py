@@ -463,6 +463,60 @@ def test_changed_record_that_was_already_scored_is_refused(
         )
 
 
+ANOTHER_FORM = (
+    "in.jsonl: line 1 is read as {}, but was scored in another form: dataset.yaml or the first "
+    "pairs have changed, or an earlier version scored it; "
+    "use the same input, or remove out.jsonl.journal to start again"
+)
+
+
+def test_dataset_yaml_that_gives_scored_pairs_another_meaning_is_refused(
+    command: Callable[..., None], fault: Callable[..., str]
+) -> None:
+    records = [PAIR | {"prompt": f"hi {n}", "whole": "maybe"} for n in range(101)]
+    write([*records[:-1], records[-1] | {"query": "what?"}])
+    assert fault(INPUT, "--output", OUTPUT) == (
+        "in.jsonl: line 101: several_kinds: prompt and query could both be the prompt; "
+        "name one in dataset.yaml"
+    )
+    mapping = Path("dataset.yaml")
+    mapping.write_text("in.jsonl: {prompt: prompt, chosen: whole, rejected: rejected}")
+    assert fault(INPUT, "--output", OUTPUT) == ANOTHER_FORM.format("prompt, whole and rejected")
+    # As the message about line 101 said: no text changes.
+    mapping.write_text("in.jsonl: {prompt: prompt}")
+    command(INPUT, "--output", OUTPUT)
+    resumed = OUTPUT.read_bytes()
+    OUTPUT.unlink()
+    command(INPUT, "--output", OUTPUT)
+    assert OUTPUT.read_bytes() == resumed
+
+
+def test_correction_that_gives_scored_pairs_another_meaning_is_refused(
+    fault: Callable[..., str],
+) -> None:
+    records = [
+        {"prompt": f"hi {n}", "chosen": f"hi {n} yes", "rejected": f"hi {n} no"} for n in range(20)
+    ]
+    write([*records[:-1], records[-1] | {"rejected": 3}])
+    assert fault(INPUT, "--output", OUTPUT).startswith("in.jsonl: line 20: wrong_type: ")
+    write(records)
+    assert fault(INPUT, "--output", OUTPUT) == ANOTHER_FORM.format(
+        "prompt, chosen and rejected that repeat the prompt"
+    )
+
+
+def test_journal_in_which_pairs_have_no_form_is_refused(fault: Callable[..., str]) -> None:
+    """As earlier versions wrote it."""
+    records = [PAIR | {"prompt": f"hi {n}"} for n in range(20)]
+    write([*records[:-1], records[-1] | {"chosen": ""}])
+    assert "empty" in fault(INPUT, "--output", OUTPUT)
+    header, *rows = lines(JOURNAL)
+    for row in rows:
+        del row["form"]
+    write([header, *rows], JOURNAL)
+    assert fault(INPUT, "--output", OUTPUT) == ANOTHER_FORM.format("prompt, chosen and rejected")
+
+
 def test_fewer_records_than_were_scored_are_refused(
     journal: bytes, fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

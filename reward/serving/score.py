@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -34,8 +34,9 @@ from tqdm import tqdm
 from reward.data.answers import CANONICAL, UNGRADED, Preferred
 from reward.data.forms import Form
 from reward.data.reading import batches, files, place_of, read, require_utf8
-from reward.data.records import KINDS, PAIR, TOOLS, BadRecord, Raw
+from reward.data.records import KINDS, PAIR, TOOLS, BadRecord, Raw, hash64
 from reward.data.sources import source_of
+from reward.data.suggestion import MAPPING
 from reward.locks import hold
 from reward.model import group
 from reward.model.base import DIGESTS
@@ -85,6 +86,15 @@ class Input:
             raise Fault(f"{self.path} is read as {form.description}, expected chosen and rejected")
         return replace(form, answers=answers, grades=UNGRADED)
 
+    @cached_property
+    def form_hash(self) -> int:
+        """A hash of the form, by which rows in the journal are recognized. Raises a Fault.
+
+        It leaves out the description and the rivals, which change no text that is scored.
+        """
+        context = replace(self.form.context, rivals=())
+        return hash64(asdict(replace(self.form, context=context, description="")))
+
     def pair(self, record: Row) -> Raw:
         """The prompt, chosen and rejected of a record, as in training. Raises BadRecord."""
         found = self.form.read(record)
@@ -128,8 +138,10 @@ class Item(NamedTuple):
 
     @property
     def source(self) -> Row:
-        """The first columns of its row."""
-        return {"file": str(self.input.path), "position": self.position, "record": self.record}
+        """The first columns of its row. Raises a Fault if the form of a pair is unknown."""
+        form = {"form": self.input.form_hash} if is_pair(self.content) else {}
+        place = {"file": str(self.input.path), "position": self.position}
+        return place | form | {"record": self.record}
 
 
 @dataclass
@@ -338,10 +350,16 @@ class Journal:
 
     def _refuse(self, item: Item, row: Row) -> NoReturn:
         """Raises a Fault that says how an item differs from the row at its place."""
-        if (row["position"], row["record"]) == (item.position, item.record):
+        if (row["position"], row["record"]) != (item.position, item.record):
+            raise Fault(
+                f"{item.place} is not the record that was scored at this position; "
+                f"{self._remedy('input')}"
+            )
+        if row["file"] != str(item.input.path):
             raise Fault(f"{item.place} was scored as {row['file']}; {self._remedy('path')}")
         raise Fault(
-            f"{item.place} is not the record that was scored at this position; "
+            f"{item.place} is read as {item.input.form.description}, but was scored in another "
+            f"form: {MAPPING} or the first pairs have changed, or an earlier version scored it; "
             f"{self._remedy('input')}"
         )
 
