@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
@@ -30,6 +31,7 @@ from tests.support import as_pairs, raws, ties_of
 
 FORMS = Path(__file__).parent / "forms"
 EXPECTED: dict[str, dict[str, Any]] = YAML(typ="safe").load(FORMS / "expected.yaml")
+ENCODED = "has lists or objects as texts, such as "
 
 Record = dict[str, Any]
 
@@ -738,7 +740,7 @@ def test_names_are_not_taken_for_prompts() -> None:
 @pytest.mark.parametrize("role", ["developer", 3, ["a"]])
 def test_messages_with_an_unknown_role_are_not_read_as_text(role: Any) -> None:
     odd = json.dumps([{"role": role, "content": "Be kind."}, user("q")])
-    assert "x.jsonl: prompt has JSON texts" in fault(form_of, PLAIN | {"prompt": odd})
+    assert f"x.jsonl: prompt {ENCODED}" in fault(form_of, PLAIN | {"prompt": odd})
     form_of(PLAIN | {"chosen": '{"from": ["Paris"], "value": 3}'})
 
 
@@ -809,17 +811,40 @@ def test_column_whose_name_has_a_dot_is_read_and_not_kept() -> None:
 @pytest.mark.parametrize("name", ["prompt", "chosen"])
 def test_column_of_messages_as_json_texts_is_refused(name: str, value: Any) -> None:
     records = [PLAIN | {name: json.dumps(value)}, PLAIN | {name: f" {json.dumps(value)}"}]
-    message = f"x.jsonl: {name} has JSON texts such as "
-    assert fault(form_of, *records).startswith(message)
+    assert fault(form_of, *records).startswith(f"x.jsonl: {name} {ENCODED}")
     form_of(*records, PLAIN)  # some of them may be what somebody wrote
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str([user("q"), answer("it's")]),
+        str(np.array([user("q"), answer("a")], dtype=object)),
+        str([{"from": "human", "value": "q"}]),
+        str({"content": "q", "role": "user"}),
+    ],
+    ids=["Python", "NumPy", "other keys", "message"],
+)
+@pytest.mark.parametrize("name", ["prompt", "chosen"])
+def test_column_of_messages_as_python_prints_them_is_refused(name: str, text: str) -> None:
+    records = [PLAIN | {name: text}, PLAIN | {name: f" {text}"}]
+    assert fault(form_of, *records).startswith(f"x.jsonl: {name} {ENCODED}")
+    form_of(*records, PLAIN)
+
+
+def test_conversations_as_python_prints_them_are_refused_beside_other_columns() -> None:
+    both = {name: str([user("q"), answer(name)]) for name in ("chosen", "rejected")}
+    for others in ({}, {"why": "It is a better answer."}):
+        assert f"x.jsonl: chosen {ENCODED}" in fault(form_of, both | others)
 
 
 def test_answers_may_be_json() -> None:
     records = [PLAIN | {"chosen": '["Paris", "Rome"]', "rejected": '{"from": "USD", "value": 3}'}]
     assert as_pairs(form_of(*records).read(records[0]))[0]["chosen"] == '["Paris", "Rome"]'
     turns = [PLAIN | {"prompt": '["turn 1", "turn 2"]'}]
-    assert fault(form_of, *turns).startswith("x.jsonl: prompt has JSON texts such as ")
+    assert fault(form_of, *turns).startswith(f"x.jsonl: prompt {ENCODED}")
     form_of(PLAIN | {"prompt": "[1, 2]"}, PLAIN | {"prompt": "[broken"})
+    form_of(PLAIN | {"chosen": "{'from': 'USD', 'value': 3}"})
 
 
 def test_answer_without_the_prompt_in_a_file_that_repeats_it_is_a_bad_record() -> None:

@@ -67,6 +67,8 @@ from reward.process import Fault, counted
 
 # What the prompts of most languages have, and names do not.
 SENTENCE = re.compile(r"\w\s+\w|[^\x00-\x7f]")
+# The beginning of messages, or of one, as Python prints them.
+PRINTED = re.compile(r"\s*(\[\s*\{\s*'(role|content|from|value)'|\{\s*'(role|content)')\s*:")
 # How many records at the beginning of a file decide its form.
 HEAD = 100
 PREFERRED = (
@@ -154,6 +156,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
     answers = known.answers or _answers(columns, objects, unread)
     conversations = _hold_conversations(objects, answers)
     context = _context(columns, answers, known, unread, conversations)
+    _require_decoded(path, objects, context.prompt, answers)
     whole = _whole(objects, context, answers, "prompt" in known.named)
     if context.prompt is None and not whole and not conversations:
         entry = entry_of(answers)
@@ -166,7 +169,6 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
         )
     if context.prompt is None and answers == CANONICAL and "prompt" not in known.named:
         context = replace(context, prompt="prompt")
-    _require_decoded(path, objects, context.prompt, answers)
     form = Form(context, answers, _grades(path, columns, answers, known), whole)
     return replace(form, description=_description(form, columns))
 
@@ -174,7 +176,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
 def _require_decoded(
     path: Path, records: list[Record], prompt: str | None, answers: Answers
 ) -> None:
-    """Raise a Fault for a prompt or answers that are JSON texts of messages, or prompts of lists.
+    """Raise a Fault for a prompt or answers that are texts of messages, or prompts of lists.
 
     They would be trained on literally. An answer may well be a list in JSON.
     """
@@ -183,19 +185,22 @@ def _require_decoded(
         texts = [value for value in values if not is_absent(value)]
         if are_texts(texts) and all(_is_encoded(text, column == prompt) for text in texts):
             raise Fault(
-                f"{path}: {column} has JSON texts such as {texts[0][:40]!r}, expected a text or "
-                "messages, for example decoded by json.loads"
+                f"{path}: {column} has lists or objects as texts, such as {texts[0][:40]!r}; "
+                "expected a text or messages, for example decoded by json.loads or ast.literal_eval"
             )
 
 
 def _is_encoded(text: str, or_texts: bool) -> bool:
-    """Whether a text is JSON of a message, of messages or, if asked for, of a list of texts."""
+    """Whether a text is JSON of a message, of messages or, if asked for, of a list of texts.
+
+    It may also begin like messages as Python or NumPy prints them.
+    """
     if not text.lstrip().startswith(("[", "{")):
         return False
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        return False
+        return PRINTED.match(text) is not None
     return are_spoken(found) or (or_texts and isinstance(found, list) and are_texts(found))
 
 
