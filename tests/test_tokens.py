@@ -164,6 +164,15 @@ def test_template_without_its_fields_is_a_fault(tiny_base: Path, name: str) -> N
         Template.of(name, False, 10, tiny_base)
 
 
+def test_double_braces_around_a_field_are_a_fault(tiny_base: Path, encoder: Encoders) -> None:
+    for name in ("{{prompt}} {{answer}}", "{{system}}\n{prompt}{answer}"):
+        with pytest.raises(Fault, match=r"with double braces .*; write \{prompt\} and \{answer\}$"):
+            Template.of(name, False, 10, tiny_base)
+    ours = encoder('{"ask": {{"text": "{prompt}"}}, "reply": {{answer} }}')
+    found = ours.render(user("Hi"), assistant("Yes"))
+    assert found == '{"ask": {{"text": "Hi"}}, "reply": {Yes }}'
+
+
 @pytest.mark.parametrize(
     ("name", "with_system", "without"),
     [

@@ -26,6 +26,8 @@ FIELDS = re.compile(
     re.DOTALL,
 )
 FIELD = re.compile(r"\{(system|prompt|answer)\}")
+# A field as Jinja writes it.
+DOUBLED = re.compile(rf"\{{{FIELD.pattern}\}}")
 
 
 class Around(NamedTuple):

@@ -13,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 
 from reward.data.prefixes import TokenIds
 from reward.data.records import TOOLS, BadRecord, Messages, names_of
-from reward.data.templates import dated, divide, fill, read_chat_template, render_chat
+from reward.data.templates import DOUBLED, dated, divide, fill, read_chat_template, render_chat
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 
@@ -74,6 +74,11 @@ class Template:
                 f"params.yaml: preprocess.template is {name!r}, with a backslash and an n instead "
                 'of a line break; write "{prompt}\\n{answer}" with double quotes in params.yaml, '
                 "or -S $'preprocess.template=\"{prompt}\\n{answer}\"' in a shell"
+            )
+        if DOUBLED.search(text):
+            raise Fault(
+                f"params.yaml: preprocess.template is {name!r}, with double braces around a field, "
+                "which would leave single ones in the text; write {prompt} and {answer}"
             )
         path = base / "tokenizer.json"
         if not path.is_file():
