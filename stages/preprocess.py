@@ -41,7 +41,7 @@ from reward.data.sets import Notes, read_sets, write_sets
 from reward.data.sources import Source, sources
 from reward.data.splitting import among, contradictions, count_votes, duplicates, portions, split
 from reward.data.tokenized import Row
-from reward.data.tokens import Encoder, Template, as_array
+from reward.data.tokens import TOKENIZER_CONFIG, Encoder, Template, as_array
 from reward.outputs import whole_folder, write_json
 from reward.params import Positive, Rule, Seed, Switch, Text
 from reward.process import Fault, counted
@@ -128,6 +128,7 @@ def main() -> None:
     write_json(METRICS, headline(figures))
     report(ledger.sources + [each.source for each in sets], figures)
     report_other_files(Path(options.data), Path(options.sets))
+    report_unused(options)
     report_sets(notes)
     show_example(encoder)
 
@@ -459,6 +460,15 @@ def report_other_files(*folders: Path) -> None:
         if names := other_names(folder):
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             print(f"not read   {', '.join(names[:SHOWN])}{more} in {folder}")
+
+
+def report_unused(options: Preprocess) -> None:
+    """Print that the chat template is not used, if one was named and the template is another."""
+    if options.template != "chat" and Path(options.chat_template) != BASE / TOKENIZER_CONFIG:
+        print(
+            f"not used   {options.chat_template} (preprocess.chat_template), because "
+            "preprocess.template is not chat"
+        )
 
 
 def report_sets(notes: Mapping[str, Notes]) -> None:

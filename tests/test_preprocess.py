@@ -847,6 +847,21 @@ def test_other_files_in_a_folder_are_named(
     assert "not read   more.jsonl.zst, notes.xlsx, older/ in data/raw\n" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("data")
+def test_chat_template_that_is_not_used_is_named(
+    set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("chat.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    unused = "\nnot used   chat.jinja (preprocess.chat_template), because preprocess.template is"
+    for template, named in (("zh", True), ("chat", False)):
+        set_params("preprocess", chat_template="chat.jinja", template=template)
+        run()
+        assert (unused in capsys.readouterr().out) == named
+    set_params("preprocess", chat_template="./models/base/tokenizer_config.json", template="zh")
+    run()
+    assert "not used" not in capsys.readouterr().out
+
+
 def test_fault_suggests_no_parameter_that_is_already_set(data: Path, set_params: SetParams) -> None:
     rewrite(data, [pair(1, chosen="x " * 3000), pair(2, chosen="")])
     set_params("preprocess", on_bad_record="drop", over_length="drop")
