@@ -885,6 +885,22 @@ def test_message_for_a_single_file_names_its_folder(tmp_path: Path) -> None:
     assert f"; write in {tmp_path}/dataset.yaml: " in fault(sources, tmp_path)
 
 
+def test_table_without_a_header_is_described_by_the_beginnings_of_its_cells(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"{'Why? ' * 2000},{'Because. ' * 2000},No.\n" * 2)
+    message = fault(source_of, path)
+    assert "..., No. (the first row is read as the header) match no known format" in message
+    assert len(message) < 600
+
+
+def test_only_the_first_of_many_names_are_given(tmp_path: Path) -> None:
+    many = {f"column {number}": 1 for number in range(1000)}
+    shown = f"{', '.join([*many][:20])} and 980 more"
+    assert f"the columns {shown} match no known format" in fault(source_of, write(tmp_path, many))
+    with pytest.raises(BadRecord, match=r"'chosen' is missing, found the keys .* and 980 more$"):
+        check(many)
+
+
 def test_recognition_looks_at_the_first_hundred_records(tmp_path: Path) -> None:
     empty = {"prompt": "Why?", "chosen": None, "rejected": None}
     path = write(tmp_path, *[empty] * 99, PLAIN)

@@ -403,6 +403,7 @@ def test_tables_are_read_by_their_header(
         (b"a,b\n1,2\n1,2,3\n", r"row 3 \(line 3\) has 3 cells, expected 2, as in the header"),
         (b'a,b\n"1\n",2\n1\n', r"row 3 \(line 4\) has 1 cells"),
         (b"a,b,a\n1,2,3\n", "row 1: the column 'a' appears twice"),
+        (b",".join([b"a" * 999] * 2) + b"\n1,2\n", r"the column 'a{80}\.\.\.' appears twice"),
         (b'a,b\n"1,2\n', r"row 2 \(line 2\): broken table: "),
         (b'a,b\n"1"x,2\n', r"row 2 \(line 2\): broken table: "),
         (b'"a"x,b\n1,2\n', r"row 1 \(line 1\): broken table: "),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from reward.data.dialogue import are_spoken
-from reward.data.records import FIELDS, TOOLS, names_of
+from reward.data.records import FIELDS, TOOLS, names_of, shortened
 from reward.process import Fault, one_line
 
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -199,13 +199,13 @@ def place_of(path: Path, position: int) -> str:
 def _reader(path: Path) -> Callable[[Path], Iterator[tuple[int, Any]]]:
     if path.suffix == ".parquet":
         return _parquet
-    if _separator(path):
+    if separator_of(path):
         return _table
     with _open(path) as file:
         return _array if _first(file) == "[" else _lines
 
 
-def _separator(path: Path) -> str | None:
+def separator_of(path: Path) -> str | None:
     """What separates the cells of a table; None for a file that is not a table."""
     return TABLES.get(Path(path.name.removesuffix(".gz")).suffix)
 
@@ -218,7 +218,7 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
     """
     csv.field_size_limit(LONGEST_CELL)
     with _open(path) as file:
-        first, usual = file.readline(), _separator(path) or ","
+        first, usual = file.readline(), separator_of(path) or ","
         shown = [usual, *SEPARATORS]
         separator = next((each for each in shown if each in first), usual)
         file.seek(0)
@@ -228,7 +228,7 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
             header = next(rows, [])
             position = 1
             if twice := [name for name in header if header.count(name) > 1]:
-                raise Fault(f"{path}: row 1: the column {twice[0]!r} appears twice")
+                raise Fault(f"{path}: row 1: the column {shortened(twice[0])!r} appears twice")
             for position, cells in enumerate(rows, start=2):
                 if not cells:
                     continue

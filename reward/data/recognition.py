@@ -42,13 +42,13 @@ from reward.data.forms import (
     either,
     repeats,
 )
+from reward.data.records import in_words
 from reward.data.suggestion import (
     COLUMN,
     Entry,
     Unrecognized,
     entry_of,
     guessed_prompt,
-    names_in,
     unknown,
 )
 from reward.data.transcripts import has_turns, shared_start
@@ -165,7 +165,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
             ways.append({"prompt": None} | entry)
             note = " (prompt: null takes the words that both answers begin with)"
         raise unread.fault(
-            f"none of the columns {names_in(columns)} is recognized as the prompt{note}", *ways
+            f"none of the columns {in_words(columns)} is recognized as the prompt{note}", *ways
         )
     if context.prompt is None and answers == CANONICAL and "prompt" not in known.named:
         context = replace(context, prompt="prompt")
@@ -223,7 +223,7 @@ def _answers(columns: Columns, records: list[Record], unread: Unrecognized) -> A
         raise unread.fault(f"can be read as {ways}", *map(entry_of, dict.fromkeys(found[:2])))
     if _is_unpaired(columns):
         raise Fault(
-            f"{unread.path}: the columns {names_in(columns)} are single completions with a label "
+            f"{unread.path}: the columns {in_words(columns)} are single completions with a label "
             "(KTO), not pairs; expected a chosen and a rejected answer to each prompt"
         )
     names = {name for record in records for name in record}

@@ -10,9 +10,10 @@ them, or one `answer` instead.
 
 import hashlib
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Columns besides messages and tools that chat templates may render, which no code here reads.
 RENDERED = ("documents", "functions", "chat_template_kwargs")
 TOOLS = "tools"
+# Messages give at most this many names, and this many characters of each.
+MOST_NAMES, LONGEST_NAME = 20, 80
 # The types of JSON in words, and bytes, which Parquet has.
 KINDS: dict[type, str] = {
     **{str: "a string", list: "a list", dict: "an object", bytes: "bytes"},
@@ -487,7 +490,23 @@ def _kind(value: Any) -> str:
 
 def names_of(record: dict[str, Any]) -> str:
     """The keys of a record in words, for messages."""
-    shown = (key if key.isprintable() else repr(key) for key in sorted(record))
     if not record:
         return "no keys"
-    return f"the {'key' if len(record) == 1 else 'keys'} {', '.join(shown)}"
+    return f"the {'key' if len(record) == 1 else 'keys'} {in_words(sorted(record))}"
+
+
+def in_words(names: Collection[str]) -> str:
+    """Names in a list, for messages: only the first of many, and the beginnings of long ones."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(map(_visible, islice(names, MOST_NAMES))) + more
+
+
+def _visible(name: str) -> str:
+    """A name, in quotes if it is empty, begins or ends with white space or cannot be printed."""
+    name = shortened(name)
+    return name if name.isprintable() and name and name == name.strip() else repr(name)
+
+
+def shortened(name: str) -> str:
+    """A name, or the beginning of one that is rather a text."""
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."

@@ -9,6 +9,8 @@ from typing import Any
 from reward.data.answers import Answers, Judged, Listed
 from reward.data.dialogue import are_messages, are_replies
 from reward.data.forms import PROMPTS
+from reward.data.reading import separator_of
+from reward.data.records import in_words, shortened
 from reward.data.values import Columns, are_labels, are_numbers, are_texts, columns_of
 from reward.process import Fault
 
@@ -53,11 +55,6 @@ class Unrecognized:
         return Fault(f"{self.path}: {found}; {folder}write in {mapping}: {ways}")
 
 
-def names_in(columns: Columns) -> str:
-    """The column names, for messages."""
-    return ", ".join(name if name.isprintable() else repr(name) for name in columns)
-
-
 def entry_of(answers: Answers) -> Entry:
     """The entry that declares these answers."""
     if isinstance(answers, Judged):
@@ -76,15 +73,20 @@ def entry_of(answers: Answers) -> Entry:
 
 def flow(name: str, entry: Entry) -> str:
     """An entry of dataset.yaml on one line, which the user can copy."""
-    parts = ", ".join(f"{key}: {_scalar(value)}" for key, value in entry.items())
+    parts = ", ".join(f"{key}: {_value(value)}" for key, value in entry.items())
     return f"{_scalar(name)}: {{{parts}}}"
 
 
-def _scalar(value: Any) -> str:
+def _value(value: Any) -> str:
+    """A value of an entry. Names that are rather texts are cut: the first row was no header."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_scalar, value))}]"
+        return f"[{', '.join(map(_value, value))}]"
+    return _scalar(shortened(value) if isinstance(value, str) else value)
+
+
+def _scalar(value: Any) -> str:
     if isinstance(value, str):
-        safe = re.fullmatch(r"[^\W\d][\w.\[\]() /-]*", value) and "[" not in value
+        safe = re.fullmatch(r"[^\W\d]([\w.() /-]*[\w.()/-])?", value)
         word = value.lower() not in ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
         return value if safe and word else json.dumps(value, ensure_ascii=False)
     return json.dumps(value, default=str)
@@ -100,8 +102,11 @@ def unknown(columns: Columns, unread: Unrecognized) -> Fault:
         if missing
         else "; the entry that follows is a guess at what they mean, so check it"
     )
-    subject = "the columns {} match" if len(columns) > 1 else "the column {} matches"
-    found = f"{subject.format(names_in(columns))} no known format{problem}"
+    names = in_words(columns)
+    if separator_of(unread.path):
+        names += " (the first row is read as the header)"
+    subject = f"the columns {names} match" if len(columns) > 1 else f"the column {names} matches"
+    found = f"{subject} no known format{problem}"
     return unread.fault("; ".join([found, *notes]), entry)
 
 
