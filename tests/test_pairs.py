@@ -373,6 +373,45 @@ def test_other_file_under_the_name_of_the_data_is_named(
     assert fault(path) == f"{path} is {found}"
 
 
+TEXTS = {"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]}
+CONVERSATION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+# As DataFrame.to_json writes them with orient="columns", "index" and "split", and to_dict("list").
+WHOLE_TABLES: dict[str, Any] = {
+    "columns": {name: dict(zip("01", cells, strict=True)) for name, cells in TEXTS.items()},
+    "index": {number: dict(zip(TEXTS, "ace", strict=True)) for number in "01"},
+    "split": {"columns": [*TEXTS], "index": [0, 1], "data": [[*"ace"], [*"bdf"]]},
+    "lists": TEXTS,
+    "lists of messages": TEXTS | {"chosen": [CONVERSATION, CONVERSATION]},
+}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", WHOLE_TABLES)
+def test_table_in_one_object_is_named(tmp_path: Path, name: str, indent: int | None) -> None:
+    content = json.dumps(WHOLE_TABLES[name], indent=indent).encode()
+    found = fault(write(tmp_path / "p.json", content + b"\n\n"))
+    assert ", which hold a whole table; expected one record per line, or an array of rec" in found
+    assert found.endswith("(df.to_json(orient='records') of pandas writes it)")
+    if indent is None:
+        assert contents(write(tmp_path / "p.jsonl", content + b"\n" + content))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": CONVERSATION[:1], "chosen": CONVERSATION[1:], "rejected": CONVERSATION[1:]},
+        {"prompt": CONVERSATION[:1], "chosen": ["a"], "rejected": ["b"]},
+        {"prompt": CONVERSATION[0], "chosen": CONVERSATION[1], "rejected": CONVERSATION[1]},
+        {"answers": [CONVERSATION, CONVERSATION], "scores": [2, 1]},
+        {"chosen": CONVERSATION, "rejected": CONVERSATION},
+        {"ask": {"text": "q"}, "good": {"text": "a"}, "bad": {"text": "b"}},
+    ],
+    ids=["messages", "texts", "single messages", "conversations", "pair", "paths"],
+)
+def test_only_record_of_a_file_is_not_taken_for_a_table(tmp_path: Path, record: Any) -> None:
+    assert contents(write(tmp_path / "p.json", json.dumps(record).encode())) == [record]
+
+
 # --- tables ----------------------------------------------------------------------------------
 
 CELLS = [{"prompt": 'say "hi",\nthen go', "chosen": "好", "rejected": ""}] * 2

@@ -10,11 +10,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from decimal import Decimal
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from reward.data.dialogue import are_spoken
 from reward.data.records import FIELDS, TOOLS, names_of, shortened
+from reward.data.values import are_texts
 from reward.process import Fault, one_line
 
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -430,7 +432,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                     f"{path}: line {number}: broken JSON: {_reason(error)}, found {text[:20]!r}; "
                     f"{expected}"
                 ) from None
-            if not seen and _is_wrapper(record):
+            if not seen and (_is_wrapper(record) or (_holds_table(record) and _has_one_line(path))):
                 raise Fault(f"{path}: line {number}: an object {_wrapped(record, expected)}")
             seen = True
             yield number, record
@@ -449,6 +451,11 @@ def _spread(path: Path) -> dict[str, Any] | None:
 
 def _wrapped(record: dict[str, Any], expected: str) -> str:
     """The message about an object around records, with a command that extracts them."""
+    if _holds_table(record):
+        return (
+            f"with {names_of(record)}, which hold a whole table; {expected} "
+            "(df.to_json(orient='records') of pandas writes it)"
+        )
     inside = next((key for key, value in record.items() if isinstance(value, list)), None)
     way = f" (jq -c '.{inside}[]' extracts them)" if inside and inside.isidentifier() else ""
     return f"with {names_of(record)}; {expected}{way}"
@@ -460,6 +467,27 @@ def _is_wrapper(record: Any) -> bool:
         return False
     firsts = [value[0] for value in record.values() if isinstance(value, list) and value]
     return any(isinstance(first, dict) and first.keys() & set(FIELDS) for first in firsts)
+
+
+def _holds_table(record: Any) -> bool:
+    """Whether this is a table in one object, by columns or by rows, as pandas writes it.
+
+    Its cells are in lists, or in objects whose keys are the numbers of rows. A record that has only
+    lists has messages in one of them, or no texts.
+    """
+    values = [*record.values()] if isinstance(record, dict) else []
+    if len(values) > 1 and all(isinstance(value, dict) for value in values):
+        return any(all(map(str.isdigit, keys)) for keys in (record, {*chain(*values)}))
+    if len(values) > 1 and all(isinstance(value, list) for value in values):
+        held = any(isinstance(item, dict) for item in chain(*values))
+        return any(map(are_texts, values)) and not held
+    return False
+
+
+def _has_one_line(path: Path) -> bool:
+    """Whether a file has only one line, apart from blank ones."""
+    with _open(path) as file:
+        return len([*islice(filter(str.strip, file), 2)]) == 1
 
 
 def _array(path: Path) -> Iterator[tuple[int, Any]]:
