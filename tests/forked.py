@@ -6,12 +6,14 @@ subprocess.Popen: output through pipes, signals, an exit status.
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
 import time
 import warnings
+from asyncio import constants
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack, chdir, suppress
 from multiprocessing import forkserver, get_context
@@ -226,6 +228,13 @@ class Slow:
 def serve_slowly(seconds: float) -> None:
     service = serve.Service(cast(Scorer, Slow(seconds)))
     asyncio.run(serve.serve(service, "127.0.0.1", 0))
+
+
+def serve_with_few_descriptors(most: int) -> None:
+    """Serve with few file descriptors; without any, asyncio waits 0.3 s before it accepts again."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    vars(constants)["ACCEPT_RETRY_DELAY"] = 0.3
+    serve_slowly(0)
 
 
 class Named(Slow):

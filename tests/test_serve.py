@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -27,7 +28,14 @@ from reward.process import Fault
 from reward.serving import queue, serve
 from reward.serving.metrics import Metrics
 from reward.serving.scorer import Ids, Scorer
-from tests.forked import PATIENCE, Forked, free_port, serve_named, serve_slowly
+from tests.forked import (
+    PATIENCE,
+    Forked,
+    free_port,
+    serve_named,
+    serve_slowly,
+    serve_with_few_descriptors,
+)
 
 T = TypeVar("T")
 Client = TestClient[Request, Application]
@@ -84,6 +92,19 @@ def served_by(service: serve.Service, work: Callable[[Client], Awaitable[T]]) ->
 async def post(client: Client, content: Any) -> tuple[int, Any]:
     response = await client.post(REWARD, json=content)
     return response.status, await response.json()
+
+
+@asynccontextmanager
+async def serving(
+    service: serve.Service, capfd: pytest.CaptureFixture[str]
+) -> AsyncIterator[tuple[str, int]]:
+    """The address of a server in this process, started as by its command."""
+    place = "127.0.0.1", free_port()
+    running = asyncio.create_task(serve.serve(service, *place))
+    await until(lambda: "serving" in capfd.readouterr().out)
+    yield place
+    signal.raise_signal(signal.SIGTERM)
+    await running
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -189,6 +210,22 @@ def test_hundreds_of_concurrent_requests_are_all_answered(held: Held) -> None:
     assert [(status, answer["rewards"]) for status, answer in found] == [
         (200, [float(number)]) for number in range(count)
     ]
+
+
+def test_connections_wait_while_the_server_accepts_none(
+    held: Held, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Until then, only the system answers, and drops those that it has no place for."""
+    held.may.set()
+
+    async def work() -> None:
+        async with serving(serve.Service(cast(Scorer, held)), capfd) as (host, port):
+            for _ in range(5 * serve.ACCEPTS):  # in the server's own thread
+                socket.create_connection((host, port), timeout=5).close()
+            async with aiohttp.ClientSession(f"http://{host}:{port}") as session:
+                assert (await session.post(REWARD, json={"query": ["7"]})).status == 200
+
+    asyncio.run(asyncio.wait_for(work(), 60))
 
 
 def test_requests_beyond_the_queue_limit_are_refused_and_nothing_is_lost(
@@ -322,18 +359,16 @@ def test_cancelled_texts_leave_the_queue(held: Held) -> None:
 def test_texts_of_a_disconnected_client_are_not_scored(
     held: Held, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    port = free_port()
-
     async def one(session: aiohttp.ClientSession, text: str) -> Any:
-        url = f"http://127.0.0.1:{port}{REWARD}"
-        async with session.post(url, json={"query": [text]}) as response:
+        async with session.post(REWARD, json={"query": [text]}) as response:
             return await response.json()
 
     async def work() -> None:
         service = serve.Service(cast(Scorer, held))
-        serving = asyncio.create_task(serve.serve(service, "127.0.0.1", port))
-        await until(lambda: "serving" in capfd.readouterr().out)
-        async with aiohttp.ClientSession() as session:
+        async with (
+            serving(service, capfd) as (host, port),
+            aiohttp.ClientSession(f"http://{host}:{port}") as session,
+        ):
             first = asyncio.create_task(one(session, "1"))
             await until(lambda: len(held.calls) == 1)
             gone = asyncio.create_task(one(session, "2"))
@@ -342,8 +377,6 @@ def test_texts_of_a_disconnected_client_are_not_scored(
             await until(lambda: service._queue.tokens == 1)
             held.may.set()
             await first
-        signal.raise_signal(signal.SIGTERM)
-        await serving
 
     asyncio.run(asyncio.wait_for(work(), 60))
     assert capfd.readouterr() == ("stopped    after 1 request with 1 text\n", "")
@@ -828,6 +861,22 @@ def test_second_signal_stops_the_server_at_once(
     process.communicate()
     assert process.returncode == 128 + signal.SIGINT
     assert time.monotonic() - begin < 20
+
+
+def test_connections_beyond_the_file_descriptors_wait_and_the_log_stays_small() -> None:
+    with Forked(serve_with_few_descriptors, 40) as process:
+        url = process.stdout.readline().split()[1]
+        place = ("127.0.0.1", int(url.split(":")[2].split("/")[0]))
+        clients = [socket.create_connection(place, timeout=20) for _ in range(60)]
+        assert process.stderr.readline() == "socket.accept() out of system resource\n"
+        last = clients.pop()
+        for client in clients:
+            client.close()
+        last.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        with last, last.makefile("rb") as answer:
+            assert answer.readline().split()[1] == b"200"
+        process.send_signal(signal.SIGTERM)
+        assert len(process.communicate()[1]) < 1 << 16
 
 
 def test_address_in_use_is_reported(held: Held, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,12 +29,13 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import time
 from base64 import b64decode
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,6 +61,8 @@ LARGEST, TEXTS, READING = 1 << 23, 1 << 16, 1 << 28
 READERS = 2
 # The connections that may wait to be accepted. The system reduces this to its own limit.
 BACKLOG = (1 << 16) - 1
+# The connections that asyncio accepts at a time. Without file descriptors, it fails as many times.
+ACCEPTS = 16
 # The seconds in which a body must arrive, and in which accepted requests are answered at the end.
 PATIENCE, GRACE = 30.0, 3600.0
 
@@ -154,9 +157,10 @@ async def serve(service: "Service", host: str, port: int, shared: bool = False) 
     )
     await runner.setup()
     try:
-        with binding(host, port):
-            site = web.TCPSite(runner, host, port, backlog=BACKLOG, reuse_port=shared or None)
-            await site.start()
+        async with binding(host, port, shared) as sockets:
+            for each in sockets:
+                await web.SockSite(runner, each, backlog=ACCEPTS).start()
+                each.listen(BACKLOG)  # after asyncio, which listens with its own backlog
         ended, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, partial(end, ended, number))
@@ -171,11 +175,19 @@ async def serve(service: "Service", host: str, port: int, shared: bool = False) 
         print(f"stopped    after {counted(service.requests, 'request')} with {texts}")
 
 
-@contextmanager
-def binding(host: str, port: int) -> Iterator[None]:
-    """Raises a Fault if an address cannot be bound."""
+@asynccontextmanager
+async def binding(host: str, port: int, shared: bool = False) -> AsyncIterator[list[socket.socket]]:
+    """A socket for each address of a host, to listen on.
+
+    If `shared`, other processes may bind the same addresses. Raises a Fault if one cannot be bound.
+    """
     try:
-        yield
+        server = await asyncio.get_running_loop().create_server(
+            asyncio.Protocol, host, port, reuse_port=shared or None, start_serving=False
+        )
+        with closing(server):
+            sockets = [each.dup() for each in server.sockets]
+        yield sockets
     except (OSError, UnicodeError) as error:  # a bad address, or a host name that is not valid
         raise Fault(
             f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}; expected a free "
@@ -188,10 +200,10 @@ async def require_free(host: str, port: int) -> None:
 
     Processes that share an address would not notice that others use it.
     """
-    with binding(host, port):
-        server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
-    server.close()
-    await server.wait_closed()
+    async with binding(host, port) as sockets:
+        for each in sockets:
+            with each:
+                each.listen()
 
 
 def end(ended: asyncio.Event, number: int) -> None:
