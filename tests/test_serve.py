@@ -928,7 +928,8 @@ print(metrics.exposition().decode())
 
 def test_processes_share_the_requests_to_a_port() -> None:
     port = free_port()
-    with Forked(serve_named, port) as first, Forked(serve_named, port) as second:
+    [kept] = asyncio.run(serve.reserve("127.0.0.1", port, shared=True))
+    with kept, Forked(serve_named, port) as first, Forked(serve_named, port) as second:
         for process in (first, second):
             assert process.stdout.readline() == f"serving    http://127.0.0.1:{port}/get_reward\n"
 
@@ -984,6 +985,38 @@ def test_several_processes_start_with_a_metrics_folder_and_time_to_shut_down(
     assert begun["there"]
     assert not begun["folder"].exists()
     assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "3600"
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_second_server_is_refused_while_the_first_loads_its_model(
+    others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+
+    def distribute(*_: Any, **__: Any) -> None:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        monkeypatch.setenv("PET_NPROC_PER_NODE", f"{others}")
+        with pytest.raises(Fault, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"):
+            serve.start()
+
+    for name in ("PROMETHEUS_MULTIPROC_DIR", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "to be restored")
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
+    monkeypatch.setattr(serve, "distribute", distribute)
+    monkeypatch.setattr("sys.argv", ["serve", "--port", f"{port}"])
+    serve.start()
+    assert asyncio.run(serve.reserve("127.0.0.1", port, shared=False)) == []
+
+
+def test_port_of_a_server_that_has_just_closed_its_connections_can_be_shared() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as before:
+        port = before.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            before.accept()[0].close()
+            assert client.recv(1) == b""
+    [kept] = asyncio.run(serve.reserve("127.0.0.1", port, shared=True))
+    kept.close()
 
 
 def test_processes_cannot_share_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ import time
 from base64 import b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -195,15 +195,26 @@ async def binding(host: str, port: int, shared: bool = False) -> AsyncIterator[l
         ) from None
 
 
-async def require_free(host: str, port: int) -> None:
-    """Raises a Fault for an address that cannot be bound.
+async def reserve(host: str, port: int, shared: bool) -> list[socket.socket]:
+    """Sockets that keep an address for processes that will share it; without `shared`, none.
 
-    Processes that share an address would not notice that others use it.
+    Processes that share an address do not notice whether others use it, such as those of another
+    server that is still loading its model. These sockets keep others out, and as they do not
+    listen, they get no connections. Raises a Fault for an address that cannot be bound.
     """
-    async with binding(host, port) as sockets:
-        for each in sockets:
-            with each:
-                each.listen()
+    async with binding(host, port) as alone:
+        with ExitStack() as stack:
+            for each in alone:
+                stack.enter_context(each).listen()
+            if not shared:
+                return []
+            for each in alone:
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, True)
+            async with binding(host, port, shared=True) as kept:
+                for each in kept:
+                    # Otherwise others could bind the address as well, until somebody listens.
+                    each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, False)
+                return kept
 
 
 def end(ended: asyncio.Event, number: int) -> None:
@@ -425,12 +436,12 @@ def start() -> None:
     several = torchrun_options([module], machines=False).nproc_per_node > 1
     if several and options.port == 0:
         raise Fault("--port is 0, but several processes must share a port; choose one")
-    asyncio.run(require_free(options.host, options.port))
-    if not several:
-        go()
-        return
-    with TemporaryDirectory() as folder:
-        os.environ |= {FOLDER: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{GRACE:.0f}"}
+    with ExitStack() as stack:
+        for each in asyncio.run(reserve(options.host, options.port, several)):
+            stack.enter_context(each)
+        if several:
+            folder = stack.enter_context(TemporaryDirectory())
+            os.environ |= {FOLDER: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{GRACE:.0f}"}
         go()
 
 
