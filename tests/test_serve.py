@@ -326,6 +326,47 @@ def test_body_that_never_ends_times_out(held: Held, monkeypatch: pytest.MonkeyPa
     served(held, work)
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"POST /get_reward HTTP/1.1\r\nHost", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"],
+    ids=["silent", "partial header", "kept alive"],
+)
+def test_connection_without_a_request_is_closed(
+    held: Held, sent: bytes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "IDLE", 0.1)
+
+    async def work() -> bytes:
+        async with serving(serve.Service(cast(Scorer, held)), capfd) as place:
+            reader, writer = await asyncio.open_connection(*place)
+            writer.write(sent)
+            try:
+                return await asyncio.wait_for(reader.read(), 20)
+            finally:
+                writer.close()
+
+    received = asyncio.run(asyncio.wait_for(work(), 60))
+    assert received.endswith(b'{"status": "ok"}' if sent.endswith(b"\n") else b"")
+    assert capfd.readouterr().err == ""
+
+
+def test_connection_that_waits_for_its_rewards_is_not_idle(
+    held: Held, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "IDLE", 0.1)
+
+    async def work() -> Any:
+        async with (
+            serving(serve.Service(cast(Scorer, held)), capfd) as (host, port),
+            aiohttp.ClientSession(f"http://{host}:{port}") as session,
+        ):
+            asyncio.get_running_loop().call_later(3 * serve.IDLE, held.may.set)
+            async with session.post(REWARD, json={"query": ["7"]}) as response:
+                return await response.json()
+
+    assert asyncio.run(asyncio.wait_for(work(), 60))["rewards"] == [7.0]
+
+
 def test_client_that_disconnects_does_not_affect_others(held: Held) -> None:
     async def work(client: Client) -> None:
         gone = asyncio.create_task(post(client, {"query": ["1"]}))

@@ -65,6 +65,9 @@ BACKLOG = (1 << 16) - 1
 ACCEPTS = 16
 # The seconds in which a body must arrive, and in which accepted requests are answered at the end.
 PATIENCE, GRACE = 30.0, 3600.0
+# The seconds after which a connection is closed if no complete header arrives. A proxy must close
+# idle connections first, or a request may meet the end of one; nginx does so after 60 s.
+IDLE = 75.0
 
 # The environment variable for the API key. Other users of the machine can see arguments.
 KEY = "REWARD_API_KEY"
@@ -152,6 +155,7 @@ async def serve(service: "Service", host: str, port: int, shared: bool = False) 
         access_log=None,
         logger=LOG,
         shutdown_timeout=GRACE,
+        keepalive_timeout=IDLE,
         # The texts of a client that has disconnected are not scored.
         handler_cancellation=True,
     )
