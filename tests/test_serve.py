@@ -428,7 +428,7 @@ def test_texts_of_a_disconnected_client_are_not_scored(
     ("body", "sentence"),
     [
         (b"{", "the body is not JSON: "),
-        (b"[" * 100_000, "the body is not JSON: "),
+        (b"[" * 100_000, "the body has a value that is nested too deeply"),
         (b'{"query": ["\xff"]}', "the body is not JSON: "),
         (
             b'{"query": ["a"], "query": ["b"]}',
@@ -490,6 +490,20 @@ def test_bad_request_is_reported(scorer: Scorer, body: bytes, sentence: str) -> 
     assert (status, found.keys()) == (400, {"error"})
     assert found["error"].startswith(sentence)
     assert "\n" not in found["error"]
+
+
+def test_value_of_any_depth_is_a_bad_request(scorer: Scorer) -> None:
+    """Python may reach its limit when JSON is read, in what is done with the value, or never."""
+    body = '{"prompts": ["a"], "answers": ["b"], "tools": [[{"name": "c", "parameters": %s}]]}'
+
+    async def work(client: Client) -> list[tuple[int, str]]:
+        found = []
+        for depth in range(960, 1000):
+            response = await client.post(REWARD, data=body % ("[" * depth + "]" * depth))
+            found.append((response.status, response.content_type))
+        return found
+
+    assert set(served(scorer, work)) == {(400, "application/json")}
 
 
 def test_body_with_a_wrong_encoding_is_reported(held: Held) -> None:

@@ -298,6 +298,9 @@ class Service:
             rewards = await self._queue.rewards(texts, prompts)
         except Refused as refused:
             raise web.HTTPBadRequest(text=str(refused)) from None
+        except RecursionError:
+            sentence = "the body has a value that is nested too deeply"
+            raise web.HTTPBadRequest(text=sentence) from None
         except Full as full:
             raise web.HTTPServiceUnavailable(
                 text=str(full), headers={"Retry-After": f"{full.seconds}"}
@@ -377,11 +380,12 @@ def read(scorer: Scorer, body: bytearray) -> tuple[list[Ids], Sequence[Hashable]
     """The ids of a request's texts, and for each a value that is equal for equal prompts.
 
     The value is a hash of the prompt, so long prompts take no memory in the queue. If two prompts
-    had the same hash, less would be shared, but the rewards would still be right. Raises Refused.
+    had the same hash, less would be shared, but the rewards would still be right. Raises Refused,
+    and RecursionError for a value that is nested too deeply.
     """
     try:
         content = json.loads(body, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise Refused(f"the body is not JSON: {error}") from None
     if not isinstance(content, dict) or len(names := [key for key in NAMES if key in content]) != 1:
         raise Refused("the body must be an object with exactly one of query, messages and answers")
