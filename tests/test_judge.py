@@ -3,12 +3,14 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from reward.data import tokenized
 from reward.judging import compare
 from reward.outputs import read_json, write_json
 from reward.params import read_yaml
@@ -156,6 +158,23 @@ def test_chat_template_that_renders_nothing_is_refused(monkeypatch: pytest.Monke
     Path("mine/chat_template.jinja").write_text("{# nothing #}", encoding="utf-8")
     with pytest.raises(Fault, match="mine: its chat template renders nothing for answer 0 of pr"):
         run(monkeypatch, "mine")
+
+
+def test_extra_set_that_cannot_be_rendered_is_refused_before_anything_is_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refused = set(tokenized.answers(Path("data/tokenized/sets/by_hand"), judge.BASE)["prompt_id"])
+    ids = judge.Judge.ids
+
+    def render(self: judge.Judge, key: judge.Key, messages: list[dict[str, Any]]) -> list[int]:
+        if key[0] in refused:
+            raise Fault("no system message")
+        return ids(self, key, messages)
+
+    monkeypatch.setattr(judge.Judge, "ids", render)
+    monkeypatch.delattr(judge.Judge, "reward")
+    with pytest.raises(Fault, match="no system message"):
+        run(monkeypatch, "models/export/merged")
 
 
 def test_tokenizer_with_more_ids_than_the_model_is_refused() -> None:

@@ -58,14 +58,20 @@ DATE = "2026-01-01"
 EXPECTED = "expected the folder of a sequence classifier, such as Qwen2ForSequenceClassification"
 
 
-class Scored(NamedTuple):
-    """The ids of a text as the model reads it, [tokens], and the text's reward."""
+# A prompt and the number of one of its answers.
+Key = tuple[str, int]
+# [tokens]
+Ids = npt.NDArray[np.int32]
 
-    ids: npt.NDArray[np.int32]
+
+class Scored(NamedTuple):
+    """The ids of a text as the model reads it, and the text's reward."""
+
+    ids: Ids
     reward: float
 
 
-Answers = dict[tuple[str, int], Scored]
+Answers = dict[Key, Scored]
 
 
 class Judge:
@@ -99,17 +105,24 @@ class Judge:
         self.size = self.model.get_input_embeddings().num_embeddings
         self.folder, self.template = folder, chat_template(folder, self.tokenizer)
 
-    def judge(self, answers: Dataset) -> Answers:
-        """Score every answer of a split once; the result is keyed by prompt and answer number.
+    def encode(self, answers: Dataset) -> dict[Key, Ids]:
+        """The ids of every answer of a split, by prompt and answer number.
 
-        Raises a Fault if the chat template cannot render an answer, if it is too long for the model
-        or if its reward is not finite.
+        Raises a Fault if the chat template cannot render one, or the model cannot read it.
         """
         found = {}
-        for row in watched(answers, f"judging with {self.folder}", "answers"):
+        for row in answers:
             key = row[PROMPT_ID], row[ANSWER]
             ids = self.ids(key, json.loads(row[PROMPT]) + json.loads(row[RESPONSE]))
-            found[key] = Scored(np.array(ids, dtype=np.int32), self.reward(ids))
+            found[key] = np.array(ids, dtype=np.int32)
+        return found
+
+    def judge(self, encoded: Mapping[Key, Ids]) -> Answers:
+        """The reward of every answer. Raises a Fault if one is not finite."""
+        found = {
+            key: Scored(encoded[key], self.reward(encoded[key]))
+            for key in watched(encoded, f"judging with {self.folder}", "answers")
+        }
         if broken := sum(not np.isfinite(each.reward) for each in found.values()):
             raise Fault(
                 f"{self.folder}: the rewards of {broken} of {len(found)} answers are not finite, "
@@ -117,7 +130,7 @@ class Judge:
             )
         return found
 
-    def ids(self, key: tuple[str, int], messages: list[dict[str, Any]]) -> list[int]:
+    def ids(self, key: Key, messages: list[dict[str, Any]]) -> list[int]:
         """The ids of a conversation, rendered with the model's own chat template."""
         tools = [tool for each in messages for tool in each.get(TOOLS, [])]
         try:
@@ -151,9 +164,9 @@ class Judge:
         return list(found)
 
     @torch.no_grad()
-    def reward(self, ids: list[int]) -> float:
+    def reward(self, ids: Ids) -> float:
         """The reward of a text in its own batch, so that padding cannot affect it."""
-        row = torch.tensor([ids], device=device())
+        row = torch.tensor(ids[None], dtype=torch.long, device=device())
         return float(self.model(input_ids=row).logits[0, 0])
 
 
@@ -172,8 +185,10 @@ def main() -> None:
     ]
     pairs |= {options.sets / "sets" / each.name: each.pairs for each in sets}
     judge = Judge(options.model)
+    # All of them before the first reward, because scoring takes hours with a large model.
+    encoded = [judge.encode(tokenized.answers(path, BASE)) for path in pairs]
     table, *tables = [
-        table_of(each, judge.judge(tokenized.answers(path, BASE))) for path, each in pairs.items()
+        table_of(each, judge.judge(ids)) for each, ids in zip(pairs.values(), encoded, strict=True)
     ]
     figures = measure(table, as_judged(table), RESAMPLING)
     figures["sets"] = measure_sets(sets, tables, RESAMPLING)
@@ -252,7 +267,7 @@ def chat_template(folder: Path, tokenizer: Any) -> str:
     return dated(found, DATE)
 
 
-def table_of(pairs: Dataset, answers: Mapping[tuple[str, int], Scored]) -> pa.Table:
+def table_of(pairs: Dataset, answers: Mapping[Key, Scored]) -> pa.Table:
     """The rewards of comparisons in evaluate's format; lengths count the model's own tokens."""
     j, k = (
         [answers[key] for key in zip(pairs[PROMPT_ID], pairs[name], strict=True)]
