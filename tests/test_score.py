@@ -465,8 +465,7 @@ def test_changed_record_that_was_already_scored_is_refused(
 
 ANOTHER_FORM = (
     "in.jsonl: line 1 is read as {}, but was scored in another form: dataset.yaml or the first "
-    "pairs have changed, or an earlier version scored it; "
-    "use the same input, or remove out.jsonl.journal to start again"
+    "pairs have changed; use the same input, or remove out.jsonl.journal to start again"
 )
 
 
@@ -505,18 +504,6 @@ def test_correction_that_gives_scored_pairs_another_meaning_is_refused(
     )
 
 
-def test_journal_in_which_pairs_have_no_form_is_refused(fault: Callable[..., str]) -> None:
-    """As earlier versions wrote it."""
-    records = [PAIR | {"prompt": f"hi {n}"} for n in range(20)]
-    write([*records[:-1], records[-1] | {"chosen": ""}])
-    assert "empty" in fault(INPUT, "--output", OUTPUT)
-    header, *rows = lines(JOURNAL)
-    for row in rows:
-        del row["form"]
-    write([header, *rows], JOURNAL)
-    assert fault(INPUT, "--output", OUTPUT) == ANOTHER_FORM.format("prompt, chosen and rejected")
-
-
 def test_fewer_records_than_were_scored_are_refused(
     journal: bytes, fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,11 +516,14 @@ def test_fewer_records_than_were_scored_are_refused(
     )
 
 
-def test_another_model_is_refused(journal: bytes, fault: Callable[..., str]) -> None:
-    JOURNAL.write_bytes(journal)
-    JOURNAL.write_bytes(b'{"model": "other"}' + journal[journal.index(b"\n") :])
+@pytest.mark.parametrize("other", [{"model": "other"}, {"added": ["rewards", "ranks"]}])
+def test_another_model_or_version_is_refused(
+    other: dict[str, Any], journal: bytes, fault: Callable[..., str]
+) -> None:
+    first, rows = journal.split(b"\n", 1)
+    JOURNAL.write_bytes(json.dumps(json.loads(first) | other).encode() + b"\n" + rows)
     assert fault(INPUT, "--output", OUTPUT) == (
-        "out.jsonl.journal has rows that another model scored; "
+        "out.jsonl.journal has rows that another model or an earlier version scored; "
         "use the same model, or remove out.jsonl.journal to start again"
     )
 

@@ -302,21 +302,25 @@ def fault_at(place: str, error: BadRecord) -> Fault:
 
 
 class Journal:
-    """A file with a line that identifies the model, then a row for each record, in order.
+    """A file with a line about the model and the rows, then a row for each record, in order.
 
     Rows are written in whole batches; a batch that a kill left incomplete is cut off.
     """
 
     def __init__(self, path: Path, file: BinaryIO, model: str) -> None:
-        """Raises a Fault if the rows were scored by another model."""
+        """Raises a Fault if the rows were scored by another model, or have other columns."""
         self._path = path
         self._file = file
         file.seek(0)
-        first, row, expected = file.readline(), file.readline(), as_line({"model": model})
+        first, row = file.readline(), file.readline()
+        expected = as_line({"model": model, "added": ADDED})
         if first == expected:
             file.seek(len(first))
         elif row.endswith(b"\n"):
-            raise Fault(f"{path} has rows that another model scored; {self._remedy('model')}")
+            raise Fault(
+                f"{path} has rows that another model or an earlier version scored; "
+                f"{self._remedy('model')}"
+            )
         else:
             self._cut(0)
             self._write(expected)
@@ -359,8 +363,7 @@ class Journal:
             raise Fault(f"{item.place} was scored as {row['file']}; {self._remedy('path')}")
         raise Fault(
             f"{item.place} is read as {item.input.form.description}, but was scored in another "
-            f"form: {MAPPING} or the first pairs have changed, or an earlier version scored it; "
-            f"{self._remedy('input')}"
+            f"form: {MAPPING} or the first pairs have changed; {self._remedy('input')}"
         )
 
     def _write(self, content: bytes) -> None:
