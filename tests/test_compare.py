@@ -189,6 +189,36 @@ def test_set_that_was_not_judged_is_reported_with_those_that_were(
         compare.rewards_of(str(tmp_path), "mine")
 
 
+@pytest.mark.parametrize("figures", ["{", "[]", '{"sets": ["mine"]}', '{"sets": null}'])
+def test_broken_figures_are_reported(figures: str, tmp_path: Path) -> None:
+    (tmp_path / "figures.json").write_text(figures, encoding="utf-8")
+    message = f"{tmp_path}: figures.json is broken, expected the figures of an evaluation"
+    with pytest.raises(Fault, match=f"^{re.escape(message)}$"):
+        compare.rewards_of(str(tmp_path), "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"id": None}, "rows without id"),
+        ({"prompt_id": ["prompt", None]}, "rows without prompt_id"),
+        ({"id": None, "margin": [1.0, None]}, "rows without id, margin"),
+        ({"margin": [1.0, float("nan")]}, "a margin that is not a finite number"),
+        ({"margin": ["1.0", "2.0"]}, "a margin that is not a finite number"),
+    ],
+)
+def test_broken_rewards_are_reported(
+    change: dict[str, list[object] | None], found: str, tmp_path: Path
+) -> None:
+    (tmp_path / "figures.json").write_text("{}", encoding="utf-8")
+    columns = table([1.0, 2.0]).to_pydict() | change
+    rewards = pa.table({name: values for name, values in columns.items() if values is not None})
+    pq.write_table(rewards, tmp_path / "rewards.parquet")
+    message = f"{tmp_path}: rewards.parquet has {found}, expected "
+    with pytest.raises(Fault, match=f"^{re.escape(message)}"):
+        compare.rewards_of(str(tmp_path), None)
+
+
 def test_revision_whose_rewards_are_not_in_the_cache_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

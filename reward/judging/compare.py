@@ -34,9 +34,11 @@ from reward.process import Fault, command_line, counted, one_line, run
 REPORTS, LOCK, PARAMS = Path("reports/evaluate"), Path("dvc.lock"), Path("params.yaml")
 # The stages whose parameters determine an evaluation.
 BEFORE = ("fetch", "preprocess", "train", "evaluate")
-# What reading a YAML file raises that is not what was expected.
+# What reading a YAML or JSON file raises that is not what was expected.
 BROKEN = (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError)
 FIGURES = "figures.json"
+# The columns of rewards without which nothing can be compared.
+NEEDED = (ID, PROMPT_ID, MARGIN)
 WORKSPACE = "workspace"
 Read = Callable[[Path], bytes]
 RESAMPLING = Resampling(samples=10_000, seed=0)
@@ -84,7 +86,8 @@ def parse() -> argparse.Namespace:
 def rewards_of(name: str, set_name: str | None) -> pa.Table:
     """The rewards of the test pairs or of an extra test set, at a revision or in a folder.
 
-    Raises a Fault if there are none, or if another model has been trained since.
+    Raises a Fault if there are none, if they are broken, or if another model has been trained
+    since.
     """
     folder, read = Path(name), Path.read_bytes
     if not (folder / FIGURES).is_file():
@@ -93,16 +96,36 @@ def rewards_of(name: str, set_name: str | None) -> pa.Table:
     file = "rewards.parquet"
     if set_name is not None:
         file = f"sets/{set_name}.parquet"
-        judged = json.loads(content_of(folder / FIGURES, read)).get("sets", {})
+        content = content_of(folder / FIGURES, read)
+        try:
+            judged = dict(json.loads(content).get("sets", {}))
+        except BROKEN:
+            raise Fault(
+                f"{name}: {FIGURES} is broken, expected the figures of an evaluation"
+            ) from None
         if set_name not in judged:
             sets = ", ".join(sorted(judged)) or "none at all"
             raise Fault(f"--set is {set_name}, but the extra test sets of {name} are: {sets}")
     try:
         # Without threads, because those of pyarrow may abort a process that exits at once.
-        content = io.BytesIO(content_of(folder / file, read))
-        return pyarrow.parquet.read_table(content, use_threads=False)
+        content = content_of(folder / file, read)
+        table = pyarrow.parquet.read_table(io.BytesIO(content), use_threads=False)
     except pa.ArrowException as error:
         raise Fault(f"{name}: {file} cannot be read ({error}); run dvc repro first") from None
+    require_rewards(table, f"{name}: {file}")
+    return table
+
+
+def require_rewards(table: pa.Table, where: str) -> None:
+    """Raises a Fault unless each row of a table has what is compared, with a finite margin."""
+    names = table.column_names
+    if lacking := [name for name in NEEDED if name not in names or table[name].null_count]:
+        raise Fault(
+            f"{where} has rows without {', '.join(lacking)}, expected {', '.join(NEEDED)} in each"
+        )
+    margins = table[MARGIN]
+    if not pa.types.is_floating(margins.type) or not np.isfinite(margins.to_numpy()).all():
+        raise Fault(f"{where} has a margin that is not a finite number, expected only finite ones")
 
 
 def require_current(name: str, read: Read) -> None:
