@@ -390,10 +390,20 @@ def test_chat_template_may_fail_without_tools(tiny_base: Path, tmp_path: Path) -
     assert '"look"' in encoder.render(pair.prompt, pair.answers[0])
 
 
-def test_error_in_a_chat_template_is_a_bad_record(tiny_base: Path, tmp_path: Path) -> None:
-    base = changed_base(tiny_base, tmp_path, chat_template="{{ messages[0].content + 1 }}")
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ 'a' * 10**18 }}", "the chat template fails: not enough memory"),
+        ('{{ "\\ud83d\\ude00" }}', "the chat template fails: .* surrogates not allowed"),
+    ],
+)
+def test_error_in_a_chat_template_is_a_bad_record(
+    tiny_base: Path, tmp_path: Path, template: str, message: str
+) -> None:
+    base = changed_base(tiny_base, tmp_path, chat_template=template)
     encoder = Encoder(base, Template.of("chat", False, 10, base))
-    with pytest.raises(BadRecord, match="can only concatenate str") as caught:
+    with pytest.raises(BadRecord, match=message) as caught:
         encoder.render(user("Hi"), assistant("Hello"))
     assert caught.value.reason == "chat_template"
 
@@ -415,6 +425,16 @@ def test_conversation_refused_by_the_chat_template_is_a_bad_record(
     with pytest.raises(BadRecord, match="no system") as caught:
         encoder.render(user("Hi"), assistant("Hello"))
     assert caught.value.reason == "chat_template"
+
+
+# Valid templates that are too much for the compiler.
+HARD = {
+    "blocks": "{% for each in messages %}" * 25 + "{% endfor %}" * 25,
+    "indentation": "{% if messages %}" * 120 + "{% endif %}" * 120,
+    "parentheses": "{{ " + "(" * 300 + "1" + ")" * 300 + " }}",
+    "filters": "{{ messages[0].content" + " | trim" * 1000 + " }}",
+    "number": "{{ 10 ** 5000 }}",
+}
 
 
 def chat_from(path: Path, base: Path) -> Template:
@@ -453,6 +473,10 @@ def test_chat_template_may_be_supplied_for_a_base_without_one(
         ("empty.jinja", b" \n", "empty.jinja has no chat template, which preprocess.template chat"),
         ("empty.json", b"{}", "empty.json has no chat template, which preprocess.template chat"),
         ("bad.jinja", b"a\n{% if %}", "bad.jinja: line 2 is broken: Expected an expression"),
+        *(
+            (f"{name}.jinja", text.encode(), f"{name}.jinja cannot be compiled .* simpler template")
+            for name, text in HARD.items()
+        ),
     ],
 )
 def test_unusable_chat_template_is_reported(

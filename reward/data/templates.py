@@ -14,6 +14,8 @@ from reward.process import Fault
 
 # A chat template is a program, so it may raise these in addition to Jinja's own errors.
 ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+# Jinja compiles it to Python code, which may be nested too deeply or have too large a number.
+NOT_COMPILED = (RecursionError, SyntaxError, ValueError)
 NEEDS_CHAT = "but only preprocess.template chat can render such a conversation"
 NEEDS_SYSTEM = "but only preprocess.template chat, or one with {system}, can render it"
 # The strftime codes that give the same text for a date on every platform.
@@ -111,6 +113,8 @@ def read_chat_template(path: Path) -> str:
         _compile_jinja_template(template)
     except TemplateSyntaxError as error:
         raise Fault(f"{where}: line {error.lineno} is broken: {error.message}") from None
+    except NOT_COMPILED as error:
+        raise Fault(f"{where} cannot be compiled ({error}), expected a simpler template") from None
     return template
 
 
@@ -126,6 +130,8 @@ def render_chat(template: str, messages: Messages, tokens: Mapping[str, str]) ->
         _require_tools(text, template, messages, tokens)
     except RecursionError:
         raise BadRecord("chat_template", "has a value that is nested too deeply") from None
+    except MemoryError:
+        raise BadRecord("chat_template", "the chat template fails: not enough memory") from None
     return text
 
 
@@ -135,16 +141,18 @@ def _rendered(template: str, messages: Messages, tokens: Mapping[str, str]) -> s
 
     tools = [tool for message in messages for tool in parts_of(message).get(TOOLS, [])]
     try:
-        text = _compile_jinja_template(template).render(
+        rendered = _compile_jinja_template(template).render(
             messages=[_as_dict(message) for message in messages if message[0] != TOOLS],
             tools=tools or None,
             documents=None,
             add_generation_prompt=False,
             **tokens,
         )
+        text = str(rendered)
+        text.encode()  # fails if the template made half characters, which no tokenizer takes
     except (TemplateError, *ERRORS) as error:
         raise BadRecord("chat_template", f"the chat template fails: {error}") from None
-    return str(text)
+    return text
 
 
 def _require_tools(text: str, template: str, messages: Messages, tokens: Mapping[str, str]) -> None:
