@@ -580,6 +580,23 @@ def test_scoring_error_reveals_no_path_and_does_not_stop_the_server(
     assert json.loads(text) == {"error": "the texts cannot be scored"}
 
 
+def test_tokenizer_that_fails_reveals_no_path_and_is_named_in_the_log(
+    held: Held, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(_: Sequence[str]) -> list[Ids]:
+        raise Fault("/secret/tokenizer.json: broken")
+
+    monkeypatch.setattr(held, "encode_rendered", failing)
+
+    async def work(client: Client) -> tuple[int, str]:
+        response = await client.post(REWARD, json={"query": ["1"]})
+        return response.status, await response.text()
+
+    status, text = served(held, work)
+    assert (status, json.loads(text)) == (500, {"error": "the texts cannot be encoded"})
+    assert "/secret/tokenizer.json: broken\n" in capsys.readouterr().err
+
+
 def test_scoring_error_does_not_fail_requests_in_the_same_batch(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:

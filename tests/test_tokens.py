@@ -489,6 +489,22 @@ def test_unusable_chat_template_is_reported(
     assert Template.of("zh", False, 10, tiny_base, tmp_path / name).chat_template is None
 
 
+def test_tokenizer_with_a_pattern_that_takes_too_long_is_a_fault(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    base = changed_base(tiny_base, tmp_path)
+    content = read_json(base / "tokenizer.json")
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$b"}, "behavior": "Isolated"}
+    content["pre_tokenizer"] = pattern | {"invert": False}
+    write_json(base / "tokenizer.json", content)
+    encoder = Encoder(base, Template.of("none", False, 10, base))
+    message = f"{re.escape(str(base))}/tokenizer.json: the tokenizer cannot split a text .*limit"
+    with pytest.raises(Fault, match=message):
+        encoder.encode(["a" * 40 + "c"])
+    with pytest.raises(TypeError):
+        encoder.encode([1])  # type: ignore[list-item]
+
+
 def test_base_without_what_the_template_needs_is_a_fault(tiny_base: Path, tmp_path: Path) -> None:
     base = changed_base(tiny_base, tmp_path, chat_template=None, eos_token=None)
     with pytest.raises(Fault, match="no chat template"):

@@ -162,9 +162,19 @@ class Encoder:
         return [as_array(self._finish(encoding.ids)) for encoding in self._encodings(texts)]
 
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
-        found: list[Encoding] = self._tokenizer.encode_batch_fast(
-            texts, add_special_tokens=not self._chat
-        )
+        """Raises a Fault if the tokenizer fails, such as for a pattern that takes too long."""
+        try:
+            found: list[Encoding] = self._tokenizer.encode_batch_fast(
+                texts, add_special_tokens=not self._chat
+            )
+        except BaseException as error:
+            # The panic of a Rust library. No module has this class, which is not an Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise Fault(
+                f"{self._base}/tokenizer.json: the tokenizer cannot split a text ({error}), "
+                "expected one that splits any text"
+            ) from None
         return found
 
     def decode(self, ids: Sequence[int]) -> str:

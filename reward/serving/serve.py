@@ -307,6 +307,9 @@ class Service:
             ) from None
         except Unscored as unscored:
             raise web.HTTPInternalServerError(text=str(unscored)) from None
+        except Fault as fault:  # from the tokenizer, with details of this machine
+            print(fault, file=sys.stderr)
+            raise web.HTTPInternalServerError(text="the texts cannot be encoded") from None
         self.requests += 1
         self.texts += len(texts)
         return web.json_response({"rewards": rewards, "scores": rewards, "extra_logs": {}})
@@ -381,7 +384,7 @@ def read(scorer: Scorer, body: bytearray) -> tuple[list[Ids], Sequence[Hashable]
 
     The value is a hash of the prompt, so long prompts take no memory in the queue. If two prompts
     had the same hash, less would be shared, but the rewards would still be right. Raises Refused,
-    and RecursionError for a value that is nested too deeply.
+    RecursionError for a value that is nested too deeply, and a Fault if the tokenizer fails.
     """
     try:
         content = json.loads(body, object_pairs_hook=unique_keys)
