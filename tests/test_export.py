@@ -1271,8 +1271,11 @@ def test_card_shows_clients_of_the_merged_model_only_with_one(
     exported: Callable[[Change], Path], here: Callable[[Change], None]
 ) -> None:
     assert len(snippets_of(exported(DEFAULT) / export.EXPORT)) == 6
+    card = (exported(DEFAULT) / export.EXPORT / "README.md").read_text(encoding="utf-8")
+    also = " and, as `reward_model`, in the configuration of the merged model"
+    assert f"\n`reward.json`{also}.\n" in card
     here(DEFAULT)
-    assemble_here("none")
+    assert "\n`reward.json`.\n" in assemble_here("none")
     assert set(snippets_of(export.EXPORT)) == {"PEFT"}
 
 
@@ -1365,6 +1368,18 @@ def test_card_has_licences_and_a_citation() -> None:
     again = ModelCard.load("card.md")
     assert again.content == card
     assert ModelCardData(**again.data.to_dict()).to_yaml() == data.to_yaml()
+
+
+@pytest.mark.usefixtures("ready")
+@pytest.mark.parametrize(
+    ("center", "term"), [(0, ""), (0.01, " + 0.01 (r_chosen + r_rejected)^2")], ids=["off", "on"]
+)
+def test_card_has_the_whole_loss(center: float, term: str) -> None:
+    training = read_json(export.ADAPTER / "training.json")
+    training["train"]["center_rewards"] = center
+    write_json(export.ADAPTER / "training.json", training)
+    seal(export.ADAPTER, export.BASE)
+    assert f"\n-log sigmoid(r_chosen - r_rejected){term}.\n" in assemble_here()
 
 
 @pytest.mark.usefixtures("ready")
