@@ -25,9 +25,9 @@ from datasets import Dataset
 from reward import params
 from reward.data import tokenized
 from reward.data.columns import ID, PREFERENCE, TIE, TOKENS
-from reward.exporting import gate
+from reward.exporting import card, gate
 from reward.exporting.clients import FOUND, ORIGINAL, PACKS, Request, select
-from reward.exporting.exported import Trained, write_card, write_exported
+from reward.exporting.exported import TRAINING, Trained, write_card, write_exported
 from reward.exporting.gate import LARGEST, MEDIAN, ByClient, Figures
 from reward.exporting.given import Client
 from reward.groups import Export, require_libraries
@@ -63,6 +63,7 @@ def main() -> None:
     evaluated = read_evaluated(tokenized.load(TEST, BASE))
     tokens_per_pack = packs_of(evaluated)
     trained = Trained(BASE, ADAPTER, quantization, recorded(EVALUATED), licenses())
+    require_shown(ADAPTER / TRAINING)
     clients = select(options.clients, merged=options.merge != "none")
     rewards, decided = gate.rewards_of(evaluated), evaluated[PREFERENCE].to_numpy() != TIE
     compared = gate.select_pairs(longer(evaluated), rewards, options.pairs, options.seed)
@@ -98,6 +99,15 @@ def licenses() -> list[str]:
             f"{LICENSES} cannot be read ({error}), expected a list; run dvc repro"
         ) from None
     return found
+
+
+def require_shown(path: Path) -> None:
+    """Raises a Fault if the record of train cannot be read or lacks what the card shows."""
+    if missing := card.SHOWN - recorded(path).keys():
+        raise Fault(
+            f"{path} lacks {', '.join(sorted(missing))}, so another version of this project wrote "
+            "it; run dvc repro"
+        )
 
 
 def longer(evaluated: pa.Table) -> npt.NDArray[np.integer]:

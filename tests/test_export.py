@@ -43,7 +43,7 @@ from reward import params
 from reward.data import tokenized
 from reward.data.tokens import Encoder, Template
 from reward.exporting import clients, gate, portable
-from reward.exporting.card import name_of
+from reward.exporting.card import SHOWN, name_of
 from reward.exporting.clients import FOUND, LEFT_OUT, PACKS, Request, fits, select
 from reward.exporting.exported import Trained, load_exported, write_card, write_exported
 from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
@@ -738,6 +738,25 @@ def test_missing_library_is_named_before_any_work(
 def test_base_with_custom_code_is_not_exported() -> None:
     (export.BASE / "modeling_mine.py").touch()
     with pytest.raises(Fault, match=r"models/base contains code \(modeling_mine\.py\), expected"):
+        export.main()
+    assert left_over() == []
+
+
+@pytest.mark.usefixtures("ready")
+def test_adapter_of_another_version_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = export.ADAPTER / "training.json"
+    training = read_json(path)
+    assert training.keys() == SHOWN
+    write_json(path, {name: training[name] for name in ("data", "lora", "quantization", "train")})
+    seal(export.ADAPTER, export.BASE)
+    monkeypatch.setattr(export, "write_exported", MagicMock(side_effect=AssertionError))
+    message = (
+        f"{path} lacks base_parameters, pairs, so another version of this project wrote it; run "
+        "dvc repro"
+    )
+    with pytest.raises(Fault, match=f"^{re.escape(message)}$"):
         export.main()
     assert left_over() == []
 

@@ -19,6 +19,8 @@ LATEX = {mark: f"\\{mark}" for mark in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
 }
 TEMPLATE = Path(__file__).with_suffix(".md")
+# The keys of the record of train that the card shows.
+SHOWN = {"base_parameters", "data", "lora", "pairs", "quantization", "train"}
 
 
 @dataclass(frozen=True)
