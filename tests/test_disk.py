@@ -10,10 +10,13 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from reward.data import sources
+from reward.data import sources, tokenized
+from reward.data.columns import ANSWER, ANSWERS
 from reward.exporting import exported
 from reward.judging import page
 from reward.model import base, trainer
@@ -283,6 +286,18 @@ def overwrite(one: str, other: str) -> None:
     Path(one).write_bytes(Path(other).read_bytes())
 
 
+def drop_answers(folder: str) -> None:
+    """A split as preprocess wrote it before answers had numbers."""
+    with pa.OSFile(f"{folder}/{ARROW}") as source:
+        table = pa.ipc.open_stream(source).read_all()
+    dropped = [name for name in table.column_names if name in (*ANSWERS, ANSWER)]
+    features = Dataset.load_from_disk(folder).remove_columns(dropped).features
+    shutil.rmtree(folder)
+    tokenizer = table.schema.metadata[tokenized.TOKENIZER].decode()
+    with tokenized.new_folder(Path(folder), features, tokenizer) as append:
+        append(table.drop_columns(dropped))
+
+
 ARROW = "data-00000-of-00001.arrow"
 DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "base truncated": (
@@ -375,6 +390,24 @@ DAMAGES: dict[str, tuple[Callable[[], None], list[str], str]] = {
         lambda: shutil.rmtree("data/tokenized/test"),
         ["evaluate", "export"],
         "data/tokenized/test",
+    ),
+    "training data of another version": (
+        lambda: drop_answers("data/tokenized/train"),
+        ["train"],
+        "data/tokenized/train lacks answer_j, answer_k, so another version of this project wrote "
+        "it; run dvc repro",
+    ),
+    "test data of another version": (
+        lambda: drop_answers("data/tokenized/test"),
+        ["evaluate", "export"],
+        "data/tokenized/test lacks answer_j, answer_k, so another version of this project wrote "
+        "it; run dvc repro",
+    ),
+    "texts of another version": (
+        lambda: drop_answers("data/tokenized/test/answers"),
+        ["evaluate"],
+        "data/tokenized/test/answers lacks answer, so another version of this project wrote it; "
+        "run dvc repro",
     ),
     "rewards truncated": (
         lambda: truncate("reports/evaluate/rewards.parquet"),

@@ -12,10 +12,14 @@ GRADES = (PREFERENCE, WEIGHT, TARGET_MARGIN)
 # The preference of a tie, where neither answer is preferred.
 TIE = 0.5
 
+# The columns that every split has.
+COMPARISON = (ID, PROMPT_ID, *ANSWERS, *IDS, *MASKS, PREFIX, *GRADES)
+
 # The columns of the folder `answers`. PROMPT and RESPONSE are messages as JSON, and TEXT is both as
 # rendered by the template.
 ANSWER = "answer"
 PROMPT, RESPONSE, TEXT = "prompt", "response", "text"
+RESPONSES = (PROMPT_ID, ANSWER, PROMPT, RESPONSE, TEXT)
 
 REWARDS = ("reward_chosen", "reward_rejected")
 TOKENS = ("tokens_chosen", "tokens_rejected")
@@ -25,7 +29,4 @@ TEST_SET = "test set"
 TEST_SPLIT = "test split"
 
 # A column of a record that has one of these names is kept as raw_<name>.
-RESERVED = (
-    *(ID, PROMPT_ID, *ANSWERS, *IDS, *MASKS, PREFIX, *GRADES),
-    *(*REWARDS, *TOKENS, MARGIN, TEST_SET),
-)
+RESERVED = (*COMPARISON, *REWARDS, *TOKENS, MARGIN, TEST_SET)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from reward.data.columns import (
     ANSWER,
     ANSWERS,
+    COMPARISON,
     GRADES,
     ID,
     IDS,
@@ -26,6 +27,7 @@ from reward.data.columns import (
     PROMPT,
     PROMPT_ID,
     RESPONSE,
+    RESPONSES,
     TEXT,
 )
 from reward.outputs import digest, read_json, write_json, writing
@@ -317,8 +319,12 @@ def first_row(path: Path) -> dict[str, Any]:
     return dict(row)
 
 
-def load(path: Path, base: Path) -> "Dataset":
-    """A tokenized split. Raises a Fault if it is damaged, or another tokenizer made its ids."""
+def load(path: Path, base: Path, columns: Sequence[str] = COMPARISON) -> "Dataset":
+    """A tokenized split.
+
+    Raises a Fault if it is damaged, if another tokenizer made its ids, or if it lacks one of the
+    columns.
+    """
     from datasets import Dataset
 
     try:
@@ -340,6 +346,11 @@ def load(path: Path, base: Path) -> "Dataset":
         raise Fault(
             f"{path} was made with a different tokenizer from that of {base}; run dvc repro"
         )
+    if missing := [name for name in columns if name not in found.column_names]:
+        raise Fault(
+            f"{path} lacks {', '.join(missing)}, so another version of this project wrote it; run "
+            "dvc repro"
+        )
     return found
 
 
@@ -350,7 +361,7 @@ def answers(path: Path, base: Path) -> "Dataset":
     refer to; `prompt` and `response`, messages as JSON; and `text`, both as rendered by the
     template. The answers to one prompt are consecutive, in the order of their numbers.
     """
-    return load(path / ANSWERS_OF, base)
+    return load(path / ANSWERS_OF, base, RESPONSES)
 
 
 def conversations(pairs: "Dataset", found: "Dataset") -> list[tuple[str, str, str]]:
