@@ -90,10 +90,10 @@ def read_evaluated(test: Dataset) -> pa.Table:
     return table
 
 
-def licenses() -> list[str]:
+def licenses() -> list[str | None]:
     """The licences of the data. Raises a Fault if the list that preprocess wrote cannot be read."""
     try:
-        found: list[str] = read_json(LICENSES)
+        found: list[str | None] = read_json(LICENSES)
     except (OSError, ValueError) as error:
         raise Fault(
             f"{LICENSES} cannot be read ({error}), expected a list; run dvc repro"

@@ -133,9 +133,14 @@ def main() -> None:
     show_example(encoder)
 
 
-def licenses(found: Iterable[Source]) -> list[str]:
-    """The licences that dataset.yaml names for the files, without repeats."""
-    return sorted({source.entry.license for source in found if source.entry.license})
+def licenses(found: Iterable[Source]) -> list[str | None]:
+    """The licences that dataset.yaml names for the files, without repeats.
+
+    If it names one for some of the files only, None is the last.
+    """
+    names = {source.entry.license for source in found}
+    known = sorted(name for name in names if name)
+    return [*known, None] if known and None in names else [*known]
 
 
 # --- first pass: files to the scratch table --------------------------------------------------

@@ -1373,6 +1373,9 @@ def test_card_has_licences_and_a_citation() -> None:
     base = read_json(export.BASE / "base.json")
     found = {"license": "other", "license_name": "a_b", "license_link": "https://a.example/?b=c"}
     write_json(export.BASE / "base.json", base | {"name": "100%_mine", "license": found})
+    write_json(export.LICENSES, ["cc-by-4.0", "mit", None])
+    assert "\nLicences of some of the data: cc-by-4.0, mit.\n" in assemble_here()
+    shutil.rmtree(export.EXPORT)
     write_json(export.LICENSES, ["cc-by-4.0", "mit"])
     card = assemble_here()
     assert "\nLicence of the base: other, a\\_b, https://a.example/?b=c.\n" in card

@@ -298,7 +298,11 @@ def test_licences_are_collected_from_entries(tmp_path: Path) -> None:
             *numbered(1),
             name=name,
         )
+    assert licenses(sources(tmp_path)) == ["mit", "中文", None]
+    (tmp_path / "a.jsonl").unlink()
     assert licenses(sources(tmp_path)) == ["mit", "中文"]
+    (tmp_path / "dataset.yaml").unlink()
+    assert licenses(sources(tmp_path)) == []
     write(tmp_path, "x.jsonl: {license: [mit]}", *numbered(1))
     assert fault(tmp_path).endswith("x.jsonl: license is ['mit'], expected a non-empty string")
 

@@ -30,8 +30,8 @@ class Facts:
     `base` and `training` are the records of fetch and train, `recipe` is the quantization of the
     base, `reward` is what clients need to know about the rewards and `metrics` is what evaluate
     measured. `pad` is the pad token. `adapter` is the SHA-256 of the adapter's weights, and
-    `licenses` are those of the data. `left_out` are the clients that could not be compared because
-    they did not fit in memory.
+    `licenses` are those of the data, and None if some of it has none. `left_out` are the clients
+    that could not be compared because they did not fit in memory.
     """
 
     base: dict[str, Any]
@@ -44,7 +44,7 @@ class Facts:
     has_merged: bool
     mixture: bool
     adapter: str
-    licenses: Sequence[str]
+    licenses: Sequence[str | None]
     left_out: Sequence[str] = ()
 
 

@@ -70,14 +70,14 @@ NAMING_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "megatron_config"
 class Trained:
     """A trained reward model: its base, its adapter and the metrics of its evaluation.
 
-    `licenses` are the known licences of its training data.
+    `licenses` are the known licences of its data, and None if some of the data has none.
     """
 
     base: Path
     adapter: Path
     quantization: Quantization
     metrics: dict[str, Any]
-    licenses: Sequence[str] = ()
+    licenses: Sequence[str | None] = ()
 
 
 # --- writing ---------------------------------------------------------------------------------
