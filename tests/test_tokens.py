@@ -22,7 +22,7 @@ from tokenizers.processors import TemplateProcessing
 
 from reward.data.prefixes import prefix_length
 from reward.data.records import BadRecord, Messages, check
-from reward.data.templates import DIRECTIVES, dated, require_whole
+from reward.data.templates import DIRECTIVES, WINDOW, dated, require_whole
 from reward.data.tokens import TOKENIZER_CONFIG, Encoder, Template
 from reward.exporting import portable
 from reward.outputs import read_json, write_json
@@ -359,8 +359,20 @@ def test_chat_template_may_trim_escape_and_reformat(tiny_base: Path, tmp_path: P
     assert encoder.render(pair.prompt, pair.answers[0])
 
 
-@pytest.mark.parametrize("name_comes_last", [False, True])
-def test_calls_and_tools_are_searched_for_in_order(name_comes_last: bool) -> None:
+@pytest.mark.parametrize(
+    "rendered",
+    [
+        str,
+        lambda call: str(dict(reversed(call.items()))),
+        lambda call: json.dumps(json.dumps(call["arguments"])) + call["name"],
+        lambda call: json.dumps(call, separators=(",", ":")),
+    ],
+    ids=["name first", "name last", "JSON in JSON", "compact"],
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_calls_and_tools_are_searched_for_in_order(
+    rendered: Callable[[dict[str, Any]], str], as_text: bool
+) -> None:
     """The whole text must not be read once for each of thousands of calls."""
 
     class Text(str):
@@ -368,18 +380,20 @@ def test_calls_and_tools_are_searched_for_in_order(name_comes_last: bool) -> Non
 
         def find(self, words: str, start: Any = 0, end: Any = None, /) -> int:
             place = super().find(words, start, end)
-            Text.read += (len(self) if place < 0 else place + len(words)) - start
+            Text.read += (min(len(self), end or len(self)) if place < 0 else place) - start
             return place
 
-    functions = [{"name": f"look{n}", "arguments": {"at": f"place {n}"}} for n in range(1000)]
-    parts = {"tool_calls": [{"function": each} for each in functions]}
+    functions: list[dict[str, Any]] = [
+        {"name": f"look{n}", "arguments": {"at": f'place "{n}"', "unit": "m"}} for n in range(1000)
+    ]
     tools = {"tools": [{"function": each} for each in functions]}
-    order = ("arguments", "name") if name_comes_last else ("name", "arguments")
-    called = "".join(str({key: each[key] for key in order}) for each in functions)
-    text = Text(json.dumps(tools) + "user: hi" + called)
+    text = Text(json.dumps(tools) + "user: hi" + "".join(map(rendered, functions)))
+    if as_text:
+        functions = [each | {"arguments": json.dumps(each["arguments"])} for each in functions]
+    parts = {"tool_calls": [{"function": each} for each in functions]}
     require_whole(text, (("tools", "", json.dumps(tools)), ("user", "hi")))
     require_whole(text, (("user", "user: hi"), ("assistant", "", json.dumps(parts))))
-    assert Text.read < 10 * len(text)
+    assert Text.read < 10 * WINDOW * len(functions)
 
 
 def test_chat_template_may_fail_without_tools(tiny_base: Path, tmp_path: Path) -> None:

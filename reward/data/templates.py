@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from reward.data.records import TOOLS, BadRecord, Message, Messages, function_of, parts_of
 from reward.process import Fault
 
+# How many characters of a text are searched first.
+WINDOW = 4096
 # A chat template is a program, so it may raise these in addition to Jinja's own errors.
 ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # Jinja compiles it to Python code, which may be nested too deeply or have too large a number.
@@ -229,17 +231,29 @@ def require_whole(text: str, messages: Messages) -> None:
                 ends.append(_end_near(words, text, near, start))
                 if ends[-1] < 0:
                     raise _left_out("tool_calls", words, number, message)
-            near = min(ends, default=near)
+            near = max(ends, default=near)
 
 
 def _end_of(words: str, text: str, start: int) -> int:
-    """Where some words end in a text, plain or JSON-escaped once or twice, or -1."""
-    for _ in range(3):
-        place = text.find(words, start)
-        if place >= 0:
-            return place + len(words)
-        words = json.dumps(words, ensure_ascii=False)[1:-1]
-    return -1
+    """Where some words end in a text, plain or JSON-escaped once or twice, or -1.
+
+    Each look reaches further, so that a form that is near is found without reading the whole text
+    for another one.
+    """
+    reach = WINDOW + len(words)
+    place = text.find(words, start, start + reach)
+    if place >= 0:
+        return place + len(words)
+    once = json.dumps(words, ensure_ascii=False)[1:-1]
+    twice = json.dumps(once, ensure_ascii=False)[1:-1]
+    while True:
+        for form in (words, once, twice):
+            place = text.find(form, start, start + reach + len(form))
+            if place >= 0:
+                return place + len(form)
+        if reach >= len(text) - start:
+            return -1
+        reach *= 4
 
 
 def _end_near(words: str, text: str, near: int, start: int) -> int:
@@ -254,9 +268,12 @@ def _end_near(words: str, text: str, near: int, start: int) -> int:
 def _arguments(call: dict[str, Any], text: str, near: int, start: int) -> list[str]:
     """The strings in the arguments of a call, or the whole JSON if the text contains it as is."""
     arguments = call.get("arguments")
-    if isinstance(arguments, str) and _end_near(arguments.strip(), text, near, start) < 0:
+    if isinstance(arguments, str):
         with suppress(ValueError):
-            arguments = json.loads(arguments)
+            found = _texts_in(json.loads(arguments))
+            ends = (_end_near(words, text, near, start) for words in found)
+            if min(ends, default=0) >= 0 or _end_near(arguments.strip(), text, near, start) < 0:
+                return found
     return _texts_in(arguments)
 
 
