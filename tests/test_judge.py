@@ -153,6 +153,16 @@ def test_broken_download_is_refused(file: str, content: str, found: str) -> None
         judge.Judge(Path("mine"))
 
 
+def test_model_that_does_not_fit_in_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    loading = "transformers.AutoModelForSequenceClassification.from_pretrained"
+    monkeypatch.setattr(loading, fail)
+    with pytest.raises(Fault, match=r"mine does not fit in memory \(CUDA out of memory\.\), expec"):
+        judge.Judge(Path("mine"))
+
+
 def test_chat_template_that_renders_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree("models/export/merged", "mine")
     Path("mine/chat_template.jinja").write_text("{# nothing #}", encoding="utf-8")

@@ -405,8 +405,10 @@ def test_table_in_one_object_is_named(tmp_path: Path, name: str, indent: int | N
         {"answers": [CONVERSATION, CONVERSATION], "scores": [2, 1]},
         {"chosen": CONVERSATION, "rejected": CONVERSATION},
         {"ask": {"text": "q"}, "good": {"text": "a"}, "bad": {"text": "b"}},
+        {"turns": ["q"], "answers": ["a", "b"], "ranks": [1, 2]},
+        {"ask": {}, "good": {}},
     ],
-    ids=["messages", "texts", "single messages", "conversations", "pair", "paths"],
+    ids=["messages", "texts", "single messages", "conversations", "pair", "paths", "lists", "none"],
 )
 def test_only_record_of_a_file_is_not_taken_for_a_table(tmp_path: Path, record: Any) -> None:
     assert contents(write(tmp_path / "p.json", json.dumps(record).encode())) == [record]

@@ -475,15 +475,16 @@ def _is_wrapper(record: Any) -> bool:
 def _holds_table(record: Any) -> bool:
     """Whether this is a table in one object, by columns or by rows, as pandas writes it.
 
-    Its cells are in lists, or in objects whose keys are the numbers of rows. A record that has only
-    lists has messages in one of them, or no texts.
+    Its cells are in lists of one length, or in objects whose keys are the numbers of rows. A record
+    that has only lists has messages in one of them, or no texts.
     """
     values = [*record.values()] if isinstance(record, dict) else []
     if len(values) > 1 and all(isinstance(value, dict) for value in values):
-        return any(all(map(str.isdigit, keys)) for keys in (record, {*chain(*values)}))
+        return any(keys and all(map(str.isdigit, keys)) for keys in ({*record}, {*chain(*values)}))
     if len(values) > 1 and all(isinstance(value, list) for value in values):
+        alike = len({*map(len, values)}) == 1 or {"columns", "data"} <= record.keys()
         held = any(isinstance(item, dict) for item in chain(*values))
-        return any(map(are_texts, values)) and not held
+        return alike and any(map(are_texts, values)) and not held
     return False
 
 

@@ -91,6 +91,11 @@ class Judge:
                 output_loading_info=True,
             )
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise Fault(
+                f"{folder} does not fit in memory ({one_line(error, 200)}), expected a smaller "
+                "model or a machine with more memory"
+            ) from None
         except Exception as error:  # because files of others may raise anything in the libraries
             reason = f"{type(error).__name__}: {one_line(error, 200)}"
             raise Fault(f"{folder} cannot be loaded ({reason}), {EXPECTED}") from None
