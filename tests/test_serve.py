@@ -1037,8 +1037,23 @@ def test_processes_share_their_metrics(tmp_path: Path) -> None:
         assert f"reward_texts_total {total}.0\n" in printed
 
 
+@pytest.fixture
+def start_two(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[..., None]], None]:
+    """Starts a server of two processes on a port, which a function begins in place of torchrun."""
+
+    def start(port: int, distribute: Callable[..., None]) -> None:
+        for name in ("PROMETHEUS_MULTIPROC_DIR", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+            monkeypatch.setenv(name, "to be restored")
+        monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
+        monkeypatch.setattr(serve, "distribute", distribute)
+        monkeypatch.setattr("sys.argv", ["serve", "--port", f"{port}"])
+        serve.start()
+
+    return start
+
+
 def test_several_processes_start_with_a_metrics_folder_and_time_to_shut_down(
-    monkeypatch: pytest.MonkeyPatch,
+    start_two: Callable[..., None],
 ) -> None:
     begun: dict[str, Any] = {}
 
@@ -1047,12 +1062,7 @@ def test_several_processes_start_with_a_metrics_folder_and_time_to_shut_down(
         begun.update(options, folder=folder, there=folder.is_dir())
 
     port = free_port()
-    for name in ("PROMETHEUS_MULTIPROC_DIR", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
-        monkeypatch.setenv(name, "to be restored")
-    monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
-    monkeypatch.setattr(serve, "distribute", distribute)
-    monkeypatch.setattr("sys.argv", ["serve", "--port", f"{port}"])
-    serve.start()
+    start_two(port, distribute)
     assert (begun["arguments"], begun["together"]) == (["--port", f"{port}"], False)
     assert begun["there"]
     assert not begun["folder"].exists()
@@ -1061,7 +1071,7 @@ def test_several_processes_start_with_a_metrics_folder_and_time_to_shut_down(
 
 @pytest.mark.parametrize("others", [1, 2])
 def test_second_server_is_refused_while_the_first_loads_its_model(
-    others: int, monkeypatch: pytest.MonkeyPatch
+    others: int, start_two: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
 
@@ -1072,12 +1082,7 @@ def test_second_server_is_refused_while_the_first_loads_its_model(
         with pytest.raises(Fault, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"):
             serve.start()
 
-    for name in ("PROMETHEUS_MULTIPROC_DIR", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
-        monkeypatch.setenv(name, "to be restored")
-    monkeypatch.setenv("PET_NPROC_PER_NODE", "2")
-    monkeypatch.setattr(serve, "distribute", distribute)
-    monkeypatch.setattr("sys.argv", ["serve", "--port", f"{port}"])
-    serve.start()
+    start_two(port, distribute)
     assert asyncio.run(serve.reserve("127.0.0.1", port, shared=False)) == []
 
 

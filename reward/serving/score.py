@@ -385,7 +385,7 @@ class Journal:
 def journal_beside(output: Path, model: Path) -> Iterator[Journal]:
     """The journal of an output, removed when the output is complete.
 
-    Raises a Fault if another process uses it, or if it was written with another model.
+    Raises a Fault if another process uses it, or as Journal does.
     """
     path = output.with_name(output.name + ".journal")
     with writing(path):
