@@ -35,19 +35,14 @@ SHAPE = {
 ADAPTED = ["q_proj", "v_proj", "down_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 # The swapped modules that map one tensor to one tensor.
-PARTS = (layers.AdaptedLayer, layers.FrozenLayer, layers.Norm)
+PARTS = (layers.AdaptedLayer, layers.FrozenLayer, layers.Norm, layers.Gated)
 
 
 @pytest.fixture(params=["of a CPU", "of a GPU"])
-def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[type, ...]:
-    """The swapped modules that map one tensor to one tensor, with the operations of a CPU or GPU.
-
-    Those of a GPU run on a CPU here.
-    """
-    if request.param == "of a CPU":
-        return PARTS
-    compute_as_on_a_gpu(monkeypatch)
-    return (*PARTS, layers.Gated)
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations of a CPU or of a GPU; those of a GPU run on a CPU here."""
+    if request.param == "of a GPU":
+        compute_as_on_a_gpu(monkeypatch)
 
 
 def features_of(module: Any) -> int:
@@ -115,6 +110,7 @@ def test_product_matches_fp64_up_to_fp32_rounding(
     assert relative(layers.product(x, weight), linear(x.double(), weight.double())) < 1e-6
 
 
+@pytest.mark.usefixtures("operations")
 @pytest.mark.parametrize("quantization", ["4", "none"])
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt_neox", "phi"])
 @pytest.mark.parametrize("training", [True, False])
@@ -123,7 +119,6 @@ def test_swapped_layers_match_the_original_ones(
     family: str,
     quantization: str,
     training: bool,
-    parts: tuple[type, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if family == "gpt_neox":
@@ -131,7 +126,7 @@ def test_swapped_layers_match_the_original_ones(
     if family == "phi":
         monkeypatch.setattr(f"{__name__}.ADAPTED", ["q_proj", "fc1"])
     model = reward_model(tmp_path, family, quantization).train(training)
-    compared = modules(model, parts)
+    compared = modules(model, PARTS)
     for name, module in compared.items():
         x = torch.randn(1, 9, features_of(module), generator=torch.Generator().manual_seed(2))
         found = outcome(module, x)
@@ -167,7 +162,7 @@ def test_other_kinds_of_norms_are_not_swapped() -> None:
         assert not any(layers.is_rms_norm(module) for module in causal.modules())
 
 
-@pytest.mark.usefixtures("parts")
+@pytest.mark.usefixtures("operations")
 def test_dropout_uses_the_same_random_numbers_as_peft(tmp_path: Path) -> None:
     """Output and gradients are therefore the same; in eval mode there is no dropout."""
     model = reward_model(tmp_path, dropout=0.5)
@@ -386,6 +381,21 @@ def test_swiglu_and_its_gradients_match_pytorch() -> None:
         assert relative(one.double(), other) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_has_the_same_bytes_as_pytorch_on_a_cpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate, up = ((4 * torch.randn(3, 50)).to(dtype).requires_grad_() for _ in range(2))
+    found, expected = layers.Gate.apply(gate, up), silu(gate) * up
+    direction = torch.randn(3, 50).to(dtype)
+    assert torch.equal(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found, (gate, up), direction),
+        torch.autograd.grad(expected, (gate, up), direction),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
 def test_gate_saves_only_its_inputs_for_backward() -> None:
     kept: list[Tensor] = []
     gate, up = (torch.randn(3, 50).bfloat16().requires_grad_() for _ in range(2))
@@ -447,6 +457,7 @@ def by_definition(module: Any) -> Callable[[Tensor], Tensor]:
     return norm if hasattr(module, "variance_epsilon") else linear_layer
 
 
+@pytest.mark.usefixtures("operations")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("family", "quantization"), [("qwen2", "4"), ("llama", "none")])
 @pytest.mark.parametrize("training", [True, False])
@@ -456,7 +467,6 @@ def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original
     quantization: str,
     training: bool,
     dtype: str,
-    parts: tuple[type, ...],
 ) -> None:
     """Output, gradient of the input, and gradients of adapters, which are fp32.
 
@@ -464,7 +474,7 @@ def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original
     """
     model = reward_model(tmp_path, family, quantization, dtype=dtype).train(training)
     kinds = set()
-    for name, module in modules(model, parts).items():
+    for name, module in modules(model, PARTS).items():
         x = torch.randn(1, 40, features_of(module), generator=torch.Generator().manual_seed(2))
         x = x.to(getattr(torch, dtype))
         found, expected = outcome(module, x), outcome(by_definition(module), x.double(), of=module)
@@ -476,10 +486,10 @@ def test_layers_in_half_precision_are_as_close_to_the_definition_as_the_original
             assert relative(ours.double(), exact.double()) < 1.05 * rounding + 1e-6, name
             assert rounding < 0.01, name
         kinds.add(type(module).__mro__[1])
-    assert kinds == {*parts}
+    assert kinds == {*PARTS}
 
 
-@pytest.mark.usefixtures("parts")
+@pytest.mark.usefixtures("operations")
 def test_dropout_in_half_precision_drops_the_same_as_peft(tmp_path: Path) -> None:
     model = reward_model(tmp_path, dropout=0.5, dtype="bfloat16").train()
     x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3)).bfloat16()

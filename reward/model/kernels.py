@@ -2,8 +2,8 @@
 
 Each operation reads and writes whole tensors, which determines its time. PyTorch compiles the
 kernels when they are first called, in about a second, and keeps them in ~/.cache/torch/kernels. A
-result is computed in fp32 and rounded once. Elsewhere than on a GPU, PyTorch's operations compute
-the same.
+kernel computes in fp32 and rounds its result once. Elsewhere than on a GPU, PyTorch's operations
+compute the same.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if gate.is_cuda:
         found: Tensor = SWIGLU(gate, up)
         return found
-    return silu(gate.float()).mul_(up).to(gate.dtype)
+    return silu(gate).mul_(up)
 
 
 def swiglu_gradients(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,10 +72,7 @@ def swiglu_gradients(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     if gate.is_cuda:
         of_gate, of_up = SWIGLU_GRADIENTS(gradient, gate, up)
         return of_gate, of_up
-    gradient, wide, dtype = gradient.float(), gate.float(), gate.dtype
-    s = wide.sigmoid()
-    slope = s * (1 + wide * (1 - s))
-    return (gradient * up * slope).to(dtype), (gradient * wide * s).to(dtype)
+    return torch.ops.aten.silu_backward(gradient * up, gate), silu(gate).mul_(gradient)
 
 
 def rotated(xs: Sequence[Tensor], cos: Tensor, sin: Tensor, sign: int) -> list[Tensor]:

@@ -65,19 +65,20 @@ def swap_layers(model: PeftModel) -> None:
             swap_in(module, FrozenLayer)
         elif is_rms_norm(module):
             swap_in(module, Norm)
-    if prefers_few_operations(classifier.device):
-        for module in classifier.base_model.modules():
-            if rotates_halves(module):
-                swap_in(module, Rotating)
-            elif is_swiglu(module):
-                swap_in(module, Gated)
+    few = prefers_few_operations(classifier.device)
+    for module in classifier.base_model.modules():
+        if is_swiglu(module):
+            swap_in(module, Gated)
+        elif few and rotates_halves(module):
+            swap_in(module, Rotating)
+    if few:
         keep_dense(classifier)
 
 
 def prefers_few_operations(device: torch.device) -> bool:
     """Whether each operation has a high fixed cost, as on a GPU, where the CPU has to launch it.
 
-    Where this is true, norms, rotary embeddings, SwiGLU and the projections of attention take fewer
+    Where this is true, norms, rotary embeddings and the projections of attention take fewer
     operations. For large tensors, adapters take more operations but fewer passes over memory. On a
     CPU, neither would save time.
     """
@@ -411,7 +412,7 @@ SWIGLU_PARTS = ("down_proj", "act_fn", "gate_proj", "up_proj")
 
 
 class Gate(Function):
-    """silu(gate) * up. Only these two are saved, and not silu(gate)."""
+    """silu(gate) * up. Only these two are saved; silu(gate), as large, is computed again."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
