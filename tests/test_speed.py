@@ -1,6 +1,7 @@
 """The speed benchmark: its workload, its contenders and its report."""
 
 import json
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import vl_convert
+from transformers import AutoTokenizer
 
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import measuring
@@ -103,6 +105,21 @@ def test_pairs_are_drawn_from_files_as_preprocess_reads_them(
     path.write_text("".join(f"{json.dumps(each)}\n" for each in (record, *bad)))
     with pytest.raises(Fault, match=r"has 1 usable pair of .*\(a bad record: 'prompt' is empty\)"):
         drawn(options, tiny_base, longest=99)
+
+
+def test_chat_template_of_a_base_is_found_beside_its_tokenizer(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """As on the Hub; `fetch` writes it to the tokenizer's configuration."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    template = "{% for each in messages %}<{{ each.content }}>{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}\n')
+    options = Namespace(data=path, template="chat", seed=0, prompts=1)
+    [texts] = drawn(options, base, longest=99)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert tokenizer.decode([*texts.ids[0]]) == "<Why?><Because.>"
 
 
 def test_table_has_medians_ratios_and_shares() -> None:

@@ -178,7 +178,10 @@ def drawn(options: argparse.Namespace, base: Path, longest: int) -> list[Texts]:
 
     Of a record with several comparisons, only the first is used.
     """
-    encoder = Encoder(base, Template.of(options.template, False, longest, base))
+    # Where a base has its chat template, if fetch has not written it.
+    jinja = base / "chat_template.jinja"
+    chat = jinja if jinja.is_file() else None
+    encoder = Encoder(base, Template.of(options.template, False, longest, base, chat))
     records = [(source, *found) for source in sources(options.data) for found in source]
     pairs: list[Texts] = []
     bad = ""
