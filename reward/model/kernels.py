@@ -3,7 +3,7 @@
 Each operation reads and writes whole tensors, which determines its time. PyTorch compiles the
 kernels when they are first called, in about a second, and keeps them in ~/.cache/torch/kernels. A
 kernel computes in fp32 and rounds its result once. Elsewhere than on a GPU, PyTorch's operations
-compute the same.
+compute the same, with the rounding of each.
 """
 
 from collections.abc import Sequence
