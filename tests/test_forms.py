@@ -240,6 +240,50 @@ def test_columns_that_first_appear_late_are_used() -> None:
     assert caught.value.reason == "several_kinds"
 
 
+@pytest.mark.parametrize("first", ["system", "system_message", ""])
+@pytest.mark.parametrize("late", ["system", "system_prompt", "system_message"])
+def test_system_message_that_first_appears_late_is_used_under_any_name(
+    first: str, late: str
+) -> None:
+    form = form_of(PLAIN | ({first: "s"} if first else {}))
+    raw = form.read(PLAIN | {late: "t"})
+    assert raw.prompt == [system("t"), user("Why?")]
+    assert late not in raw.columns
+    both = PLAIN | {"system": "s", "system_prompt": "t"}
+    with pytest.raises(BadRecord, match="system and system_prompt differ; name one in "):
+        form.read(both)
+    assert form.read(both | {"system_prompt": "s"}).prompt == [system("s"), user("Why?")]
+
+
+@pytest.mark.parametrize("late", ["history", "chat_history", "conversation_history"])
+def test_earlier_turns_that_first_appear_late_are_used_under_any_name(late: str) -> None:
+    [found] = as_pairs(form_of(PLAIN).read(PLAIN | {late: [["a", "b"]]}))
+    assert found["prompt"] == [user("a"), answer("b"), user("Why?")]
+
+
+def test_lists_and_objects_that_are_not_read_are_named() -> None:
+    columns = {"past": [["a", "b"]], "meta": {"id": 3}, "messages": [user("Why?")], "note": "x"}
+    record = PLAIN | columns | {"messages": None, "history": [["a", "b"]]}
+    assert (
+        form_of(record).description == "prompt, history, chosen and rejected (not read: past, meta)"
+    )
+    assert form_of(PLAIN).description == "prompt, chosen and rejected"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "expected"),
+    [
+        ("Translate this.", "Hello", "Translate this.\nHello"),
+        ("Translate: Hello", "Hello", "Translate: Hello"),
+        ("", "Hello", "Hello"),
+    ],
+)
+def test_input_is_appended_unless_the_prompt_ends_with_it(
+    prompt: str, more: str, expected: str
+) -> None:
+    assert form_of(PLAIN).read(PLAIN | {"prompt": prompt, "input": more}).prompt == expected
+
+
 @pytest.mark.parametrize("empty", [None, "", [], {}])
 def test_empty_values_count_as_missing_columns(empty: Any) -> None:
     assert is_absent(empty)
@@ -260,7 +304,13 @@ def test_empty_cells_of_a_column_that_is_read_are_not_kept(name: str) -> None:
     assert check(raw).columns == {"note": ""}
 
 
-@pytest.mark.parametrize("name", ["image", "images", "video", "videos", "audio", "audios"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("image", "images", "video", "videos", "audio", "audios"),
+        *("image_path", "image_urls", "img", "img_base64", "video_file", "pixel_values"),
+    ],
+)
 def test_record_with_media_is_bad(name: str) -> None:
     with pytest.raises(BadRecord, match=f"'{name}' has a value, expected text only") as caught:
         pairs_of(PLAIN | {name: ["a.png"]})
@@ -847,10 +897,63 @@ def test_answers_may_be_json() -> None:
     form_of(PLAIN | {"chosen": "{'from': 'USD', 'value': 3}"})
 
 
+LONG = "Tell me about the cat"
+
+
 def test_answer_without_the_prompt_in_a_file_that_repeats_it_is_a_bad_record() -> None:
-    repeated = {"prompt": "Why?", "chosen": "Why? A.", "rejected": "Why? B."}
+    repeated = {"prompt": LONG, "chosen": f"{LONG}: A.", "rejected": f"{LONG}: B."}
+    for other in ("A.", f"{LONG}egory."):
+        with pytest.raises(BadRecord, match="'chosen' does not begin with the prompt"):
+            form_of(repeated).read(repeated | {"chosen": other})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Hello", "Hello! How can I help?", "Hello."),
+        ("你好", "你好！有什么可以帮你？", "你好。"),
+        (LONG, f"{LONG}egory.", f"{LONG}alog."),
+    ],
+)
+def test_answers_that_begin_with_the_prompt_by_chance_stay_whole(
+    prompt: str, chosen: str, rejected: str
+) -> None:
+    record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    assert form_of(record).whole == ""
+    found = check(form_of(record).read(record))
+    assert [text for [[_, text]] in found.answers] == [chosen, rejected]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Question: How?\nAnswer:", "The cat sat", "The dog ran"),
+        ("Question: How?\nAnswer:", "Yes sure", "No way"),
+        ("Ask Dr. Ray. Then", "go", "stay"),
+        ("Is it here? See http://a.b/?q=1 or", "go", "stay"),
+        ("问题：怎么煮鸡蛋？回答：", "我先烧水", "我不知道"),
+    ],
+)
+def test_prompt_of_whole_texts_does_not_depend_on_the_answers(
+    prompt: str, chosen: str, rejected: str
+) -> None:
+    """So that all pairs with one question are in the same split."""
+    record = {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"}
+    end = max(prompt.rfind(mark) for mark in ("? ", "?\n", ". ", "？"))
+    raw = form_of(record).read(record)
+    assert raw.prompt == prompt[: end + 1]
+    assert [raw.prompt + text for text in raw.answers] == [record["chosen"], record["rejected"]]
+
+
+@pytest.mark.parametrize("start", ["\n\nHuman: Why?\n\nAssistant:", "It is"])
+def test_own_prompt_is_not_ignored_in_a_file_of_whole_texts(start: str) -> None:
+    whole = {"chosen": f"{start} fine.", "rejected": f"{start} bad."}
+    form = form_of(whole)
+    assert form.whole
     with pytest.raises(BadRecord, match="'chosen' does not begin with the prompt"):
-        form_of(repeated).read(repeated | {"chosen": "A."})
+        form.read(whole | {"prompt": "What about this?"})
+    found, expected = (check(form.read(whole | more)) for more in ({"prompt": start}, {}))
+    assert (found.prompt, found.answers) == (expected.prompt, expected.answers)
 
 
 def test_repeated_prompt_in_turns_is_parsed_once() -> None:

@@ -322,6 +322,8 @@ def test_licences_are_collected_from_entries(tmp_path: Path) -> None:
         ("unit_test_generation.jsonl", None),
         ("train_without_val.jsonl", None),
         ("train-dev.jsonl", None),
+        ("身份验证.jsonl", None),
+        ("训练集.jsonl", None),
     ],
 )
 def test_file_name_in_a_folder_sets_its_split(tmp_path: Path, name: str, split: str | None) -> None:
@@ -336,6 +338,7 @@ def test_file_name_in_a_folder_sets_its_split(tmp_path: Path, name: str, split: 
     [
         *("val.jsonl", "val-00000.jsonl", "my_test.jsonl", "dpo-held-out.jsonl", "Dev2.jsonl"),
         *("偏好test.jsonl", "v2test.jsonl", "my_test-00000-of-00001.jsonl"),
+        *("测试集.jsonl", "偏好-验证集.jsonl", "my评测数据2.jsonl", "test测试.jsonl"),
         *("my_test_set.jsonl", "dpo-val-data.jsonl", "my_dev_v2.jsonl", "training_eval.jsonl"),
     ],
 )

@@ -815,6 +815,8 @@ def nested(depth: int) -> list[Any]:
         ("empty", "'chosen' is empty",
          {"prompt": "hi", "chosen": [turn("assistant", "") | {"name": "Ann"}],
           "rejected": messages(BAD)}),
+        ("prompt_differs", "the last message of 'prompt' is the assistant's and none of the",
+         {"prompt": messages(USER, GOOD), "chosen": "Fine.", "rejected": "Bad."}),
         ("empty", "'rejected' has no assistant message",
          {"prompt": "hi", "chosen": messages(USER, GOOD), "rejected": messages(USER)}),
         ("empty", "'chosen' has no assistant message",
@@ -989,6 +991,7 @@ def test_families_match_a_search_for_the_shortest_prefix() -> None:
         ("\n\nHuman: Hi.\n\nAssistant:", " Hello!\n\nHuman: Why?\n\nAssistant:"),
         ("\n\nHuman: Hi.", "\n\nAssistant: Hello!\n\nHuman: Why?"),
         ("Hi.", "\n<extra_id_1>Assistant\nHello!\n<extra_id_1>User\nWhy?"),
+        ("Hi.", " \n"),
         (
             "<extra_id_1>User\nHi.\n<extra_id_1>Assistant\n",
             "Hello!\n<extra_id_1>User\nWhy?\n<extra_id_1>Assistant\n",

@@ -24,7 +24,7 @@ from reward.data.records import (
     raw_pair,
     require_all_read,
 )
-from reward.data.transcripts import has_turns, marked_turns, shared_start, turns
+from reward.data.transcripts import has_turns, marked_turns, repeats, shared_start, turns
 from reward.data.values import Record, is_absent, is_blank, top, value_at
 
 # Names of a prompt column that holds texts, messages, or either.
@@ -44,19 +44,20 @@ POST, ARTICLE = "info.post", "info.article"
 class Context:
     """The paths of the columns that come before the answers, all of them optional.
 
-    `rivals` are other columns that could be the prompt. A record in which one of them has a value
-    of its own could be read in two ways.
+    A system message and earlier turns may be in one of several columns. `rivals` are other columns
+    that could be the prompt. A record in which one of them has a value of its own could be read in
+    two ways.
     """
 
     prompt: str | None = None
     input: str | None = None
-    system: str | None = None
-    history: str | None = None
+    system: tuple[str, ...] = ()
+    history: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
-        named = (self.prompt, self.input, self.system, self.history)
+        named = (self.prompt, self.input, *self.system, *self.history)
         return tuple(path for path in named if path)
 
     @property
@@ -77,15 +78,13 @@ class Context:
     def before(self, record: Record) -> list[Any]:
         """The system message and the earlier turns, as messages. Raises BadRecord."""
         found = []
-        system = value_at(record, self.system) if self.system else None
-        if not is_blank(system):
+        for name, system in _only(record, self.system):
             if not isinstance(system, str):
-                raise BadRecord(
-                    "wrong_type", f"{self.system!r} is not a string{unless_other('system')}"
-                )
+                raise BadRecord("wrong_type", f"{name!r} is not a string{unless_other('system')}")
             found.append({"role": "system", "content": system})
-        history = value_at(record, self.history) if self.history else None
-        return found if is_absent(history) else found + self._turns(history)
+        for name, history in _only(record, self.history):
+            found += _turns(name, history)
+        return found
 
     def _with_input(self, record: Record, prompt: Any) -> Any:
         more = value_at(record, self.input) if self.input else None
@@ -97,26 +96,39 @@ class Context:
             raise BadRecord(
                 "wrong_type", f"{self.input!r} and {self.prompt!r} are not both strings"
             )
-        return f"{prompt}\n{more}"
+        return prompt if prompt.endswith(more) else f"{prompt}\n{more}"
 
-    def _turns(self, history: Any) -> list[Message]:
-        """Earlier turns as messages, from messages or from lists of a question and its answer."""
-        if isinstance(history, list):
-            if all(isinstance(turn, list) for turn in history):
-                if all([type(text) for text in turn] == [str, str] for turn in history):
-                    speakers = ("user", "assistant")
-                    return [
-                        {"role": role, "content": text}
-                        for turn in history
-                        for role, text in zip(speakers, turn, strict=True)
-                    ]
-            elif all(isinstance(turn, dict) for turn in history):
-                return messages(self.history or "", history)
-        raise BadRecord(
-            "wrong_type",
-            f"{self.history!r} is not a list of [question, answer] lists or of messages"
-            f"{unless_other('history')}",
-        )
+
+def _only(record: Record, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """The name and value of the only one of these columns that has a value, if one has.
+
+    Raises BadRecord for several values.
+    """
+    found = [(name, value) for name in names if not is_blank(value := value_at(record, name))]
+    if any(value != found[0][1] for _, value in found):
+        both = " and ".join(name for name, _ in found)
+        raise BadRecord("several_kinds", f"{both} differ; name one in dataset.yaml")
+    return found[:1]
+
+
+def _turns(name: str, history: Any) -> list[Message]:
+    """Earlier turns as messages, from messages or from lists of a question and its answer."""
+    if isinstance(history, list):
+        if all(isinstance(turn, list) for turn in history):
+            if all([type(text) for text in turn] == [str, str] for turn in history):
+                speakers = ("user", "assistant")
+                return [
+                    {"role": role, "content": text}
+                    for turn in history
+                    for role, text in zip(speakers, turn, strict=True)
+                ]
+        elif all(isinstance(turn, dict) for turn in history):
+            return messages(name, history)
+    raise BadRecord(
+        "wrong_type",
+        f"{name!r} is not a list of [question, answer] lists or of messages"
+        f"{unless_other('history')}",
+    )
 
 
 def either(record: Record, path: str) -> Any:
@@ -213,14 +225,15 @@ class Form:
     ) -> tuple[Any, list[Any]]:
         """The prompt and the answers with role and content, after the earlier messages."""
         answers = [_answer(*each) for each in zip(names, found, strict=True)]
-        match self.whole:
+        whole = self.whole if is_blank(prompt) or not self.whole else "repeated"
+        match whole:
             case "turns":
                 prompt, answers = None, by_turns(answers, names)
             case "words":
                 prompt, answers = _by_words(answers)
             case "repeated":
                 answers = _without_prompt(prompt, answers, names)
-        if isinstance(prompt, str) and self.whole != "words" and not self.is_canonical:
+        if isinstance(prompt, str) and whole != "words" and not self.is_canonical:
             prompt, answers = _in_turns(prompt, answers)
         if isinstance(prompt, list) and _ends_with_one(prompt, answers):
             prompt = prompt[:-1]
@@ -353,8 +366,3 @@ def _without_prompt(prompt: Any, answers: list[Any], names: Sequence[str]) -> li
         if not repeats(prompt, text):
             raise BadRecord("prompt_differs", f"{key!r} does not begin with the prompt")
     return [text[len(prompt) :] for text in answers]
-
-
-def repeats(prompt: Any, answer: Any) -> bool:
-    """Whether an answer is a text that begins with its prompt."""
-    return isinstance(prompt, str) and isinstance(answer, str) and answer.startswith(prompt)

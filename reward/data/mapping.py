@@ -223,7 +223,9 @@ def _listed(entry: dict[str, Any], key: str) -> Scalars:
 
 
 def _entry(entry: dict[str, Any]) -> Entry:
-    named = {key: entry[key] for key in BEFORE if key in entry}
+    named: dict[str, Any] = {key: entry[key] for key in BEFORE if key in entry}
+    for key in named.keys() & {"system", "history"}:
+        named[key] = (named[key],) if named[key] else ()
     graded = {key: entry[key] for key in GRADED if key in entry}
     known = Known(
         Context(**named),

@@ -35,14 +35,14 @@ from reward.data.forms import (
     CONVERSATIONS,
     POST,
     PROMPTS,
+    REPEATING,
     WHOLES,
     Context,
     Form,
     Whole,
     either,
-    repeats,
 )
-from reward.data.records import in_words
+from reward.data.records import FIELDS, in_words, is_greeting
 from reward.data.suggestion import (
     COLUMN,
     Entry,
@@ -51,7 +51,7 @@ from reward.data.suggestion import (
     guessed_prompt,
     unknown,
 )
-from reward.data.transcripts import has_turns, shared_start
+from reward.data.transcripts import has_turns, repeats, shared_start
 from reward.data.values import (
     Columns,
     Record,
@@ -368,24 +368,24 @@ def _context(
             raise unread.fault(f"{' and '.join(candidates)} could each be the prompt", *ways)
         found = [path for each, path in candidates.items() if _is_prompt(each, columns[each])]
         prompt = found[0] if found else None
-    rest = {}
+    rest: dict[str, Any] = {}
     for key, names in BEFORE.items():
         free = [name for name in names if name not in (*taken, top(prompt or ""))]
         if free and key not in known.named:
-            rest[key] = _named(key, columns, unread, free)
+            _require_one(key, columns, unread, free)
+            rest[key] = tuple(free) if key in BEFORE_IN_WORDS else free[0]
     rivals = () if "prompt" in known.named else _rivals(prompt, taken)
     return replace(given, prompt=prompt, **rest, rivals=rivals)
 
 
-def _named(key: str, columns: Columns, unread: Unrecognized, names: list[str]) -> str:
-    """The column of these names that has values, by default the first."""
+def _require_one(key: str, columns: Columns, unread: Unrecognized, names: list[str]) -> None:
+    """Raises a Fault if several of these columns have values, and different ones."""
     found = [name for name in names if name in columns]
     if len(found) > 1 and any(columns[name] != columns[found[0]] for name in found):
         raise unread.fault(
             f"{' and '.join(found)} could each be the {BEFORE_IN_WORDS[key]}",
             *({key: name} for name in found),
         )
-    return [*found, *names][0]
 
 
 def _prompts(columns: Columns, taken: set[str]) -> dict[str, str]:
@@ -460,7 +460,8 @@ def _whole(records: list[Record], context: Context, answers: Answers, named: boo
         used.append(record)
     if not found:
         return ""
-    if all(prompt and repeats(prompt, c) and repeats(prompt, r) for prompt, c, r in found):
+    repeated = all(prompt and repeats(prompt, c) and repeats(prompt, r) for prompt, c, r in found)
+    if repeated and any(not is_greeting(prompt) for prompt, _, _ in found):
         return "repeated"
     if context.prompt is not None:
         return ""
@@ -510,7 +511,10 @@ def _hold_conversations(records: list[Record], answers: Answers) -> bool:
 
 
 def _description(form: Form, columns: Columns) -> str:
-    """A form in words, such as `conversations with from/value, chosen and rejected`."""
+    """A form in words, such as `conversations with from/value, chosen and rejected`.
+
+    Lists and objects that it does not read are named, because they are not kept as columns either.
+    """
     before = [
         name + _spelled(columns[name])
         for name in dict.fromkeys(map(top, form.context.columns))
@@ -519,8 +523,14 @@ def _description(form: Form, columns: Columns) -> str:
     answers = form.answers.description
     if isinstance(form.answers, Preferred):
         answers += _spelled(columns.get(form.answers.chosen, []))
-    answers += form.grades.description(columns)
-    return ", ".join([*before, answers + WHOLES[form.whole]])
+    answers += form.grades.description(columns) + WHOLES[form.whole]
+    read = {*form.used, *form.looked_at, *FIELDS, *REPEATING}
+    unread = [
+        name
+        for name, values in columns.items()
+        if name not in read and any(isinstance(value, list | dict) for value in values)
+    ]
+    return ", ".join([*before, answers]) + (f" (not read: {in_words(unread)})" if unread else "")
 
 
 def _spelled(values: list[Any]) -> str:

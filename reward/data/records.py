@@ -18,7 +18,7 @@ from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 from reward.data.columns import RESERVED, TIE
-from reward.data.transcripts import has_turns, turns
+from reward.data.transcripts import has_turns, repeats, turns
 from reward.process import as_written
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -37,7 +37,15 @@ UNREAD = (
     *("function_call", "reasoning", "thinking", "thought", "tool_plan"),
 )
 # Columns that a text model cannot see.
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA = {
+    "pixel_values",
+    *(
+        f"{kind}{part}{plural}"
+        for kind in ("image", "img", "video", "audio")
+        for part in ("", "_path", "_file", "_url", "_base64")
+        for plural in ("", "s")
+    ),
+}
 # Columns besides messages and tools that chat templates may render, which no code here reads.
 RENDERED = ("documents", "functions", "chat_template_kwargs")
 TOOLS = "tools"
@@ -213,7 +221,7 @@ def candidates(record: Any) -> Candidates:
     if "prompt" not in record:
         raise BadRecord("missing_key", f"'prompt' is missing, found {names_of(record)}")
     require_all_read(record)
-    prompt = _messages("prompt", record["prompt"], "user")
+    prompt = _prompt(record["prompt"])
     _require_words("prompt", prompt)
     named = _answers(record, given[0])
     texts = _without_text(record["prompt"], [value for _, value in named])
@@ -234,9 +242,13 @@ def require_all_read(record: dict[str, Any], used: Container[str] = ()) -> None:
 
     The columns in `used` have another meaning.
     """
-    for name in MEDIA:
-        if record.get(name) not in (None, "", [], {}):
-            raise BadRecord("not_text", f"{name!r} has a value, expected text only")
+    for name in sorted(MEDIA & record.keys()):
+        if name not in used and record[name] not in (None, "", [], {}):
+            raise BadRecord(
+                "not_text",
+                f"{name!r} has a value, expected text only; remove the column if the answers do "
+                "not depend on it",
+            )
     for name in RENDERED:
         if name not in used and _has_items(record.get(name)):
             raise BadRecord(
@@ -272,7 +284,7 @@ def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
     if all(isinstance(answer, str) for answer in answers):
         if prompt is not None:
             answers = _without_text(prompt, answers)
-            return _messages("prompt", prompt, "user"), [(("assistant", each),) for each in answers]
+            return _prompt(prompt), [(("assistant", each),) for each in answers]
         try:
             answers = by_turns(answers, names)
         except BadRecord as fault:
@@ -285,7 +297,7 @@ def _conversations(raw: Raw) -> tuple[Messages, list[Messages]]:
     conversations = [_messages(key, value) for key, value in zip(names, answers, strict=True)]
     head = _shared_prompt(conversations)
     if prompt is not None:
-        given = _messages("prompt", prompt, "user")
+        given = _prompt(prompt)
         # The answers may repeat the prompt, and may begin with a system message that it lacks.
         if tuple(message for message in head if message[0] != "system") != given:
             head = given
@@ -317,6 +329,17 @@ def _shared_prompt(answers: list[Messages]) -> Messages:
         if message[0] != "assistant":
             count = index
     return answers[0][:count]
+
+
+def _prompt(value: Any) -> Messages:
+    """A prompt as messages. Raises BadRecord if the assistant has the last one, as in an answer."""
+    found = _messages("prompt", value, "user")
+    if found[-1][0] == "assistant":
+        raise BadRecord(
+            "prompt_differs",
+            "the last message of 'prompt' is the assistant's and none of the answers",
+        )
+    return found
 
 
 def _messages(key: str, value: Any, role: str = "assistant") -> Messages:
@@ -450,11 +473,16 @@ def _without_text(prompt: Any, answers: list[Any]) -> list[Any]:
     if not isinstance(prompt, str):
         return answers
     for answer in answers:
-        if not isinstance(answer, str) or not answer.startswith(prompt):
+        if not repeats(prompt, answer):
             return answers
-    if len(prompt.encode(errors="replace")) <= GREETING:
+    if is_greeting(prompt):
         return answers
     return [answer[len(prompt) :] for answer in answers]
+
+
+def is_greeting(prompt: str) -> bool:
+    """Whether a prompt is so short that answers may begin with it by chance."""
+    return len(prompt.encode(errors="replace")) <= GREETING
 
 
 def by_turns(answers: Sequence[Any], names: Sequence[str]) -> list[Any]:

@@ -22,11 +22,11 @@ SPLIT = re.compile(r"(validation|test)(?![^\W\d_])")
 # Other names of test and validation files: with one of these words at the beginning, or at the end
 # before any numbers. They may also mean something else.
 HELD = (
-    r"(test|val|valid|dev|eval|held[_-]?out|hold[_-]?out)"
-    r"(s|ing|ation|uation|[_-]?(set|split|data))?"
+    r"((?<![a-z])(test|val|valid|dev|eval|held[_-]?out|hold[_-]?out)"
+    r"(s|ing|ation|uation|[_-]?(set|split|data))?|(测试|评测)(集|数据)?|(验证|评估)集)"
 )
 LIKE_A_SPLIT = re.compile(
-    rf"{HELD}(?![^\W\d_])|(?!train(?![a-z])).*(?<![a-z]){HELD}([\W_]*v)?[\W\d_]*(of[\W\d_]*)?$",
+    rf"{HELD}(?![a-z])|(?!train(?![a-z])).*{HELD}([\W_]*v)?[\W\d_]*(of[\W\d_]*)?$",
     re.IGNORECASE,
 )
 

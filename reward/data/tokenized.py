@@ -366,10 +366,10 @@ def answers(path: Path, base: Path) -> "Dataset":
 
 def conversations(pairs: "Dataset", found: "Dataset") -> list[tuple[str, str, str]]:
     """Prompt, chosen and rejected of each comparison, as JSON messages from the `answers`."""
-    keys = zip(found[PROMPT_ID], found[ANSWER], strict=True)
-    texts = dict(zip(keys, zip(found[PROMPT], found[RESPONSE], strict=True), strict=True))
+    keys = zip(found[PROMPT_ID][:], found[ANSWER][:], strict=True)
+    texts = dict(zip(keys, zip(found[PROMPT][:], found[RESPONSE][:], strict=True), strict=True))
     result = []
-    for prompt, j, k in zip(*(pairs[name] for name in (PROMPT_ID, *ANSWERS)), strict=True):
+    for prompt, j, k in zip(*(pairs[name][:] for name in (PROMPT_ID, *ANSWERS)), strict=True):
         (question, chosen), (_, rejected) = texts[prompt, j], texts[prompt, k]
         result.append((question, chosen, rejected))
     return result

@@ -233,8 +233,9 @@ class Encoder:
         """The ids of one prompt with each answer, with the prompt cut so that all of them fit.
 
         Whole turns are dropped first, the oldest first. If the last turn is still too long, the
-        same number of ids is cut for each answer, at the left of the turn's first message. None if
-        that message has too few. Raises BadRecord if the template cannot render the rest.
+        same number of ids is cut for each answer, at the left of the turn's first message, and only
+        whole characters. None if that message has too few. Raises BadRecord if the template cannot
+        render the rest.
         """
         choices = [*shortened(prompt)]
 
@@ -251,24 +252,27 @@ class Encoder:
 
     def _cut_words(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
         """Cut the first message of a prompt of one turn, and keep the text before it."""
-        sides, spans = [], []
+        sides, starts, places = [], [], []
         for answer in answers:
             text = self.render(prompt, answer)
             encoding = self._tokenizer.encode(text, add_special_tokens=not self._chat)
             first, last = self._place(prompt, answer, len(text))
             inside = [
-                index
-                for index, (start, end) in enumerate(encoding.offsets)
-                if first <= start < end <= last
+                (index, place)
+                for index, place in enumerate(encoding.offsets)
+                if first <= place[0] < place[1] <= last
             ]
             sides.append(self._finish(encoding.ids))
-            spans.append((inside[0], inside[-1] + 1) if inside else (0, 0))
+            starts.append(inside[0][0] if inside else 0)
+            places.append([place for _, place in inside])
         cut = max(map(len, sides)) - self.template.max_length
-        if cut > min(end - start for start, end in spans):
+        longest = min(map(len, places))
+        # An id may end within a character. The next one then begins before its end.
+        while cut < longest and any(each[cut][0] < each[cut - 1][1] for each in places):
+            cut += 1
+        if cut > longest:
             return None
-        return [
-            ids[:start] + ids[start + cut :] for ids, (start, _) in zip(sides, spans, strict=True)
-        ]
+        return [ids[:start] + ids[start + cut :] for ids, start in zip(sides, starts, strict=True)]
 
     def _place(self, prompt: Messages, answer: Messages, length: int) -> tuple[int, int]:
         """Where the first message of the turn begins and ends in a text of `length` characters."""

@@ -5,6 +5,7 @@ HH is Anthropic's data set hh-rlhf.
 
 import re
 import unicodedata
+from typing import Any
 
 # HH has a few turns of "Hum:" where "Human:" was meant.
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Hum|Assistant):")
@@ -14,7 +15,8 @@ FIRST_TURN = re.compile(r"\s*(?:Human|Hum):")
 MARKED_TURN = re.compile(r"(?:\A|\n)<extra_id_[01]>(System|User|Assistant)\n")
 # The marks of the assistant's turns, after which a conversation may go on.
 ANSWERED = re.compile(r"\n\nAssistant:|\n<extra_id_1>Assistant\n")
-SENTENCE_END = re.compile(r"[。！？!?…；][」』”’）)]*")
+# The end of a line or a sentence.
+END = re.compile(r"\n|\.(?=\s|$)|([!?](?![!-~])|[。！？…；])[」』”’）)]*")
 
 Message = dict[str, str]
 
@@ -36,8 +38,12 @@ def turns(text: str) -> list[Message]:
 
 
 def prompt_ends(text: str) -> list[int]:
-    """Where earlier prompts may end in a text: before and after every mark of the assistant."""
-    return [end for mark in ANSWERED.finditer(text) for end in mark.span() if end < len(text)]
+    """Where earlier prompts may end in a text: around marks of the assistant, and last white space.
+
+    A prompt with white space at its end counts as one that continues the prompt without it.
+    """
+    ends = {len(text.rstrip()), *(end for mark in ANSWERED.finditer(text) for end in mark.span())}
+    return sorted(ends - {0, len(text)})
 
 
 def marked_turns(text: str) -> list[Message] | None:
@@ -62,19 +68,27 @@ def marked_turns(text: str) -> list[Message] | None:
 def shared_start(chosen: str, rejected: str) -> int:
     """The length of the prompt with which two texts begin, in characters.
 
-    The prompt ends with the last word that they share, without the white space after it, and is
-    shorter than either text. Chinese and Japanese have no white space between words. There, it ends
-    with the last shared sentence, or else with the last shared character.
+    The prompt ends with the last line or sentence that they share, so that it does not depend on
+    the answers. Without one, it ends with the last shared word, or, in Chinese and Japanese, which
+    have no white space between words, with the last shared character. White space after it is left
+    out, and it is shorter than either text.
     """
     shorter = min(len(chosen.rstrip()), len(rejected.rstrip()))
     differ = (place for place in range(shorter) if chosen[place] != rejected[place])
     cut = max(0, min(next(differ, shorter), shorter - 1))
     while cut and any(_within_word(text, cut) for text in (chosen, rejected)):
         cut -= 1
-    if cut and _is_ideographic(chosen[cut - 1]):
-        ends = [found.end() for found in SENTENCE_END.finditer(chosen, 0, cut)]
-        cut = ends[-1] if ends else cut
-    return len(chosen[:cut].rstrip())
+    start = chosen[:cut].rstrip()
+    ends = [found.end() for found in END.finditer(start)]
+    return len(start[: ends[-1]].rstrip()) if ends else len(start)
+
+
+def repeats(prompt: Any, answer: Any) -> bool:
+    """Whether an answer is a text that begins with its prompt, which ends with a whole word."""
+    if not isinstance(prompt, str) or not isinstance(answer, str) or not answer.startswith(prompt):
+        return False
+    around = answer[len(prompt) - 1 : len(prompt) + 1] if prompt else ""
+    return len(around) < 2 or not around.isalnum() or any(map(_is_ideographic, around))
 
 
 def _within_word(text: str, cut: int) -> bool:
