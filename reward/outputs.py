@@ -95,8 +95,10 @@ def partial_folder(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A fresh folder to fill, which replaces `path` only if the block succeeds.
 
-    Errors of the block are raised unchanged, because each of its writes is within `writing`.
+    If `path` is a link, the folder that it leads to is replaced. Errors of the block are raised
+    unchanged, because each of its writes is within `writing`.
     """
+    path = path.resolve() if path.is_symlink() else path
     with partial_folder(path) as partial:
         yield partial
         with writing(path):

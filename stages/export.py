@@ -4,8 +4,8 @@
 
 Reads models/base, models/adapter, data/tokenized/test and the output of evaluate. Writes
 models/export, reports/export/figures.json and metrics/export.json, but only if the export passes
-its check: a new process loads a copy of the folder with each client of reward.exporting.clients,
-and the rewards must be those of the evaluation.
+its check: a new process loads the folder from another path, through links, with each client of
+reward.exporting.clients, and the rewards must be those of the evaluation.
 """
 
 import gc
@@ -85,7 +85,7 @@ def read_evaluated(test: Dataset) -> pa.Table:
         table = pyarrow.parquet.read_table(REWARDS)
     except (OSError, pyarrow.ArrowException) as error:
         raise Fault(f"{REWARDS} cannot be read ({error}); run dvc repro") from None
-    if table[ID].to_pylist() != list(test[ID]):
+    if table[ID].to_pylist() != test[ID][:]:
         raise Fault(f"{REWARDS} has different pairs than {TEST}; run dvc repro")
     return table
 

@@ -437,7 +437,7 @@ def tensors_of(base: Base, path: Path) -> Iterator[Any]:
 def shards(base: Base, source: Source) -> list[str]:
     """The names of the index and of the shards that it lists. Raises a Fault if one is missing."""
     try:
-        names = sorted(set(read_json(source.path(INDEX))["weight_map"].values()))
+        names = sorted({*map(str, read_json(source.path(INDEX))["weight_map"].values())})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise base.fault(f"has a broken {INDEX} ({error!r}), expected a weight_map") from None
     if missing := sorted(set(names) - set(source.matching(["*"]))):
@@ -455,6 +455,9 @@ def read_config(base: Base, folder: Path) -> dict[str, Any]:
         raise base.fault(f"has a broken config.json ({error}), expected JSON") from None
     if not isinstance(config, dict):
         raise base.fault(f"has a broken config.json, a {type(config).__name__}, expected an object")
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise base.fault('has a wrong "architectures" in its config.json, expected a list of names')
     return config
 
 

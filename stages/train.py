@@ -291,7 +291,7 @@ def report_precisions(model: PeftModel, quantization: Quantization) -> None:
 def steps(options: Train, dataset: Dataset) -> Steps:
     """The steps of the whole training."""
     rows = planned(
-        dataset[PROMPT_ID],
+        dataset[PROMPT_ID][:],
         options.pairs_per_step,
         options.step_of,
         options.num_train_epochs,

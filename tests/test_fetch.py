@@ -783,6 +783,17 @@ def test_missing_shard_and_broken_index_are_named(llama: Path, set_params: SetPa
     for content in ("{", "[]", '{"weight_map": []}'):
         (llama / "model.safetensors.index.json").write_text(content)
         assert "has a broken model.safetensors.index.json" in refused()
+    write(llama / "model.safetensors.index.json", {"weight_map": {"a": 1, "b": None}})
+    assert "lacks 1, None, expected all shards in its model.safetensors.index.json" in refused()
+
+
+@pytest.mark.parametrize("found", [5, "Qwen2ForCausalLM", [["Qwen2ForCausalLM"]]])
+def test_architectures_that_are_no_names_are_refused(
+    found: Any, source: Path, set_params: SetParams
+) -> None:
+    write(source / "config.json", read_json(source / "config.json") | {"architectures": found})
+    set_params("base", name=str(source))
+    assert 'has a wrong "architectures" in its config.json, expected a list of names' in refused()
 
 
 def test_folder_that_cannot_be_read_is_refused(

@@ -115,6 +115,8 @@ def test_code_in_a_base_never_runs(stage: Any, canary: Path) -> None:
         ("merged/config.json", {"custom_pipelines": {"own": {"impl": "own.Pipeline"}}}),
         ("merged/config.json", {"layers": [{"auto_map": AUTO_MAP}]}),
         ("base/config.json", {"attn_implementation": "evil/kernel"}),
+        # For which transformers downloads a kernel if the package is missing.
+        ("base/config.json", {"_attn_implementation": "flash_attention_2"}),
         ("base/config.json", {"_attn_implementation": "paged|evil/kernel@v1:attention"}),
         ("base/config.json", {"text_config": {"attn_implementation": {"": "evil/kernel"}}}),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}}),
@@ -150,7 +152,7 @@ def test_kernel_that_a_base_on_the_hub_names_never_runs(
     seal_again(export.EXPORT)
     record = read_json(export.EXPORT / DIGESTS)
     write_json(export.EXPORT / DIGESTS, record | {"base": digests(snapshot)})
-    with pytest.raises(Fault, match=r"config\.json names a kernel as its attention"):
+    with pytest.raises(Fault, match=r"config\.json names an attention for which"):
         load_exported(export.EXPORT)
 
 
@@ -164,16 +166,36 @@ def test_code_behind_a_link_to_a_folder_is_a_fault() -> None:
         load_exported(export.EXPORT)
 
 
-def test_attention_of_transformers_names_no_code() -> None:
+def test_attention_without_a_kernel_names_no_code() -> None:
     path = export.EXPORT / "base/config.json"
-    write_json(path, read_json(path) | {"_attn_implementation": "flash_attention_2"})
+    write_json(path, read_json(path) | {"_attn_implementation": "sdpa"})
     require_no_code(export.EXPORT)
 
 
-def test_adapter_that_is_not_safetensors_is_not_loaded() -> None:
-    (export.EXPORT / "adapter_model.safetensors").rename(export.EXPORT / "adapter_model.bin")
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "template.json", "quantization.json", "tokenizer.json"]
+)
+def test_export_that_lacks_a_file_is_not_loaded(name: str) -> None:
+    path = export.EXPORT / name
+    path.rename(path.with_suffix(".bin"))
     seal_again(export.EXPORT)
-    with pytest.raises(Fault, match=r"lacks adapter_model\.safetensors"):
+    with pytest.raises(Fault, match=rf"digests\.json lacks {name}, expected a complete export"):
+        load_exported(export.EXPORT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "XLORA", "adapters": {"0": "stranger/nice"}},
+        {"peft_type": "SHADOW", "shadow_model": "stranger/nice"},
+        {"peft_type": None},
+    ],
+)
+def test_adapter_that_may_name_other_models_is_not_loaded(change: dict[str, Any]) -> None:
+    path = export.EXPORT / "adapter_config.json"
+    write_json(path, read_json(path) | change)
+    seal_again(export.EXPORT)
+    with pytest.raises(Fault, match=r"adapter_config\.json: peft_type is .*, expected LORA"):
         load_exported(export.EXPORT)
 
 

@@ -523,7 +523,15 @@ def test_adapter_for_another_quantization_is_refused(tiny_base: Path, tmp_path: 
     save(build(tiny_base), tmp_path, "models/base", NF4)
     seal(tmp_path, tiny_base)
     load(tiny_base, tmp_path, NF4)
-    with pytest.raises(
-        Fault, match=r"trained on a base quantized with .*nf4.*but here it would be"
-    ):
+    with pytest.raises(Fault, match=r"trained on a base loaded with .*nf4.*but here it would be"):
         load(tiny_base, tmp_path, Quantization(4, "nf4", False, "bfloat16"))
+
+
+def test_adapter_for_another_dtype_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    fp32, bf16 = Quantization.unquantized("float32"), Quantization.unquantized("bfloat16")
+    save(build(tiny_base, quantization=fp32), tmp_path, "models/base", fp32)
+    seal(tmp_path, tiny_base)
+    load(tiny_base, tmp_path, Quantization.unquantized("auto"))
+    for other in (bf16, NF4):
+        with pytest.raises(Fault, match=r"loaded with {'dtype': 'float32'}, but here it would be"):
+            load(tiny_base, tmp_path, other)

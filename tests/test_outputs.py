@@ -37,6 +37,18 @@ def test_complete_folder_replaces_the_old_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_folder_behind_a_link_is_replaced(tmp_path: Path) -> None:
+    target, link = tmp_path / "elsewhere" / "target", tmp_path / "out"
+    target.mkdir(parents=True)
+    (target / "old").touch()
+    link.symlink_to(target)
+    with whole_folder(link) as folder:
+        (folder / "new").touch()
+    assert link.is_symlink()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_interrupted_folder_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def fill() -> None:

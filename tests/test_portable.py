@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def test_chat_template_renders_and_refuses_the_same_as_training(
         if (expected := trained(messages, more)) is not None or name != "chat":
             assert exported(messages, more) == expected, messages
             rendered += expected is not None
-    assert rendered == {"zh": 3, "chat": 12}.get(name, 4)
+    assert rendered == {"zh": 3, "chat": 11}.get(name, 4)
 
 
 def test_prompt_without_an_answer_is_rendered_only_for_a_policy(tokenizer_of: Made) -> None:
@@ -264,6 +265,15 @@ def test_text_that_ends_in_eos_gets_no_second_one(tokenizer_of: Made) -> None:
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "问:a\n\n答:b<|endoftext|>"
     generated = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
     assert generated == "问:a\n\n答:"
+
+
+def test_chat_template_is_exported_word_for_word(tokenizer_of: Made) -> None:
+    source = tokenizer_of()
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    config = read_json(source / "tokenizer_config.json")
+    chat = "{{ '__EOS__ __BODY__' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = replace(template_of(source, append_eos=True), chat_template=chat)
+    assert chat in portable.chat_template(tokenizer, config, template)
 
 
 def test_our_encoder_gives_the_same_ids_with_the_exported_tokenizer(tokenizer_of: Made) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet
@@ -26,6 +27,7 @@ from reward.model.scoring import as_in_transformers
 from reward.outputs import read_json, write_json
 from reward.process import Fault
 from reward.serving import scorer as module
+from reward.serving.endings import Endings
 from reward.serving.scorer import Misfit, Scorer, probabilities, ranks, reward_function
 
 EXPORT = Path("models/export")
@@ -288,6 +290,15 @@ def test_whole_text_has_the_ids_of_training_whatever_its_ending(
         for ending in endings:
             assert scorer.encode_rendered([body + ending]) == expected, ending
         assert scorer.encode_pairs(["hi"], [f"{answer}<|im_end|>\n<|endoftext|>"])[0] == expected
+
+
+def test_longest_special_token_at_the_end_counts() -> None:
+    """Whatever the order of a set, which differs between processes."""
+    tokens = {f"{'<' * count}s>" for count in range(1, 9)}
+    encoder: Any = SimpleNamespace(
+        special=tokens, eos="", render=lambda prompt, answer: f"{prompt[0][1]}: {answer[0][1]}"
+    )
+    assert Endings(encoder).without(f"yes{max(tokens, key=len)}") == "yes"
 
 
 def test_chat_template_that_trims_answers_trims_them_in_whole_texts(

@@ -52,6 +52,12 @@ def test_fraction_of_an_epoch_is_that_fraction_of_its_steps(epochs: float, steps
     assert plan("pairs", 3)[:steps] == plan("pairs", epochs)
 
 
+@pytest.mark.parametrize("steps", range(1, 31))
+def test_rounding_of_a_fraction_adds_no_step(steps: int) -> None:
+    prompts = [str(row) for row in range(80)]
+    assert len(planned(prompts, 8, "pairs", steps / 10, -1, 0)) == steps
+
+
 @pytest.mark.parametrize("epochs", [0.5, 1, 2])
 @pytest.mark.parametrize("most", [1, 3, 6, 7, 20])
 def test_max_steps_ends_the_epochs_early_and_never_adds_steps(epochs: float, most: int) -> None:

@@ -54,13 +54,18 @@ from reward.outputs import (
     write_json,
     write_text,
 )
-from reward.process import Fault
+from reward.process import Fault, as_written
 
 EXPORTED_BASE, MERGED = "base", "merged"
 ADAPTER_CONFIG, CARD, REWARD = "adapter_config.json", "README.md", "reward.json"
 QUANTIZATION, TEMPLATE, TRAINING = "quantization.json", "template.json", "training.json"
 # Files of the adapter that are exported unchanged.
 AS_TRAINED = (ADAPTER_WEIGHTS, QUANTIZATION, TRAINING)
+# What scoring reads, besides the base.
+NEEDED = {
+    *(ADAPTER_CONFIG, ADAPTER_WEIGHTS, QUANTIZATION, TEMPLATE),
+    *("tokenizer.json", "tokenizer_config.json"),
+}
 BASE_NAME = "base_model_name_or_path"
 # Configuration keys whose values transformers and PEFT import as code.
 NAMING_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "megatron_config"}
@@ -115,7 +120,7 @@ def write_exported(folder: Path, trained: Trained, merge: str) -> card.Facts:
     return card.Facts(
         base=base_record(base),
         training=read_json(adapter / TRAINING),
-        recipe=read_json(adapter / QUANTIZATION),
+        recipe=recorded_recipe(adapter),
         reward=reward,
         pad=tokenizer.pad.token,
         metrics=trained.metrics,
@@ -138,8 +143,8 @@ def write_card(folder: Path, facts: card.Facts) -> None:
 def reward_record(trained: Trained, tokenizer: PortableTokenizer) -> dict[str, Any]:
     """What a client needs to know about the rewards: how texts are built, mean, std, temperature.
 
-    Mean and standard deviation are over all answers of the test pairs, chosen and rejected. The
-    temperature is 1 if no finite temperature is optimal.
+    Mean and standard deviation are over the answers of all test pairs that are not ties, chosen and
+    rejected. The temperature is 1 if no finite temperature is optimal.
     """
     metrics, template = trained.metrics, tokenizer.template
     means, deviations = (
@@ -181,13 +186,16 @@ def load_exported(folder: Path) -> PeftModel:
     they may be changed or missing.
     """
     record = exported_digests(folder)
+    if missing := sorted(NEEDED - record["files"].keys()):
+        raise Fault(f"{folder}/{DIGESTS} lacks {missing[0]}, expected a complete export")
     require_no_code(folder)
-    if ADAPTER_WEIGHTS not in record["files"]:
-        raise Fault(f"{folder}/{DIGESTS} lacks {ADAPTER_WEIGHTS}, expected a complete export")
     not_needed = (CARD, f"{MERGED}/")
     require_files(
         folder, {k: v for k, v in record["files"].items() if not k.startswith(not_needed)}
     )
+    if (kind := recorded(folder / ADAPTER_CONFIG).get("peft_type")) != "LORA":
+        # Other adapters of PEFT may name further models, which it would download.
+        raise Fault(f"{folder}/{ADAPTER_CONFIG}: peft_type is {as_written(kind)}, expected LORA")
     base = folder / EXPORTED_BASE
     if not base.is_dir():
         base = hub_base(folder, record["base"])
@@ -206,12 +214,18 @@ def exported_digests(folder: Path) -> dict[str, Any]:
 
 def exported_quantization(folder: Path) -> Quantization:
     """The quantization and compute dtype with which an exported adapter was trained."""
-    recipe = read_json(folder / QUANTIZATION)
+    recipe = recorded_recipe(folder)
     dtype = read_json(folder / REWARD)["dtype"]
     if recipe is None:
         return Quantization.unquantized(dtype)
     double = recipe["bnb_4bit_use_double_quant"]
     return Quantization(4, recipe["bnb_4bit_quant_type"], double, dtype)
+
+
+def recorded_recipe(folder: Path) -> dict[str, Any] | None:
+    """The `Quantization.recipe` with which the adapter in a folder was trained."""
+    found: dict[str, Any] = read_json(folder / QUANTIZATION) or {}
+    return found if "load_in_4bit" in found else None
 
 
 def hub_base(folder: Path, files: dict[str, str]) -> Path:

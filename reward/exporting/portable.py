@@ -171,7 +171,7 @@ def chat_template(tokenizer: Tokenizer, config: dict[str, Any], template: Templa
     if template.chat_template is None:
         return ROLES + in_jinja(tokenizer, divide(template.template), eos)
     body = ROLES + "{{ '' }}" + template.chat_template
-    return ENDED.replace("__BODY__", body).replace("__EOS__", literal(eos)) if eos else body
+    return ENDED.replace("__EOS__", literal(eos)).replace("__BODY__", body) if eos else body
 
 
 def in_jinja(tokenizer: Tokenizer, around: Around, eos: str) -> str:

@@ -80,7 +80,7 @@ def as_table(
     kept = [name for name in test.column_names if name not in (ID, *IDS, *MASKS, *GRADES, *known)]
     return pa.table(
         {
-            ID: test[ID],
+            ID: test[ID][:],
             **dict(zip(REWARDS, (chosen, rejected), strict=True)),
             MARGIN: chosen - rejected,
             **{
@@ -88,7 +88,7 @@ def as_table(
                 for name, ids in zip(TOKENS, IDS, strict=True)
             },
         }
-        | {name: test[name] for name in (*known, *kept)}
+        | {name: test[name][:] for name in (*known, *kept)}
     )
 
 

@@ -52,9 +52,9 @@ NOT_LINEAR = re.compile(r"embed|wte|wpe|lm_head|score")
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
-# A part of the keys whose values may name a repository on the Hub, from which transformers loads a
-# kernel: with a slash, because names of its own attention have none.
-ATTENTION = "attn_implementation"
+# A part of the keys that choose the attention. For some of its own names, too, transformers
+# downloads a kernel, so only those here are safe.
+ATTENTION, SAFE = "attn_implementation", (None, "eager", "sdpa")
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -87,8 +87,17 @@ class Quantization:
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.quant_type,
             "bnb_4bit_use_double_quant": self.double_quant,
-            "bnb_4bit_compute_dtype": str(self.dtype).removeprefix("torch."),
+            "bnb_4bit_compute_dtype": name_of(self.dtype),
         }
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What an adapter fits: the recipe, or the dtype of an unquantized base."""
+        return self.recipe or {"dtype": name_of(self.dtype)}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def fast_dtype() -> torch.dtype:
@@ -151,17 +160,17 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
 
 
 def require_no_kernel(folder: Path, config: dict[str, Any]) -> None:
-    """Raises a Fault if a folder's config.json names a kernel."""
+    """Raises a Fault if transformers may download a kernel for the attention of a config.json."""
     if any(map(names_kernel, objects_in(config))):
         raise Fault(
-            f"{folder}: config.json names a kernel as its attention, which transformers would "
-            "download and run; expected no such key"
+            f"{folder}: config.json names an attention for which transformers may download and run "
+            "a kernel; expected eager, sdpa or no such key"
         )
 
 
 def names_kernel(part: dict[str, Any]) -> bool:
-    """Whether an object of a configuration names a kernel on the Hub as the model's attention."""
-    return any(ATTENTION in key and "/" in str(value) for key, value in part.items())
+    """Whether an object of a configuration names an attention that is not SAFE."""
+    return any(ATTENTION in key and value not in SAFE for key, value in part.items())
 
 
 def objects_in(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -366,11 +375,11 @@ def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
     or if the base would be quantized or computed differently. An adapter only fits its own base.
     """
     require_sealed(adapter, base)
-    trained, here = read_json(adapter / "quantization.json"), quantization.recipe
+    trained, here = read_json(adapter / "quantization.json"), quantization.record
     if trained != here:
         raise Fault(
-            f"{adapter} was trained on a base quantized with {trained}, but here it would be "
-            f"{here}; set quantization.compute_dtype to what it was, or train again on this machine"
+            f"{adapter} was trained on a base loaded with {trained}, but here it would be {here}; "
+            "set quantization.compute_dtype to what it was, or train again on this machine"
         )
     return adapt(load_base(base, quantization), adapter)
 
@@ -398,7 +407,7 @@ def silent_peft() -> Iterator[None]:
 
 
 def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) -> None:
-    """Write adapter, head and the recipe of the base; equal weights give equal bytes.
+    """Write adapter, head and how the base was loaded; equal weights give equal bytes.
 
     `base` becomes base_model_name_or_path. PEFT writes a model card, which is removed, and the
     target modules in the order of a set, so they are sorted.
@@ -409,7 +418,7 @@ def save(model: PeftModel, folder: Path, base: str, quantization: Quantization) 
             name_magnitudes(folder / ADAPTER_WEIGHTS)
     (folder / "README.md").unlink(missing_ok=True)
     settle_config(folder, base_model_name_or_path=base)
-    write_json(folder / "quantization.json", quantization.recipe)
+    write_json(folder / "quantization.json", quantization.record)
 
 
 def name_magnitudes(path: Path) -> None:

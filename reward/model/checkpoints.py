@@ -31,7 +31,7 @@ KEPT_STEPS = 2
 KEPT_RUNS = 5
 # What reading a file raises that is missing, empty, cut or not what was written there.
 DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
 
 
 def fingerprint(params: dict[str, Any], inputs: list[Path]) -> str:

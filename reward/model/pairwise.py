@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -37,7 +38,7 @@ class Labels:
         change the loss.
         """
         preference, weight, margin = (
-            torch.from_numpy(np.asarray(columns[name], dtype=np.float32))
+            torch.from_numpy(np.asarray(columns[name][:], dtype=np.float32))
             for name in (PREFERENCE, WEIGHT, TARGET_MARGIN)
         )
         if ((margin != 0) & (preference != 1)).any():
@@ -57,7 +58,7 @@ class Labels:
         """Which pairs are not ties."""
         return self.preference != TIE
 
-    def take(self, rows: Tensor) -> "Labels":
+    def take(self, rows: Tensor | npt.NDArray[np.int64]) -> "Labels":
         """The labels of the pairs with these indices."""
         return Labels(self.preference[rows], self.weight[rows], self.margin[rows])
 
@@ -72,7 +73,7 @@ def losses(j: Tensor, k: Tensor, labels: Labels, center: float = 0.0) -> Tensor:
     With d = r_j - r_k, the loss of a certain pair is -log sigmoid(d - margin) (Touvron et al. 2023,
     "Llama 2", equation 2). The loss of a pair with preference p is the cross-entropy
     -p log sigmoid(d) - (1 - p) log sigmoid(-d). The term `center` times (r_j + r_k)^2 is added to
-    keep rewards around zero (Eisenstein et al. 2023, "Helping or herding?", equation 5).
+    keep rewards around zero (Eisenstein et al. 2023, "Helping or herding?").
     """
     difference = margins(j, k) - same_shape(j, labels.margin)
     preference, weight = same_shape(j, labels.preference), same_shape(j, labels.weight)

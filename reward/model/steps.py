@@ -71,7 +71,9 @@ def planned(
     for epoch in range(math.ceil(epochs)):
         generator = np.random.default_rng([seed, epoch])
         found = [*one_epoch(prompt_of, pairs_per_step, step_of, generator)]
-        steps += found[: math.ceil(min(1.0, epochs - epoch) * len(found))]
+        # Rounded, because 1.1 - 1 is slightly more than 0.1.
+        share = round(min(1.0, epochs - epoch), 9)
+        steps += found[: math.ceil(round(share * len(found), 9))]
         if 0 < max_steps <= len(steps):
             return steps[:max_steps]
     return steps

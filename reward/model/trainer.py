@@ -500,7 +500,7 @@ def validation_sample(dataset: Dataset, most: int, seed: int) -> Dataset:
     """
     if len(dataset) <= most:
         return dataset
-    prompts, of_row = np.unique(dataset[PROMPT_ID], return_inverse=True)
+    prompts, of_row = np.unique(dataset[PROMPT_ID][:], return_inverse=True)
     ranks = [hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in prompts]
     order = sorted(range(len(prompts)), key=ranks.__getitem__)
     pairs = np.bincount(of_row)[order].cumsum()

@@ -58,7 +58,8 @@ class Endings:
         while True:
             while end and text[end - 1].isspace():
                 end -= 1
-            token = next((token for token in self._ends if text.endswith(token, 0, end)), None)
+            ends = (token for token in self._ends if text.endswith(token, 0, end))
+            token = max(ends, key=len, default=None)
             if token is None:
                 return text[:start]
             start = end = end - len(token)
@@ -69,7 +70,7 @@ class Endings:
         The token may be the template's own if the answer is empty.
         """
         others = self._encoder.special - self._ends
-        found = next((token for token in others if text.endswith(token)), None)
+        found = max(filter(text.endswith, others), key=len, default=None)
         if found is None and (foreign := CONTROL.search(text, max(0, len(text) - 100))):
             found = foreign[0]
         if found and not self._before.rstrip().endswith(found):

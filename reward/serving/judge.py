@@ -224,7 +224,7 @@ def parse() -> argparse.Namespace:
 
 def files_of(folder: Path) -> dict[str, str]:
     """SHA-256 of the files of a model that affect its rewards, by which it is recognized."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in AFFECTING)
+    files = sorted(path for path in folder.iterdir() if path.suffix in AFFECTING and path.is_file())
     return {path.name: digest(path) for path in watched(files, f"digests of {folder}")}
 
 
@@ -275,7 +275,7 @@ def chat_template(folder: Path, tokenizer: Any) -> str:
 def table_of(pairs: Dataset, answers: Mapping[Key, Scored]) -> pa.Table:
     """The rewards of comparisons in evaluate's format; lengths count the model's own tokens."""
     j, k = (
-        [answers[key] for key in zip(pairs[PROMPT_ID], pairs[name], strict=True)]
+        [answers[key] for key in zip(pairs[PROMPT_ID][:], pairs[name][:], strict=True)]
         for name in ANSWERS
     )
     sides = (np.array([each.reward for each in side], dtype=np.float32) for side in (j, k))
