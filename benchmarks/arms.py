@@ -1,7 +1,7 @@
 """How parameters affect a reward model: an experiment with several arms and seeds.
 
-python -m benchmarks.arms step-of pairs: prompts:train.step_of=prompts
-python -m benchmarks.arms soft soft:preprocess.data=data/soft hard:preprocess.data=data/hard
+    python -m benchmarks.arms step-of pairs: prompts:train.step_of=prompts
+    python -m benchmarks.arms soft soft:preprocess.data=data/soft hard:preprocess.data=data/hard
 
 An arm is a name, a colon, and parameters separated by commas. The other arms are compared with the
 first. Each arm is trained once per seed, as a DVC experiment, and judged on the same test pairs.

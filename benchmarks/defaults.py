@@ -1,8 +1,8 @@
 """Which training parameters improve held-out accuracy: DVC experiments, with intervals.
 
-python -m benchmarks.defaults embedded
-python -m benchmarks.defaults confirmed --together train.learning_rate train.pairs_per_step
-python -m benchmarks.defaults real --data pairs.en.json pairs.zh.json -S base.name=models/smollm2
+    python -m benchmarks.defaults embedded
+    python -m benchmarks.defaults confirmed --together train.learning_rate train.pairs_per_step
+    python -m benchmarks.defaults real --data en.json zh.json -S base.name=models/smollm2
 
 Six parameters, each at two levels, in eight runs per fold of the data: a fractional factorial
 design (Box, Hunter and Hunter 2005, chapter 6), in which every run is informative about every

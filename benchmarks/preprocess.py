@@ -1,6 +1,6 @@
 """How fast preprocess is compared with the bare tokenizer, and how its time and memory grow.
 
-python -m benchmarks.preprocess
+    python -m benchmarks.preprocess
 
 The stage alternates with a plain `encode_batch` over the texts that it renders, each in a fresh
 process, and results are medians. Then the stage runs on growing numbers of pairs of short texts.

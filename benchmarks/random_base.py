@@ -1,6 +1,6 @@
 """Make a base model of realistic size with random weights, to measure what that size costs.
 
-python -m benchmarks.random_base models/qwen2-0.5b-shape
+    python -m benchmarks.random_base models/qwen2-0.5b-shape
 
 The default is the exact configuration of Qwen2-0.5B. The tokenizer is the embedded one.
 """

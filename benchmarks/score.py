@@ -1,6 +1,6 @@
 """How fast reward.serving.score is compared with the bare matrix products of its passes.
 
-python -m benchmarks.score
+    python -m benchmarks.score
 
 A random base of the size in benchmarks.speed goes through the pipeline with one training step. The
 exported model then scores generated pairs from file to file. The time includes reading, tokenizing

