@@ -183,6 +183,15 @@ def test_export_that_lacks_a_file_is_not_loaded(name: str) -> None:
         load_exported(export.EXPORT)
 
 
+def test_base_that_contains_an_adapter_is_not_loaded() -> None:
+    """Its configuration would name another base, which transformers would download."""
+    write_json(
+        export.EXPORT / "base/adapter_config.json", {"base_model_name_or_path": "stranger/nice"}
+    )
+    with pytest.raises(Fault, match=r"base contains adapter_config\.json, from which transformers"):
+        load_exported(export.EXPORT)
+
+
 @pytest.mark.parametrize(
     "change",
     [

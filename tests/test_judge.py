@@ -69,7 +69,7 @@ def test_intervals_use_the_default_parameters_of_evaluate() -> None:
         ({"architectures": ["Qwen2ForCausalLM"]}, "mine is a Qwen2ForCausalLM, expected the fold"),
         ({"id2label": {"0": "a", "1": "b"}}, "mine is a classifier with 2 labels, expected one"),
         ({"max_position_embeddings": 10}, "mine reads at most 10 tokens, but answer "),
-        ({"_attn_implementation": "some/kernel"}, "mine: config.json names a kernel as its atte"),
+        ({"_attn_implementation": "some/kernel"}, "mine: config.json names an attention for whi"),
         ({"hidden_size": 16}, "mine has model.embed_tokens.weight of shape ["),
         (
             {"hidden_act": "none"},

@@ -419,6 +419,29 @@ def test_scored_records_are_neither_rendered_nor_scored_again(
         assert scored.endswith(f"already scored: {count - texts}")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda row: bytes(len(row) - 1) + b"\n",
+        lambda row: row[:-20] + b"\n",
+        lambda row: row.replace(b'"ranks":[', b'"ranks":[1-'),
+        lambda row: b"3\n",
+        lambda row: b'{"position":1}\n',
+    ],
+    ids=["zeros", "cut", "broken number", "number", "few keys"],
+)
+def test_damaged_row_of_a_journal_is_scored_again(
+    damage: Callable[[bytes], bytes], journal: bytes, command: Callable[..., None]
+) -> None:
+    expected = OUTPUT.read_bytes()
+    OUTPUT.unlink()
+    rows = journal.splitlines(keepends=True)
+    rows[12] = damage(rows[12])
+    JOURNAL.write_bytes(b"".join(rows))
+    command(INPUT, "--output", OUTPUT)
+    assert OUTPUT.read_bytes() == expected
+
+
 def test_texts_of_a_batch_are_limited_too() -> None:
     """The text of each answer has the prompt and the tools."""
     words = "word " * 400
@@ -493,8 +516,10 @@ def test_dataset_yaml_that_gives_scored_pairs_another_meaning_is_refused(
 def test_correction_that_gives_scored_pairs_another_meaning_is_refused(
     fault: Callable[..., str],
 ) -> None:
+    prompt = "Tell me about number"
     records = [
-        {"prompt": f"hi {n}", "chosen": f"hi {n} yes", "rejected": f"hi {n} no"} for n in range(20)
+        {"prompt": f"{prompt} {n}", "chosen": f"{prompt} {n} yes", "rejected": f"{prompt} {n} no"}
+        for n in range(20)
     ]
     write([*records[:-1], records[-1] | {"rejected": 3}])
     assert fault(INPUT, "--output", OUTPUT).startswith("in.jsonl: line 20: wrong_type: ")
@@ -676,7 +701,7 @@ def test_two_processes_continue_what_one_began(journal: bytes) -> None:
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        ('{"prompt": "a"}', "missing_key: 'chosen' is missing, found the key prompt"),
+        ('{"prompt": "a"}', "missing_key: has the key prompt, expected 'answer', 'answers', or"),
         (
             '{"prompt": "a", "answer": "b", "ranks": []}',
             "taken_key: has the key 'ranks', which the output needs; rename or remove it",

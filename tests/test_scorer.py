@@ -1,5 +1,6 @@
 """Scoring with an exported model: rewards match a slow loop, whatever else is in the batch."""
 
+import json
 import math
 import random
 import re
@@ -546,6 +547,26 @@ def test_pairs_are_scored_as_they_were_trained(scorer: Scorer) -> None:
             scorer.candidates(wrong)
 
 
+def test_prompt_that_is_the_json_of_messages_is_refused(scorer: Scorer) -> None:
+    prompt = json.dumps([{"role": "user", "content": "hi"}])
+    for record in ({"answer": "yes"}, {"answers": ["yes"]}, {"chosen": "yes", "rejected": "no"}):
+        with pytest.raises(BadRecord, match="'prompt' is the JSON text of messages, expected"):
+            scorer.candidates({"prompt": prompt} | record)
+    for harmless in ('["hi"]', "[1, 2]", '{"role": "admin"}'):
+        assert scorer.candidates({"prompt": harmless, "answer": prompt})
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", []])
+def test_columns_without_a_value_count_as_missing(empty: Any) -> None:
+    context = dict.fromkeys(("system", "history", "input"), empty)
+    nulls = dict.fromkeys(("answer", "answers", "chosen", "rejected"))
+    for record in ({"answer": "yes"}, {"answers": ["yes"]}):
+        found = candidates({"prompt": "hi"} | nulls | context | record)
+        assert found == candidates({"prompt": "hi", "answer": "yes"})
+    pair = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    assert candidates(nulls | pair) == candidates(pair)
+
+
 def test_pair_gives_chosen_then_rejected() -> None:
     found = candidates({"prompt": "hi", "chosen": "yes", "rejected": "no"})
     assert [answer[0][1] for answer in found.answers] == ["yes", "no"]
@@ -555,7 +576,24 @@ def test_pair_gives_chosen_then_rejected() -> None:
     ("record", "reason", "sentence"),
     [
         (3, "wrong_type", "is a number, expected an object"),
-        ({"prompt": "a"}, "missing_key", "'chosen' is missing, found the key prompt"),
+        (
+            {"prompt": "a"},
+            "missing_key",
+            "has the key prompt, expected 'answer', 'answers', or a pair",
+        ),
+        *(
+            (
+                {"prompt": "a", "answers": ["b"], name: value},
+                "unread",
+                f"{name!r} has a value, which is read only beside pairs; expected it in the prompt",
+            )
+            for name, value in (
+                ("system", "Be kind."),
+                ("system_prompt", "Be kind."),
+                ("chat_history", [["a", "b"]]),
+                ("input", "more"),
+            )
+        ),
         ({"answer": "a"}, "missing_key", "'prompt' is missing, found the key answer"),
         (
             {"prompt": "a", "answer": "b", "answers": ["c"]},

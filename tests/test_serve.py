@@ -350,6 +350,29 @@ def test_connection_without_a_request_is_closed(
     assert capfd.readouterr().err == ""
 
 
+def test_client_that_does_not_read_its_responses_is_dropped(
+    held: Held, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise it would delay the end of the server, which waits for responses."""
+    monkeypatch.setattr(serve, "PATIENCE", 0.5)
+    held.may.set()
+    body = json.dumps({"query": ["1"] * serve.TEXTS}).encode()
+    request = b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    async def work() -> None:
+        async with serving(serve.Service(cast(Scorer, held)), capfd) as place:
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(client, place)
+                with pytest.raises(ConnectionError):
+                    await loop.sock_sendall(client, (request + body) * 100)
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+    assert capfd.readouterr().err == ""
+
+
 def test_connection_that_waits_for_its_rewards_is_not_idle(
     held: Held, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -515,6 +538,7 @@ def test_body_with_a_wrong_encoding_is_reported(held: Held) -> None:
     status, found = served(held, work)
     assert status == 400
     assert found["error"].startswith("the body cannot be read: ")
+    assert "\n" not in found["error"]
 
 
 BROKEN = (
@@ -522,6 +546,7 @@ BROKEN = (
     b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 9000 + b"\r\n\r\n",
     b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Length: -3\r\n\r\n",
     b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Encoding: br\r\nContent-Length: 1\r\n\r\na",
+    b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\na",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9),
     b"\x16\x03\x01" + bytes(300),
 )

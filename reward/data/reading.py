@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from decimal import Decimal
@@ -459,6 +460,8 @@ def _wrapped(record: dict[str, Any], expected: str) -> str:
             f"with {names_of(record)}, which hold a whole table; {expected} "
             "(df.to_json(orient='records') of pandas writes it)"
         )
+    if {*FIELDS} & record.keys():
+        return f"with {names_of(record)}; {expected} (jq -c . puts a record on one line)"
     inside = next((key for key, value in record.items() if isinstance(value, list)), None)
     way = f" (jq -c '.{inside}[]' extracts them)" if inside and inside.isidentifier() else ""
     return f"with {names_of(record)}; {expected}{way}"
@@ -568,8 +571,9 @@ def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object with these keys and values, for json.loads. Raises ValueError for one twice."""
     record = dict(items)
     if len(record) != len(items):
-        names = [name for name, _ in items]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(
+            name for name, count in Counter(name for name, _ in items).items() if count > 1
+        )
         raise _DuplicateKey(f"the key {twice!r} appears twice in one object")
     return record
 

@@ -42,7 +42,7 @@ from reward.data.forms import (
     Whole,
     either,
 )
-from reward.data.records import FIELDS, in_words, is_greeting
+from reward.data.records import BEFORE, FIELDS, in_words, is_greeting
 from reward.data.suggestion import (
     COLUMN,
     Entry,
@@ -110,12 +110,6 @@ VOTE = Meaning((1,), (2,), (0,))
 VOTES = Grades(votes=("votes",), meaning=VOTE, decisive=("votes",))
 # WebGPT comparisons
 SCORED = (Listed(("answer_0", "answer_1"), "scores", ("score_0", "score_1")),)
-# The columns before the answers: their keys in dataset.yaml, and the names that are recognized.
-BEFORE = {
-    "input": ("input",),
-    "system": ("system", "system_prompt", "system_message"),
-    "history": ("history", "chat_history", "conversation_history"),
-}
 BEFORE_IN_WORDS = {"system": "system message", "history": "earlier turns"}
 # Where a prompt is if its column has objects: in WebGPT comparisons, and for OpenAI.
 INSIDE = ("full_text", "messages")
@@ -183,14 +177,14 @@ def _require_decoded(
     for column in (prompt, *answers.columns):
         values = [value_at(record, column) for record in records] if column else []
         texts = [value for value in values if not is_absent(value)]
-        if are_texts(texts) and all(_is_encoded(text, column == prompt) for text in texts):
+        if are_texts(texts) and all(is_encoded(text, column == prompt) for text in texts):
             raise Fault(
                 f"{path}: {column} has lists or objects as texts, such as {texts[0][:40]!r}; "
                 "expected a text or messages, for example decoded by json.loads or ast.literal_eval"
             )
 
 
-def _is_encoded(text: str, or_texts: bool) -> bool:
+def is_encoded(text: str, or_texts: bool = False) -> bool:
     """Whether a text is JSON of a message, of messages or, if asked for, of a list of texts.
 
     It may also begin like messages as Python or NumPy prints them.

@@ -13,7 +13,7 @@ import json
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from reward.process import as_written
 
 ROLES = ("system", "user", "assistant", "tool")
 PAIR = ("chosen", "rejected")
+SCORED = ("answer", "answers")
 FIELDS = ("prompt", *PAIR)
 # Decimals of a preference. Without rounding, votes of 0.7, 0.2 and 0.6 are no tie in float64, and
 # 0.50000001 is one only in float32, in which training computes.
@@ -49,6 +50,12 @@ MEDIA = {
 # Columns besides messages and tools that chat templates may render, which no code here reads.
 RENDERED = ("documents", "functions", "chat_template_kwargs")
 TOOLS = "tools"
+# The columns before the answers: their keys in dataset.yaml, and the names that are recognized.
+BEFORE = {
+    "input": ("input",),
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history", "chat_history", "conversation_history"),
+}
 # Messages give at most this many names, and this many characters of each.
 MOST_NAMES, LONGEST_NAME = 20, 80
 # The types of JSON in words, and bytes, which Parquet has.
@@ -211,16 +218,18 @@ def candidates(record: Any) -> Candidates:
 
     A prompt that all of them repeat is removed, as in training. Raises BadRecord as `check` does.
     """
-    given = [key for key in ("answer", "answers") if isinstance(record, dict) and key in record]
-    if not given:
+    if not isinstance(record, dict) or is_pair(record):
         pair = check(record)
         return Candidates(pair.prompt, pair.answers)
-    if len(given) > 1 or {"chosen", "rejected"} & record.keys():
-        expected = "expected 'answer', 'answers', or a pair"
+    given, expected = values_of(record, SCORED), "expected 'answer', 'answers', or a pair"
+    if len(given) > 1 or (given and values_of(record, PAIR)):
         raise BadRecord("several_kinds", f"has {names_of(record)}, {expected}")
+    if not (given := given or [key for key in SCORED if key in record]):
+        raise BadRecord("missing_key", f"has {names_of(record)}, {expected}")
     if "prompt" not in record:
         raise BadRecord("missing_key", f"'prompt' is missing, found {names_of(record)}")
     require_all_read(record)
+    require_no_context(record)
     prompt = _prompt(record["prompt"])
     _require_words("prompt", prompt)
     named = _answers(record, given[0])
@@ -235,6 +244,28 @@ def candidates(record: Any) -> Candidates:
     except UnicodeEncodeError as error:
         raise BadRecord("not_text", f"has a value that is not valid text: {error}") from None
     return Candidates(prompt, answers)
+
+
+def is_pair(record: Any) -> bool:
+    """Whether a record has the keys of a pair, and no answers to be scored."""
+    keys = record.keys() if isinstance(record, dict) else set()
+    return {*PAIR} <= keys and not values_of(record, SCORED)
+
+
+def values_of(record: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of some keys whose value is not null, which tables have where records have no key."""
+    return [name for name in names if record.get(name) is not None]
+
+
+def require_no_context(record: dict[str, Any]) -> None:
+    """Raises BadRecord for a value in a column that is read beside pairs only."""
+    for name in chain(*BEFORE.values()):
+        value = record.get(name)
+        if value not in (None, "", [], {}) and str(value).strip():
+            raise BadRecord(
+                "unread",
+                f"{name!r} has a value, which is read only beside pairs; expected it in the prompt",
+            )
 
 
 def require_all_read(record: dict[str, Any], used: Container[str] = ()) -> None:

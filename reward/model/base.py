@@ -126,6 +126,11 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     Fault if transformers has no classifier for the model, if it has no linear layer `score`, or if
     its configuration names a kernel, and TooLarge if the model does not fit in memory.
     """
+    if (base / "adapter_config.json").exists():
+        raise Fault(
+            f"{base} contains adapter_config.json, from which transformers would load another "
+            "model; expected none"
+        )
     config = read_json(base / "config.json")
     require_no_kernel(base, config)
     if (kind := config.get("model_type")) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from reward.data.answers import CANONICAL, UNGRADED, Preferred
 from reward.data.forms import Form
 from reward.data.reading import batches, files, place_of, read, require_utf8
-from reward.data.records import KINDS, PAIR, TOOLS, BadRecord, Raw, hash64
+from reward.data.records import KINDS, PAIR, TOOLS, BadRecord, Raw, hash64, is_pair
 from reward.data.sources import source_of
 from reward.data.suggestion import MAPPING
 from reward.locks import hold
@@ -288,12 +288,6 @@ def texts_of(scorer: Scorer, item: Item) -> list[str]:
         raise fault_at(item.place, error) from None
 
 
-def is_pair(record: Any) -> bool:
-    """Whether a record has the keys of a pair, and not those of answers to be scored."""
-    keys = record.keys() if isinstance(record, dict) else set()
-    return {*PAIR} <= keys and not {"answer", "answers"} & keys
-
-
 def fault_at(place: str, error: BadRecord) -> Fault:
     return Fault(f"{place}: {error.reason}: {error}")
 
@@ -304,7 +298,8 @@ def fault_at(place: str, error: BadRecord) -> Fault:
 class Journal:
     """A file with a line about the model and the rows, then a row for each record, in order.
 
-    Rows are written in whole batches; a batch that a kill left incomplete is cut off.
+    Rows are written in whole batches. What follows a batch that a kill or a power cut has left
+    incomplete is cut off.
     """
 
     def __init__(self, path: Path, file: BinaryIO, model: str) -> None:
@@ -329,12 +324,13 @@ class Journal:
         """Whether the next rows are those of a batch. Raises a Fault if they are of others."""
         start = self._file.tell()
         lines = [self._file.readline() for _ in batch]
-        if not lines[-1].endswith(b"\n"):
+        rows = [row for line in lines if (row := as_row(line))]
+        if len(rows) < len(lines):
             self._cut(start)
             return False
-        for item, line in zip(batch, lines, strict=True):
+        for item, line, row in zip(batch, lines, rows, strict=True):
             if not line.startswith(as_line(item.source)[:-2]):
-                self._refuse(item, json.loads(line))
+                self._refuse(item, row)
         return True
 
     def append(self, rows: list[Row]) -> None:
@@ -434,6 +430,15 @@ def publish(journal: Journal, output: Path) -> None:
 
 def as_line(row: Row) -> bytes:
     return as_json(row).encode() + b"\n"
+
+
+def as_row(line: bytes) -> Row | None:
+    """The row of a line; None if the line is damaged."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {*SCHEMA.names} <= row.keys() else None
 
 
 def as_lines(rows: Iterator[Row], path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from reward.data.recognition import is_encoded
 from reward.data.records import TOOLS, BadRecord, Candidates, Messages, candidates
 from reward.data.tokens import Encoder, Template
 from reward.exporting.exported import REWARD, load_exported
@@ -59,6 +60,11 @@ class Scorer:
         Special tokens at the end of `answer` and `answers` are removed, because a policy's answers
         may end in them; those of a pair stay as in training. Raises BadRecord.
         """
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if isinstance(prompt, str) and is_encoded(prompt):
+            raise BadRecord(
+                "wrong_type", "'prompt' is the JSON text of messages, expected a text or messages"
+            )
         match record:
             case {"answer": answer}:
                 record = record | {"answer": self.without_ending(answer)}

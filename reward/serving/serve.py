@@ -47,9 +47,9 @@ from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from reward.data.reading import unique_keys
-from reward.data.records import TOOLS
+from reward.data.records import TOOLS, BadRecord, require_all_read, require_no_context
 from reward.model.launching import distribute, torchrun_options
-from reward.process import LAUNCHED, Fault, command_line, counted, run, threads
+from reward.process import LAUNCHED, Fault, command_line, counted, one_line, run, threads
 from reward.serving.metrics import FOLDER, Metrics
 from reward.serving.queue import Full, Queue, Unscored
 from reward.serving.scorer import Ids, Misfit, Scorer
@@ -63,7 +63,8 @@ READERS = 2
 BACKLOG = (1 << 16) - 1
 # The connections that asyncio accepts at a time. Without file descriptors, it fails as many times.
 ACCEPTS = 16
-# The seconds in which a body must arrive, and in which accepted requests are answered at the end.
+# The seconds in which a body must arrive and a response must be read, and in which accepted
+# requests are answered at the end.
 PATIENCE, GRACE = 30.0, 3600.0
 # The seconds after which a connection is closed if no complete header arrives. A proxy must close
 # idle connections first, or a request may meet the end of one; nginx does so after 60 s.
@@ -81,7 +82,10 @@ KEPT = ("Allow", "Retry-After", "WWW-Authenticate")
 # For the server's own errors. What breaks the protocol is the client's fault, and only it is told.
 LOG = logging.getLogger("reward.serving.serve")
 LOG.addFilter(
-    lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    lambda record: (
+        not record.exc_info
+        or not isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError)
+    )
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -249,7 +253,9 @@ class Service:
         self._readers = ThreadPoolExecutor(max_workers=READERS)
 
     def application(self) -> web.Application:
-        application = web.Application(middlewares=[self.counted, errors_as_json, self.authorized])
+        application = web.Application(
+            middlewares=[written, self.counted, errors_as_json, self.authorized]
+        )
         application.add_routes(
             [
                 web.post(REWARD, self.get_reward),
@@ -338,7 +344,7 @@ class Service:
                 text=f"the body did not arrive within {PATIENCE:g} s"
             ) from None
         except web.RequestPayloadError as error:
-            raise Refused(f"the body cannot be read: {error}") from None
+            raise Refused(f"the body cannot be read: {one_line(error)}") from None
         else:
             yield body
         finally:
@@ -367,6 +373,22 @@ def sent_key(header: str) -> str:
 def equal(sent: str, key: str) -> bool:
     """Whether two keys are equal, in a time that does not reveal where they differ."""
     return hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), key.encode())
+
+
+@web.middleware
+async def written(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Write responses, and close the connection of a client that does not read its own in time."""
+    response = await handler(request)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await response.prepare(request)
+            await response.write_eof()
+    except TimeoutError:
+        if request.transport:
+            request.transport.abort()
+    except ConnectionError:
+        pass  # the client is gone
+    return response
 
 
 @web.middleware
@@ -404,6 +426,8 @@ def read(scorer: Scorer, body: bytearray) -> tuple[list[Ids], Sequence[Hashable]
         require_each("prompts", prompts, texts)
     try:
         if name == "answers":
+            require_all_read(content)
+            require_no_context(content)
             if (tools := content.get(TOOLS)) is not None:
                 require_each(TOOLS, tools, texts)
             ids, asked = scorer.encode_pairs(prompts, texts, tools)
@@ -412,6 +436,8 @@ def read(scorer: Scorer, body: bytearray) -> tuple[list[Ids], Sequence[Hashable]
         return ids, [object() if free else hash(json.dumps(prompt)) for prompt in prompts or texts]
     except Misfit as error:
         raise Refused(f"{name}[{error.index}]: {error}") from None
+    except BadRecord as error:
+        raise Refused(f"the body: {error}") from None
 
 
 def require_each(name: str, found: Any, texts: list[Any]) -> None:
