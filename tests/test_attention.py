@@ -762,3 +762,15 @@ def test_half_precision_on_a_gpu_is_as_close_to_fp32_as_transformers(
     tmp_path: Path, family: str, checkpointing: bool
 ) -> None:
     require_as_close_as_stock(tmp_path, family, checkpointing)
+
+
+def test_small_difference_is_refused_in_full_precision(tmp_path: Path) -> None:
+    model = reward_model(tmp_path, "qwen2", SEPARATE)
+    layer = cast(Any, model.get_base_model()).base_model.layers[0]
+
+    def mix(_: nn.Module, given: tuple[Tensor, ...], found: Tensor) -> Tensor:
+        return found + 0.01 * given[0].mean(1, keepdim=True)
+
+    layer.mlp.register_forward_hook(mix)
+    with pytest.raises(Fault, match=r"differ by 0\.0\d+ from .* alone, expected at most 0\.001"):
+        require_exact(model, [random_prompts(8)[1]])

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -419,3 +420,12 @@ def test_unfinished_runs_are_kept_longer_than_finished_ones(root: Path) -> None:
     with locked("now"):
         assert (root / "run-0").is_dir()
         assert not (root / "run-1").exists()
+
+
+def test_fingerprint_must_be_the_same_in_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_another(found: Any) -> list[Any]:
+        return [found, ("b", found[1] | {"params": {"seed": 1}})]
+
+    monkeypatch.setattr(group, "gathered", with_another)
+    with pytest.raises(Fault, match="process 1 on b has different params than process 0"):
+        fingerprint({"seed": 0}, [])

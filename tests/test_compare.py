@@ -323,3 +323,17 @@ def test_missing_revision_or_rewards_are_reported(
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert "expected" in printed or "run dvc repro" in printed
+
+
+@pytest.mark.parametrize("stage", ["fetch", "preprocess", "train", "evaluate"])
+def test_rewards_of_other_parameters_of_any_stage_are_refused(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    compare.REPORTS.mkdir(parents=True)
+    pq.write_table(table([1.0]), compare.REPORTS / "rewards.parquet")
+    ran = f"  {stage}: {{params: {{params.yaml: {{group: {{key: 1}}}}}}, outs: []}}\n"
+    compare.LOCK.write_text(f"stages:\n{ran}", encoding="utf-8")
+    compare.PARAMS.write_text("group: {key: 2}\n", encoding="utf-8")
+    with pytest.raises(Fault, match=r"^workspace: group\.key in params\.yaml changed since"):
+        compare.rewards_of("workspace", None)

@@ -1100,3 +1100,12 @@ def test_missing_local_source_does_not_stop_training(
     shutil.rmtree(source)
     require_same_source()
     assert "no longer exists" in capsys.readouterr().out
+
+
+def test_tokenizer_that_its_file_does_not_reproduce_is_refused(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "copy"))
+    monkeypatch.setattr(fetch, "ids_of_file", lambda _: [[1], [2], [3]])
+    with pytest.raises(Fault, match="has a tokenizer that gives different ids after it is saved"):
+        fetch.normalize_tokenizer(fetch.Base("mine", "main", 0), folder)

@@ -713,6 +713,8 @@ def test_preference_in_alpaca_farm_is_the_number_of_an_answer() -> None:
         ("他说：“好。”对。", "他说：“好。”错。", "他说：“好。”"),
         ("茶叶放在冰箱", "茶叶放在太阳", "茶叶放在"),
         ("用Python写", "用Perl写", "用"),
+        ("하늘은 파란색이다.", "하늘은 파랑새다.", "하늘은"),
+        ("山か\u3099赤い", "山か青い", "山"),
     ],
 )
 def test_texts_are_split_after_the_last_shared_word(
@@ -1135,3 +1137,16 @@ def test_conversations_may_begin_with_a_prompt_with_turns_as_one_message(prompt:
     found = check(form_of(record).read(record))
     assert found.prompt == (("user", prompt),)
     assert found.answers == [(("assistant", "A."),), (("assistant", "B."),)]
+
+
+@pytest.mark.parametrize("text", [{}, {"text": None}, {"text": 3}])
+def test_part_without_a_text_is_bad(text: Record) -> None:
+    parts = [{"type": "text", "text": "What is it?"}, {"type": "text"} | text]
+    with pytest.raises(BadRecord):
+        check(form_of(PLAIN).read(PLAIN | {"prompt": [user("") | {"content": parts}]}))
+
+
+def test_function_is_a_tool() -> None:
+    spoken = [user("q"), answer("a"), {"role": "function", "content": "o"}]
+    [[[found], _]] = pairs_of({"messages": spoken, "chosen": "c", "rejected": "r"})
+    assert found["prompt"][-1] == {"role": "tool", "content": "o"}

@@ -210,3 +210,10 @@ def test_adapter_that_may_name_other_models_is_not_loaded(change: dict[str, Any]
 
 def test_export_contains_no_code() -> None:
     require_no_code(export.EXPORT)
+
+
+@pytest.mark.parametrize("name", ["own.so", "own.pyc"])
+def test_compiled_code_is_a_fault(name: str) -> None:
+    (export.EXPORT / "base" / name).touch()
+    with pytest.raises(Fault, match=rf"models/export: base/{name} is code or names code"):
+        require_no_code(export.EXPORT)

@@ -236,3 +236,21 @@ def test_result_of_another_model_is_not_overwritten(monkeypatch: pytest.MonkeyPa
     assert (OUTPUT / "figures.json").read_bytes() == found
     run(monkeypatch, str(other), "--output", "reports/judged/other")
     assert Path("reports/judged/other/figures.json").read_bytes() != found
+
+
+TURNS = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+
+
+def test_last_id_must_have_an_embedding() -> None:
+    judged = judge.Judge(Path("models/export/merged"))
+    judged.size = max(judged.ids(("p", 0), TURNS))
+    with pytest.raises(Fault, match=r"has the id \d+, for which the model has no embedding"):
+        judged.ids(("p", 0), TURNS)
+
+
+def test_date_of_a_chat_template_is_fixed() -> None:
+    shutil.copytree("models/export/merged", "mine")
+    template = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    Path("mine/chat_template.jinja").write_text(template, encoding="utf-8")
+    judged = judge.Judge(Path("mine"))
+    assert judged.tokenizer.decode(judged.ids(("p", 0), TURNS)) == f"{judge.DATE}?!"

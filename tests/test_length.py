@@ -272,3 +272,11 @@ def test_single_prompt_cannot_be_adjusted() -> None:
     judged = random_judgement(20, prompts=1)
     assert length.length_audit(judged, RESAMPLING)["adjusted"] == {"pairs": 0}
     assert length.length_curve(judged, 0) == []
+
+
+def test_adjusted_correlation_leaves_out_ties() -> None:
+    judged = random_judgement(200, votes=2)
+    answers, rewards = judged.answers, length.adjusted(judged, RESAMPLING.seed)
+    left = replace(judged, chosen=rewards[answers.chosen], rejected=rewards[answers.rejected])
+    found = length.length_audit(judged, RESAMPLING)["adjusted"]["correlation"]
+    assert found == length.correlation(left.decided()) != length.correlation(left)

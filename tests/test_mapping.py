@@ -475,3 +475,8 @@ def test_entry_for_a_file_that_is_read_by_itself_is_refused(tmp_path: Path) -> N
 
 def test_folder_without_dataset_yaml_has_no_mapping(tmp_path: Path) -> None:
     assert read_mapping(tmp_path) is None
+
+
+def test_share_draws_at_least_one_record(tmp_path: Path) -> None:
+    folder = write(tmp_path, "x.jsonl: {take: 0.001}", *numbered(100))
+    assert len(prompts(folder)) == 1

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes
 import pytest
@@ -17,6 +17,7 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from reward.exporting.exported import exported_quantization
 from reward.model import base, scoring
 from reward.model.base import (
     Quantization,
@@ -32,7 +33,7 @@ from reward.model.base import (
 from reward.model.memory import TooLarge
 from reward.model.packing import Pack, Texts, pack, tokens
 from reward.model.scoring import as_in_transformers, rewards, score
-from reward.outputs import digests
+from reward.outputs import digests, write_json
 from reward.process import Fault
 from tests.support import FAMILIES, ROOT, SEPARATE, chosen_and_rejected, fetched, pair_losses
 
@@ -535,3 +536,15 @@ def test_adapter_for_another_dtype_is_refused(tiny_base: Path, tmp_path: Path) -
     for other in (bf16, NF4):
         with pytest.raises(Fault, match=r"loaded with {'dtype': 'float32'}, but here it would be"):
             load(tiny_base, tmp_path, other)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_exported_quantization_is_that_of_training(
+    kind: Literal["nf4", "fp4"], double: bool, tmp_path: Path
+) -> None:
+    trained = Quantization(4, kind, double, "bfloat16")
+    for each in (trained, Quantization.unquantized("bfloat16")):
+        write_json(tmp_path / "quantization.json", each.record)
+        write_json(tmp_path / "reward.json", {"dtype": "bfloat16"})
+        assert exported_quantization(tmp_path) == each

@@ -263,3 +263,13 @@ def test_copy_names_the_side_that_fails_halfway(
     monkeypatch.setattr(shutil, "copyfile", failing(errno.ENOSPC))
     with pytest.raises(Fault, match=r"/target cannot be written: No space left"):
         outputs.copy_file(source, target)
+
+
+def test_failed_write_keeps_the_old_json(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"old": 1})
+    before = path.read_bytes()
+    with file_size_limit(1000), pytest.raises(Fault, match="cannot be written"):
+        write_json(path, ["new"] * 1000)
+    assert path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [path]

@@ -420,3 +420,12 @@ def test_threads_follow_omp_num_threads(
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     monkeypatch.setattr(process, "processors", lambda: 5)
     assert process.threads() == found
+
+
+def test_free_memory_is_the_smaller_of_machine_and_cgroup(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("10000\n")
+    (tmp_path / "memory.current").write_text("50\n")
+    (tmp_path / "memory.stat").write_text("active_file 5\ninactive_file 7\n")
+    for available, free in ((3, 3072), (30, 9962)):
+        (tmp_path / "meminfo").write_text(f"MemAvailable: {available} kB\n")
+        assert process.free_memory(tmp_path / "meminfo", tmp_path) == free

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -840,3 +841,33 @@ def test_folder_that_is_not_an_export_is_reported(
         message == "data is not an exported folder, expected one such as models/export of dvc repro"
     )
     assert not JOURNAL.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_rows_and_output_are_on_the_disk(
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, sync = [], os.fsync
+
+    def noting(file: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    write(some_records(3))
+    command(INPUT, "--output", OUTPUT)
+    assert {*synced} == {JOURNAL.name, f"{OUTPUT}.partial"}
+    assert synced[-1] == f"{OUTPUT}.partial"
+
+
+def test_journal_with_other_columns_is_refused(
+    command: Callable[..., None], fault: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(some_records())
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "publish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            command(INPUT, "--output", OUTPUT)
+    monkeypatch.setattr(score, "ADDED", (*score.ADDED[:2], "chances"))
+    found = fault(INPUT, "--output", OUTPUT)
+    assert "has rows that another model or an earlier version scored" in found

@@ -16,11 +16,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward.data.reading import read
 from reward.data.records import BadRecord, candidates, check
-from reward.data.tokens import Template
+from reward.data.tokens import Encoder, Template
 from reward.exporting.exported import load_exported
 from reward.model.base import head_of
 from reward.model.packing import texts_of, tokens
@@ -795,3 +796,21 @@ def test_grpo_step_uses_the_rewards_of_the_export(conversational: bool) -> None:
     assert [found for *_, found in seen] == pytest.approx(expected, abs=1e-5)
     logged = trainer.state.log_history[0]
     assert logged["rewards/models/export/mean"] == pytest.approx(sum(expected) / 4, abs=1e-5)
+
+
+@pytest.mark.usefixtures("project")
+def test_temperature_is_that_of_the_export(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("models/export/reward.json")
+    write_json(path, read_json(path) | {"temperature": 2.5})
+    monkeypatch.setattr(module, "load_exported", lambda _: scorer._model)
+    assert Scorer("models/export").temperature == 2.5
+
+
+def test_added_token_that_is_not_special_stays(tiny_base: Path, tmp_path: Path) -> None:
+    """For example </tool_call> of Qwen2.5, with which an answer may end."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_tokens(["</tool_call>"])
+    tokenizer.save(str(base / "tokenizer.json"))
+    endings = Endings(Encoder(base, Template.of("chat", False, 99, base)))
+    assert endings.without("f()</tool_call><|im_end|>\n") == "f()</tool_call>"

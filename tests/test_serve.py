@@ -1134,3 +1134,15 @@ def test_processes_cannot_share_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr("sys.argv", ["serve", "--port", f"{port}"])
         with pytest.raises(Fault, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"):
             serve.start()
+
+
+def test_texts_beyond_the_limit_are_refused_after_tokenizing_too() -> None:
+    """Requests that are read at the same time have all passed the first check."""
+
+    async def work() -> None:
+        full = queue.Queue(cast(Scorer, None), Metrics())
+        full.tokens = queue.MOST
+        with pytest.raises(queue.Full):
+            await asyncio.wait_for(full.rewards([[1]], ["p"]), 1)
+
+    asyncio.run(work())

@@ -898,3 +898,31 @@ def test_prefix_length_is_the_longest_common_prefix_without_the_last_id() -> Non
     assert prefix_length([1, 2, 3], [1, 2, 3]) == 2
     assert prefix_length([1, 2], [1, 2, 3]) == 1
     assert prefix_length([1], [1, 2]) == 0
+
+
+def test_truncation_keeps_the_token_before_every_text(tiny_base: Path, tmp_path: Path) -> None:
+    base, bos = Path(shutil.copytree(tiny_base, tmp_path / "base")), "<|endoftext|>"
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    number = tokenizer.token_to_id(bos)
+    assert number is not None
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, number)]
+    )
+    tokenizer.save(str(base / "tokenizer.json"))
+    ours = Encoder(base, Template.of("none", False, 20, base))
+    found = ours.encode_cut(user("so " * 40), [assistant("yes"), assistant("no")])
+    assert found is not None
+    assert [side[0] for side in found] == [number, number]
+    assert max(map(len, found)) == 20
+
+
+def test_no_id_of_an_answer_is_cut(encoder: Encoders) -> None:
+    """An id may hold the end of the prompt and the beginning of an answer."""
+    answers, cuts = ["e sky is the", "x the sky"], 0
+    for most in range(1, 40):
+        ours = encoder("none", max_length=most)
+        found = ours.encode_cut(user("so " * 20 + "th"), [*map(assistant, answers)]) or []
+        for side, answer in zip(found, answers, strict=False):
+            cuts += 1
+            assert ours.decode(side).endswith(answer)
+    assert cuts

@@ -1310,3 +1310,49 @@ def test_fingerprint_depends_on_the_dtype_that_auto_selects(set_params: SetParam
         train.main()
     runs = [path for path in Path("models/checkpoints").iterdir() if path.is_dir()]
     assert len(runs) == 2
+
+
+def test_packs_of_both_splits_are_checked_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = Mock(side_effect=[None, Fault("differs")])
+    monkeypatch.setattr(train, "require_exact", checked)
+    monkeypatch.delattr(trainer.RewardTrainer, "fit")
+    with pytest.raises(Fault, match="differs"):
+        train.main()
+    assert checked.call_count == 2
+
+
+def test_training_shorter_than_an_interval_has_a_point_in_its_curve(set_params: SetParams) -> None:
+    set_params("train", max_steps=1, logging_steps=2, save_steps=2)
+    train.main()
+    assert [point["step"] for point in curve("training")] == [1]
+
+
+def test_small_head_is_not_scaled_up() -> None:
+    model = built()
+    head = head_of(model.get_base_model())
+    with torch.no_grad():
+        head.weight.mul_(1e-3)
+    before = head.weight.clone()
+    trainer.scale_head(model, training_pairs(), 4096)
+    assert torch.equal(head.weight, before)
+
+
+def test_fingerprint_depends_on_the_template_and_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fingerprint() -> str:
+        groups: tuple[tuple[str, Any], ...] = (
+            ("train", trainer.Train),
+            ("lora", train.Lora),
+            ("quantization", Quantization),
+        )
+        return train.fingerprint(*(params.load(name, kind) for name, kind in groups))
+
+    before, path = fingerprint(), train.TOKENIZED / "template.json"
+    content = read_json(path)
+    write_json(path, content | {"max_length": content["max_length"] - 1})
+    assert fingerprint() != before
+    write_json(path, content)
+    assert fingerprint() == before
+    monkeypatch.setattr(train, "device", lambda: torch.device("cuda"))
+    assert fingerprint() != before
