@@ -83,6 +83,8 @@ def read_evaluated(test: Dataset) -> pa.Table:
     """The rewards of evaluate. Raises a Fault if they cannot be read or belong to other pairs."""
     try:
         table = pyarrow.parquet.read_table(REWARDS)
+    except FileNotFoundError:
+        raise Fault(f"{REWARDS} does not exist; run dvc repro") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise Fault(f"{REWARDS} cannot be read ({error}); run dvc repro") from None
     if table[ID].to_pylist() != test[ID][:]:

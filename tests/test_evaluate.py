@@ -213,7 +213,7 @@ def test_intervals_depend_on_the_number_of_samples_and_the_seed(
     judged: Callable[[Scorer], dict[str, Any]], set_params: SetParams
 ) -> None:
     found = set()
-    for samples, seed in ((50, 0), (50, 1), (10, 0)):
+    for samples, seed in ((200, 0), (200, 1), (100, 0)):
         set_params("evaluate", bootstrap_samples=samples, seed=seed)
         figures = judged(arbitrary_rewards)
         found.add((figures["accuracy_low"], figures["accuracy_high"]))
@@ -392,7 +392,7 @@ def test_non_finite_rewards_stop_the_stage(
 
 def test_bytes_do_not_depend_on_the_number_of_processes(project: Path, tmp_path: Path) -> None:
     """Also if memory runs out in only one of them."""
-    set_params("evaluate", tokens_per_pack=250, bootstrap_samples=10)
+    set_params("evaluate", tokens_per_pack=250, bootstrap_samples=100)
     shutil.rmtree(evaluate.REPORTS)
     evaluate.METRICS.unlink()
     elsewhere = shutil.copytree(project, tmp_path / "elsewhere")

@@ -98,3 +98,19 @@ def test_experiment_runs_its_own_code_despite_an_editable_install(
     stage = ("-m", "stages.fetch")
     message = call(*stage, cwd=experiment, status=1, PYTHONPATH=str(site)).stderr
     assert message == "params.yaml: base.name is 3, must be a text of the experiment\n"
+
+
+def test_python_without_the_packages_is_named() -> None:
+    """As if the environment is not activated: without the folder of installed packages."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "stages.train"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"{sys.executable} lacks the packages of the pipeline; run make repro, or activate the "
+        "environment: . .venv/bin/activate\n"
+    )

@@ -707,8 +707,8 @@ def test_value_that_is_not_finite_is_reported_with_what_can_help(
         train.main()
     assert str(fault.value) == (
         f"the {name} is inf at step 1; lower train.learning_rate, train.max_grad_norm, "
-        "train.center_rewards or lora.lora_alpha, or set quantization.compute_dtype to float32, "
-        "then run again"
+        "train.weight_decay, train.center_rewards or lora.lora_alpha, or set "
+        "quantization.compute_dtype to float32, then run again"
     )
 
 
@@ -813,6 +813,20 @@ def test_warm_up_as_long_as_training_is_noted_in_one_line(
     assert capsys.readouterr().out == (note if noted else "")
 
 
+def test_only_step_of_a_warm_up_is_said_to_learn_nothing(
+    tmp_path: Path, set_params: SetParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_params("train", warmup_steps=0.1)
+    trainer.arguments(params.load("train", trainer.Train), tmp_path, 1)
+    assert "so the learning rate is 0 and nothing is learned; lower" in capsys.readouterr().out
+
+
+def test_adapters_that_do_not_fit_in_memory_are_named(set_params: SetParams) -> None:
+    set_params("lora", r=10**11)
+    with pytest.raises(Fault, match=f"adapters of rank {10**11} do not fit in memory; lower lora"):
+        train.main()
+
+
 def test_tracker_that_is_not_installed_is_named_before_the_model_is_loaded(
     set_params: SetParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -826,7 +840,7 @@ def test_tracker_that_is_not_installed_is_named_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("group", "values", "message"),
     [
-        ("evaluate", {"bootstrap_samples": 0}, "evaluate.bootstrap_samples is 0, must be a posit"),
+        ("evaluate", {"bootstrap_samples": 0}, "evaluate.bootstrap_samples is 0, must be an inte"),
         ("export", {"merge": "fp16"}, "export.merge is 'fp16', must be one of float32, bfloat16"),
         ("export", {"clients": "all"}, "export.clients is all, but trl and sentence-transformers"),
     ],

@@ -8,7 +8,13 @@ from contextlib import chdir
 from typing import Any
 
 import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from reward.exporting.exported import MERGED
 from reward.exporting.given import (
@@ -81,6 +87,7 @@ def trl_reward_merged(exported: Exported) -> Score:
     )
     model = str(exported.folder / MERGED)
     trainer = RewardTrainer(model, config, train_dataset=dataset(exported.ids))
+    trainer.remove_callback(PrinterCallback)
     batches: list[list[float]] = []
     watch(trainer.model, batches.append)
     return rewards
@@ -116,6 +123,7 @@ def by_grpo(exported: Exported, reward_model: str | PreTrainedModel) -> Score:
         reward_processing_classes=None if isinstance(reward_model, str) else exported.tokenizer,
         rollout_func=rollouts,
     )
+    trainer.remove_callback(PrinterCallback)
     [judge] = trainer.reward_funcs
     keep_weights_unpacked(judge)
     watch(judge, rollouts.rewards.extend)

@@ -329,16 +329,19 @@ def head_of(model: nn.Module) -> nn.Linear:
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Add LoRA in fp32 to a base from load_base: to the configured projections or to all.
 
-    Raises a Fault for other names than those of `adaptable`.
+    Raises a Fault for other names than those of `adaptable`, and TooLarge if the adapters do not
+    fit in memory.
     """
     names = config.target_modules or ()
     found = adaptable(model) if names == ALL_LINEAR else target_modules(model, set(names))
     config.target_modules = found  # type: ignore[assignment]  # PEFT turns a list into a set too
     config.task_type = TaskType.SEQ_CLS
     with silent_peft():
-        adapted = get_peft_model(model, config)
-    layers.swap_layers(adapted)
-    return adapted
+        adapted = within_memory(get_peft_model, model, config)
+    if adapted is None:
+        raise TooLarge(f"adapters of rank {config.r} do not fit in memory; lower lora.r")
+    layers.swap_layers(cast(PeftModel, adapted))
+    return cast(PeftModel, adapted)
 
 
 def target_modules(model: PreTrainedModel, names: set[str]) -> set[str]:

@@ -89,7 +89,7 @@ def torchrun_options(command: Sequence[str], machines: bool) -> Namespace:
         count = os.environ.get("PET_NPROC_PER_NODE", str(max(1, gpus)))
         options.nproc_per_node = run.determine_local_world_size(count)
     except ValueError as error:
-        raise Fault(f"PET_NPROC_PER_NODE: {error}") from None
+        raise Fault(f"PET_NPROC_PER_NODE: {error}, expected a positive integer") from None
     if options.nproc_per_node < 1:
         raise Fault(f"PET_NPROC_PER_NODE is {options.nproc_per_node}, expected at least 1")
     if 0 < gpus < options.nproc_per_node:

@@ -93,13 +93,21 @@ class Train:
         int | Literal["auto"],
         Rule("a positive integer, or auto", lambda tokens: tokens == "auto" or tokens > 0),
     ]
-    num_train_epochs: AboveZero
+    num_train_epochs: Annotated[
+        float, Rule("a number above 0 and at most 10000", lambda epochs: 0 < epochs <= 10**4)
+    ]
     max_steps: Annotated[int, Rule("a positive integer, or -1", lambda n: n > 0 or n == -1)]
     learning_rate: AboveZero
     lr_scheduler_type: Annotated[
         str, Rule(f"one of {', '.join(SCHEDULES)}", lambda name: name in SCHEDULES)
     ]
-    warmup_steps: ZeroOrMore
+    warmup_steps: Annotated[
+        float,
+        Rule(
+            "an integer that is not negative, or a share of all steps below 1",
+            lambda steps: 0 <= steps < 1 or (steps >= 1 and steps == int(steps)),
+        ),
+    ]
     weight_decay: ZeroOrMore
     max_grad_norm: AboveZero
     optim: Annotated[str, Rule(f"one of {', '.join(OPTIMIZERS)}", lambda name: name in OPTIMIZERS)]
@@ -403,8 +411,8 @@ def require_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise Fault(
             f"the {name} is {value} at step {step}; lower train.learning_rate, "
-            "train.max_grad_norm, train.center_rewards or lora.lora_alpha, or set "
-            "quantization.compute_dtype to float32, then run again"
+            "train.max_grad_norm, train.weight_decay, train.center_rewards or lora.lora_alpha, or "
+            "set quantization.compute_dtype to float32, then run again"
         )
 
 
@@ -453,9 +461,10 @@ def arguments(options: Train, folder: Path, steps: int) -> TrainingArguments:
     )
     warmup = found.get_warmup_steps(steps)
     if warmup >= steps and options.lr_scheduler_type != "constant":
+        effect = "never reaches its peak" if steps > 1 else "is 0 and nothing is learned"
         print(
             f"note       the warm-up takes {counted(warmup, 'step')} and training has only "
-            f"{steps}, so the learning rate never reaches its peak; lower train.warmup_steps"
+            f"{steps}, so the learning rate {effect}; lower train.warmup_steps"
         )
     # With several visible GPUs, the Trainer would multiply the batch size by their number.
     found._n_gpu = min(found.n_gpu, 1)

@@ -11,6 +11,7 @@ evaluate, and never over those of another model.
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,8 @@ class Judge:
     def __init__(self, folder: Path) -> None:
         """Raises a Fault unless transformers can load the classifier of the folder."""
         logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         try:
             self.model, loading = AutoModelForSequenceClassification.from_pretrained(
                 folder,
