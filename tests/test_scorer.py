@@ -586,7 +586,8 @@ def test_pair_gives_chosen_then_rejected() -> None:
             (
                 {"prompt": "a", "answers": ["b"], name: value},
                 "unread",
-                f"{name!r} has a value, which is read only beside pairs; expected it in the prompt",
+                f"{name!r} has a value, which is read only with 'chosen' and 'rejected'; expected "
+                "it in the prompt",
             )
             for name, value in (
                 ("system", "Be kind."),

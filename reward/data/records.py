@@ -264,7 +264,8 @@ def require_no_context(record: dict[str, Any]) -> None:
         if value not in (None, "", [], {}) and str(value).strip():
             raise BadRecord(
                 "unread",
-                f"{name!r} has a value, which is read only beside pairs; expected it in the prompt",
+                f"{name!r} has a value, which is read only with 'chosen' and 'rejected'; expected "
+                "it in the prompt",
             )
 
 

@@ -37,6 +37,7 @@ from reward.model.base import (
     Quantization,
     adapt,
     base_record,
+    dtype_name,
     fused_experts,
     load_base,
     load_stock,
@@ -153,7 +154,7 @@ def reward_record(trained: Trained, tokenizer: PortableTokenizer) -> dict[str, A
     return {
         "accuracy": metrics["accuracy"],
         "append_eos": template.append_eos,
-        "dtype": str(trained.quantization.dtype).removeprefix("torch."),
+        "dtype": dtype_name(trained.quantization.dtype),
         "max_length": template.max_length,
         "mean": float(np.mean(means)),
         "pad_token_id": tokenizer.pad.id,

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from reward.model.base import head_of, silent_peft
+from reward.model.base import dtype_name, head_of, silent_peft
 from reward.outputs import write_json, writing
 
 # The file names of weights and index, and the size of the largest file, as in save_pretrained.
@@ -77,7 +77,7 @@ def skeleton(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The classifier without quantization and without data, on the meta device."""
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
-    config.architectures, config.dtype = [type(model).__name__], str(dtype).removeprefix("torch.")
+    config.architectures, config.dtype = [type(model).__name__], dtype_name(dtype)
     with torch.device("meta"):
         plain = type(model)(config)
     cast(nn.Module, plain).to(dtype)

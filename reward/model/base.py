@@ -87,16 +87,16 @@ class Quantization:
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.quant_type,
             "bnb_4bit_use_double_quant": self.double_quant,
-            "bnb_4bit_compute_dtype": name_of(self.dtype),
+            "bnb_4bit_compute_dtype": dtype_name(self.dtype),
         }
 
     @property
     def record(self) -> dict[str, Any]:
         """What an adapter fits: the recipe, or the dtype of an unquantized base."""
-        return self.recipe or {"dtype": name_of(self.dtype)}
+        return self.recipe or {"dtype": dtype_name(self.dtype)}
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
