@@ -105,6 +105,7 @@ def main() -> None:
         options.date,
     )
     encoder = Encoder(BASE, template)
+    encoder.require_portable()
     sets = read_sets(Path(options.sets), encoder, drop=options.on_bad_record == "drop")
     ledger = Ledger(sources(Path(options.data)))
     with whole_folder(TOKENIZED) as folder:

@@ -251,9 +251,10 @@ def test_tokenizer_that_no_chat_template_can_match_is_reported(tmp_path: Path) -
     tokenizer = with_spaces(source)
     tokenizer.normalizer = normalizers.Strip(left=True, right=False)
     tokenizer.save(str(source / "tokenizer.json"))
-    with pytest.raises(
-        Fault, match=r"gives '问:a.*different ids after '<s>'.*set preprocess.template"
-    ):
+    sentence = r"gives '问:a.*different ids after '<s>'.*set preprocess.template"
+    with pytest.raises(Fault, match=sentence):
+        Encoder(source, template_of(source)).require_portable()
+    with pytest.raises(Fault, match=sentence):
         prepared(source, template_of(source), 4096)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from datasets import load_from_disk
@@ -887,3 +888,13 @@ def test_benchmark_makes_a_folder_that_the_stage_reads(
             template == "chat"
         )
         monkeypatch.chdir(tiny_base)
+
+
+@pytest.mark.usefixtures("data")
+def test_template_that_export_would_refuse_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Encoder, "require_portable", Mock(side_effect=Fault("no chat template")))
+    monkeypatch.delattr(preprocess, "sources")
+    with pytest.raises(Fault, match="no chat template"):
+        preprocess.main()

@@ -13,7 +13,15 @@ from tokenizers import Encoding, Tokenizer
 
 from reward.data.prefixes import TokenIds
 from reward.data.records import TOOLS, BadRecord, Messages, names_of
-from reward.data.templates import DOUBLED, dated, divide, fill, read_chat_template, render_chat
+from reward.data.templates import (
+    DOUBLED,
+    Around,
+    dated,
+    divide,
+    fill,
+    read_chat_template,
+    render_chat,
+)
 from reward.outputs import digest, read_json, write_json
 from reward.process import Fault
 
@@ -229,6 +237,11 @@ class Encoder:
         tokens = self._tokenizer.get_added_tokens_decoder().values()
         return {token.content for token in tokens if token.special}
 
+    def require_portable(self) -> None:
+        """Raises a Fault unless a chat template can give the ids of a text template, for export."""
+        if self.template.chat_template is None:
+            openings(self._tokenizer, divide(self.template.template))
+
     def encode_cut(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
         """The ids of one prompt with each answer, with the prompt cut so that all of them fit.
 
@@ -328,3 +341,32 @@ def around(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     whole = tokenizer.encode("a").tokens
     start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
+
+
+def openings(tokenizer: Tokenizer, template: Around) -> tuple[str, str, str]:
+    """What `opening` says for a text template: before a text without and with a system message.
+
+    Then what comes after a text. Raises a Fault as `opening` does.
+    """
+    start, end = opening(tokenizer, f"{template.opening(None)}a{template.middle}b{template.tail}")
+    if not template.has_system:
+        return start, "", end
+    text = f"{template.opening('a')}b{template.middle}c{template.tail}"
+    return start, opening(tokenizer, text)[0], end
+
+
+def opening(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
+    """The special tokens as text, to put before and after a text that is tokenized without them.
+
+    The ids are then the same as with special tokens. Some tokenizers put a space before a text, but
+    not after a special token, so the space has to be added. Raises a Fault if that does not help.
+    """
+    before, after = map("".join, around(tokenizer))
+    expected = tokenizer.encode(text).ids
+    for start in (before, before + " "):
+        if tokenizer.encode(start + text + after, add_special_tokens=False).ids == expected:
+            return start, after
+    raise Fault(
+        f"models/base: its tokenizer gives {text!r} different ids after {before!r} in a text, so "
+        "no chat template can render what was trained on; set preprocess.template to chat"
+    )

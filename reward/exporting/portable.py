@@ -20,10 +20,9 @@ from transformers import PreTrainedModel
 
 from reward.data.records import PARTS, UNREAD
 from reward.data.templates import Around, divide
-from reward.data.tokens import Template, around, token_of
+from reward.data.tokens import Template, around, openings, token_of
 from reward.model.base import ADAPTER_WEIGHTS, head_of, set_head
 from reward.outputs import read_json, write_json, write_text, writing
-from reward.process import Fault
 
 PAD = "<|reward_pad|>"
 NO_PAD = ("eos_token", "bos_token", "unk_token")
@@ -176,11 +175,10 @@ def chat_template(tokenizer: Tokenizer, config: dict[str, Any], template: Templa
 
 def in_jinja(tokenizer: Tokenizer, around: Around, eos: str) -> str:
     """A text template as a chat template that renders and rejects the same as `fill`."""
-    start, end = opening(tokenizer, f"{around.opening(None)}a{around.middle}b{around.tail}")
+    start, begin, end = openings(tokenizer, around)
     before, after, roles = "", "", "user, assistant"
     if around.has_system:
-        text = f"{around.opening('a')}b{around.middle}c{around.tail}"
-        before = opening(tokenizer, text)[0] + around.before
+        before = begin + around.before
         after, roles = around.after + around.head, f"{roles} and optionally system before them"
     values = {
         "PARTS": json.dumps([*PARTS, *UNREAD]),
@@ -194,23 +192,6 @@ def in_jinja(tokenizer: Tokenizer, around: Around, eos: str) -> str:
         "EOS": literal(eos),
     }
     return re.sub("__([A-Z]+)__", lambda name: values[name[1]], FIELDS)
-
-
-def opening(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
-    """The special tokens as text, to put before and after a text that is tokenized without them.
-
-    The ids are then the same as with special tokens. Some tokenizers put a space before a text, but
-    not after a special token, so the space has to be added. Raises a Fault if that does not help.
-    """
-    before, after = map("".join, around(tokenizer))
-    expected = tokenizer.encode(text).ids
-    for start in (before, before + " "):
-        if tokenizer.encode(start + text + after, add_special_tokens=False).ids == expected:
-            return start, after
-    raise Fault(
-        f"models/base: its tokenizer gives {text!r} different ids after {before!r} in a text, so "
-        "no chat template can render what was trained on; set preprocess.template to chat"
-    )
 
 
 def literal(text: str) -> str:
