@@ -274,7 +274,8 @@ def test_lists_and_objects_that_are_not_read_are_named() -> None:
     ("prompt", "more", "expected"),
     [
         ("Translate this.", "Hello", "Translate this.\nHello"),
-        ("Translate: Hello", "Hello", "Translate: Hello"),
+        ("Translate:\nHello", "Hello", "Translate:\nHello"),
+        ("Find a synonym of the word", "word", "Find a synonym of the word\nword"),
         ("", "Hello", "Hello"),
     ],
 )
@@ -904,9 +905,8 @@ LONG = "Tell me about the cat"
 
 def test_answer_without_the_prompt_in_a_file_that_repeats_it_is_a_bad_record() -> None:
     repeated = {"prompt": LONG, "chosen": f"{LONG}: A.", "rejected": f"{LONG}: B."}
-    for other in ("A.", f"{LONG}egory."):
-        with pytest.raises(BadRecord, match="'chosen' does not begin with the prompt"):
-            form_of(repeated).read(repeated | {"chosen": other})
+    with pytest.raises(BadRecord, match="'chosen' does not begin with the prompt"):
+        form_of(repeated).read(repeated | {"chosen": "A."})
 
 
 @pytest.mark.parametrize(
@@ -914,7 +914,6 @@ def test_answer_without_the_prompt_in_a_file_that_repeats_it_is_a_bad_record() -
     [
         ("Hello", "Hello! How can I help?", "Hello."),
         ("你好", "你好！有什么可以帮你？", "你好。"),
-        (LONG, f"{LONG}egory.", f"{LONG}alog."),
     ],
 )
 def test_answers_that_begin_with_the_prompt_by_chance_stay_whole(
@@ -927,35 +926,22 @@ def test_answers_that_begin_with_the_prompt_by_chance_stay_whole(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "chosen", "rejected"),
+    ("start", "sentence"),
     [
-        ("Question: How?\nAnswer:", "The cat sat", "The dog ran"),
-        ("Question: How?\nAnswer:", "Yes sure", "No way"),
-        ("Ask Dr. Ray. Then", "go", "stay"),
-        ("Is it here? See http://a.b/?q=1 or", "go", "stay"),
-        ("问题：怎么煮鸡蛋？回答：", "我先烧水", "我不知道"),
+        ("\n\nHuman: Why?\n\nAssistant:", "the turns of the answers lack the prompt"),
+        ("It is", "'chosen' does not begin with the prompt"),
     ],
 )
-def test_prompt_of_whole_texts_does_not_depend_on_the_answers(
-    prompt: str, chosen: str, rejected: str
-) -> None:
-    """So that all pairs with one question are in the same split."""
-    record = {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"}
-    end = max(prompt.rfind(mark) for mark in ("? ", "?\n", ". ", "？"))
-    raw = form_of(record).read(record)
-    assert raw.prompt == prompt[: end + 1]
-    assert [raw.prompt + text for text in raw.answers] == [record["chosen"], record["rejected"]]
-
-
-@pytest.mark.parametrize("start", ["\n\nHuman: Why?\n\nAssistant:", "It is"])
-def test_own_prompt_is_not_ignored_in_a_file_of_whole_texts(start: str) -> None:
+def test_own_prompt_is_not_ignored_in_a_file_of_whole_texts(start: str, sentence: str) -> None:
     whole = {"chosen": f"{start} fine.", "rejected": f"{start} bad."}
     form = form_of(whole)
     assert form.whole
-    with pytest.raises(BadRecord, match="'chosen' does not begin with the prompt"):
+    with pytest.raises(BadRecord, match=sentence):
         form.read(whole | {"prompt": "What about this?"})
-    found, expected = (check(form.read(whole | more)) for more in ({"prompt": start}, {}))
-    assert (found.prompt, found.answers) == (expected.prompt, expected.answers)
+    expected = check(form.read(whole))
+    for own in (start, *([" Why?", [user("Why?")]] if form.whole == "turns" else [])):
+        found = check(form.read(whole | {"prompt": own}))
+        assert (found.prompt, found.answers) == (expected.prompt, expected.answers)
 
 
 def test_repeated_prompt_in_turns_is_parsed_once() -> None:

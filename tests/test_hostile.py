@@ -168,7 +168,8 @@ def test_code_behind_a_link_to_a_folder_is_a_fault() -> None:
 
 def test_attention_without_a_kernel_names_no_code() -> None:
     path = export.EXPORT / "base/config.json"
-    write_json(path, read_json(path) | {"_attn_implementation": "sdpa"})
+    safe = {"_attn_implementation": "sdpa", "_attn_implementation_autoset": True}
+    write_json(path, read_json(path) | safe)
     require_no_code(export.EXPORT)
 
 

@@ -488,8 +488,9 @@ def test_changed_record_that_was_already_scored_is_refused(
 
 
 ANOTHER_FORM = (
-    "in.jsonl: line 1 is read as {}, but was scored in another form: dataset.yaml or the first "
-    "pairs have changed; use the same input, or remove out.jsonl.journal to start again"
+    "in.jsonl: line 1 is read as {}, but was scored in another form: dataset.yaml, the first "
+    "pairs or this program have changed; use the same input, or remove out.jsonl.journal to start "
+    "again"
 )
 
 

@@ -557,7 +557,7 @@ def test_prompt_that_is_the_json_of_messages_is_refused(scorer: Scorer) -> None:
         assert scorer.candidates({"prompt": harmless, "answer": prompt})
 
 
-@pytest.mark.parametrize("empty", [None, "", " ", []])
+@pytest.mark.parametrize("empty", [None, "", " ", [], False, math.nan])
 def test_columns_without_a_value_count_as_missing(empty: Any) -> None:
     context = dict.fromkeys(("system", "history", "input"), empty)
     nulls = dict.fromkeys(("answer", "answers", "chosen", "rejected"))

@@ -96,7 +96,8 @@ class Context:
             raise BadRecord(
                 "wrong_type", f"{self.input!r} and {self.prompt!r} are not both strings"
             )
-        return prompt if prompt.endswith(more) else f"{prompt}\n{more}"
+        rest = prompt.removesuffix(more)
+        return prompt if rest != prompt and rest.endswith("\n") else f"{prompt}\n{more}"
 
 
 def _only(record: Record, names: tuple[str, ...]) -> list[tuple[str, Any]]:
@@ -225,10 +226,12 @@ class Form:
     ) -> tuple[Any, list[Any]]:
         """The prompt and the answers with role and content, after the earlier messages."""
         answers = [_answer(*each) for each in zip(names, found, strict=True)]
-        whole = self.whole if is_blank(prompt) or not self.whole else "repeated"
+        whole = "repeated" if self.whole == "words" and not is_blank(prompt) else self.whole
         match whole:
             case "turns":
-                prompt, answers = None, by_turns(answers, names)
+                answers = by_turns(answers, names)
+                _require_within(prompt, answers[0])
+                prompt = None
             case "words":
                 prompt, answers = _by_words(answers)
             case "repeated":
@@ -349,6 +352,15 @@ def _in_turns(prompt: str, answers: list[Any]) -> tuple[Any, list[Any]]:
     if awaits:
         answers = [answer.strip() if isinstance(answer, str) else answer for answer in answers]
     return found, answers
+
+
+def _require_within(prompt: Any, messages: list[Message]) -> None:
+    """Raises BadRecord for a prompt that is not in the messages of an answer."""
+    if is_blank(prompt):
+        return
+    own = prompt if isinstance(prompt, list) else turns(prompt)
+    if not all(each in messages for each in own or [{"role": "user", "content": prompt.strip()}]):
+        raise BadRecord("prompt_differs", "the turns of the answers lack the prompt")
 
 
 def _by_words(answers: list[Any]) -> tuple[str, list[Any]]:

@@ -260,13 +260,17 @@ def values_of(record: dict[str, Any], names: Sequence[str]) -> list[str]:
 def require_no_context(record: dict[str, Any]) -> None:
     """Raises BadRecord for a value in a column that is read beside pairs only."""
     for name in chain(*BEFORE.values()):
-        value = record.get(name)
-        if value not in (None, "", [], {}) and str(value).strip():
+        if _is_given(record.get(name)):
             raise BadRecord(
                 "unread",
                 f"{name!r} has a value, which is read only with 'chosen' and 'rejected'; expected "
                 "it in the prompt",
             )
+
+
+def _is_given(value: Any) -> bool:
+    """Whether a value is more than null, NaN, false, empty or white space."""
+    return bool(value) and value == value and bool(str(value).strip())
 
 
 def require_all_read(record: dict[str, Any], used: Container[str] = ()) -> None:
@@ -275,7 +279,7 @@ def require_all_read(record: dict[str, Any], used: Container[str] = ()) -> None:
     The columns in `used` have another meaning.
     """
     for name in sorted(MEDIA & record.keys()):
-        if name not in used and record[name] not in (None, "", [], {}):
+        if name not in used and _is_given(record[name]):
             raise BadRecord(
                 "not_text",
                 f"{name!r} has a value, expected text only; remove the column if the answers do "

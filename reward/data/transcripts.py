@@ -15,8 +15,7 @@ FIRST_TURN = re.compile(r"\s*(?:Human|Hum):")
 MARKED_TURN = re.compile(r"(?:\A|\n)<extra_id_[01]>(System|User|Assistant)\n")
 # The marks of the assistant's turns, after which a conversation may go on.
 ANSWERED = re.compile(r"\n\nAssistant:|\n<extra_id_1>Assistant\n")
-# The end of a line or a sentence.
-END = re.compile(r"\n|\.(?=\s|$)|([!?](?![!-~])|[。！？…；])[」』”’）)]*")
+SENTENCE_END = re.compile(r"[。！？!?…；][」』”’）)]*")
 
 Message = dict[str, str]
 
@@ -68,27 +67,24 @@ def marked_turns(text: str) -> list[Message] | None:
 def shared_start(chosen: str, rejected: str) -> int:
     """The length of the prompt with which two texts begin, in characters.
 
-    The prompt ends with the last line or sentence that they share, so that it does not depend on
-    the answers. Without one, it ends with the last shared word, or, in Chinese and Japanese, which
-    have no white space between words, with the last shared character. White space after it is left
-    out, and it is shorter than either text.
+    The prompt ends with the last word that they share, without the white space after it, and is
+    shorter than either text. Chinese and Japanese have no white space between words. There, it ends
+    with the last shared sentence, or else with the last shared character.
     """
     shorter = min(len(chosen.rstrip()), len(rejected.rstrip()))
     differ = (place for place in range(shorter) if chosen[place] != rejected[place])
     cut = max(0, min(next(differ, shorter), shorter - 1))
     while cut and any(_within_word(text, cut) for text in (chosen, rejected)):
         cut -= 1
-    start = chosen[:cut].rstrip()
-    ends = [found.end() for found in END.finditer(start)]
-    return len(start[: ends[-1]].rstrip()) if ends else len(start)
+    if cut and _is_ideographic(chosen[cut - 1]):
+        ends = [found.end() for found in SENTENCE_END.finditer(chosen, 0, cut)]
+        cut = ends[-1] if ends else cut
+    return len(chosen[:cut].rstrip())
 
 
 def repeats(prompt: Any, answer: Any) -> bool:
-    """Whether an answer is a text that begins with its prompt, which ends with a whole word."""
-    if not isinstance(prompt, str) or not isinstance(answer, str) or not answer.startswith(prompt):
-        return False
-    around = answer[len(prompt) - 1 : len(prompt) + 1] if prompt else ""
-    return len(around) < 2 or not around.isalnum() or any(map(_is_ideographic, around))
+    """Whether an answer is a text that begins with its prompt."""
+    return isinstance(prompt, str) and isinstance(answer, str) and answer.startswith(prompt)
 
 
 def _within_word(text: str, cut: int) -> bool:

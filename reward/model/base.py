@@ -174,8 +174,14 @@ def require_no_kernel(folder: Path, config: dict[str, Any]) -> None:
 
 
 def names_kernel(part: dict[str, Any]) -> bool:
-    """Whether an object of a configuration names an attention that is not SAFE."""
-    return any(ATTENTION in key and value not in SAFE for key, value in part.items())
+    """Whether an object of a configuration names an attention that is not SAFE.
+
+    Earlier versions of transformers wrote a boolean under a similar key.
+    """
+    return any(
+        ATTENTION in key and not isinstance(value, bool) and value not in SAFE
+        for key, value in part.items()
+    )
 
 
 def objects_in(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

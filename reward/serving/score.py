@@ -359,7 +359,8 @@ class Journal:
             raise Fault(f"{item.place} was scored as {row['file']}; {self._remedy('path')}")
         raise Fault(
             f"{item.place} is read as {item.input.form.description}, but was scored in another "
-            f"form: {MAPPING} or the first pairs have changed; {self._remedy('input')}"
+            f"form: {MAPPING}, the first pairs or this program have changed; "
+            f"{self._remedy('input')}"
         )
 
     def _write(self, content: bytes) -> None:
