@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-# This import comes first, so that the process ends with DVC even while it imports libraries.
+# This import comes before libraries, so that the process ends with DVC even while it imports them.
 import reward  # noqa: F401
 
 if not all(map(find_spec, ("torch", "pyarrow"))):
