@@ -984,7 +984,11 @@ def test_address_in_use_is_reported(held: Held, caplog: pytest.LogCaptureFixture
     assert not caplog.records  # such as a traceback of what is still running at the end
 
 
-@pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "in use"), ("192.0.2.1", "assign")])
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    # Since Python 3.13, asyncio gives no error number for addresses that are not this machine's.
+    [("127.0.0.1", "in use"), ("192.0.2.1", "(assign|could not bind on any address)")],
+)
 def test_address_is_checked_before_the_model_is_loaded(
     host: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

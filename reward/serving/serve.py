@@ -197,9 +197,9 @@ async def binding(host: str, port: int, shared: bool = False) -> AsyncIterator[l
             sockets = [each.dup() for each in server.sockets]
         yield sockets
     except (OSError, UnicodeError) as error:  # a bad address, or a host name that is not valid
+        reason = getattr(error, "strerror", None) or error
         raise Fault(
-            f"cannot listen on {host}:{port}: {getattr(error, 'strerror', error)}; expected a free "
-            "address of this machine"
+            f"cannot listen on {host}:{port}: {reason}; expected a free address of this machine"
         ) from None
 
 
