@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from benchmarks.defaults import RESAMPLING, RESULTS, command, exists, rewards_of
+from benchmarks.defaults import RESULTS, command, exists, rewards_of
+from reward.judging.compare import interval_of_difference
 from reward.judging.evaluation import as_judged
 from reward.judging.metrics import Floats, calibration, correct, losses
 from reward.process import command_line
@@ -174,7 +175,7 @@ def ranged(values: Floats) -> str:
 
 
 def interval(values: Floats, prompts: np.ndarray) -> str:
-    low, high = RESAMPLING.interval(values, prompts)
+    low, high = interval_of_difference(values, prompts)
     return f"{low:+.4f} to {high:+.4f}"
 
 

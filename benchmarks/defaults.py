@@ -37,17 +37,18 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from reward import params
+from reward.data.columns import TIE
 from reward.data.reading import read
 from reward.data.records import check
 from reward.data.splitting import split
-from reward.judging.metrics import Floats, Resampling, correct, losses
+from reward.judging.compare import interval_of_difference
+from reward.judging.metrics import Floats, correct, losses
 from reward.process import command_line
 from stages.preprocess import Preprocess
 
 FOLDS = Path("data/folds")
 RESULTS = Path("benchmarks/results")
 REWARDS = "reports/evaluate/rewards.parquet"
-RESAMPLING = Resampling(samples=10_000, seed=0)
 SEEDS = 3
 Levels = npt.NDArray[np.int64]
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -231,18 +232,22 @@ def experiment(name: str, row: int, fold: int) -> str:
     return f"{name}-{row}-{fold}"
 
 
-def judged(options: argparse.Namespace, runs: int) -> tuple[Floats, npt.NDArray[np.str_]]:
-    """Margins, [runs, pairs], and the prompt of each pair; all runs have the same order."""
+def judged(options: argparse.Namespace, runs: int) -> tuple[Floats, Floats, npt.NDArray[np.str_]]:
+    """Margins, [runs, pairs], and preference and prompt of each pair, in the same order."""
     rows = []
     for row in range(runs):
         tables = [
-            rewards_of(experiment(options.name, row, fold)).select(["id", "prompt_id", "margin"])
+            rewards_of(experiment(options.name, row, fold)).select(
+                ["id", "prompt_id", "preference", "margin"]
+            )
             for fold in range(options.held)
         ]
         rows.append({record["id"]: record for table in tables for record in table.to_pylist()})
     ids = sorted(set.intersection(*(set(row) for row in rows)))
     margins = np.array([[row[key]["margin"] for key in ids] for row in rows], dtype=np.float64)
-    return margins, np.array([rows[0][key]["prompt_id"] for key in ids])
+    first = [rows[0][key] for key in ids]
+    preference = np.array([record["preference"] for record in first])
+    return margins, preference, np.array([record["prompt_id"] for record in first])
 
 
 # --- the tables ------------------------------------------------------------------------------
@@ -260,10 +265,16 @@ def effects(design: Levels) -> Iterator[tuple[list[Factor], Levels]]:
 
 
 def as_markdown(
-    options: argparse.Namespace, design: Levels, margins: Floats, prompts: npt.NDArray[np.str_]
+    options: argparse.Namespace,
+    design: Levels,
+    margins: Floats,
+    preference: Floats,
+    prompts: npt.NDArray[np.str_],
 ) -> str:
+    """The effects of the parameters and the results of the runs. Ties count only in the loss."""
     numbers = np.unique(prompts, return_inverse=True)[1]
-    right, loss = correct(margins), losses(margins)
+    decided = preference != TIE
+    right, loss = correct(margins)[:, decided], losses(margins, preference)
     lines = [
         f"# Parameters at two levels: {options.name}",
         "",
@@ -280,9 +291,9 @@ def as_markdown(
             ", ".join(getattr(factor, name) for factor in factors)
             for name in ("key", "low", "high")
         ]
-        for values in (right, loss):
+        for values, of in ((right, numbers[decided]), (loss, numbers)):
             effect = values[levels > 0].mean(0) - values[levels < 0].mean(0)
-            low, high = RESAMPLING.interval(effect, numbers)
+            low, high = interval_of_difference(effect, of)
             cells.append(f"{effect.mean():+.4f} ({low:+.4f} to {high:+.4f})")
         lines.append(f"| {' | '.join(cells)} |")
     lines += [

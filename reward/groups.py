@@ -5,10 +5,10 @@ So a value that they would refuse ends training before its first step, not when 
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Annotated, Literal
+from typing import Literal
 
 from reward import params
-from reward.params import Positive, Rule, Seed, ZeroOrMore
+from reward.params import Positive, Seed, ZeroOrMore
 from reward.process import Fault
 
 # What the clients of `export.clients: all` import, and the names of its packages.
@@ -20,9 +20,6 @@ class Evaluate:
     """The group `evaluate` of params.yaml, which describes each key."""
 
     tokens_per_pack: Positive
-    bootstrap_samples: Annotated[
-        int, Rule("an integer from 100 to 1000000", lambda samples: 100 <= samples <= 10**6)
-    ]
     seed: Seed
 
 

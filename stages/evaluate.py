@@ -43,7 +43,7 @@ from reward.judging.evaluation import (
     write_rewards,
 )
 from reward.judging.length import by_length_difference, length_curve
-from reward.judging.metrics import Figures, Judged, Resampling, histogram, reliability, roc
+from reward.judging.metrics import Figures, Judged, histogram, reliability, roc
 from reward.model import group
 from reward.model.base import Quantization, load
 from reward.model.launching import distribute
@@ -76,12 +76,12 @@ def main() -> None:
     table, *extra = [rewards_of(model, each, options.tokens_per_pack) for each in datasets]
     if not group.leads():
         return
-    judged, resampling = as_judged(table), Resampling(options.bootstrap_samples, options.seed)
-    figures = measure(table, judged, resampling)
-    figures["sets"] = measure_sets(sets, extra, resampling)
+    judged = as_judged(table)
+    figures = measure(table, judged, options.seed)
+    figures["sets"] = measure_sets(sets, extra)
     with whole_folder(REPORTS) as folder:
         write_rewards(folder, table, sets, extra)
-        for name, rows in curves(judged, resampling).items():
+        for name, rows in curves(judged, options.seed).items():
             write_json(folder / f"{name}.json", rows)
         write_json(folder / "slices.json", slices_to_plot(figures))
         write_page(folder / PAGE.name, sets, [table, *extra], figures)
@@ -118,15 +118,15 @@ def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:
         )
 
 
-def curves(judged: Judged, resampling: Resampling) -> dict[str, list[Figures]]:
+def curves(judged: Judged, seed: int) -> dict[str, list[Figures]]:
     """The data of the plots of the test pairs, except the slices."""
     decided = judged.decided()
     return {
         "margins": histogram(decided.margin),
         "roc": roc(decided),
         "reliability": reliability(decided),
-        "length": by_length_difference(decided, resampling),
-        "length_curve": length_curve(judged, resampling.seed),
+        "length": by_length_difference(decided),
+        "length_curve": length_curve(judged, seed),
     }
 
 

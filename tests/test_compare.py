@@ -1,11 +1,13 @@
 """Comparing two judgements: the verdict, and the evidence for it."""
 
 import io
+import random
 import re
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,14 @@ from scipy import stats
 
 from reward.data.columns import PREFERENCE, TIE
 from reward.judging import compare
-from reward.judging.compare import Comparison, align, mcnemar, report
+from reward.judging.compare import (
+    Comparison,
+    align,
+    interval_of_difference,
+    interval_of_gain,
+    mcnemar,
+    report,
+)
 from reward.process import Fault, run
 
 NAMES = ("main", "other")
@@ -74,6 +83,58 @@ def test_identical_gains_need_enough_prompts(prompts: int, verdict: str) -> None
     """Resampled identical gains have no spread; six of six has a probability of 1/64 per side."""
     printed = report(compared([-1.0] * prompts * 3, [1.0] * prompts * 3, 3), NAMES, False)
     assert verdict in printed
+
+
+def slow_interval(values: list[float], prompts: list[int], samples: int) -> tuple[float, float]:
+    """The middle of the means over prompts drawn with replacement, with all of their pairs.
+
+    It is the middle 95%, widened by the ratio of a t interval to a normal one without n / (n - 1).
+    """
+    draw = random.Random(1)
+    names = sorted(set(prompts))
+    means = []
+    for _ in range(samples):
+        found: list[float] = []
+        for name in (draw.choice(names) for _ in names):
+            found += [
+                value for value, prompt in zip(values, prompts, strict=True) if prompt == name
+            ]
+        means.append(sum(found) / len(found))
+    means.sort()
+    count = len(names)
+    tail = NormalDist().cdf(-((count / (count - 1)) ** 0.5) * stats.t(count - 1).ppf(0.975))
+    return means[int(tail * samples)], means[int((1 - tail) * samples)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_interval_matches_resampled_prompts(seed: int) -> None:
+    draw = random.Random(seed)
+    prompts = [draw.randrange(25) for _ in range(80)]
+    gain = [draw.choice([0.0, 0.0, -1.0, 0.5, 1.0]) for _ in prompts]
+    found = interval_of_gain(np.array(gain), np.array(prompts))
+    assert found == pytest.approx(slow_interval(gain, prompts, 2000), abs=0.04)
+
+
+def test_interval_of_few_prompts_is_wider_than_the_middle_of_their_means() -> None:
+    draw, prompts = random.Random(0), [*range(8)]
+    values = [draw.random() for _ in prompts]
+    found = interval_of_difference(np.array(values), np.array(prompts))
+    assert found == pytest.approx(slow_interval(values, prompts, 20_000), abs=0.01)
+    means = np.random.default_rng(1).choice(values, (20_000, 8)).mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert found[0] < low - 0.02
+    assert found[1] > high + 0.02
+
+
+@pytest.mark.parametrize(("prompts", "each"), [(20, 1), (20, 3), (2, 1)])
+def test_no_change_in_some_prompts_does_not_exclude_changes_in_others(
+    prompts: int, each: int
+) -> None:
+    """If more than `share` of all prompts changed, it would be unlikely to see none of them."""
+    low, high = interval_of_gain(np.zeros(prompts * each), np.arange(prompts * each) % prompts)
+    share = 1 - 0.025 ** (1 / prompts)
+    assert (low, high) == pytest.approx((-share, share))
+    assert interval_of_gain(np.zeros(each), np.zeros(each, dtype=int)) == (-1, 1)
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 5), (12, 3), (0, 7), (1, 0)])

@@ -15,7 +15,6 @@ from ruamel.yaml import YAML
 
 from reward.judging import evaluation
 from reward.judging import page as judgements
-from reward.judging.metrics import Resampling
 from reward.serving import queue, serve
 from stages import evaluate
 
@@ -345,7 +344,7 @@ def test_docs_describe_exactly_the_keys_of_the_evaluation(language: str) -> None
     assert all(f"`{name}`" in page("docs/evaluation", language) for name in compared)
 
 
-def measured() -> tuple[pa.Table, Any, Resampling]:
+def measured() -> tuple[pa.Table, Any, int]:
     """Three comparisons of three answers to each of two prompts, as in `evaluate`."""
     table = pa.table(
         {
@@ -362,7 +361,7 @@ def measured() -> tuple[pa.Table, Any, Resampling]:
             "prompt_id": ["p", "p", "p", "q", "q", "q"],
         }
     )
-    return table, evaluation.as_judged(table), Resampling(samples=100, seed=0)
+    return table, evaluation.as_judged(table), 0
 
 
 def described(language: str) -> set[str]:

@@ -21,7 +21,6 @@ from reward.data.columns import IDS
 from reward.groups import Evaluate
 from reward.judging import evaluation
 from reward.judging.benchmarks import REWARDBENCH
-from reward.judging.metrics import Resampling
 from reward.model.packing import Texts
 from reward.outputs import digest, digests
 from reward.process import Fault
@@ -209,15 +208,17 @@ def test_same_rewards_give_the_same_bytes(judged: Callable[[Scorer], dict[str, A
     assert (digests(evaluate.REPORTS), evaluate.METRICS.read_bytes()) == first
 
 
-def test_intervals_depend_on_the_number_of_samples_and_the_seed(
+def test_halves_of_the_prompts_depend_on_the_seed(
     judged: Callable[[Scorer], dict[str, Any]], set_params: SetParams
 ) -> None:
     found = set()
-    for samples, seed in ((200, 0), (200, 1), (100, 0)):
-        set_params("evaluate", bootstrap_samples=samples, seed=seed)
+    for seed in (0, 1):
+        set_params("evaluate", seed=seed)
         figures = judged(arbitrary_rewards)
-        found.add((figures["accuracy_low"], figures["accuracy_high"]))
-    assert len(found) == 3
+        found.add((figures["accuracy_low"], figures["length"]["adjusted"]["correlation"]))
+    [low] = {low for low, _ in found}
+    assert len(found) == 2
+    assert 0 < low < figures["accuracy"]
 
 
 def test_threads_and_packs_are_those_that_were_asked_for(
@@ -259,7 +260,7 @@ def graded(preference: list[float], margin: list[float], **columns: list[str]) -
 
 
 def measured(table: pa.Table) -> dict[str, Any]:
-    return evaluation.measure(table, evaluation.as_judged(table), Resampling(200, 0))
+    return evaluation.measure(table, evaluation.as_judged(table), 0)
 
 
 def test_ties_count_only_in_loss_and_calibration() -> None:
@@ -275,7 +276,7 @@ def test_ties_count_only_in_loss_and_calibration() -> None:
     losses += [0.75 * math.log1p(math.exp(1)) + 0.25 * math.log1p(math.exp(-1))]
     assert found["loss"] == pytest.approx(sum(losses) / 3)
     curves, others = (
-        evaluate.curves(each, Resampling(200, 0))
+        evaluate.curves(each, 0)
         for each in (evaluation.as_judged(table), evaluation.as_judged(table).decided())
     )
     assert len(curves.pop("length_curve")) > len(others.pop("length_curve"))
@@ -316,7 +317,7 @@ def test_judging_needs_pairs_that_are_not_ties() -> None:
 def test_set_of_only_ties_has_no_accuracy() -> None:
     table = graded([0.5] * 3, [1.0, 2.0, 3.0], kind=["a", "b", "c"])
     each = evaluation.TestSet("even", Dataset.from_dict({}), {"leaked": 1, "bad": 0, "too_long": 0})
-    sets = evaluation.measure_sets([each], [table], Resampling(200, 0))
+    sets = evaluation.measure_sets([each], [table])
     assert sets["even"]["pairs"] == 0
     assert sets["even"]["by"] == {}
     figures = measured(graded([1.0] * 6, [1.0] * 6)) | {"sets": sets}
@@ -331,14 +332,14 @@ def test_rewardbench_set_has_a_score_and_a_slice_for_each_subset() -> None:
     each = evaluation.TestSet(
         "bench", Dataset.from_dict({}), {"leaked": 0, "bad": 0, "too_long": 0}
     )
-    sets = evaluation.measure_sets([each], [table], Resampling(200, 0))
+    sets = evaluation.measure_sets([each], [table])
     assert sets["bench"]["by"]["subset"].keys() == {*names}
     assert sets["bench"]["benchmark"]["score"] == pytest.approx(1 - 164 / 1968 / 4)
     figures = measured(graded([1.0] * 6, [1.0] * 6)) | {"sets": sets}
     found = evaluate.headline(figures)
     assert found["sets/bench"] == pytest.approx(22 / 23)
     assert found["sets/bench/score"] == sets["bench"]["benchmark"]["score"]
-    some = evaluation.measure_sets([each], [table.slice(0, 3)], Resampling(200, 0))
+    some = evaluation.measure_sets([each], [table.slice(0, 3)])
     assert some["bench"]["benchmark"]["score"] is None
     assert "sets/bench/score" not in evaluate.headline(figures | {"sets": some})
 
@@ -392,7 +393,7 @@ def test_non_finite_rewards_stop_the_stage(
 
 def test_bytes_do_not_depend_on_the_number_of_processes(project: Path, tmp_path: Path) -> None:
     """Also if memory runs out in only one of them."""
-    set_params("evaluate", tokens_per_pack=250, bootstrap_samples=100)
+    set_params("evaluate", tokens_per_pack=250)
     shutil.rmtree(evaluate.REPORTS)
     evaluate.METRICS.unlink()
     elsewhere = shutil.copytree(project, tmp_path / "elsewhere")

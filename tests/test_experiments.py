@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,22 @@ def test_effect_is_attributed_to_the_parameters_that_vary_with_it(
     options: Any = argparse.Namespace(name="x", folds=3, held=3, set_param=[])
     levels = design[:, [factor.key for factor in FACTORS].index("train.learning_rate")]
     margins = np.repeat(levels[:, None].astype(float), 4, axis=1)
-    report = defaults.as_markdown(options, design, margins, np.array(["p", "p", "q", "r"]))
+    report = defaults.as_markdown(options, design, margins, np.ones(4), np.array([*"ppqr"]))
     rows = [line for line in report.splitlines() if line.endswith(") |")]
     nothing = "0.0000 (+0.0000 to +0.0000)"
     assert [line for line in rows if line.replace("-0.0", "+0.0").count(nothing) != 2] == [
         f"| {first} | +1.0000 (+1.0000 to +1.0000) | -1.0000 (-1.0000 to -1.0000) |"
     ]
+
+
+def test_effects_on_accuracy_ignore_ties() -> None:
+    """Of four pairs, one is a tie, on which the margin makes no difference to the accuracy."""
+    options: Any = argparse.Namespace(name="x", folds=3, held=3, set_param=[])
+    margins, preference = np.array([[1.0, -1, 1, -1]] * len(DESIGN)), np.array([1, 1, 1, 0.5])
+    report = defaults.as_markdown(options, DESIGN, margins, preference, np.array([*"ppqr"]))
+    on_ties, others = (math.log1p(math.exp(-1)) + n for n in (0.5, 1 / 3))
+    loss = (on_ties + 3 * others) / 4
+    assert report.splitlines()[-1].endswith(f" | {2 / 3:.4f} | {loss:.4f} |")
 
 
 def test_folds_hold_out_each_record_once_and_keep_prompts_together(

@@ -2,7 +2,6 @@
 
 import math
 import random
-from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -10,10 +9,8 @@ from scipy import special, stats
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 from reward.judging import metrics as judgement
-from reward.judging.metrics import Floats, Judged, Resampling
+from reward.judging.metrics import Floats, Judged, accuracy, interval
 from tests.judgements import pairs
-
-RESAMPLING = Resampling(samples=2000, seed=0)
 
 
 def random_judgement(count: int = 60, seed: int = 0, prompts: int = 25, votes: int = 1) -> Judged:
@@ -44,75 +41,75 @@ def sigmoid(margin: float) -> float:
 # --- the interval ----------------------------------------------------------------------------
 
 
-def slow_interval(values: list[float], prompts: list[int], samples: int) -> tuple[float, float]:
-    """The middle of the means over prompts drawn with replacement, with all of their pairs.
+def slow_interval(shares: list[float], prompts: list[int]) -> tuple[float, float]:
+    """The accuracies that are not too far from the share that was found, by bisection.
 
-    It is the middle 95%, widened by the ratio of a t interval to a normal one without n / (n - 1).
+    Too far is more than Student's t standard errors of as many independent draws as have the
+    variance between prompts. The degrees of freedom are those of as many prompts of equal size.
     """
-    draw = random.Random(1)
     names = sorted(set(prompts))
-    means = []
-    for _ in range(samples):
-        found: list[float] = []
-        for name in (draw.choice(names) for _ in names):
-            found += [
-                value for value, prompt in zip(values, prompts, strict=True) if prompt == name
-            ]
-        means.append(sum(found) / len(found))
-    means.sort()
-    count = len(names)
-    tail = NormalDist().cdf(-((count / (count - 1)) ** 0.5) * stats.t(count - 1).ppf(0.975))
-    return means[int(tail * samples)], means[int((1 - tail) * samples)]
+    groups = [
+        [share for share, prompt in zip(shares, prompts, strict=True) if prompt == name]
+        for name in names
+    ]
+    found, count = sum(shares) / len(shares), len(names)
+    off = [sum(share - found for share in group) for group in groups]
+    variance = sum(each**2 for each in off) / len(shares) ** 2 * count / (count - 1)
+    draws = found * (1 - found) / variance
+    kish = len(shares) ** 2 / sum(len(group) ** 2 for group in groups)
+    quantile = stats.t(kish - 1).ppf(0.975)
+
+    def too_far(accuracy: float) -> bool:
+        return abs(found - accuracy) > quantile * math.sqrt(accuracy * (1 - accuracy) / draws)
+
+    bounds = []
+    for outside in (0.0, 1.0):
+        inside = found
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if too_far(middle) else (middle, outside)
+        bounds.append(inside)
+    return bounds[0], bounds[1]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_interval_matches_resampled_prompts(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_interval_has_the_accuracies_that_are_not_too_far(seed: int) -> None:
     draw = random.Random(seed)
     prompts = [draw.randrange(25) for _ in range(80)]
     right = [draw.choice([0.0, 0.5, 1.0, 1.0]) for _ in prompts]
-    found = RESAMPLING.interval_of_share(np.array(right), np.array(prompts))
-    assert found == pytest.approx(slow_interval(right, prompts, 2000), abs=0.02)
+    found = interval(np.array(right), np.array(prompts))
+    assert found == pytest.approx(slow_interval(right, prompts))
 
 
-def test_interval_of_few_prompts_is_wider_than_the_middle_of_their_means() -> None:
-    draw, prompts = random.Random(0), [*range(8)]
-    values = [draw.random() for _ in prompts]
-    found = Resampling(20_000, 0).interval(np.array(values), np.array(prompts))
-    assert found == pytest.approx(slow_interval(values, prompts, 20_000), abs=0.01)
-    means = np.random.default_rng(1).choice(values, (20_000, 8)).mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    assert found[0] < low - 0.02
-    assert found[1] > high + 0.02
+def test_interval_of_independent_pairs_is_the_score_interval() -> None:
+    """Up to n - 1 in the variance, and Student's t, which matter little for 2,000 prompts."""
+    right = np.arange(2000) % 10 < 9
+    found = interval(right.astype(float), np.arange(2000))
+    expected = stats.binomtest(1800, 2000).proportion_ci(method="wilson")
+    assert found == pytest.approx((expected.low, expected.high), abs=2e-5)
 
 
 def test_pairs_of_one_prompt_count_as_one_draw() -> None:
     """Ten copies of every pair are not more evidence than one."""
     right = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.5])
     prompts = np.arange(8)
-    once = RESAMPLING.interval_of_share(right, prompts)
-    copied = RESAMPLING.interval_of_share(np.repeat(right, 10), np.repeat(prompts, 10))
+    once = interval(right, prompts)
+    copied = interval(np.repeat(right, 10), np.repeat(prompts, 10))
     assert copied == pytest.approx(once)
     assert once[1] - once[0] > 0.4
 
 
 def test_single_prompt_gives_no_information() -> None:
-    assert RESAMPLING.interval_of_share(np.array([1.0, 1.0]), np.array([7, 7])) == (0.0, 1.0)
-
-
-def test_interval_depends_on_its_seed() -> None:
-    right, prompts = np.array([1.0, 0.0] * 20), np.arange(40)
-    other = Resampling(50, 1).interval_of_share(right, prompts)
-    assert other == Resampling(50, 1).interval_of_share(right, prompts)
-    assert other != Resampling(50, 2).interval_of_share(right, prompts)
+    assert interval(np.array([1.0, 1.0]), np.array([7, 7])) == (0.0, 1.0)
 
 
 def test_interval_has_width_if_all_or_none_are_correct() -> None:
     """A model with an accuracy of 0.69 gets ten of ten prompts right with a chance of 1 in 40."""
     prompts = np.arange(20) % 10
-    low, high = RESAMPLING.interval_of_share(np.ones(20), prompts)
+    low, high = interval(np.ones(20), prompts)
     assert low**10 == pytest.approx(0.025)
     assert high == 1
-    assert RESAMPLING.interval_of_share(np.zeros(20), prompts) == (0, 1 - low)
+    assert interval(np.zeros(20), prompts) == (0, 1 - low)
 
 
 @pytest.mark.parametrize("prompts", [2, 5, 46])
@@ -120,7 +117,7 @@ def test_one_error_never_gives_a_better_interval_than_none(prompts: int) -> None
     names = np.repeat(np.arange(prompts), 10)
     all_right, one_miss = np.ones(len(names)), np.ones(len(names))
     one_miss[0] = 0
-    best, good = (RESAMPLING.interval_of_share(each, names) for each in (all_right, one_miss))
+    best, good = (interval(each, names) for each in (all_right, one_miss))
     assert good[0] <= best[0]
     assert good[1] <= best[1] == 1
 
@@ -132,9 +129,25 @@ def test_interval_coverage_is_close_to_nominal(prompts: int) -> None:
     names = np.repeat(np.arange(prompts), 6)
     for _ in range(300):
         right = draw.random(len(names)) < draw.beta(2.1, 0.9, prompts)[names]
-        low, high = Resampling(300, 0).interval_of_share(right.astype(float), names)
+        low, high = interval(right.astype(float), names)
         held += low <= 0.7 <= high
     assert held / 300 > 0.93
+
+
+@pytest.mark.parametrize("prompts", [10, 46, 100])
+def test_interval_of_single_pairs_covers_every_accuracy(prompts: int) -> None:
+    """Exact probabilities. The lower bound, for which people look at the interval, is safest."""
+    errors = np.arange(prompts + 1)
+    intervals = [
+        interval((np.arange(prompts) >= count).astype(float), np.arange(prompts))
+        for count in errors
+    ]
+    low, high = np.array(intervals).T
+    for share in np.arange(0.5, 1, 0.005):
+        probability = stats.binom(prompts, 1 - share).pmf(errors)
+        assert probability[low > share].sum() < 0.03, share
+        assert probability[high < share].sum() < (0.07 if share < 0.98 else 0.13), share
+    assert (np.diff(low) < 0).all()
 
 
 def test_prompts_with_few_of_the_pairs_count_less() -> None:
@@ -144,16 +157,16 @@ def test_prompts_with_few_of_the_pairs_count_less() -> None:
         sizes = np.minimum(draw.pareto(1.2, 40) * 2 + 1, 200).astype(int)
         names = np.repeat(np.arange(40), sizes)
         right = draw.random(len(names)) < draw.beta(2.85, 0.15, 40)[names]
-        low, high = Resampling(300, 0).interval_of_share(right.astype(float), names)
+        low, high = interval(right.astype(float), names)
         held += low <= 0.95 <= high
     assert held / 300 > 0.93
     one_large = np.repeat(np.arange(40), [1000, *[1] * 39])
-    low, _ = RESAMPLING.interval_of_share(np.ones(len(one_large)), one_large)
-    assert low < RESAMPLING.interval_of_share(equal, np.arange(40))[0] / 10
+    low, _ = interval(np.ones(len(one_large)), one_large)
+    assert low < interval(equal, np.arange(40))[0] / 10
 
 
 def test_accuracy_of_no_pairs_is_none() -> None:
-    assert RESAMPLING.accuracy(random_judgement().take(np.zeros(60, dtype=bool))) == {"pairs": 0}
+    assert accuracy(random_judgement().take(np.zeros(60, dtype=bool))) == {"pairs": 0}
 
 
 # --- calibration -----------------------------------------------------------------------------
@@ -310,16 +323,16 @@ def test_loss_at_temperature_needs_errors_and_several_prompts() -> None:
 def test_ties_are_neither_correct_nor_wrong() -> None:
     judged = random_judgement(200, votes=2)
     assert 50 < judged.tied.sum() < 150
-    found = RESAMPLING.accuracy(judged)
+    found = accuracy(judged)
     right = [
         0.5 if margin == 0 else float(margin > 0)
         for margin, preference in zip(judged.margin, judged.preference, strict=True)
         if preference > 0.5
     ]
-    assert found == RESAMPLING.accuracy(judged.decided())
+    assert found == accuracy(judged.decided())
     assert found["accuracy"] == pytest.approx(sum(right) / len(right))
     assert found["pairs"] == len(right)
-    assert RESAMPLING.accuracy(judged.take(judged.tied)) == {"pairs": 0}
+    assert accuracy(judged.take(judged.tied)) == {"pairs": 0}
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -10,10 +10,10 @@ import pytest
 from scipy import stats
 
 from reward.judging import length
-from reward.judging.metrics import Floats, Ints, Judged, Resampling
+from reward.judging.metrics import Floats, Ints, Judged, accuracy
 from tests.judgements import pairs
 
-RESAMPLING = Resampling(samples=2000, seed=0)
+SEED = 0
 
 
 def random_judgement(count: int, seed: int = 0, prompts: int = 25, votes: int = 1) -> Judged:
@@ -30,7 +30,7 @@ def random_judgement(count: int, seed: int = 0, prompts: int = 25, votes: int = 
 
 def test_length_audit_matches_a_plain_loop() -> None:
     judged = random_judgement(120)
-    found = length.length_audit(judged, RESAMPLING)
+    found = length.length_audit(judged, SEED)
     groups: dict[str, list[float]] = {"chosen_longer": [], "chosen_shorter": [], "equal": []}
     longer = []
     for chosen, rejected, left, right in zip(
@@ -59,7 +59,7 @@ def test_preference_for_length_is_detected(sign: float, correlation: float) -> N
     lengths: Ints = np.arange(1, 41)
     rewards: Floats = sign * lengths.astype(float)
     judged = pairs(rewards[:20], rewards[20:], (lengths[:20], lengths[20:]))
-    found = length.length_audit(judged, RESAMPLING)
+    found = length.length_audit(judged, SEED)
     assert found["correlation"] == pytest.approx(correlation)
     assert found["longer_accuracy"] == 0
     assert found["chosen_longer"] == found["equal"] == {"pairs": 0}
@@ -68,12 +68,12 @@ def test_preference_for_length_is_detected(sign: float, correlation: float) -> N
 
 def test_constant_rewards_have_no_correlation() -> None:
     judged = pairs(np.zeros(4), np.zeros(4), (np.arange(4), np.arange(4)))
-    assert length.length_audit(judged, RESAMPLING)["correlation"] is None
+    assert length.length_audit(judged, SEED)["correlation"] is None
 
 
 def test_every_pair_is_in_one_group_of_length_difference() -> None:
     judged = random_judgement(100)
-    rows = length.by_length_difference(judged, RESAMPLING)
+    rows = length.by_length_difference(judged)
     assert sum(row["pairs"] for row in rows) == 100
     differences = [row["difference"] for row in rows]
     assert differences == sorted(differences)
@@ -82,17 +82,28 @@ def test_every_pair_is_in_one_group_of_length_difference() -> None:
 
 
 def test_pairs_of_equal_length_form_one_group() -> None:
-    [row] = length.by_length_difference(pairs(np.arange(9.0), np.zeros(9)), RESAMPLING)
+    [row] = length.by_length_difference(pairs(np.arange(9.0), np.zeros(9)))
     assert row["pairs"] == 9
+
+
+@pytest.mark.parametrize(("equal", "longer"), [(60, 40), (95, 5), (5, 95)])
+def test_different_lengths_are_different_groups(equal: int, longer: int) -> None:
+    """Unless one of them is so rare that it is in the last group anyway."""
+    tokens = np.array([5] * equal + [15] * longer)
+    count = equal + longer
+    judged = pairs(np.arange(float(count)), np.zeros(count), (tokens, np.full(count, 5)))
+    rows = length.by_length_difference(judged)
+    expected = [equal, longer] if longer > count / 8 else [count]
+    assert [row["pairs"] for row in rows] == expected
 
 
 def test_audit_ignores_ties() -> None:
     judged = random_judgement(200, votes=2)
-    found, decided = (length.length_audit(each, RESAMPLING) for each in (judged, judged.decided()))
+    found, decided = (length.length_audit(each, SEED) for each in (judged, judged.decided()))
     assert 50 < judged.tied.sum() < 150
     assert {**found, "adjusted": None} == {**decided, "adjusted": None}
-    groups = length.by_length_difference(judged, RESAMPLING)
-    assert groups == length.by_length_difference(judged.decided(), RESAMPLING)
+    groups = length.by_length_difference(judged)
+    assert groups == length.by_length_difference(judged.decided())
 
 
 # --- adjustment for length -------------------------------------------------------------------
@@ -186,6 +197,7 @@ def test_long_vectors_are_multiplied_in_parts() -> None:
     ("x", "y", "expected"),
     [
         ([5, 5, 5, 5], [1.0, 2.0, 3.0, 4.0], 2.5),
+        ([5] * 9, [3.0] * 9, 3),
         ([1, 2, 3, 4, 5], [7.0] * 5, 7),
         ([5, 5, 5, 5, 9], [1.0, 1.0, 1.0, 1.0, 8.0], 1),
         ([5, 9], [1.0, 3.0], 1),
@@ -224,8 +236,8 @@ def judgement_favouring_length(seed: int = 0, prompts: int = 60) -> Judged:
 
 def test_adjustment_for_length_recovers_quality() -> None:
     judged = judgement_favouring_length()
-    found = length.length_audit(judged, RESAMPLING)
-    before, after = RESAMPLING.accuracy(judged), found["adjusted"]
+    found = length.length_audit(judged, SEED)
+    before, after = accuracy(judged), found["adjusted"]
     assert before["accuracy"] < 0.8
     assert after["accuracy"] > 0.93
     assert found["correlation"] > 0.6
@@ -270,13 +282,13 @@ def test_curve_is_flat_after_adjustment() -> None:
 
 def test_single_prompt_cannot_be_adjusted() -> None:
     judged = random_judgement(20, prompts=1)
-    assert length.length_audit(judged, RESAMPLING)["adjusted"] == {"pairs": 0}
+    assert length.length_audit(judged, SEED)["adjusted"] == {"pairs": 0}
     assert length.length_curve(judged, 0) == []
 
 
 def test_adjusted_correlation_leaves_out_ties() -> None:
     judged = random_judgement(200, votes=2)
-    answers, rewards = judged.answers, length.adjusted(judged, RESAMPLING.seed)
+    answers, rewards = judged.answers, length.adjusted(judged, SEED)
     left = replace(judged, chosen=rewards[answers.chosen], rejected=rewards[answers.rejected])
-    found = length.length_audit(judged, RESAMPLING)["adjusted"]["correlation"]
+    found = length.length_audit(judged, SEED)["adjusted"]["correlation"]
     assert found == length.correlation(left.decided()) != length.correlation(left)

@@ -8,11 +8,10 @@ import pytest
 from scipy import stats
 from sklearn.metrics import ndcg_score
 
-from reward.judging.metrics import Judged, Resampling
+from reward.judging.metrics import Judged
 from reward.judging.rankings import Ranking, best_of_n, by_prompt, kendall_tau, ndcg, rankings
 from tests.judgements import Comparison, answered
 
-RESAMPLING = Resampling(samples=500, seed=0)
 Prompt = tuple[list[float], list[Comparison]]
 
 
@@ -98,7 +97,7 @@ def mixed() -> tuple[list[Prompt], Judged]:
 
 def test_figures_are_means_over_the_prompts_with_rankings() -> None:
     some, judged = mixed()
-    found = rankings(judged, RESAMPLING)
+    found = rankings(judged)
     for name, figure in (("kendall_tau", kendall_tau), ("ndcg", ndcg)):
         values = [figure(ranking(*each)) for each in some]
         assert found[name]["mean"] == pytest.approx(sum(values) / len(values))
@@ -125,14 +124,14 @@ def test_intervals_match_resampled_prompts() -> None:
     values = [kendall_tau(ranking(*each)) for each in some]
     draw = random.Random(0)
     means = sorted(sum(draw.choice(values) for _ in values) / len(values) for _ in range(4000))
-    found = rankings(judged, RESAMPLING)["kendall_tau"]
+    found = rankings(judged)["kendall_tau"]
     assert (found["low"], found["high"]) == pytest.approx((means[100], means[3900]), abs=0.03)
 
 
 def test_best_order_has_the_highest_figures_and_its_reverse_the_lowest() -> None:
     ranks = [1, 2, 3, 4]
-    best = rankings(answered([([4.0, 3.0, 2.0, 1.0], compared(ranks))] * 5), RESAMPLING)
-    worst = rankings(answered([([1.0, 2.0, 3.0, 4.0], compared(ranks))] * 5), RESAMPLING)
+    best = rankings(answered([([4.0, 3.0, 2.0, 1.0], compared(ranks))] * 5))
+    worst = rankings(answered([([1.0, 2.0, 3.0, 4.0], compared(ranks))] * 5))
     for name, least in (("best_of_n", 0), ("kendall_tau", -1), ("ndcg", None)):
         assert best[name]["mean"] == best[name]["high"] == 1
         if least is not None:
@@ -144,8 +143,8 @@ def test_best_order_has_the_highest_figures_and_its_reverse_the_lowest() -> None
 
 def test_no_rankings_give_no_figures() -> None:
     pair, tied = ([1.0, 0.0], [(0, 1, 1.0)]), ([1.0, 0.0, 2.0], compared([1, 1, 1]))
-    assert rankings(answered([pair, tied]), RESAMPLING) == {"prompts": 0}
+    assert rankings(answered([pair, tied])) == {"prompts": 0}
     cycle = ([0.0, 1.0, 2.0], [(0, 1, 1.0), (1, 2, 1.0), (2, 0, 1.0)])
-    found = rankings(answered([cycle]), RESAMPLING)
+    found = rankings(answered([cycle]))
     assert found["best_of_n"] == {"prompts": 0}
     assert found["kendall_tau"]["prompts"] == 1

@@ -840,7 +840,7 @@ def test_tracker_that_is_not_installed_is_named_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("group", "values", "message"),
     [
-        ("evaluate", {"bootstrap_samples": 0}, "evaluate.bootstrap_samples is 0, must be an inte"),
+        ("evaluate", {"tokens_per_pack": 0}, "evaluate.tokens_per_pack is 0, must be a posit"),
         ("export", {"merge": "fp16"}, "export.merge is 'fp16', must be one of float32, bfloat16"),
         ("export", {"clients": "all"}, "export.clients is all, but trl and sentence-transformers"),
     ],

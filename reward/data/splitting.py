@@ -102,8 +102,8 @@ def count_votes(ballots: Ballots, columns: Hashes) -> Votes:
 
     These are several annotators' votes on one pair. The first record of the majority represents all
     of them. Its preference is the share of the total weight that prefers its answer, its weight is
-    the mean weight, and its margin is the mean margin, or 0 if anyone disagrees. Records with equal
-    verdicts and equal `columns` are a single vote. `columns` are hashes: [records].
+    the mean weight, and its margin is the mean margin, by weight, or 0 if anyone disagrees. Records
+    with equal verdicts and equal `columns` are a single vote. `columns` are hashes: [records].
     """
     answers, verdicts, first, weight, margin = ballots
     _, group, size = np.unique(answers, return_inverse=True, return_counts=True)

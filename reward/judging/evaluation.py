@@ -31,15 +31,7 @@ from reward.data.columns import (
 )
 from reward.judging.benchmarks import benchmark
 from reward.judging.length import length_audit
-from reward.judging.metrics import (
-    Figures,
-    Judged,
-    Resampling,
-    calibration,
-    losses,
-    spread,
-    ties,
-)
+from reward.judging.metrics import Figures, Judged, accuracy, calibration, losses, spread, ties
 from reward.judging.rankings import rankings
 from reward.outputs import recorded, watched, writing
 from reward.process import Fault, counted
@@ -121,12 +113,14 @@ def kept_columns(table: pa.Table) -> dict[str, list[str | None]]:
     return {name: table[name].to_pylist() for name in table.column_names[first:]}
 
 
-def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str, Any]:
+def measure(table: pa.Table, judged: Judged, seed: int) -> dict[str, Any]:
     """All figures of the test pairs; docs/evaluation.md describes each key.
+
+    `seed` draws the halves of the prompts on which calibration and the effect of length are fitted.
 
     Raises a Fault if all pairs are ties.
     """
-    overall, decided = resampling.accuracy(judged), judged.decided()
+    overall, decided = accuracy(judged), judged.decided()
     if not len(decided):
         raise Fault(f"all {len(judged)} test pairs are ties, expected some that are not")
     return {
@@ -142,33 +136,31 @@ def measure(table: pa.Table, judged: Judged, resampling: Resampling) -> dict[str
         "chosen_std": float(decided.chosen.std()),
         "rejected_mean": float(decided.rejected.mean()),
         "rejected_std": float(decided.rejected.std()),
-        "calibration": calibration(judged, resampling.seed),
-        "length": length_audit(judged, resampling),
+        "calibration": calibration(judged, seed),
+        "length": length_audit(judged, seed),
         "ties": ties(judged),
-        "rankings": rankings(judged, resampling),
-        "by": by_slice(table, judged, resampling),
+        "rankings": rankings(judged),
+        "by": by_slice(table, judged),
     }
 
 
-def measure_sets(
-    sets: list[TestSet], tables: list[pa.Table], resampling: Resampling
-) -> dict[str, dict[str, Any]]:
+def measure_sets(sets: list[TestSet], tables: list[pa.Table]) -> dict[str, dict[str, Any]]:
     """Accuracy on every extra test set, and how many of its pairs were left out or have leaked."""
     result = {}
     for each, table in zip(sets, tables, strict=True):
         judged = as_judged(table)
         result[each.name] = {
-            **resampling.accuracy(judged),
+            **accuracy(judged),
             **each.notes,
             "ties": ties(judged),
-            "rankings": rankings(judged, resampling),
+            "rankings": rankings(judged),
             "benchmark": benchmark(kept_columns(table), judged),
-            "by": by_slice(table, judged, resampling),
+            "by": by_slice(table, judged),
         }
     return result
 
 
-def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
+def by_slice(table: pa.Table, judged: Judged) -> Slices:
     """Accuracy for every value of each kept column with at most SLICE_VALUES values.
 
     A value that only ties have is left out.
@@ -181,7 +173,7 @@ def by_slice(table: pa.Table, judged: Judged, resampling: Resampling) -> Slices:
     slices = [(name, value) for name, (_, values) in columns.items() for value in values]
     result: Slices = {}
     for name, value in watched(slices, "accuracy of slices", "slices"):
-        found = resampling.accuracy(judged.take(np.flatnonzero(columns[name][0] == value)))
+        found = accuracy(judged.take(np.flatnonzero(columns[name][0] == value)))
         if found["pairs"]:
             result.setdefault(name, {})[value] = found
     return result

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from reward.judging.metrics import Figures, Floats, Ints, Judged, Resampling, half
+from reward.judging.metrics import Figures, Floats, Ints, Judged, accuracy, half
 
 # Parameters of Cleveland's LOWESS as in R: the share of the points in each local fit, and the
 # number of repeated fits with less weight for outliers.
@@ -18,7 +18,7 @@ PLACES = 100
 LONGEST = 10_000
 
 
-def length_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
+def length_audit(judged: Judged, seed: int) -> dict[str, Any]:
     """Whether the model prefers answers for their length. Ties are left out.
 
     `longer_accuracy` is the accuracy of preferring the longer answer. `adjusted` is the result
@@ -28,10 +28,10 @@ def length_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
     return {
         "longer_accuracy": float(np.heaviside(decided.longer.astype(float), 0.5).mean()),
         "correlation": correlation(decided),
-        "chosen_longer": resampling.accuracy(decided.take(decided.longer > 0)),
-        "chosen_shorter": resampling.accuracy(decided.take(decided.longer < 0)),
-        "equal": resampling.accuracy(decided.take(decided.longer == 0)),
-        "adjusted": adjusted_audit(judged, resampling),
+        "chosen_longer": accuracy(decided.take(decided.longer > 0)),
+        "chosen_shorter": accuracy(decided.take(decided.longer < 0)),
+        "equal": accuracy(decided.take(decided.longer == 0)),
+        "adjusted": adjusted_audit(judged, seed),
     }
 
 
@@ -48,15 +48,15 @@ def correlation(judged: Judged) -> float | None:
     return float(stats.spearmanr(rewards, tokens).statistic) if varied else None
 
 
-def by_length_difference(judged: Judged, resampling: Resampling, groups: int = 8) -> list[Figures]:
+def by_length_difference(judged: Judged, groups: int = 8) -> list[Figures]:
     """Accuracy in groups of similar length difference, chosen minus rejected, in tokens."""
     judged = judged.decided()
     difference = judged.tokens_chosen - judged.tokens_rejected
-    edges = np.unique(np.quantile(difference, np.linspace(0, 1, groups + 1)))
-    group_of = np.searchsorted(edges[1:-1], difference, side="right")
+    inner = np.quantile(difference, np.linspace(0, 1, groups + 1)[1:-1])
+    group_of = np.searchsorted(inner, difference, side="right")
     return [
         {"difference": float(np.median(difference[group_of == group]))}
-        | resampling.accuracy(judged.take(group_of == group))
+        | accuracy(judged.take(group_of == group))
         for group in np.unique(group_of)
     ]
 
@@ -64,16 +64,16 @@ def by_length_difference(judged: Judged, resampling: Resampling, groups: int = 8
 # --- the effect of length removed ------------------------------------------------------------
 
 
-def adjusted_audit(judged: Judged, resampling: Resampling) -> dict[str, Any]:
+def adjusted_audit(judged: Judged, seed: int) -> dict[str, Any]:
     """Accuracy and correlation with length after its effect is removed from the rewards.
 
     If there is only one prompt, the result has only `pairs`, which is 0.
     """
     if len(np.unique(judged.prompts)) < 2:
         return {"pairs": 0}
-    answers, rewards = judged.answers, adjusted(judged, resampling.seed)
+    answers, rewards = judged.answers, adjusted(judged, seed)
     left = replace(judged, chosen=rewards[answers.chosen], rejected=rewards[answers.rejected])
-    return {**resampling.accuracy(left), "correlation": correlation(left.decided())}
+    return {**accuracy(left), "correlation": correlation(left.decided())}
 
 
 def adjusted(judged: Judged, seed: int) -> Floats:
@@ -152,7 +152,7 @@ def local_mean(x: Ints, y: Floats, weights: Floats, place: int) -> float:
     near /= near.sum()
     center, mean = product(near, x), product(near, y)
     variance = product(near, np.square(x - center))
-    if np.sqrt(variance) <= 1e-3 * np.ptp(x):
+    if not np.ptp(x) or np.sqrt(variance) <= 1e-3 * np.ptp(x):
         return float(mean)
     slope = product(near, (x - center) * y) / variance
     return float(mean + slope * (place - center))

@@ -103,77 +103,74 @@ class Judged:
         return self.take(~self.tied)
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are computed: from seeded resamples of the prompts."""
+# --- intervals -------------------------------------------------------------------------------
 
-    samples: int
-    seed: int
 
-    def interval(self, values: Floats, prompts: Ints) -> tuple[float, float]:
-        """95% interval of the mean: percentile bootstrap over prompts, not over pairs.
+def interval(shares: Floats, prompts: Ints) -> tuple[float, float]:
+    """95% interval of the mean of values from 0 to 1, each from a pair of the given prompt.
 
-        Pairs of one prompt are not independent draws (Efron and Tibshirani 1993, chapter 8).
-        Percentiles of a few prompts are too close, so they are expanded as a t interval would be
-        (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"). There must be at least
-        two prompts.
-        """
-        _, group_of = np.unique(prompts, return_inverse=True)
-        pairs = np.bincount(group_of)
-        count = len(pairs)
-        tail = stats.norm.sf(math.sqrt(count / (count - 1)) * stats.t.ppf(0.975, count - 1))
-        result = stats.bootstrap(
-            (np.bincount(group_of, weights=values), pairs),
-            lambda sums, sizes, axis: sums.sum(axis=axis) / sizes.sum(axis=axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=self.samples,
-            # Larger batches leave the processor's cache, which takes three times as long.
-            batch=max(1, 200_000 // count),
-            confidence_level=1 - 2 * tail,
-            method="percentile",
-            rng=np.random.default_rng(self.seed),
-        ).confidence_interval
-        return float(result.low), float(result.high)
+    Pairs of one prompt are not independent draws, so the sample is the prompts, not the pairs. This
+    is the score interval (Wilson 1927) of the number of independent draws with the variance that is
+    found between prompts (Korn and Graubard 1998), with quantiles of Student's t.
 
-    def interval_of_share(self, right: Floats, prompts: Ints) -> tuple[float, float]:
-        """The same for values from 0 to 1, but wide for few prompts that are all alike.
+    That variance says too little if almost all prompts are alike, so the interval reaches at least
+    to the bound of `unanimous`. A single prompt has the interval from 0 to 1.
+    """
+    _, group_of = np.unique(prompts, return_inverse=True)
+    pairs, share = np.bincount(group_of), float(shares.mean())
+    count = len(pairs)
+    if count < 2:
+        return 0.0, 1.0
+    off = np.bincount(group_of, weights=shares - share)
+    variance = np.square(off).sum() / pairs.sum() ** 2 * count / (count - 1)
+    of_one_draw = share * (1 - share)
+    quantile = stats.t.ppf(0.975, max(effective_count(prompts) - 1, 1))
+    # The square of the quantile over the number of independent draws.
+    z = float(quantile**2 * variance / of_one_draw) if of_one_draw else 0.0
+    center, half_width = share + z / 2, math.sqrt(of_one_draw * z + (z / 2) ** 2)
+    low, high = (center - half_width) / (1 + z), (center + half_width) / (1 + z)
+    bound = unanimous(prompts)
+    return max(0.0, min(low, bound)), min(1.0, max(high, 1 - bound))
 
-        Resamples of a few similar values say too little about unseen ones, so the interval reaches
-        at least to the exact binomial bounds of prompts that are all correct or all wrong (Clopper
-        and Pearson 1934). If a few prompts have most of the pairs, they count as fewer prompts
-        (Kish 1965, effective sample size). A single prompt has the interval from 0 to 1.
-        """
-        _, pairs = np.unique(prompts, return_counts=True)
-        if len(pairs) < 2:
-            return 0.0, 1.0
-        low, high = self.interval(right, prompts)
-        bound = float(0.025 ** (np.square(pairs).sum() / pairs.sum() ** 2))
-        return min(low, bound), max(high, 1 - bound)
 
-    def of_prompts(self, values: Floats, least: float = 0.0) -> Figures:
-        """Mean, with its interval, of one value per prompt, from `least` to 1."""
-        width = 1 - least
-        bounds = self.interval_of_share((values - least) / width, np.arange(len(values)))
-        low, high = (least + width * bound for bound in bounds)
-        return {"mean": float(values.mean()), "low": low, "high": high, "prompts": len(values)}
+def unanimous(prompts: Ints) -> float:
+    """The lower bound of the 95% interval of a share of 1: exact (Clopper and Pearson 1934)."""
+    return float(0.025 ** (1 / effective_count(prompts)))
 
-    def accuracy(self, judged: Judged) -> Figures:
-        """Accuracy with its interval, and the numbers of pairs and prompts. Ties are left out.
 
-        Without pairs, the result has only their number.
-        """
-        judged = judged.decided()
-        if not len(judged):
-            return {"pairs": 0}
-        low, high = self.interval_of_share(judged.correct, judged.prompts)
-        return {
-            "accuracy": float(judged.correct.mean()),
-            "low": low,
-            "high": high,
-            "pairs": len(judged),
-            "prompts": len(np.unique(judged.prompts)),
-        }
+def effective_count(prompts: Ints) -> float:
+    """How many prompts of equal size would say as much as those of the pairs (Kish 1965)."""
+    _, pairs = np.unique(prompts, return_counts=True)
+    return float(pairs.sum() ** 2 / np.square(pairs).sum())
+
+
+def of_prompts(values: Floats, least: float = 0.0) -> Figures:
+    """Mean, with its interval, of one value per prompt, from `least` to 1."""
+    width = 1 - least
+    bounds = interval((values - least) / width, np.arange(len(values)))
+    low, high = (least + width * bound for bound in bounds)
+    return {"mean": float(values.mean()), "low": low, "high": high, "prompts": len(values)}
+
+
+def accuracy(judged: Judged) -> Figures:
+    """Accuracy with its interval, and the numbers of pairs and prompts. Ties are left out.
+
+    Without pairs, the result has only their number.
+    """
+    judged = judged.decided()
+    if not len(judged):
+        return {"pairs": 0}
+    low, high = interval(judged.correct, judged.prompts)
+    return {
+        "accuracy": float(judged.correct.mean()),
+        "low": low,
+        "high": high,
+        "pairs": len(judged),
+        "prompts": len(np.unique(judged.prompts)),
+    }
+
+
+# --- basic figures ---------------------------------------------------------------------------
 
 
 def correct(margin: Floats) -> Floats:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from reward.judging.metrics import Bools, Floats, Ints, Judged, Resampling
+from reward.judging.metrics import Bools, Floats, Ints, Judged, accuracy, of_prompts
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Ranking:
     tied: Bools
 
 
-def rankings(judged: Judged, resampling: Resampling) -> dict[str, Any]:
+def rankings(judged: Judged) -> dict[str, Any]:
     """Figures of the prompts with more than two answers that are not all tied.
 
     `accuracy` is over their pairs. All others are means over the prompts, with intervals. Without
@@ -38,13 +38,13 @@ def rankings(judged: Judged, resampling: Resampling) -> dict[str, Any]:
     best = [each for each in map(best_of_n, found) if each]
     return {
         "answers": len(kept.answers.rewards),
-        **resampling.accuracy(kept),
-        "best_of_n": resampling.of_prompts(np.array([share for share, _ in best]))
+        **accuracy(kept),
+        "best_of_n": of_prompts(np.array([share for share, _ in best]))
         | {"chance": float(np.mean([chance for _, chance in best]))}
         if best
         else {"prompts": 0},
-        "kendall_tau": resampling.of_prompts(np.array([*map(kendall_tau, found)]), least=-1.0),
-        "ndcg": resampling.of_prompts(np.array([*map(ndcg, found)])),
+        "kendall_tau": of_prompts(np.array([*map(kendall_tau, found)]), least=-1.0),
+        "ndcg": of_prompts(np.array([*map(ndcg, found)])),
     }
 
 

@@ -38,7 +38,6 @@ from reward.judging.evaluation import (
     report,
     write_rewards,
 )
-from reward.judging.metrics import Resampling
 from reward.model.base import device, fast_dtype, keep_weights_unpacked, require_no_kernel
 from reward.model.head import is_classifier, problem_with_head, problem_with_labels
 from reward.model.suitable import problem_with_weights, unused_weights
@@ -52,8 +51,8 @@ FIGURES = "figures.json"
 # The key in FIGURES by which the judged model is recognized, and the files that make it up.
 MODEL = "model"
 AFFECTING = (".jinja", ".json", ".model", ".safetensors", ".tiktoken", ".txt")
-# The defaults of params.yaml.
-RESAMPLING = Resampling(samples=2000, seed=0)
+# The default of evaluate.seed.
+SEED = 0
 # What chat templates print as today's date.
 DATE = "2026-01-01"
 EXPECTED = "expected the folder of a sequence classifier, such as Qwen2ForSequenceClassification"
@@ -198,8 +197,8 @@ def main() -> None:
     table, *tables = [
         table_of(each, judge.judge(ids)) for each, ids in zip(pairs.values(), encoded, strict=True)
     ]
-    figures = measure(table, as_judged(table), RESAMPLING)
-    figures["sets"] = measure_sets(sets, tables, RESAMPLING)
+    figures = measure(table, as_judged(table), SEED)
+    figures["sets"] = measure_sets(sets, tables)
     figures[MODEL] = model
     with whole_folder(output) as folder:
         write_rewards(folder, table, sets, tables)
