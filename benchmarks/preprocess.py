@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 
 from tokenizers import Tokenizer
 
+from benchmarks.markdown import table
 from reward.data.reading import read
 from reward.data.records import check
 from reward.data.tokens import Encoder, Template
@@ -316,13 +317,8 @@ def steps(grown: dict[int, Usage]) -> Iterator[list[str]]:
     """Microseconds and bytes per extra pair, from each size to the next."""
     yield [NONE, NONE]
     for (fewer, before), (more, after) in pairwise(grown.items()):
-        spent, pairs = after - before, more - fewer
-        yield [f"{1e6 * spent.seconds / pairs:.0f}", f"{spent.memory / pairs:.0f}"]
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        extra, pairs = after - before, more - fewer
+        yield [f"{1e6 * extra.seconds / pairs:.0f}", f"{extra.memory / pairs:.0f}"]
 
 
 if __name__ == "__main__":

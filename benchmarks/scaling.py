@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.preprocess import table
+from benchmarks.markdown import table
 from benchmarks.speed.workload import LONGEST, generated
 from reward.model.packing import Texts, balanced, into_packs, tokens
 from reward.process import command_line

@@ -23,7 +23,8 @@ import torch
 from ruamel.yaml import YAML
 
 from benchmarks import random_base
-from benchmarks.preprocess import LONG, ROOT, records, table
+from benchmarks.markdown import table
+from benchmarks.preprocess import LONG, ROOT, records
 from benchmarks.speed.floor import floor_of_scoring
 from benchmarks.speed.hardware import HARDWARE, QUANTIZATION
 from benchmarks.speed.measuring import Contender, Measurement, Row, Stopwatch, alone, measure
@@ -33,8 +34,8 @@ from reward.data.records import candidates
 from reward.model.base import load_base
 from reward.model.packing import Texts, texts_of, tokens
 from reward.process import command_line, run
-from reward.serving.score import EXPORT, journal_beside, publish, score_files
-from reward.serving.scorer import TOKENS_PER_PACK, Scorer
+from reward.serving.score import journal_beside, publish, score_files
+from reward.serving.scorer import EXPORT, TOKENS_PER_PACK, Scorer
 from stages import evaluate, export, fetch, preprocess, train
 
 RESULT = ROOT / "benchmarks" / "results" / "score.md"

@@ -32,8 +32,8 @@ import numpy as np
 from reward.data.reading import files, read
 from reward.data.records import Candidates, Messages, candidates
 from reward.process import Fault, command_line, run
-from reward.serving.scorer import Scorer
-from reward.serving.serve import EXPORT, raise_descriptors
+from reward.serving.scorer import EXPORT, Scorer
+from reward.serving.serve import raise_descriptors
 
 RESULT = Path("benchmarks/results/serve.md")
 DATA = Path("data/raw/pairs.json")

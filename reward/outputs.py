@@ -109,6 +109,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
             partial.rename(path)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file replaces `path` only if the block succeeds.
+
+    Raises a Fault if the disk refuses a write, as `writing` does.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def link_folder(source: Path, target: Path) -> None:
     """Make a second folder of the same files, hard-linked, so that it takes no space.
 
@@ -144,15 +159,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON with sorted keys and a final newline, and replace `path` at once."""
-    partial = path.with_name(path.name + ".partial")
     text = json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -184,7 +194,7 @@ def digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): digest(path)
-        for path in watched(files, f"digests of {folder}")
+        for path in with_bar(files, f"digests of {folder}")
     }
 
 
@@ -192,12 +202,12 @@ def changed_files(folder: Path, expected: dict[str, str]) -> list[str]:
     """Names of files that are missing or whose SHA-256 is not the expected one."""
     return [
         name
-        for name, value in watched(expected.items(), f"checking {folder}")
+        for name, value in with_bar(expected.items(), f"checking {folder}")
         if not (folder / name).is_file() or digest(folder / name) != value
     ]
 
 
-def watched(
+def with_bar(
     items: Iterable[Item], doing: str, unit: str = "files", file: TextIO | None = None
 ) -> Iterable[Item]:
     """The items one by one, with a progress bar after two seconds, by default on stderr."""

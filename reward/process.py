@@ -20,12 +20,12 @@ from pathlib import Path
 LAUNCHER = "REWARD_LAUNCHER"
 PARENT, STARTED = int(os.environ.get(LAUNCHER) or os.getppid()), time.monotonic()
 # The cgroup of a container, as seen from inside.
-GROUP = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def is_command(arguments: Sequence[str]) -> bool:
     """Whether a Python command line runs a module of this project."""
-    module = next((named for flag, named in pairwise(arguments) if flag == "-m"), "")
+    module = next((after for flag, after in pairwise(arguments) if flag == "-m"), "")
     return module.startswith(("stages.", "reward."))
 
 
@@ -54,8 +54,8 @@ def see_one_gpu() -> None:
 # as a trainer that calls the reward function, this is False.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ and is_command(sys.orig_argv)
 # Whether DVC started this process, directly or through another one, and if directly.
-STAGED = "DVC_ROOT" in os.environ
-IS_STAGE = STAGED and LAUNCHER not in os.environ
+UNDER_DVC = "DVC_ROOT" in os.environ
+IS_STAGE = UNDER_DVC and LAUNCHER not in os.environ
 # The file from which torchrun reads the error of a process.
 ERRORS = os.environ.get("TORCHELASTIC_ERROR_FILE") if LAUNCHED else None
 if LAUNCHED:
@@ -79,6 +79,11 @@ class Fault(Exception):
     elsewhere = False
 
 
+def project() -> Path:
+    """The project's folder, even if DVC runs this process in a copy of it for an experiment."""
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
 def as_written(value: object) -> str:
     """A value of a YAML or JSON file for a message, with null, true and false as in the file."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
@@ -87,6 +92,11 @@ def as_written(value: object) -> str:
 def one_line(error: Exception, most: int | None = None) -> str:
     """What an error says, in one line of at most `most` characters."""
     return " ".join(str(error).split())[:most]
+
+
+def named(error: Exception) -> str:
+    """An error by its class and what it says, in one line."""
+    return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -184,7 +194,7 @@ def processors() -> int:
     return max(1, math.ceil(min(granted, _quota())))
 
 
-def free_memory(memory: Path = Path("/proc/meminfo"), group: Path = GROUP) -> float:
+def free_memory(memory: Path = Path("/proc/meminfo"), group: Path = CGROUP) -> float:
     """Bytes that are free in the machine and its cgroup (version 2); infinite if neither is known.
 
     The page cache counts as free.
@@ -200,7 +210,7 @@ def free_memory(memory: Path = Path("/proc/meminfo"), group: Path = GROUP) -> fl
     return min(free)
 
 
-def _quota(root: Path = GROUP) -> float:
+def _quota(root: Path = CGROUP) -> float:
     """How many processors the quota of the cgroup (version 2 or 1) allows; infinite if unset.
 
     A container sees its own cgroup at the root of the cgroup file system.
@@ -228,5 +238,5 @@ def interrupt(*_: object) -> None:
 # Importing libraries takes seconds, in which the parent may end or Ctrl-C may be pressed.
 if is_command(sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupt)
-if is_command(sys.orig_argv) and (STAGED or LAUNCHED or LAUNCHER in os.environ):
+if is_command(sys.orig_argv) and (UNDER_DVC or LAUNCHED or LAUNCHER in os.environ):
     follow(PARENT)

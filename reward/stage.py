@@ -5,7 +5,6 @@ what the stage has read, the record would say that other inputs have made these 
 cache would return them for those.
 """
 
-import os
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 from reward import params
 from reward.outputs import digest
 from reward.params import read_yaml
-from reward.process import STAGED, Fault, command_line, run
+from reward.process import UNDER_DVC, Fault, command_line, project, run
 
 # The folders in which stages write their outputs.
 OUTPUTS = ("data", "metrics", "models", "reports")
@@ -43,7 +42,7 @@ def run_stage(name: str, description: str | None, main: Callable[[], None]) -> N
         main()
         require_unchanged(before)
 
-    run(recorded if STAGED else main)
+    run(recorded if UNDER_DVC else main)
 
 
 def require_inside() -> None:
@@ -66,13 +65,13 @@ def require_whole_history() -> None:
     DVC fetches the finished experiment from the copy's repository. From a commit whose parent is
     missing, that fails, and DVC removes the copy and exits with 0.
     """
-    if not (project := copied_from()):
+    if not (home := copied_from()):
         return
-    git = ["git", "-C", str(project), "rev-parse", "--is-shallow-repository"]
+    git = ["git", "-C", str(home), "rev-parse", "--is-shallow-repository"]
     with suppress(OSError):  # there is no git
         if subprocess.run(git, capture_output=True, text=True).stdout.strip() == "true":
             raise Fault(
-                f"{project} is a shallow git clone, from which DVC would lose this experiment when "
+                f"{home} is a shallow git clone, from which DVC would lose this experiment when "
                 "it has finished; run git fetch --unshallow there first"
             )
 
@@ -82,8 +81,8 @@ def copied_from() -> Path | None:
 
     Such a copy is made by `dvc exp run --temp` and the queue.
     """
-    project = Path(os.environ.get("DVC_ROOT", ".")).resolve()
-    return project if Path.cwd().is_relative_to(project / COPIES) else None
+    home = project().resolve()
+    return home if Path.cwd().is_relative_to(home / COPIES) else None
 
 
 def reads(path: Path) -> None:

@@ -17,17 +17,17 @@ from datasets import Dataset
 from peft import PeftModel
 
 from reward import params
+from reward.after_training import Evaluate
 from reward.data import tokenized
 from reward.data.columns import (
     ANSWER,
+    PACK_SIZE,
     PROMPT,
     PROMPT_ID,
     RESPONSE,
     TEST_SET,
     TEST_SPLIT,
 )
-from reward.data.rows import shown
-from reward.groups import Evaluate
 from reward.judging import page
 from reward.judging.evaluation import (
     TestSet,
@@ -104,8 +104,8 @@ def rewards_of(model: PeftModel, dataset: Dataset, tokens_per_pack: int) -> pa.T
     chosen, rejected = torch.empty(2, len(rows))
     chosen[rows], rejected[rows] = j, k
     require_finite(chosen, rejected)
-    packs = {b"tokens_per_pack": str(tokens_per_pack).encode()}
-    return as_table(dataset, chosen.numpy(), rejected.numpy()).replace_schema_metadata(packs)
+    size = {PACK_SIZE: str(tokens_per_pack).encode()}
+    return as_table(dataset, chosen.numpy(), rejected.numpy()).replace_schema_metadata(size)
 
 
 def require_finite(chosen: torch.Tensor, rejected: torch.Tensor) -> None:
@@ -174,7 +174,7 @@ def write_page(
     prompts = {
         (name, prompt_id): prompt
         for name, folder in paths.items()
-        for prompt_id, prompt in prompts_of(tokenized.answers(folder, BASE)).items()
+        for prompt_id, prompt in prompts_of(tokenized.load_answers(folder, BASE)).items()
     }
     slices: dict[str, list[str]] = {TEST_SET: [*paths]} if sets else {}
     for by in (figures["by"], *(each["by"] for each in figures["sets"].values())):
@@ -189,8 +189,8 @@ def prompts_of(answers: Dataset) -> dict[str, page.Prompt]:
     result: dict[str, page.Prompt] = {}
     for row in answers.select_columns([PROMPT_ID, ANSWER, PROMPT, RESPONSE]):
         if row[PROMPT_ID] not in result:
-            result[row[PROMPT_ID]] = page.Prompt(shown(row[PROMPT]), {})
-        result[row[PROMPT_ID]].answers[row[ANSWER]] = shown(row[RESPONSE])
+            result[row[PROMPT_ID]] = page.Prompt(page.readable(row[PROMPT]), {})
+        result[row[PROMPT_ID]].answers[row[ANSWER]] = page.readable(row[RESPONSE])
     return result
 
 

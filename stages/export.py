@@ -23,14 +23,14 @@ import torch
 from datasets import Dataset
 
 from reward import params
+from reward.after_training import Export, require_libraries
 from reward.data import tokenized
-from reward.data.columns import ID, PREFERENCE, TIE, TOKENS
+from reward.data.columns import ID, PACK_SIZE, PREFERENCE, TIE, TOKENS
 from reward.exporting import card, gate
 from reward.exporting.clients import FOUND, ORIGINAL, PACKS, Request, select
 from reward.exporting.exported import TRAINING, Trained, write_card, write_exported
 from reward.exporting.gate import LARGEST, MEDIAN, ByClient, Figures
-from reward.exporting.given import Client
-from reward.groups import Export, require_libraries
+from reward.exporting.inputs import Client
 from reward.model.base import DTYPES, Quantization
 from reward.outputs import (
     link_folder,
@@ -52,7 +52,6 @@ REWARDS = Path("reports/evaluate/rewards.parquet")
 EVALUATED = Path("reports/evaluate/figures.json")
 REPORTS = Path("reports/export")
 METRICS = Path("metrics/export.json")
-TOKENS_PER_PACK = b"tokens_per_pack"
 
 
 def main() -> None:
@@ -61,7 +60,7 @@ def main() -> None:
     require_libraries(options)
     torch.set_num_threads(threads())
     evaluated = read_evaluated(tokenized.load(TEST, BASE))
-    tokens_per_pack = packs_of(evaluated)
+    tokens_per_pack = pack_size(evaluated)
     trained = Trained(BASE, ADAPTER, quantization, recorded(EVALUATED), licenses())
     require_shown(ADAPTER / TRAINING)
     clients = select(options.clients, merged=options.merge != "none")
@@ -117,12 +116,12 @@ def longer(evaluated: pa.Table) -> npt.NDArray[np.integer]:
     return np.maximum(*(evaluated[name].to_numpy() for name in TOKENS))
 
 
-def packs_of(evaluated: pa.Table) -> int:
+def pack_size(evaluated: pa.Table) -> int:
     """The pack size that evaluate used. In half precision, rounding depends on it.
 
     Raises a Fault if evaluate has not recorded it.
     """
-    found = (evaluated.schema.metadata or {}).get(TOKENS_PER_PACK)
+    found = (evaluated.schema.metadata or {}).get(PACK_SIZE)
     if found is None or not found.isdigit() or not int(found):
         raise Fault(
             f"{REWARDS}: tokens_per_pack in its metadata is {found!r}, expected a positive "
@@ -169,8 +168,7 @@ def require_alike(
 ) -> None:
     """Raises a Fault for the first client whose rewards differ by more than the tolerance.
 
-    Also raises a Fault if PACKS is the only client that fits in memory or got a pair, because then
-    nothing was checked.
+    Also raises a Fault if nothing was compared.
 
     PACKS computes as the evaluation does. The other clients round differently, and the errors grow
     with the rewards: for them, the tolerance is multiplied by `deviation`, the standard deviation
@@ -194,6 +192,11 @@ def require_alike(
                     f"{EXPORT}: the rewards in {client.name} ({form}) differ from {REWARDS} {by} "
                     f"{figures[figure]:.3g}, expected at most {allowed:.3g} (export.{key})"
                 )
+    require_compared(by_client)
+
+
+def require_compared(by_client: ByClient) -> None:
+    """Raises a Fault if PACKS is the only client that fits in memory or got a pair."""
     if by_client.keys() == {PACKS.name}:
         raise Fault(
             f"{EXPORT}: no client except packs fits in memory, expected at least one; run dvc "

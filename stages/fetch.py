@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +29,14 @@ from reward.outputs import (
     digest,
     digests,
     read_json,
-    watched,
     whole_folder,
+    with_bar,
     write_json,
     write_text,
     writing,
 )
 from reward.params import Seed, Text
-from reward.process import Fault, counted, one_line
+from reward.process import Fault, counted, named, one_line
 from reward.stage import copied_from, reads, run_stage
 
 if TYPE_CHECKING:
@@ -295,7 +296,6 @@ def hub_faults(base: Base, endpoint: str) -> Iterator[None]:
 def copy(base: Base, source: Source, folder: Path) -> dict[str, Any]:
     """Copy only what a model needs. Returns the entries of base.json about its origin."""
     from reward.model.converting import conversion_of
-    from reward.model.suitable import named
 
     require_weights(base, source)
     for name in source.matching(CONFIGS + TOKENIZER):
@@ -369,7 +369,7 @@ def require_weights(base: Base, source: Source) -> None:
 def copy_weights(base: Base, source: Source, folder: Path) -> list[str]:
     """Copy the weight files byte for byte. Returns their names."""
     names = weight_files(base, source)
-    for name in watched(names, "copying weights"):
+    for name in with_bar(names, "copying weights"):
         copy_file(source.path(name), folder / name)
         if name != INDEX:
             with tensors_of(base, folder / name) as file:
@@ -395,13 +395,13 @@ def convert_weights(
     names = weight_files(base, source)
     places: dict[str, str] = {}
     size = 0
-    for name in watched([name for name in names if name != INDEX], "converting weights"):
+    for name in with_bar([name for name in names if name != INDEX], "converting weights"):
         with tensors_of(base, source.path(name)) as file:
             require_floats(base, file)
             found = {
                 new: tensor.contiguous()
-                for old in filter(conversion.kept, file.keys())
-                for new, tensor in conversion.tensors(old, file.get_tensor(old)).items()
+                for old in file.keys()  # noqa: SIM118
+                for new, tensor in conversion.tensors(old, partial(file.get_tensor, old)).items()
             }
         if found:
             held = sum(tensor.nbytes for tensor in found.values())
@@ -517,8 +517,7 @@ def load_tokenizer(base: Base, folder: Path) -> "PreTrainedTokenizerFast":
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise base.fault(
-            f"has no fast tokenizer that loads ({type(error).__name__}: {one_line(error, 200)}), "
-            "expected a tokenizer.json"
+            f"has no fast tokenizer that loads ({named(error)}), expected a tokenizer.json"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise base.fault(f"has a slow tokenizer, {type(tokenizer).__name__}, expected a fast one")

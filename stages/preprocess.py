@@ -96,16 +96,7 @@ def main() -> None:
     pa.set_memory_pool(pa.system_memory_pool())
     for path in (options.data, options.sets, options.chat_template):
         reads(Path(path))
-    template = Template.of(
-        options.template,
-        options.append_eos,
-        options.max_length,
-        BASE,
-        Path(options.chat_template),
-        options.date,
-    )
-    encoder = Encoder(BASE, template)
-    encoder.require_portable()
+    encoder = encoder_of(options)
     sets = read_sets(Path(options.sets), encoder, drop=options.on_bad_record == "drop")
     ledger = Ledger(sources(Path(options.data)))
     with whole_folder(TOKENIZED) as folder:
@@ -113,15 +104,12 @@ def main() -> None:
         with collecting_rarely():
             tokenize(options, encoder, table, ledger)
         parts = assign(options, ledger, without_repeats(options, ledger))
-        write_splits(folder, table, ledger, parts, template.tokenizer)
+        tokenizer = encoder.template.tokenizer
+        write_splits(folder, table, ledger, parts, tokenizer)
         table.unlink()
-        notes = write_sets(
-            folder / "sets",
-            sets,
-            template.tokenizer,
-            ledger.prompts.take((parts == 0) | (parts == 1)),
-        )
-        template.save(folder / "template.json")
+        trained_on = ledger.prompts.take((parts == 0) | (parts == 1))
+        notes = write_sets(folder / "sets", sets, tokenizer, trained_on)
+        encoder.template.save(folder / "template.json")
         write_json(folder / "licenses.json", licenses(ledger.sources))
     figures = measure(ledger, parts)
     with whole_folder(REPORTS) as folder:
@@ -132,6 +120,17 @@ def main() -> None:
     report_unused(options)
     report_sets(notes)
     show_example(encoder)
+
+
+def encoder_of(options: Preprocess) -> Encoder:
+    """The base's tokenizer with the template. Raises a Fault for a template that cannot be used."""
+    chat_template = Path(options.chat_template)
+    template = Template.of(
+        options.template, options.append_eos, options.max_length, BASE, chat_template, options.date
+    )
+    encoder = Encoder(BASE, template)
+    encoder.require_portable()
+    return encoder
 
 
 def licenses(found: Iterable[Source]) -> list[str | None]:
@@ -166,7 +165,7 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
     """Write the ids of every usable record to `table`, and its numbers to the ledger."""
     batched = batches(ledger.rendered(encoder), Rendered.characters, BATCH_CHARACTERS)
     with tokenized.stream(table) as append:
-        for batch, future in encoded(encoder, batched):
+        for batch, future in encoded_ahead(encoder, batched):
             ids = iter(future.result())
             found = (
                 row_of(options, encoder, item, [*islice(ids, len(item.texts))], ledger)
@@ -176,7 +175,7 @@ def tokenize(options: Preprocess, encoder: Encoder, table: Path, ledger: Ledger)
                 append(tokenized.batch(rows))
 
 
-def encoded(
+def encoded_ahead(
     encoder: Encoder, batched: Iterable[list[Rendered]]
 ) -> Iterator[tuple[list[Rendered], Future[list[TokenIds]]]]:
     """Each batch with the ids of all its texts, while the next two batches are encoded.
@@ -446,17 +445,15 @@ def report(read: list[Source], figures: dict[str, Any]) -> None:
 
 def report_clients(figures: dict[str, Any]) -> None:
     """Print how many texts clients of the model cannot score as training saw them."""
-    if cut := figures["truncated"]:
+    if count := figures["truncated"]:
         print(
-            f"clients    the prompts of {counted(cut, 'record')} were cut, so their whole texts "
+            f"clients    the prompts of {counted(count, 'record')} were cut, so their whole texts "
             "are too long for clients: score and serve refuse them, others cut off their beginning"
         )
-    if refused := sum(
-        figures["dropped"].get(reason, 0) for reason in ("needs_chat", TOOLS, *PARTS)
-    ):
+    if count := sum(figures["dropped"].get(reason, 0) for reason in ("needs_chat", TOOLS, *PARTS)):
         print(
             "clients    none can score conversations like those of "
-            f"{counted(refused, 'dropped record')}, because preprocess.template cannot render them"
+            f"{counted(count, 'dropped record')}, because preprocess.template cannot render them"
         )
 
 

@@ -21,9 +21,9 @@ from peft import LoraConfig, PeftModel
 from transformers import set_seed
 
 from reward import params
+from reward.after_training import require_usable
 from reward.data import tokenized
 from reward.data.columns import PROMPT_ID
-from reward.groups import require_usable
 from reward.model import checkpoints, group, trackers
 from reward.model.base import (
     Quantization,
@@ -118,6 +118,7 @@ def main() -> None:
         trainer.fit(new_head=not keeps_head(options))
         if group.leads():
             write(trainer, options, lora, quantization)
+            report(trainer, options)
             saved.finish(METRICS)
 
 
@@ -321,13 +322,13 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
         )
         seal(folder, BASE)
     trainable, _ = trainer.reward_model.get_nb_trainable_parameters()
-    steps, kept = trainer.state.global_step, trainer.kept
+    last, kept = trainer.state.global_step, trainer.kept
     with whole_folder(REPORTS) as folder:
         write_curves(folder, history)
         write_json(
             folder / "figures.json",
             {
-                "steps": steps,
+                "steps": last,
                 "base_parameters": parameters,
                 "trainable_parameters": trainable,
                 "validation": kept,
@@ -335,9 +336,14 @@ def write(trainer: RewardTrainer, options: Train, lora: Lora, quantization: Quan
         )
     # `dvc exp show --drop '.*/.*'` leaves out the names with a slash.
     validation = {f"validation/{name}": kept[name] for name in ("accuracy", "loss", "step")}
-    write_json(METRICS, {"steps": steps} | validation)
+    write_json(METRICS, {"steps": last} | validation)
+
+
+def report(trainer: RewardTrainer, options: Train) -> None:
+    """Print the figures of the weights that are kept."""
+    kept = trainer.kept
     if options.keep == "best":
-        print(f"kept       the adapter of step {kept['step']} of {steps}")
+        print(f"kept       the adapter of step {kept['step']} of {trainer.state.global_step}")
     decided = int(trainer.validation.labels.decided.sum())
     print(
         f"validation accuracy {kept['accuracy']:.4f}, loss {kept['loss']:.4f}, "

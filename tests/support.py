@@ -16,13 +16,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from reward import params
+from reward.after_training import Evaluate, Export
 from reward.data import tokenized
 from reward.data.columns import TIE
 from reward.data.records import BadRecord, Raw
 from reward.data.sources import Source as Pairs
 from reward.exporting import clients
 from reward.exporting.clients import FOUND, Request
-from reward.groups import Evaluate, Export
 from reward.model import layers
 from reward.model.base import Quantization
 from reward.model.checkpoints import Run

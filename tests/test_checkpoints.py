@@ -274,8 +274,8 @@ def test_other_processes_hear_from_the_first_while_it_waits(
         sent.append(value)
         return value
 
-    taken, tries = checkpoints._taken, iter([False] * busy + [True])
-    monkeypatch.setattr(checkpoints, "_taken", lambda *given: next(tries) and taken(*given))
+    taken, tries = checkpoints._acquire, iter([False] * busy + [True])
+    monkeypatch.setattr(checkpoints, "_acquire", lambda *given: next(tries) and taken(*given))
     monkeypatch.setattr(group, "from_first", send)
     with shared("busy") as run:
         assert run.folder == root / "busy"

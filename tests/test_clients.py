@@ -11,10 +11,10 @@ import pytest
 from reward.data.records import Messages
 from reward.data.rows import as_json
 from reward.data.tokens import Encoder, Template
-from reward.exporting import given as given_to_clients
+from reward.exporting import inputs
 from reward.exporting.clients_trl import Rollouts, sample_of_conversations
 from reward.exporting.exported import TEMPLATE
-from reward.exporting.given import EOS, LEFT, RIGHT, Conversation, Exported, once, paired
+from reward.exporting.inputs import EOS, LEFT, RIGHT, Conversation, Exported, once, paired
 from reward.exporting.portable import prepare_tokenizer
 from reward.model.packing import Texts, tokens
 from reward.outputs import write_json
@@ -120,7 +120,7 @@ def test_pairs_of_several_messages_are_texts_but_not_conversations(
 
 
 def test_sample_is_small_and_evenly_spread(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(given_to_clients, "SAMPLE", 2)
+    monkeypatch.setattr(inputs, "SAMPLE", 2)
     found = given()
     assert found.sample == [0, 2]
     eos = found.tokenizer.eos_token_id
@@ -135,7 +135,7 @@ def test_clients_get_only_the_compared_pairs(given: Given, monkeypatch: pytest.M
     found = replace(given(), compared=[0, 2])
     assert sorted(found.ids) == sorted(found.texts) == sorted(found.conversations) == [0, 2]
     assert found.sample == [0, 2]
-    monkeypatch.setattr(given_to_clients, "SAMPLE", 1)
+    monkeypatch.setattr(inputs, "SAMPLE", 1)
     assert replace(found, compared=[1, 2]).sample == [1]
 
 

@@ -25,7 +25,7 @@ LAYERS = [
     {"exporting"},
     {"judging", "model"},
     {"data"},
-    {"process", "params", "outputs", "locks", "stage", "groups"},
+    {"process", "params", "outputs", "locks", "stage", "after_training"},
 ]
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES: dict[str, Any] = PIPELINE["stages"]

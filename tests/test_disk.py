@@ -219,7 +219,7 @@ READS: dict[str, tuple[Any, str]] = {
     "fetch": (fetch, "digests"),
     "preprocess": (sources, "read"),
     "train": (base, "base_record"),
-    "evaluate": (page, "watched"),
+    "evaluate": (page, "with_bar"),
     "export": (exported, "base_record"),
 }
 

@@ -17,8 +17,8 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from reward import params
+from reward.after_training import Evaluate
 from reward.data.columns import IDS
-from reward.groups import Evaluate
 from reward.judging import evaluation
 from reward.judging.benchmarks import REWARDBENCH
 from reward.model.packing import Texts
@@ -290,7 +290,7 @@ def test_accuracy_of_slices_shows_progress(monkeypatch: pytest.MonkeyPatch) -> N
         shown.extend(slices)
         return slices
 
-    monkeypatch.setattr(evaluation, "watched", watched)
+    monkeypatch.setattr(evaluation, "with_bar", watched)
     found = measured(graded([1.0] * 3, [1.0] * 3, kind=["a", "b", "a"]))["by"]
     assert shown == [(name, value) for name, values in found.items() for value in values]
     assert found["kind"].keys() == {"a", "b"}

@@ -40,15 +40,15 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from reward import params
+from reward.after_training import Export
 from reward.data import tokenized
 from reward.data.tokens import Encoder, Template
 from reward.exporting import clients, gate, portable
 from reward.exporting.card import SHOWN, name_of
 from reward.exporting.clients import FOUND, LEFT_OUT, PACKS, Request, fits, select
 from reward.exporting.exported import Trained, load_exported, write_card, write_exported
-from reward.exporting.given import COUNT_PADDING, Client, Exported, Score, paired
+from reward.exporting.inputs import COUNT_PADDING, Client, Exported, Score, paired
 from reward.exporting.merging import SHARD, merged_weight, write_merged
-from reward.groups import Export
 from reward.model.base import (
     ALL_LINEAR,
     Quantization,
@@ -727,7 +727,7 @@ def test_missing_library_is_named_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_export(clients="all")
-    monkeypatch.setattr("reward.groups.find_spec", lambda name: None)
+    monkeypatch.setattr("reward.after_training.find_spec", lambda name: None)
     expected = "export.clients is all, but trl and sentence-transformers cannot be imported; run"
     with pytest.raises(Fault, match=expected):
         export.main()

@@ -16,7 +16,7 @@ from reward.exporting import clients, gate
 from reward.exporting.clients import FOUND, Request
 from reward.outputs import digests, read_json
 from reward.serving import score, serve
-from reward.serving.scorer import Scorer
+from reward.serving.scorer import EXPORT, Scorer
 from stages import evaluate, export, train
 from tests.support import set_params, train_killed_once
 
@@ -86,9 +86,9 @@ def test_file_and_request_get_the_evaluated_rewards(
     folder = half("bfloat16")
     monkeypatch.chdir(tmp_path)
     expected = {tuple(pair.tolist()) for pair in rewards_of(folder).T}
-    scorer = Scorer(folder / score.EXPORT)
+    scorer = Scorer(folder / EXPORT)
     monkeypatch.setattr(score, "Scorer", lambda _: scorer)
-    given = (folder / PAIRS, "--model", folder / score.EXPORT, "--output", "rewards.jsonl")
+    given = (folder / PAIRS, "--model", folder / EXPORT, "--output", "rewards.jsonl")
     monkeypatch.setattr("sys.argv", ["score", *map(str, given)])
     score.main()
     lines = Path("rewards.jsonl").read_text(encoding="utf-8").splitlines()

@@ -171,7 +171,9 @@ def test_chat_template_that_renders_nothing_is_refused(monkeypatch: pytest.Monke
 def test_extra_set_that_cannot_be_rendered_is_refused_before_anything_is_scored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    refused = set(tokenized.answers(Path("data/tokenized/sets/by_hand"), judge.BASE)["prompt_id"])
+    refused = set(
+        tokenized.load_answers(Path("data/tokenized/sets/by_hand"), judge.BASE)["prompt_id"]
+    )
     ids = judge.Judge.ids
 
     def render(self: judge.Judge, key: judge.Key, messages: list[dict[str, Any]]) -> list[int]:

@@ -189,7 +189,7 @@ def test_long_vectors_are_multiplied_in_parts() -> None:
 
     one, other = np.random.default_rng(0).normal(size=(2, 2 * length.LONGEST + 1))
     expected = math.fsum(one * other)
-    assert length.product(one.view(Watched), other) == pytest.approx(expected)
+    assert length.dot(one.view(Watched), other) == pytest.approx(expected)
     assert lengths == [length.LONGEST, length.LONGEST, 1]
 
 

@@ -130,7 +130,6 @@ def test_labels_are_taken_by_row() -> None:
     taken = Labels.of(columns(margin=[2.0, 0.0], weight=[3.0, 4.0])).take(torch.tensor([1, 0, 1]))
     assert taken.preference.tolist() == pytest.approx([0.7, 1.0, 0.7])
     assert (taken.weight.tolist(), taken.margin.tolist()) == ([4, 3, 4], [0, 2, 0])
-    assert len(taken) == 3
 
 
 # --- shapes ----------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from benchmarks import preprocess as benchmark
 from reward.data import tokenized
 from reward.data.prefixes import TokenIds
 from reward.data.records import check
-from reward.data.rows import as_json, shown
+from reward.data.rows import as_json
 from reward.data.tokens import Encoder, Template
+from reward.judging.page import readable
 from reward.outputs import digests, read_json
 from reward.process import Fault
 from stages import preprocess
@@ -828,10 +829,10 @@ def test_answers_of_scattered_records_are_grouped_by_prompt(
 
 def test_several_messages_are_shown_with_their_roles() -> None:
     turns = (("user", "a"), ("assistant", "b", '{"tool_calls": [1]}'))
-    assert shown(as_json(turns[:1])) == "a"
-    assert shown(as_json(turns)) == "user: a\n\nassistant: b\ntool_calls: [1]"
+    assert readable(as_json(turns[:1])) == "a"
+    assert readable(as_json(turns)) == "user: a\n\nassistant: b\ntool_calls: [1]"
     silent = (("assistant", "", '{"tool_calls":[1],"content":null}'),)
-    assert shown(as_json(silent)) == "assistant: \ntool_calls: [1]"
+    assert readable(as_json(silent)) == "assistant: \ntool_calls: [1]"
 
 
 # --- messages --------------------------------------------------------------------------------

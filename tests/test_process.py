@@ -133,7 +133,7 @@ def test_folder_of_outputs_that_leads_out_of_the_project_is_refused_before_the_w
     monkeypatch.setattr(sys, "argv", ["stages.train"])
     done = []
     for staged in (False, True):
-        monkeypatch.setattr("reward.stage.STAGED", staged)
+        monkeypatch.setattr("reward.stage.UNDER_DVC", staged)
         with pytest.raises(SystemExit) if staged and target == "elsewhere" else nullcontext():
             run_stage("stages.train", None, lambda: done.append(True))
     assert len(done) == (1 if target == "elsewhere" else 2)
@@ -184,7 +184,7 @@ def test_outputs_are_not_recorded_for_what_has_changed_while_they_were_made(
 
     for staged in (False, True):
         Path(name).write_text(before, encoding="utf-8")
-        monkeypatch.setattr("reward.stage.STAGED", staged)
+        monkeypatch.setattr("reward.stage.UNDER_DVC", staged)
         with pytest.raises(SystemExit) if staged and found else nullcontext():
             run_stage("stages.train", None, main)
     said = capsys.readouterr().err
@@ -217,7 +217,7 @@ def test_experiment_that_dvc_would_lose_is_refused_before_the_work(
     Path("dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     monkeypatch.setenv("DVC_ROOT", str(project))
     monkeypatch.setattr(sys, "argv", ["stages.train"])
-    monkeypatch.setattr("reward.stage.STAGED", True)
+    monkeypatch.setattr("reward.stage.UNDER_DVC", True)
     lost, done = bool(depth) and copy != ".", []
     with pytest.raises(SystemExit) if lost else nullcontext():
         run_stage("stages.train", None, lambda: done.append(True))

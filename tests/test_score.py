@@ -21,7 +21,7 @@ from reward.data.reading import batches
 from reward.data.records import Candidates
 from reward.process import run
 from reward.serving import score
-from reward.serving.scorer import Scorer
+from reward.serving.scorer import EXPORT, Scorer
 from tests.forked import Forked, require_done, run_in_group, score_files
 from tests.support import file_size_limit
 
@@ -43,7 +43,7 @@ def scorer(complete: Path) -> Scorer:
     """The exported model, loaded once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(complete)
-        return Scorer(score.EXPORT)
+        return Scorer(EXPORT)
 
 
 @pytest.fixture

@@ -852,7 +852,7 @@ def test_value_that_a_later_stage_refuses_ends_training_before_the_model_is_load
     values: dict[str, Any],
     message: str,
 ) -> None:
-    monkeypatch.setattr("reward.groups.find_spec", lambda name: None)
+    monkeypatch.setattr("reward.after_training.find_spec", lambda name: None)
     monkeypatch.delattr(train, "build")
     set_params(group, **values)
     with pytest.raises(Fault, match=message):

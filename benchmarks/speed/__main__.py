@@ -94,6 +94,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tokens-per-pack", type=int, default=4096, help="maximum size of a pack")
     options = parser.parse_args()
+    require_measurable(options, names)
+    return options
+
+
+def require_measurable(options: argparse.Namespace, names: list[str]) -> None:
+    """Raises a Fault if the command line asks for something that cannot be measured."""
     for name, lowest in (
         ("repeats", 1),
         ("threads", 1),
@@ -126,7 +132,6 @@ def parse() -> argparse.Namespace:
         raise Fault(
             "trl is not installed; run pip install -e '.[bench]', or leave TRL out with --only"
         )
-    return options
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import vl_convert
 
-from benchmarks import preprocess
+from benchmarks import markdown
 from benchmarks.speed.hardware import HARDWARE
 from benchmarks.speed.measuring import Row
 from benchmarks.speed.workload import PROMPTS_PER_STEP, SHAPE, Workload
@@ -111,7 +111,7 @@ def table(rows: dict[str, Row]) -> str:
         *("peak memory, GB", "before the first step, GB", "share of the bare products"),
         "loss of the last step",
     ]
-    return preprocess.table(heads, [cells(row, rows) for row in rows.values()])
+    return markdown.table(heads, [cells(row, rows) for row in rows.values()])
 
 
 def cells(row: Row, rows: dict[str, Row]) -> list[str]:

@@ -15,7 +15,16 @@ from typing import Any, Literal, NamedTuple, Protocol
 from reward.data.columns import TIE
 from reward.data.dialogue import as_messages, messages, role_of
 from reward.data.records import CERTAIN, DECIMALS, BadRecord, Comparison
-from reward.data.values import Columns, Record, is_absent, is_blank, needed, plain, top, value_at
+from reward.data.values import (
+    Columns,
+    JsonRecord,
+    column_of,
+    is_absent,
+    is_blank,
+    needed,
+    normalized,
+    value_at,
+)
 
 
 class UnknownVerdict(Exception):
@@ -54,7 +63,7 @@ class Answers(Protocol):
     def description(self) -> str:
         """The form in words, for messages."""
 
-    def compared(self, record: Record) -> Compared:
+    def compared(self, record: JsonRecord) -> Compared:
         """The answers of a record and their comparisons.
 
         Raises BadRecord if a value is missing or has the wrong type, UnknownVerdict for a verdict
@@ -62,7 +71,7 @@ class Answers(Protocol):
         """
 
 
-def answers_in(record: Record, path: str) -> list[Any]:
+def answers_in(record: JsonRecord, path: str) -> list[Any]:
     """The answers in a column, none of them null. Raises BadRecord."""
     found = listed(needed(record, path))
     require_no_null(path, found)
@@ -100,7 +109,7 @@ class Preferred(Answers):
     def description(self) -> str:
         return f"{self.chosen} and {self.rejected}"
 
-    def compared(self, record: Record) -> Compared:
+    def compared(self, record: JsonRecord) -> Compared:
         return every_pair(self.columns, *(answers_in(record, path) for path in self.columns))
 
 
@@ -122,7 +131,7 @@ class Continued(Answers):
     def description(self) -> str:
         return f"{self.conversation} with {self.rejected}"
 
-    def compared(self, record: Record) -> Compared:
+    def compared(self, record: JsonRecord) -> Compared:
         turns, rejected = needed(record, self.conversation), answers_in(record, self.rejected)
         if not isinstance(turns, list):
             raise BadRecord("wrong_type", f"{self.conversation!r} is not a list of messages")
@@ -153,9 +162,9 @@ class Meaning:
 
     def sign(self, value: Any) -> int | None:
         """1 if the first answer is better, -1 if the second is, 0 for a tie, None if unknown."""
-        found = plain(value)
+        found = normalized(value)
         for sign, values in ((1, self.first), (-1, self.second), (0, self.tie)):
-            if found in [plain(known) for known in values]:
+            if found in [normalized(known) for known in values]:
                 return sign
         return None
 
@@ -181,10 +190,10 @@ class Judged(Answers):
 
     @property
     def description(self) -> str:
-        tops = dict.fromkeys(top(path) for path in self.columns)
-        return f"{' and '.join(tops)} with {self.verdict} ({self.meaning.description})"
+        named = dict.fromkeys(column_of(path) for path in self.columns)
+        return f"{' and '.join(named)} with {self.verdict} ({self.meaning.description})"
 
-    def compared(self, record: Record) -> Compared:
+    def compared(self, record: JsonRecord) -> Compared:
         one, other, verdict = (needed(record, path) for path in (*self.columns, self.verdict))
         sign = self.meaning.sign(verdict)
         if sign is None:
@@ -208,8 +217,8 @@ def require_filled(name: str, value: Any) -> None:
 
 
 def until_turn(answer: Any, turn: Any) -> Any:
-    """A conversation up to the end of a turn of the user's and its answer, counted from 1."""
-    number = plain(turn)
+    """A conversation up to the user's turn with this number, counted from 1, and its answer."""
+    number = normalized(turn)
     if not isinstance(answer, list) or not isinstance(number, int | float):
         return answer
     starts = [place for place, item in enumerate(answer) if role_of(item) == "user"]
@@ -251,7 +260,7 @@ class Listed(Answers):
             return f"{found} in order of preference"
         return f"{found} with {' and '.join(self.ratings)} ({ORDERS[self.order]})"
 
-    def compared(self, record: Record) -> Compared:
+    def compared(self, record: JsonRecord) -> Compared:
         """Compare each answer with every other one. Raises as `Answers.compared` does."""
         found = self._values(record, self.answers)
         if self.order == "best_first":
@@ -274,7 +283,7 @@ class Listed(Answers):
         ]
         return Compared(found, [f"answer {place + 1}" for place in range(len(found))], comparisons)
 
-    def _values(self, record: Record, paths: tuple[str, ...]) -> list[Any]:
+    def _values(self, record: JsonRecord, paths: tuple[str, ...]) -> list[Any]:
         if len(paths) > 1:
             return [needed(record, path) for path in paths]
         found = needed(record, paths[0])
@@ -289,7 +298,7 @@ class Listed(Answers):
         several = len(self.ratings) > 1
         name = self.ratings[place if several else 0]
         require_filled(repr(name) if several else f"item {place + 1} of {name!r}", value)
-        number = plain(value)
+        number = normalized(value)
         if isinstance(number, int | float) and math.isfinite(number):
             if self.order == "scores":
                 return number
@@ -309,8 +318,8 @@ class Grades:
 
     `preference` is the probability that chosen, or the first of two answers, is preferred. `votes`
     are the numbers of votes for each answer, or a list of single votes with this `meaning`.
-    `decisive` are those of these columns that alone say which answer is better, so that no record
-    can be without them.
+    `decisive` are those of these columns that alone say which answer is better, so every record
+    needs a value there.
     """
 
     preference: str | None = None
@@ -329,11 +338,13 @@ class Grades:
         """The grading columns that a file has, in words that continue the description of a form."""
         votes = f" ({self.meaning.description})" if self.meaning else ""
         found = [
-            path + votes * (path in self.votes) for path in self.columns if top(path) in columns
+            path + votes * (path in self.votes)
+            for path in self.columns
+            if column_of(path) in columns
         ]
         return f" with {' and '.join(found)}" if found else ""
 
-    def graded(self, record: Record, comparisons: list[Comparison]) -> list[Comparison]:
+    def graded(self, record: JsonRecord, comparisons: list[Comparison]) -> list[Comparison]:
         """The comparisons of a record, with its preference, weight and margin.
 
         Raises BadRecord if there is no verdict, or a margin although no answer is certainly better.
@@ -357,7 +368,7 @@ class Grades:
                 )
         return found
 
-    def _preference(self, record: Record) -> float | None:
+    def _preference(self, record: JsonRecord) -> float | None:
         share = self._share(record) if self.votes else None
         if share is not None:
             return share
@@ -365,7 +376,7 @@ class Grades:
             return None
         return _number(record, self.preference, TIE, 1.0)
 
-    def _share(self, record: Record) -> float | None:
+    def _share(self, record: JsonRecord) -> float | None:
         """The share of the votes for the first answer. A tied vote counts half for each answer."""
         given = [value_at(record, path) for path in self.votes]
         found = _from_json(given[0]) if len(given) == 1 else given
@@ -388,7 +399,7 @@ class Grades:
             if None in signs:
                 return None
             return signs.count(1), signs.count(-1), signs.count(0)
-        numbers = [plain(vote) for vote in votes]
+        numbers = [normalized(vote) for vote in votes]
         if len(numbers) != 2 or not all(_is_count(number) for number in numbers):
             return None
         return numbers[0], numbers[1], 0
@@ -411,7 +422,7 @@ def _is_count(number: Any) -> bool:
     return isinstance(number, int | float) and number >= 0 and number % 1 == 0
 
 
-def _number(record: Record, path: str | None, default: float, most: float = MOST) -> float:
+def _number(record: JsonRecord, path: str | None, default: float, most: float = MOST) -> float:
     """The number at a path, or the default if there is none. Less than LEAST counts as 0.
 
     Raises UnknownVerdict for any other value than a number from 0 to `most`.
@@ -419,7 +430,7 @@ def _number(record: Record, path: str | None, default: float, most: float = MOST
     value = value_at(record, path) if path else None
     if is_absent(value):
         return default
-    number = plain(value)
+    number = normalized(value)
     if not isinstance(number, int | float) or not 0 <= number <= most:
         raise UnknownVerdict(
             f"{path} is {_shown(value)}, expected {EXPECTED[most]}{unless_other(path)}"

@@ -23,7 +23,10 @@ RESPONSES = (PROMPT_ID, ANSWER, PROMPT, RESPONSE, TEXT)
 
 REWARDS = ("reward_chosen", "reward_rejected")
 TOKENS = ("tokens_chosen", "tokens_rejected")
+# The reward of chosen minus that of rejected, not the TARGET_MARGIN of tokenized pairs.
 MARGIN = "margin"
+# In the metadata of a table of rewards: the maximum number of tokens in the packs they are from.
+PACK_SIZE = b"tokens_per_pack"
 TEST_SET = "test set"
 # The test split's name among the test sets.
 TEST_SPLIT = "test split"

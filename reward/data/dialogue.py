@@ -15,7 +15,7 @@ SPEAKERS = {
     **{"tool": "tool", "function": "tool", "observation": "tool"},
 }
 
-Message = dict[str, Any]
+JsonMessage = dict[str, Any]
 
 
 def spelling(item: Any) -> tuple[str, str] | None:

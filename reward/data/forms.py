@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from reward.data.answers import CANONICAL, UNGRADED, Answers, Grades, unless_other
-from reward.data.dialogue import Message, as_messages, message, messages, spelling
+from reward.data.dialogue import JsonMessage, as_messages, message, messages, spelling
 from reward.data.records import (
     FIELDS,
     MEDIA,
@@ -25,7 +25,7 @@ from reward.data.records import (
     require_all_read,
 )
 from reward.data.transcripts import has_turns, marked_turns, repeats, shared_start, turns
-from reward.data.values import Record, is_absent, is_blank, top, value_at
+from reward.data.values import JsonRecord, column_of, is_absent, is_blank, value_at
 
 # Names of a prompt column that holds texts, messages, or either.
 TEXTS = ("question", "instruction", "query", "post")
@@ -66,16 +66,16 @@ class Context:
         column, _, key = (self.prompt or "").partition(".")
         return f"{column}.{TOOLS}" if key == "messages" else TOOLS
 
-    def prompt_of(self, record: Record) -> Any:
+    def prompt_of(self, record: JsonRecord) -> Any:
         """The prompt of a record: a text, a list of messages, or None. Raises BadRecord."""
-        prompt = either(record, self.prompt) if self.prompt else None
+        prompt = value_or_article(record, self.prompt) if self.prompt else None
         if spelling(prompt):
             prompt = [prompt]
         if isinstance(prompt, list):
             prompt = messages(self.prompt or "", prompt)
         return self._with_input(record, prompt)
 
-    def before(self, record: Record) -> list[Any]:
+    def before(self, record: JsonRecord) -> list[Any]:
         """The system message and the earlier turns, as messages. Raises BadRecord."""
         found = []
         for name, system in _only(record, self.system):
@@ -86,7 +86,7 @@ class Context:
             found += _turns(name, history)
         return found
 
-    def _with_input(self, record: Record, prompt: Any) -> Any:
+    def _with_input(self, record: JsonRecord, prompt: Any) -> Any:
         more = value_at(record, self.input) if self.input else None
         if is_blank(more):
             return prompt
@@ -100,7 +100,7 @@ class Context:
         return prompt if rest != prompt and rest.endswith("\n") else f"{prompt}\n{more}"
 
 
-def _only(record: Record, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+def _only(record: JsonRecord, names: tuple[str, ...]) -> list[tuple[str, Any]]:
     """The name and value of the only one of these columns that has a value, if one has.
 
     Raises BadRecord for several values.
@@ -112,7 +112,7 @@ def _only(record: Record, names: tuple[str, ...]) -> list[tuple[str, Any]]:
     return found[:1]
 
 
-def _turns(name: str, history: Any) -> list[Message]:
+def _turns(name: str, history: Any) -> list[JsonMessage]:
     """Earlier turns as messages, from messages or from lists of a question and its answer."""
     if isinstance(history, list):
         if all(isinstance(turn, list) for turn in history):
@@ -132,7 +132,7 @@ def _turns(name: str, history: Any) -> list[Message]:
     )
 
 
-def either(record: Record, path: str) -> Any:
+def value_or_article(record: JsonRecord, path: str) -> Any:
     """The value at a path; for a post, that of the article in a record without a post."""
     found = value_at(record, path)
     return value_at(record, ARTICLE) if path == POST and is_absent(found) else found
@@ -170,7 +170,7 @@ class Form:
         """
         answers = (*self.answers.columns, *self.answers.verdicts)
         paths = (*self.context.columns, *answers, *self.grades.columns)
-        return {*paths, *map(top, paths)}
+        return {*paths, *map(column_of, paths)}
 
     @cached_property
     def looked_at(self) -> set[str]:
@@ -210,7 +210,7 @@ class Form:
         prompt, answers = self._conversation(before, prompt, found, names)
         return Raw(prompt, answers, names, comparisons, kept)
 
-    def _refuse_rivals(self, record: Record) -> None:
+    def _refuse_rivals(self, record: JsonRecord) -> None:
         for name in self.context.rivals:
             value = record.get(name)
             if is_absent(value) or any(value == record.get(column) for column in self.used):
@@ -247,7 +247,7 @@ class Form:
         return prompt, answers
 
 
-def _is_canonical(record: Record, looked_at: set[str]) -> bool:
+def _is_canonical(record: JsonRecord, looked_at: set[str]) -> bool:
     """Whether a record needs no conversion, or lacks an answer, which the check then reports.
 
     The columns `looked_at` may be null, or repeat the chosen answer, as `messages` of UltraFeedback
@@ -339,8 +339,7 @@ def awaits_assistant(text: str) -> bool:
 def _in_turns(prompt: str, answers: list[Any]) -> tuple[Any, list[Any]]:
     """A prompt with turns as messages, and the answers without it.
 
-    Answers that are conversations may begin with the prompt as one message. Then all stays as it
-    is.
+    Answers that are conversations may begin with the prompt as one message. Then nothing changes.
     """
     awaits = awaits_assistant(prompt)
     found = turns(prompt) if awaits else marked_turns(prompt)
@@ -354,12 +353,12 @@ def _in_turns(prompt: str, answers: list[Any]) -> tuple[Any, list[Any]]:
     return found, answers
 
 
-def _require_within(prompt: Any, messages: list[Message]) -> None:
+def _require_within(prompt: Any, answer: list[JsonMessage]) -> None:
     """Raises BadRecord for a prompt that is not in the messages of an answer."""
     if is_blank(prompt):
         return
     own = prompt if isinstance(prompt, list) else turns(prompt)
-    if not all(each in messages for each in own or [{"role": "user", "content": prompt.strip()}]):
+    if not all(each in answer for each in own or [{"role": "user", "content": prompt.strip()}]):
         raise BadRecord("prompt_differs", "the turns of the answers lack the prompt")
 
 

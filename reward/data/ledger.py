@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ SHOWN = 10
 # A column is searched for repeated values at this many records, at twice as many, and so on.
 FIRST_LOOK = 1024
 
+uint32s, uint64s = partial(array, "I"), partial(array, "Q")
+
 
 class BadPlace(NamedTuple):
     """The place of a bad record and what is wrong with it. Sorts by file and position."""
@@ -66,14 +69,6 @@ class Rendered(NamedTuple):
         return sum(map(len, self.texts))
 
 
-def numbers() -> array[int]:
-    return array("I")
-
-
-def hashes() -> array[int]:
-    return array("Q")
-
-
 @dataclass
 class Ledger:
     """The usable comparisons as arrays with one element each, and what is wrong with the others.
@@ -85,18 +80,18 @@ class Ledger:
     """
 
     sources: list[Source]
-    file: array[int] = field(default_factory=numbers)
-    position: array[int] = field(default_factory=numbers)
-    prompt: array[int] = field(default_factory=hashes)
-    answer_j: array[int] = field(default_factory=hashes)
-    answer_k: array[int] = field(default_factory=hashes)
-    graded: array[int] = field(default_factory=numbers)
+    file: array[int] = field(default_factory=uint32s)
+    position: array[int] = field(default_factory=uint32s)
+    prompt: array[int] = field(default_factory=uint64s)
+    answer_j: array[int] = field(default_factory=uint64s)
+    answer_k: array[int] = field(default_factory=uint64s)
+    graded: array[int] = field(default_factory=uint32s)
     grades: dict[str, array[float]] = field(default_factory=lambda: {n: array("d") for n in GRADES})
-    owner: array[int] = field(default_factory=numbers)
-    begun: array[int] = field(default_factory=hashes)
-    chosen: array[int] = field(default_factory=numbers)
-    rejected: array[int] = field(default_factory=numbers)
-    prefix: array[int] = field(default_factory=numbers)
+    owner: array[int] = field(default_factory=uint32s)
+    begun: array[int] = field(default_factory=uint64s)
+    chosen: array[int] = field(default_factory=uint32s)
+    rejected: array[int] = field(default_factory=uint32s)
+    prefix: array[int] = field(default_factory=uint32s)
     columns: set[str] = field(default_factory=set)
     faults: list[BadPlace] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -131,8 +126,8 @@ class Ledger:
         judged = self._judges.hashed(record.columns)
         self.columns.update(record.columns)
         for found, (_, j, k, prefix) in zip(kept.comparisons, kept.compared, strict=True):
-            if found[2:] != CERTAIN[2:]:
-                self.grade([len(self.file)], *([grade] for grade in found[2:]))
+            if found.grades != CERTAIN.grades:
+                self.grade([len(self.file)], *([grade] for grade in found.grades))
             self.owner.extend([len(self.file)] * len(begun))
             self.begun.extend(begun)
             self.file.append(file)
@@ -153,7 +148,7 @@ class Ledger:
 
     def grade_of(self, name: str) -> Floats:
         """One of GRADES: [comparisons]. If all have the default, it takes no memory."""
-        default = CERTAIN[2 + GRADES.index(name)]
+        default: float = getattr(CERTAIN, name)
         if not self.graded:
             return np.broadcast_to(np.float64(default), len(self.file))
         found = np.full(len(self.file), default, dtype=np.float64)
@@ -267,7 +262,7 @@ class Judges:
     ) -> None:
         """`file`, `position` and `answers` are the ledger's, which extends them before `add`."""
         self._file, self._position, self._answers = file, position, answers
-        self._sums = hashes()
+        self._sums = uint64s()
         self._start = 0
         # The waiting hashes of each column of the current file; None for a column that counts.
         self._waiting: dict[str, array[int] | None] = {}
@@ -286,7 +281,7 @@ class Judges:
             self._start, self._waiting = row, {}
         total, row = 0, row - self._start
         for name, value in hashed.items():
-            waiting = self._waiting.setdefault(name, hashes())
+            waiting = self._waiting.setdefault(name, uint64s())
             if waiting is None:
                 total += value
             else:

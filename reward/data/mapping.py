@@ -30,7 +30,7 @@ from reward.data.answers import Answers, Grades, Judged, Listed, Meaning, Order,
 from reward.data.forms import Context
 from reward.data.recognition import Known
 from reward.data.suggestion import MAPPING
-from reward.data.values import plain
+from reward.data.values import normalized
 from reward.params import Rule, read_yaml, yaml_error
 from reward.process import Fault, as_written
 
@@ -202,7 +202,9 @@ def _conflicts(entry: dict[str, Any]) -> list[str]:
         faults.append("single votes need first and second, the values that prefer each answer")
     if entry.get("votes") and entry.get("preference"):
         faults.append("votes and preference both say how certain a verdict is, expected only one")
-    meanings = [plain(value) for key in ("first", "second", "tie") for value in _listed(entry, key)]
+    meanings = [
+        normalized(value) for key in ("first", "second", "tie") for value in _listed(entry, key)
+    ]
     if len({*meanings}) != len(meanings):
         faults.append("first, second and tie share a value, expected one meaning for each value")
     for way in filter(entry.__contains__, ORDERED):

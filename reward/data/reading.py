@@ -300,7 +300,7 @@ def _one_by_one(path: Path, batch: Any, before: int) -> Iterator[dict[str, Any]]
     """The records of a batch, of which Python cannot hold all values.
 
     Times that it cannot hold (after the year 9999, or in an unknown time zone) become the numbers
-    as which they are stored: most often, nobody needs them. Raises a Fault for any other value.
+    that are stored for them, because they are rarely needed. Raises a Fault for any other value.
     """
     import pyarrow
 

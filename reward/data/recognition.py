@@ -40,7 +40,7 @@ from reward.data.forms import (
     Context,
     Form,
     Whole,
-    either,
+    value_or_article,
 )
 from reward.data.records import BEFORE, FIELDS, in_words, is_greeting
 from reward.data.suggestion import (
@@ -54,13 +54,13 @@ from reward.data.suggestion import (
 from reward.data.transcripts import has_turns, repeats, shared_start
 from reward.data.values import (
     Columns,
-    Record,
+    JsonRecord,
     are_labels,
     are_texts,
     begins_like_number,
+    column_of,
     columns_of,
     is_absent,
-    top,
     value_at,
 )
 from reward.process import Fault, counted
@@ -168,7 +168,7 @@ def recognize(path: Path, records: list[Any], known: Known = Known(), alone: boo
 
 
 def _require_decoded(
-    path: Path, records: list[Record], prompt: str | None, answers: Answers
+    path: Path, records: list[JsonRecord], prompt: str | None, answers: Answers
 ) -> None:
     """Raise a Fault for a prompt or answers that are texts of messages, or prompts of lists.
 
@@ -201,7 +201,7 @@ def is_encoded(text: str, or_texts: bool = False) -> bool:
 # --- the answers -----------------------------------------------------------------------------
 
 
-def _answers(columns: Columns, records: list[Record], unread: Unrecognized) -> Answers:
+def _answers(columns: Columns, records: list[JsonRecord], unread: Unrecognized) -> Answers:
     """The answers of the one form that fits the columns. Raises a Fault for none or several."""
     known: tuple[Answers, ...] = (*PREFERRED, *JUDGED, *SCORED)
     found = [form for form in known if _is_complete(form, columns)]
@@ -222,8 +222,8 @@ def _answers(columns: Columns, records: list[Record], unread: Unrecognized) -> A
         )
     names = {name for record in records for name in record}
     for form in known:
-        tops = {*map(top, form.columns)}
-        if tops <= names and (empty := sorted(tops - columns.keys())):
+        own = {*map(column_of, form.columns)}
+        if own <= names and (empty := sorted(own - columns.keys())):
             verb = "are" if len(empty) > 1 else "is"
             first = counted(len(records), "record").removeprefix("1 ")
             raise Fault(
@@ -235,7 +235,7 @@ def _answers(columns: Columns, records: list[Record], unread: Unrecognized) -> A
 
 def _is_complete(form: Answers, columns: Columns) -> bool:
     """Whether all columns of a form exist, and its conversations are messages."""
-    names = {top(path) for path in (*form.columns, *form.verdicts)}
+    names = {column_of(path) for path in (*form.columns, *form.verdicts)}
     if not names <= columns.keys():
         return False
     lists = names & {*CONVERSATIONS, "conversation_a", "conversation_b"}
@@ -299,7 +299,7 @@ def _grades(path: Path, columns: Columns, answers: Answers, known: Known) -> Gra
                 f"{path}: {key} in dataset.yaml cannot grade {answers.description}; expected an "
                 f"entry without {key}, or one that names two columns of answers"
             )
-    taken = {top(path) for path in (*answers.columns, *answers.verdicts)}
+    taken = {column_of(path) for path in (*answers.columns, *answers.verdicts)}
 
     def column(name: str) -> str | None:
         if name in known.named:
@@ -348,7 +348,7 @@ def _context(
     Raises a Fault if two columns could be the prompt, the system message or the earlier turns.
     """
     given = known.context or Context()
-    taken = {top(path) for path in answers.columns}
+    taken = {column_of(path) for path in answers.columns}
     prompt = given.prompt
     if "prompt" not in known.named:
         candidates = _prompts(columns, taken)
@@ -364,7 +364,7 @@ def _context(
         prompt = found[0] if found else None
     rest: dict[str, Any] = {}
     for key, names in BEFORE.items():
-        free = [name for name in names if name not in (*taken, top(prompt or ""))]
+        free = [name for name in names if name not in (*taken, column_of(prompt or ""))]
         if free and key not in known.named:
             _require_one(key, columns, unread, free)
             rest[key] = tuple(free) if key in BEFORE_IN_WORDS else free[0]
@@ -396,7 +396,7 @@ def _prompts(columns: Columns, taken: set[str]) -> dict[str, str]:
     for name in ("input", "history"):
         if len(found) > 1 and (name == "input" or _are_turns(columns.get(name, []))):
             found.pop(name, None)
-    posts = [either({"info": value}, POST) for value in columns.get("info", [])]
+    posts = [value_or_article({"info": value}, POST) for value in columns.get("info", [])]
     return {"info": POST} if not found and are_texts(posts) else found
 
 
@@ -427,14 +427,14 @@ def _are_turns(values: list[Any]) -> bool:
 
 def _rivals(prompt: str | None, taken: set[str]) -> tuple[str, ...]:
     """Other columns that could be the prompt. A record with a value there is ambiguous."""
-    own = top(prompt) if prompt else None
+    own = column_of(prompt) if prompt else None
     return tuple(name for name in PROMPTS if name not in (own, "input", "history", *taken))
 
 
 # --- texts that are whole conversations ------------------------------------------------------
 
 
-def _whole(records: list[Record], context: Context, answers: Answers, named: bool) -> Whole:
+def _whole(records: list[JsonRecord], context: Context, answers: Answers, named: bool) -> Whole:
     """How the chosen and rejected texts contain the prompt, if they do in all of the records.
 
     `named` says that dataset.yaml names the prompt, or that there is none.
@@ -468,7 +468,7 @@ def _whole(records: list[Record], context: Context, answers: Answers, named: boo
     return "words"
 
 
-def _may_have_prompt(records: list[Record], answers: Answers, starts: list[str]) -> bool:
+def _may_have_prompt(records: list[JsonRecord], answers: Answers, starts: list[str]) -> bool:
     """Whether another column may be the prompt, given the beginning of each record's answers.
 
     Some beginnings, such as `<think>`, say nothing about the prompt. So a column may be the prompt
@@ -489,7 +489,7 @@ def _may_have_prompt(records: list[Record], answers: Answers, starts: list[str])
     return False
 
 
-def _hold_conversations(records: list[Record], answers: Answers) -> bool:
+def _hold_conversations(records: list[JsonRecord], answers: Answers) -> bool:
     """Whether the answers are messages, and some of them whole conversations.
 
     If only a few have no more than the assistant's messages, those are bad records.
@@ -511,7 +511,7 @@ def _description(form: Form, columns: Columns) -> str:
     """
     before = [
         name + _spelled(columns[name])
-        for name in dict.fromkeys(map(top, form.context.columns))
+        for name in dict.fromkeys(map(column_of, form.context.columns))
         if name in columns
     ]
     answers = form.answers.description

@@ -25,8 +25,8 @@ ROLES = ("system", "user", "assistant", "tool")
 PAIR = ("chosen", "rejected")
 SCORED = ("answer", "answers")
 FIELDS = ("prompt", *PAIR)
-# Decimals of a preference. Without rounding, votes of 0.7, 0.2 and 0.6 are no tie in float64, and
-# 0.50000001 is one only in float32, in which training computes.
+# Decimals of a preference. Without rounding, votes of 0.7, 0.2 and 0.6 are not a tie in float64,
+# and 0.50000001 is one only in float32, in which training computes.
 DECIMALS = 6
 # Answers may begin with a prompt of at most this many bytes by chance, such as a greeting.
 GREETING = 15
@@ -90,6 +90,11 @@ class Comparison(NamedTuple):
     preference: float = 1.0
     weight: float = 1.0
     margin: float = 0.0
+
+    @property
+    def grades(self) -> tuple[float, float, float]:
+        """The values of the columns GRADES."""
+        return self.preference, self.weight, self.margin
 
 
 CERTAIN = Comparison(0, 1)
@@ -572,5 +577,5 @@ def _visible(name: str) -> str:
 
 
 def shortened(name: str) -> str:
-    """A name, or the beginning of one that is rather a text."""
+    """A name, or only the beginning of one that is as long as a text."""
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."

@@ -1,7 +1,6 @@
 """A checked record with its ids, as a row of the scratch table."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
@@ -19,14 +18,14 @@ from reward.data.records import (
     compact_json,
     parts_of,
 )
-from reward.data.tokenized import Compared, Row
+from reward.data.tokenized import Row, TokenizedComparison
 
 
 class Kept(NamedTuple):
     """The comparisons of a record that are usable with its ids, and the faults of the others."""
 
     comparisons: list[Comparison]
-    compared: list[Compared]
+    compared: list[TokenizedComparison]
     faults: list[BadRecord]
 
 
@@ -55,14 +54,17 @@ def compare(
             faults.append(BadRecord("unknown_id", f"has {found}"))
         elif len(left) != len(right) or not np.array_equal(left, right):
             kept.append(each)
-            compared.append(Compared(name, each.j, each.k, prefix_length(left, right)))
+            compared.append(TokenizedComparison(name, each.j, each.k, prefix_length(left, right)))
         elif each.preference != TIE:
             faults.append(BadRecord("identical_tokens", "both answers have the same ids"))
     return Kept(kept, compared, faults)
 
 
 def as_row(
-    record: Record, ids: Sequence[TokenIds], texts: Sequence[str], compared: Sequence[Compared]
+    record: Record,
+    ids: Sequence[TokenIds],
+    texts: Sequence[str],
+    compared: Sequence[TokenizedComparison],
 ) -> Row:
     """The row of a record whose answers have these ids and texts."""
     prompt, *responses = map(as_json, (record.prompt, *record.answers))
@@ -90,18 +92,3 @@ def _object(message: Message) -> str:
 def as_dict(message: Message) -> dict[str, Any]:
     """A message as an object with role, content and its other parts."""
     return {"role": message[0], "content": message[1], **parts_of(message)}
-
-
-def shown(messages: str) -> str:
-    """A JSON list of messages in readable form: one as its text, several with their roles."""
-    found = json.loads(messages)
-    if len(found) == 1 and found[0].keys() == {"role", "content"}:
-        return str(found[0]["content"])
-    return "\n\n".join(map(_with_role, found))
-
-
-def _with_role(message: dict[str, Any]) -> str:
-    parts = {key: value for key, value in message.items() if key not in ("role", "content")}
-    more = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in parts.items()]
-    # A message that only calls tools may have null as its content.
-    return "\n".join([f"{message['role']}: {message['content'] or ''}", *more])

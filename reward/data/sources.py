@@ -14,7 +14,7 @@ from reward.data.reading import files, name_of, place_of, read
 from reward.data.recognition import HEAD, recognize
 from reward.data.records import Raw, hash64, names_of
 from reward.data.suggestion import MAPPING
-from reward.data.values import plain, top, value_at
+from reward.data.values import column_of, normalized, value_at
 from reward.process import Fault, counted, plural
 
 # As on the Hub, the name of a file begins with that of its split, and no letter follows.
@@ -102,7 +102,7 @@ class Source:
     def _matches(self, record: Any) -> bool:
         return all(
             isinstance(record, dict)
-            and plain(value_at(record, path)) in [plain(value) for value in values]
+            and normalized(value_at(record, path)) in [normalized(value) for value in values]
             for path, values in self.entry.where
         )
 
@@ -161,7 +161,7 @@ def _source(
     entry = (mapping.entry(path.name) if mapping else None) or Entry()
     columns = {name: None for record in head if isinstance(record, dict) for name in record}
     for key, column in entry.paths:
-        if mapping and column not in columns and top(column) not in columns:
+        if mapping and column not in columns and column_of(column) not in columns:
             found = names_of(columns) if columns else "no columns"
             named = f"{mapping.path}: {path.name}: {key} is {column!r}"
             raise Fault(f"{named}, which is not a column; found {found}")

@@ -27,17 +27,8 @@ WRITTEN = ("answer", "response", "output", "completion", "summary", "reply", "�
 ASKED = ("prompt", "question", "query", "instruction", "input", "ask", "user", "问", "题", "指令")
 VERDICTS = ("prefer", "label", "winner", "better", "choice", "verdict", "vote", "best", "选", "胜")
 RANKERS = ("rank", "score", "rating")
-TWINS: tuple[set[str], ...] = (
-    {"0", "1"},
-    {"1", "2"},
-    {"a", "b"},
-    {"A", "B"},
-    {"j", "k"},
-    {"x", "y"},
-    {"左", "右"},
-    {"甲", "乙"},
-    {"一", "二"},
-)
+# The two characters in which the names of two answers differ.
+TWINS = [{*both} for both in ("01", "12", "ab", "AB", "jk", "xy", "左右", "甲乙", "一二")]
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ def flow(name: str, entry: Entry) -> str:
 
 
 def _value(value: Any) -> str:
-    """A value of an entry. Names that are rather texts are cut: the first row was no header."""
+    """A value of an entry. Names as long as texts are cut: the first row was not a header."""
     if isinstance(value, list):
         return f"[{', '.join(map(_value, value))}]"
     return _scalar(shortened(value) if isinstance(value, str) else value)

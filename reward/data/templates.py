@@ -34,8 +34,8 @@ FIELD = re.compile(r"\{(system|prompt|answer)\}")
 DOUBLED = re.compile(rf"\{{{FIELD.pattern}\}}")
 
 
-class Around(NamedTuple):
-    """The text of a template around its fields.
+class TextTemplate(NamedTuple):
+    """A text template, divided at its fields.
 
     `before` is the text before {system}, and `after` is the rest of its line with the line breaks.
     Both are empty if the template has no {system}. `head` is the text from there to {prompt},
@@ -59,7 +59,7 @@ class Around(NamedTuple):
 
 
 @cache
-def divide(template: str) -> Around:
+def divide(template: str) -> TextTemplate:
     """Split a text template at its fields.
 
     A template has {prompt}, then {answer}, and optionally {system} on a line before them, each
@@ -68,7 +68,7 @@ def divide(template: str) -> Around:
     found = FIELDS.fullmatch(template)
     if found is None or len(FIELD.findall(template)) > 2 + (found["before"] is not None):
         raise ValueError(template)
-    return Around(**found.groupdict(default=""))
+    return TextTemplate(**found.groupdict(default=""))
 
 
 def fill(template: str, messages: Messages) -> str:
@@ -77,19 +77,19 @@ def fill(template: str, messages: Messages) -> str:
     Raises BadRecord for any other conversation, and for a system message if the template has no
     {system}.
     """
-    around = divide(template)
+    parts = divide(template)
     for message in messages:
         for part in parts_of(message):
             raise BadRecord(part, f"has {part}, {NEEDS_CHAT}")
     roles = [message[0] for message in messages]
-    system = messages[0][1] if roles[0] == "system" and around.has_system else None
+    system = messages[0][1] if roles[0] == "system" and parts.has_system else None
     if roles[system is not None :] != ["user", "assistant"]:
-        if not around.has_system and "system" in roles:
+        if not parts.has_system and "system" in roles:
             raise BadRecord("needs_chat", f"has a system message, {NEEDS_SYSTEM}")
         found = "several turns" if "user" in roles else "no user message"
         raise BadRecord("needs_chat", f"has {found}, {NEEDS_CHAT}")
     (_, prompt, *_), (_, answer, *_) = messages[-2:]
-    return around.opening(system) + prompt + around.middle + answer + around.tail
+    return parts.opening(system) + prompt + parts.middle + answer + parts.tail
 
 
 def read_chat_template(path: Path) -> str:
@@ -237,8 +237,8 @@ def require_whole(text: str, messages: Messages) -> None:
 def _end_of(words: str, text: str, start: int) -> int:
     """Where some words end in a text, plain or JSON-escaped once or twice, or -1.
 
-    Each look reaches further, so that a form that is near is found without reading the whole text
-    for another one.
+    The search widens in steps, so a form that is near is found before the whole text is searched
+    for the others.
     """
     reach = WINDOW + len(words)
     place = text.find(words, start, start + reach)

@@ -61,7 +61,7 @@ SCRATCH = pa.schema(
 )
 
 
-class Compared(NamedTuple):
+class TokenizedComparison(NamedTuple):
     """A comparison: its id, the indices of its answers in the record, and its prefix length."""
 
     id: str
@@ -79,7 +79,7 @@ class Row(NamedTuple):
     ids: Sequence[npt.NDArray[np.int32]]
     responses: Sequence[str]
     texts: Sequence[str]
-    comparisons: Sequence[Compared]
+    comparisons: Sequence[TokenizedComparison]
 
 
 @contextmanager
@@ -163,15 +163,15 @@ def write(
     """
     from datasets import Features, List, Value
 
-    masks = dict.fromkeys(MASKS, List(Value("int8")))
-    ids = dict.fromkeys(IDS, List(Value("int32")))
-    sides = [item for pair in zip(ids.items(), masks.items(), strict=True) for item in pair]
+    sides: dict[str, Any] = {}
+    for ids, mask in zip(IDS, MASKS, strict=True):
+        sides |= {ids: List(Value("int32")), mask: List(Value("int8"))}
     features = Features(
         {
             ID: Value("string"),
             PROMPT_ID: Value("string"),
             **dict.fromkeys(ANSWERS, Value("int32")),
-            **dict(sides),
+            **sides,
             PREFIX: Value("int32"),
             **dict.fromkeys(GRADES, Value("float64")),
             **{name: Value("string") for name in columns},
@@ -354,7 +354,7 @@ def load(path: Path, base: Path, columns: Sequence[str] = COMPARISON) -> "Datase
     return found
 
 
-def answers(path: Path, base: Path) -> "Dataset":
+def load_answers(path: Path, base: Path) -> "Dataset":
     """The texts of a tokenized split, one row per answer. Raises a Fault as `load` does.
 
     The columns are `prompt_id` and `answer`, the number that the columns ANSWERS of the comparisons
@@ -365,7 +365,7 @@ def answers(path: Path, base: Path) -> "Dataset":
 
 
 def conversations(pairs: "Dataset", found: "Dataset") -> list[tuple[str, str, str]]:
-    """Prompt, chosen and rejected of each comparison, as JSON messages from the `answers`."""
+    """Prompt, chosen and rejected of each comparison, as JSON messages, from `load_answers`."""
     keys = zip(found[PROMPT_ID][:], found[ANSWER][:], strict=True)
     texts = dict(zip(keys, zip(found[PROMPT][:], found[RESPONSE][:], strict=True), strict=True))
     result = []

@@ -15,7 +15,7 @@ from reward.data.prefixes import TokenIds
 from reward.data.records import TOOLS, BadRecord, Messages, names_of
 from reward.data.templates import (
     DOUBLED,
-    Around,
+    TextTemplate,
     dated,
     divide,
     fill,
@@ -69,25 +69,7 @@ class Template:
         """
         text = TEMPLATES.get(name, name)
         if text != "chat":
-            try:
-                divide(text)
-            except ValueError:
-                raise Fault(
-                    f"params.yaml: preprocess.template is {name!r}, must be one of "
-                    f"{', '.join([*TEMPLATES, 'chat'])}, or a text with {{prompt}}, then "
-                    "{answer}, and optionally {system} on a line before them, each once"
-                ) from None
-        if "\\n" in text:
-            raise Fault(
-                f"params.yaml: preprocess.template is {name!r}, with a backslash and an n instead "
-                'of a line break; write "{prompt}\\n{answer}" with double quotes in params.yaml, '
-                "or -S $'preprocess.template=\"{prompt}\\n{answer}\"' in a shell"
-            )
-        if DOUBLED.search(text):
-            raise Fault(
-                f"params.yaml: preprocess.template is {name!r}, with double braces around a field, "
-                "which would leave single ones in the text; write {prompt} and {answer}"
-            )
+            require_text_template(text)
         path = base / "tokenizer.json"
         if not path.is_file():
             raise Fault(f"{path} does not exist, expected the tokenizer of a fetched base model")
@@ -149,7 +131,7 @@ class Encoder:
         messages = (*prompt, *answer)
         if self.template.chat_template is None:
             text = fill(self.template.template, messages)
-            if (before := self._around[0]) and text.startswith(before):
+            if (before := self._enclosing[0]) and text.startswith(before):
                 raise BadRecord(
                     "special_token",
                     f"begins with {before!r}, which the tokenizer adds by itself, expected the "
@@ -193,12 +175,12 @@ class Encoder:
         """A text without the special tokens that encoding puts around it."""
         if self._chat:
             return text
-        before, after = self._around
+        before, after = self._enclosing
         return text.removeprefix(before).removesuffix(after)
 
     @cached_property
-    def _around(self) -> tuple[str, str]:
-        before, after = map("".join, around(self._tokenizer))
+    def _enclosing(self) -> tuple[str, str]:
+        before, after = map("".join, enclosing_tokens(self._tokenizer))
         return before, after
 
     def unknown(self, *texts: Sequence[int] | TokenIds) -> str | None:
@@ -240,7 +222,7 @@ class Encoder:
     def require_portable(self) -> None:
         """Raises a Fault unless a chat template can give the ids of a text template, for export."""
         if self.template.chat_template is None:
-            openings(self._tokenizer, divide(self.template.template))
+            enclosing_texts(self._tokenizer, divide(self.template.template))
 
     def encode_cut(self, prompt: Messages, answers: Sequence[Messages]) -> list[list[int]] | None:
         """The ids of one prompt with each answer, with the prompt cut so that all of them fit.
@@ -250,7 +232,7 @@ class Encoder:
         whole characters. None if that message has too few. Raises BadRecord if the template cannot
         render the rest.
         """
-        choices = [*shortened(prompt)]
+        choices = [*with_fewer_turns(prompt)]
 
         @cache
         def sides(place: int) -> list[list[int]]:
@@ -289,7 +271,7 @@ class Encoder:
 
     def _place(self, prompt: Messages, answer: Messages, length: int) -> tuple[int, int]:
         """Where the first message of the turn begins and ends in a text of `length` characters."""
-        index = min(head_of(prompt), len(prompt) - 1)
+        index = min(kept_messages(prompt), len(prompt) - 1)
         role, _, *parts = prompt[index]
         marked = (*prompt[:index], (role, MARK, *parts), *prompt[index + 1 :])
         before, _, after = self.render(marked, answer).partition(MARK)
@@ -308,21 +290,44 @@ class Encoder:
         }
 
 
+def require_text_template(text: str) -> None:
+    """Raises a Fault for a preprocess.template that is neither a name nor a text template."""
+    where = f"params.yaml: preprocess.template is {text!r}"
+    try:
+        divide(text)
+    except ValueError:
+        raise Fault(
+            f"{where}, must be one of {', '.join([*TEMPLATES, 'chat'])}, or a text with "
+            "{prompt}, then {answer}, and optionally {system} on a line before them, each once"
+        ) from None
+    if "\\n" in text:
+        raise Fault(
+            f"{where}, with a backslash and an n instead of a line break; write "
+            '"{prompt}\\n{answer}" with double quotes in params.yaml, or -S '
+            "$'preprocess.template=\"{prompt}\\n{answer}\"' in a shell"
+        )
+    if DOUBLED.search(text):
+        raise Fault(
+            f"{where}, with double braces around a field, which would leave single ones in the "
+            "text; write {prompt} and {answer}"
+        )
+
+
 def as_array(ids: Sequence[int]) -> TokenIds:
     return np.array(ids, dtype=np.int32)
 
 
-def head_of(prompt: Messages) -> int:
+def kept_messages(prompt: Messages) -> int:
     """How many messages at the head of a prompt are never cut."""
     return len(list(takewhile(lambda message: message[0] in KEPT, prompt)))
 
 
-def shortened(prompt: Messages) -> Iterator[Messages]:
+def with_fewer_turns(prompt: Messages) -> Iterator[Messages]:
     """A prompt, then the prompt with one turn fewer each time, down to a single turn.
 
     A turn begins with a user message, or at the beginning of the conversation.
     """
-    head = head_of(prompt)
+    head = kept_messages(prompt)
     yield prompt
     for start in range(head + 1, len(prompt)):
         if prompt[start][0] == "user":
@@ -335,7 +340,7 @@ def token_of(config: dict[str, Any], name: str) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def around(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+def enclosing_tokens(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     """The special tokens that a tokenizer puts before and after a text."""
     bare = tokenizer.encode("a", add_special_tokens=False).tokens
     whole = tokenizer.encode("a").tokens
@@ -343,25 +348,26 @@ def around(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     return whole[:start], whole[start + len(bare) :]
 
 
-def openings(tokenizer: Tokenizer, template: Around) -> tuple[str, str, str]:
-    """What `opening` says for a text template: before a text without and with a system message.
+def enclosing_texts(tokenizer: Tokenizer, template: TextTemplate) -> tuple[str, str, str]:
+    """The `enclosing_text` of a template: before texts without and with a system message, after.
 
-    Then what comes after a text. Raises a Fault as `opening` does.
+    Raises a Fault as `enclosing_text` does.
     """
-    start, end = opening(tokenizer, f"{template.opening(None)}a{template.middle}b{template.tail}")
+    text = f"{template.opening(None)}a{template.middle}b{template.tail}"
+    start, end = enclosing_text(tokenizer, text)
     if not template.has_system:
         return start, "", end
     text = f"{template.opening('a')}b{template.middle}c{template.tail}"
-    return start, opening(tokenizer, text)[0], end
+    return start, enclosing_text(tokenizer, text)[0], end
 
 
-def opening(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
+def enclosing_text(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
     """The special tokens as text, to put before and after a text that is tokenized without them.
 
     The ids are then the same as with special tokens. Some tokenizers put a space before a text, but
     not after a special token, so the space has to be added. Raises a Fault if that does not help.
     """
-    before, after = map("".join, around(tokenizer))
+    before, after = map("".join, enclosing_tokens(tokenizer))
     expected = tokenizer.encode(text).ids
     for start in (before, before + " "):
         if tokenizer.encode(start + text + after, add_special_tokens=False).ids == expected:

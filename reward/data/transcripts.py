@@ -17,7 +17,7 @@ MARKED_TURN = re.compile(r"(?:\A|\n)<extra_id_[01]>(System|User|Assistant)\n")
 ANSWERED = re.compile(r"\n\nAssistant:|\n<extra_id_1>Assistant\n")
 SENTENCE_END = re.compile(r"[。！？!?…；][」』”’）)]*")
 
-Message = dict[str, str]
+JsonMessage = dict[str, str]
 
 
 def has_turns(text: str) -> bool:
@@ -25,7 +25,7 @@ def has_turns(text: str) -> bool:
     return bool(FIRST_TURN.match(text)) and "\n\nAssistant:" in text
 
 
-def turns(text: str) -> list[Message]:
+def turns(text: str) -> list[JsonMessage]:
     """The messages of a conversation as in HH. An empty last turn, as in a prompt, is left out."""
     _, *parts = TURN.split(text)
     speakers, contents = parts[::2], parts[1::2]
@@ -37,15 +37,16 @@ def turns(text: str) -> list[Message]:
 
 
 def prompt_ends(text: str) -> list[int]:
-    """Where earlier prompts may end in a text: around marks of the assistant, and last white space.
+    """Where earlier prompts may end in a text: on both sides of each mark of the assistant's turns.
 
-    A prompt with white space at its end counts as one that continues the prompt without it.
+    Also before white space at the end of the text, because a prompt with white space at its end
+    counts as one that continues the prompt without it.
     """
     ends = {len(text.rstrip()), *(end for mark in ANSWERED.finditer(text) for end in mark.span())}
     return sorted(ends - {0, len(text)})
 
 
-def marked_turns(text: str) -> list[Message] | None:
+def marked_turns(text: str) -> list[JsonMessage] | None:
     """The messages of a prompt as in HelpSteer2 or NeMo-Aligner; None without marks of turns.
 
     An empty system message and an empty last turn are left out.

@@ -8,7 +8,8 @@ from typing import Any
 
 from reward.data.records import BadRecord, names_of
 
-Record = dict[str, Any]
+# A record as it is in a file; `records.Record` is a checked one.
+JsonRecord = dict[str, Any]
 # The values of each column, by its name.
 Columns = dict[str, list[Any]]
 
@@ -26,7 +27,7 @@ def is_blank(value: Any) -> bool:
     return is_absent(value) or (isinstance(value, str) and not value.strip())
 
 
-def value_at(record: Record, path: str) -> Any:
+def value_at(record: JsonRecord, path: str) -> Any:
     """The value of a column, or of a path: `info.post`, `texts[0]`, `answers[].text` (a list).
 
     None if there is none.
@@ -49,12 +50,12 @@ def _descend(value: Any, steps: list[str]) -> Any:
     return value
 
 
-def top(path: str) -> str:
+def column_of(path: str) -> str:
     """The column that a path begins with."""
     return re.split(r"[.\[]", path, maxsplit=1)[0]
 
 
-def needed(record: Record, path: str) -> Any:
+def needed(record: JsonRecord, path: str) -> Any:
     """The value at a path. Raises BadRecord if there is none."""
     value = value_at(record, path)
     if value is None:
@@ -63,7 +64,7 @@ def needed(record: Record, path: str) -> Any:
     return value
 
 
-def plain(value: Any) -> Any:
+def normalized(value: Any) -> Any:
     """A value as it is compared with others: `1`, `1.0` and `"1"` become the same."""
     if not isinstance(value, int | float | str):
         return repr(value).lower()
@@ -78,7 +79,7 @@ def plain(value: Any) -> Any:
     return number
 
 
-def columns_of(records: Iterable[Record]) -> Columns:
+def columns_of(records: Iterable[JsonRecord]) -> Columns:
     """The values of each column, without absent ones."""
     columns: Columns = {}
     for record in records:
@@ -103,7 +104,8 @@ def are_labels(values: list[Any]) -> bool:
 
 def are_numbers(values: list[Any]) -> bool:
     return bool(values) and all(
-        isinstance(value, int | float) or isinstance(plain(value), int | float) for value in values
+        isinstance(value, int | float) or isinstance(normalized(value), int | float)
+        for value in values
     )
 
 

@@ -36,7 +36,7 @@ from reward.exporting.exported import (
     exported_quantization,
     load_exported,
 )
-from reward.exporting.given import (
+from reward.exporting.inputs import (
     EOS,
     LEFT,
     RIGHT,
@@ -62,7 +62,7 @@ from reward.model.memory import within_memory
 from reward.model.packing import Texts, pairs_of
 from reward.model.rankings import Comparison, Ranking, rankings_of, sides
 from reward.model.scoring import score
-from reward.outputs import read_json, watched, writing
+from reward.outputs import read_json, with_bar, writing
 from reward.process import command_line, free_memory, run, threads
 
 CLIENT, FORM, FOUND, LEFT_OUT = "client", "form", "found.parquet", b"left_out"
@@ -118,7 +118,7 @@ def find(request: Request) -> pa.Table | None:
     """
     folder, base = Path(request.folder), Path(request.base)
     dataset = tokenized.load(Path(request.pairs), base)
-    messages = tokenized.conversations(dataset, tokenized.answers(Path(request.pairs), base))
+    messages = tokenized.conversations(dataset, tokenized.load_answers(Path(request.pairs), base))
     pairs, ranked = pairs_of(dataset), rankings_of(dataset)
     exported = Exported(
         folder, pairs, ranked, messages, base, request.tokens_per_pack, request.compared
@@ -132,7 +132,7 @@ def find(request: Request) -> pa.Table | None:
     if not leads:
         return None
     # export captures stderr and shows stdout.
-    for client in watched(clients[1:], "checking the export", "clients", sys.stdout):
+    for client in with_bar(clients[1:], "checking the export", "clients", sys.stdout):
         fitting = fits(client, exported)
         table = within_memory(found_by, client, exported) if fitting else None
         if table is None:

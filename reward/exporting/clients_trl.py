@@ -1,6 +1,6 @@
 """The heavy clients of an exported reward model: TRL's trainers and sentence-transformers.
 
-They get the same input as the light ones (`given.py`). Their libraries are imported only when used.
+They get the same input as the light ones (`inputs.py`). Their libraries are imported when used.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from reward.exporting.exported import MERGED
-from reward.exporting.given import (
+from reward.exporting.inputs import (
     BATCH,
     EOS,
     LEFT,

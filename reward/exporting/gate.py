@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from reward.data.columns import REWARDS
 from reward.exporting import clients
 from reward.exporting.clients import CLIENT, FORM, LEFT_OUT, ORIGINAL, PACKED, PACKS, Request
-from reward.exporting.given import EOS, PAIR, Client, Form
+from reward.exporting.inputs import EOS, PAIR, Client, Form
 from reward.model.base import base_record
 from reward.outputs import write_json
 from reward.process import LAUNCHER

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reward.data.records import PARTS, UNREAD
-from reward.data.templates import Around, divide
-from reward.data.tokens import Template, around, openings, token_of
+from reward.data.templates import TextTemplate, divide
+from reward.data.tokens import Template, enclosing_texts, enclosing_tokens, token_of
 from reward.model.base import ADAPTER_WEIGHTS, head_of, set_head
 from reward.outputs import read_json, write_json, write_text, writing
 
@@ -135,7 +135,7 @@ def find_pad(tokenizer: Tokenizer, config: dict[str, Any], template: Template, r
     is added to `tokenizer`.
     """
     numbers = tokenizer.get_vocab(with_added_tokens=True)
-    before, after = around(tokenizer)
+    before, after = enclosing_tokens(tokenizer)
     used = {token_of(config, name) for name in NO_PAD} | {*before, *after}
     texts = [template.template, template.chat_template or "", config.get("chat_template") or ""]
     special = [
@@ -173,22 +173,22 @@ def chat_template(tokenizer: Tokenizer, config: dict[str, Any], template: Templa
     return ENDED.replace("__EOS__", literal(eos)).replace("__BODY__", body) if eos else body
 
 
-def in_jinja(tokenizer: Tokenizer, around: Around, eos: str) -> str:
+def in_jinja(tokenizer: Tokenizer, template: TextTemplate, eos: str) -> str:
     """A text template as a chat template that renders and rejects the same as `fill`."""
-    start, begin, end = openings(tokenizer, around)
+    start, begin, end = enclosing_texts(tokenizer, template)
     before, after, roles = "", "", "user, assistant"
-    if around.has_system:
-        before = begin + around.before
-        after, roles = around.after + around.head, f"{roles} and optionally system before them"
+    if template.has_system:
+        before = begin + template.before
+        after, roles = template.after + template.head, f"{roles} and optionally system before them"
     values = {
         "PARTS": json.dumps([*PARTS, *UNREAD]),
-        "SYSTEM": json.dumps(around.has_system),
+        "SYSTEM": json.dumps(template.has_system),
         "ROLES": roles,
         "BEFORE": literal(before),
         "AFTER": literal(after),
-        "HEAD": literal(start + around.head),
-        "MIDDLE": literal(around.middle),
-        "TAIL": literal(around.tail + end),
+        "HEAD": literal(start + template.head),
+        "MIDDLE": literal(template.middle),
+        "TAIL": literal(template.tail + end),
         "EOS": literal(eos),
     }
     return re.sub("__([A-Z]+)__", lambda name: values[name[1]], FIELDS)

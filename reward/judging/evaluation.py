@@ -16,14 +16,14 @@ from datasets import Dataset
 from reward.data import tokenized
 from reward.data.columns import (
     ANSWERS,
-    GRADES,
+    COMPARISON,
     ID,
     IDS,
     MARGIN,
-    MASKS,
     PREFERENCE,
     PREFIX,
     PROMPT_ID,
+    RESERVED,
     REWARDS,
     TEST_SET,
     TOKENS,
@@ -33,7 +33,7 @@ from reward.judging.benchmarks import benchmark
 from reward.judging.length import length_audit
 from reward.judging.metrics import Figures, Judged, accuracy, calibration, losses, spread, ties
 from reward.judging.rankings import rankings
-from reward.outputs import recorded, watched, writing
+from reward.outputs import recorded, with_bar, writing
 from reward.process import Fault, counted
 
 # The most values of a column that slices the pairs. RewardBench has 23 subsets.
@@ -64,12 +64,9 @@ def load_sets(folder: Path, base: Path) -> list[TestSet]:
 def as_table(
     test: Dataset, chosen: npt.NDArray[np.float32], rejected: npt.NDArray[np.float32]
 ) -> pa.Table:
-    """One row per comparison: id, rewards, margin, lengths in tokens, preference and weight.
-
-    The kept columns follow the prompt_id.
-    """
+    """One row per comparison: id, rewards, margin, lengths in tokens, and the kept columns."""
     known = [PREFIX, PREFERENCE, WEIGHT, *ANSWERS, PROMPT_ID]
-    kept = [name for name in test.column_names if name not in (ID, *IDS, *MASKS, *GRADES, *known)]
+    kept = [name for name in test.column_names if name not in COMPARISON]
     return pa.table(
         {
             ID: test[ID][:],
@@ -108,9 +105,8 @@ def as_judged(table: pa.Table) -> Judged:
 
 
 def kept_columns(table: pa.Table) -> dict[str, list[str | None]]:
-    """The columns that come from the records."""
-    first = table.column_names.index(PROMPT_ID) + 1
-    return {name: table[name].to_pylist() for name in table.column_names[first:]}
+    """The columns that come from the records, which have no RESERVED names."""
+    return {name: table[name].to_pylist() for name in table.column_names if name not in RESERVED}
 
 
 def measure(table: pa.Table, judged: Judged, seed: int) -> dict[str, Any]:
@@ -172,7 +168,7 @@ def by_slice(table: pa.Table, judged: Judged) -> Slices:
     }
     slices = [(name, value) for name, (_, values) in columns.items() for value in values]
     result: Slices = {}
-    for name, value in watched(slices, "accuracy of slices", "slices"):
+    for name, value in with_bar(slices, "accuracy of slices", "slices"):
         found = accuracy(judged.take(np.flatnonzero(columns[name][0] == value)))
         if found["pairs"]:
             result.setdefault(name, {})[value] = found
@@ -229,18 +225,30 @@ def report(figures: dict[str, Any], read: Path) -> None:
         f"loss       {figures['loss']:.4f}, margin {figures['margin_mean']:+.4f} "
         f"with standard deviation {figures['margin_std']:.4f}"
     )
-    fit, audit = figures["calibration"], figures["length"]
-    corrected = "no finite temperature is best"
-    if fit["temperature"] is not None:
-        corrected = (
-            f"temperature {fit['temperature']:.3g} is best, but not for both halves of the prompts"
-        )
-    if fit["loss_at_temperature"] is not None:
-        corrected = f"loss {fit['loss_at_temperature']:.4f} at temperature {fit['temperature']:.3g}"
+    report_calibration(figures["calibration"])
+    report_length(figures["length"])
+    report_ties(figures["ties"])
+    report_rankings(figures["rankings"])
+    report_slices(slices_as_rows(figures))
+    for name, found in figures["sets"].items():
+        report_set(name, found)
+
+
+def report_calibration(fit: dict[str, Any]) -> None:
+    temperature, loss = fit["temperature"], fit["loss_at_temperature"]
+    if loss is not None:
+        corrected = f"loss {loss:.4f} at temperature {temperature:.3g}"
+    elif temperature is not None:
+        corrected = f"temperature {temperature:.3g} is best, but not for both halves of the prompts"
+    else:
+        corrected = "no finite temperature is best"
     print(
         f"confidence off by {fit['expected_error']:.4f} on average, Brier score "
         f"{fit['brier']:.4f}, {corrected}"
     )
+
+
+def report_length(audit: dict[str, Any]) -> None:
     correlation = audit["correlation"]
     print(
         f"length     the longer answer is correct in {audit['longer_accuracy']:.4f} of pairs, "
@@ -251,9 +259,9 @@ def report(figures: dict[str, Any], read: Path) -> None:
         print(
             f"           adjusted for length, the accuracy is {audit['adjusted']['accuracy']:.4f}"
         )
-    report_ties(figures["ties"])
-    report_rankings(figures["rankings"])
-    rows = slices_as_rows(figures)
+
+
+def report_slices(rows: list[dict[str, Any]]) -> None:
     names = [shortened(row["slice"]) for row in rows]
     width = max(map(len, names), default=0)
     for name, row in zip(names, rows, strict=True):
@@ -261,8 +269,6 @@ def report(figures: dict[str, Any], read: Path) -> None:
             f"  {name:<{width}}  {row['accuracy']:.4f} "
             f"({row['low']:.4f} to {row['high']:.4f}) of {counted(row['pairs'], 'pair')}"
         )
-    for name, found in figures["sets"].items():
-        report_set(name, found)
 
 
 def shortened(name: str) -> str:

@@ -150,15 +150,15 @@ def local_mean(x: Ints, y: Floats, weights: Floats, place: int) -> float:
     # If all points around the place are outliers, there is nothing better to use.
     near = near * weights if (near * weights).any() else near
     near /= near.sum()
-    center, mean = product(near, x), product(near, y)
-    variance = product(near, np.square(x - center))
+    center, mean = dot(near, x), dot(near, y)
+    variance = dot(near, np.square(x - center))
     if not np.ptp(x) or np.sqrt(variance) <= 1e-3 * np.ptp(x):
         return float(mean)
-    slope = product(near, (x - center) * y) / variance
+    slope = dot(near, (x - center) * y) / variance
     return float(mean + slope * (place - center))
 
 
-def product(one: Floats, other: Floats | Ints) -> float:
+def dot(one: Floats, other: Floats | Ints) -> float:
     """The scalar product, as the sum of those of parts with at most LONGEST values."""
     parts = (slice(start, start + LONGEST) for start in range(0, len(one), LONGEST))
     return float(sum(one[part] @ other[part] for part in parts))

@@ -271,8 +271,8 @@ def temperature(judged: Judged) -> float | None:
 
     The loss is convex in 1 / T. If no margin contradicts a vote, the loss falls as T goes to 0. If
     margins and votes disagree on average, it falls as T grows without limit. In both cases the
-    result is None. So it is if T is outside of the range that is searched, which is relative to
-    the mean |margin|.
+    result is None, and also if T is outside the range that is searched, which is relative to the
+    mean |margin|.
     """
     margin, preference = judged.margin, judged.preference
     against = (margin < 0) | ((margin > 0) & (preference < 1))

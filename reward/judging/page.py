@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -18,7 +18,7 @@ from reward.data.columns import (
     TIE,
     TOKENS,
 )
-from reward.outputs import watched, write_text
+from reward.outputs import with_bar, write_text
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_PAIRS = 10_000
@@ -59,7 +59,7 @@ def write(
     places: dict[Key, int] = {}
     pairs, characters = [], 0
     records = zip(kept, table.take(kept).to_pylist(), strict=True)
-    for row, record in watched(records, "page of judgements", "pairs"):
+    for row, record in with_bar(records, "page of judgements", "pairs"):
         characters += 0 if keys[row] in places else prompts[keys[row]].characters
         if characters > MOST_CHARACTERS:
             break
@@ -105,3 +105,18 @@ def judged_prompts(
         }
         for key, prompt in prompts.items()
     ]
+
+
+def readable(messages: str) -> str:
+    """A JSON list of messages in readable form: one as its text, several with their roles."""
+    found = json.loads(messages)
+    if len(found) == 1 and found[0].keys() == {"role", "content"}:
+        return str(found[0]["content"])
+    return "\n\n".join(map(_with_role, found))
+
+
+def _with_role(message: dict[str, Any]) -> str:
+    parts = {key: value for key, value in message.items() if key not in ("role", "content")}
+    more = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in parts.items()]
+    # A message that only calls tools may have null as its content.
+    return "\n".join([f"{message['role']}: {message['content'] or ''}", *more])

@@ -130,10 +130,10 @@ class KeysOnly(Plan):
     """The plan of a pass that ends as soon as a layer has computed its keys and values."""
 
     def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        raise Known(key, value)
+        raise Stop(key, value)
 
 
-class Known(Exception):
+class Stop(Exception):
     """Carries a layer's keys and values out of a pass that needs nothing else."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
@@ -319,8 +319,8 @@ class LastLayer(Swapped):
             return layer(hidden_states, **rest)
         try:
             layer(hidden_states, plan=KeysOnly(plan.layout, plan.device), **rest)
-        except Known as found:
-            known = found.keys_and_values
+        except Stop as stopped:
+            known = stopped.keys_and_values
         ends = plan.ends
         # Not every model passes both, and the layers without rotation of some get None.
         if (positions := rest.get("position_ids")) is not None:

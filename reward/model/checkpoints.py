@@ -7,7 +7,6 @@ everything that determines the bytes of the result.
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from reward.locks import hold
 from reward.model import group
 from reward.outputs import digest, digests, read_json, whole_folder, write_json, writing
 from reward.params import read_yaml
-from reward.process import loaded_modules
+from reward.process import loaded_modules, project
 
 DIGESTS = "digests.json"
 KEPT_STEPS = 2
@@ -116,7 +115,7 @@ def shared(name: str) -> Iterator[Run]:
     """The run of a fingerprint, `locked`, in the first process; an empty folder in the others."""
     with ExitStack() as held:
         if group.leads():
-            # A process that hears nothing from the first one for long gives up.
+            # While it waits, it sends True to the others, which give up if they hear nothing.
             run = held.enter_context(locked(name, meanwhile=lambda: group.from_first(True)))
         else:
             run = Run(Path(held.enter_context(TemporaryDirectory())))
@@ -131,25 +130,24 @@ def locked(name: str, meanwhile: Callable[[], object] = lambda: None) -> Iterato
 
     If another trainer holds the run, prints that, and waits until it ends. It may be that of an
     experiment that differs only after training, or one that has not ended since its parent was
-    killed. `meanwhile` is called again and again.
+    killed. `meanwhile` is called repeatedly while it waits.
     """
-    root = Path(os.environ.get("DVC_ROOT", ".")) / "models" / "checkpoints"
-    folder = root / name
+    folder = project() / "models" / "checkpoints" / name
     with ExitStack() as held:
-        if not _taken(folder, held):
+        if not _acquire(folder, held):
             print(
                 f"waiting    another trainer of the same run uses {folder}; this one continues "
                 "when it ends",
                 flush=True,
             )
-            while not _taken(folder, held):
+            while not _acquire(folder, held):
                 meanwhile()
                 time.sleep(0.1)
         yield Run(folder)
 
 
-def _taken(folder: Path, held: ExitStack) -> bool:
-    """Whether the run in a folder was free. If so, `held` locks it, and old runs are removed.
+def _acquire(folder: Path, held: ExitStack) -> bool:
+    """Lock the run in a folder until `held` closes, and remove old runs. False if it is in use.
 
     Only one process at a time does this, so that none removes a folder that another is about to
     lock.

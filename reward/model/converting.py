@@ -15,20 +15,20 @@ from torch import Tensor
 from transformers import GraniteConfig
 
 Tensors = dict[str, Tensor]
+Read = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Conversion:
     """What a base becomes: a configuration, and how each of its tensors is converted.
 
-    `description` is for people. `tensors` maps a tensor's name and value to the new tensors, none
-    if it is dropped. `kept` maps a tensor's name to whether the tensor is read at all.
+    `description` is for people. `tensors` maps a tensor's name, and a function that reads it, to
+    the new tensors: none if it is dropped, without reading it.
     """
 
     description: str
     config: dict[str, Any]
-    tensors: Callable[[str, Tensor], Tensors]
-    kept: Callable[[str], bool]
+    tensors: Callable[[str, Read], Tensors]
 
 
 def conversion_of(config: dict[str, Any]) -> Conversion | None:
@@ -57,18 +57,13 @@ def text_from_gemma3(config: dict[str, Any]) -> Conversion:
     text = {key: config[key] for key in outer if key in config} | config.get("text_config", {})
     own = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
 
-    def renamed(name: str) -> str | None:
+    def renamed(name: str, read: Read) -> Tensors:
         for before, after in TEXT_PARTS.items():
             if name.startswith(before):
-                return after + name.removeprefix(before)
-        return None
+                return {after + name.removeprefix(before): read()}
+        return {}
 
-    return Conversion(
-        "the text part of Gemma3ForConditionalGeneration",
-        text | own,
-        lambda name, tensor: {new: tensor} if (new := renamed(name)) else {},
-        lambda name: renamed(name) is not None,
-    )
+    return Conversion("the text part of Gemma3ForConditionalGeneration", text | own, renamed)
 
 
 # --- Granite ---------------------------------------------------------------------------------
@@ -110,8 +105,10 @@ def llama_from_granite(config: dict[str, Any]) -> Conversion:
         "tie_word_embeddings": False,
     }
 
-    def converted(name: str, tensor: Tensor) -> Tensors:
-        end = ".".join(name.split(".")[-2:])
+    def converted(name: str, read: Read) -> Tensors:
+        if full.tie_word_embeddings and name == "lm_head.weight":
+            return {}
+        tensor, end = read(), ".".join(name.split(".")[-2:])
         found = {name: scaled(tensor, scales.get(end, 1.0))}
         if full.tie_word_embeddings and name == "model.embed_tokens.weight":
             found["lm_head.weight"] = scaled(tensor, logits)
@@ -121,7 +118,6 @@ def llama_from_granite(config: dict[str, Any]) -> Conversion:
         "Granite as the Llama that computes the same",
         {key: value for key, value in config.items() if key not in constants} | own,
         converted,
-        lambda name: not (full.tie_word_embeddings and name == "lm_head.weight"),
     )
 
 

@@ -106,7 +106,7 @@ def torchrun_options(command: Sequence[str], machines: bool) -> Namespace:
 
 
 def require_endpoint(options: Namespace) -> None:
-    """Raises a Fault unless it is said where the machines meet.
+    """Raises a Fault unless torchrun's variables say where the machines meet.
 
     That is a backend of torch, such as c10d, and an endpoint. As some schedulers set it, it may
     also be the rank of each machine and the address and port of the first, for the static backend.

@@ -105,8 +105,8 @@ def multiplies_bf16() -> bool:
 
 def dense(layer: Any) -> Tensor:
     """The weights of a linear layer, [outputs, inputs]."""
-    if (kept := vars(layer).get("kept")) is not None:
-        return cast(Tensor, kept)
+    if layer.kept is not None:
+        return cast(Tensor, layer.kept)
     if isinstance(layer, Linear4bit):
         weight: Any = layer.weight
         return dequantize_4bit(weight.data, weight.quant_state)
@@ -132,7 +132,7 @@ def keep_dense(classifier: PreTrainedModel) -> None:
         for place, layer in enumerate(layers):
             layer.joint, layer.place = joint, place
     for each in quantized:
-        vars(each)["kept"] = dense(each)
+        each.kept = dense(each)
 
 
 def memory_of(device: torch.device) -> int:
@@ -199,7 +199,9 @@ class Frozen(Function):
 
 
 class FrozenLayer(Swapped):
-    """A linear layer with frozen weights."""
+    """A linear layer with frozen weights; `kept` are the dense ones, if `keep_dense` keeps them."""
+
+    kept: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, Frozen.apply(x, self))

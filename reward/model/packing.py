@@ -165,9 +165,9 @@ def balanced(lengths: Sequence[int], tokens_per_pack: int) -> list[list[int]]:
         held = [(0, number) for number in range(count)]
         packs: list[list[int]] = [[] for _ in range(count)]
         for index in longest_first:
-            tokens, number = held[0]
+            size, number = held[0]
             packs[number].append(index)
-            heapreplace(held, (tokens + lengths[index], number))
+            heapreplace(held, (size + lengths[index], number))
         if all(size <= tokens_per_pack or len(packs[number]) == 1 for size, number in held):
             return [
                 sorted(packs[number]) for _, number in sorted(held, key=lambda at: (-at[0], at[1]))

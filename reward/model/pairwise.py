@@ -50,9 +50,6 @@ class Labels:
         """The labels of pairs in which j is preferred, with weight 1 and no margin."""
         return cls(torch.ones(pairs), torch.ones(pairs), torch.zeros(pairs))
 
-    def __len__(self) -> int:
-        return len(self.preference)
-
     @property
     def decided(self) -> Tensor:
         """Which pairs are not ties."""

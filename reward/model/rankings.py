@@ -40,11 +40,11 @@ def rankings(rows: Iterable[Mapping[str, Any]]) -> list[Ranking]:
     compared: dict[str, list[Comparison]] = {}
     for index, row in enumerate(rows):
         known = texts.setdefault(row[PROMPT_ID], {})
-        sides = [int(row[name]) for name in ANSWERS]
-        for answer, ids in zip(sides, IDS, strict=True):
+        answers = [int(row[name]) for name in ANSWERS]
+        for answer, ids in zip(answers, IDS, strict=True):
             known.setdefault(answer, row[ids])
         places = {answer: place for place, answer in enumerate(known)}
-        found = Comparison(index, *(places[answer] for answer in sides))
+        found = Comparison(index, *(places[answer] for answer in answers))
         compared.setdefault(row[PROMPT_ID], []).append(found)
     return [Ranking(texts_of([*texts[prompt].values()]), compared[prompt]) for prompt in texts]
 

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 
 from reward.model.head import HEAD, is_classifier, problem_with_labels
 from reward.model.plain import require_plain, ropes
-from reward.process import Fault, one_line
+from reward.process import Fault, named
 
 NAME = "suitable"
 EXPECTED = (
@@ -84,16 +84,16 @@ def problem_with_class(config: dict[str, Any]) -> str | None:
     """
     kind = str(config.get("model_type"))
     classes = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind)]
-    named = ", ".join(map(str, classes))
+    shown = ", ".join(map(str, classes))
     known: Any = set(classes) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     known = known or (is_classifier(config) and "vision_config" not in config)
     if known and not config.get("is_encoder_decoder"):
         if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
             return None
-        return f"is a {named}, for which transformers has no sequence classifier, {EXPECTED}"
+        return f"is a {shown}, for which transformers has no sequence classifier, {EXPECTED}"
     if "auto_map" in config:
-        return f"is a {named} whose own code would have to run, {EXPECTED}"
-    return f"is a {named}, {EXPECTED}"
+        return f"is a {shown} whose own code would have to run, {EXPECTED}"
+    return f"is a {shown}, {EXPECTED}"
 
 
 def problem_with_settings(config: dict[str, Any]) -> str | None:
@@ -157,8 +157,8 @@ def problem_with_weights(model: PreTrainedModel, report: Mapping[str, Any]) -> s
             f"lacks {', '.join(missing[:2])}{more} among its weights, expected all that "
             f"{type(model).__name__} needs with its config.json"
         )
-    for name, found, wanted in sorted(report["mismatched_keys"]):
-        return f"has {name} of shape {[*found]}, expected {[*wanted]}, as its config.json says"
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        return f"has {name} of shape {[*found]}, expected {[*expected]}, as its config.json says"
     return None
 
 
@@ -214,10 +214,6 @@ def problem_with_model(config: dict[str, Any]) -> str | None:
 def needs_numbers(error: Exception) -> bool:
     """Whether a model failed only on the meta device; the check before training has to decide."""
     return isinstance(error, NotImplementedError) or "meta tensors" in str(error)
-
-
-def named(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 def problem_with_interface(model: PreTrainedModel) -> str | None:

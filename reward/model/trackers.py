@@ -4,10 +4,9 @@ import os
 import time
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 from reward.outputs import writing
-from reward.process import Fault
+from reward.process import Fault, project
 
 
 def prepare(name: str) -> None:
@@ -40,7 +39,7 @@ def keep_files() -> None:
     By default they write to the working directory, which DVC removes after `dvc exp run --temp`, or
     to the checkpoints, of which only those of the last runs are kept.
     """
-    folder = Path(os.environ.get("DVC_ROOT", ".")).absolute() / "runs"
+    folder = project().absolute() / "runs"
     with writing(folder):
         folder.mkdir(exist_ok=True)  # W&B ignores a folder that does not exist
     # TensorBoard merges the runs of a folder, so each has its own.

@@ -164,10 +164,10 @@ class RewardTrainer(Trainer):
         # The sums of `attempt` that the CPU has not read, by step.
         self.unread: list[tuple[int, Tensor]] = []
         self.reads_every_step = device().type == "cpu"
-        self.drawn = -math.inf
+        self.curves_written = -math.inf
         model.train()  # because transformers loads a base in eval mode
         # The Trainer calls this after every step. The model's own walks over all of its modules.
-        vars(model)["zero_grad"] = partial(drop_gradients, self.trained)
+        model.zero_grad = partial(drop_gradients, self.trained)  # type: ignore[method-assign]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -237,7 +237,7 @@ class RewardTrainer(Trainer):
             labels = step.labels.take(rows).to(found.device)
             loss = losses(j, k, labels, self.options.center_rewards).sum() / weight
             gradients = torch.autograd.grad(loss, self.trained, materialize_grads=True)
-        sums = torch.stack([loss.detach(), *judged(j.detach(), k.detach(), labels)])
+        sums = torch.stack([loss.detach(), *tally(j.detach(), k.detach(), labels)])
         return torch.cat([*(each.flatten() for each in gradients), sums])
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -272,9 +272,9 @@ class RewardTrainer(Trainer):
             logs |= {"accuracy": right / decided, "margin": margin / decided} if decided else {}
             self.sums = torch.zeros(4)
         super().log(logs, start_time)
-        if group.leads() and time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES:
+        if group.leads() and time.monotonic() - self.curves_written > SECONDS_BETWEEN_CURVES:
             write_curves(self.curves, self.state.log_history)
-            self.drawn = time.monotonic()
+            self.curves_written = time.monotonic()
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip the gradients. The Trainer would look for them in all of the base's modules."""
@@ -345,34 +345,33 @@ class RewardTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not group.leads():
             return
-        folder = self.args.output_dir
-        step = self.state.global_step
-        with self.run.writing(step) as partial:
-            self.args.output_dir = str(partial)
-            with writing(partial, room=trained_bytes(self.reward_model)):
+        usual, step = self.args.output_dir, self.state.global_step
+        with self.run.writing(step) as folder:
+            self.args.output_dir = str(folder)
+            with writing(folder, room=trained_bytes(self.reward_model)):
                 super()._save_checkpoint(model, trial)
                 if self.best:
-                    save_file(dict(zip(self.names, self.best, strict=True)), partial / BEST)
-            self.args.output_dir = folder
+                    save_file(dict(zip(self.names, self.best, strict=True)), folder / BEST)
+            self.args.output_dir = usual
             # The Trainer writes to a folder of its own in the output folder. Move its files up.
-            written = partial / f"checkpoint-{step}"
+            written = folder / f"checkpoint-{step}"
             for path in written.iterdir():
-                path.rename(partial / path.name)
+                path.rename(folder / path.name)
             written.rmdir()
             # A pickle of the arguments, which resuming does not read.
-            (partial / "training_args.bin").unlink(missing_ok=True)
-            settle_config(partial)
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            settle_config(folder)
             packs = {"tokens_per_pack": self.tokens_per_pack, "threads": torch.get_num_threads()}
-            write_json(partial / PACKS, packs)
+            write_json(folder / PACKS, packs)
 
 
 @contextmanager
-def random_numbers(seed: int, step: int, pack: int) -> Iterator[None]:
+def random_numbers(seed: int, step: int, number: int) -> Iterator[None]:
     """Seed the random numbers of one pack by its step and number.
 
     So they depend neither on the process that computes the pack nor on what it computed before.
     """
-    own = int(np.random.SeedSequence((seed, step, pack)).generate_state(1, np.uint64)[0])
+    own = int(np.random.SeedSequence((seed, step, number)).generate_state(1, np.uint64)[0])
     on_gpu = device().type == "cuda"
     with torch.random.fork_rng(devices=[0] if on_gpu else []):
         torch.default_generator.manual_seed(own)
@@ -386,7 +385,7 @@ def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def judged(j: Tensor, k: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
+def tally(j: Tensor, k: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
     """Of the pairs that are not ties: how many are correct, the sum of their margins, the count."""
     # Multiplied, because the size of a selection is known only when the GPU has finished its queue.
     decided = labels.decided
@@ -398,7 +397,7 @@ def figures(model: PeftModel, step: Step, tokens_per_pack: int) -> dict[str, flo
     found = score(model, [each.texts for each in step.rankings], tokens_per_pack)
     j, k, rows = sides(found, step.rankings)
     labels = step.labels.take(rows)
-    right, margin, decided = judged(j, k, labels)
+    right, margin, decided = tally(j, k, labels)
     return {
         "loss": (losses(j, k, labels).sum() / labels.weight.sum()).item(),
         "accuracy": (right / decided).item(),
@@ -459,16 +458,21 @@ def arguments(options: Train, folder: Path, steps: int) -> TrainingArguments:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
-    warmup = found.get_warmup_steps(steps)
-    if warmup >= steps and options.lr_scheduler_type != "constant":
+    # With several visible GPUs, the Trainer would multiply the batch size by their number.
+    found._n_gpu = min(found.n_gpu, 1)
+    if options.lr_scheduler_type != "constant":
+        report_warmup(found.get_warmup_steps(steps), steps)
+    return found
+
+
+def report_warmup(warmup: int, steps: int) -> None:
+    """Print a note if training ends before the learning rate reaches its peak."""
+    if warmup >= steps:
         effect = "never reaches its peak" if steps > 1 else "is 0 and nothing is learned"
         print(
             f"note       the warm-up takes {counted(warmup, 'step')} and training has only "
             f"{steps}, so the learning rate {effect}; lower train.warmup_steps"
         )
-    # With several visible GPUs, the Trainer would multiply the batch size by their number.
-    found._n_gpu = min(found.n_gpu, 1)
-    return found
 
 
 class LastStep(TrainerCallback):

@@ -41,8 +41,8 @@ from reward.judging.evaluation import (
 from reward.model.base import device, fast_dtype, keep_weights_unpacked, require_no_kernel
 from reward.model.head import is_classifier, problem_with_head, problem_with_labels
 from reward.model.suitable import problem_with_weights, unused_weights
-from reward.outputs import digest, read_json, recorded, watched, whole_folder, write_json
-from reward.process import Fault, command_line, counted, one_line, run, threads
+from reward.outputs import digest, read_json, recorded, whole_folder, with_bar, write_json
+from reward.process import Fault, command_line, counted, named, one_line, run, threads
 
 BASE = Path("models/base")
 TOKENIZED = Path("data/tokenized")
@@ -71,9 +71,6 @@ class Scored(NamedTuple):
     reward: float
 
 
-Answers = dict[Key, Scored]
-
-
 class Judge:
     """A reward model with its tokenizer and chat template."""
 
@@ -99,8 +96,7 @@ class Judge:
                 "model or a machine with more memory"
             ) from None
         except Exception as error:  # because files of others may raise anything in the libraries
-            reason = f"{type(error).__name__}: {one_line(error, 200)}"
-            raise Fault(f"{folder} cannot be loaded ({reason}), {EXPECTED}") from None
+            raise Fault(f"{folder} cannot be loaded ({named(error)}), {EXPECTED}") from None
         if problem := problem_with_head(loading) or problem_with_weights(self.model, loading):
             raise Fault(f"{folder} {problem}")
         if unused := unused_weights(loading):
@@ -124,11 +120,11 @@ class Judge:
             found[key] = np.array(ids, dtype=np.int32)
         return found
 
-    def judge(self, encoded: Mapping[Key, Ids]) -> Answers:
+    def judge(self, encoded: Mapping[Key, Ids]) -> dict[Key, Scored]:
         """The reward of every answer. Raises a Fault if one is not finite."""
         found = {
             key: Scored(encoded[key], self.reward(encoded[key]))
-            for key in watched(encoded, f"judging with {self.folder}", "answers")
+            for key in with_bar(encoded, f"judging with {self.folder}", "answers")
         }
         if broken := sum(not np.isfinite(each.reward) for each in found.values()):
             raise Fault(
@@ -193,7 +189,7 @@ def main() -> None:
     pairs |= {options.sets / "sets" / each.name: each.pairs for each in sets}
     judge = Judge(options.model)
     # All of them before the first reward, because scoring takes hours with a large model.
-    encoded = [judge.encode(tokenized.answers(path, BASE)) for path in pairs]
+    encoded = [judge.encode(tokenized.load_answers(path, BASE)) for path in pairs]
     table, *tables = [
         table_of(each, judge.judge(ids)) for each, ids in zip(pairs.values(), encoded, strict=True)
     ]
@@ -227,7 +223,7 @@ def parse() -> argparse.Namespace:
 def files_of(folder: Path) -> dict[str, str]:
     """SHA-256 of the files of a model that affect its rewards, by which it is recognized."""
     files = sorted(path for path in folder.iterdir() if path.suffix in AFFECTING and path.is_file())
-    return {path.name: digest(path) for path in watched(files, f"digests of {folder}")}
+    return {path.name: digest(path) for path in with_bar(files, f"digests of {folder}")}
 
 
 def require_output(output: Path, model: dict[str, str]) -> None:

@@ -81,10 +81,10 @@ class Openings:
         """Alternatives. A text must have all parts of one of them in order, from its beginning."""
         if self._encoder.template.chat_template is not None:
             return [self._of_chats()]
-        around = divide(self._encoder.template.template)
-        fixed: list[tuple[str, ...]] = [(around.head, around.middle)]
-        if around.has_system:
-            fixed.append((around.before, around.after + around.head, around.middle))
+        parts = divide(self._encoder.template.template)
+        fixed: list[tuple[str, ...]] = [(parts.head, parts.middle)]
+        if parts.has_system:
+            fixed.append((parts.before, parts.after + parts.head, parts.middle))
         return fixed
 
     def _of_chats(self) -> tuple[str, ...]:

@@ -41,11 +41,10 @@ from reward.locks import hold
 from reward.model import group
 from reward.model.base import DIGESTS
 from reward.model.launching import distribute
-from reward.outputs import digest, writing
+from reward.outputs import digest, whole_file, writing
 from reward.process import Fault, command_line, counted, run, threads
-from reward.serving.scorer import Misfit, Scorer, probabilities, ranks
+from reward.serving.scorer import EXPORT, Misfit, Scorer, probabilities, ranks
 
-EXPORT = Path("models/export")
 ADDED = ("rewards", "ranks", "probabilities")
 # About the characters of the records and texts in a batch. A kill loses at most one batch.
 BATCH_CHARACTERS = 1 << 18
@@ -417,16 +416,11 @@ def locked(journal: Path, output: Path) -> Iterator[None]:
 
 def publish(journal: Journal, output: Path) -> None:
     """Write the output from the journal, completely or not at all."""
-    partial = output.with_name(output.name + ".partial")
     write = as_parquet if output.suffix == ".parquet" else as_lines
-    with writing(output):
-        try:
-            write(journal.rows(), partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
+    with whole_file(output) as partial:
+        write(journal.rows(), partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def as_line(row: Row) -> bytes:

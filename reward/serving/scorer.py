@@ -18,7 +18,7 @@ import numpy as np
 from reward.data.recognition import is_encoded
 from reward.data.records import TOOLS, BadRecord, Candidates, Messages, candidates
 from reward.data.tokens import Encoder, Template
-from reward.exporting.exported import REWARD, load_exported
+from reward.exporting.exported import REWARD, TEMPLATE, load_exported
 from reward.model.packing import texts_of
 from reward.model.scoring import score
 from reward.outputs import recorded
@@ -26,6 +26,7 @@ from reward.process import Fault, as_written
 from reward.serving.endings import Endings
 from reward.serving.openings import Openings
 
+EXPORT = Path("models/export")
 # The most tokens of a pack. It affects memory, and rewards only by rounding.
 TOKENS_PER_PACK = 4096
 # An answer that every template can render after a prompt that it can render.
@@ -50,7 +51,7 @@ class Scorer:
         self._folder = folder = Path(folder)
         self._model = load_exported(folder)
         size = self._model.get_input_embeddings().num_embeddings
-        self._encoder = Encoder(folder, Template.load(folder / "template.json"), size)
+        self._encoder = Encoder(folder, Template.load(folder / TEMPLATE), size)
         self.temperature: float = recorded(folder / REWARD)["temperature"]
         self._openings, self._endings = Openings(self._encoder), Endings(self._encoder)
 

@@ -52,9 +52,8 @@ from reward.model.launching import distribute, torchrun_options
 from reward.process import LAUNCHED, Fault, command_line, counted, one_line, run, threads
 from reward.serving.metrics import FOLDER, Metrics
 from reward.serving.queue import Full, Queue, Unscored
-from reward.serving.scorer import Ids, Misfit, Scorer
+from reward.serving.scorer import EXPORT, Ids, Misfit, Scorer
 
-EXPORT = Path("models/export")
 # The most bytes and texts of a request, and the most bytes of all requests not yet tokenized.
 LARGEST, TEXTS, READING = 1 << 23, 1 << 16, 1 << 28
 # The number of requests that are tokenized at the same time.
@@ -220,7 +219,7 @@ async def reserve(host: str, port: int, shared: bool) -> list[socket.socket]:
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, True)
             async with binding(host, port, shared=True) as kept:
                 for each in kept:
-                    # Otherwise others could bind the address as well, until somebody listens.
+                    # Otherwise another server could bind the address, too, until somebody listens.
                     each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, False)
                 return kept
 
