@@ -297,10 +297,12 @@ def report(found: Comparison, names: tuple[str, str], everything: bool) -> str:
     gain, prompts = found.gain, len(np.unique(found.prompts))
     low, high = interval_of_gain(gain, found.prompts)
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
-    verdict = "is better" if low > 0 else "is worse" if high < 0 else "cannot be told from noise"
+    verdict = "the difference may be noise"
+    if low > 0 or high < 0:
+        verdict = f"{names[1]} is {'better' if low > 0 else 'worse'}"
     first, second = (float(right.mean()) for right in found.correct)
     lines = [
-        f"verdict    {names[1]} {verdict}",
+        f"verdict    {verdict}",
         f"accuracy   {first:.4f} for {names[0]}, {second:.4f} for {names[1]}, "
         f"{counted(len(gain), 'pair')} of {counted(prompts, 'prompt')}",
         f"difference {gain.mean():+.4f} (95% interval {low:+.4f} to {high:+.4f}, paired, "
