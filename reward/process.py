@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import select
 import signal
 import sys
@@ -89,6 +90,11 @@ def as_written(value: object) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
+def visible(text: str) -> str:
+    """A text for a terminal, without control characters other than line breaks and tabs."""
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", lambda found: repr(found[0])[1:-1], text)
+
+
 def one_line(error: Exception, most: int | None = None) -> str:
     """What an error says, in one line of at most `most` characters."""
     return " ".join(str(error).split())[:most]
@@ -137,7 +143,7 @@ def run(main: Callable[[], None]) -> None:
         print(end="", flush=True)  # unlike sys.stdout.flush, also if it is closed
     except Fault as fault:
         if not ERRORS:
-            print(fault, file=sys.stderr)
+            print(visible(str(fault)), file=sys.stderr)
         elif not fault.elsewhere:
             report = {"message": str(fault), "timestamp": int(time.time())}
             Path(ERRORS).write_text(json.dumps(report), encoding="utf-8")
@@ -235,6 +241,9 @@ def interrupt(*_: object) -> None:
     os._exit(130)
 
 
+# If this package is installed, libraries use it to download and run kernels from the Hub.
+if is_command(sys.orig_argv):
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 # Importing libraries takes seconds, in which the parent may end or Ctrl-C may be pressed.
 if is_command(sys.orig_argv) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupt)

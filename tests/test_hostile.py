@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from reward.exporting import clients
 from reward.exporting.exported import load_exported, require_no_code
@@ -117,6 +118,8 @@ def test_code_in_a_base_never_runs(stage: Any, canary: Path) -> None:
         ("base/config.json", {"attn_implementation": "evil/kernel"}),
         # For which transformers downloads a kernel if the package is missing.
         ("base/config.json", {"_attn_implementation": "flash_attention_2"}),
+        # Instead of config.json, transformers reads the file that is for its version.
+        ("base/config.json", {"configuration_files": ["config.4.0.0.json"]}),
         ("base/config.json", {"_attn_implementation": "paged|evil/kernel@v1:attention"}),
         ("base/config.json", {"text_config": {"attn_implementation": {"": "evil/kernel"}}}),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}}),
@@ -153,6 +156,37 @@ def test_kernel_that_a_base_on_the_hub_names_never_runs(
     record = read_json(export.EXPORT / DIGESTS)
     write_json(export.EXPORT / DIGESTS, record | {"base": digests(snapshot)})
     with pytest.raises(Fault, match=r"config\.json names an attention for which"):
+        load_exported(export.EXPORT)
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "eetq", None])
+def test_quantization_for_which_transformers_may_download_a_kernel_is_a_fault(
+    method: str | None,
+) -> None:
+    path = export.EXPORT / "base/config.json"
+    stored = {"quant_method": method, "load_in_4bit": True}
+    write_json(path, read_json(path) | {"quantization_config": stored})
+    seal_again(export.EXPORT)
+    with pytest.raises(Fault, match="a quantization_config other than bitsandbytes in 4 bits"):
+        load_exported(export.EXPORT)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "found"),
+    [
+        ("base/model.safetensors", "embed_tokens.weight", "lacks the weight model.embed_tokens"),
+        ("base/model.safetensors", "model.norm.weight", "lacks the weight model.norm.weight"),
+        ("adapter_model.safetensors", "layers.0.", "lacks weights for layers that its adapter_con"),
+    ],
+)
+def test_weights_that_are_missing_are_not_drawn_at_random(name: str, part: str, found: str) -> None:
+    path = export.EXPORT / name
+    tensors = load_file(path)
+    kept = {key: value for key, value in tensors.items() if part not in key}
+    assert len(kept) < len(tensors)
+    save_file(kept, path, metadata={"format": "pt"})
+    seal_again(export.EXPORT)
+    with pytest.raises(Fault, match=found):
         load_exported(export.EXPORT)
 
 

@@ -10,6 +10,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 from typing import Annotated
 
 import pytest
@@ -54,6 +55,33 @@ def test_fault_prints_one_sentence_and_exits_with_1(tmp_path: Path) -> None:
     stage = start(tmp_path, 'raise Fault("file: found this, expected that")')
     assert stage.communicate() == ("begun\n", "file: found this, expected that\n")
     assert stage.returncode == 1
+
+
+def test_names_in_a_fault_cannot_control_the_terminal(tmp_path: Path) -> None:
+    stage = start(tmp_path, r'raise Fault("a\x1b[2J文\x9b\r:\n\tb\u2028")')
+    assert stage.communicate()[1] == "a\\x1b[2J文\\x9b\\r:\n\tb\u2028\n"
+
+
+def test_commands_download_no_kernels_although_their_package_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text("print('imported')", encoding="utf-8")
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "__init__.py").touch()
+    code = """
+        import importlib.util
+        import reward.process
+        print(importlib.util.find_spec("kernels"))
+        import kernels
+    """
+    (tmp_path / "stages" / "probe.py").write_text(dedent(code), encoding="utf-8")
+    found = subprocess.run(
+        [sys.executable, "-m", "stages.probe"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout == "None\n"
+    assert "ModuleNotFoundError: import of kernels halted" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,17 @@ def test_value_that_is_nested_too_deeply_is_a_bad_record(
     assert found.value.reason == reason
 
 
+def test_text_that_is_far_too_long_is_not_tokenized(
+    export_with: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would take gigabytes for the longest text of a request."""
+    scorer = Scorer(export_with(max_length=5))
+    monkeypatch.setattr(Encoder, "encode", None)
+    with pytest.raises(Misfit, match=r"has 1000000 characters, too many for 5 tokens$") as found:
+        scorer.encode(["1", "1" * 10**6])
+    assert (found.value.index, found.value.reason) == (1, "over_length")
+
+
 def test_first_text_that_does_not_fit_is_named(export_with: Callable[..., Path]) -> None:
     scorer = Scorer(export_with(max_length=5))
     with pytest.raises(Misfit, match=r"^the text has 6 tokens, expected at most 5$") as found:

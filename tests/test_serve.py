@@ -724,6 +724,20 @@ def basic(password: str) -> str:
     return aiohttp.encode_basic_auth("any", password)
 
 
+@pytest.mark.parametrize("key", [None, KEY])
+def test_web_pages_cannot_use_a_server_without_a_key(held: Held, key: str | None) -> None:
+    held.may.set()
+    headers = {"Origin": "http://example.com", "Authorization": f"Bearer {KEY}"}
+
+    async def work(client: Client) -> tuple[int, Any]:
+        response = await client.post(REWARD, json={"query": ["7"]}, headers=headers)
+        return response.status, await response.json()
+
+    found, answer = served(held, work, key)
+    assert found == (200 if key else 403)
+    assert ("error" in answer) == (key is None)
+
+
 @pytest.mark.parametrize(
     ("header", "status"),
     [

@@ -8,7 +8,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from jinja2 import Environment
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from reward.data import tokens
 from reward.data.prefixes import prefix_length
 from reward.data.records import BadRecord, Messages, check
 from reward.data.templates import DIRECTIVES, WINDOW, dated, require_whole
@@ -394,6 +395,35 @@ def test_calls_and_tools_are_searched_for_in_order(
     require_whole(text, (("tools", "", json.dumps(tools)), ("user", "hi")))
     require_whole(text, (("user", "user: hi"), ("assistant", "", json.dumps(parts))))
     assert Text.read < 10 * WINDOW * len(functions)
+
+
+@pytest.mark.parametrize("count", [50, 50_000])
+def test_values_of_a_call_may_be_in_any_order_if_they_are_few(count: int) -> None:
+    values = [f"value-{index:06}" for index in range(count)]
+    call = {"function": {"name": "look", "arguments": {"at": values}}}
+    messages = (("user", "hi"), ("assistant", "", json.dumps({"tool_calls": [call]})))
+    require_whole("hi " + json.dumps(call), messages)
+    text = "hi look " + " ".join(values[::-1])
+    with pytest.raises(BadRecord, match="too many values") if count > 50 else nullcontext():
+        require_whole(text, messages)
+
+
+def test_long_lists_of_texts_are_tokenized_in_parts(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(tiny_base, Template.of("en", False, 10, tiny_base))
+    texts = ["a" * length for length in (3, 0, 7, 12, 1, 1, 9)]
+    expected, taken = encoder.encode(texts), []
+    encodings = Encoder._encodings
+
+    def watched(self: Encoder, some: Sequence[str]) -> Any:
+        taken.append([len(text) for text in some])
+        return encodings(self, some)
+
+    monkeypatch.setattr(tokens, "CHARACTERS", 10)
+    monkeypatch.setattr(Encoder, "_encodings", watched)
+    assert encoder.encode(texts) == expected
+    assert taken == [[3, 0, 7], [12], [1, 1], [9]]
 
 
 def test_chat_template_may_fail_without_tools(tiny_base: Path, tmp_path: Path) -> None:

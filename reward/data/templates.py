@@ -3,7 +3,7 @@
 import datetime
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,8 @@ from reward.process import Fault
 
 # How many characters of a text are searched first.
 WINDOW = 4096
+# The most characters that are searched for parts of a conversation that are not in order.
+SEARCHED = 1 << 28
 # A chat template is a program, so it may raise these in addition to Jinja's own errors.
 ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 # Jinja compiles it to Python code, which may be nested too deeply or have too large a number.
@@ -210,7 +212,7 @@ def require_whole(text: str, messages: Messages) -> None:
     Contents must appear in order, except for white space around them and JSON escapes. Names of
     tools and speakers may be anywhere. The id of a tool call is only a link, so it may be missing.
     """
-    end = named = 0
+    search, end, named = _Search(text), 0, 0
     for number, message in enumerate(messages, start=messages[0][0] != TOOLS):
         parts, start = parts_of(message), end
         contents = {"reasoning_content": parts.get("reasoning_content", ""), "content": message[1]}
@@ -224,21 +226,19 @@ def require_whole(text: str, messages: Messages) -> None:
             named = text.find(name, named)
             if named < 0 and (named := text.find(name)) < 0:
                 raise _left_out("name", name, number, message)
-        near = start
+        search.begin(start)
         for call in map(function_of, parts.get("tool_calls", [])):
-            ends = []
-            for words in filter(None, (call["name"], *_arguments(call, text, near, start))):
-                ends.append(_end_near(words, text, near, start))
-                if ends[-1] < 0:
+            search.begin_call()
+            for words in filter(None, (call["name"], *_arguments(call, search))):
+                if not search.finds(words):
                     raise _left_out("tool_calls", words, number, message)
-            near = max(ends, default=near)
 
 
-def _end_of(words: str, text: str, start: int) -> int:
+def _end_of(words: str, text: str, start: int, near: bool = False) -> int:
     """Where some words end in a text, plain or JSON-escaped once or twice, or -1.
 
     The search widens in steps, so a form that is near is found before the whole text is searched
-    for the others.
+    for the others. `near` ends it after the first step.
     """
     reach = WINDOW + len(words)
     place = text.find(words, start, start + reach)
@@ -251,28 +251,62 @@ def _end_of(words: str, text: str, start: int) -> int:
             place = text.find(form, start, start + reach + len(form))
             if place >= 0:
                 return place + len(form)
-        if reach >= len(text) - start:
+        if near or reach >= len(text) - start:
             return -1
         reach *= 4
 
 
-def _end_near(words: str, text: str, near: int, start: int) -> int:
-    """As `_end_of`. It looks from `near` on first, because calls are usually in order.
+class _Search:
+    """Finds the words of tool calls in a text, each near the one before, as most are in order.
 
-    Otherwise the time would grow with the square of their number.
+    Otherwise the time would grow with the square of their number. Words that are not near are
+    searched for from the beginning of their call, and then of their message, until the work is
+    more than SEARCHED characters.
     """
-    end = _end_of(words, text, near)
-    return end if end >= 0 or near == start else _end_of(words, text, start)
+
+    def __init__(self, text: str) -> None:
+        self.text, self.searched = text, 0
+        self.begin(0)
+
+    def begin(self, start: int) -> None:
+        """Go to the beginning of a message."""
+        self.start = self.call = self.near = self.last = start
+
+    def begin_call(self) -> None:
+        """Go to the beginning of a call, after all words of the calls before it."""
+        self.call = self.near = self.last
+
+    def trial(self, words: Sequence[str]) -> bool:
+        """Whether all of some words are in the text, without going there."""
+        before = self.near, self.last
+        found = all(map(self.finds, words))
+        self.near, self.last = before
+        return found
+
+    def finds(self, words: str) -> bool:
+        """Whether the words are in the text. Raises BadRecord if too many are not in order."""
+        end = _end_of(words, self.text, self.near, near=True)
+        for start in (self.call, self.start):
+            if end < 0:
+                end = _end_of(words, self.text, start)
+                self.searched += (end if end >= 0 else len(self.text)) - start
+        if self.searched > SEARCHED:
+            raise BadRecord(
+                "not_rendered",
+                "has too many values in tool calls that the chat template renders in another order",
+            )
+        if end >= 0:
+            self.near, self.last = end, max(end, self.last)
+        return end >= 0
 
 
-def _arguments(call: dict[str, Any], text: str, near: int, start: int) -> list[str]:
+def _arguments(call: dict[str, Any], search: _Search) -> list[str]:
     """The strings in the arguments of a call, or the whole JSON if the text contains it as is."""
     arguments = call.get("arguments")
     if isinstance(arguments, str):
         with suppress(ValueError):
             found = _texts_in(json.loads(arguments))
-            ends = (_end_near(words, text, near, start) for words in found)
-            if min(ends, default=0) >= 0 or _end_near(arguments.strip(), text, near, start) < 0:
+            if search.trial(found) or not search.trial([arguments.strip()]):
                 return found
     return _texts_in(arguments)
 

@@ -33,6 +33,8 @@ TEMPLATES = {
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Messages with these roles at the head of a conversation are never cut.
 KEPT = ("system", TOOLS)
+# The most characters of texts that are tokenized at a time, which takes much more memory than ids.
+CHARACTERS = 1 << 20
 # Takes the place of a message to find where a rendered text has that message.
 MARK = "\ue000\ue001\ue000"
 
@@ -142,7 +144,11 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text as a plain tokenizer call gives them, never cut, with eos if set."""
-        return [self._finish(encoding.ids) for encoding in self._encodings(texts)]
+        return [
+            self._finish(encoding.ids)
+            for some in slices(texts, CHARACTERS)
+            for encoding in self._encodings(some)
+        ]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[TokenIds]:
         """The ids of each text as arrays.
@@ -202,6 +208,12 @@ class Encoder:
             size = read_json(path).get("vocab_size")
         ids = [self._tokenizer.get_vocab_size() - 1, *self._tokenizer.get_added_tokens_decoder()]
         return size if isinstance(size, int) and max(ids) >= size else None
+
+    @cached_property
+    def longest(self) -> int:
+        """More characters than any text of max_length tokens has."""
+        longest = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
+        return 4 * longest * self.template.max_length
 
     @property
     def bos(self) -> str | None:
@@ -311,6 +323,17 @@ def require_text_template(text: str) -> None:
             f"{where}, with double braces around a field, which would leave single ones in the "
             "text; write {prompt} and {answer}"
         )
+
+
+def slices(texts: Sequence[str], most: int) -> Iterator[Sequence[str]]:
+    """The texts in parts of at most `most` characters, or a single longer text."""
+    start = size = 0
+    for end, text in enumerate(texts):
+        size += len(text)
+        if size > most and end > start:
+            yield texts[start:end]
+            start, size = end, len(text)
+    yield texts[start:]
 
 
 def as_array(ids: Sequence[int]) -> TokenIds:

@@ -34,6 +34,7 @@ from reward.model.base import (
     ADAPTER_WEIGHTS,
     DIGESTS,
     DTYPES,
+    VERSIONS,
     Quantization,
     adapt,
     base_record,
@@ -69,7 +70,7 @@ NEEDED = {
 }
 BASE_NAME = "base_model_name_or_path"
 # Configuration keys whose values transformers and PEFT import as code.
-NAMING_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "megatron_config"}
+NAMING_CODE = {"auto_map", "auto_mapping", "custom_pipelines", "megatron_config", VERSIONS}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from transformers.pytorch_utils import Conv1D
 
 from reward.model import attention, layers
-from reward.model.head import is_classifier
+from reward.model.head import HEAD, is_classifier
 from reward.model.memory import TooLarge, within_memory
 from reward.outputs import digests, read_json, recorded, require_files, write_json, writing
 from reward.params import Switch
@@ -55,6 +55,8 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 # A part of the keys that choose the attention. For some of its own names, too, transformers
 # downloads a kernel, so only those here are safe.
 ATTENTION, SAFE = "attn_implementation", (None, "eager", "sdpa")
+# Where a config.json may name other configurations, for later versions of transformers.
+VERSIONS = "configuration_files"
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -138,12 +140,13 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
             f"{base}: transformers has no sequence classifier for {kind}, expected a decoder model "
             "with one"
         )
+    require_bitsandbytes(base, config)
     require_room(base, quantization)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     recipe = None if is_quantized(config) else quantization.recipe
-    model: PreTrainedModel | None = within_memory(
+    loaded = within_memory(
         AutoModelForSequenceClassification.from_pretrained,
         base,
         num_labels=1,
@@ -153,9 +156,14 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
         device_map={"": device()},
         trust_remote_code=False,
         use_safetensors=True,
+        output_loading_info=True,
     )
-    if model is None:
+    if loaded is None:
         raise too_large(base, quantization, "and memory ran out while they were loaded")
+    model: PreTrainedModel = loaded[0]
+    # transformers would draw it at random.
+    if missing := sorted({*loaded[1]["missing_keys"]} - {HEAD}):
+        raise Fault(f"{base} lacks the weight {missing[0]}, expected all that config.json needs")
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise Fault(
             f"{base}: {type(model).__name__} has no linear layer `score`, expected a decoder"
@@ -164,8 +172,33 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     return model
 
 
+def require_bitsandbytes(base: Path, config: dict[str, Any]) -> None:
+    """Raises a Fault for a stored quantization that is not in 4 bits by bitsandbytes.
+
+    For some others, transformers downloads and runs kernels.
+    """
+    stored = config.get("quantization_config")
+    if stored and not (
+        isinstance(stored, dict)
+        and stored.get("quant_method") == "bitsandbytes"
+        and stored.get("load_in_4bit") is True
+    ):
+        raise Fault(
+            f"{base}: config.json has a quantization_config other than bitsandbytes in 4 bits; "
+            "expected weights that are not quantized, or those"
+        )
+
+
 def require_no_kernel(folder: Path, config: dict[str, Any]) -> None:
-    """Raises a Fault if transformers may download a kernel for the attention of a config.json."""
+    """Raises a Fault if transformers may download a kernel for the attention of a config.json.
+
+    Also if it names other files, because transformers reads the one for its own version instead.
+    """
+    if config.get(VERSIONS):
+        raise Fault(
+            f"{folder}: config.json has {VERSIONS}, so transformers would read another file; "
+            "expected a single configuration"
+        )
     if any(map(names_kernel, objects_in(config))):
         raise Fault(
             f"{folder}: config.json names an attention for which transformers may download and run "
@@ -401,8 +434,16 @@ def load(base: Path, adapter: Path, quantization: Quantization) -> PeftModel:
 def adapt(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """A base from load_base with the adapter and head of a folder, ready to score."""
     new_head(model, seed=0)
-    with silent_peft():
-        adapted = PeftModel.from_pretrained(model, adapter).eval()
+    with silent_peft(), warnings.catch_warnings():
+        # PEFT would leave what is missing at its initial values.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(model, adapter).eval()
+        except UserWarning:
+            raise Fault(
+                f"{adapter} lacks weights for layers that its adapter_config.json names, expected "
+                "an adapter as it was trained"
+            ) from None
     layers.swap_layers(adapted)
     return adapted
 

@@ -83,7 +83,12 @@ class Scorer:
         Raises Misfit for the first text that has no ids, more than max_length, or one that the
         model lacks.
         """
-        found, most = self._encoder.encode(texts), self._encoder.template.max_length
+        most = self._encoder.template.max_length
+        for index, text in enumerate(texts):  # because tokenizing takes hundreds of bytes per token
+            if len(text) > self._encoder.longest:
+                sentence = f"the text has {len(text)} characters, too many for {most} tokens"
+                raise Misfit(index, "over_length", sentence)
+        found = self._encoder.encode(texts)
         for index, ids in enumerate(found):
             if not ids:
                 raise Misfit(index, "empty", "the text has no tokens")

@@ -278,7 +278,15 @@ class Service:
 
     @web.middleware
     async def authorized(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Require the key, if there is one, for everything except /health."""
+        """Require the key, if there is one, for everything except /health.
+
+        Without a key, refuse what web pages send, so that none can use the server of whoever
+        looks at it.
+        """
+        if self._key is None and "Origin" in request.headers:
+            raise web.HTTPForbidden(
+                text="requests from web pages need an API key, and this server has none"
+            )
         sent = sent_key(request.headers.get("Authorization", ""))
         if self._key is None or request.path == HEALTH or equal(sent, self._key):
             return await handler(request)
