@@ -161,13 +161,13 @@ def load_stock(base: Path, quantization: Quantization) -> PreTrainedModel:
     if loaded is None:
         raise too_large(base, quantization, "and memory ran out while they were loaded")
     model: PreTrainedModel = loaded[0]
-    # transformers would draw it at random.
-    if missing := sorted({*loaded[1]["missing_keys"]} - {HEAD}):
-        raise Fault(f"{base} lacks the weight {missing[0]}, expected all that config.json needs")
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise Fault(
             f"{base}: {type(model).__name__} has no linear layer `score`, expected a decoder"
         )
+    # transformers would draw it at random.
+    if missing := sorted({*loaded[1]["missing_keys"]} - {HEAD}):
+        raise Fault(f"{base} lacks the weight {missing[0]}, expected all that config.json needs")
     keep_weights_unpacked(model)
     return model
 
