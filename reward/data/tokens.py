@@ -211,7 +211,7 @@ class Encoder:
 
     @cached_property
     def longest(self) -> int:
-        """More characters than any text of max_length tokens has."""
+        """More characters than any text of max_length tokens has, even if it is normalized."""
         longest = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
         return 4 * longest * self.template.max_length
 
